@@ -1,0 +1,141 @@
+"""Reversible sequences and columns of cells: the modules that people build nets from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from revnets import engine
+from revnets.cell import Cell, FixedGain
+from revnets.engine import Memory
+from revnets.graph import Graph, ReadToken, wire
+
+
+class ReversibleColumns(nn.Module):
+    """Cells wired into columns of m levels, trained with next to nothing kept for backward.
+
+    Args:
+        graph: which cell reads what, see `revnets.graph.wire`.
+        cells: one `Cell` per node, in order. `self.cells[c][l]` is the cell at column c, level l.
+        memory: `store`, `recompute`, `invert` or `exact`, or one of them per column. It can be changed at any time
+            through the attribute `memory`; it is no part of the state dict.
+    """
+
+    def __init__(self, graph: Graph, cells: Sequence[Cell], memory: str | Sequence[str] = "exact"):
+        super().__init__()
+        if len(cells) != len(graph.nodes):
+            raise ValueError(f"the graph has {len(graph.nodes)} nodes, but {len(cells)} cells were given")
+        for node, cell in zip(graph.nodes, cells, strict=True):
+            if (cell.gain is None) != (node.residual is None):
+                raise ValueError(f"{graph.name(node.index)}: a cell has a gain exactly if it is past the first column")
+        self.graph = graph
+        self.cells = nn.ModuleList(
+            nn.ModuleList(cells[start : start + graph.m]) for start in range(0, len(cells), graph.m)
+        )
+        self.memory = memory
+
+    @property
+    def memory(self) -> tuple[Memory, ...]:
+        """The memory mode of each column."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, value: str | Sequence[str]) -> None:
+        self._memory = memory_modes(value, self.graph.columns)
+
+    def flat(self) -> list[Cell]:
+        """All cells in the order in which they run."""
+        return [cell for column in self.cells for cell in column]
+
+    def forward(self, x: Tensor, *, taps: Sequence[int] = (), **context: Any) -> Any:
+        """The last column's states, level 0 first.
+
+        Args:
+            x: the stem's output; channels are the last axis.
+            taps: columns whose last level is handed out as well. A tapped state stays alive as long as its caller
+                holds it.
+            context: keyword arguments for the function of every cell, such as a padding mask.
+
+        Returns:
+            A list of m states; with taps, the pair (list of m states, list of tapped states).
+        """
+        ends = [tap_index(self.graph, tap) for tap in taps]
+        last, tapped = engine.run(self.graph, self.flat(), x, self._memory, context, ends)
+        return (last, tapped) if taps else last
+
+    def inverse(self, levels: Sequence[Tensor], x: Tensor, **context: Any) -> list[list[Tensor]]:
+        """The states of every column, last column first, from the states of the last one. No forward is needed.
+
+        It is the plain inverse: rounding errors grow from column to column (docs/drift.md), and a cell that draws
+        random numbers cannot be undone, so call `eval()` first.
+
+        Args:
+            levels: the m states that `forward` returned.
+            x: the stem's output, as given to `forward`.
+        """
+        expected = min(self.graph.m, len(self.graph.nodes))
+        if len(levels) != expected:
+            raise ValueError(f"{len(levels)} states were given; the inverse starts from the last {expected}")
+        return engine.invert(self.graph, self.flat(), levels, x, context)
+
+    def extra_repr(self) -> str:
+        modes = {str(mode) for mode in self._memory}
+        return f"m={self.graph.m}, columns={self.graph.columns}, memory={'/'.join(sorted(modes))}"
+
+
+class ReversibleSequence(ReversibleColumns):
+    """The same engine for anyone's own modules: x_t = F_t(x_{t-1}, ...) + gamma * x_{t-m}.
+
+    The first m modules start the sequence (there is no x_{t-m} for them). To begin with two equal streams, as RevViT
+    does, let the first two modules be `nn.Identity()`.
+
+    Args:
+        functions: modules F_t, called with their reads in order; a `Cell` is taken as it is.
+        m: how far back the residual reaches; RevNet, RevViT and Reformer have m = 2.
+        reads: what each F_t reads: offsets k (for x_{t-k}) between 1 and m - 1, or names out of
+            `revnets.graph.READS`. Whoever would read nothing reads the input.
+        gain: fixed gamma of every residual. For learned gains pass cells of your own.
+        memory: as in `ReversibleColumns`.
+    """
+
+    def __init__(
+        self,
+        functions: Iterable[nn.Module],
+        m: int = 2,
+        reads: Sequence[ReadToken] = (1,),
+        gain: float = 1.0,
+        memory: str | Sequence[str] = "exact",
+    ):
+        cells = [
+            function if isinstance(function, Cell) else Cell(function, FixedGain(gain) if t >= m else None)
+            for t, function in enumerate(functions)
+        ]
+        super().__init__(wire(len(cells), m, [reads] * m), cells, memory)
+
+
+def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]:
+    """One memory mode per column, from one for all or a list.
+
+    Raises:
+        ValueError: an unknown mode, or a list of another length.
+    """
+    values = [value] * columns if isinstance(value, str) else list(value)
+    for item in values:
+        if item not in list(Memory):
+            raise ValueError(f"memory mode {item!r} is unknown; choose {', '.join(Memory)}")
+    if len(values) != columns:
+        raise ValueError(f"{len(values)} memory modes for {columns} columns; give one for all or one per column")
+    return tuple(Memory(item) for item in values)
+
+
+def tap_index(graph: Graph, column: int) -> int:
+    """The state that a tap at this column hands out: its last level.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if isinstance(column, bool) or not 0 <= column < graph.columns:
+        raise ValueError(f"tap {column!r}: columns are numbered 0 to {graph.columns - 1}")
+    return min((column + 1) * graph.m, len(graph.nodes)) - 1

@@ -1,0 +1,398 @@
+"""The tape: records cells going forward, rebuilds their inputs and replays them going backward.
+
+The forward runs under ordinary autograd. A recorded cell leaves no tensor in the graph: each one that autograd wants
+to save is replaced by a ticket (tape, t, k). The first ticket of a cell that backward presents makes the tape
+
+1. rebuild x_{t-m} = (x_t - F_t) / gamma_t and thereby move its window of m states one step down, and
+2. replay the cell, which saves the same tensors in the same order; ticket k is honoured with the k-th of them.
+
+The rules that keep this right:
+
+- Rule 1. Nothing about a pass is stored on a module. Frames belong to a tape, a tape to one call of `run`; two
+  forwards before one backward have two tapes.
+- Rule 2. References go one way: graph -> ticket -> tape -> frames -> plain tensors. When the graph lets go of its
+  tickets (after backward, or when it is dropped), everything goes by reference counting.
+- Rule 3. The window only moves down. A ticket from above the window (a second backward, a double backward, a loss on
+  an early tap after a loss at the end) makes the tape start again from the last window, which lives as long as it.
+- Rule 4. A rebuilt state gets the strides of the original: with others, kernels take other paths and round otherwise.
+- Rule 5. A replay runs in the surrounding of its forward (`replay.py`), under the same `requires_grad` of its reads,
+  and must save what the forward saved: number, shape, strides and dtype are checked.
+- Rule 6. What was changed in place after the forward cannot be trusted; versions are checked as autograd does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from revnets import lostbits
+from revnets.cell import add, subtract
+from revnets.graph import STEM, Graph, Node
+from revnets.replay import ReplayError, Surrounding
+
+
+class Memory(StrEnum):
+    """How the state x_{t-m}, which cell t replaces, comes back in backward."""
+
+    STORE = "store"  # autograd keeps it, and all that the cell saves: no replay
+    RECOMPUTE = "recompute"  # the tape keeps it; the cell is replayed
+    INVERT = "invert"  # rebuilt by the inverse alone; rounding errors add up
+    EXACT = "exact"  # rebuilt by the inverse and the lost bits, bit for bit
+
+
+class Ticket(NamedTuple):
+    """What the graph holds in place of the k-th tensor that cell t saves."""
+
+    tape: Tape
+    t: int
+    k: int
+
+
+class Meta(NamedTuple):
+    """What a replayed tensor must have in common with the one it stands for."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Meta:
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+class Held(NamedTuple):
+    """A detached state and the version at which the forward left it."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Held:
+        return cls(tensor.detach(), tensor._version)
+
+
+class Frame:
+    """One cell's call in one pass."""
+
+    __slots__ = ("grad_reads", "kept", "lost", "metas", "mode", "node", "past_grad", "past_stride", "saved", "surrounding")
+
+    def __init__(self, node: Node, mode: Memory):
+        self.node = node
+        self.mode = mode
+        self.kept: Held | None = None  # x_{t-m}, in store and recompute
+        self.lost: lostbits.LostBits | None = None  # what the inverse misses of it, in exact
+        self.past_stride: tuple[int, ...] = ()
+        self.past_grad = False
+        self.grad_reads: list[bool] = []
+        self.surrounding: Surrounding | None = None
+        self.metas: list[Meta] = []
+        self.saved: dict[int, Tensor] = {}
+
+
+def unpack(ticket: Ticket) -> Tensor:
+    return ticket.tape.redeem(ticket.t, ticket.k)
+
+
+class Tape:
+    """What one pass keeps for its backward: the last window, the constants, and a frame a cell."""
+
+    def __init__(self, graph: Graph, cells: Sequence[nn.Module], stem: Tensor, context: Mapping[str, Any]):
+        self.graph = graph
+        self.cells = cells
+        self.stem = Held.of(stem)
+        self.stem_grad = stem.requires_grad
+        self.context = {name: _Constant.of(value) for name, value in context.items()}
+        self.frames: list[Frame | None] = []
+        self.last: dict[int, Held] = {}
+        self.window: dict[int, Held] = {}
+        self.cursor = -1  # the window holds x_cursor and the m - 1 states before it
+        self.lock = threading.RLock()  # autograd runs one thread a device
+
+    # ---------------------------------------------------------------- forward
+
+    def record(self, node: Node, reads: list[Tensor], past: Tensor | None, mode: Memory, context: Any) -> Tensor:
+        """Run a cell so that the graph keeps tickets in place of what it saves."""
+        frame = Frame(node, mode)
+        frame.grad_reads = [read.requires_grad for read in reads]
+        versions = [read._version for read in reads]
+        cell = self.cells[node.index]
+        couple = None if past is None else partial(_couple_forward, frame, past)
+
+        def pack(tensor: Tensor) -> Ticket:
+            frame.metas.append(Meta.of(tensor))
+            return Ticket(self, node.index, len(frame.metas) - 1)
+
+        if mode is Memory.STORE:
+            state = cell(*reads, couple=couple, **context)
+        else:
+            devices = frozenset(read.device for read in reads)
+            with Surrounding.record(cell, devices) as frame.surrounding, saved_tensors_hooks(pack, unpack):
+                state = cell(*reads, couple=couple, **context)
+        if [read._version for read in reads] != versions:
+            raise ReplayError(
+                f"{self._name(node)} changed one of its reads in place; other cells still need that state. "
+                "Work on a copy, or use the out-of-place operation"
+            )
+        self.frames.append(frame)
+        return state
+
+    def skip(self) -> None:
+        """A cell below everything that needs a gradient: nobody will ask for it."""
+        self.frames.append(None)
+
+    def close(self, states: Mapping[int, Tensor]) -> None:
+        """End of the forward: hold the last m states, from which backward starts."""
+        self.last = {index: Held.of(state) for index, state in states.items()}
+
+    # --------------------------------------------------------------- backward
+
+    def redeem(self, t: int, k: int) -> Tensor:
+        """Honour a ticket: the k-th tensor that cell t saved."""
+        frame = self.frames[t]
+        with self.lock:
+            if k not in frame.saved:
+                self._move_to(t)
+                self._replay(frame, collect=True)
+            return frame.saved.pop(k)  # one use a pass; a second pass replays (Rule 3)
+
+    def _move_to(self, index: int) -> None:
+        if self.cursor < index:
+            if self.cursor >= 0:
+                self.frames[self.cursor].saved.clear()
+            self.window, self.cursor = dict(self.last), len(self.frames) - 1
+        while self.cursor > index:
+            self._step_down()
+
+    def _step_down(self) -> None:
+        """Forget x_t, having made sure of x_{t-m}."""
+        frame = self.frames[self.cursor]
+        assert frame is not None  # the window never goes below the first cell that needs a gradient
+        residual = frame.node.residual
+        if residual is not None and residual not in self.window:
+            if frame.kept is not None:
+                self.window[residual] = frame.kept
+            else:
+                self._replay(frame, collect=False)
+        frame.saved.clear()  # tickets that this backward did not need
+        del self.window[self.cursor]
+        self.cursor -= 1
+
+    def _replay(self, frame: Frame, collect: bool) -> None:
+        """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves."""
+        node = frame.node
+        saved: list[tuple[Tensor, int]] = []
+
+        def pack(tensor: Tensor) -> None:
+            if collect:
+                saved.append((tensor, tensor._version))
+
+        # Gradients are enabled even where nothing is collected: without them some modules take other kernels.
+        couple = None if node.residual is None else partial(self._couple_replay, frame)
+        with frame.surrounding.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never):
+            reads = [self._read(read, grad) for read, grad in zip(node.reads, frame.grad_reads, strict=True)]
+            context = {name: constant.fresh() for name, constant in self.context.items()}
+            self.cells[node.index](*reads, couple=couple, **context)
+        if collect:
+            self._check(frame, saved)
+            frame.saved = {k: tensor for k, (tensor, _) in enumerate(saved)}
+
+    def _couple_replay(self, frame: Frame, update: Tensor, gamma: Tensor | float) -> Tensor:
+        """x_{t-m} from x_t, then x_t as in the forward, so that the product with gamma is saved again."""
+        residual = frame.node.residual
+        if residual in self.window:
+            past = self._state(residual)
+        elif frame.kept is not None:
+            past = _trusted(frame.kept, self._name(frame.node))
+            self.window[residual] = frame.kept
+        else:
+            with torch.no_grad():
+                past = subtract(self._state(frame.node.index), update.detach(), _detached(gamma))
+                past = _with_stride(past, frame.past_stride)
+                if frame.lost is not None:
+                    lostbits.decode(past, frame.lost)
+            self.window[residual] = Held.of(past)
+        return add(past.detach().requires_grad_(frame.past_grad), update, gamma)
+
+    def _read(self, index: int, grad: bool) -> Tensor:
+        state = _trusted(self.stem, "the stem") if index == STEM else self._state(index)
+        return state.detach().requires_grad_(grad)
+
+    def _state(self, index: int) -> Tensor:
+        return _trusted(self.window[index], self.graph.name(index))
+
+    def _name(self, node: Node) -> str:
+        return f"cell {self.graph.name(node.index)} ({type(self.cells[node.index]).__name__})"
+
+    def _check(self, frame: Frame, saved: list[tuple[Tensor, int]]) -> None:
+        causes = (
+            "Usual causes: the cell takes another path in its replay (it counts its calls, looks at the clock, at "
+            "Python's or NumPy's random numbers or at global state), or its input changed in place"
+        )
+        if len(saved) != len(frame.metas):
+            raise ReplayError(
+                f"{self._name(frame.node)} saved {len(frame.metas)} tensors in its forward and {len(saved)} in its "
+                f"replay. {causes}"
+            )
+        for k, ((tensor, version), meta) in enumerate(zip(saved, frame.metas, strict=True)):
+            if Meta.of(tensor) != meta:
+                raise ReplayError(
+                    f"{self._name(frame.node)}: saved tensor {k} was {tuple(meta)} in the forward and is "
+                    f"{tuple(Meta.of(tensor))} in the replay. {causes}"
+                )
+            if tensor._version != version:
+                raise ReplayError(
+                    f"{self._name(frame.node)}: saved tensor {k} of shape {tuple(tensor.shape)} is needed for the "
+                    "gradient, but the cell changes it in place later on. Use the out-of-place operation"
+                )
+
+
+def _couple_forward(frame: Frame, past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
+    """x_t, and into the frame whatever its mode needs to come back to x_{t-m}."""
+    state = add(past, update, gamma)
+    frame.past_stride, frame.past_grad = past.stride(), past.requires_grad
+    if frame.mode in (Memory.STORE, Memory.RECOMPUTE):
+        frame.kept = Held.of(past)
+    elif frame.mode is Memory.EXACT:
+        with torch.no_grad():
+            rebuilt = _with_stride(subtract(state, update, gamma), past.stride())
+            frame.lost = lostbits.encode(past.detach(), rebuilt)
+    return state
+
+
+class _Constant(NamedTuple):
+    """An argument that every cell gets; a tensor is handed to replays without its graph."""
+
+    value: Any
+    grad: bool
+
+    @classmethod
+    def of(cls, value: Any) -> _Constant:
+        if isinstance(value, Tensor):
+            return cls(Held.of(value), value.requires_grad)
+        return cls(value, False)
+
+    def fresh(self) -> Any:
+        if isinstance(self.value, Held):
+            return _trusted(self.value, "an argument of the cells").detach().requires_grad_(self.grad)
+        return self.value
+
+
+def run(
+    graph: Graph,
+    cells: Sequence[nn.Module],
+    stem: Tensor,
+    modes: Sequence[Memory],
+    context: Mapping[str, Any],
+    taps: Sequence[int] = (),
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run all cells; returns the last m states and the states at the indices `taps`.
+
+    Args:
+        graph: nodes in order, one a cell.
+        cells: modules with the signature of `revnets.cell.Cell.forward`.
+        stem: what `STEM` reads stand for.
+        modes: memory mode of each column.
+        context: keyword arguments for every cell, such as a padding mask.
+    """
+    taped = torch.is_grad_enabled() and any(mode is not Memory.STORE for mode in modes)
+    if not taped or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return _run_plain(graph, cells, stem, context, taps)
+    return _run_taped(graph, cells, stem, modes, context, taps)
+
+
+def _run_plain(graph, cells, stem, context, taps):
+    states: dict[int, Tensor] = {}
+    tapped: dict[int, Tensor] = {}
+    for node in graph.nodes:
+        past = None if node.residual is None else states[node.residual]
+        couple = None if past is None else partial(add, past)
+        reads = [stem if read == STEM else states[read] for read in node.reads]
+        state = cells[node.index](*reads, couple=couple, **context)
+        _advance(graph, states, tapped, node, state, taps)
+    return list(states.values()), [tapped[index] for index in taps]
+
+
+@torch.compiler.disable(recursive=False)
+def _run_taped(graph, cells, stem, modes, context, taps):
+    tape = Tape(graph, cells, stem, context)
+    states: dict[int, Tensor] = {}
+    tapped: dict[int, Tensor] = {}
+    started = False  # has anything so far needed a gradient?
+    for node in graph.nodes:
+        past = None if node.residual is None else states[node.residual]
+        reads = [stem if read == STEM else states[read] for read in node.reads]
+        started = started or _needs_grad(cells[node.index], reads, context)
+        if started:
+            state = tape.record(node, reads, past, modes[node.column], context)
+        else:
+            couple = None if past is None else partial(add, past)
+            state = cells[node.index](*reads, couple=couple, **context)
+            tape.skip()
+        _advance(graph, states, tapped, node, state, taps)
+    tape.close(states)
+    return list(states.values()), [tapped[index] for index in taps]
+
+
+def _advance(graph: Graph, states: dict, tapped: dict, node: Node, state: Tensor, taps: Sequence[int]) -> None:
+    """Move the window of m states up by one."""
+    states[node.index] = state
+    states.pop(node.index - graph.m, None)
+    if node.index in taps:
+        tapped[node.index] = state
+
+
+def invert(
+    graph: Graph, cells: Sequence[nn.Module], last: Sequence[Tensor], stem: Tensor, context: Mapping[str, Any]
+) -> list[list[Tensor]]:
+    """All states from the last m of them, column by column, last column first. No gradients."""
+    total = len(graph.nodes)
+    states = dict(zip(range(total - len(last), total), last, strict=True))
+    with torch.no_grad():
+        for node in reversed(graph.nodes):
+            if node.residual is None:
+                break
+            reads = [stem if read == STEM else states[read] for read in node.reads]
+            states[node.residual] = cells[node.index](*reads, couple=partial(subtract, states[node.index]), **context)
+    columns: list[list[Tensor]] = [[] for _ in range(graph.columns)]
+    for node in graph.nodes:
+        columns[node.column].append(states[node.index])
+    return columns[::-1]
+
+
+def _needs_grad(cell: nn.Module, reads: list[Tensor], context: Mapping[str, Any]) -> bool:
+    return (
+        any(read.requires_grad for read in reads)
+        or any(parameter.requires_grad for parameter in cell.parameters())
+        or any(isinstance(value, Tensor) and value.requires_grad for value in context.values())
+    )
+
+
+def _with_stride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The tensor in memory laid out as `stride` says (Rule 4)."""
+    if tensor.stride() == stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _trusted(held: Held, name: str) -> Tensor:
+    if held.tensor._version != held.version:
+        raise ReplayError(
+            f"the state of {name} was changed in place after the forward (version {held.tensor._version}, expected "
+            f"{held.version}), so the states before it cannot be rebuilt. Work on a copy: state.clone()"
+        )
+    return held.tensor
+
+
+def _detached(gamma: Tensor | float) -> Tensor | float:
+    return gamma.detach() if isinstance(gamma, Tensor) else gamma
+
+
+def _never(_: int) -> Tensor:
+    raise ReplayError("a backward inside of a cell's forward is not supported; use torch.func or memory='store'")

@@ -1,0 +1,157 @@
+"""What a replay must find as the forward found it, so that the same call gives the same numbers.
+
+A cell's output is a function of its reads, its parameters and of a surrounding that Python does not show in the
+call: random number generators, autocast, train/eval flags and buffers. `Surrounding.record` notes it before the
+forward; `Surrounding.restored` brings it back for the replay and puts everything as it was afterwards, so that
+BatchNorm statistics move once a step and the replay draws no fresh random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Autocast(NamedTuple):
+    """Autocast of one device type. It is thread-local, and backward may run in another thread."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+    cache: bool
+
+    @classmethod
+    def now(cls, device_type: str) -> Autocast:
+        return cls(
+            device_type,
+            torch.is_autocast_enabled(device_type),
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_cache_enabled(),
+        )
+
+
+class Surrounding:
+    """The surrounding of one cell's forward. It belongs to the pass, not to the module."""
+
+    def __init__(self, cell: nn.Module, devices: frozenset[torch.device]):
+        self._modules = list(cell.modules())
+        self._training = [module.training for module in self._modules]
+        self._versions = [(parameter, parameter._version) for parameter in cell.parameters()]
+        self._devices = devices | {parameter.device for parameter, _ in self._versions}
+        self._autocast = [Autocast.now(kind) for kind in sorted({"cpu"} | {device.type for device in self._devices})]
+        self._rng: dict[torch.device, Tensor] = {}
+        self._buffers: dict[tuple[int, str], Tensor] = {}
+
+    @classmethod
+    @contextmanager
+    def record(cls, cell: nn.Module, devices: frozenset[torch.device]) -> Iterator[Surrounding]:
+        """Note the surrounding, let the body run the cell, and keep only what the cell changed.
+
+        A cell that draws no random number keeps no generator state, one that writes no buffer keeps no buffer.
+        """
+        self = cls(cell, devices)
+        rng = _rng_states(self._devices)
+        before = [
+            (index, name, buffer, buffer._version, buffer.detach().clone())
+            for index, module in enumerate(self._modules)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        yield self
+        after = _rng_states(self._devices)
+        self._rng = {device: state for device, state in rng.items() if not torch.equal(state, after[device])}
+        for index, name, buffer, version, value in before:
+            now = self._modules[index]._buffers.get(name)
+            if now is not buffer or now._version != version:
+                self._buffers[index, name] = value
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run the body as if the forward were just about to start.
+
+        Raises:
+            ReplayError: a parameter was changed in place between the forward and its backward.
+        """
+        for parameter, version in self._versions:
+            if parameter._version != version:
+                raise ReplayError(
+                    f"a parameter of shape {tuple(parameter.shape)} was changed in place (an optimizer step?) between "
+                    "the forward and its backward; call backward() before the step"
+                )
+        with ExitStack() as stack:
+            for autocast in self._autocast:
+                kind, enabled, dtype, cache = autocast
+                if autocast != Autocast.now(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            stack.enter_context(_flags(self._modules, self._training))
+            stack.enter_context(self._buffers_of_the_forward())
+            if self._rng:
+                stack.enter_context(_rng_as(self._rng))
+            yield
+
+    @contextmanager
+    def _buffers_of_the_forward(self) -> Iterator[None]:
+        """Let the cell see copies: those kept where the forward wrote, fresh ones elsewhere."""
+        held = [
+            (module._buffers, index, name, buffer)
+            for index, module in enumerate(self._modules)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        for buffers, index, name, buffer in held:
+            buffers[name] = self._buffers.get((index, name), buffer.detach()).clone()
+        try:
+            yield
+        finally:
+            for buffers, _, name, buffer in held:
+                buffers[name] = buffer
+
+
+class ReplayError(RuntimeError):
+    """A replay that cannot give, or did not give, what the forward gave."""
+
+
+@contextmanager
+def _flags(modules: list[nn.Module], training: list[bool]) -> Iterator[None]:
+    now = [module.training for module in modules]
+    if now == training:
+        yield
+        return
+    try:
+        for module, flag in zip(modules, training, strict=True):
+            module.training = flag
+        yield
+    finally:
+        for module, flag in zip(modules, now, strict=True):
+            module.training = flag
+
+
+@contextmanager
+def _rng_as(states: dict[torch.device, Tensor]) -> Iterator[None]:
+    now = _rng_states(frozenset(states))
+    try:
+        _set_rng_states(states)
+        yield
+    finally:
+        _set_rng_states(now)
+
+
+def _rng_states(devices: frozenset[torch.device]) -> dict[torch.device, Tensor]:
+    """Generator states of the CPU and of every device given; none is started that was not in use."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            states[device] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def _set_rng_states(states: dict[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
