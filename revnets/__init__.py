@@ -1,0 +1,39 @@
+"""Reversible columns: any blocks, trained with the gradients of ordinary backprop and a fraction of its memory."""
+
+from revnets import blocks as blocks  # the built-in parts register themselves
+from revnets import ends as ends
+from revnets import fusions as fusions
+from revnets.cell import Cell, FixedGain, Gain
+from revnets.columns import ReversibleColumns, ReversibleSequence
+from revnets.config import SpecError
+from revnets.engine import Memory
+from revnets.graph import Graph, Node, wire
+from revnets.net import Net, build, build_columns
+from revnets.registry import register_block, register_fusion, register_head, register_stem
+from revnets.replay import ReplayError
+from revnets.spec import NetSpec, load_spec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cell",
+    "FixedGain",
+    "Gain",
+    "Graph",
+    "Memory",
+    "Net",
+    "NetSpec",
+    "Node",
+    "ReplayError",
+    "ReversibleColumns",
+    "ReversibleSequence",
+    "SpecError",
+    "build",
+    "build_columns",
+    "load_spec",
+    "register_block",
+    "register_fusion",
+    "register_head",
+    "register_stem",
+    "wire",
+]

@@ -1,0 +1,78 @@
+"""Stems and heads: what stands before the first column and after the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from revnets.blocks import EPS, init_weights
+from revnets.registry import register_head, register_stem
+
+
+@register_stem("patchify")
+class PatchifyStem(nn.Module):
+    """Non-overlapping patches: convolution with stride = kernel = `patch`, then LayerNorm (RevCol, section 2.2.1).
+
+    Images (B, in_chans, H, W) to (B, H / patch, W / patch, dim).
+    """
+
+    def __init__(self, dim: int, in_chans: int = 3, patch: int = 4):
+        super().__init__()
+        self.patch = patch
+        self.conv = nn.Conv2d(in_chans, dim, patch, stride=patch)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))
+
+
+@register_stem("tokens")
+class TokenStem(nn.Module):
+    """Patches with learned position embeddings, as a sequence (Dosovitskiy et al., 2021).
+
+    Images (B, in_chans, img_size, img_size) to (B, N, dim), N = (img_size / patch)^2.
+    """
+
+    def __init__(self, dim: int, img_size: int, in_chans: int = 3, patch: int = 16):
+        super().__init__()
+        if img_size % patch:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch {patch}")
+        self.conv = nn.Conv2d(in_chans, dim, patch, stride=patch)
+        self.pos_embed = nn.Parameter(torch.zeros((img_size // patch) ** 2, dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).flatten(2).transpose(1, 2) + self.pos_embed
+
+
+@register_stem("linear")
+class LinearStem(nn.Module):
+    """Vectors or sequences of vectors (..., in_dim) to (..., dim)."""
+
+    def __init__(self, dim: int, in_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(in_dim, dim)
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@register_head("classifier")
+class ClassifierHead(nn.Module):
+    """Mean over all positions of the top level, LayerNorm, Linear: (B, ..., C) to (B, num_classes)."""
+
+    def __init__(self, dims: Sequence[int], num_classes: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(dims[-1], eps=EPS)
+        self.drop = nn.Dropout(dropout)
+        self.linear = nn.Linear(dims[-1], num_classes)
+        self.apply(init_weights)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        top = levels[-1]
+        return self.linear(self.drop(self.norm(top.flatten(1, -2).mean(1) if top.dim() > 2 else top)))

@@ -1,0 +1,168 @@
+"""Fusions: how a cell brings its reads to one shape and adds them up (RevCol, section 2.2.2 and Figure 2c).
+
+A fusion is called with the reads in order. It knows from `sources` where each comes from, how many channels it has
+and by how much its resolution is reduced against the stem's output.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revnets.blocks import EPS, conv2d, init_weights
+from revnets.registry import register_fusion
+
+
+class Source(NamedTuple):
+    """One read, as a fusion sees it."""
+
+    kind: str  # stem, below or above
+    dim: int  # channels
+    reduction: int  # of each side, against the stem's output
+
+
+class Down(nn.Module):
+    """Strided convolution, then LayerNorm; the other way round than in ConvNeXt. Odd sides are padded by zeros."""
+
+    def __init__(self, dim_in: int, dim: int, ratio: int):
+        super().__init__()
+        self.ratio = ratio
+        self.conv = nn.Conv2d(dim_in, dim, ratio, stride=ratio)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bottom, right = -x.shape[1] % self.ratio, -x.shape[2] % self.ratio
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        return self.norm(conv2d(x, self.conv))
+
+
+class Up(nn.Module):
+    """Linear and LayerNorm at the low resolution, then nearest-neighbour upsampling."""
+
+    def __init__(self, dim_in: int, dim: int, ratio: int):
+        super().__init__()
+        self.ratio = ratio
+        self.proj = Project(dim_in, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        b, h, w, c = x.shape
+        r = self.ratio
+        return x[:, :, None, :, None].expand(b, h, r, w, r, c).reshape(b, h * r, w * r, c)
+
+
+class Project(nn.Module):
+    """Linear and LayerNorm over the channels."""
+
+    def __init__(self, dim_in: int, dim: int, norm: bool = True):
+        super().__init__()
+        self.linear = nn.Linear(dim_in, dim)
+        self.norm = nn.LayerNorm(dim, eps=EPS) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
+
+
+@register_fusion("convnext")
+class ConvNeXtFusion(nn.Module):
+    """Hierarchical fusion: strided convolution from finer reads, upsampling from coarser ones, summed.
+
+    A read that already has the right shape, such as the stem's output at level 0, passes as it is.
+    Reads (B, H', W', C'), result (B, H, W, C).
+    """
+
+    default_stride = 2
+
+    def __init__(self, dim: int, reduction: int, sources: list[Source]):
+        super().__init__()
+        self.paths = nn.ModuleList(self._path(dim, reduction, source) for source in sources)
+        self.apply(init_weights)
+
+    @staticmethod
+    def _path(dim: int, reduction: int, source: Source) -> nn.Module:
+        if source.reduction < reduction:
+            return Down(source.dim, dim, _ratio(reduction, source.reduction))
+        if source.reduction > reduction:
+            return Up(source.dim, dim, _ratio(source.reduction, reduction))
+        return nn.Identity() if source.dim == dim else Project(source.dim, dim)
+
+    def forward(self, *reads: Tensor) -> Tensor:
+        outs = [path(read) for path, read in zip(self.paths, reads, strict=True)]
+        h = min(out.shape[1] for out in outs)  # upsampling a rounded-up size overshoots
+        w = min(out.shape[2] for out in outs)
+        return sum_up(out[:, :h, :w] for out in outs)
+
+
+@register_fusion("linear")
+class LinearFusion(nn.Module):
+    """Isotropic fusion: Linear and LayerNorm on the kinds of reads listed in `project`, others as they are, summed."""
+
+    default_stride = 1
+
+    def __init__(
+        self,
+        dim: int,
+        reduction: int,
+        sources: list[Source],
+        project: tuple[str, ...] = ("below", "above"),
+        norm: bool = True,
+    ):
+        super().__init__()
+        if unknown := set(project) - {"stem", "below", "above"}:
+            raise ValueError(f"project {sorted(unknown)}: choose among stem, below, above")
+        _same_resolution("linear", reduction, sources)
+        self.paths = nn.ModuleList(
+            Project(source.dim, dim, norm) if source.kind in project or source.dim != dim else nn.Identity()
+            for source in sources
+        )
+        self.apply(init_weights)
+
+    def forward(self, *reads: Tensor) -> Tensor:
+        return sum_up(path(read) for path, read in zip(self.paths, reads, strict=True))
+
+
+@register_fusion("identity")
+class IdentityFusion(nn.Module):
+    """The sum of the reads, without parameters; they must have equal shapes (RevNet, RevViT)."""
+
+    default_stride = 1
+
+    def __init__(self, dim: int, reduction: int, sources: list[Source]):
+        super().__init__()
+        _same_resolution("identity", reduction, sources)
+        for source in sources:
+            if source.dim != dim:
+                raise ValueError(
+                    f"fusion identity adds reads as they are, but one has {source.dim} channels and the level {dim}; "
+                    "use fusion linear, or equal dims"
+                )
+
+    def forward(self, *reads: Tensor) -> Tensor:
+        return sum_up(reads)
+
+
+def sum_up(terms) -> Tensor:
+    """The sum, without the 0 that `sum` begins with."""
+    terms = iter(terms)
+    total = next(terms)
+    for term in terms:
+        total = total + term
+    return total
+
+
+def _ratio(coarse: int, fine: int) -> int:
+    if coarse % fine:
+        raise ValueError(f"a read at 1/{coarse} of the resolution cannot be brought to 1/{fine}: not a whole ratio")
+    return coarse // fine
+
+
+def _same_resolution(name: str, reduction: int, sources: list[Source]) -> None:
+    for source in sources:
+        if source.reduction != reduction:
+            raise ValueError(
+                f"fusion {name} joins levels of one resolution, but reads 1/{source.reduction} into 1/{reduction}; "
+                "use fusion convnext, or stride 1 at every level"
+            )
