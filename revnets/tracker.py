@@ -1,0 +1,248 @@
+"""Counts what a piece of code allocates and runs: bytes of tensor storages, operators, floating point operations.
+
+`MemoryTracker` sees every operator that PyTorch dispatches, in the forward, inside of backward and inside of
+saved-tensor hooks, and follows each storage from its first operator to its death by a weak reference. Nothing is
+polled and no allocator is asked, so the numbers are exact to the byte, the same on every machine, and work for fake
+and meta tensors as well, which have a size but no memory.
+
+What it cannot see: workspaces inside of one kernel, tensors made outside of the dispatcher (a generator's state),
+temporaries inside of a tensor subclass's own operators, and an allocator's rounding and fragmentation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils.flop_counter import flop_registry
+
+
+class Snapshot(NamedTuple):
+    """The counters at one moment."""
+
+    label: str
+    live: int  # bytes alive now
+    peak: int  # most bytes alive at once since the snapshot before
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of storages that are created while it is active.
+
+    A storage counts once, however many views look at it, with all of its bytes. What existed before (parameters,
+    inputs) does not count unless it is registered. A storage that is resized counts from then on with its new size.
+    The counters go on when the tracker is entered again, and storages that die in between are still noticed.
+
+        with MemoryTracker() as tracker:
+            loss = model(x).sum()
+            kept = tracker.live
+            loss.backward()
+        tracker.peak
+
+    Attributes:
+        live: bytes alive now.
+        peak: most bytes that were alive at once.
+        snapshots: what `snapshot` noted, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.snapshots: list[Snapshot] = []
+        self._since = 0  # peak since the last snapshot
+        self._counted: dict[int, tuple[weakref.ref, int]] = {}  # address of a storage -> (it, its bytes)
+        self._resizes: list[Any] = []  # what `UntypedStorage.resize_` was before each `__enter__`
+
+    def register(self, *values: Any) -> None:
+        """Count what exists already: tensors, modules (parameters, buffers, gradients), optimizers, nests of them."""
+        for value in values:
+            for storage in _storages(_expand(value)):
+                self._count(storage)
+
+    def snapshot(self, label: str) -> Snapshot:
+        """Note the counters under a label; the snapshot's peak is the highest since the one before."""
+        self.snapshots.append(Snapshot(label, self.live, self._since))
+        self._since = self.live
+        return self.snapshots[-1]
+
+    def __enter__(self) -> MemoryTracker:
+        # A storage can change its size without an operator (FSDP frees its gathered weights that way), and no hook
+        # tells of it: the method itself has to.
+        original = torch.UntypedStorage.resize_
+        self._resizes.append(original)
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = original(storage, size)
+            self._count(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch.UntypedStorage.resize_ = self._resizes.pop()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {storage._cdata: (storage, storage.nbytes()) for storage in _storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        # `torch.tensor` makes its tensor in silence and shows it here, as an argument, for the first time.
+        fresh = func is torch.ops.aten.lift_fresh.default
+        for storage in _storages(result):
+            if fresh or storage._cdata not in given:
+                self._count(storage)
+        for storage, size in given.values():
+            if storage.nbytes() != size:
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        """Begin to count a storage, or take note of its new size."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._counted:
+            reference, before = self._counted[key]
+        else:
+            reference, before = weakref.ref(storage, lambda _: self._forget(key)), 0
+        self._counted[key] = reference, size
+        self.live += size - before
+        self.peak = max(self.peak, self.live)
+        self._since = max(self._since, self.live)
+
+    def _forget(self, key: int) -> None:
+        _, size = self._counted.pop(key)
+        self.live -= size
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts operators by name, and the work of those that multiply matrices.
+
+        with OpCounter() as counter:
+            model(x).sum().backward()
+        counter.ops["aten.mm"], counter.matmuls, counter.flops
+
+    Attributes:
+        ops: calls by name without overload, such as `aten.mm`, `aten.convolution`, `aten.native_layer_norm`.
+        matmuls: calls of products: matrix products, convolutions, attention kernels, and the backward of each.
+        flops: floating point operations of those calls; a multiplication and an addition are two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.matmuls = 0
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        op = getattr(func, "overloadpacket", func)  # higher-order operators have no overloads
+        if getattr(func, "namespace", None) != "prim":  # fake tensors ask for their device all the time
+            self.ops[str(op)] += 1
+        if op in _FLOPS:
+            self.matmuls += 1
+            self.flops += _FLOPS[op](*args, **kwargs, out_val=result)
+        return result
+
+
+_FLOPS = {
+    **flop_registry,
+    # PyTorch has no formula for its CPU kernel of attention; the arguments are those of the GPU's.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+"""Floating point operations of every operator that multiplies matrices."""
+
+
+def kept_bytes(model: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """Bytes alive between forward and backward because of the forward, its outputs included.
+
+    Parameters, buffers and inputs existed before and do not count.
+    """
+    with MemoryTracker() as tracker:
+        output = model(*args, **kwargs)
+        kept = tracker.live
+    del output
+    return kept
+
+
+def peak_bytes(model: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """Most bytes alive at once in a forward and backward, gradients included, parameters and inputs not.
+
+    The loss is the sum of all outputs. Gradients are taken for the parameters and for inputs that require them; no
+    `.grad` is touched.
+    """
+    leaves = [tensor for tensor in tensors((list(model.parameters()), args, kwargs)) if tensor.requires_grad]
+    with MemoryTracker() as tracker:
+        outputs = [tensor for tensor in tensors(model(*args, **kwargs)) if tensor.requires_grad]
+    ones = [torch.ones_like(output) for output in outputs]
+    with tracker:
+        torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
+    return tracker.peak
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a nest of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+
+
+def _expand(value: Any) -> Any:
+    """Everything a module or an optimizer holds, as a nest of tensors; a nest remains one."""
+    if isinstance(value, nn.Module):
+        parameters = list(value.parameters())
+        return [parameters, list(value.buffers()), [parameter.grad for parameter in parameters]]
+    if isinstance(value, torch.optim.Optimizer):
+        return list(value.state.values())
+    if isinstance(value, (tuple, list)):
+        return [_expand(item) for item in value]
+    return value
+
+
+def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """The storages under a nest of tensors, those inside of sparse tensors and of subclasses included."""
+    if isinstance(value, Tensor):
+        if is_traceable_wrapper_subclass(value):
+            names, _ = value.__tensor_flatten__()
+            for name in names:
+                yield from _storages(getattr(value, name))
+        elif value.layout is torch.strided:
+            yield value.untyped_storage()
+        else:
+            for part in _SPARSE_PARTS.get(value.layout, ()):
+                yield from _storages(getattr(value, part)())
+    elif isinstance(value, torch.UntypedStorage):
+        yield value
+    elif isinstance(value, torch.TypedStorage):
+        yield value._untyped_storage
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _storages(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _storages(item)
+
+
+_SPARSE_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+"""How to reach the dense tensors of a sparse one."""
