@@ -1,0 +1,36 @@
+# Two commands do everything on a machine with Python 3.11 and git: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.ready
+
+.PHONY: help demo test fast lint clean
+
+help:
+	@echo "make demo   train a reversible column net on real images (about two minutes) and show what it saved"
+	@echo "make test   run the whole suite"
+	@echo "make fast   run the suite without the tests marked slow"
+	@echo "make lint   ruff and pyright"
+	@echo "make clean  remove the virtual environment and everything that was made"
+
+# The stamp makes the second call start at once; a changed pyproject.toml sets up again.
+$(SETUP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[vision,dev]'
+	@touch $(SETUP)
+
+demo: $(SETUP)
+	$(BIN)/python examples/demo.py
+
+test: $(SETUP)
+	$(BIN)/python -m pytest
+
+fast: $(SETUP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(SETUP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean:
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

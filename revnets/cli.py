@@ -1,0 +1,105 @@
+"""The command `revnets`. Other packages add commands through the entry-point group `revnets.commands`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="revnets",
+    help="Reversible column nets: look at them, measure them, train them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecArgument = Annotated[Path, typer.Argument(help="YAML file of a net (docs/yaml.md).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key.path=value, e.g. columns=8 levels.2.depth=6", show_default=False)
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option("--input", help="Shape of one sample, e.g. 3,224,224 (images), 197,768 (tokens) or 64 (vectors)."),
+]
+
+
+@app.command()
+def show(
+    spec: SpecArgument,
+    overrides: Overrides = None,
+    input_shape: InputShape = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw columns, levels and wires into this SVG file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="The same as a PNG file.")] = None,
+) -> None:
+    """Show a net: its graph, parameters and multiply-accumulates, as a table and as a picture."""
+    from revnets.show import describe
+
+    describe(spec, overrides or [], _shape(input_shape), [path for path in (svg, png) if path])
+
+
+@app.command()
+def audit(
+    spec: SpecArgument,
+    overrides: Overrides = None,
+    input_shape: InputShape = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in the batch that is measured.")] = 2,
+    png: Annotated[Path | None, typer.Option(help="Draw the figures into this PNG file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+) -> None:
+    """Measure whether a net is reversible, whether its gradients are right, and what it keeps for backward.
+
+    Exit code 1 if a gradient is wrong.
+    """
+    from revnets.show import measure
+
+    raise typer.Exit(measure(spec, overrides or [], _shape(input_shape), batch, png, json))
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise typer.BadParameter(f"{text!r} is no shape; give positive whole numbers such as 3,224,224", param_hint="--input")
+    return shape
+
+
+def _add_commands_of_other_packages() -> None:
+    """A package whose requirements are missing must not break the commands of the others."""
+    for entry in entry_points(group="revnets.commands"):
+        try:
+            command = entry.load()
+        except ImportError as error:
+            command = _missing(entry.name, entry.value.split(":")[0], error)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(name=entry.name)(command)
+
+
+def _missing(name: str, module: str, error: ImportError):
+    def command() -> None:
+        raise SystemExit(f"revnets {name}: {module} cannot be imported ({error}). Install its extra: pip install 'revnets[vision]'")
+
+    command.__doc__ = f"Not available here: {error}."
+    return command
+
+
+def main() -> None:
+    """Entry point: every expected mistake is one line on stderr and exit code 2, never a traceback."""
+    from revnets.config import SpecError
+
+    _add_commands_of_other_packages()
+    try:
+        app()
+    except SpecError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print("[red]error:[/red]", str(error), markup=True)
+        sys.exit(2)
