@@ -87,7 +87,8 @@ def first_state(update: Tensor) -> Tensor:
     gamma and x_{t-m} lift them. A state is dense: a slice or an expanded tensor is copied, so that a rebuilt state
     can be written with the same strides.
     """
-    if torch.is_autocast_enabled(update.device.type):
+    kind = update.device.type  # "meta", for one, knows no autocast
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         update = update.to(torch.promote_types(update.dtype, torch.float32))
     return update if _is_dense(update) else update.contiguous()
 

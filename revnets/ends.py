@@ -21,6 +21,7 @@ class PatchifyStem(nn.Module):
     def __init__(self, dim: int, in_chans: int = 3, patch: int = 4):
         super().__init__()
         self.patch = patch
+        self.example_shape = (in_chans, 56 * patch, 56 * patch)  # one sample, for whoever has to make one up
         self.conv = nn.Conv2d(in_chans, dim, patch, stride=patch)
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.apply(init_weights)
@@ -40,6 +41,7 @@ class TokenStem(nn.Module):
         super().__init__()
         if img_size % patch:
             raise ValueError(f"img_size {img_size} is not a multiple of patch {patch}")
+        self.example_shape = (in_chans, img_size, img_size)
         self.conv = nn.Conv2d(in_chans, dim, patch, stride=patch)
         self.pos_embed = nn.Parameter(torch.zeros((img_size // patch) ** 2, dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -55,6 +57,7 @@ class LinearStem(nn.Module):
 
     def __init__(self, dim: int, in_dim: int):
         super().__init__()
+        self.example_shape = (in_dim,)
         self.linear = nn.Linear(in_dim, dim)
         self.apply(init_weights)
 

@@ -42,7 +42,8 @@ class Surrounding:
         self._training = [module.training for module in self._modules]
         self._versions = [(parameter, parameter._version) for parameter in cell.parameters()]
         self._devices = devices | {parameter.device for parameter, _ in self._versions}
-        self._autocast = [Autocast.now(kind) for kind in sorted({"cpu"} | {device.type for device in self._devices})]
+        kinds = sorted({"cpu"} | {device.type for device in self._devices})
+        self._autocast = [Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
         self._rng: dict[torch.device, Tensor] = {}
         self._buffers: dict[tuple[int, str], Tensor] = {}
 
@@ -95,15 +96,18 @@ class Surrounding:
 
     @contextmanager
     def _buffers_of_the_forward(self) -> Iterator[None]:
-        """Let the cell see copies: those kept where the forward wrote, fresh ones elsewhere."""
+        """Let the cell see copies: those kept where the forward wrote, fresh ones elsewhere. A shared buffer stays one."""
         held = [
             (module._buffers, index, name, buffer)
             for index, module in enumerate(self._modules)
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        copies: dict[int, Tensor] = {}
         for buffers, index, name, buffer in held:
-            buffers[name] = self._buffers.get((index, name), buffer.detach()).clone()
+            if id(buffer) not in copies:
+                copies[id(buffer)] = self._buffers.get((index, name), buffer.detach()).clone()
+            buffers[name] = copies[id(buffer)]
         try:
             yield
         finally:

@@ -1,0 +1,133 @@
+"""What `revnets show` and `revnets audit` print and draw."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from revnets.config import SpecError
+from revnets.net import Net, build
+from revnets.registry import importable
+
+
+def describe(path: Path, overrides: Sequence[str], shape: tuple[int, ...] | None, pictures: Sequence[Path]) -> None:
+    """Print levels, wires, parameters and multiply-accumulates of a net; draw it into `pictures`."""
+    with importable(path.resolve().parent, Path.cwd()), torch.device("meta"):
+        net = build(path, overrides)
+    shape = shape or example_shape(net, path)
+    macs, sizes = _walk(net, shape, path)
+    console = Console()
+    console.print(_levels(net, sizes))
+    console.print(_wires(net))
+    parts = [("stem", net.stem), ("columns", net.columns), ("head", net.head)]
+    counts = ", ".join(f"{name} {_millions(parameters(part))}" for name, part in parts if part is not None)
+    console.print(f"parameters {_millions(parameters(net))} ({counts})")
+    console.print(f"multiply-accumulates {macs / 1e9:.3f} G for one sample of {' x '.join(map(str, shape))}")
+    if pictures:
+        from revnets import draw
+
+        labels = [
+            f"{level.dim} x {size}\n{level.depth} x {level.block.rpartition(':')[2]}"
+            for level, size in zip(net.spec.levels, sizes, strict=True)
+        ]
+        figure = draw.graph_figure(net.columns.graph, labels)
+        for picture in pictures:
+            draw.save(figure, picture)
+            console.print(f"wrote {picture}")
+
+
+def measure(
+    path: Path, overrides: Sequence[str], shape: tuple[int, ...] | None, batch: int, png: Path | None, json: bool
+) -> int:
+    """Audit a freshly initialised net on random input; returns the exit code."""
+    from revnets.audit import audit
+
+    with importable(path.resolve().parent, Path.cwd()):
+        torch.manual_seed(0)
+        net = build(path, overrides)
+    shape = shape or example_shape(net, path)
+    console = Console(stderr=json)
+    with console.status("measuring each memory mode ..."):
+        result = audit(net, torch.randn(batch, *shape))
+    if json:
+        print(json_format.dumps(result.to_dict(), indent=2))
+    else:
+        console.print(result.table())
+    if png is not None:
+        from revnets import draw
+
+        draw.save(draw.audit_figure(result), png)
+        console.print(f"wrote {png}")
+    return 0 if result.ok else 1
+
+
+def example_shape(net: Net, source: Path | str) -> tuple[int, ...]:
+    """A shape of one sample that the stem says it takes."""
+    shape = getattr(net.stem, "example_shape", None)
+    if shape is None:
+        raise SpecError(str(source), "stem", "does not say what shape it takes", "Give --input, e.g. --input 3,224,224")
+    return tuple(shape)
+
+
+def parameters(module: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+
+def _walk(net: Net, shape: tuple[int, ...], path: Path) -> tuple[int, list[str]]:
+    """Multiply-accumulates of one sample, and the size of each level, without computing anything."""
+    sizes: list[str] = []
+
+    def note(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        sizes.append(" x ".join(str(side) for side in output.shape[1:-1]) or "1")
+
+    hooks = [cell.register_forward_hook(note) for cell in net.columns.cells[0]]
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(torch.empty(1, *shape, device="meta"))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise SpecError(str(path), "", f"an input of {shape} does not go through ({reason})", "Give --input") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops() // 2, sizes
+
+
+def _levels(net: Net, sizes: Sequence[str]) -> Table:
+    spec, graph = net.spec, net.columns.graph
+    table = Table(title=f"{spec.columns} columns of {len(spec.levels)} levels, memory {spec.memory}", title_justify="left")
+    for name in ("level", "channels", "positions", "blocks", "reads", "parameters a column"):
+        table.add_column(name, justify="left" if name in ("blocks", "reads") else "right")
+    column = min(1, spec.columns - 1)  # the first one has neither gains nor reads from above
+    for index, level in enumerate(spec.levels):
+        node = graph.nodes[column * graph.m + index]
+        reads = ", ".join(f"{graph.kind(node, read)} {graph.name(read)}" for read in node.reads)
+        count = _millions(parameters(net.columns.cells[column][index]))
+        table.add_row(str(index), str(level.dim), sizes[index], f"{level.depth} x {level.block}", reads, count)
+    return table
+
+
+def _wires(net: Net, shown: int = 3) -> Table:
+    """The first columns and the last; those between are wired like the second."""
+    graph = net.columns.graph
+    table = Table(title="graph", title_justify="left")
+    for name in ("cell", "reads", "gamma scales"):
+        table.add_column(name)
+    for node, row in zip(graph.nodes, graph.table(), strict=True):
+        hidden = shown <= node.column < graph.columns - 1
+        if not hidden:
+            table.add_row(*row, end_section=node.level == graph.m - 1)
+        elif node.column == shown and node.level == 0:
+            table.add_row("...", "...", "...", end_section=True)
+    return table
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3f} M" if count >= 1e5 else f"{count:,}"
