@@ -93,7 +93,7 @@ class Frame:
         self.grad_reads: list[bool] = []
         self.surrounding: Surrounding | None = None
         self.metas: list[Meta] = []
-        self.saved: dict[int, Tensor] = {}
+        self.saved: dict[int, Held] = {}
 
 
 def unpack(ticket: Ticket) -> Tensor:
@@ -123,7 +123,7 @@ class Tape:
         frame.grad_reads = [read.requires_grad for read in reads]
         versions = [read._version for read in reads]
         cell = self.cells[node.index]
-        couple = None if past is None else partial(_couple_forward, frame, past)
+        couple = None if past is None else partial(_couple_forward, self._name(node), frame, past)
 
         def pack(tensor: Tensor) -> Ticket:
             frame.metas.append(Meta.of(tensor))
@@ -141,7 +141,14 @@ class Tape:
                 "Work on a copy, or use the out-of-place operation"
             )
         self.frames.append(frame)
+        self._settle(node)
         return state
+
+    def _settle(self, node: Node) -> None:
+        """Cut the lost bits of the cell a column ago to length: their counts have long arrived from the device."""
+        frame = self.frames[node.residual] if node.residual is not None else None
+        if frame is not None and frame.lost is not None:
+            frame.lost.settle()
 
     def skip(self) -> None:
         """A cell below everything that needs a gradient: nobody will ask for it."""
@@ -160,7 +167,8 @@ class Tape:
             if k not in frame.saved:
                 self._move_to(t)
                 self._replay(frame, collect=True)
-            return frame.saved.pop(k)  # one use a pass; a second pass replays (Rule 3)
+            saved = frame.saved.pop(k)  # one use a pass; a second pass replays (Rule 3)
+        return _trusted(saved, f"a tensor that {self._name(frame.node)} saved")
 
     def _move_to(self, index: int) -> None:
         if self.cursor < index:
@@ -187,11 +195,11 @@ class Tape:
     def _replay(self, frame: Frame, collect: bool) -> None:
         """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves."""
         node = frame.node
-        saved: list[tuple[Tensor, int]] = []
+        saved: list[Held] = []
 
         def pack(tensor: Tensor) -> None:
             if collect:
-                saved.append((tensor, tensor._version))
+                saved.append(Held.of(tensor))
 
         # Gradients are enabled even where nothing is collected: without them some modules take other kernels.
         couple = None if node.residual is None else partial(self._couple_replay, frame)
@@ -201,7 +209,7 @@ class Tape:
             self.cells[node.index](*reads, couple=couple, **context)
         if collect:
             self._check(frame, saved)
-            frame.saved = {k: tensor for k, (tensor, _) in enumerate(saved)}
+            frame.saved = dict(enumerate(saved))
 
     def _couple_replay(self, frame: Frame, update: Tensor, gamma: Tensor | float) -> Tensor:
         """x_{t-m} from x_t, then x_t as in the forward, so that the product with gamma is saved again."""
@@ -209,7 +217,7 @@ class Tape:
         if residual in self.window:
             past = self._state(residual)
         elif frame.kept is not None:
-            past = _trusted(frame.kept, self._name(frame.node))
+            past = _trusted(frame.kept, f"the state of {self.graph.name(residual)}")
             self.window[residual] = frame.kept
         else:
             with torch.no_grad():
@@ -225,12 +233,12 @@ class Tape:
         return state.detach().requires_grad_(grad)
 
     def _state(self, index: int) -> Tensor:
-        return _trusted(self.window[index], self.graph.name(index))
+        return _trusted(self.window[index], f"the state of {self.graph.name(index)}")
 
     def _name(self, node: Node) -> str:
         return f"cell {self.graph.name(node.index)} ({type(self.cells[node.index]).__name__})"
 
-    def _check(self, frame: Frame, saved: list[tuple[Tensor, int]]) -> None:
+    def _check(self, frame: Frame, saved: list[Held]) -> None:
         causes = (
             "Usual causes: the cell takes another path in its replay (it counts its calls, looks at the clock, at "
             "Python's or NumPy's random numbers or at global state), or its input changed in place"
@@ -240,22 +248,33 @@ class Tape:
                 f"{self._name(frame.node)} saved {len(frame.metas)} tensors in its forward and {len(saved)} in its "
                 f"replay. {causes}"
             )
-        for k, ((tensor, version), meta) in enumerate(zip(saved, frame.metas, strict=True)):
-            if Meta.of(tensor) != meta:
+        for k, (held, meta) in enumerate(zip(saved, frame.metas, strict=True)):
+            now = Meta.of(held.tensor)
+            if now != meta:
                 raise ReplayError(
-                    f"{self._name(frame.node)}: saved tensor {k} was {tuple(meta)} in the forward and is "
-                    f"{tuple(Meta.of(tensor))} in the replay. {causes}"
+                    f"{self._name(frame.node)}: saved tensor {k} was {tuple(meta)} in the forward and is {tuple(now)} "
+                    f"in the replay. {causes}"
                 )
-            if tensor._version != version:
+            if held.tensor._version != held.version:
                 raise ReplayError(
-                    f"{self._name(frame.node)}: saved tensor {k} of shape {tuple(tensor.shape)} is needed for the "
+                    f"{self._name(frame.node)}: saved tensor {k} of shape {tuple(now.shape)} is needed for the "
                     "gradient, but the cell changes it in place later on. Use the out-of-place operation"
                 )
 
 
-def _couple_forward(frame: Frame, past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
+def _couple_plain(name: str, past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
+    """x_t; nothing comes back."""
+    if update.shape != past.shape:
+        raise ValueError(
+            f"{name} gives a tensor of shape {tuple(update.shape)}, but the state x_(t-m) that it is added to has "
+            f"{tuple(past.shape)}; both must be equal"
+        )
+    return add(past, update, gamma)
+
+
+def _couple_forward(name: str, frame: Frame, past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
     """x_t, and into the frame whatever its mode needs to come back to x_{t-m}."""
-    state = add(past, update, gamma)
+    state = _couple_plain(name, past, update, gamma)
     frame.past_stride, frame.past_grad = past.stride(), past.requires_grad
     if frame.mode in (Memory.STORE, Memory.RECOMPUTE):
         frame.kept = Held.of(past)
@@ -312,7 +331,7 @@ def _run_plain(graph, cells, stem, context, taps):
     tapped: dict[int, Tensor] = {}
     for node in graph.nodes:
         past = None if node.residual is None else states[node.residual]
-        couple = None if past is None else partial(add, past)
+        couple = None if past is None else partial(_couple_plain, graph.name(node.index), past)
         reads = [stem if read == STEM else states[read] for read in node.reads]
         state = cells[node.index](*reads, couple=couple, **context)
         _advance(graph, states, tapped, node, state, taps)
@@ -332,7 +351,7 @@ def _run_taped(graph, cells, stem, modes, context, taps):
         if started:
             state = tape.record(node, reads, past, modes[node.column], context)
         else:
-            couple = None if past is None else partial(add, past)
+            couple = None if past is None else partial(_couple_plain, graph.name(node.index), past)
             state = cells[node.index](*reads, couple=couple, **context)
             tape.skip()
         _advance(graph, states, tapped, node, state, taps)
@@ -384,8 +403,8 @@ def _with_stride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
 def _trusted(held: Held, name: str) -> Tensor:
     if held.tensor._version != held.version:
         raise ReplayError(
-            f"the state of {name} was changed in place after the forward (version {held.tensor._version}, expected "
-            f"{held.version}), so the states before it cannot be rebuilt. Work on a copy: state.clone()"
+            f"{name} was changed in place after the forward (version {held.tensor._version}, expected {held.version}), "
+            "so backward cannot use it. Work on a copy: tensor.clone()"
         )
     return held.tensor
 

@@ -1,0 +1,104 @@
+"""Gains, the coupling and its inverse, and the form of a state."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from revnets.cell import Cell, FixedGain, Gain, add, first_state, subtract
+
+
+@pytest.mark.parametrize(
+    ("weight", "gamma"),
+    [(0.5, 0.5), (-0.5, -0.5), (1e-3, 1e-3), (1e-5, 1e-3), (-1e-5, -1e-3), (0.0, 1e-3), (7.0, 7.0)],
+)
+def test_gain_keeps_its_distance_from_0(weight, gamma):
+    gain = Gain(3, weight)
+    torch.testing.assert_close(gain(), torch.full((3,), gamma), rtol=0, atol=0)
+    assert torch.equal(gain.weight, torch.full((3,), weight))  # a forward edits nothing
+
+
+@pytest.mark.parametrize("weight", [0.5, 1e-5, 0.0, -1e-5])
+def test_gain_passes_its_gradient_straight_through(weight):
+    gain = Gain(3, weight)
+    (gain() * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert torch.equal(gain.weight.grad, torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_gain_leaves_an_exact_0():
+    gain = Gain(1, 0.0)
+    optimizer = torch.optim.SGD(gain.parameters(), lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (gain() - 0.5).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(gain(), torch.tensor([0.5]), rtol=0, atol=0.02)
+
+
+def test_gains_that_cannot_be_inverted():
+    with pytest.raises(ValueError, match="min_abs = 0"):
+        Gain(3, min_abs=0)
+    with pytest.raises(ValueError, match="gain 0"):
+        FixedGain(0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.25, -3.0, torch.tensor([0.5, -0.1, 2.0], dtype=torch.float64)])
+def test_subtract_undoes_add(gamma):
+    past, update = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    state = add(past, update, gamma)
+    torch.testing.assert_close(state, update + gamma * past)
+    torch.testing.assert_close(subtract(state, update, gamma), past, rtol=1e-12, atol=1e-12)
+
+
+def test_subtract_leaves_its_arguments_alone():
+    state, update = torch.randn(2, 3), torch.randn(2, 3)
+    copies = state.clone(), update.clone()
+    subtract(state, update, torch.tensor([0.5, 0.5, 0.5]))
+    assert torch.equal(state, copies[0]) and torch.equal(update, copies[1])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5, torch.tensor([0.5, 0.5, 0.5])])
+def test_a_state_has_the_dtype_of_the_one_it_replaces(gamma):
+    past, update = torch.randn(2, 3), torch.randn(2, 3, dtype=torch.bfloat16)
+    state = add(past, update, gamma)
+    assert state.dtype == torch.float32
+    assert subtract(state, update, gamma).dtype == torch.float32
+
+
+def test_states_stay_in_float32_under_autocast():
+    half = torch.randn(2, 3, dtype=torch.bfloat16)
+    assert first_state(half).dtype == torch.bfloat16  # a net that was converted as a whole
+    with torch.autocast("cpu", torch.bfloat16):
+        assert first_state(half).dtype == torch.float32
+        assert first_state(half.double()).dtype == torch.float64
+
+
+def test_a_state_is_dense():
+    whole = torch.randn(4, 6, 5)
+    for sparse in (whole[:, ::2], whole[..., 1:], torch.randn(4, 1, 5).expand(4, 6, 5)):
+        state = first_state(sparse)
+        assert torch.equal(state, sparse) and state.is_contiguous()
+    for dense in (whole, whole.permute(2, 0, 1), whole[1:3], torch.randn(1, 5, 1).transpose(0, 2)):
+        assert first_state(dense) is dense
+
+
+def test_the_caller_decides_how_the_update_meets_the_past():
+    cell = Cell(nn.Linear(3, 3), Gain(3, 0.5))
+    read, past = torch.randn(2, 3), torch.randn(2, 3)
+    state = cell(read, couple=partial(add, past))
+    torch.testing.assert_close(state, cell.function(read) + 0.5 * past)
+    torch.testing.assert_close(cell(read, couple=partial(subtract, state)), past)
+    assert torch.equal(cell(read), cell.function(read))
+
+
+def test_a_cell_of_the_first_column_has_no_past():
+    with pytest.raises(ValueError, match="first column"):
+        Cell(nn.Identity(), None)(torch.randn(2, 3), couple=partial(add, torch.randn(2, 3)))
+
+
+def test_state_dict_names():
+    assert list(Cell(nn.Linear(3, 3), Gain(3)).state_dict()) == ["function.weight", "function.bias", "gain.weight"]
+    assert list(Cell(nn.Linear(3, 3), FixedGain()).state_dict()) == ["function.weight", "function.bias"]

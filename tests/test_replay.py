@@ -1,0 +1,132 @@
+"""What a replay finds, and what it leaves behind: random numbers, buffers, flags, autocast, versions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from revnets.replay import ReplayError, Surrounding
+
+NOWHERE: frozenset[torch.device] = frozenset()
+
+
+class Noisy(nn.Module):
+    """Draws, counts, and says what surrounds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("table", torch.arange(3.0))
+
+    def forward(self):
+        self.calls += 1
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return torch.rand(2).tolist(), self.calls.item(), self.training, kind
+
+
+def record(module: nn.Module):
+    with Surrounding.record(module, NOWHERE) as surrounding:
+        result = module()
+    return surrounding, result
+
+
+def test_a_replay_is_the_forward_again_and_leaves_no_trace():
+    module = Noisy()
+    module()
+    with torch.autocast("cpu", torch.bfloat16):
+        surrounding, result = record(module)
+    module.eval()
+    module.calls.fill_(40)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+
+    torch.manual_seed(3)
+    for _ in range(2):
+        with surrounding.restored():
+            assert module() == result
+    assert torch.equal(torch.rand(2), expected)
+    assert module.calls.item() == 40
+    assert not module.training
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_forward_without_autocast_is_replayed_without():
+    module = Noisy()
+    surrounding, result = record(module)
+    assert result[-1] is None
+    with torch.autocast("cpu", torch.bfloat16):
+        with surrounding.restored():
+            assert module() == result
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_the_surrounding_comes_back_after_an_error():
+    module = Noisy()
+    surrounding, _ = record(module)
+    module.eval()
+    torch.manual_seed(3)
+    state, calls = torch.get_rng_state(), module.calls
+    with pytest.raises(ZeroDivisionError), surrounding.restored():
+        module()
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), state)
+    assert module.calls is calls and not module.training
+
+
+def test_only_what_the_cell_changed_is_kept():
+    quiet, x = nn.BatchNorm1d(3).eval(), torch.randn(2, 3)
+    with Surrounding.record(quiet, NOWHERE) as surrounding:
+        quiet(x)
+    assert not surrounding._rng and not surrounding._buffers
+    surrounding, _ = record(Noisy())
+    assert list(surrounding._rng) == [torch.device("cpu")]
+    assert [name for _, name in surrounding._buffers] == ["calls"]
+
+
+def test_a_buffer_that_is_replaced_counts_as_written():
+    class Moving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(1))
+
+        def forward(self):
+            self.mean = self.mean + 1
+            return self.mean.item()
+
+    module = Moving()
+    surrounding, result = record(module)
+    now = module.mean
+    with surrounding.restored():
+        assert module() == result == 1
+    assert module.mean is now
+
+
+def test_a_buffer_in_two_places_stays_one():
+    left, right = Noisy(), Noisy()
+    right.calls = left.calls
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = left, right
+
+        def forward(self):
+            self.left()
+            return self.right()[1]
+
+    module = Both()
+    surrounding, result = record(module)
+    assert result == 2
+    with surrounding.restored():
+        assert module() == result
+
+
+def test_a_parameter_that_moved_is_not_trusted():
+    module = Noisy()
+    surrounding, _ = record(module)
+    with torch.no_grad():
+        module.weight.add_(1)
+    with pytest.raises(ReplayError, match="optimizer step"), surrounding.restored():
+        pass
