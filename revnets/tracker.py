@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ class MemoryTracker(TorchDispatchMode):
         live: bytes alive now.
         peak: most bytes that were alive at once.
         snapshots: what `snapshot` noted, in order.
+        label: set it to anything hashable, and what is created from then on counts under it as well.
+        live_by_label: bytes alive now, by the label of their birth.
     """
 
     def __init__(self) -> None:
@@ -54,8 +56,10 @@ class MemoryTracker(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.snapshots: list[Snapshot] = []
+        self.label: Hashable = None
+        self.live_by_label: Counter[Hashable] = Counter()
         self._since = 0  # peak since the last snapshot
-        self._counted: dict[int, tuple[weakref.ref, int]] = {}  # address of a storage -> (it, its bytes)
+        self._counted: dict[int, _Counted] = {}  # by address
         self._resizes: list[Any] = []  # what `UntypedStorage.resize_` was before each `__enter__`
 
     def register(self, *values: Any) -> None:
@@ -105,18 +109,27 @@ class MemoryTracker(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage) -> None:
         """Begin to count a storage, or take note of its new size."""
         key, size = storage._cdata, storage.nbytes()
-        if key in self._counted:
-            reference, before = self._counted[key]
+        known = self._counted.get(key)
+        if known is None:
+            known = _Counted(weakref.ref(storage, lambda _: self._add(self._counted.pop(key), sign=-1)), 0, self.label)
         else:
-            reference, before = weakref.ref(storage, lambda _: self._forget(key)), 0
-        self._counted[key] = reference, size
-        self.live += size - before
+            self._add(known, sign=-1)
+        self._counted[key] = known._replace(size=size)
+        self._add(self._counted[key])
         self.peak = max(self.peak, self.live)
         self._since = max(self._since, self.live)
 
-    def _forget(self, key: int) -> None:
-        _, size = self._counted.pop(key)
-        self.live -= size
+    def _add(self, counted: _Counted, sign: int = 1) -> None:
+        self.live += sign * counted.size
+        self.live_by_label[counted.label] += sign * counted.size
+
+
+class _Counted(NamedTuple):
+    """A storage that is counted."""
+
+    reference: weakref.ref
+    size: int
+    label: Hashable
 
 
 class OpCounter(TorchDispatchMode):

@@ -1,0 +1,266 @@
+"""Is it reversible, is the gradient right, what is kept: measured on the model at hand, not promised.
+
+Every number comes from the model's own forward and the engine's own tape, in the surrounding that the model runs in:
+dropout, BatchNorm, autocast and padding masks take part. What the numbers mean is written in `revnets/report.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revnets.columns import ReversibleColumns
+from revnets.distance import GradientDistance, gradient_distance, norm, same_bits
+from revnets.engine import Memory
+from revnets.reconstruction import reconstruction
+from revnets.replay import ReplayError
+from revnets.report import Audit, ModeAudit
+from revnets.tracker import MemoryTracker, OpCounter, tensors
+
+MODES = tuple(str(mode) for mode in Memory)
+
+
+def audit(
+    model: nn.Module,
+    x: Any,
+    *,
+    modes: Sequence[str] = MODES,
+    loss: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Audit:
+    """Measure reconstruction, gradients and memory of a model with reversible columns.
+
+    Everything is left as it was: parameters, `.grad`, buffers, generators, memory modes. The pass runs under the
+    training flags and the autocast it finds: call `train()` or `eval()` before. Gradients are taken with
+    `torch.autograd.grad`, so hooks that wait for `.grad` do not fire.
+
+    Args:
+        model: a `ReversibleColumns`, a module that has one as `.columns`, or one that contains exactly one.
+        x: the model's input; a tuple is passed on as positional, a mapping as keyword arguments.
+        modes: memory modes to measure. `store` runs in any case: it is what the others are held against.
+        loss: from the model's output to a scalar. By default a fixed random projection of all outputs, so that every
+            level gets a gradient.
+        seed: of the random numbers inside of the model (dropout) and of the projection.
+        progress: is told what is measured next.
+
+    Raises:
+        ValueError: no reversible columns, or several; an unknown mode; nothing that could get a gradient.
+    """
+    columns = find_columns(model)
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"memory mode {mode!r} is unknown; choose {', '.join(MODES)}")
+    leaves = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    leaves |= {f"input {index}": tensor for index, tensor in enumerate(tensors(x)) if tensor.requires_grad}
+    if not leaves:
+        raise ValueError("no parameter and no input requires a gradient, so there is none to compare")
+    tell = progress or (lambda _: None)
+
+    with _left_as_found(model, columns) as restore:
+        step = partial(_step, model, columns, x, leaves, loss, seed, restore)
+        tell("store")
+        reference = step(Memory.STORE).gradients  # caches that the model fills once are filled here, and not counted
+        _require_finite(reference)
+        tell("store, once more")
+        again = step(Memory.STORE)
+        results = []
+        for mode in modes:
+            if mode != Memory.STORE:
+                tell(mode)
+            measured = again if mode == Memory.STORE else step(Memory(mode))
+            results.append(_mode_audit(mode, measured, reference))
+        noise = gradient_distance(again.gradients, reference).relative
+        tell("reconstruction")
+        rebuilt = reconstruction(columns, partial(_call, model, x), seed)
+    return Audit(type(model).__name__, columns.graph.m, rebuilt, tuple(results), noise)
+
+
+def find_columns(model: nn.Module) -> ReversibleColumns:
+    """The reversible columns of a model: itself, its `.columns`, or the only ones among its submodules.
+
+    Raises:
+        ValueError: there are none, or several.
+    """
+    for candidate in (model, getattr(model, "columns", None)):
+        if isinstance(candidate, ReversibleColumns):
+            return candidate
+    found = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleColumns)}
+    if len(found) != 1:
+        places = f"several, at {', '.join(found)}: pass one of them" if found else "none"
+        raise ValueError(f"{type(model).__name__} must be or contain exactly one ReversibleColumns; it has {places}")
+    return next(iter(found.values()))
+
+
+Gradients = dict[str, Tensor | None]
+
+
+class _Measured(NamedTuple):
+    """One forward and backward."""
+
+    gradients: Gradients
+    kept: int
+    peak: int
+    column_bytes: tuple[int, ...]
+    forward: OpCounter
+    backward: OpCounter
+    failure: str
+
+
+def _step(model, columns, x, leaves, loss, seed, restore, mode: Memory) -> _Measured:
+    restore()
+    columns.memory = mode
+    torch.manual_seed(seed)
+    torch.clear_autocast_cache()  # as at the start of an autocast region
+    tracker, forward, backward = MemoryTracker(), OpCounter(), OpCounter()
+    gradients: Gradients = {}
+    added: list[int] = []
+    kept, failure = 0, ""
+    try:
+        with tracker, forward, _bytes_by_column(columns, tracker) as added:
+            output = _call(model, x)
+        torch.clear_autocast_cache()  # as at its end
+        kept = tracker.live
+        with tracker, forward:
+            roots = _roots(output, loss)
+        weights = [None] if loss else _projection(roots, seed)
+        del output
+        with tracker, backward, _without_autocast(roots):
+            found = torch.autograd.grad(roots, list(leaves.values()), weights, allow_unused=True)
+        gradients = dict(zip(leaves, found, strict=True))
+    except ReplayError as error:
+        failure = str(error)
+    return _Measured(gradients, kept, tracker.peak, tuple(added), forward, backward, failure)
+
+
+def _mode_audit(mode: str, measured: _Measured, reference: Gradients) -> ModeAudit:
+    if measured.failure:
+        apart = GradientDistance(math.nan, "", math.nan, False)
+    else:
+        apart = gradient_distance(measured.gradients, reference)
+    return ModeAudit(
+        mode=str(mode),
+        gradient_error=apart.relative,
+        worst_parameter=apart.worst,
+        worst_error=apart.worst_relative,
+        equal=apart.equal,
+        kept_bytes=measured.kept,
+        peak_bytes=measured.peak,
+        column_bytes=measured.column_bytes,
+        forward_matmuls=measured.forward.matmuls,
+        backward_matmuls=measured.backward.matmuls,
+        forward_flops=measured.forward.flops,
+        backward_flops=measured.backward.flops,
+        failure=measured.failure,
+    )
+
+
+def _require_finite(gradients: Gradients) -> None:
+    for name, gradient in gradients.items():
+        if gradient is not None and not math.isfinite(
+            norm(gradient.coalesce().values() if gradient.is_sparse else gradient)
+        ):
+            raise ValueError(
+                f"the gradient of {name} is not finite with ordinary autograd either (memory mode store), so nothing "
+                "can be held against it; check the input and the loss"
+            )
+
+
+def _call(model: nn.Module, x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
+
+
+def _roots(output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
+    """Where backward starts."""
+    if loss is not None:
+        value = loss(output)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ValueError("loss must turn the model's output into one number that requires a gradient")
+        return [value]
+    roots = [tensor for tensor in tensors(output) if tensor.requires_grad]
+    if not roots:
+        raise ValueError("no output of the model requires a gradient; is all of it frozen, or detached?")
+    return roots
+
+
+def _projection(roots: list[Tensor], seed: int) -> list[Tensor]:
+    """Random weights w_i: backward from them is that of the loss sum_i <w_i, output_i>, without its memory."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(root.shape, generator=generator).to(root.device, root.dtype) for root in roots]
+
+
+@contextmanager
+def _bytes_by_column(columns: ReversibleColumns, tracker: MemoryTracker) -> Iterator[list[int]]:
+    """Fill a list with what each column's forward adds to the bytes alive, from its first cell to the next one's.
+
+    Weights that autocast has cast live in its cache until the region ends. They are nothing that a column keeps.
+    """
+    added: list[int] = []
+    marks: list[int] = []
+
+    def begin(*_: Any) -> None:
+        tracker.label = len(marks)
+        marks.append(tracker.live)
+
+    def end(*_: Any) -> None:
+        marks.append(tracker.live)
+        before = tracker.live_by_label.copy()
+        torch.clear_autocast_cache()
+        cast = before - tracker.live_by_label
+        tracker.label = None
+        added.extend(after - start - cast[column] for column, (start, after) in enumerate(pairwise(marks)))
+
+    first = dict.fromkeys(column[0] for column in columns.cells)  # a set: one cell may serve several columns
+    handles = [cell.register_forward_pre_hook(begin) for cell in first]
+    handles.append(columns.register_forward_hook(end))
+    try:
+        yield added
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _left_as_found(model: nn.Module, columns: ReversibleColumns) -> Iterator[Callable[[], None]]:
+    """Put buffers, generators and memory modes back at the end; yields what puts the buffers back in between."""
+    memory = columns.memory
+    found = [
+        (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+
+    def restore() -> None:
+        for buffers, name, buffer, value in found:
+            buffers[name] = buffer
+            if buffer is not None and not same_bits(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+    accelerator = torch.accelerator.current_accelerator()
+    kind = accelerator.type if accelerator else "cuda"
+    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind):
+        try:
+            yield restore
+        finally:
+            restore()
+            columns.memory = memory
+
+
+@contextmanager
+def _without_autocast(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Backward runs outside of autocast, as it does in a training loop."""
+    with ExitStack() as stack:
+        for kind in {"cpu", *(tensor.device.type for tensor in tensors)}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

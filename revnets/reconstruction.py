@@ -1,0 +1,93 @@
+"""How well the states of every column come back, through the tape that backward uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revnets.columns import ReversibleColumns
+from revnets.distance import Distance, distance, ratio
+from revnets.engine import Memory, Tape
+from revnets.graph import STEM
+from revnets.replay import ReplayError
+from revnets.report import ColumnAudit
+
+
+def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: int) -> tuple[ColumnAudit, ...]:
+    """Compare the states that backward rebuilds with those of the forward, column by column.
+
+    The last window of states is where backward starts; it is not rebuilt and not part of the result.
+
+    Args:
+        columns: whose states.
+        call: runs the model around them. Where it calls the columns, their states are rebuilt as well, on the same
+            input, with the same arguments and under the same autocast.
+        seed: for the random numbers inside of the cells.
+    """
+    found: list[tuple[ColumnAudit, ...]] = []
+
+    def probe(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not found:
+            context = {name: value for name, value in kwargs.items() if name not in ("x", "taps")}
+            found.append(_compare(columns, args[0] if args else kwargs["x"], context, seed))
+
+    handle = columns.register_forward_pre_hook(probe, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call()
+    except ReplayError:
+        return ()  # a cell that cannot be taped: every mode but `store` has failed on it and said why
+    finally:
+        handle.remove()
+    return found[0] if found else ()
+
+
+def _compare(columns: ReversibleColumns, stem: Tensor, context: dict[str, Any], seed: int) -> tuple[ColumnAudit, ...]:
+    by_inverse = _rebuilt(columns, stem, context, seed, Memory.INVERT)
+    by_lost_bits = _rebuilt(columns, stem, context, seed, Memory.EXACT)
+    result = []
+    for column, group in groupby(sorted(by_inverse), key=lambda t: t // columns.graph.m):
+        indices = list(group)
+        levels = [by_inverse[t] for t in indices]
+        result.append(
+            ColumnAudit(
+                column=column,
+                elements=tuple(level.elements for level in levels),
+                invert_error=ratio(
+                    math.hypot(*(level.norm for level in levels)),
+                    math.hypot(*(level.reference_norm for level in levels)),
+                ),
+                invert_max=max(ratio(level.largest, level.reference_largest) for level in levels),
+                invert_levels=tuple(level.relative for level in levels),
+                exact=all(by_lost_bits[t].equal for t in indices),
+            )
+        )
+    return tuple(result)
+
+
+def _rebuilt(
+    columns: ReversibleColumns, stem: Tensor, context: dict[str, Any], seed: int, mode: Memory
+) -> dict[int, Distance]:
+    """Run all cells on a tape that also keeps every state, let it come down as backward does, and compare."""
+    graph, cells = columns.graph, columns.flat()
+    tape = Tape(graph, cells, stem, context)
+    states: list[Tensor] = []
+    torch.manual_seed(seed)
+    with torch.enable_grad():
+        for node in graph.nodes:
+            reads = [stem if read == STEM else states[read] for read in node.reads]
+            past = None if node.residual is None else states[node.residual]
+            states.append(tape.record(node, reads, past, mode, context))
+    total = len(states)
+    tape.close({t: states[t] for t in range(max(0, total - graph.m), total)})
+    states = [state.detach() for state in states]
+    result = {}
+    for t in reversed(range(total - graph.m)):
+        tape._move_to(t + graph.m - 1)  # steps below x_{t+m}, and so rebuilds x_t
+        result[t] = distance(tape.window[t].tensor, states[t])
+    return result

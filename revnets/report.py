@@ -1,0 +1,193 @@
+"""What an audit found: the numbers, the verdict on them, and how they are shown.
+
+- `exact` (green): every gradient is bit for bit that of `store`, which is ordinary autograd.
+- `drift` (yellow): it differs, within the limit.
+- `wrong` (red): it differs by more, is not finite, or the pass failed.
+
+The limit is 0 for `recompute` and `exact`, which promise equal bits, and 1 % of the gradient for `invert`. Where
+`store` does not repeat itself bit for bit (kernels with atomic additions), ten times its own difference is granted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+T = TypeVar("T")
+
+INVERT_LIMIT = 0.01
+"""Relative gradient error above which the drift of `invert` is wrong."""
+
+COLOURS = {"exact": "green", "drift": "yellow", "wrong": "red"}
+"""Of the verdicts, in a terminal."""
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_PHRASES = {"exact": "equal bit for bit", "drift": "differs a little", "wrong": "WRONG"}
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnAudit:
+    """How one column's states come back when backward rebuilds them from the last column's."""
+
+    column: int
+    elements: tuple[int, ...]  # of each level's state
+    invert_error: float  # |rebuilt - state| / |state|, L2 over all levels, by the plain inverse
+    invert_max: float  # the largest difference over the largest element
+    invert_levels: tuple[float, ...]  # the L2 error of each level
+    exact: bool  # does `exact` give back every bit?
+
+
+@dataclass(frozen=True, slots=True)
+class ModeAudit:
+    """One forward and backward in one memory mode."""
+
+    mode: str
+    gradient_error: float  # |gradient - store's| / |store's|, L2 over all parameters
+    worst_parameter: str  # the one with the largest error of its own; empty if all are equal
+    worst_error: float  # that error
+    equal: bool  # bit for bit, every parameter
+    kept_bytes: int  # alive between forward and backward because of the forward, outputs included
+    peak_bytes: int  # most alive at once, gradients included, parameters and inputs not
+    column_bytes: tuple[int, ...]  # by how much each column's forward raised what is alive
+    forward_matmuls: int  # calls of matrix products, convolutions and attention kernels
+    backward_matmuls: int
+    forward_flops: int
+    backward_flops: int
+    failure: str = ""  # the error, if the pass ended in one
+
+    @property
+    def bytes_per_column(self) -> float:
+        """By how much one more column raises what is kept. The first does not count: it brings the window of states."""
+        added = self.column_bytes[1:]
+        return sum(added) / len(added) if added else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What `revnets.audit` found; `table()` is for people, `to_dict()` for machines, `ok` for scripts."""
+
+    model: str
+    m: int
+    columns: tuple[ColumnAudit, ...]
+    modes: tuple[ModeAudit, ...]
+    noise: float  # gradient error of `store` against itself: 0 if its kernels are deterministic
+
+    def limit(self, mode: str) -> float:
+        """The gradient error above which a mode is wrong."""
+        return max(INVERT_LIMIT if mode == "invert" else 0.0, 10 * self.noise)
+
+    def verdict(self, mode: ModeAudit) -> str:
+        """`exact`, `drift` or `wrong`, as the head of this module defines them."""
+        if mode.failure or not mode.gradient_error <= self.limit(mode.mode):  # NaN is wrong as well
+            return "wrong"
+        return "exact" if mode.equal else "drift"
+
+    @property
+    def ok(self) -> bool:
+        """No gradient is wrong, and `exact` rebuilds every state bit for bit."""
+        return all(self.verdict(mode) != "wrong" for mode in self.modes) and all(c.exact for c in self.columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON, which has no NaN and no infinity: those become text."""
+        modes = [
+            {**asdict(mode), "bytes_per_column": mode.bytes_per_column, "verdict": self.verdict(mode)}
+            for mode in self.modes
+        ]
+        return _plain({"ok": self.ok, **asdict(self), "modes": modes})
+
+    def table(self) -> RenderableType:
+        """Two tables in colours; print them with `rich.print`."""
+        from rich.console import Group
+
+        return Group(
+            self._modes_table(), "", self._columns_table() if self.columns else "One column: nothing to rebuild."
+        )
+
+    def _modes_table(self) -> RenderableType:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="One training step in each memory mode", title_justify="left", caption_justify="left")
+        for heading in ("mode", "gradient"):
+            table.add_column(heading)
+        for heading in ("error", "kept", "per column", "peak", "matmuls fwd + bwd", "backward's FLOPs"):
+            table.add_column(heading, justify="right")
+        store = next((mode.backward_flops for mode in self.modes if mode.mode == "store"), 0)
+        notes = []
+        for mode in self.modes:
+            verdict = self.verdict(mode)
+            phrase = "reference" if mode.mode == "store" else _PHRASES[verdict]
+            cells = (mode.mode, "FAILED" if mode.failure else phrase, _number(mode.gradient_error))
+            table.add_row(
+                *(Text(cell, COLOURS[verdict]) for cell in cells),
+                size(mode.kept_bytes),
+                size(mode.bytes_per_column),
+                size(mode.peak_bytes),
+                f"{mode.forward_matmuls} + {mode.backward_matmuls}",
+                f"{mode.backward_flops / store:.2f} x store" if store else "-",
+            )
+            if mode.failure:
+                notes.append(f"{mode.mode}: {mode.failure}")
+            elif not mode.equal:
+                notes.append(f"{mode.mode}: farthest off is {mode.worst_parameter} with {_number(mode.worst_error)}")
+        if self.noise:
+            notes.append(f"store differs from itself by {_number(self.noise)}: its kernels are not deterministic")
+        table.caption = "\n".join(notes)
+        return table
+
+    def _columns_table(self) -> RenderableType:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="States rebuilt from the last column's", title_justify="left")
+        table.add_column("column", justify="right")
+        table.add_column("exact")
+        for heading in ("invert: error", "largest", *(f"level {level}" for level in range(self.m))):
+            table.add_column(heading, justify="right")
+        for column in thinned(self.columns, 16):
+            if column is None:
+                table.add_row("...")
+                continue
+            errors = (column.invert_error, column.invert_max, *column.invert_levels)
+            table.add_row(
+                str(column.column),
+                Text("bit for bit", COLOURS["exact"]) if column.exact else Text("differs", COLOURS["wrong"]),
+                *(Text(_number(error), COLOURS[_grade(error)]) for error in errors),
+            )
+        return table
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them: `1.43 MiB`; NaN, where nothing could be measured, is `-`."""
+    if math.isnan(count):
+        return "-"
+    power = min(4, int(math.log(max(1, abs(count)), 1024)))
+    count /= 1024**power
+    digits = 0 if power == 0 or count >= 100 else 1 if count >= 10 else 2
+    return f"{count:.{digits}f} {_UNITS[power]}"
+
+
+def thinned(items: Sequence[T], most: int) -> list[T | None]:
+    """All items, or the first and last `most // 2` of them with None between."""
+    return list(items) if len(items) <= most else [*items[: most // 2], None, *items[-(most // 2) :]]
+
+
+def _grade(error: float) -> str:
+    return "exact" if error == 0 else "drift" if error <= INVERT_LIMIT else "wrong"
+
+
+def _number(error: float) -> str:
+    return f"{error:.1e}" if error else "0"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
