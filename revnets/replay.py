@@ -34,14 +34,29 @@ class Autocast(NamedTuple):
         )
 
 
+class Weight(NamedTuple):
+    """A parameter as the forward found it in its module."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    version: int
+    grad: bool
+
+
 class Surrounding:
     """The surrounding of one cell's forward. It belongs to the pass, not to the module."""
 
     def __init__(self, cell: nn.Module, devices: frozenset[torch.device]):
         self._modules = list(cell.modules())
         self._training = [module.training for module in self._modules]
-        self._versions = [(parameter, parameter._version) for parameter in cell.parameters()]
-        self._devices = devices | {parameter.device for parameter, _ in self._versions}
+        self._weights = [
+            Weight(module, name, tensor, tensor._version, tensor.requires_grad)
+            for module in self._modules
+            for name, tensor in module._parameters.items()
+            if tensor is not None
+        ]
+        self._devices = devices | {weight.tensor.device for weight in self._weights}
         kinds = sorted({"cpu"} | {device.type for device in self._devices})
         self._autocast = [Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
         self._rng: dict[torch.device, Tensor] = {}
@@ -77,11 +92,11 @@ class Surrounding:
         Raises:
             ReplayError: a parameter was changed in place between the forward and its backward.
         """
-        for parameter, version in self._versions:
-            if parameter._version != version:
+        for weight in self._weights:
+            if weight.tensor._version != weight.version:
                 raise ReplayError(
-                    f"a parameter of shape {tuple(parameter.shape)} was changed in place (an optimizer step?) between "
-                    "the forward and its backward; call backward() before the step"
+                    f"a parameter of shape {tuple(weight.tensor.shape)} was changed in place (an optimizer step?) "
+                    "between the forward and its backward; call backward() before the step"
                 )
         with ExitStack() as stack:
             for autocast in self._autocast:
@@ -89,10 +104,29 @@ class Surrounding:
                 if autocast != Autocast.now(kind):
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
             stack.enter_context(_flags(self._modules, self._training))
+            stack.enter_context(self._weights_of_the_forward())
             stack.enter_context(self._buffers_of_the_forward())
             if self._rng:
                 stack.enter_context(_rng_as(self._rng))
             yield
+
+    @contextmanager
+    def _weights_of_the_forward(self) -> Iterator[None]:
+        """Undo for the replay what happened to weights: functional_call has ended, or requires_grad was switched.
+
+        Weights of other types, such as DTensor, are left to those who gather and shard them by hooks of the cell.
+        """
+        held = []
+        for module, name, tensor, _, grad in self._weights:
+            now = module._parameters.get(name)
+            if (now is not tensor or now.requires_grad != grad) and {type(now), type(tensor)} <= {Tensor, nn.Parameter}:
+                held.append((module._parameters, name, now))
+                module._parameters[name] = tensor.detach().requires_grad_(grad)
+        try:
+            yield
+        finally:
+            for parameters, name, now in held:
+                parameters[name] = now
 
     @contextmanager
     def _buffers_of_the_forward(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from revnets import engine
 from revnets.cell import Cell, FixedGain, Gain
@@ -226,6 +227,10 @@ def stem_of(net: ReversibleColumns, batch: int = 2, seed: int = 1, grad: bool = 
 # --------------------------------------------------------------------------------------- routes to gradients
 
 
+Train = Callable[[ReversibleColumns, Tensor], Sequence[Tensor]]
+"""Forward and backward; returns what is to be compared besides the gradients."""
+
+
 class Result(NamedTuple):
     """All that a training step leaves behind."""
 
@@ -243,13 +248,13 @@ def step(
     net: ReversibleColumns,
     x: Tensor,
     memory: str | Sequence[str] | None = None,
-    train: Callable[[ReversibleColumns, Tensor], Sequence[Tensor]] | None = None,
+    train: Train | None = None,
     autocast: torch.dtype | None = None,
 ) -> Result:
     """One training step on a copy of the net: from equal random state, so that results of two modes can be compared.
 
     Args:
-        train: does the forward and the backward and returns the outputs; by default `loss_of` of all levels.
+        train: forward and backward; by default the gradient of `loss_of` of all levels.
     """
     net = copy.deepcopy(net)
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
@@ -289,22 +294,41 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other if one is None or other is None else torch.equal(one, other)
 
 
-def plain_states(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
+class PlainColumns(ReversibleColumns):
     """The equation of the paper as a loop, for ordinary autograd: nothing of the engine is used."""
-    states: list[Tensor] = []
-    for node, cell in zip(net.graph.nodes, net.flat(), strict=True):
-        state = cell.function(*(x if read == STEM else states[read] for read in node.reads))
-        if node.residual is not None:
-            state = state + cell.gain() * states[node.residual]
-        states.append(state)
-    return states
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        states: list[Tensor] = []
+        for node, cell in zip(self.graph.nodes, self.flat(), strict=True):
+            state = cell.function(*(x if read == STEM else states[read] for read in node.reads))
+            if node.residual is not None:
+                state = state + cell.gain() * states[node.residual]
+            states.append(state)
+        return states
+
+    def forward(self, x: Tensor, *, taps: Sequence[int] = (), **context: Any) -> Any:
+        states = self.states(x)
+        tapped = [states[(tap + 1) * self.graph.m - 1] for tap in taps]
+        return (states[-self.graph.m :], tapped) if taps else states[-self.graph.m :]
 
 
-def train_plain(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
-    """For `step`: forward and backward through `plain_states`."""
-    levels = plain_states(net, x)[-net.graph.m :]
-    loss_of(levels).backward()
-    return levels
+def plain(net: ReversibleColumns) -> PlainColumns:
+    net = copy.deepcopy(net)
+    net.__class__ = PlainColumns
+    return net
+
+
+def assert_like_autograd(net: ReversibleColumns, x: Tensor, train: Train | None = None, **near: float) -> Result:
+    """The taped modes give bit for bit what `store` gives, and `store`, in float64, what a plain loop gives."""
+    expected = step(net, x, "store", train)
+    for memory in ("recompute", "exact"):
+        assert_same(step(net, x, memory, train), expected)
+    net, x = copy.deepcopy(net).double(), x.detach().double().requires_grad_(x.requires_grad)
+    loop = step(plain(net), x, train=train)
+    near = near or {"rtol": 1e-9, "atol": 1e-9}
+    for memory in ("store", "invert"):
+        assert_near(step(net, x, memory, train), loop, **near)
+    return expected
 
 
 # --------------------------------------------------------------------------------------- what the tape does
@@ -360,18 +384,29 @@ class Matmuls(TorchDispatchMode):
 
 
 class Kept(TorchDispatchMode):
-    """Knows every storage that was made under it, without keeping any alive."""
+    """Knows every storage that was made under it, without keeping any alive.
 
-    def __init__(self):
+    Args:
+        peak: keep `highest`, the most bytes that were alive at once, up to date.
+    """
+
+    def __init__(self, peak: bool = False):
         super().__init__()
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = peak
+        self.highest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
+        taken = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        known = {value.untyped_storage()._cdata for value in taken}
+        for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if storage._cdata not in known:  # neither a view nor in place
+                    self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        if self.peak:
+            self.highest = max(self.highest, self.bytes())
         return result
 
     def bytes(self) -> int:

@@ -19,12 +19,12 @@ from tests.helpers import (
     fixed,
     image_net,
     loss_of,
+    plain,
     rebuilt_states,
     stem_of,
     step,
     tapes,
     token_net,
-    train_plain,
 )
 
 MODES = ("store", "recompute", "invert", "exact")
@@ -126,7 +126,7 @@ def test_a_sequence_with_fixed_gains_and_a_short_last_column():
 def test_the_equation_as_a_loop_gives_the_same(memory):
     for net in (token_net(blocks=STEADY, dtype=torch.float64), image_net().double()):
         x = stem_of(net)
-        assert_near(step(net, x, memory), step(net, x, train=train_plain), rtol=1e-8, atol=1e-8)
+        assert_near(step(net, x, memory), step(plain(net), x), rtol=1e-8, atol=1e-8)
 
 
 def test_invert_drifts_and_exact_does_not():

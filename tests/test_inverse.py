@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from revnets.columns import ReversibleColumns
-from tests.helpers import BLOCKS, STEADY, assert_same, plain_states, rebuilt_states, stem_of, step, token_net
+from tests.helpers import BLOCKS, STEADY, assert_same, plain, rebuilt_states, stem_of, step, token_net
 
 PRIMES = (2, 3, 5, 7, 11)
 
@@ -40,7 +40,7 @@ def test_inverse_reconstructs_the_states(net: ReversibleColumns):
     net.eval()
     x = stem_of(net, grad=False)
     with torch.no_grad():
-        states = plain_states(net, x)
+        states = plain(net).states(x)
         columns = net.inverse(net(x), x)
     rebuilt = [state for column in reversed(columns) for state in column]
     assert len(rebuilt) == len(states)
@@ -78,8 +78,7 @@ def test_inverse_is_the_forward_backwards(net: ReversibleColumns):
     """Any last states will do, not only those that a forward made: the map is one-to-one, so forward o inverse = id."""
     net.eval()
     x = stem_of(net, grad=False)
-    if net.graph.columns == 1:
-        return
+    assume(net.graph.columns > 1)
     with torch.no_grad():
         last = [torch.randn_like(level) for level in net(x)]
         states = [state for column in reversed(net.inverse(last, x)) for state in column]
