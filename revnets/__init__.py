@@ -5,8 +5,8 @@ from revnets import ends as ends
 from revnets import fusions as fusions
 from revnets.cell import Cell, FixedGain, Gain
 from revnets.columns import ReversibleColumns, ReversibleSequence
-from revnets.config import SpecError
 from revnets.engine import Memory
+from revnets.errors import SpecError
 from revnets.graph import Graph, Node, wire
 from revnets.net import Net, build, build_columns
 from revnets.registry import register_block, register_fusion, register_head, register_stem

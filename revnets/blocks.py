@@ -5,11 +5,19 @@ B batch, H W height and width, N any number of positions (H W flattened, or word
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from revnets.registry import register_block
+
+# Types of options with their ranges: what a YAML gives is checked against the signature (revnets/parts.py).
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Ratio = Annotated[float, Field(gt=0)]
 
 EPS = 1e-6
 """Epsilon of every LayerNorm, as in ConvNeXt and RevCol."""
@@ -77,11 +85,11 @@ class ConvNeXtBlock(nn.Module):
     """ConvNeXt block (Liu et al., 2022), with RevCol's 3x3 kernel by default (section 2.2.2). Input (B, H, W, C)."""
 
     def __init__(
-        self, dim: int, kernel_size: int = 3, expand: int = 4, layer_scale: float = 1e-6, drop_path: float = 0.0
+        self, dim: int, kernel_size: Count = 3, expand: Count = 4, layer_scale: float = 1e-6, drop_path: Rate = 0.0
     ):
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size {kernel_size}: an odd number keeps the size of the image")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {kernel_size} would change the size of the image. Give an odd number")
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.mlp = MLP(dim, expand * dim)
@@ -98,9 +106,10 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0):
         super().__init__()
-        if heads < 1 or dim % heads:
-            fits = [str(count) for count in range(1, dim + 1) if dim % count == 0 and dim // count >= 8]
-            raise ValueError(f"{dim} channels do not divide into {heads} heads; heads can be {', '.join(fits)}")
+        if dim % heads:
+            fits = sorted((count for count in range(1, dim + 1) if dim % count == 0), key=lambda n: abs(n - heads))[:3]
+            near = ", ".join(str(count) for count in sorted(fits))
+            raise ValueError(f"{dim} channels do not divide into {heads} heads. Give another dim, or heads {near}")
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -113,20 +122,23 @@ class Attention(nn.Module):
 
 @register_block("vit")
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block (Dosovitskiy et al., 2021). Input (B, N, C), or (B, H, W, C) with every pixel a token."""
+    """Pre-norm transformer block (Dosovitskiy et al., 2021).
 
-    def __init__(
-        self, dim: int, heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0, drop_path: float = 0.0
-    ):
+    Input (B, N, C), or (B, H, W, C) with every pixel a token. `dropout` acts on the attention weights and in the MLP.
+    """
+
+    def __init__(self, dim: int, heads: Count, mlp_ratio: Ratio = 4.0, dropout: Rate = 0.0, drop_path: Rate = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, heads, dropout)
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = MLP(dim, int(mlp_ratio * dim), dropout)
+        self.mlp = MLP(dim, max(1, int(mlp_ratio * dim)), dropout)
         self.drop_path = DropPath(drop_path)
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 3:
+            raise ValueError(f"attention needs positions, (B, N, C) or (B, H, W, C), but the state is {tuple(x.shape)}")
         tokens = x.flatten(1, -2)
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
         tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
@@ -137,7 +149,7 @@ class ViTBlock(nn.Module):
 class MLPBlock(nn.Module):
     """A residual MLP on every position by itself. Input (..., C)."""
 
-    def __init__(self, dim: int, expand: int = 4, dropout: float = 0.0, drop_path: float = 0.0):
+    def __init__(self, dim: int, expand: Count = 4, dropout: Rate = 0.0, drop_path: Rate = 0.0):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.mlp = MLP(dim, expand * dim, dropout)

@@ -2,43 +2,87 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import PydanticCustomError
 
+from revnets.errors import EXPONENT, Keys, SpecError, explain, path, show, what
 from revnets.registry import importable
 
 M = TypeVar("M", bound=BaseModel)
 Source = str | Path | Mapping[str, Any]
 
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-
-class SpecError(ValueError):
-    """Something in a configuration cannot be used: names the file, the key path, the value and the remedy."""
-
-    def __init__(self, source: str, key: str, problem: str, remedy: str):
-        where = f"{source}: {key}" if key else source
-        super().__init__(f"{where}: {problem}. {remedy}" if remedy else f"{where}: {problem}.")
-        self.source, self.key, self.problem, self.remedy = source, key, problem, remedy
-
 
 class Strict(BaseModel):
-    """Base of all configuration models: frozen, no unknown keys, no silent conversions."""
+    """Base of all configuration models: frozen, no unknown keys, no silent conversions, finite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def problem(text: str, remedy: str, *keys: str | int) -> PydanticCustomError:
-    """What a validator raises: a problem at `keys` below its own place, and what to do about it."""
-    escape = {"problem": text, "remedy": remedy, "keys": keys}
-    return PydanticCustomError("spec", "{problem}", escape)
+class Layer(dict[str, Any]):
+    """The keys of one file (or dict), and the name under which its mistakes are reported."""
+
+    def __init__(self, name: str, data: Any):
+        super().__init__(_plain(name, (), data, ()))
+        self.name = name
+
+
+class Layers:
+    """Files laid over each other. Remembers which one each value came from."""
+
+    def __init__(self, layers: Sequence[Layer]):
+        self.data: dict[str, Any] = {}
+        self.name = layers[-1].name
+        self._origins: dict[Keys, str] = {}
+        for layer in layers:
+            self._merge(self.data, layer, (), layer.name)
+
+    def _merge(self, data: dict[str, Any], over: dict[str, Any], place: Keys, name: str) -> None:
+        """`over` wins. Mappings are merged key by key, unless their `type` changes; all else is replaced."""
+        for key, value in over.items():
+            old = data.get(key)
+            if isinstance(old, dict) and isinstance(value, dict) and value.get("type") in (None, old.get("type")):
+                self._merge(old, value, (*place, key), name)
+            else:
+                self._set(data, key, value, (*place, key), name)
+
+    def _set(self, place: Any, key: Any, value: Any, keys: Keys, name: str) -> None:
+        place[key] = value
+        self._origins = {known: origin for known, origin in self._origins.items() if known[: len(keys)] != keys}
+        self._origins[keys] = name
+
+    def override(self, text: str) -> None:
+        """Apply one `key.path=value`."""
+        name = "command line"
+        place_text, equals, value_text = text.partition("=")
+        keys = [key.strip() for key in place_text.split(".")]
+        if not equals or not all(keys):
+            raise SpecError(name, text, "an override has the form key.path=value", "For example levels.2.depth=6")
+        try:
+            value = yaml.load(value_text, _CommandLineLoader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise SpecError(name, place_text, f"{show(value_text)} is not a YAML value", "Put it in quotes") from None
+        value = _plain(name, tuple(keys), value, ())
+        place, found = self.data, ()
+        for key in keys[:-1]:
+            index = _index(place, key, found)
+            found = (*found, index)
+            if isinstance(place, dict) and index not in place:
+                self._set(place, index, {}, found, name)
+            place = place[index]
+        index = _index(place, keys[-1], found)
+        self._set(place, index, value, (*found, index), name)
+
+    def origin(self, keys: Keys) -> str:
+        """The file that a value came from; of a missing one, the file that it is missing in."""
+        prefixes = (keys[:length] for length in range(len(keys), 0, -1))
+        return next((self._origins[prefix] for prefix in prefixes if prefix in self._origins), self.name)
 
 
 def load(model: type[M], source: Source, overrides: Sequence[str] = ()) -> M:
@@ -53,172 +97,129 @@ def load(model: type[M], source: Source, overrides: Sequence[str] = ()) -> M:
         SpecError: for everything that is wrong with the file, its bases, the overrides or the values.
     """
     if isinstance(source, Mapping):
-        name, folder, data = "dict", Path.cwd(), _copy(source)
-        if "base" in data:
-            data = _merge(_read_base(Path(str(data.pop("base"))), name, ()), data)
+        layers, folders = _with_bases(Layer("dict", source), Path.cwd(), ())
     else:
-        name, folder = str(source), Path(source).resolve().parent
-        data = _read(Path(source), ())
-    for override in overrides:
-        _override(data, override)
-    with importable(folder, Path.cwd()):
+        layers, folders = _read(Path(source), ())
+    config = Layers(layers)
+    for text in overrides:
+        config.override(text)
+    with importable(*folders, Path.cwd()):
         try:
-            return model.model_validate(data)
+            return model.model_validate(config.data)
         except ValidationError as error:
-            _explain(error, name, model)
+            keys, problem, remedy = explain(error, config.data, model)
+            raise SpecError(config.origin(keys), path(keys), problem, remedy) from None
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    name = str(path)
-    if path.resolve() in seen:
-        chain = " -> ".join(str(item) for item in (*seen, path.resolve()))
-        raise SpecError(name, "base", f"the files are based on each other: {chain}", "Break the circle")
+def _read(file: Path, seen: tuple[Path, ...]) -> tuple[list[Layer], list[Path]]:
+    """The layers of a file, its bases first, and the folders in which they lie."""
+    name = str(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = get_close_matches(path.name, [item.name for item in path.parent.glob("*.y*ml")], n=1)
-        hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the path"
-        raise SpecError(name, "", "there is no such file", hint) from None
+        raise SpecError(name, "", "there is no such file", _similar(file)) from None
     except IsADirectoryError:
         raise SpecError(name, "", "this is a folder", "Give a YAML file inside of it") from None
     except UnicodeDecodeError as error:
         raise SpecError(name, "", f"not UTF-8 text (byte {error.start})", "Save it as UTF-8 YAML") from None
-    except OSError as error:
-        raise SpecError(name, "", f"cannot be read ({error.strerror})", "Check its permissions") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(name, "", f"cannot be read ({reason})", "Check path and permissions") from None
     try:
         data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise SpecError(name, "", f"not valid YAML: {where}{what}", "Correct that line") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(name, "", *_syntax(error)) from None
+    except RecursionError:
+        raise SpecError(name, "", "not valid YAML: brackets nested too deep", "Close them") from None
     if data is None:
-        raise SpecError(name, "", "the file is empty", "It needs at least columns, stem and levels (docs/yaml.md)")
+        raise SpecError(name, "", "the file is empty", "Write `key: value` lines (docs/yaml.md)")
     if not isinstance(data, dict):
-        raise SpecError(name, "", f"holds {_kind(data)}, not keys with values", "Write `key: value` lines")
-    if "base" in data:
-        base = data.pop("base")
-        if not isinstance(base, str):
-            raise SpecError(name, "base", f"{base!r} is {_kind(base)}", "Give the path of one YAML file")
-        data = _merge(_read_base(path.parent / base, name, (*seen, path.resolve())), data)
-    return data
+        raise SpecError(name, "", f"no keys with values: {what(data)}", "Write `key: value` lines (docs/yaml.md)")
+    return _with_bases(Layer(name, data), file.parent, (*seen, file.resolve()))
 
 
-def _read_base(path: Path, child: str, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.exists():
-        raise SpecError(child, "base", f"there is no file {path}", "Give its path relative to this file")
-    return _read(path, seen)
+def _with_bases(layer: Layer, folder: Path, seen: tuple[Path, ...]) -> tuple[list[Layer], list[Path]]:
+    if "base" not in layer:
+        return [layer], [folder.resolve()]
+    base = layer.pop("base")
+    if not isinstance(base, str):
+        raise SpecError(layer.name, "base", what(base), "Give the path of one YAML file, relative to this one")
+    file = folder / base
+    with suppress(OSError, ValueError):  # a path that cannot exist is found out by reading
+        if file.resolve() in seen:
+            circle = " -> ".join(item.name for item in (*seen[seen.index(file.resolve()) :], file))
+            raise SpecError(layer.name, "base", f"the files are based on each other ({circle})", "Break the circle")
+        if not file.exists():
+            raise SpecError(layer.name, "base", f"there is no file {file}", _similar(file))
+    layers, folders = _read(file, seen)
+    return [*layers, layer], [folder.resolve(), *folders]
+
+
+def _similar(file: Path) -> str:
+    near = get_close_matches(file.name, [item.name for item in file.parent.glob("*.y*ml")], n=1)
+    return f"Did you mean {file.parent / near[0]}?" if near else "Check the path"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that does not let a key be given twice."""
+    """Safe YAML whose keys are text and are given once."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            wrong = None
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                wrong = f"the key {what(key)}, not text; put it in quotes"
+            elif key in seen:
+                wrong = f"the key {key} is given twice"
+            if wrong:
+                raise yaml.constructor.ConstructorError(None, None, wrong, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _merge(base: Any, over: Any) -> Any:
-    """`over` wins; mappings are merged key by key, everything else is replaced."""
-    if isinstance(base, dict) and isinstance(over, dict):
-        return {key: _merge(base[key], over[key]) if key in base and key in over else {**base, **over}[key]
-                for key in {**base, **over}}
-    return over
+class _CommandLineLoader(_Loader):
+    """Reads 1e-3 as a number, as every shell user expects."""
 
 
-def _override(data: Any, text: str) -> None:
-    path, equals, value_text = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise SpecError("command line", text, "an override has the form key.path=value", "For example levels.2.depth=6")
-    try:
-        value = float(value_text) if _EXPONENT.fullmatch(value_text.strip()) else yaml.load(value_text, _Loader)
-    except yaml.YAMLError:
-        raise SpecError("command line", path, f"{value_text!r} is not a YAML value", "Quote it") from None
-    place = data
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        where = ".".join(keys[: depth + 1])
-        if isinstance(place, list):
-            if not key.isdigit() or int(key) >= len(place):
-                raise SpecError("command line", where, f"a list of {len(place)} items", f"Use 0 to {len(place) - 1}")
-            index: Any = int(key)
-        elif isinstance(place, dict):
-            index = key
-            if not last:
-                place.setdefault(key, {})
-        else:
-            raise SpecError("command line", where, f"{'.'.join(keys[:depth])} is {_kind(place)}, not a mapping",
-                            f"Set {'.'.join(keys[:depth])} itself")
-        if last:
-            place[index] = value
-        else:
-            place = place[index]
+_CommandLineLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
-def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> NoReturn:
-    """Turn pydantic's first complaint into one line."""
-    first = error.errors(include_url=False)[0]
-    location = tuple(key for key in first["loc"] if not (isinstance(key, str) and "[" in key))
-    kind, value, context = first["type"], first["input"], first.get("ctx", {})
-    if kind == "spec":
-        key = _path((*location, *context["keys"]))
-        raise SpecError(source, key, context["problem"], context["remedy"]) from None
-    key = _path(location)
-    if kind == "extra_forbidden":
-        known = _fields_at(model, location[:-1])
-        near = get_close_matches(str(location[-1]), known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}"
-        raise SpecError(source, key, f"unknown key {location[-1]!r} (value {_short(value)})", hint) from None
-    if kind == "missing":
-        raise SpecError(source, key, "this key is required and missing", "Add it (docs/yaml.md)") from None
-    if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        mantissa, exponent = re.split("[eE]", value)
-        better = f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent if exponent[0] in '+-' else '+' + exponent}"
-        raise SpecError(source, key, f"YAML reads {value} as text, not as a number", f"Write {better}") from None
-    text = first["msg"][0].lower() + first["msg"][1:]
-    raise SpecError(source, key, f"{_short(value)} is {_kind(value)}: {text}", "") from None
+def _syntax(error: Exception) -> tuple[str, str]:
+    """Problem and remedy of text that is no YAML."""
+    said = " ".join(str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"not valid YAML{where}: {said or str(error).splitlines()[0]}", "Correct that line" if mark else "Correct it"
 
 
-def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Keys that the model at this place knows."""
-    for key in location:
-        if isinstance(key, str) and key in model.model_fields:
-            found = _models_in(model.model_fields[key].annotation)
-            if found:
-                model = found[0]
-    return list(model.model_fields)
+def _index(place: Any, key: str, found: Keys) -> str | int:
+    """The key or number under which an override finds its place."""
+    if isinstance(place, dict):
+        return key
+    if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
+        return int(key)
+    wrong, remedy = f"{path(found)} holds no keys: {what(place)}", f"Set {path(found)} as a whole"
+    if isinstance(place, list):
+        wrong = f"{path(found)} is a list of {len(place)}, it has no item {key}"
+        remedy = f"Use 0 to {len(place) - 1}" if place else remedy
+    raise SpecError("command line", path((*found, key)), wrong, remedy)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
-
-
-def _path(location: Sequence[Any]) -> str:
-    return ".".join(str(key) for key in location)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", tuple: "a list", str: "text", bool: "true/false", int: "a whole number",
-             float: "a number", type(None): "nothing"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _copy(value: Any) -> Any:
+def _plain(name: str, keys: Keys, value: Any, around: tuple[int, ...]) -> Any:
+    """A copy out of fresh dicts and lists; refuses what no configuration can mean."""
+    if id(value) in around:
+        raise SpecError(name, path(keys), "the value contains itself", "Write it out")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(name, path(keys), f"{value} is not a finite number", "Give a finite one")
+    around = (*around, id(value))
     if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
+        for key in value:
+            if not isinstance(key, str):
+                raise SpecError(name, path(keys), f"the key {what(key)}, not text", "Use text as keys")
+        return {key: _plain(name, (*keys, key), item, around) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, (*keys, index), item, around) for index, item in enumerate(value)]
+    return value

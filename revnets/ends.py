@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from revnets.blocks import EPS, init_weights
+from revnets.blocks import EPS, Count, Rate, init_weights
 from revnets.registry import register_head, register_stem
 
 
@@ -15,10 +15,11 @@ from revnets.registry import register_head, register_stem
 class PatchifyStem(nn.Module):
     """Non-overlapping patches: convolution with stride = kernel = `patch`, then LayerNorm (RevCol, section 2.2.1).
 
-    Images (B, in_chans, H, W) to (B, H / patch, W / patch, dim).
+    Images (B, in_chans, H, W) to (B, H // patch, W // patch, dim); what is left over at the right and at the bottom
+    is not seen.
     """
 
-    def __init__(self, dim: int, in_chans: int = 3, patch: int = 4):
+    def __init__(self, dim: int, in_chans: Count = 3, patch: Count = 4):
         super().__init__()
         self.patch = patch
         self.example_shape = (in_chans, 56 * patch, 56 * patch)  # one sample, for whoever has to make one up
@@ -37,10 +38,11 @@ class TokenStem(nn.Module):
     Images (B, in_chans, img_size, img_size) to (B, N, dim), N = (img_size / patch)^2.
     """
 
-    def __init__(self, dim: int, img_size: int, in_chans: int = 3, patch: int = 16):
+    def __init__(self, dim: int, img_size: Count, in_chans: Count = 3, patch: Count = 16):
         super().__init__()
         if img_size % patch:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch {patch}")
+            raise ValueError(f"img_size {img_size} is not a multiple of patch {patch}. Change one of them")
+        self.img_size = img_size
         self.example_shape = (in_chans, img_size, img_size)
         self.conv = nn.Conv2d(in_chans, dim, patch, stride=patch)
         self.pos_embed = nn.Parameter(torch.zeros((img_size // patch) ** 2, dim))
@@ -48,6 +50,11 @@ class TokenStem(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != (self.img_size, self.img_size):
+            height, width = x.shape[-2:]
+            raise ValueError(
+                f"images of {height} x {width}, but the position embeddings are for img_size {self.img_size}"
+            )
         return self.conv(x).flatten(2).transpose(1, 2) + self.pos_embed
 
 
@@ -55,7 +62,7 @@ class TokenStem(nn.Module):
 class LinearStem(nn.Module):
     """Vectors or sequences of vectors (..., in_dim) to (..., dim)."""
 
-    def __init__(self, dim: int, in_dim: int):
+    def __init__(self, dim: int, in_dim: Count):
         super().__init__()
         self.example_shape = (in_dim,)
         self.linear = nn.Linear(in_dim, dim)
@@ -69,7 +76,7 @@ class LinearStem(nn.Module):
 class ClassifierHead(nn.Module):
     """Mean over all positions of the top level, LayerNorm, Linear: (B, ..., C) to (B, num_classes)."""
 
-    def __init__(self, dims: Sequence[int], num_classes: int, dropout: float = 0.0):
+    def __init__(self, dims: Sequence[int], num_classes: Count, dropout: Rate = 0.0):
         super().__init__()
         self.norm = nn.LayerNorm(dims[-1], eps=EPS)
         self.drop = nn.Dropout(dropout)

@@ -6,7 +6,8 @@ and by how much its resolution is reduced against the stem's output.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,10 +49,10 @@ class Up(nn.Module):
         self.proj = Project(dim_in, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
-        b, h, w, c = x.shape
-        r = self.ratio
-        return x[:, :, None, :, None].expand(b, h, r, w, r, c).reshape(b, h * r, w * r, c)
+        x = self.proj(x).permute(0, 3, 1, 2)
+        size = (x.shape[2] * self.ratio, x.shape[3] * self.ratio)
+        # In backward ten times as fast on the CPU as the sum that an expanded view would need.
+        return F.interpolate(x, size).permute(0, 2, 3, 1)
 
 
 class Project(nn.Module):
@@ -79,6 +80,7 @@ class ConvNeXtFusion(nn.Module):
     def __init__(self, dim: int, reduction: int, sources: list[Source]):
         super().__init__()
         self.paths = nn.ModuleList(self._path(dim, reduction, source) for source in sources)
+        self.resamples = any(source.reduction != reduction for source in sources)
         self.apply(init_weights)
 
     @staticmethod
@@ -90,6 +92,14 @@ class ConvNeXtFusion(nn.Module):
         return nn.Identity() if source.dim == dim else Project(source.dim, dim)
 
     def forward(self, *reads: Tensor) -> Tensor:
+        if not self.resamples:
+            return sum_up(path(read) for path, read in zip(self.paths, reads, strict=True))
+        for read in reads:
+            if read.dim() != 4:
+                raise ValueError(
+                    f"fusion convnext resamples images (B, H, W, C), but a read has shape {tuple(read.shape)}. For "
+                    "vectors and tokens choose fusion linear"
+                )
         outs = [path(read) for path, read in zip(self.paths, reads, strict=True)]
         h = min(out.shape[1] for out in outs)  # upsampling a rounded-up size overshoots
         w = min(out.shape[2] for out in outs)
@@ -107,13 +117,11 @@ class LinearFusion(nn.Module):
         dim: int,
         reduction: int,
         sources: list[Source],
-        project: tuple[str, ...] = ("below", "above"),
+        project: tuple[Literal["stem", "below", "above"], ...] = ("below", "above"),
         norm: bool = True,
     ):
         super().__init__()
-        if unknown := set(project) - {"stem", "below", "above"}:
-            raise ValueError(f"project {sorted(unknown)}: choose among stem, below, above")
-        _same_resolution("linear", reduction, sources)
+        _same_resolution(reduction, sources)
         self.paths = nn.ModuleList(
             Project(source.dim, dim, norm) if source.kind in project or source.dim != dim else nn.Identity()
             for source in sources
@@ -132,19 +140,19 @@ class IdentityFusion(nn.Module):
 
     def __init__(self, dim: int, reduction: int, sources: list[Source]):
         super().__init__()
-        _same_resolution("identity", reduction, sources)
+        _same_resolution(reduction, sources)
         for source in sources:
             if source.dim != dim:
                 raise ValueError(
-                    f"fusion identity adds reads as they are, but one has {source.dim} channels and the level {dim}; "
-                    "use fusion linear, or equal dims"
+                    f"it adds reads as they are, but one has {source.dim} channels and the level {dim}. "
+                    "Choose fusion linear, or equal dims"
                 )
 
     def forward(self, *reads: Tensor) -> Tensor:
         return sum_up(reads)
 
 
-def sum_up(terms) -> Tensor:
+def sum_up(terms: Iterable[Tensor]) -> Tensor:
     """The sum, without the 0 that `sum` begins with."""
     terms = iter(terms)
     total = next(terms)
@@ -155,14 +163,16 @@ def sum_up(terms) -> Tensor:
 
 def _ratio(coarse: int, fine: int) -> int:
     if coarse % fine:
-        raise ValueError(f"a read at 1/{coarse} of the resolution cannot be brought to 1/{fine}: not a whole ratio")
+        raise ValueError(
+            f"it cannot join 1/{coarse} and 1/{fine} of the stem's resolution. Give strides of whole ratios"
+        )
     return coarse // fine
 
 
-def _same_resolution(name: str, reduction: int, sources: list[Source]) -> None:
+def _same_resolution(reduction: int, sources: list[Source]) -> None:
     for source in sources:
         if source.reduction != reduction:
             raise ValueError(
-                f"fusion {name} joins levels of one resolution, but reads 1/{source.reduction} into 1/{reduction}; "
-                "use fusion convnext, or stride 1 at every level"
+                f"it joins levels of one resolution, but reads 1/{source.reduction} into 1/{reduction} of the stem's. "
+                "Choose fusion convnext, or stride 1 at every level"
             )

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from revnets.cell import Cell, FixedGain, Gain
 from revnets.columns import ReversibleColumns
 from revnets.config import Source as ConfigSource
-from revnets.config import SpecError
+from revnets.errors import SpecError
 from revnets.fusions import Source
 from revnets.graph import STEM, Graph, Node
-from revnets.registry import find, options
+from revnets.registry import find
 from revnets.spec import LevelSpec, NetSpec, load_spec
 
 
 class Level(nn.Module):
-    """F_t: a fusion of the reads, then blocks."""
+    """F_t: a fusion of the reads, then blocks.
 
-    def __init__(self, fusion: nn.Module, blocks: Sequence[nn.Module]):
+    Args:
+        fusion: brings the reads to one state with `dim` channels.
+        blocks: keep the state's shape.
+        name: of the cell, for error messages.
+    """
+
+    def __init__(self, fusion: nn.Module, blocks: Sequence[nn.Module], dim: int, name: str):
         super().__init__()
         self.fusion = fusion
         self.blocks = nn.ModuleList(blocks)
+        self.dim = dim
+        self.name = name
 
     def forward(self, *reads: Tensor, **context: Any) -> Tensor:
+        """States (B, ..., C) of the reads to (B, ..., dim).
+
+        Raises:
+            ValueError: a part gives another shape than its neighbours rely on.
+        """
         x = self.fusion(*reads)
-        for block in self.blocks:
-            x = block(x, **context)
+        if x.shape[-1] != self.dim:
+            raise ValueError(
+                f"cell {self.name}: the fusion {type(self.fusion).__name__} gives shape {tuple(x.shape)}, but the "
+                f"level has dim {self.dim}. Channels are the last axis; is it the stem that gives another number?"
+            )
+        for index, block in enumerate(self.blocks):
+            y = block(x, **context)
+            if y.shape != x.shape:
+                raise ValueError(
+                    f"cell {self.name}: block {index} ({type(block).__name__}) makes {tuple(y.shape)} out of "
+                    f"{tuple(x.shape)}. A block must keep the shape; resolution and dim change between levels, in "
+                    "the fusion"
+                )
+            x = y
         return x
 
 
@@ -64,35 +87,32 @@ def build(source: ConfigSource | NetSpec, overrides: Sequence[str] = ()) -> Net:
         revnets.SpecError: the spec is wrong, or a part refuses its options.
     """
     spec = load_spec(source, overrides)
-    name = "spec" if isinstance(source, NetSpec) else "dict" if not isinstance(source, str) else source
+    name = "spec" if isinstance(source, NetSpec) else "dict" if isinstance(source, Mapping) else str(source)
     dims = [level.dim for level in spec.levels]
-    with _blamed(str(name), "stem"):
-        stem = find("stem", spec.stem.type)(dim=dims[0], **spec.stem.options)
-    columns = build_columns(spec, str(name))
-    head = None
-    if spec.head is not None:
-        with _blamed(str(name), "head"):
-            head = find("head", spec.head.type)(dims=dims, **spec.head.options)
+    stem = _part(name, "stem", "stem", spec.stem.type, dim=dims[0], **spec.stem.options)
+    columns = build_columns(spec, name)
+    head = spec.head and _part(name, "head", "head", spec.head.type, dims=dims, **spec.head.options)
     return Net(spec, stem, columns, head)
 
 
 def build_columns(spec: NetSpec, name: str = "spec") -> ReversibleColumns:
-    """Only the columns of a net, for hosts that bring a stem and a head of their own."""
-    graph, reductions = spec.graph(), spec.reductions()
-    rates = _drop_path_rates(spec)
+    """Only the columns of a net, for hosts that bring a stem and a head of their own.
+
+    Args:
+        name: of the spec, for error messages.
+
+    Raises:
+        revnets.SpecError: a part refuses its options.
+    """
+    graph, reductions, rates = spec.graph(), spec.reductions(), spec.drop_path_rates()
     cells = []
     for node in graph.nodes:
         level = spec.levels[node.level]
-        with _blamed(name, "fusion"):
-            fusion = find("fusion", spec.fusion.type)(
-                dim=level.dim,
-                reduction=reductions[node.level],
-                sources=[_source(spec, graph, node, read, reductions) for read in node.reads],
-                **spec.fusion.options,
-            )
-        with _blamed(name, f"levels.{node.level}"):
-            blocks = [_block(level, rate) for rate in rates[node.level]]
-        cells.append(Cell(Level(fusion, blocks), _gain(spec, node, level.dim)))
+        sources = [_source(spec, graph, node, read, reductions) for read in node.reads]
+        given = {"dim": level.dim, "reduction": reductions[node.level], "sources": sources}
+        fusion = _part(name, "fusion", "fusion", spec.fusion.type, **given, **spec.fusion.options)
+        blocks = [_block(name, node.level, level, rate) for rate in rates[node.level]]
+        cells.append(Cell(Level(fusion, blocks, level.dim, graph.name(node.index)), _gain(spec, node, level.dim)))
     return ReversibleColumns(graph, cells, spec.memory)
 
 
@@ -103,9 +123,9 @@ def _source(spec: NetSpec, graph: Graph, node: Node, read: int, reductions: list
     return Source(kind, spec.levels[read % graph.m].dim, reductions[read % graph.m])
 
 
-def _block(level: LevelSpec, rate: float) -> nn.Module:
-    extra = {"drop_path": rate} if rate and "drop_path" not in level.options else {}
-    return find("block", level.block)(dim=level.dim, **level.options, **extra)
+def _block(name: str, index: int, level: LevelSpec, rate: float) -> nn.Module:
+    options = {"drop_path": rate, **level.options} if rate else level.options
+    return _part(name, f"levels.{index}", "block", level.block, dim=level.dim, **options)
 
 
 def _gain(spec: NetSpec, node: Node, dim: int) -> Gain | FixedGain | None:
@@ -114,25 +134,13 @@ def _gain(spec: NetSpec, node: Node, dim: int) -> Gain | FixedGain | None:
     return Gain(dim, spec.gain.init, spec.gain.min_abs) if spec.gain.learn else FixedGain(spec.gain.init)
 
 
-def _drop_path_rates(spec: NetSpec) -> list[list[float]]:
-    """Rates rise linearly inside a column and are the same in every column, as in the official release."""
-    depths = [level.depth for level in spec.levels]
-    rates = iter(torch.linspace(0, spec.drop_path, max(sum(depths), 1), device="cpu").tolist())
-    takes = ["drop_path" in options("block", level.block) for level in spec.levels]
-    return [
-        [rate if takes[index] else 0.0 for rate in (next(rates) for _ in range(depth))]
-        for index, depth in enumerate(depths)
-    ]
-
-
-@contextmanager
-def _blamed(source: str, key: str) -> Iterator[None]:
-    """A part that refuses its arguments is a mistake in the spec: say where."""
+def _part(source: str, key: str, kind: str, name: str, **arguments: Any) -> nn.Module:
+    """Build one part. If it refuses its arguments, that is a mistake in the spec: say where."""
     try:
-        yield
-    except SpecError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise SpecError(source, key, str(error).rstrip("."), "") from error
-
-
+        part = find(kind, name)(**arguments)
+    except Exception as error:  # anything that a class of the user's may raise
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise SpecError(source, key, f'{kind} "{name}": {said}') from error
+    if not isinstance(part, nn.Module):
+        raise SpecError(source, key, f'{kind} "{name}" gives a {type(part).__name__}', "Give a torch.nn.Module")
+    return part

@@ -8,11 +8,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
+
+from revnets.errors import nearest
 
 Factory = Callable[..., Any]
 T = TypeVar("T", bound=Factory)
@@ -37,9 +40,14 @@ class PartError(ValueError):
 
 
 def _register(kind: str, name: str) -> Callable[[T], T]:
+    if ":" in name:
+        raise ValueError(f"{name!r}: the colon is kept for package.module:Class")
+
     def decorate(factory: T) -> T:
-        if name in _REGISTRY[kind] and _REGISTRY[kind][name] is not factory:
-            raise ValueError(f"{kind} {name!r} is registered already, by {_REGISTRY[kind][name]!r}")
+        known = _REGISTRY[kind].get(name)
+        # A module that is run again (notebooks, autoreload) may replace its own parts, but nobody else's.
+        if known is not None and (known.__module__, known.__qualname__) != (factory.__module__, factory.__qualname__):
+            raise ValueError(f"{kind} {name!r} is registered already, by {known.__module__}.{known.__qualname__}")
         _REGISTRY[kind][name] = factory
         return factory
 
@@ -67,6 +75,7 @@ def register_head(name: str) -> Callable[[T], T]:
 
 
 def names(kind: str) -> list[str]:
+    """All registered names of a kind: block, fusion, stem or head."""
     return sorted(_REGISTRY[kind])
 
 
@@ -80,35 +89,53 @@ def find(kind: str, name: str) -> Factory:
         return _REGISTRY[kind][name]
     if ":" in name:
         return _import(kind, name)
-    near = get_close_matches(name, _REGISTRY[kind], n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Choose {', '.join(names(kind))}, or give package.module:Class"
-    raise PartError(f"there is no {kind} {name!r}", hint)
+    problem = f'there is no {kind} "{name}"'
+    if "." in name:
+        raise PartError(problem, f"For a class of your own, write a colon before it: {':'.join(name.rsplit('.', 1))}")
+    raise PartError(problem, nearest(name, names(kind), "Give package.module:Class, or choose among"))
 
 
 def options(kind: str, name: str) -> dict[str, inspect.Parameter]:
-    """What may be set for a part, by name; a part that takes `**kwargs` has the entry `**`."""
+    """What may be set for a part, by name; a part that takes `**kwargs` has the entry `**`.
+
+    Raises:
+        PartError: no such part, or one that does not take what the framework passes.
+    """
     factory = find(kind, name)
     try:
         signature = inspect.signature(factory, eval_str=True)
-    except (NameError, TypeError):  # annotations that cannot be evaluated here check nothing
-        signature = inspect.signature(factory)
-    found = {}
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found["**"] = parameter
-        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name not in PROVIDED[kind]:
-            found[parameter.name] = parameter
-    return found
+    except Exception:  # annotations that cannot be evaluated here check nothing
+        try:
+            signature = inspect.signature(factory)
+        except ValueError:
+            raise PartError(f'{kind} "{name}" does not say what arguments it takes', "Wrap it in a class") from None
+    parameters = list(signature.parameters.values())
+    others = dict([("**", item) for item in parameters if item.kind is item.VAR_KEYWORD])
+    named = {item.name: item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
+    for argument in PROVIDED[kind]:
+        if argument not in named and not others:
+            raise PartError(
+                f'{kind} "{name}" does not take the argument `{argument}`, which every {kind} is given',
+                f"Add {argument} to its arguments",
+            )
+    return {name: item for name, item in named.items() if name not in PROVIDED[kind]} | others
+
+
+_folders: list[Path] = []
+"""Where `package.module:Class` is looked for besides `sys.path`."""
 
 
 @contextmanager
 def importable(*folders: Path) -> Iterator[None]:
     """Let `package.module:Class` find modules that lie in these folders."""
-    added = [str(folder) for folder in folders if str(folder) not in sys.path]
+    added = [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]
     sys.path[:0] = added
+    before = _folders[:]
+    _folders[:] = folders
     try:
         yield
     finally:
+        _folders[:] = before
         for folder in added:
             sys.path.remove(folder)
 
@@ -117,17 +144,50 @@ def _import(kind: str, name: str) -> Factory:
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises while it is imported
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _failed(kind, name, error) from error  # the module is there, but not what it imports
         raise PartError(
-            f"{kind} {name!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error})",
-            "Check the spelling, and that the module lies beside the file, in the working directory or on PYTHONPATH",
+            f'{kind} "{name}": there is no module {error.name}',
+            "Check its spelling, and that it lies beside the file, in the working directory or on PYTHONPATH",
         ) from error
+    except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
+        raise _failed(kind, name, error) from error
+    _check_place(kind, name, module)
     factory = getattr(module, attribute, None)
-    if not callable(factory):
-        near = get_close_matches(attribute, [key for key in vars(module) if not key.startswith("_")], n=1)
+    public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    if factory is None:
         raise PartError(
-            f"{kind} {name!r}: module {module_name!r} has no class {attribute!r}",
-            f"Did you mean {near[0]!r}?" if near else "Check the spelling",
+            f'{kind} "{name}": module {module_name} has no "{attribute}"',
+            nearest(attribute, public, "It has") if public else "It has no classes at all",
+        )
+    if not callable(factory):
+        raise PartError(
+            f'{kind} "{name}": {attribute} is of type {type(factory).__name__}, not a class',
+            nearest(attribute, public, "Classes and functions of the module are") if public else "Name a class",
         )
     return factory
 
+
+def _failed(kind: str, name: str, error: BaseException) -> PartError:
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    where = f" in {Path(lines[-1].filename).name}, line {lines[-1].lineno}" if len(lines) > 1 else ""
+    return PartError(
+        f'{kind} "{name}": importing the module fails with {type(error).__name__}: {error}{where}',
+        "Make `import` of it work first",
+    )
+
+
+def _check_place(kind: str, name: str, module: ModuleType) -> None:
+    """A module of that name beside the file must be the one that was imported, not another that came earlier."""
+    top = module.__name__.partition(".")[0]
+    loaded = getattr(sys.modules.get(top), "__file__", None)
+    for folder in _folders:
+        for file in (folder / top / "__init__.py", folder / f"{top}.py"):
+            if file.exists():
+                if loaded is None or Path(loaded).resolve() != file.resolve():
+                    raise PartError(
+                        f'{kind} "{name}": another module {top} is loaded already ({loaded or "built in"})',
+                        f"Rename {file}",
+                    )
+                return

@@ -2,66 +2,80 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from difflib import get_close_matches
+from itertools import islice
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from revnets.columns import memory_modes
-from revnets.config import Source, Strict, load, problem
-from revnets.graph import Graph, ReadError, ReadToken, wire
-from revnets.registry import PROVIDED, PartError, find, options
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+from revnets.config import Source, Strict, load
+from revnets.engine import Memory
+from revnets.errors import nearest, problem, show, what
+from revnets.graph import READS, Graph, ReadError, ReadToken, wire
+from revnets.parts import PartSpec, name_and_options, part
+from revnets.registry import find, options
 
 
-Reads = Annotated[tuple[ReadToken, ...], BeforeValidator(_as_tuple)]
+def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:
+    """Takes a list, or one item alone for a list of one."""
 
-
-class PartSpec(Strict):
-    """A stem, fusion or head: its name and options. `linear` alone means `{type: linear}`."""
-
-    type: str
-    options: dict[str, Any] = {}
-
-
-def _split_part(kind: str):
-    def split(value: Any) -> Any:
-        if isinstance(value, PartSpec):
+    def check(value: Any) -> Any:
+        if value is None:
             return value
-        if isinstance(value, str):
-            value = {"type": value}
-        if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-            raise problem(f"{value!r} names no {kind}", f"Write {{type: name, ...}} with the options of the {kind}")
-        given = {key: item for key, item in value.items() if key != "type"}
-        return {"type": value["type"], "options": _checked(kind, value["type"], given, ("type",), "type")}
+        items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, kind):
+                raise problem(what(item), f"Give {wanted}, or a list of such")
+        return items
 
-    return split
+    return BeforeValidator(check)
+
+
+def _modes(value: Any) -> Any:
+    given = tuple(value) if isinstance(value, (list, tuple)) else value
+    for mode in given if isinstance(given, tuple) else (given,):
+        if not isinstance(mode, str):
+            raise problem(what(mode), f"Give {', '.join(Memory)}, or a list of one per column")
+        if mode not in list(Memory):
+            raise problem(f"{show(mode)} is not a memory mode", nearest(mode, Memory, "Choose among"))
+    return given
+
+
+def _some_levels(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise problem(what(value), "Give a list with the levels of a column")
+    return tuple(value)
+
+
+Reads = Annotated[tuple[ReadToken, ...], _some((str, int), f"{', '.join(READS)} or an offset")]
+Modes = Annotated[str | tuple[str, ...], BeforeValidator(_modes)]
+Columns = Annotated[tuple[int, ...], _some(int, "the number of a column")]
 
 
 class LevelSpec(Strict):
     """One level of every column: its width, its blocks and, where it differs from the net's, what it reads."""
 
-    dim: int = Field(gt=0)
-    depth: int = Field(ge=0)
-    block: str
+    dim: int = Field(ge=1, examples=[64])
+    depth: int = Field(ge=0, examples=[2])
+    block: str = Field(examples=["convnext"])
     stride: int | None = Field(default=None, ge=1)
     reads: Reads | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "options" in value or not isinstance(value.get("block"), str):
-            return value
-        own = [key for key in cls.model_fields if key != "options"]
-        level = {key: value[key] for key in own if key in value}
-        given = {key: item for key, item in value.items() if key not in own}
-        return {**level, "options": _checked("block", value["block"], given, own, "block")}
+        if not isinstance(value, dict):
+            if isinstance(value, cls):
+                return value
+            raise problem(what(value), "Give a mapping, as in {dim: 64, depth: 2, block: convnext}")
+        level = {key: item for key, item in value.items() if key in LEVEL_KEYS}
+        _, options = name_and_options("block", value, "block", LEVEL_KEYS)
+        return {**level, "options": options}
+
+
+LEVEL_KEYS = tuple(key for key in LevelSpec.model_fields if key != "options")
+"""Keys of a level itself; all others are options of its block."""
 
 
 class GainSpec(Strict):
@@ -74,7 +88,8 @@ class GainSpec(Strict):
     @model_validator(mode="after")
     def _bounded(self) -> Self:
         if abs(self.init) < self.min_abs:
-            raise problem(f"{self.init} is nearer to 0 than min_abs {self.min_abs}", "Raise it, or lower min_abs", "init")
+            remedy = f"Give at least {self.min_abs} or at most -{self.min_abs}, or lower min_abs"
+            raise problem(f"{self.init} is nearer to 0 than min_abs", remedy, "init")
         return self
 
 
@@ -83,36 +98,37 @@ class NetSpec(Strict):
 
     model_config = ConfigDict(title="net")
 
-    columns: int = Field(ge=1)
-    stem: Annotated[PartSpec, BeforeValidator(_split_part("stem"))]
-    levels: Annotated[tuple[LevelSpec, ...], BeforeValidator(_as_tuple)]
-    fusion: Annotated[PartSpec, BeforeValidator(_split_part("fusion"))] = PartSpec(type="convnext")
+    columns: int = Field(ge=1, examples=[4])
+    stem: Annotated[PartSpec, part("stem")] = Field(examples=["{type: patchify, patch: 4}"])
+    levels: Annotated[tuple[LevelSpec, ...], BeforeValidator(_some_levels)] = Field(
+        examples=["[{dim: 64, depth: 2, block: convnext}, ...]"]
+    )
+    fusion: Annotated[PartSpec, part("fusion")] = PartSpec(type="convnext")
     reads: Reads = ("below", "above")
-    gain: GainSpec = GainSpec()
-    memory: Annotated[str | tuple[str, ...], BeforeValidator(_as_tuple)] = "exact"
-    taps: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = ()
-    head: Annotated[PartSpec | None, BeforeValidator(lambda value: value and _split_part("head")(value))] = None
+    gain: GainSpec = Field(default=GainSpec(), examples=["{init: 0.5}"])
+    memory: Modes = "exact"
+    taps: Columns = ()
+    head: Annotated[PartSpec, part("head")] | None = None
     drop_path: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         m = len(self.levels)
         if m < 2:
-            raise problem(f"{m} level(s) given", "A reversible column has at least 2", "levels")
+            raise problem(f"a column of {m} level{'s' * (m != 1)} cannot be reversed", "Give at least 2", "levels")
+        _check_reads(self.reads, m, "reads")
         for index, level in enumerate(self.levels):
-            own = level.reads is not None
-            try:
-                wire(m, m, [level.reads if own else self.reads] * m)
-            except ReadError as error:
-                place = ("levels", index, "reads") if own else ("reads",)
-                raise problem(str(error), "Choose another read", *place) from None
+            if level.reads is not None:
+                _check_reads(level.reads, m, "levels", index, "reads")
         for tap in self.taps:
             if not 0 <= tap < self.columns:
-                raise problem(f"tap {tap} is beyond the last column", f"Use 0 to {self.columns - 1}", "taps")
-        try:
-            memory_modes(self.memory, self.columns)
-        except ValueError as error:
-            raise problem(str(error), "See docs/yaml.md", "memory") from None
+                last = self.columns - 1
+                raise problem(f"there is no column {tap}", f"Columns are numbered from 0 to {last}", "taps")
+        if not isinstance(self.memory, str) and len(self.memory) != self.columns:
+            text = f"{len(self.memory)} modes for {self.columns} columns"
+            raise problem(text, "Give one for all, or one per column", "memory")
+        if self.drop_path and not any(_takes_drop_path(level) for level in self.levels):
+            raise problem(f"no block takes the rate {self.drop_path}", "Remove the key", "drop_path")
         return self
 
     def graph(self) -> Graph:
@@ -129,6 +145,17 @@ class NetSpec(Strict):
             reduction *= level.stride or (default if index else 1)
             found.append(reduction)
         return found
+
+    def drop_path_rates(self) -> list[list[float]]:
+        """The rate of each block, by level: from 0 to `drop_path` inside a column, equal in all columns.
+
+        That is the rule of the official release. A block that has a rate among its own options keeps it.
+        """
+        total = sum(level.depth for level in self.levels)
+        rates = iter([self.drop_path * index / max(total - 1, 1) for index in range(total)])
+        return [
+            [rate if _takes_drop_path(level) else 0.0 for rate in islice(rates, level.depth)] for level in self.levels
+        ]
 
 
 def load_spec(source: Source | NetSpec, overrides: Sequence[str] = ()) -> NetSpec:
@@ -149,50 +176,28 @@ def load_spec(source: Source | NetSpec, overrides: Sequence[str] = ()) -> NetSpe
 
 
 def dump(spec: NetSpec) -> dict[str, Any]:
-    """The spec as plain data that `load_spec` accepts."""
+    """The spec as plain data that `load_spec` accepts; what has its default is left out."""
+
+    def flat(part: dict[str, Any]) -> dict[str, Any]:
+        return {key: item for key, item in part.items() if key != "options"} | part.get("options", {})
+
     data = spec.model_dump(exclude_defaults=True)
-    for key in ("stem", "fusion", "head"):
-        if key in data:
-            data[key] = {"type": data[key]["type"], **data[key].get("options", {})}
-    data["levels"] = [{**{k: v for k, v in level.items() if k != "options"}, **level.get("options", {})}
-                      for level in data["levels"]]
-    return data
+    data |= {key: flat(data[key]) for key in ("stem", "fusion", "head") if key in data}
+    return data | {"levels": [flat(level) for level in data["levels"]]}
 
 
-def _checked(kind: str, name: str, given: dict[str, Any], known: Sequence[str], key: str) -> dict[str, Any]:
-    """The options of a part, checked against its signature: names, required ones, and annotated types."""
-    try:
-        allowed = options(kind, name)
-    except PartError as error:
-        raise problem(error.problem, error.remedy, key) from None
-    checked = {}
-    for option, value in given.items():
-        if option not in allowed:
-            if "**" in allowed:
-                checked[option] = value
-                continue
-            choices = [*allowed, *known]
-            near = get_close_matches(option, choices, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(allowed) or 'none'}"
-            if option in PROVIDED[kind]:
-                hint = "It follows from the levels and cannot be set"
-            raise problem(f"{kind} {name!r} has no option {option!r} (value {value!r})", hint, option)
-        checked[option] = _typed(option, value, allowed[option])
-    for option, parameter in allowed.items():
-        if option != "**" and parameter.default is inspect.Parameter.empty and option not in checked:
-            raise problem(f"{kind} {name!r} needs the option {option!r}", f"Add `{option}: ...`", option)
-    return checked
+def _check_reads(reads: Sequence[ReadToken], m: int, *place: str | int) -> None:
+    if not reads:
+        raise problem("the list is empty", f"Give some of {', '.join(READS)}", *place)
+    for read in reads:
+        if isinstance(read, str) and read not in READS:
+            raise problem(f'"{read}" is not a read', nearest(read, READS, "Choose among"), *place)
+        try:
+            wire(m, m, [[read]] * m)
+        except ReadError:
+            text = f"offset {read} reaches out of the window of {m} levels"
+            raise problem(text, f"Give 1 to {m - 1}" if m > 2 else "Give 1", *place) from None
 
 
-def _typed(option: str, value: Any, parameter: inspect.Parameter) -> Any:
-    annotation = parameter.annotation
-    if annotation is inspect.Parameter.empty or isinstance(annotation, str):
-        return value
-    if isinstance(value, list):
-        value = tuple(value)
-    try:
-        return TypeAdapter(annotation, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        text = error.errors()[0]["msg"]
-        hint = "YAML reads 1e-3 as text; write 1.0e-3" if isinstance(value, str) and value[:1].isdigit() else text
-        raise problem(f"{value!r} does not fit the option ({annotation})", hint, option) from None
+def _takes_drop_path(level: LevelSpec) -> bool:
+    return "drop_path" in options("block", level.block) and "drop_path" not in level.options

@@ -1,0 +1,192 @@
+"""What is said when something in a configuration is wrong: one line that names file, key, value and remedy."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
+
+Keys = tuple[str | int, ...]
+
+
+class SpecError(ValueError):
+    """Something in a configuration cannot be used: names the file, the key path, the value and the remedy."""
+
+    def __init__(self, source: str, key: str, problem: str, remedy: str = ""):
+        self.source, self.key, self.problem, self.remedy = source, key, _line(problem), _line(remedy)
+        where = f"{source}: {key}" if key else source
+        super().__init__(f"{where}: {self.problem}{'.' if remedy else ''} {self.remedy}".rstrip())
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
+        return SpecError, (self.source, self.key, self.problem, self.remedy)
+
+
+class Complaint(NamedTuple):
+    """One mistake, before it is known which file it stands in."""
+
+    keys: Keys
+    problem: str
+    remedy: str
+
+
+def problem(text: str, remedy: str, *keys: str | int) -> PydanticCustomError:
+    """What a validator raises: a problem at `keys` below its own place, and what to do about it."""
+    return PydanticCustomError("spec", "{problem}", {"problem": text, "remedy": remedy, "keys": keys})
+
+
+def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = None) -> Complaint:
+    """The most telling of pydantic's complaints about `data`, in words that need no knowledge of Python.
+
+    Args:
+        data: what was validated; tells keys of the data from names of types, which pydantic lists among them.
+        model: gives the known keys and examples of missing ones.
+    """
+    found = [(_keys_in(data, item["loc"]), item) for item in error.errors(include_url=False)]
+    # A misspelt key is also a missing one, and the misspelling is what to mend.
+    keys, first = next((pair for pair in found if pair[1]["type"] == "extra_forbidden"), found[0])
+    inside = [pair for pair in found if pair[0][: len(keys)] == keys]
+    keys, first = max(inside, key=lambda pair: len(pair[0]))  # the first of the deepest: a union's best branch
+    value, context = first["input"], first.get("ctx", {})
+    match first["type"]:
+        case "spec":
+            return Complaint((*keys, *context["keys"]), context["problem"], context["remedy"])
+        case "extra_forbidden":
+            known = _field(model, keys[:-1])[0]
+            return Complaint(keys, f"unknown key (value {show(value)})", nearest(keys[-1], known, "Known keys are"))
+        case "missing":
+            example = _field(model, keys)[1]
+            return Complaint(keys, "this key is missing", f"Add it, as in `{keys[-1]}: {example or '...'}`")
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            word, bound = _BOUNDS[first["type"]]
+            return Complaint(keys, f"{show(value)} is too {word}", f"Give {bound} {next(iter(context.values()))}")
+        case "literal_error" | "enum":
+            return Complaint(keys, f"{show(value)} is none of the choices", f"Choose {context['expected']}")
+        case kind if kind in _WANTED:
+            kinds = {item["type"] for place, item in inside if place == keys and item["type"] in _WANTED}
+            wanted = list(dict.fromkeys(_WANTED[kind] for kind in _WANTED if kind in kinds))
+            text, remedy = _wrong_type(value, wanted)
+            example = _field(model, keys)[1] if wanted == ["a mapping"] else None
+            return Complaint(keys, text, f"{remedy}, as in `{keys[-1]}: {example}`" if example else remedy)
+    return Complaint(keys, f"{show(value)}: {first['msg'][0].lower()}{first['msg'][1:]}", "")
+
+
+_BOUNDS = {
+    "greater_than": ("small", "more than"),
+    "greater_than_equal": ("small", "at least"),
+    "less_than": ("large", "less than"),
+    "less_than_equal": ("large", "at most"),
+}
+_WANTED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "path_type": "a path",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "set_type": "a list",
+    "iterable_type": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "model_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "none_required": "null",
+}
+"""Pydantic's type errors, and what the user should have given."""
+
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+"""A number in scientific notation that YAML 1.1 takes for text unless it has a dot and a signed exponent."""
+
+
+def _wrong_type(value: Any, wanted: list[str]) -> tuple[str, str]:
+    if isinstance(value, str) and {"a number", "a whole number"} & set(wanted):
+        if EXPONENT.fullmatch(value):
+            mantissa, exponent = re.split("[eE]", value)
+            dot, sign = "" if "." in mantissa else ".0", "" if exponent[0] in "+-" else "+"
+            better = f"{mantissa}{dot}e{sign}{exponent}" if "a number" in wanted else f"{float(value):.0f}"
+            return f"YAML reads {value} as text, not as a number", f"Write {better}"
+        if re.fullmatch(r"[-+]?\d+(\.\d+)?", value):
+            return f"{show(value)} is text", f"Give {' or '.join(wanted)}, without quotes"
+    return what(value), f"Give {' or '.join(wanted)}"
+
+
+def nearest(word: Any, known: Iterable[str], otherwise: str) -> str:
+    """A remedy for a name that is not known: the most similar one, or the first dozen after the words `otherwise`."""
+    known = list(known)
+    near = get_close_matches(str(word), known, n=1)
+    few = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"Did you mean {near[0]}?" if near else f"{otherwise} {few}"
+
+
+def what(value: Any) -> str:
+    """The value and what it is, as the beginning of a complaint."""
+    if value is None:
+        return "no value is given (null)"
+    names = {
+        bool: "a yes/no value",
+        int: "a whole number",
+        float: "a decimal number",
+        str: "text",
+        list: "a list",
+        tuple: "a list",
+        dict: "a mapping",
+        datetime.date: "a date",
+        datetime.datetime: "a date",
+    }
+    return f"{show(value)} is {names.get(type(value), f'of type {type(value).__name__}')}"
+
+
+def show(value: Any) -> str:
+    """The value in the notation of YAML, shortened to a part of a line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):
+        text = _line(repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def path(keys: Sequence[str | int]) -> str:
+    return ".".join(str(key) for key in keys)
+
+
+def _keys_in(data: Any, location: Sequence[str | int]) -> Keys:
+    """The part of pydantic's location that leads through the data, without the names of a union's branches."""
+    keys: list[str | int] = []
+    for depth, key in enumerate(location):
+        if isinstance(data, dict) and (key in data or depth == len(location) - 1):
+            data = data.get(key)
+        elif isinstance(data, (list, tuple)) and isinstance(key, int) and key < len(data):
+            data = data[key]
+        else:
+            continue
+        keys.append(key)
+    return tuple(keys)
+
+
+def _field(model: type[BaseModel] | None, keys: Keys) -> tuple[list[str], Any]:
+    """The known keys at this place of the model, and the example that belongs to it."""
+    example = None
+    for key in keys:
+        if model is not None and isinstance(key, str) and key in model.model_fields:
+            field = model.model_fields[key]
+            example = (field.examples or [None])[0]
+            model = next(iter(_models_in(field.annotation)), None)
+    return ([] if model is None else list(model.model_fields)), example
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
+
+
+def _line(text: str) -> str:
+    """Any text on one line, without the full stop that a sentence of ours will add."""
+    line = " ".join(text.split())
+    return line if line.endswith("...") else line.removesuffix(".")

@@ -1,0 +1,104 @@
+"""A stem, fusion, head or block as a configuration names it: a name and options, checked against the signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BeforeValidator, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from revnets.config import Strict
+from revnets.errors import explain, nearest, problem, show, what
+from revnets.registry import PROVIDED, PartError, names, options
+
+
+class PartSpec(Strict):
+    """A stem, fusion or head: its name and options. `linear` alone means `{type: linear}`."""
+
+    type: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def part(kind: str) -> BeforeValidator:
+    """Validator that splits {type: name, option: value, ...} into name and checked options."""
+
+    def split(value: Any) -> Any:
+        if isinstance(value, PartSpec):
+            return value
+        if isinstance(value, str):
+            name, checked = name_and_options(kind, {"type": value}, "type", ("type",), short=True)
+        elif isinstance(value, dict):
+            name, checked = name_and_options(kind, value, "type", ("type",))
+        else:
+            raise problem(what(value), f"Give a name, or {{type: name, ...}} with the options of the {kind}")
+        return {"type": name, "options": checked}
+
+    return BeforeValidator(split)
+
+
+def name_and_options(
+    kind: str, given: dict[str, Any], key: str, reserved: Sequence[str], short: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """The name that stands at `key`, and all that is not reserved as options, checked against the signature.
+
+    Args:
+        reserved: keys that are no options.
+        short: the name stands alone, so complaints about it belong to the place itself.
+    """
+    if key not in given:
+        for other in get_close_matches(key, given, n=1):
+            raise problem(f"unknown key (value {show(given[other])})", f"Did you mean {key}?", other)
+        raise problem("this key is missing", f"Add it, as in `{key}: {names(kind)[0]}`", key)
+    name = given[key]
+    if not isinstance(name, str):
+        raise problem(what(name), f"Give the name of a {kind}, or package.module:Class", key)
+    try:
+        allowed = options(kind, name)
+    except PartError as error:
+        raise problem(error.problem, error.remedy, *(() if short else (key,))) from None
+    checked = {}
+    for option, value in given.items():
+        if option in reserved:
+            continue
+        if option in PROVIDED[kind]:
+            raise problem(f'{kind} "{name}" is given {option} from the levels', "Remove the key", option)
+        if option in allowed:
+            checked[option] = _typed(option, value, allowed[option])
+        elif "**" in allowed:
+            checked[option] = value
+        else:
+            known = [*reserved, *allowed]
+            text = f'unknown key: {kind} "{name}" has no such option (value {show(value)})'
+            raise problem(text, nearest(option, known, "Known keys are"), option)
+    for option, parameter in allowed.items():
+        if option != "**" and parameter.default is inspect.Parameter.empty and option not in checked:
+            if option in reserved:
+                text = f'the argument {option} of {kind} "{name}" has the name of a key'
+                raise problem(text, "Rename the argument in its code", key)
+            raise problem(f'{kind} "{name}" needs this option', f"Add it, as in `{option}: ...`", option)
+    return name, checked
+
+
+def _typed(option: str, value: Any, parameter: inspect.Parameter) -> Any:
+    """The value in the type that the part's signature asks for: a list becomes a tuple, but no text a number."""
+    if parameter.annotation is inspect.Parameter.empty or isinstance(parameter.annotation, str):
+        return value
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(parameter.annotation, config=config)
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as error:
+            complaint = explain(error, value)
+        try:  # the strict rules for text formats: lists for tuples, values for enums
+            return adapter.validate_json(to_json(value))
+        except ValidationError as error:
+            complaint = explain(error, value)
+        except ValueError:  # not a value that a text could hold
+            pass
+    except (PydanticUserError, TypeError, NameError):  # a type that pydantic has no check for
+        return value
+    raise problem(complaint.problem, complaint.remedy, option, *complaint.keys)
