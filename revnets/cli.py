@@ -68,7 +68,8 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise typer.BadParameter(f"{text!r} is no shape; give positive whole numbers such as 3,224,224", param_hint="--input")
+        problem = f"{text!r} is no shape; give positive whole numbers such as 3,224,224"
+        raise typer.BadParameter(problem, param_hint="--input")
     return shape
 
 
@@ -87,7 +88,8 @@ def _add_commands_of_other_packages() -> None:
 
 def _missing(name: str, module: str, error: ImportError):
     def command() -> None:
-        raise SystemExit(f"revnets {name}: {module} cannot be imported ({error}). Install its extra: pip install 'revnets[vision]'")
+        extra = module.partition(".")[0]
+        raise SystemExit(f"revnets {name}: cannot import {module} ({error}). Try: pip install 'revnets[{extra}]'")
 
     command.__doc__ = f"Not available here: {error}."
     return command
@@ -95,7 +97,7 @@ def _missing(name: str, module: str, error: ImportError):
 
 def main() -> None:
     """Entry point: every expected mistake is one line on stderr and exit code 2, never a traceback."""
-    from revnets.config import SpecError
+    from revnets.errors import SpecError
 
     _add_commands_of_other_packages()
     try:

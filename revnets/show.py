@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from revnets.config import SpecError
+from revnets.errors import SpecError
+from revnets.graph import STEM
 from revnets.net import Net, build
 from revnets.registry import importable
 
@@ -102,13 +103,16 @@ def _walk(net: Net, shape: tuple[int, ...], path: Path) -> tuple[int, list[str]]
 
 def _levels(net: Net, sizes: Sequence[str]) -> Table:
     spec, graph = net.spec, net.columns.graph
-    table = Table(title=f"{spec.columns} columns of {len(spec.levels)} levels, memory {spec.memory}", title_justify="left")
+    title = f"{spec.columns} columns of {len(spec.levels)} levels, memory {spec.memory}"
+    table = Table(title=title, title_justify="left")
     for name in ("level", "channels", "positions", "blocks", "reads", "parameters a column"):
         table.add_column(name, justify="left" if name in ("blocks", "reads") else "right")
     column = min(1, spec.columns - 1)  # the first one has neither gains nor reads from above
     for index, level in enumerate(spec.levels):
         node = graph.nodes[column * graph.m + index]
-        reads = ", ".join(f"{graph.kind(node, read)} {graph.name(read)}" for read in node.reads)
+        reads = ", ".join(
+            graph.name(read) if read == STEM else f"{graph.kind(node, read)} {graph.name(read)}" for read in node.reads
+        )
         count = _millions(parameters(net.columns.cells[column][index]))
         table.add_row(str(index), str(level.dim), sizes[index], f"{level.depth} x {level.block}", reads, count)
     return table

@@ -152,8 +152,8 @@ def table(title: str, result: dict[str, tuple[float, int, int, float]]) -> Table
         rows.add_column(name, justify="left" if name == "mode" else "right")
     base = result["store"][0]
     for name, (seconds, kept, peak, wrong) in result.items():
-        right = "[green]bit for bit[/green]" if wrong == 0 else f"[red]{wrong:.1e}[/red]" if wrong > 0.01 else f"{wrong:.1e}"
-        rows.add_row(name, f"{seconds:.2f}", f"{seconds / base:.3f}", f"{kept / 1e6:.1f}", f"{peak / 1e6:.1f}", right)
+        verdict = "[green]bit for bit" if wrong == 0 else f"[{'yellow' if wrong < 0.01 else 'red'}]{wrong:.1e}"
+        rows.add_row(name, f"{seconds:.2f}", f"{seconds / base:.3f}", f"{kept / 1e6:.1f}", f"{peak / 1e6:.1f}", verdict)
     return rows
 
 

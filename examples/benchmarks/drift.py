@@ -1,0 +1,113 @@
+"""How the plain inverse drifts: gradient error against plain autograd, over columns and gamma.
+
+    .venv/bin/python examples/benchmarks/drift.py --png docs/drift.png
+
+RevCol-S-shaped columns at random initialisation, batch 1, 64 x 64 images, one thread. `invert` rebuilds every state
+by the inverse alone, as the paper describes; `exact` also adds the lost bits back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import revnets
+
+COLUMNS = (4, 8, 16, 32)
+GAINS = (1.0, 0.5, 0.2, 0.05)
+
+
+def main(
+    png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.")] = None,
+    width: Annotated[int, typer.Option(help="Channels of level 0; the paper's RevCol-S has 64.")] = 64,
+    columns: Annotated[str, typer.Option(help="Numbers of columns.")] = ",".join(map(str, COLUMNS)),
+) -> None:
+    """Measure the gradient error of `invert` and `exact`, in float32 and under bfloat16 autocast."""
+    torch.set_num_threads(1)
+    counts = [int(part) for part in columns.split(",")]
+    cases = [(gain, count, half) for half in (False, True) for gain in GAINS for count in counts]
+    errors = {case: gradient_errors(*case, width) for case in track(cases, description="measuring", transient=True)}
+    console = Console()
+    for half in (False, True):
+        console.print(table(errors, counts, half))
+    if png is not None:
+        draw(errors, counts, png)
+        console.print(f"wrote {png}")
+
+
+def gradient_errors(gain: float, count: int, half: bool, width: int) -> tuple[float, float]:
+    """Relative L2 error of all parameter gradients in `invert` and in `exact`, against `store`."""
+    torch.manual_seed(0)
+    net = revnets.build(
+        {
+            "columns": count,
+            "stem": {"type": "patchify"},
+            "levels": [{"dim": width * 2**i, "depth": (2, 2, 4, 2)[i], "block": "convnext"} for i in range(4)],
+            "gain": {"init": gain},
+            "head": {"type": "classifier", "num_classes": 10},
+        }
+    )
+    image, label = torch.randn(1, 3, 64, 64), torch.tensor([3])
+    gradients = {mode: gradient(net, mode, image, label, half) for mode in ("store", "invert", "exact")}
+    reference = gradients["store"]
+    scale = float(reference.norm())
+    return tuple(float((gradients[mode] - reference).norm()) / scale for mode in ("invert", "exact"))
+
+
+def gradient(net: revnets.Net, mode: str, image: Tensor, label: Tensor, half: bool) -> Tensor:
+    """The gradient of all parameters as one float64 vector."""
+    net.columns.memory = mode
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = torch.nn.functional.cross_entropy(net(image), label)
+    parts = torch.autograd.grad(loss, list(net.parameters()))
+    return torch.cat([part.double().flatten() for part in parts])
+
+
+def table(errors: dict[tuple[float, int, bool], tuple[float, float]], counts: list[int], half: bool) -> Table:
+    rows = Table(title="bfloat16 autocast" if half else "float32", title_justify="left")
+    rows.add_column("gamma", justify="right")
+    for count in counts:
+        rows.add_column(f"{count} columns\ninvert / exact", justify="right")
+    for gain in GAINS:
+        cells = []
+        for count in counts:
+            invert, exact = errors[gain, count, half]
+            colour = "red" if not invert < 0.01 else "yellow" if invert > 1e-5 else "green"
+            cells.append(f"[{colour}]{invert:.1e}[/{colour}] / {exact:.0e}")
+        rows.add_row(f"{gain}", *cells)
+    return rows
+
+
+def draw(errors: dict[tuple[float, int, bool], tuple[float, float]], counts: list[int], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from revnets.draw import save
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, half in zip(axes, (False, True), strict=True):
+        for gain, colour, marker in zip(GAINS, ("#009e73", "#0072b2", "#e69f00", "#d55e00"), "osD^", strict=True):
+            values = [min(errors[gain, count, half][0], 10.0) for count in counts]  # NaN and overflow: off the scale
+            values = [10.0 if value != value else value for value in values]
+            axis.plot(counts, values, marker=marker, color=colour, label=f"gamma {gain}")
+        axis.axhline(0.01, color="#666666", linewidth=0.8, linestyle="--")
+        axis.set(xscale="log", yscale="log", xlabel="columns", title="bfloat16 autocast" if half else "float32")
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("gradient error of the plain inverse")
+    axes[0].text(counts[0], 0.012, "1 %", color="#666666", fontsize=8, va="bottom")
+    axes[1].legend(frameon=False, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
