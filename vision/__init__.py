@@ -1,0 +1,1 @@
+"""RevCol for images: training, evaluation and recipes on top of timm."""

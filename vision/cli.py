@@ -1,0 +1,64 @@
+"""The commands `revnets train` and `revnets eval`. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key.path=value, e.g. epochs=5 model.columns=8", show_default=False)
+]
+
+
+def train(
+    config: Annotated[
+        str, typer.Argument(help="YAML file of a run, or a recipe that comes along: digits.", show_default=False)
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Train a net for image classification, or go on with a run that was interrupted.
+
+    Everything goes into the folder `output`: checkpoints/, log.jsonl, tensorboard/, curves.png and config.yaml. The
+    same command again goes on where the run stopped, bit for bit. SIGTERM and Ctrl-C save first (exit code 128 + signal).
+    """
+    with _one_line_errors():
+        from vision.config import load_config
+        from vision.train import Trainer
+
+        outcome = Trainer(load_config(config, overrides or [])).fit()
+    if outcome.signal is not None:
+        raise typer.Exit(128 + outcome.signal)
+    typer.echo(f"best top-1 {outcome.top1:.2f} %, {outcome.best or outcome.last}")
+
+
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or the folder of a run: then its best one.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    png: Annotated[Path | None, typer.Option(help="Draw which class is taken for which into this PNG file.")] = None,
+) -> None:
+    """Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one."""
+    with _one_line_errors():
+        from vision.evaluate import evaluate_checkpoint
+
+        evaluate_checkpoint(checkpoint, overrides or [], png)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What a user can mend is told in one line. Mistakes in a configuration are told by `revnets` itself."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        from vision.checkpoint import CheckpointError
+        from vision.train import TrainingError
+
+        if not isinstance(error, (OSError, CheckpointError, TrainingError)):
+            raise
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error

@@ -1,0 +1,100 @@
+"""What a run leaves for its readers: a log in JSON lines, TensorBoard's files, a live progress bar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vision.files import replacing
+
+LOG = "log.jsonl"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, without a last one that a kill cut short."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]  # a whole line ends with a newline
+
+
+class Record:
+    """Log and TensorBoard of one run.
+
+    Args:
+        folder: of the run.
+        step: where the run begins. Whatever a killed run wrote about later steps is dropped, since it comes again.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.path = folder / LOG
+        kept = [line for line in read_log(self.path) if line["step"] <= step]
+        with replacing(self.path, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        self._log = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed in `close`)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
+        """One line: kind (`train` or `eval`), place, values."""
+        self._log.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
+        self._log.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._log.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Display:
+    """A live progress bar on a terminal, and a line per epoch everywhere."""
+
+    def __init__(self, console: Console, epochs: int, updates: int):
+        self.console, self.epochs, self.updates = console, epochs, updates
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._bar = self._progress.add_task("training", total=epochs * updates, note="")
+
+    def training(self, epoch: int, step: int, note: str | None = None) -> None:
+        """Show that `step` updates are done, in the epoch of that number (from 0)."""
+        changes = {} if note is None else {"note": note}
+        self._progress.update(self._bar, completed=step, description=f"epoch {epoch + 1}/{self.epochs}", **changes)
+
+    def validating(self) -> None:
+        self._progress.update(self._bar, description="validating")
+
+    def line(self, text: str) -> None:
+        """Print above the bar."""
+        self._progress.console.print(text, highlight=False)
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
