@@ -31,7 +31,8 @@ class Gain(nn.Module):
     def forward(self) -> Tensor:
         weight = self.weight
         fixed = weight.detach()
-        bounded = torch.copysign(fixed.abs().clamp_min(self.min_abs), fixed)
+        magnitude = fixed.abs().clamp_min(self.min_abs)
+        bounded = torch.where(fixed < 0, -magnitude, magnitude)  # copysign has no counterpart in ONNX
         return bounded + (weight - fixed)  # weight - fixed is exactly 0 and carries the gradient
 
     def extra_repr(self) -> str:
@@ -90,7 +91,7 @@ def first_state(update: Tensor) -> Tensor:
     kind = update.device.type  # "meta", for one, knows no autocast
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         update = update.to(torch.promote_types(update.dtype, torch.float32))
-    return update if _is_dense(update) else update.contiguous()
+    return update if torch.compiler.is_compiling() or _is_dense(update) else update.contiguous()
 
 
 def _is_dense(tensor: Tensor) -> bool:

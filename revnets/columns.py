@@ -80,6 +80,15 @@ class ReversibleColumns(nn.Module):
             raise ValueError(f"{len(levels)} states were given; the inverse starts from the last {expected}")
         return engine.invert(self.graph, self.flat(), levels, x, context)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the function of every cell; the arguments are those of `torch.compile`.
+
+        While gradients are recorded this is the way to compile: `torch.compile` of the whole module leaves the cells
+        of columns with another mode than `store` as they are.
+        """
+        for cell in self.flat():
+            cell.compile(*args, **kwargs)
+
     def extra_repr(self) -> str:
         modes = {str(mode) for mode in self._memory}
         return f"m={self.graph.m}, columns={self.graph.columns}, memory={'/'.join(sorted(modes))}"

@@ -76,7 +76,7 @@ class BatchNorm(nn.Module):
         self.linear, self.norm = nn.Linear(dim, dim), nn.BatchNorm1d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.linear(x).transpose(1, 2)).transpose(1, 2))
+        return F.relu(self.norm(self.linear(x).flatten(0, 1)).view_as(x))
 
 
 class InPlace(nn.Module):

@@ -13,7 +13,7 @@ from revnets.cell import Cell, FixedGain, Gain, add, first_state, subtract
 
 @pytest.mark.parametrize(
     ("weight", "gamma"),
-    [(0.5, 0.5), (-0.5, -0.5), (1e-3, 1e-3), (1e-5, 1e-3), (-1e-5, -1e-3), (0.0, 1e-3), (7.0, 7.0)],
+    [(0.5, 0.5), (-0.5, -0.5), (1e-3, 1e-3), (1e-5, 1e-3), (-1e-5, -1e-3), (0.0, 1e-3), (-0.0, 1e-3), (7.0, 7.0)],
 )
 def test_gain_keeps_its_distance_from_0(weight, gamma):
     gain = Gain(3, weight)
