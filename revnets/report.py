@@ -92,6 +92,12 @@ class Audit:
         """No gradient is wrong, and `exact` rebuilds every state bit for bit."""
         return all(self.verdict(mode) != "wrong" for mode in self.modes) and all(c.exact for c in self.columns)
 
+    @property
+    def nothing_rebuilt(self) -> str:
+        """Why there is nothing to say about the columns, where there is not."""
+        failed = any(mode.failure for mode in self.modes)
+        return "the states could not be rebuilt" if failed else "nothing is rebuilt: there is one column only"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON, which has no NaN and no infinity: those become text."""
         modes = [

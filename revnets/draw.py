@@ -1,0 +1,192 @@
+"""Pictures of a graph and of an audit, and how they are saved.
+
+Figures are made without pyplot, so nothing depends on a display or on global state, and matplotlib is imported with the
+first figure. Colours are those of Okabe and Ito, which colour-blind people can tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from revnets.diagram import INK
+from revnets.diagram import graph_figure as graph_figure
+from revnets.report import INVERT_LIMIT, Audit, ModeAudit, size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg", "pdf")
+MODE_COLOURS = {"store": "#767676", "recompute": "#56B4E9", "invert": "#D55E00", "exact": "#009E73"}
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure in the format that the suffix names. The file appears complete or not at all.
+
+    Raises:
+        ValueError: the suffix is none of .png, .svg and .pdf.
+    """
+    import matplotlib
+
+    path = Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise ValueError(f"{path}: a picture is saved as .{', .'.join(FORMATS)}; give the file one of these suffixes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # No dates and no random ids: the same figure gives the same file. Whole fonts in PDF, as publishers ask for.
+    date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    try:
+        with open(temporary, "wb") as file, matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "revnets"}):
+            figure.savefig(file, format=kind, dpi=200, metadata=date)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def audit_figure(audit: Audit) -> Figure:
+    """Draw an audit: how well the states come back, how right the gradients are, what is kept and where."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.6), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    panels = figure.subplots(2, 2)
+    draws = (_draw_states, _draw_gradients, _draw_growth, _draw_bytes)
+    for axes, draw in zip(panels.flat, draws, strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9, colors=INK)
+        draw(axes, audit)
+        axes.title.set(fontsize=11, ha="left", x=0.0, color=INK)
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set(fontsize=9.5, color=INK)
+    return figure
+
+
+def _draw_states(axes: Axes, audit: Audit) -> None:
+    axes.set_title("States, rebuilt from the last column's")
+    if not audit.columns:
+        _nothing(axes, audit.nothing_rebuilt)
+        return
+    colour, columns = MODE_COLOURS["invert"], [column.column for column in audit.columns]
+    errors = [column.invert_error for column in audit.columns]
+    top = _logarithmic(axes, "y", [*errors, *(error for column in audit.columns for error in column.invert_levels)])
+    for level in range(audit.m):
+        points = [
+            (c.column, _shown(c.invert_levels[level], top)) for c in audit.columns if level < len(c.invert_levels)
+        ]
+        axes.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1)
+    shown = [_shown(error, top) for error in errors]
+    axes.plot(columns, shown, "o-", color=colour, markersize=4, label="invert (thin: each level)", clip_on=False)
+    for exact, marker, shade, label in (
+        (True, "s", MODE_COLOURS["exact"], "exact: equal bit for bit"),
+        (False, "X", "black", "exact: DIFFERS"),
+    ):
+        at = [column.column for column in audit.columns if column.exact is exact]
+        if at:
+            axes.plot(at, [0] * len(at), marker, color=shade, markersize=5, label=label, clip_on=False, zorder=3)
+    axes.axhline(INVERT_LIMIT, color=INK, linestyle=":", linewidth=1)
+    axes.set(xlabel="column", ylabel="relative error (dotted: 1 %)", xlim=(-0.5, columns[-1] + 0.5))
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.legend(fontsize=9, frameon=False)
+
+
+def _draw_gradients(axes: Axes, audit: Audit) -> None:
+    axes.set_title("Gradients, against those of store")
+    modes = [mode for mode in audit.modes if mode.mode != "store"]
+    if not modes:
+        _nothing(axes, "only store was measured")
+        return
+    top = _logarithmic(axes, "x", [mode.gradient_error for mode in modes])
+    _bars(axes, [mode.mode for mode in modes], [_shown(mode.gradient_error, top) for mode in modes])
+    for row, mode in enumerate(modes):
+        _note(axes, row, _gradient_words(audit, mode))
+    axes.axvline(INVERT_LIMIT, color=INK, linestyle=":", linewidth=1)
+    axes.set_xlabel("relative error (dotted: 1 %)")
+
+
+def _gradient_words(audit: Audit, mode: ModeAudit) -> str:
+    if mode.failure:
+        return "failed"
+    if mode.equal:
+        return "equal bit for bit"
+    error = f"off by {mode.gradient_error:.1e}" if math.isfinite(mode.gradient_error) else "not finite"
+    return f"{error}: WRONG" if audit.verdict(mode) == "wrong" else error
+
+
+def _draw_growth(axes: Axes, audit: Audit) -> None:
+    axes.set_title("Memory, as the columns' forward goes on")
+    unit, name = _unit(max((sum(mode.column_bytes) for mode in audit.modes), default=0))
+    for mode in audit.modes:
+        alive = [total / unit for total in accumulate(mode.column_bytes)]
+        slope = "" if math.isnan(mode.bytes_per_column) else f": {size(mode.bytes_per_column)}"
+        style = {"color": MODE_COLOURS[mode.mode], "markersize": 3.5, "label": mode.mode + slope}
+        axes.plot(range(len(alive)), alive, "o-", **style)
+    most = max((sum(mode.column_bytes) for mode in audit.modes), default=0) / unit
+    last = max((len(mode.column_bytes) for mode in audit.modes), default=1) - 1
+    axes.set(xlabel="after column", ylabel=f"{name} alive", xlim=(-0.5, last + 0.5), ylim=(0, 1.4 * most or 1))
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    title = "added by one more column" if last else None
+    axes.legend(  # in the room above the curves
+        fontsize=9, frameon=False, ncols=2, loc="upper left", title=title, title_fontsize=9, alignment="left"
+    )
+
+
+def _draw_bytes(axes: Axes, audit: Audit) -> None:
+    axes.set_title("Memory, kept for backward and at the peak")
+    unit, name = _unit(max((mode.peak_bytes for mode in audit.modes), default=0))
+    names = [mode.mode for mode in audit.modes]
+    _bars(axes, names, [mode.peak_bytes / unit for mode in audit.modes], alpha=0.3)
+    _bars(axes, names, [mode.kept_bytes / unit for mode in audit.modes])
+    for row, mode in enumerate(audit.modes):
+        _note(axes, row, f"kept {size(mode.kept_bytes)}, peak {size(mode.peak_bytes)}")
+    axes.set_xlabel(f"{name} (dark: kept, pale: up to the peak)")
+
+
+def _bars(axes: Axes, modes: list[str], lengths: list[float], alpha: float = 1.0) -> None:
+    axes.barh(range(len(modes)), lengths, height=0.36, color=[MODE_COLOURS[mode] for mode in modes], alpha=alpha)
+    axes.set_yticks(range(len(modes)), modes)
+    axes.set_ylim(len(modes) - 0.6, -0.6)  # the first on top
+
+
+def _note(axes: Axes, row: int, text: str) -> None:
+    """Words above a bar."""
+    axes.annotate(text, (0, row - 0.3), (3, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
+
+
+def _nothing(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=INK)
+    axes.set(xticks=[], yticks=[])
+
+
+def _logarithmic(axes: Axes, which: str, errors: list[float]) -> float:
+    """An axis of errors, logarithmic but with room for 0; returns the greatest value that it shows."""
+    found = [error for error in errors if error > 0 and math.isfinite(error)]
+    lowest = 10.0 ** math.floor(math.log10(min([*found, 1e-6])))
+    top = 10.0 ** math.ceil(math.log10(max([*found, INVERT_LIMIT])) + 0.5)
+    decades = range(round(math.log10(lowest)), round(math.log10(top)) + 1)
+    step = 1 + len(decades) // 7
+    ticks = [0.0, *(10.0**decade for decade in decades[::step])]
+    set_scale, axis = (axes.set_yscale, axes.yaxis) if which == "y" else (axes.set_xscale, axes.xaxis)
+    set_scale("symlog", linthresh=lowest, linscale=0.6)
+    (axes.set_ylim if which == "y" else axes.set_xlim)(0, top)
+    axis.set_ticks(ticks)
+    axis.set_ticks([], minor=True)
+    return top
+
+
+def _shown(error: float, top: float) -> float:
+    """What is not finite goes to the end of the axis."""
+    return min(error, top) if math.isfinite(error) else top
+
+
+def _unit(largest: int) -> tuple[int, str]:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if largest >= unit:
+            return unit, name
+    return 1, "bytes"
