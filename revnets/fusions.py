@@ -86,9 +86,9 @@ class ConvNeXtFusion(nn.Module):
     @staticmethod
     def _path(dim: int, reduction: int, source: Source) -> nn.Module:
         if source.reduction < reduction:
-            return Down(source.dim, dim, _ratio(reduction, source.reduction))
+            return Down(source.dim, dim, reduction // source.reduction)
         if source.reduction > reduction:
-            return Up(source.dim, dim, _ratio(source.reduction, reduction))
+            return Up(source.dim, dim, source.reduction // reduction)
         return nn.Identity() if source.dim == dim else Project(source.dim, dim)
 
     def forward(self, *reads: Tensor) -> Tensor:
@@ -159,14 +159,6 @@ def sum_up(terms: Iterable[Tensor]) -> Tensor:
     for term in terms:
         total = total + term
     return total
-
-
-def _ratio(coarse: int, fine: int) -> int:
-    if coarse % fine:
-        raise ValueError(
-            f"it cannot join 1/{coarse} and 1/{fine} of the stem's resolution. Give strides of whole ratios"
-        )
-    return coarse // fine
 
 
 def _same_resolution(reduction: int, sources: list[Source]) -> None:

@@ -136,11 +136,14 @@ def _gain(spec: NetSpec, node: Node, dim: int) -> Gain | FixedGain | None:
 
 def _part(source: str, key: str, kind: str, name: str, **arguments: Any) -> nn.Module:
     """Build one part. If it refuses its arguments, that is a mistake in the spec: say where."""
+    who = f'"{name}"' if key == kind else f'{kind} "{name}"'
     try:
         part = find(kind, name)(**arguments)
     except Exception as error:  # anything that a class of the user's may raise
-        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise SpecError(source, key, f'{kind} "{name}": {said}') from error
+        said = next(iter(str(error).splitlines()), "")
+        if not isinstance(error, ValueError):
+            said = f"{type(error).__name__}: {said}"
+        raise SpecError(source, key, f"{who}: {said}") from error
     if not isinstance(part, nn.Module):
-        raise SpecError(source, key, f'{kind} "{name}" gives a {type(part).__name__}', "Give a torch.nn.Module")
+        raise SpecError(source, key, f"{who} gives a {type(part).__name__}", "It must give a torch.nn.Module")
     return part

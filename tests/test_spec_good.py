@@ -1,0 +1,149 @@
+"""What a YAML may say: defaults, shorthands, options in the types of a signature, and back to plain data."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import revnets
+from revnets.spec import dump, load_spec
+
+NET = """\
+columns: 2
+stem: {type: patchify, patch: 2}
+levels:
+  - {dim: 8, depth: 1, block: convnext}
+  - {dim: 12, depth: 1, block: vit, heads: 3}
+head: {type: classifier, num_classes: 3}
+drop_path: 0.1
+"""
+
+
+def net(**changes: Any) -> dict[str, Any]:
+    """NET as a dict, with changes."""
+    return yaml.safe_load(NET) | changes
+
+
+def test_defaults() -> None:
+    required = {key: net()[key] for key in ("columns", "stem", "levels")}
+    spec = load_spec(required)
+    assert spec == load_spec(net(taps=[], head=None, drop_path=0))
+    assert (spec.reads, spec.memory, spec.taps, spec.head) == (("below", "above"), "exact", (), None)
+    assert (spec.gain.init, spec.gain.min_abs, spec.gain.learn) == (0.5, 1e-3, True)
+
+
+def test_one_item_stands_for_a_list_of_one() -> None:
+    spec = load_spec(net(reads="full", taps=1))
+    assert (spec.reads, spec.taps) == (("full",), (1,))
+    assert load_spec(net(reads=1)).reads == (1,)
+
+
+def test_memory_per_column() -> None:
+    assert load_spec(net(memory=["store", "exact"])).memory == ("store", "exact")
+
+
+def test_a_name_alone_stands_for_a_part_without_options() -> None:
+    assert load_spec(net(stem="patchify")).stem == load_spec(net(stem={"type": "patchify"})).stem
+
+
+def test_nulls_that_mean_something() -> None:
+    """No head, and at a level: as the net has it."""
+    data = net(head=None)
+    data["levels"][0] |= {"stride": None, "reads": None}
+    assert load_spec(data) == load_spec(net(head=None))
+
+
+def test_reductions() -> None:
+    levels = [{"dim": 8, "depth": 1, "block": "mlp", **extra} for extra in ({}, {}, {"stride": 3}, {"stride": 1})]
+    assert load_spec(net(levels=levels, drop_path=0.1)).reductions() == [1, 2, 6, 6]
+    assert load_spec(net(levels=levels, fusion="linear")).reductions() == [1, 1, 3, 3]
+    levels[0]["stride"] = 2
+    assert load_spec(net(levels=levels)).reductions() == [2, 4, 12, 12]
+
+
+def test_drop_path_rates_rise_inside_a_column() -> None:
+    """As in the official release; a block's own rate stays, and a block that takes none is passed over."""
+    levels = [
+        {"dim": 8, "depth": 2, "block": "mlp"},
+        {"dim": 8, "depth": 1, "block": "mlp", "drop_path": 0.5},
+        {"dim": 8, "depth": 1, "block": "torch.nn:Identity"},
+        {"dim": 8, "depth": 0, "block": "mlp"},
+        {"dim": 8, "depth": 2, "block": "mlp"},
+    ]
+    rates = load_spec(net(levels=levels, drop_path=0.5)).drop_path_rates()
+    assert rates == [pytest.approx([0, 0.1]), [0], [0], [], pytest.approx([0.4, 0.5])]
+    assert load_spec(net(drop_path=0)).drop_path_rates() == [[0], [0]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head": None},
+        {"fusion": {"type": "linear", "project": ["below"]}},
+        {"gain": {"init": -1, "learn": False}},
+        {"reads": ["below", 1]},
+    ],
+)
+def test_dump_loads_again(changes: dict[str, Any]) -> None:
+    data = net(**changes)
+    data["levels"][1] |= {"stride": 1, "reads": ["below", "stem"]}
+    spec = load_spec(data)
+    text = yaml.safe_dump(dump(spec))
+    assert load_spec(yaml.safe_load(text)) == spec
+
+
+def test_spec_is_frozen_survives_pickle_and_takes_overrides() -> None:
+    spec = load_spec(net())
+    with pytest.raises(ValueError, match="frozen"):
+        spec.columns = 3
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    assert load_spec(spec) is spec
+    assert load_spec(spec, ["columns=5"]) == load_spec(net(columns=5))
+
+
+OWN_OPTIONS = """
+import enum
+from typing import Literal, Optional
+from torch import nn
+
+class Mode(enum.Enum):
+    SOFT = "soft"
+
+class Block(nn.Module):
+    def __init__(self, dim: int, sizes: tuple[int, ...] = (), weights: list[float] = [], mode: Mode = None,
+                 act: Literal["relu", "gelu"] = "relu", bias: Optional[bool] = None, anything=None,
+                 norm: type[nn.Module] = nn.LayerNorm, odd: "set[NoSuchName]" = None, depth: int = 7):
+        super().__init__()
+        self.given = {**locals()}
+
+    def forward(self, x):
+        return x
+"""
+
+
+def test_options_come_in_the_types_of_the_signature(own_modules: Path) -> None:
+    (own_modules / "own_options.py").write_text(OWN_OPTIONS)
+    file = own_modules / "net.yaml"
+    options = "sizes: [1, 2], weights: [1, 2.5], mode: soft, act: gelu, bias: true, anything: {a: [1]}, odd: 1"
+    file.write_text(NET.replace("block: convnext", f"block: 'own_options:Block', {options}", 1))
+    given = revnets.build(file).columns.cells[0][0].function.blocks[0].given
+    expected = {"sizes": (1, 2), "weights": [1.0, 2.5], "act": "gelu", "bias": True, "anything": {"a": [1]}, "odd": 1}
+    assert {key: given[key] for key in expected} == expected
+    assert given["mode"].name == "SOFT"
+    assert given["depth"] == 7  # `depth: 1` is the level's own key and not the block's argument
+
+
+def test_a_dict_may_hold_what_a_file_cannot(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own_modules / "own_options.py").write_text(OWN_OPTIONS)
+    monkeypatch.syspath_prepend(own_modules)
+    level = {"dim": 8, "depth": 1, "block": "own_options:Block", "norm": torch.nn.BatchNorm2d}
+    spec = load_spec(net(levels=[level, level], drop_path=0))
+    assert spec.levels[0].options["norm"] is torch.nn.BatchNorm2d
+    with pytest.raises(revnets.SpecError, match=r"levels\.0\.norm"):
+        load_spec(net(levels=[level | {"norm": int}, level]))
