@@ -14,11 +14,11 @@ from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from revnets.draw import save
 from vision import checkpoint, parts
 from vision.config import load_config
 from vision.data import load_data, val_loader
 from vision.figures import confusion_figure
-from vision.files import replacing
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +100,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), png: Path | N
     console = Console()
     console.print(table)
     if png is not None:
-        figure = confusion_figure(list(found.values())[-1].confusion, data.classes)
-        with replacing(png) as file:
-            figure.savefig(file, format="png", dpi=150)
+        save(confusion_figure(list(found.values())[-1].confusion, data.classes), png)
         console.print(f"wrote {png}", soft_wrap=True, highlight=False)
     return found
 

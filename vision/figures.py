@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-INK, MUTED, GRID = "#22262b", "#8a9099", "#e4e6ea"
-BLUE, ORANGE, GREEN, GREY = "#2f6fb5", "#d9722e", "#3a9a62", "#9aa1ab"
+INK, MUTED, GRID = "#222222", "#8a9099", "#e4e6ea"
+BLUE, GREY = "#0072B2", "#9aa1ab"
 
 
 def training_figure(log: Sequence[dict[str, Any]]) -> Figure:
@@ -32,7 +32,7 @@ def draw_loss(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
     axes.plot([line["epoch"] for line in val], [_counting(line, "loss") for line in val], color=BLUE, lw=2)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(axes.lines, ["training (with its augmentation and smoothing)", "validation"], frameon=False)
+    axes.legend(axes.lines, ["training, augmented", "validation"], frameon=False, fontsize=9)
 
 
 def draw_accuracy(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
@@ -43,7 +43,13 @@ def draw_accuracy(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
     for name, label, color in (("raw", "weights", GREY), ("ema", "averaged weights", BLUE)):
         if val and f"{name}_top1" in val[-1]:
             axes.plot([line["epoch"] for line in val], [line[f"{name}_top1"] for line in val], color=color, lw=2, label=label)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
+    if val:
+        best = max(val, key=lambda line: _counting(line, "top1"))
+        point = (best["epoch"], _counting(best, "top1"))
+        axes.plot(*point, "o", color=BLUE, markersize=5)
+        axes.annotate(f"best {point[1]:.2f} %", point, (0, -14), textcoords="offset points", ha="right", va="top",
+                      color=INK, fontsize=9.5)
 
 
 def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:

@@ -14,6 +14,7 @@ from timm.utils.random import random_seed
 from torch import Tensor
 
 from revnets import SpecError
+from revnets.draw import save
 from vision import checkpoint
 from vision.checkpoint import CheckpointError, Checkpoints
 from vision.config import TrainConfig
@@ -99,8 +100,7 @@ class Trainer:
                 display.line(f"Stopped by {name} in epoch {progress.epoch + 1}, step {progress.step}; saved {path}")
                 display.line(f"Go on with: revnets train {self.output / 'config.yaml'}")
                 return self._outcome(stop.received)
-        with replacing(self.output / "curves.png") as file:
-            training_figure(read_log(self.output / LOG)).savefig(file, format="png", dpi=150)
+        save(training_figure(read_log(self.output / LOG)), self.output / "curves.png")
         return self._outcome()
 
     def _epoch(self, stop: StopSignals, record: Record, display: Display) -> None:

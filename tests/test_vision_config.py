@@ -1,0 +1,97 @@
+"""What the YAML of a run may say, and what is said about one that is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from revnets import SpecError, load_spec
+from vision.config import CONFIGS, load_config
+
+NET = {
+    "columns": 2,
+    "stem": {"type": "patchify", "in_chans": 1, "patch": 2},
+    "levels": [{"dim": 3, "depth": 1, "block": "convnext"}, {"dim": 5, "depth": 1, "block": "mlp"}],
+    "head": {"type": "classifier", "num_classes": 10},
+}
+RUN = {"model": NET, "output": "runs/x"}
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_recipes_are_found_by_name_and_come_back_from_plain_data(recipe):
+    config = load_config(recipe)
+    assert load_config(config.plain()) == config
+    assert load_config(yaml.safe_load(yaml.safe_dump(config.plain()))) == config
+
+
+def test_model_from_a_file_is_read_relative_to_it_and_can_be_overridden(tmp_path, monkeypatch):
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "net.yaml").write_text(yaml.safe_dump(NET))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "model": "nets/net.yaml", "memory": "store"}))
+    monkeypatch.chdir("/")
+    overrides = ["model.columns=3", "model.levels.1.dim=7", "memory=[store, exact, invert]", "epochs=2"]
+    config = load_config(tmp_path / "run.yaml", overrides)
+    inline = load_config({**RUN, "model": NET}, overrides)
+    assert config == inline
+    assert config.net == load_spec({**NET, "memory": ["store", "exact", "invert"]}, ["columns=3", "levels.1.dim=7"])
+
+
+def test_memory_of_the_run_wins_over_that_of_the_net():
+    assert load_config({**RUN, "model": {**NET, "memory": "invert"}}).net.memory == "invert"
+    assert load_config({**RUN, "model": {**NET, "memory": "invert"}, "memory": "store"}).net.memory == "store"
+
+
+def test_off_is_a_word():
+    assert load_config(RUN, ["amp=off"]).amp == "off"
+    assert load_config(RUN, ["amp=bfloat16"]).amp == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("epoch=3", ["epoch", "epochs"]),
+        ("optimizer.learning_rate=3", ["optimizer.learning_rate", "unknown"]),
+        ("optimizer.name=adamww", ["optimizer.name", "adamww", "adamw"]),
+        ("optimizer.lr=0", ["optimizer.lr", "more than 0"]),
+        ("optimizer.lr=fast", ["optimizer.lr", "fast", "number"]),
+        ("schedule.name=cosin", ["schedule.name", "cosin", "cosine"]),
+        ("schedule.warmup_epochs=30", ["schedule.warmup_epochs", "30"]),
+        ("amp=fp16", ["amp", "fp16", "float16"]),
+        ("mixup={prob: 0.5}", ["mixup", "mixup_alpha"]),
+        ("batch_size=0", ["batch_size", "at least 1"]),
+        ("data.name=mnist", ["data.name", "mnist", "digits"]),
+        ("data.rotate=-1", ["data.rotate", "-1"]),
+        ("memory=exakt", ["memory", "exakt", "exact"]),
+        ("memory=[exact]", ["memory", "2 columns"]),
+        ("device=gpu", ["device", "gpu", "cuda"]),
+        ("model.colums=3", ["model.colums", "columns"]),
+        ("model.levels.0.block=convnex", ["model.levels.0", "convnex", "convnext"]),
+        ("model=3", ["model", "3"]),
+        ("output=", ["output"]),
+        ("keep=0", ["keep", "at least 1"]),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line(override, words):
+    with pytest.raises(SpecError) as error:
+        load_config(RUN, [override])
+    text = str(error.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_an_odd_batch_cannot_be_mixed():
+    with pytest.raises(SpecError, match=r"batch_size.*7.*even"):
+        load_config(RUN, ["batch_size=7", "mixup.mixup_alpha=0.8"])
+    load_config(RUN, ["batch_size=7"])
+
+
+def test_missing_keys_and_files_are_named(tmp_path):
+    with pytest.raises(SpecError, match="output"):
+        load_config({"model": NET})
+    with pytest.raises(SpecError, match="digit.*no such file"):
+        load_config("digit")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "model": "nett.yaml"}))
+    (tmp_path / "net.yaml").write_text(yaml.safe_dump(NET))
+    with pytest.raises(SpecError, match=r"nett\.yaml.*net\.yaml"):
+        load_config(tmp_path / "run.yaml")
