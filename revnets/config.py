@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from revnets.errors import EXPONENT, Keys, SpecError, explain, path, show, what
 from revnets.registry import importable
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 Source = str | Path | Mapping[str, Any]
 
 
@@ -105,10 +106,22 @@ def load(model: type[M], source: Source, overrides: Sequence[str] = ()) -> M:
         config.override(text)
     with importable(*folders, Path.cwd()):
         try:
-            return model.model_validate(config.data)
+            return validate(TypeAdapter(model), config.data)
         except ValidationError as error:
             keys, problem, remedy = explain(error, config.data, model)
             raise SpecError(config.origin(keys), path(keys), problem, remedy) from None
+
+
+def validate(adapter: TypeAdapter[T], data: Any) -> T:
+    """Validate by pydantic's strict rules for text: a list may stand for a tuple, text for a path or an enum.
+
+    Data that no text can hold (a dict with classes in it) goes by the rules for Python.
+    """
+    try:
+        text = json.dumps(data)
+    except (TypeError, ValueError):
+        return adapter.validate_python(data)
+    return adapter.validate_json(text)
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> tuple[list[Layer], list[Path]]:
@@ -145,12 +158,15 @@ def _with_bases(layer: Layer, folder: Path, seen: tuple[Path, ...]) -> tuple[lis
     if not isinstance(base, str):
         raise SpecError(layer.name, "base", what(base), "Give the path of one YAML file, relative to this one")
     file = folder / base
-    with suppress(OSError, ValueError):  # a path that cannot exist is found out by reading
-        if file.resolve() in seen:
-            circle = " -> ".join(item.name for item in (*seen[seen.index(file.resolve()) :], file))
-            raise SpecError(layer.name, "base", f"the files are based on each other ({circle})", "Break the circle")
-        if not file.exists():
-            raise SpecError(layer.name, "base", f"there is no file {file}", _similar(file))
+    try:
+        absolute, there = file.resolve(), file.exists()
+    except (OSError, ValueError):  # no path at all
+        absolute, there = file, False
+    if absolute in seen:
+        circle = " -> ".join(item.name for item in (*seen[seen.index(absolute) :], file))
+        raise SpecError(layer.name, "base", f"the files are based on each other ({circle})", "Break the circle")
+    if not there:
+        raise SpecError(layer.name, "base", f"there is no file {file}", _similar(file))
     layers, folders = _read(file, seen)
     return [*layers, layer], [folder.resolve(), *folders]
 
@@ -178,6 +194,15 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, wrong, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# Dates are text here, and what needs an explicit tag (!!binary, !!set, ...) has no place in a configuration.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag in ("timestamp", "binary", "set", "omap", "pairs"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
 
 
 class _CommandLineLoader(_Loader):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -59,6 +58,8 @@ def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = N
         case "extra_forbidden":
             known = _field(model, keys[:-1])[0]
             return Complaint(keys, f"unknown key (value {show(value)})", nearest(keys[-1], known, "Known keys are"))
+        case "missing" if isinstance(keys[-1], int):
+            return Complaint(keys[:-1], f"the list is too short ({keys[-1]} given)", "Give one value more")
         case "missing":
             example = _field(model, keys)[1]
             return Complaint(keys, "this key is missing", f"Add it, as in `{keys[-1]}: {example or '...'}`")
@@ -136,8 +137,6 @@ def what(value: Any) -> str:
         list: "a list",
         tuple: "a list",
         dict: "a mapping",
-        datetime.date: "a date",
-        datetime.datetime: "a date",
     }
     return f"{show(value)} is {names.get(type(value), f'of type {type(value).__name__}')}"
 
@@ -161,8 +160,8 @@ def _keys_in(data: Any, location: Sequence[str | int]) -> Keys:
     for depth, key in enumerate(location):
         if isinstance(data, dict) and (key in data or depth == len(location) - 1):
             data = data.get(key)
-        elif isinstance(data, (list, tuple)) and isinstance(key, int) and key < len(data):
-            data = data[key]
+        elif isinstance(data, (list, tuple)) and isinstance(key, int):
+            data = data[key] if key < len(data) else None
         else:
             continue
         keys.append(key)

@@ -8,9 +8,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
-from pydantic_core import to_json
 
-from revnets.config import Strict
+from revnets.config import Strict, validate
 from revnets.errors import explain, nearest, problem, show, what
 from revnets.registry import PROVIDED, PartError, names, options
 
@@ -88,17 +87,9 @@ def _typed(option: str, value: Any, parameter: inspect.Parameter) -> Any:
         return value
     config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(parameter.annotation, config=config)
-        try:
-            return adapter.validate_python(value)
-        except ValidationError as error:
-            complaint = explain(error, value)
-        try:  # the strict rules for text formats: lists for tuples, values for enums
-            return adapter.validate_json(to_json(value))
-        except ValidationError as error:
-            complaint = explain(error, value)
-        except ValueError:  # not a value that a text could hold
-            pass
+        return validate(TypeAdapter(parameter.annotation, config=config), value)
+    except ValidationError as error:
+        complaint = explain(error, value)
     except (PydanticUserError, TypeError, NameError):  # a type that pydantic has no check for
         return value
     raise problem(complaint.problem, complaint.remedy, option, *complaint.keys)

@@ -74,7 +74,7 @@ BAD = [
     Bad("columns: 2", "columns: yes", "columns", "true is a yes/no value", "Give a whole number"),
     Bad("columns: 2", "columns:", "columns", "no value", "Give a whole number"),
     Bad("columns: 2", "columns: [2, 4]", "columns", "[2, 4] is a list", "Give a whole number"),
-    Bad("columns: 2", "columns: 2024-05-06", "columns", '"2024-05-06" is a date', "Give a whole number"),
+    Bad("columns: 2", "columns: 2024-05-06", "columns", '"2024-05-06" is text', "Give a whole number"),
     Bad("columns: 2", "columns: 1e3", "columns", "YAML reads 1e3 as text", "Write 1000"),
     Bad("init: 0.5", "init: 1e-1", "gain.init", "YAML reads 1e-1 as text", "Write 1.0e-1"),
     Bad("init: 0.5", "init: 2.5E1", "gain.init", "YAML reads 2.5E1 as text", "Write 2.5e+1"),

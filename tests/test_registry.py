@@ -1,0 +1,133 @@
+"""Parts by name and by import path."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import revnets
+from revnets import registry
+from revnets.registry import PartError, find, importable, names, options
+
+
+@pytest.fixture(autouse=True)
+def _registry_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", {kind: dict(parts) for kind, parts in registry._REGISTRY.items()})
+
+
+class Doubling(nn.Module):
+    def __init__(self, dim: int, times: int = 2):
+        super().__init__()
+        self.times = times
+
+    def forward(self, x):
+        return x * self.times
+
+
+def test_registered_parts_are_known_by_name() -> None:
+    kinds = {"block": revnets.register_block, "fusion": revnets.register_fusion,
+             "stem": revnets.register_stem, "head": revnets.register_head}  # fmt: skip
+    for kind, register in kinds.items():
+        part = type("Part", (nn.Module,), {})
+        assert register(f"my_{kind}")(part) is part
+        assert find(kind, f"my_{kind}") is part
+        assert [other for other in kinds if f"my_{kind}" in names(other)] == [kind]
+
+
+def test_a_registered_block_is_built_and_its_options_are_checked() -> None:
+    revnets.register_block("doubling")(Doubling)
+    level = {"dim": 8, "depth": 1, "block": "doubling", "times": 3}
+    data = {"columns": 1, "stem": "patchify", "levels": [level, level]}
+    assert revnets.build(data).columns.cells[0][1].function.blocks[0].times == 3
+    with pytest.raises(revnets.SpecError, match='"3" is text'):
+        revnets.build(data, ["levels.1.times='3'"])
+
+
+def test_a_name_is_given_once() -> None:
+    revnets.register_block("doubling")(Doubling)
+    revnets.register_block("doubling")(Doubling)  # the same again
+    again = type("Doubling", (nn.Module,), {"__module__": Doubling.__module__, "__qualname__": Doubling.__qualname__})
+    revnets.register_block("doubling")(again)  # its module was run a second time
+    assert find("block", "doubling") is again
+    with pytest.raises(ValueError, match="'doubling' is registered already, by test_registry"):
+        revnets.register_block("doubling")(nn.Identity)
+    with pytest.raises(ValueError, match="the colon is kept"):
+        revnets.register_block("my:block")
+
+
+def test_built_in_parts() -> None:
+    assert set(names("block")) >= {"convnext", "vit", "mlp"}
+    assert set(names("fusion")) >= {"convnext", "linear", "identity"}
+    assert set(names("stem")) >= {"patchify", "tokens", "linear"}
+    assert set(names("head")) >= {"classifier"}
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(PartError, match=r'there is no block "convnest"\. Did you mean convnext\?'):
+        find("block", "convnest")
+    with pytest.raises(PartError, match="or choose among convnext, mlp, vit"):
+        find("block", "zzz")
+
+
+def test_options_are_the_arguments_that_the_framework_leaves() -> None:
+    assert list(options("block", "convnext")) == ["kernel_size", "expand", "layer_scale", "drop_path"]
+    assert list(options("fusion", "linear")) == ["project", "norm"]
+    assert list(options("head", "classifier")) == ["num_classes", "dropout"]
+    assert list(options("block", "torch.nn:Identity")) == ["**"]
+
+
+def test_a_function_is_a_part_too(own_modules: Path) -> None:
+    (own_modules / "own_function.py").write_text(
+        "from torch import nn\ndef pair(dim: int, *, bias: bool = True):\n    return nn.Linear(dim, dim, bias)\n"
+    )
+    with importable(own_modules):
+        assert list(options("block", "own_function:pair")) == ["bias"]
+
+
+def test_modules_beside_the_file_and_in_the_working_directory(own_modules: Path, monkeypatch) -> None:
+    for folder, name in (("yaml", "own_beside"), ("work", "own_working"), ("base", "own_base")):
+        (own_modules / folder).mkdir()
+        (own_modules / folder / f"{name}.py").write_text("from torch.nn import Identity as Block\n")
+    monkeypatch.chdir(own_modules / "work")
+    blocks = [f"{{dim: 8, depth: 1, block: '{name}:Block'}}" for name in ("own_beside", "own_working", "own_base")]
+    (own_modules / "base" / "base.yaml").write_text(f"columns: 1\nstem: patchify\nlevels: [{', '.join(blocks)}]")
+    (own_modules / "yaml" / "net.yaml").write_text("base: ../base/base.yaml\ncolumns: 2")
+    before = list(sys.path)
+    net = revnets.build("../yaml/net.yaml")
+    assert sys.path == before
+    assert {type(block) for cell in net.columns.flat() for block in cell.function.blocks} == {nn.Identity}
+    revnets.build(net.spec)  # later, from elsewhere
+
+
+def test_another_module_of_that_name(own_modules: Path) -> None:
+    """Two experiments with a blocks.py each: the second must not get the first one's classes."""
+    for folder in ("one", "two"):
+        (own_modules / folder).mkdir()
+        (own_modules / folder / "own_twin.py").write_text("from torch.nn import Identity as Block\n")
+    with importable(own_modules / "one"):
+        find("block", "own_twin:Block")
+        find("block", "own_twin:Block")
+    with (
+        importable(own_modules / "two"),
+        pytest.raises(PartError, match=r"loaded already \(.*one.own_twin"),
+    ):
+        find("block", "own_twin:Block")
+    (own_modules / "two" / "math.py").write_text("")
+    with importable(own_modules / "two"), pytest.raises(PartError, match=r"Rename .*math\.py"):
+        find("block", "math:sqrt")
+
+
+def test_a_package_of_ones_own(own_modules: Path) -> None:
+    package = own_modules / "own_package" / "parts"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "more.py").write_text("from torch.nn import Identity as Block\n")
+    importlib.invalidate_caches()
+    with importable(own_modules):
+        assert find("block", "own_package.parts.more:Block") is nn.Identity
+        with pytest.raises(PartError, match=r"there is no module own_package\.parts\.less"):
+            find("block", "own_package.parts.less:Block")
