@@ -25,8 +25,8 @@ class Gain(nn.Module):
         super().__init__()
         if min_abs <= 0:
             raise ValueError(f"min_abs = {min_abs}: the bound of |gamma| must be positive, or nothing can be inverted")
-        self.min_abs = min_abs
-        self.weight = nn.Parameter(torch.full((dim,), float(init)))
+        self.init, self.min_abs = float(init), min_abs
+        self.weight = nn.Parameter(torch.full((dim,), self.init))
 
     def forward(self) -> Tensor:
         weight = self.weight

@@ -103,7 +103,7 @@ def draw(errors: dict[tuple[float, int, bool], tuple[float, float]], counts: lis
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("gradient error of the plain inverse")
-    axes[0].text(counts[0], 0.012, "1 %", color="#666666", fontsize=8, va="bottom")
+    axes[0].text(counts[-1], 0.012, "1 %", color="#666666", fontsize=8, va="bottom", ha="right")
     axes[1].legend(frameon=False, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)

@@ -1,0 +1,112 @@
+"""What one training step would take, found without taking it: the step runs on fake tensors under a counter of bytes.
+
+Fake tensors have shapes and no memory, so a net far larger than the machine can be looked at. Everything takes part
+that takes part in a real step: autograd's saved tensors, the engine's tape, replays, gradients as they come. Only the
+lost bits have no values to look at; their length is what is usual at the net's |gamma| (`lostbits.expected_shares`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from revnets import lostbits
+from revnets.cell import FixedGain, Gain
+from revnets.tracker import MemoryTracker, OpCounter, tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of one training step, and its work."""
+
+    parameters: int  # parameters and buffers
+    kept: int  # alive between forward and backward because of the forward
+    peak: int  # most bytes alive at once, parameters included, and gradients if they are kept
+    flops: int  # of matrix products and convolutions, forward and backward
+
+
+def simulate(
+    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype = torch.float32, keep_gradients: bool = True
+) -> Footprint:
+    """Run forward and backward of a model on fake copies of itself and its inputs.
+
+    Args:
+        model: any module; it may lie on the meta device. Its memory modes are taken as they are.
+        inputs: positional arguments of its forward; only their shapes and dtypes matter.
+        dtype: float32, or bfloat16 or float16 for autocast.
+        keep_gradients: False lets every gradient leave as soon as it is whole, as sharded training does.
+    """
+    with FakeTensorMode() as mode, lostbits.assumed(typical_gamma(model)):
+        model, inputs = fake((model, inputs), mode)
+        hooks = []
+        if not keep_gradients:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            hooks = [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained]
+        with MemoryTracker() as tracker, OpCounter() as counter:
+            tracker.register(model)
+            parameters = tracker.live
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = total(model(*inputs))
+            kept = tracker.live - parameters
+            loss.backward()
+        for hook in hooks:
+            hook.remove()
+    return Footprint(parameters, kept, tracker.peak, counter.flops)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def total(outputs: Any) -> Tensor:
+    """A scalar that every differentiable output takes part in."""
+    terms = [tensor.float().mean() for tensor in tensors(outputs) if tensor.requires_grad]
+    if not terms:
+        raise ValueError("no output of the model requires a gradient, so there is no training step to look at")
+    return torch.stack(terms).sum()
+
+
+def fake(value: Any, mode: FakeTensorMode) -> Any:
+    """A deep copy in which every tensor is a fake one on the CPU; the memory of the original is never touched."""
+    memo: dict[int, Any] = {}
+    for tensor in _all_tensors(value):
+        memo[id(tensor)] = _fake_tensor(tensor, mode)
+    return copy.deepcopy(value, memo)
+
+
+def _fake_tensor(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(twin, requires_grad=tensor.requires_grad)
+    return twin.requires_grad_(tensor.requires_grad) if tensor.is_leaf else twin
+
+
+def _all_tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, nn.Module):
+        yield from value.parameters()
+        yield from value.buffers()
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _all_tensors(item)
+    elif isinstance(value, Tensor):
+        yield value
+
+
+def typical_gamma(model: nn.Module) -> float:
+    """The median |gamma| of a model's gains; of freshly built ones on the meta device, their first value."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, FixedGain):
+            found.append(abs(module.value))
+        elif isinstance(module, Gain):
+            known = module.weight.device.type != "meta"
+            found.append(float(module.weight.detach().abs().median()) if known else abs(module.init))
+    return sorted(found)[len(found) // 2] if found else 1.0
+
