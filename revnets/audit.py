@@ -55,6 +55,7 @@ def audit(
         ValueError: no reversible columns, or several; an unknown mode; nothing that could get a gradient.
     """
     columns = find_columns(model)
+    modes = (modes,) if isinstance(modes, str) else modes
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"memory mode {mode!r} is unknown; choose {', '.join(MODES)}")

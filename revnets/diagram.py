@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from revnets.graph import STEM, Graph, Node
@@ -130,6 +131,7 @@ def _layout(graph: Graph, labels: Sequence[str] | None) -> _Layout:
     return replace(layout, height=layout.level(graph.m - 1) + box[1] / 2 + HEADER + MARGIN / 2)
 
 
+@cache
 def _text_width(text: str) -> float:
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath

@@ -62,15 +62,16 @@ def gradient_distance(
             )
     total = math.hypot(*(d.reference_norm for d in distances.values()))
     usual = total / math.sqrt(max(1, sum(d.elements for d in distances.values())))  # of one element
-    worst, worst_relative = "", 0.0
-    for name, d in distances.items():
-        relative = ratio(d.norm, max(d.reference_norm, 1e-3 * usual * math.sqrt(d.elements)))
-        if not d.equal and not relative <= worst_relative:  # NaN is the worst
-            worst, worst_relative = name, relative
+    errors = {
+        name: ratio(d.norm, max(d.reference_norm, 1e-3 * usual * math.sqrt(d.elements)))
+        for name, d in distances.items()
+        if not d.equal
+    }
+    worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name], default="")
     return GradientDistance(
         ratio(math.hypot(*(d.norm for d in distances.values())), total),
         worst,
-        worst_relative,
+        errors.get(worst, 0.0),
         all(d.equal for d in distances.values()),
     )
 

@@ -100,7 +100,7 @@ def _draw_gradients(axes: Axes, audit: Audit) -> None:
     axes.set_title("Gradients, against those of store")
     modes = [mode for mode in audit.modes if mode.mode != "store"]
     if not modes:
-        _nothing(axes, "only store was measured")
+        _nothing(axes, "no mode but store was measured")
         return
     top = _logarithmic(axes, "x", [mode.gradient_error for mode in modes])
     _bars(axes, [mode.mode for mode in modes], [_shown(mode.gradient_error, top) for mode in modes])
@@ -121,14 +121,17 @@ def _gradient_words(audit: Audit, mode: ModeAudit) -> str:
 
 def _draw_growth(axes: Axes, audit: Audit) -> None:
     axes.set_title("Memory, as the columns' forward goes on")
-    unit, name = _unit(max((sum(mode.column_bytes) for mode in audit.modes), default=0))
+    if not audit.modes:
+        _nothing(axes, "no mode was measured")
+        return
+    unit, name = _unit(max(sum(mode.column_bytes) for mode in audit.modes))
     for mode in audit.modes:
         alive = [total / unit for total in accumulate(mode.column_bytes)]
         slope = "" if math.isnan(mode.bytes_per_column) else f": {size(mode.bytes_per_column)}"
         style = {"color": MODE_COLOURS[mode.mode], "markersize": 3.5, "label": mode.mode + slope}
         axes.plot(range(len(alive)), alive, "o-", **style)
-    most = max((sum(mode.column_bytes) for mode in audit.modes), default=0) / unit
-    last = max((len(mode.column_bytes) for mode in audit.modes), default=1) - 1
+    most = max(sum(mode.column_bytes) for mode in audit.modes) / unit
+    last = max(len(mode.column_bytes) for mode in audit.modes) - 1
     axes.set(xlabel="after column", ylabel=f"{name} alive", xlim=(-0.5, last + 0.5), ylim=(0, 1.4 * most or 1))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     title = "added by one more column" if last else None
@@ -139,7 +142,10 @@ def _draw_growth(axes: Axes, audit: Audit) -> None:
 
 def _draw_bytes(axes: Axes, audit: Audit) -> None:
     axes.set_title("Memory, kept for backward and at the peak")
-    unit, name = _unit(max((mode.peak_bytes for mode in audit.modes), default=0))
+    if not audit.modes:
+        _nothing(axes, "no mode was measured")
+        return
+    unit, name = _unit(max(mode.peak_bytes for mode in audit.modes))
     names = [mode.mode for mode in audit.modes]
     _bars(axes, names, [mode.peak_bytes / unit for mode in audit.modes], alpha=0.3)
     _bars(axes, names, [mode.kept_bytes / unit for mode in audit.modes])
@@ -173,7 +179,7 @@ def _logarithmic(axes: Axes, which: str, errors: list[float]) -> float:
     step = 1 + len(decades) // 7
     ticks = [0.0, *(10.0**decade for decade in decades[::step])]
     set_scale, axis = (axes.set_yscale, axes.yaxis) if which == "y" else (axes.set_xscale, axes.xaxis)
-    set_scale("symlog", linthresh=lowest, linscale=0.6)
+    set_scale("symlog", linthresh=lowest, linscale=max(0.6, 0.08 * len(decades)))  # room between 0 and the first
     (axes.set_ylim if which == "y" else axes.set_xlim)(0, top)
     axis.set_ticks(ticks)
     axis.set_ticks([], minor=True)

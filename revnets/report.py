@@ -110,9 +110,7 @@ class Audit:
         """Two tables in colours; print them with `rich.print`."""
         from rich.console import Group
 
-        return Group(
-            self._modes_table(), "", self._columns_table() if self.columns else "One column: nothing to rebuild."
-        )
+        return Group(self._modes_table(), "", self._columns_table() if self.columns else self.nothing_rebuilt)
 
     def _modes_table(self) -> RenderableType:
         from rich.table import Table

@@ -178,7 +178,8 @@ def test_trackers_nest_and_a_tracker_goes_on_when_it_is_entered_again():
             y = torch.ones(5)
             y.untyped_storage().resize_(8)
         z = torch.ones(3)
-    assert inner.live == 8 and inner.peak == 5 * FLOAT
+    assert inner.live == 8
+    assert inner.peak == 5 * FLOAT
     assert outer.live == 13 * FLOAT + 8
     unseen = torch.ones(100)
     del x
