@@ -18,12 +18,15 @@ The rules that keep this right:
 - Rule 5. A replay runs in the surrounding of its forward (`replay.py`), under the same `requires_grad` of its reads,
   and must save what the forward saved: number, shape, strides and dtype are checked.
 - Rule 6. What was changed in place after the forward cannot be trusted; versions are checked as autograd does.
+- Rule 7. Tapes do not nest. Columns inside of a cell run plainly, and the replay of the cell brings back what they
+  saved; a tape of their own would keep their window for every cell around them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,7 +84,10 @@ class Held(NamedTuple):
 class Frame:
     """One cell's call in one pass."""
 
-    __slots__ = ("grad_reads", "kept", "lost", "metas", "mode", "node", "past_grad", "past_stride", "saved", "surrounding")
+    __slots__ = (
+        *("node", "mode", "kept", "lost", "past_stride", "past_grad", "grad_reads"),
+        *("surrounding", "metas", "saved"),
+    )
 
     def __init__(self, node: Node, mode: Memory):
         self.node = node
@@ -94,6 +100,24 @@ class Frame:
         self.surrounding: Surrounding | None = None
         self.metas: list[Meta] = []
         self.saved: dict[int, Held] = {}
+
+
+class _Nesting(threading.local):
+    """Is this thread in a cell whose saved tensors are tickets? (Rule 7)"""
+
+    inside = False
+
+
+_nesting = _Nesting()
+
+
+@contextmanager
+def _inside() -> Iterator[None]:
+    before, _nesting.inside = _nesting.inside, True
+    try:
+        yield
+    finally:
+        _nesting.inside = before
 
 
 def unpack(ticket: Ticket) -> Tensor:
@@ -123,18 +147,29 @@ class Tape:
         frame.grad_reads = [read.requires_grad for read in reads]
         versions = [read._version for read in reads]
         cell = self.cells[node.index]
-        couple = None if past is None else partial(_couple_forward, self._name(node), frame, past)
+        coupled: list[tuple[Tensor, int]] = []
+
+        def couple(update: Tensor, gamma: Tensor | float) -> Tensor:
+            state = _couple_forward(self._name(node), frame, past, update, gamma)
+            coupled.append((state, state._version))
+            return state
 
         def pack(tensor: Tensor) -> Ticket:
             frame.metas.append(Meta.of(tensor))
             return Ticket(self, node.index, len(frame.metas) - 1)
 
+        call = partial(cell, *reads, couple=None if past is None else couple, **context)
         if mode is Memory.STORE:
-            state = cell(*reads, couple=couple, **context)
+            state = call()
         else:
             devices = frozenset(read.device for read in reads)
-            with Surrounding.record(cell, devices) as frame.surrounding, saved_tensors_hooks(pack, unpack):
-                state = cell(*reads, couple=couple, **context)
+            with Surrounding.record(cell, devices) as frame.surrounding, saved_tensors_hooks(pack, unpack), _inside():
+                state = call()
+        if past is not None and not _is_unchanged(state, *coupled[0]):
+            raise ReplayError(
+                f"{self._name(node)} does not return the state that its coupling made; a forward hook on the cell, "
+                "perhaps? What lies behind the coupling cannot be inverted: hook `cell.function` instead"
+            )
         if [read._version for read in reads] != versions:
             raise ReplayError(
                 f"{self._name(node)} changed one of its reads in place; other cells still need that state. "
@@ -203,7 +238,7 @@ class Tape:
 
         # Gradients are enabled even where nothing is collected: without them some modules take other kernels.
         couple = None if node.residual is None else partial(self._couple_replay, frame)
-        with frame.surrounding.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never):
+        with frame.surrounding.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never), _inside():
             reads = [self._read(read, grad) for read, grad in zip(node.reads, frame.grad_reads, strict=True)]
             context = {name: constant.fresh() for name, constant in self.context.items()}
             self.cells[node.index](*reads, couple=couple, **context)
@@ -313,6 +348,8 @@ def run(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run all cells; returns the last m states and the states at the indices `taps`.
 
+    Without a gradient to record, and where autograd's hooks do not reach (export, `torch.func`), there is no tape.
+
     Args:
         graph: nodes in order, one a cell.
         cells: modules with the signature of `revnets.cell.Cell.forward`.
@@ -320,10 +357,14 @@ def run(
         modes: memory mode of each column.
         context: keyword arguments for every cell, such as a padding mask.
     """
-    taped = torch.is_grad_enabled() and any(mode is not Memory.STORE for mode in modes)
-    if not taped or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if not torch.is_grad_enabled() or all(mode is Memory.STORE for mode in modes) or _is_transformed():
         return _run_plain(graph, cells, stem, context, taps)
     return _run_taped(graph, cells, stem, modes, context, taps)
+
+
+def _is_transformed() -> bool:
+    """Does something else than autograd's backward look at the operations? Export and torch.func know no hooks."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _run_plain(graph, cells, stem, context, taps):
@@ -340,6 +381,8 @@ def _run_plain(graph, cells, stem, context, taps):
 
 @torch.compiler.disable(reason="the tape is plain Python; to compile the cells, call compile() of the columns")
 def _run_taped(graph, cells, stem, modes, context, taps):
+    if _nesting.inside:
+        return _run_plain(graph, cells, stem, context, taps)
     tape = Tape(graph, cells, stem, context)
     states: dict[int, Tensor] = {}
     tapped: dict[int, Tensor] = {}
@@ -398,6 +441,10 @@ def _with_stride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     if tensor.stride() == stride:
         return tensor
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _is_unchanged(state: Tensor, coupled: Tensor, version: int) -> bool:
+    return (state is coupled or state.is_set_to(coupled)) and state._version == version
 
 
 def _trusted(held: Held, name: str) -> Tensor:

@@ -241,7 +241,9 @@ class Result(NamedTuple):
 
 def loss_of(levels: Sequence[Tensor]) -> Tensor:
     """Every element of every level counts, each with another weight."""
-    return sum((level * torch.linspace(-1, 1, level.numel(), dtype=level.dtype).view_as(level)).sum() for level in levels)
+    return sum(
+        (level * torch.linspace(-1, 1, level.numel(), dtype=level.dtype).view_as(level)).sum() for level in levels
+    )
 
 
 def step(
@@ -411,4 +413,5 @@ class Kept(TorchDispatchMode):
 
     def bytes(self) -> int:
         """Bytes of those that are still alive."""
-        return sum(nbytes for reference, nbytes in self.storages.values() if not reference.expired())
+        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+        return sum(nbytes for _, nbytes in self.storages.values())

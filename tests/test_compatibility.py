@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -111,7 +112,9 @@ def test_frozen_after_the_forward():
 # --------------------------------------------------------------------------------------- ways to ask for gradients
 
 
-@pytest.mark.parametrize("names", [["cells.2.1.gain.weight"], ["cells.0.0.function.block.1.weight"], ["cells.1.2", "input"]])
+@pytest.mark.parametrize(
+    "names", [["cells.2.1.gain.weight"], ["cells.0.0.function.block.1.weight"], ["cells.1.2", "input"]]
+)
 def test_gradients_of_chosen_parameters(names):
     net = token_net(blocks=("mlp", "dropout"))
 
@@ -415,7 +418,9 @@ def test_batch_norm_in_two_passes():
     assert_like_autograd(net, stem_of(net), train)
 
 
-@pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, parametrizations.weight_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize(
+    "wrap", [parametrizations.spectral_norm, parametrizations.weight_norm, parametrizations.orthogonal]
+)
 def test_parametrized_weights(wrap):
     """Spectral norm's power iteration writes the buffers that its output depends on."""
     net = cells_net([nn.Sequential(nn.LayerNorm(6), wrap(nn.Linear(6, 6)), nn.GELU()) for _ in range(6)])
@@ -612,7 +617,9 @@ def test_exponential_moving_average():
     assert all(torch.equal(one, other) for one, other in zip(*averages, strict=True))
 
 
-@pytest.mark.parametrize("wrap", [nn.Identity(), lambda weight: nn.Parameter(weight.detach())], ids=["tensor", "parameter"])
+@pytest.mark.parametrize(
+    "wrap", [nn.Identity(), lambda weight: nn.Parameter(weight.detach())], ids=["tensor", "parameter"]
+)
 def test_weights_that_are_passed_in(wrap):
     """functional_call: the weights of the call, not those of the module, are in the gradient and in the replay."""
     net = token_net(blocks=("mlp", "batchnorm"))
@@ -642,6 +649,39 @@ def test_the_weights_of_an_inner_loop():
         return levels
 
     assert_like_autograd(net, stem_of(net), train, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["store", *TAPED])
+def test_function_transforms(memory):
+    """torch.func knows no saved-tensor hooks: under it every mode computes as `store` does."""
+    net = token_net(columns=3, blocks=("mlp", "conv"), memory=memory)
+    x = stem_of(net, grad=False)
+    weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def loss(weights, x):
+        return loss_of(torch.func.functional_call(net, weights, (x,)))
+
+    grads = torch.func.grad(loss)(weights, x)
+    loss_of(net(x)).backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad)
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x.unsqueeze(1))
+    single = torch.func.grad(loss)(weights, x[:1])
+    for name in weights:
+        torch.testing.assert_close(per_sample[name][0], single[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["store", *TAPED])
+def test_forward_mode(memory):
+    net = token_net(columns=3, blocks=("mlp", "conv"), memory=memory, dtype=torch.float64)
+    x = stem_of(net)
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        levels = net(forward_ad.make_dual(x, tangent))
+        slopes = [forward_ad.unpack_dual(level).tangent.detach() for level in levels]
+    (grad,) = torch.autograd.grad(loss_of(net(x)), x)
+    torch.testing.assert_close((grad * tangent).sum(), loss_of(slopes))  # the loss is linear in the levels
 
 
 def test_a_sequence_of_plain_modules():

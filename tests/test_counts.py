@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from revnets import ReplayError, ReversibleColumns
+from revnets import ReplayError, ReversibleColumns, ReversibleSequence
 from tests.helpers import Kept, Matmuls, image_net, loss_of, stem_of, tapes, token_net
 
 TAPED = ("recompute", "invert", "exact")
@@ -119,6 +119,26 @@ def test_a_frozen_prefix_costs_nothing(memory):
         return mode.bytes()
 
     assert frozen(12) == frozen(4)
+
+
+@pytest.mark.parametrize("memory", ["invert", "exact"])
+def test_columns_inside_a_cell_keep_nothing_of_their_own(memory):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.columns = token_net(m=2, columns=3, dims=(32, 32), halve=False, memory=memory)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.columns(x)[-1]
+
+    def outer(cells: int) -> int:
+        net = ReversibleSequence([Inner() for _ in range(cells)], m=2, gain=0.5, memory=memory)
+        with Kept() as mode:
+            levels = net(torch.randn(16, 2, 32))
+        assert levels[0].requires_grad
+        return mode.bytes()
+
+    assert outer(12) - outer(4) <= (1.3 * 8 * 16 * 2 * 32 if memory == "exact" else 0)
 
 
 def peak_of_backward(columns: int, memory: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from revnets import ReplayError, ReversibleColumns
-from tests.helpers import assert_same, loss_of, step, token_net
+from tests.helpers import loss_of, token_net
 
 PROCESSES = 2
 TAPED = ("recompute", "exact")

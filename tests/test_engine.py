@@ -113,7 +113,11 @@ def test_any_wires(reads):
 
 
 def test_a_sequence_with_fixed_gains_and_a_short_last_column():
-    functions = [nn.Identity(), nn.Identity(), *(BLOCKS[name](6) for name in ("mlp", "attention", "mlp", "attention", "mlp"))]
+    functions = [
+        nn.Identity(),
+        nn.Identity(),
+        *(BLOCKS[name](6) for name in ("mlp", "attention", "mlp", "attention", "mlp")),
+    ]
     for gain in (1.0, 0.5):
         net = ReversibleSequence(functions, m=2, gain=gain)
         x = torch.randn(2, 5, 6, requires_grad=True)
@@ -172,10 +176,10 @@ def test_states_that_are_not_numbers_come_back_too():
 
 
 @pytest.mark.parametrize("memory", MODES)
-@pytest.mark.parametrize("gamma", [0.5, fixed(1.0), fixed(-0.5)])
+@pytest.mark.parametrize("gamma", [0.5, fixed(1.0), fixed(-0.5)], ids=["learned", "one", "negative"])
 def test_finite_differences(memory, gamma):
-    net = token_net(m=2, columns=3, dims=(3, 2), gamma=gamma, dtype=torch.float64, memory=memory)
-    x = stem_of(net)
+    net = token_net(m=2, columns=2, dims=(3, 2), gamma=gamma, dtype=torch.float64, memory=memory)
+    x = stem_of(net, batch=1)
     assert gradcheck(lambda x, *_: tuple(net(x)), (x, *net.parameters()))
 
 
@@ -290,7 +294,8 @@ class SpoilsItsOwn(nn.Module):
 @pytest.mark.parametrize("memory", [*TAPED, "store"])
 def test_a_cell_that_spoils_what_it_saved(memory):
     loss = loss_of(sequence(SpoilsItsOwn(), memory)(torch.randn(3, 4, requires_grad=True)))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation" if memory == "store" else r"c1\.l0.*in place"):
+    message = "modified by an inplace operation" if memory == "store" else r"c1\.l0.*in place"
+    with pytest.raises(RuntimeError, match=message):
         loss.backward()
 
 
@@ -300,6 +305,15 @@ def test_an_update_of_another_shape(memory):
         sequence(nn.Linear(4, 5), memory)(torch.randn(3, 4))
     with pytest.raises(ValueError, match=r"c1\.l0.*\(3, 1\).*\(3, 4\)"):
         sequence(nn.Linear(4, 1), memory)(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("hook", [lambda module, args, state: state * 2, lambda module, args, state: state.mul_(2)])
+@pytest.mark.parametrize("memory", TAPED)
+def test_a_hook_behind_the_coupling(memory, hook):
+    net = token_net(memory=memory)
+    net.cells[1][1].register_forward_hook(hook)
+    with pytest.raises(ReplayError, match=r"c1\.l1.*hook `cell.function` instead"):
+        net(stem_of(net))
 
 
 @pytest.mark.parametrize("memory", TAPED)
@@ -341,7 +355,7 @@ def test_an_optimizer_step_between_two_backwards(memory):
     levels = net(stem_of(net))
     loss_of(levels[-1:]).backward(retain_graph=True)
     optimizer.step()
-    with pytest.raises((ReplayError, RuntimeError), match="changed in place|modified by an inplace operation"):
+    with pytest.raises((ReplayError, RuntimeError), match=r"changed in place|modified by an inplace operation"):
         loss_of(levels).backward()
 
 
