@@ -18,8 +18,8 @@ class SpecError(ValueError):
     """Something in a configuration cannot be used: names the file, the key path, the value and the remedy."""
 
     def __init__(self, source: str, key: str, problem: str, remedy: str = ""):
-        self.source, self.key, self.problem, self.remedy = source, key, _line(problem), _line(remedy)
-        where = f"{source}: {key}" if key else source
+        self.source, self.key, self.problem, self.remedy = source, _line(key), _line(problem), _line(remedy)
+        where = f"{source}: {self.key}" if self.key else source
         super().__init__(f"{where}: {self.problem}{'.' if remedy else ''} {self.remedy}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
