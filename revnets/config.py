@@ -70,7 +70,8 @@ class Layers:
         except (yaml.YAMLError, ValueError, RecursionError):
             raise SpecError(name, place_text, f"{show(value_text)} is not a YAML value", "Put it in quotes") from None
         value = _plain(name, tuple(keys), value, ())
-        place, found = self.data, ()
+        place: Any = self.data
+        found: Keys = ()
         for key in keys[:-1]:
             index = _index(place, key, found)
             found = (*found, index)
