@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ COLOURS = {"exact": "green", "drift": "yellow", "wrong": "red"}
 """Of the verdicts, in a terminal."""
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_PHRASES = {"exact": "equal bit for bit", "drift": "differs a little", "wrong": "WRONG"}
+_PHRASES = {"exact": "bit for bit", "drift": "drifts", "wrong": "WRONG"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,52 +108,53 @@ class Audit:
         return _plain({"ok": self.ok, **asdict(self), "modes": modes})
 
     def table(self) -> RenderableType:
-        """Two tables in colours; print them with `rich.print`."""
+        """Two tables in colours, for `rich.print`: gradients and memory by mode, states by column."""
         from rich.console import Group
 
         return Group(self._modes_table(), "", self._columns_table() if self.columns else self.nothing_rebuilt)
 
     def _modes_table(self) -> RenderableType:
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="One training step in each memory mode", title_justify="left", caption_justify="left")
-        for heading in ("mode", "gradient"):
-            table.add_column(heading)
-        for heading in ("error", "kept", "per column", "peak", "matmuls fwd + bwd", "backward's FLOPs"):
-            table.add_column(heading, justify="right")
+        headings = (
+            "mode",
+            "gradient",
+            "error",
+            "kept",
+            "more by\na column",
+            "peak",
+            "matmuls\nfwd+bwd",
+            "FLOPs\nbwd",
+        )
+        table = _table("One training step in each memory mode", headings, left=2)
         store = next((mode.backward_flops for mode in self.modes if mode.mode == "store"), 0)
         notes = []
         for mode in self.modes:
             verdict = self.verdict(mode)
-            phrase = "reference" if mode.mode == "store" else _PHRASES[verdict]
-            cells = (mode.mode, "FAILED" if mode.failure else phrase, _number(mode.gradient_error))
+            phrase = "reference" if mode.mode == "store" else "FAILED" if mode.failure else _PHRASES[verdict]
             table.add_row(
-                *(Text(cell, COLOURS[verdict]) for cell in cells),
+                *(Text(cell, COLOURS[verdict]) for cell in (mode.mode, phrase, _number(mode.gradient_error))),
                 size(mode.kept_bytes),
                 size(mode.bytes_per_column),
                 size(mode.peak_bytes),
-                f"{mode.forward_matmuls} + {mode.backward_matmuls}",
-                f"{mode.backward_flops / store:.2f} x store" if store else "-",
+                f"{mode.forward_matmuls}+{mode.backward_matmuls}",
+                f"{mode.backward_flops / store:.2f}x" if store else "-",
             )
             if mode.failure:
                 notes.append(f"{mode.mode}: {mode.failure}")
             elif not mode.equal:
-                notes.append(f"{mode.mode}: farthest off is {mode.worst_parameter} with {_number(mode.worst_error)}")
+                notes.append(f"{mode.mode}: farthest off is {mode.worst_parameter}, by {_number(mode.worst_error)}")
         if self.noise:
             notes.append(f"store differs from itself by {_number(self.noise)}: its kernels are not deterministic")
         table.caption = "\n".join(notes)
         return table
 
     def _columns_table(self) -> RenderableType:
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="States rebuilt from the last column's", title_justify="left")
-        table.add_column("column", justify="right")
-        table.add_column("exact")
-        for heading in ("invert: error", "largest", *(f"level {level}" for level in range(self.m))):
-            table.add_column(heading, justify="right")
+        levels = [f"level\n{level}" for level in range(self.m)]
+        headings = ("column", "exact", "invert:\nerror", "largest", *levels)
+        table = _table("States rebuilt from the last column's", headings, left=2)
         for column in thinned(self.columns, 16):
             if column is None:
                 table.add_row("...")
@@ -160,10 +162,30 @@ class Audit:
             errors = (column.invert_error, column.invert_max, *column.invert_levels)
             table.add_row(
                 str(column.column),
-                Text("bit for bit", COLOURS["exact"]) if column.exact else Text("differs", COLOURS["wrong"]),
-                *(Text(_number(error), COLOURS[_grade(error)]) for error in errors),
+                Text("bit for bit", COLOURS["exact"]) if column.exact else Text("DIFFERS", COLOURS["wrong"]),
+                *(Text(f"{error:.0e}" if error else "0", COLOURS[_grade(error)]) for error in errors),
             )
         return table
+
+
+def _table(title: str, headings: Sequence[str], left: int) -> Table:
+    """A table that fits a terminal of 80 columns; the first `left` columns are aligned at the left."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < left else "right", no_wrap=True)
+    return table
 
 
 def size(count: float) -> str:

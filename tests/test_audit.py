@@ -470,7 +470,7 @@ def test_a_frozen_model_has_no_gradient_to_compare():
 
 
 def render(result: Audit, colour: bool = False) -> str:
-    console = Console(width=160, force_terminal=colour, color_system="standard" if colour else None, record=True)
+    console = Console(width=80, force_terminal=colour, color_system="standard" if colour else None, record=True)
     with console.capture() as capture:
         console.print(result.table())
     return capture.get()
@@ -479,20 +479,20 @@ def render(result: Audit, colour: bool = False) -> str:
 def test_the_table_says_in_words_and_colours_what_is_wrong():
     result = audit(conv_columns(16, gain=0.2), stem_output())
     text = render(result)
-    rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
+    rows = {line.split()[0]: line for line in reversed(text.splitlines()) if line.split()}
     assert "WRONG" in rows["invert"]
-    assert "equal bit for bit" in rows["exact"]
+    assert "bit for bit" in rows["exact"]
     assert "reference" in rows["store"]
     modes = by_mode(result)
     assert size(modes["exact"].kept_bytes) in rows["exact"]
-    assert f"{modes['exact'].forward_matmuls} + {modes['exact'].backward_matmuls}" in rows["exact"]
+    assert f"{modes['exact'].forward_matmuls}+{modes['exact'].backward_matmuls}" in rows["exact"]
     assert modes["invert"].worst_parameter in text
     assert "bit for bit" in rows["0"]
     green, red = "\x1b[32m", "\x1b[31m"
     coloured = render(result, colour=True).splitlines()
     assert any(f"{red}WRONG" in line for line in coloured)
-    assert any(f"{green}equal bit for bit" in line for line in coloured)
-    assert any(f"{green}bit for bit" in line for line in coloured)
+    assert sum(f"{green}bit for bit" in line for line in coloured) == 2 + len(result.columns)
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_long_table_is_thinned():
