@@ -7,7 +7,7 @@ dropout, BatchNorm, autocast and padding masks take part. What the numbers mean 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -20,7 +20,7 @@ from revnets.columns import ReversibleColumns
 from revnets.distance import GradientDistance, gradient_distance, norm, same_bits
 from revnets.engine import Memory
 from revnets.reconstruction import reconstruction
-from revnets.replay import ReplayError
+from revnets.replay import Autocast, ReplayError
 from revnets.report import Audit, ModeAudit
 from revnets.tracker import MemoryTracker, OpCounter, tensors
 
@@ -65,8 +65,17 @@ def audit(
         raise ValueError("no parameter and no input requires a gradient, so there is none to compare")
     tell = progress or (lambda _: None)
 
-    with _left_as_found(model, columns) as restore:
-        step = partial(_step, model, columns, x, leaves, loss, seed, restore)
+    with _left_as_found(model, columns) as restore, _outside_of_autocast() as region:
+
+        def forward() -> Any:
+            with region():
+                return _call(model, x)
+
+        def losses(output: Any) -> list[Tensor]:
+            with region():
+                return _roots(output, loss)
+
+        step = partial(_step, columns, forward, losses, leaves, seed, restore)
         tell("store")
         reference = step(Memory.STORE).gradients  # caches that the model fills once are filled here, and not counted
         _require_finite(reference)
@@ -80,7 +89,7 @@ def audit(
             results.append(_mode_audit(mode, measured, reference))
         noise = gradient_distance(again.gradients, reference).relative
         tell("reconstruction")
-        rebuilt = reconstruction(columns, partial(_call, model, x), seed)
+        rebuilt = reconstruction(columns, forward, seed)
     return Audit(type(model).__name__, columns.graph.m, rebuilt, tuple(results), noise)
 
 
@@ -115,30 +124,28 @@ class _Measured(NamedTuple):
     failure: str
 
 
-def _step(model, columns, x, leaves, loss, seed, restore, mode: Memory) -> _Measured:
+def _step(columns, forward, losses, leaves, seed, restore, mode: Memory) -> _Measured:
     restore()
     columns.memory = mode
     torch.manual_seed(seed)
-    torch.clear_autocast_cache()  # as at the start of an autocast region
-    tracker, forward, backward = MemoryTracker(), OpCounter(), OpCounter()
+    tracker, going, coming = MemoryTracker(), OpCounter(), OpCounter()
     gradients: Gradients = {}
     added: list[int] = []
     kept, failure = 0, ""
     try:
-        with tracker, forward, _bytes_by_column(columns, tracker) as added:
-            output = _call(model, x)
-        torch.clear_autocast_cache()  # as at its end
+        with tracker, going, _bytes_by_column(columns, tracker) as added:
+            output = forward()
         kept = tracker.live
-        with tracker, forward:
-            roots = _roots(output, loss)
-        weights = [None] if loss else _projection(roots, seed)
+        with tracker, going:
+            roots = losses(output)
+        weights = _projection(roots, seed)
         del output
-        with tracker, backward, _without_autocast(roots):
+        with tracker, coming:
             found = torch.autograd.grad(roots, list(leaves.values()), weights, allow_unused=True)
         gradients = dict(zip(leaves, found, strict=True))
     except ReplayError as error:
         failure = str(error)
-    return _Measured(gradients, kept, tracker.peak, tuple(added), forward, backward, failure)
+    return _Measured(gradients, kept, tracker.peak, tuple(added), going, coming, failure)
 
 
 def _mode_audit(mode: str, measured: _Measured, reference: Gradients) -> ModeAudit:
@@ -193,10 +200,16 @@ def _roots(output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
     return roots
 
 
-def _projection(roots: list[Tensor], seed: int) -> list[Tensor]:
-    """Random weights w_i: backward from them is that of the loss sum_i <w_i, output_i>, without its memory."""
+def _projection(roots: list[Tensor], seed: int) -> list[Tensor | None]:
+    """Random weights w_i: backward from them is that of the loss sum_i <w_i, output_i>, without its memory.
+
+    A single number, such as a loss, has weight 1, which autograd writes as None.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(root.shape, generator=generator).to(root.device, root.dtype) for root in roots]
+    return [
+        None if root.numel() == 1 else torch.randn(root.shape, generator=generator).to(root.device, root.dtype)
+        for root in roots
+    ]
 
 
 @contextmanager
@@ -258,10 +271,31 @@ def _left_as_found(model: nn.Module, columns: ReversibleColumns) -> Iterator[Cal
 
 
 @contextmanager
-def _without_autocast(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Backward runs outside of autocast, as it does in a training loop."""
-    with ExitStack() as stack:
-        for kind in {"cpu", *(tensor.device.type for tensor in tensors)}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+def _outside_of_autocast() -> Iterator[Callable[[], ExitStack]]:
+    """Leave the caller's autocast regions; yields what enters one like them.
+
+    Backward runs outside, as in a training loop, and weights that were cast for the forward are dropped in time.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu", *([accelerator.type] if accelerator else [])]
+    found = [Autocast.now(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
+    depth = torch.autocast_increment_nesting()
+
+    def region() -> ExitStack:
+        stack = ExitStack()
+        for kind, enabled, dtype, cache in found:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        return stack
+
+    for _ in range(depth):
+        torch.autocast_decrement_nesting()
+    for autocast in found:
+        torch.set_autocast_enabled(autocast.device_type, False)
+    torch.clear_autocast_cache()
+    try:
+        yield region
+    finally:
+        for autocast in found:
+            torch.set_autocast_enabled(autocast.device_type, True)
+        for _ in range(depth - 1):
+            torch.autocast_increment_nesting()

@@ -163,6 +163,15 @@ def test_the_legend_names_the_wires_that_there_are():
     assert WIRES["gain"][1] not in alone
 
 
+def test_a_long_legend_is_broken_into_rows():
+    figure = graph_figure(graph(2, 2))
+    assert figure.get_figwidth() < 4
+    lines = {
+        round(text.get_position()[1], 2) for text in texts(figure) if text.get_text() in dict(WIRES.values()).values()
+    }
+    assert len(lines) > 1
+
+
 def test_labels_with_dollars_are_no_mathematics():
     assert "$5 & $6_" in words(graph_figure(graph(1, 2), ["$5 & $6_", "b"]))
 

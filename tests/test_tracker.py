@@ -68,6 +68,31 @@ def test_forward_keeps_what_autograd_saves():
     assert tracker.live == 0  # deaths are noticed after the block as well
 
 
+def test_a_snapshot_has_the_peak_since_the_one_before():
+    with MemoryTracker() as tracker:
+        x = torch.ones(100)
+        tracker.snapshot("many")
+        del x
+        tracker.snapshot("dropped")
+        y = torch.ones(3)
+        tracker.snapshot("few")
+    assert [(live, peak) for _, live, peak in tracker.snapshots] == [(400, 400), (0, 400), (12, 12)]
+    assert tracker.peak == 400
+    assert y.numel() == 3
+
+
+def test_bytes_are_counted_by_the_label_of_their_birth():
+    with MemoryTracker() as tracker:
+        tracker.label = "a"
+        x = torch.ones(2)
+        tracker.label = "b"
+        y = x + 1
+        x.resize_(5)
+    assert tracker.live_by_label == {"a": 5 * FLOAT, "b": 2 * FLOAT}
+    del y
+    assert tracker.live_by_label["b"] == 0
+
+
 def test_peak_of_a_backward_chain():
     # z = a * w, y = z * z. Alive at most: z, the gradient of y, 2 z, and their product.
     a, w = torch.randn(101), torch.randn(101, requires_grad=True)
