@@ -71,7 +71,8 @@ class Project(nn.Module):
 class ConvNeXtFusion(nn.Module):
     """Hierarchical fusion: strided convolution from finer reads, upsampling from coarser ones, summed.
 
-    A read that already has the right shape, such as the stem's output at level 0, passes as it is.
+    A read that already has the right shape, such as the stem's output at level 0, passes as it is. Odd sides are
+    rounded up going down and cropped coming up, to the size of the finest read.
     Reads (B, H', W', C'), result (B, H, W, C).
     """
 
