@@ -16,6 +16,7 @@ from revnets.cell import Cell, Gain
 from revnets.columns import ReversibleColumns, ReversibleSequence
 from revnets.distance import same_bits
 from revnets.graph import STEM, wire
+from revnets.reconstruction import reconstruction
 from revnets.report import Audit, size, thinned
 from revnets.tracker import OpCounter, kept_bytes, peak_bytes
 
@@ -285,6 +286,14 @@ def test_arguments_of_the_columns_reach_the_reconstruction():
         assert result.ok
         assert len(result.columns) == 3
         assert 0 < result.columns[0].invert_error < 1e-4
+
+
+def test_reconstruction_depends_on_its_seed_alone():
+    columns, x = conv_columns(3, drop=0.5), stem_output()
+    first = reconstruction(columns, lambda: columns(x), seed=1)
+    torch.randn(10)
+    assert reconstruction(columns, lambda: columns(x), seed=1) == first
+    assert reconstruction(columns, lambda: columns(x), seed=2) != first
 
 
 def test_a_last_column_may_be_shorter():
