@@ -233,7 +233,7 @@ def _bytes_by_column(columns: ReversibleColumns, tracker: MemoryTracker) -> Iter
         tracker.label = None
         added.extend(after - start - cast[column] for column, (start, after) in enumerate(pairwise(marks)))
 
-    first = dict.fromkeys(column[0] for column in columns.cells)  # a set: one cell may serve several columns
+    first = dict.fromkeys(columns.flat()[:: columns.graph.m])  # a set: one cell may serve several columns
     handles = [cell.register_forward_pre_hook(begin) for cell in first]
     handles.append(columns.register_forward_hook(end))
     try:
@@ -256,7 +256,7 @@ def _left_as_found(model: nn.Module, columns: ReversibleColumns) -> Iterator[Cal
     def restore() -> None:
         for buffers, name, buffer, value in found:
             buffers[name] = buffer
-            if buffer is not None and not same_bits(buffer, value):
+            if buffer is not None and value is not None and not same_bits(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
 

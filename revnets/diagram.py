@@ -217,13 +217,13 @@ def _arrow(axes: Axes, kind: str, *points: tuple[float, float], pale: bool = Fal
 
 def _draw_stem(axes: Axes, layout: _Layout) -> None:
     """The stem below the first column, a line along the bottom, and a branch to every cell that reads it."""
-    readers = [n for n in layout.graph.nodes if STEM in n.reads and n.column in layout.columns]
+    readers = [(n, place) for n in layout.graph.nodes if STEM in n.reads and (place := layout.place(n.index))]
+    readers = [(n, place) for n, place in readers if n.column in layout.columns]
     if not readers:
         return
     colour, y, height = WIRES["stem"][0], layout.stem, layout.box[1]
     ends = []
-    for node in readers:
-        left, right, middle = layout.place(node.index)
+    for node, (left, right, middle) in readers:
         if node.level == 0:
             x = (left + right) / 2
             _arrow(axes, "stem", (x, y), (x, middle - height / 2))

@@ -55,11 +55,12 @@ def gradient_distance(
     distances = {}
     for name, reference in references.items():
         gradient = gradients[name]
-        if gradient is not None or reference is not None:
-            distances[name] = distance(
-                torch.zeros_like(reference) if gradient is None else gradient,
-                torch.zeros_like(gradient) if reference is None else reference,
-            )
+        if gradient is None and reference is not None:
+            gradient = torch.zeros_like(reference)
+        if reference is None and gradient is not None:
+            reference = torch.zeros_like(gradient)
+        if gradient is not None and reference is not None:
+            distances[name] = distance(gradient, reference)
     total = math.hypot(*(d.reference_norm for d in distances.values()))
     usual = total / math.sqrt(max(1, sum(d.elements for d in distances.values())))  # of one element
     errors = {

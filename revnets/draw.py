@@ -53,9 +53,10 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 def audit_figure(audit: Audit) -> Figure:
     """Draw an audit: how well the states come back, how right the gradients are, what is kept and where."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(10, 6.6), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(10, 6.6), layout=layout, facecolor="white")
     panels = figure.subplots(2, 2)
     draws = (_draw_states, _draw_gradients, _draw_growth, _draw_bytes)
     for axes, draw in zip(panels.flat, draws, strict=True):
@@ -92,7 +93,7 @@ def _draw_states(axes: Axes, audit: Audit) -> None:
             axes.plot(at, [0] * len(at), marker, color=shade, markersize=5, label=label, clip_on=False, zorder=3)
     axes.axhline(INVERT_LIMIT, color=INK, linestyle=":", linewidth=1)
     axes.set(xlabel="column", ylabel="relative error (dotted: 1 %)", xlim=(-0.5, columns[-1] + 0.5))
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    _whole_numbers(axes)
     axes.legend(fontsize=9, frameon=False)
 
 
@@ -133,7 +134,7 @@ def _draw_growth(axes: Axes, audit: Audit) -> None:
     most = max(sum(mode.column_bytes) for mode in audit.modes) / unit
     last = max(len(mode.column_bytes) for mode in audit.modes) - 1
     axes.set(xlabel="after column", ylabel=f"{name} alive", xlim=(-0.5, last + 0.5), ylim=(0, 1.4 * most or 1))
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    _whole_numbers(axes)
     title = "added by one more column" if last else None
     axes.legend(  # in the room above the curves
         fontsize=9, frameon=False, ncols=2, loc="upper left", title=title, title_fontsize=9, alignment="left"
@@ -163,6 +164,12 @@ def _bars(axes: Axes, modes: list[str], lengths: list[float], alpha: float = 1.0
 def _note(axes: Axes, row: int, text: str) -> None:
     """Words above a bar."""
     axes.annotate(text, (0, row - 0.3), (3, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _nothing(axes: Axes, text: str) -> None:

@@ -85,7 +85,7 @@ class MemoryTracker(TorchDispatchMode):
             self._count(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize_
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
