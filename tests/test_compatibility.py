@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -309,6 +311,24 @@ def test_parameter_and_tensor_hooks():
     assert_like_autograd(net, stem_of(net), train)
 
 
+def test_backward_hooks_on_cells():
+    net = token_net(columns=3)
+
+    def train(net, x):
+        for cell in net.flat():
+            cell.register_full_backward_hook(lambda module, into, out: (into[0] * 2, *into[1:]))
+            cell.register_full_backward_pre_hook(lambda module, out: (out[0] + 1,))
+        levels = net(x)
+        loss_of(levels).backward()
+        return levels
+
+    expected = step(net, stem_of(net), "store", train)
+    for memory in TAPED:
+        assert_same(step(net, stem_of(net), memory, train), expected)
+    with pytest.raises(AssertionError):  # the hooks did something
+        assert_same(step(net, stem_of(net)), expected)
+
+
 def test_module_hooks():
     net = token_net(columns=3)
 
@@ -379,6 +399,11 @@ def test_non_contiguous_inputs():
     ):
         assert not x.is_contiguous()
         assert_like_autograd(net, x.requires_grad_())
+
+
+def test_an_empty_batch():
+    net = token_net(blocks=("mlp", "conv"))
+    assert_like_autograd(net, stem_of(net)[:0].detach().requires_grad_())
 
 
 def test_states_with_permuted_strides():
@@ -482,6 +507,37 @@ def test_activation_checkpoint_inside_a_cell(reentrant):
 
     functions = [Checkpointed(BLOCKS[name](6)) for name in ("mlp", "dropout", "attention")]
     assert_like_autograd(cells_net(copy.deepcopy(functions * 3)), tokens())
+
+
+def test_saved_tensors_on_the_cpu():
+    """Hooks of the user's around the net get what stored columns save, and nothing else."""
+    net = token_net(blocks=("mlp", "dropout"))
+
+    def train(net, x):
+        with save_on_cpu():
+            levels = net(x)
+            loss = loss_of(levels)
+        loss.backward()
+        return levels
+
+    assert_like_autograd(net, stem_of(net), train)
+    expected = step(net, stem_of(net), "store", train)
+    assert_same(step(net, stem_of(net), ["exact", "store", "exact", "store"], train), expected)
+
+
+def test_backward_in_another_thread():
+    net = token_net(blocks=("mlp", "dropout", "batchnorm"))
+
+    def train(net, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            levels = net(x)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(loss_of(levels).backward).result()
+        return levels
+
+    expected = step(net, stem_of(net), "store", train)
+    for memory in TAPED:
+        assert_same(step(net, stem_of(net), memory, train), expected)
 
 
 def test_activation_checkpoint_around_the_net():

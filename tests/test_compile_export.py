@@ -47,7 +47,7 @@ def eager(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("blocks", [("mlp", "dropout"), ("batchnorm", "inplace")])
 def test_compiled_cells(blocks):
-    net = token_net(m=2, columns=3, blocks=blocks)
+    net = token_net(m=2, columns=3, dims=(6, 6), halve=False, blocks=blocks)
     x = stem_of(net)
     expected = step(net, x, "store", compiled("aot_eager"))
     if "dropout" not in blocks:  # compiled code draws its random numbers in another order
@@ -57,7 +57,7 @@ def test_compiled_cells(blocks):
 
 
 def test_compiled_cells_under_autocast():
-    net = token_net(m=2, columns=3)
+    net = token_net(m=2, columns=3, dims=(6, 6), halve=False)
     train = compiled("aot_eager", torch.bfloat16)
     assert_same(step(net, stem_of(net), "exact", train), step(net, stem_of(net), "store", train))
 
@@ -70,7 +70,7 @@ def test_a_replay_compiles_nothing():
         graphs += 1
         return module.forward
 
-    net = token_net(m=2, columns=3, memory="exact")
+    net = token_net(m=2, columns=3, blocks=("mlp", "batchnorm", "dropout"), memory="exact")
     net.compile(backend=backend)
     levels = net(stem_of(net))
     compiled_in_forward = graphs
@@ -92,7 +92,7 @@ def test_cells_compiled_by_hand():
         loss_of(levels).backward()
         return levels
 
-    net = token_net(m=2, columns=3)
+    net = token_net(m=2, columns=3, dims=(6, 6), halve=False)
     expected = step(net, stem_of(net), "store", train)
     for memory in TAPED:
         assert_same(step(net, stem_of(net), memory, train), expected)
@@ -100,7 +100,7 @@ def test_cells_compiled_by_hand():
 
 @pytest.mark.slow
 def test_cells_compiled_with_inductor():
-    net = token_net(m=2, columns=3, blocks=("mlp", "attention"))
+    net = token_net(m=2, columns=3, dims=(6, 6), halve=False, blocks=("mlp", "attention"))
     x = stem_of(net)
     expected = step(net, x, "store", compiled("inductor"))
     assert_near(expected, step(net, x, "store", eager), rtol=1e-3, atol=1e-3)

@@ -48,7 +48,7 @@ def test_gradients_are_those_of_store(columns, gamma):
 
 
 @pytest.mark.parametrize("gamma", GAINS)
-@pytest.mark.parametrize("columns", [1, 4, 16])
+@pytest.mark.parametrize("columns", [1, 4, 16, 32])
 def test_gradients_with_random_and_counting_cells_under_autocast(columns, gamma):
     net = token_net(m=4, columns=columns, blocks=list(BLOCKS), gamma=gamma, scale=0.7)
     x = stem_of(net)
@@ -74,6 +74,16 @@ def test_gradients_in_other_dtypes(dtype):
     x = stem_of(net)
     expected = step(net, x, "store")
     assert expected.outputs[0].dtype == dtype
+    for memory in TAPED:
+        assert_same(step(net, x, memory), expected)
+
+
+def test_gradients_with_two_threads():
+    """Kernels share their work by size: the same in the forward and in the replay."""
+    net = token_net(m=2, columns=6, dims=(128, 96), blocks=("mlp", "attention"))
+    x = stem_of(net, batch=64)
+    torch.set_num_threads(2)
+    expected = step(net, x, "store")
     for memory in TAPED:
         assert_same(step(net, x, memory), expected)
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from revnets.columns import ReversibleColumns
-from tests.helpers import BLOCKS, STEADY, assert_same, plain, rebuilt_states, stem_of, step, token_net
+from revnets.columns import ReversibleColumns, ReversibleSequence
+from revnets.engine import run
+from tests.helpers import BLOCKS, STEADY, Mlp, assert_same, plain, rebuilt_states, stem_of, step, token_net
 
 PRIMES = (2, 3, 5, 7, 11)
 
@@ -46,6 +47,19 @@ def test_inverse_reconstructs_the_states(net: ReversibleColumns):
     assert len(rebuilt) == len(states)
     for state, other in zip(states, rebuilt, strict=True):
         assert (state - other).norm() <= 1e-9 * state.norm()
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 7])
+def test_inverse_of_a_short_last_column(length):
+    net = ReversibleSequence([Mlp(5) for _ in range(length)], m=3, gain=0.7).double().eval()
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        levels = net(x)
+        columns = net.inverse(levels, x)
+    assert [len(column) for column in reversed(columns)] == [min(3, length - start) for start in range(0, length, 3)]
+    rebuilt = [state for column in reversed(columns) for state in column]
+    _, states = run(net.graph, net.flat(), x, net.memory, {}, range(length))
+    torch.testing.assert_close(rebuilt, states, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["plain", "bf16"])
