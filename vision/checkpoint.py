@@ -137,10 +137,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
 def rng_state() -> dict[str, Any]:
     """The state of all generators that training draws from, as plain data."""
     name, words, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
         "numpy": (name, torch.from_numpy(np.asarray(words).astype(np.int64)), *rest),
-        "python": random.getstate(),
+        "python": (version, torch.tensor(internal), gauss),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -153,7 +154,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     name, words, *rest = state["numpy"]
     np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 

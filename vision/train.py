@@ -85,6 +85,7 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written, read or used.
             revnets.SpecError: the folder holds a run that this one would overwrite, or that it does not continue.
         """
+        random_seed(self.config.seed)  # again: what happened since the trainer was made must not matter
         self._resume()
         with replacing(self.output / "config.yaml", "w") as file:
             yaml.safe_dump({**self.config.plain(), "resume": "auto"}, file, sort_keys=False)

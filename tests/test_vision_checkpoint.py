@@ -1,0 +1,132 @@
+"""Checkpoints are whole, safe to load, and those of the model at hand; or one line says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vision import checkpoint
+from vision.checkpoint import CheckpointError, Checkpoints
+
+
+def state(step: int, **changes):
+    empty = dict.fromkeys(checkpoint.KEYS)
+    return {**empty, "format": checkpoint.FORMAT, "progress": {"step": step}, "model": torch.randn(5), **changes}
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_generators_go_on_where_they_were(tmp_path):
+    def draw():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.random(), random.gauss(0, 1)
+
+    np.random.seed(1)
+    random.seed(1)
+    draw()  # leaves half of a pair of normal numbers behind in numpy's and Python's generators
+    torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
+    expected = [draw(), draw()]
+    checkpoint.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert [draw(), draw()] == expected
+
+
+def test_the_last_ones_stay_and_the_best_outlives_them(tmp_path):
+    run = Checkpoints(tmp_path, keep=2)
+    states = [state(step) for step in (9, 10, 11, 100)]
+    for index, item in enumerate(states):
+        run.save(item, best=index == 1)
+    assert [checkpoint.step_of(path) for path in run.all()] == [11, 100]
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "step-0000011.pt", "step-0000100.pt"]
+    assert torch.equal(checkpoint.read(run.best)["model"], states[1]["model"])
+    assert torch.equal(checkpoint.read(run.all()[-1])["model"], states[3]["model"])
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.99, 0.9999])
+def test_a_truncated_file(tmp_path, part):
+    path = Checkpoints(tmp_path, keep=1).save(state(1, model=torch.randn(10_000)))
+    os.truncate(path, int(path.stat().st_size * part))
+    with pytest.raises(CheckpointError, match=r"step-0000001\.pt: damaged or cut short\. Use an older"):
+        checkpoint.read(path)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    trap = tmp_path / "trap"
+    torch.save(state(1, config=Evil(trap)), tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match="more than plain data"):
+        checkpoint.read(tmp_path / "evil.pt")
+    assert not trap.exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert trap.exists()  # it would have been
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"weights": torch.zeros(3)}, "missing"),
+        (torch.zeros(3), "not a checkpoint of a training run"),
+        (state(1, format=99), "layout 99"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path, content, words):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.read(tmp_path / "x.pt")
+
+
+def test_paths_that_are_no_files(tmp_path):
+    (tmp_path / "text.pt").write_text("columns: 4\n")
+    for path, words in ((tmp_path / "no.pt", "no such file"), (tmp_path, "folder"), (tmp_path / "text.pt", "checkpoint")):
+        with pytest.raises(CheckpointError, match=words) as error:
+            checkpoint.read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    run = Checkpoints(tmp_path, keep=2)
+    before = state(1)
+    run.save(before, best=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"step-0000002\.pt: cannot be written.*step-0000001\.pt is intact"):
+            run.save(state(2, model=torch.randn(1 << 20)), best=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "step-0000001.pt"]
+    assert torch.equal(checkpoint.read(run.best)["model"], before["model"])
+
+
+def test_a_file_left_by_a_killed_process_goes(tmp_path):
+    (tmp_path / ".step-0000001.pt.77.partial").write_bytes(b"half")
+    Checkpoints(tmp_path, keep=1).save(state(2))
+    assert os.listdir(tmp_path) == ["step-0000002.pt"]
+
+
+def test_weights_of_another_model_are_refused_untouched():
+    model = nn.Linear(3, 5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cases = {
+        "lacks bias": nn.Linear(3, 5, bias=False),
+        r"weight has the shape \(5, 2\), not \(5, 3\)": nn.Linear(2, 5),
+        "also has extra": nn.ModuleDict({"extra": nn.Linear(1, 1)}),
+    }
+    cases["also has extra"].register_parameter("weight", nn.Parameter(torch.zeros(5, 3)))
+    cases["also has extra"].register_parameter("bias", nn.Parameter(torch.zeros(5)))
+    for words, other in cases.items():
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.load_weights(model, other.state_dict(), Path("x.pt"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

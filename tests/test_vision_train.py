@@ -1,0 +1,291 @@
+"""A run that is killed, stopped or damaged goes on to the same bits; one that cannot go on says so."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from vision_runs import tiny
+
+from revnets import SpecError
+from vision import checkpoint, engine, files
+from vision.checkpoint import CheckpointError
+from vision.config import load_config
+from vision.record import LOG, Record, read_log
+from vision.train import Trainer, TrainingError
+
+# Every process of a run is a fork of one that has imported everything and computed nothing.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    ["vision.train", "torch.utils.tensorboard", "sklearn.datasets", "sklearn.model_selection",
+     "matplotlib.backends.backend_agg"]
+)  # fmt: skip
+
+MOMENTS = {
+    "before an update": (engine.Engine, "update", "before"),
+    "before an evaluation": (engine.Engine, "evaluate", "before"),
+    "while a checkpoint is written": (torch, "save", "halfway"),
+    "before a file gets its name": (files.os, "replace", "before"),
+    "after a file got its name": (files.os, "replace", "after"),
+    "before the best gets its name": (files.os, "link", "before"),
+}
+
+
+def run(config: dict, moment: str = "", count: int = 0, number: int = signal.SIGKILL) -> None:
+    """Train in this process; at the `count`-th occurrence of a moment, send this process a signal."""
+    torch.set_num_threads(1)
+    if moment:
+        owner, name, when = MOMENTS[moment]
+        original, calls = getattr(owner, name), iter(range(1, 10_000))
+
+        def interrupted(*args, **kwargs):
+            if next(calls) != count:
+                return original(*args, **kwargs)
+            if when == "halfway":
+                args[1].write(b"half of a checkpoint")
+                args[1].flush()
+            result = original(*args, **kwargs) if when == "after" else None
+            os.kill(os.getpid(), number)
+            return original(*args, **kwargs) if when == "before" else result
+
+        setattr(owner, name, interrupted)
+    with open(Path(config["output"]).with_suffix(".txt"), "a") as file:
+        trainer = Trainer(load_config(config), Console(file=file, width=200))
+        outcome = trainer.fit()
+    raise SystemExit(0 if outcome.signal is None else 128 + outcome.signal)
+
+
+def process(*args) -> int | None:
+    child = processes.Process(target=run, args=args)
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, "the run hangs"
+    return child.exitcode
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert process(tiny(output)) == 0
+    return output
+
+
+def assert_same_run(mine: Path, other: Path) -> None:
+    for name in ("step-0000010.pt", "best.pt"):
+        ours, theirs = (checkpoint.read(folder / "checkpoints" / name) for folder in (mine, other))
+        for part in ("model", "ema", "optimizer", "rng", "progress", "scaler"):
+            assert_same(ours[part], theirs[part], part)
+    logs = [
+        [{key: value for key, value in line.items() if key != "images_per_second"} for line in read_log(folder / LOG)]
+        for folder in (mine, other)
+    ]
+    assert logs[0] == logs[1]
+    assert [line["step"] for line in logs[0]] == [3, 5, 5, 8, 10, 10]
+    assert sorted(os.listdir(mine / "checkpoints")) == ["best.pt", "step-0000008.pt", "step-0000010.pt"]
+
+
+def assert_same(ours, theirs, where: str) -> None:
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}.{index}")
+    else:
+        assert ours == theirs, where
+
+
+@pytest.mark.parametrize(
+    ("moment", "count"),
+    [
+        ("before an update", 1),
+        ("before an update", 4),
+        ("before an update", 10),
+        ("before an evaluation", 1),
+        ("while a checkpoint is written", 1),
+        ("while a checkpoint is written", 4),
+        ("before a file gets its name", 6),
+        ("after a file got its name", 6),
+        ("before the best gets its name", 1),
+    ],
+)
+def test_killed_and_resumed_is_never_stopped(tmp_path, whole, moment, count):
+    config = tiny(tmp_path / "run")
+    assert process(config, moment, count) == -signal.SIGKILL
+    assert process(config) == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_killed_again_and_again(tmp_path, whole):
+    config, codes = tiny(tmp_path / "run", save_every=1), []
+    while not codes or codes[-1] != 0:
+        codes.append(process(config, "before an update", 4))
+        assert len(codes) < 10
+    assert codes[:-1] == [-signal.SIGKILL] * 3  # 3 updates and their checkpoints at a time
+    ours, theirs = (checkpoint.read(folder / "checkpoints" / "step-0000010.pt") for folder in (tmp_path / "run", whole))
+    assert_same(ours["model"], theirs["model"], "model")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(("moment", "count", "step"), [("before an update", 7, 7), ("before an evaluation", 1, 5)])
+def test_stopped_by_a_signal(tmp_path, whole, number, moment, count, step):
+    output = tmp_path / "run"
+    assert process(tiny(output, save_every=None, keep=3), moment, count, number) == 128 + number
+    assert checkpoint.step_of(checkpoint.Checkpoints(output / "checkpoints", 3).all()[-1]) == step
+    said = output.with_suffix(".txt").read_text()
+    assert f"Stopped by {signal.Signals(number).name} in epoch" in said
+    command = said.splitlines()[-1].removeprefix("Go on with: revnets train ")
+    config = load_config(command)
+    assert process({**config.plain(), "save_every": 2, "keep": 2}) == 0
+    assert f"Resumed {output}/checkpoints/step-000000{step}.pt: in epoch" in output.with_suffix(".txt").read_text()
+    assert_same_run(output, whole)
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whole):
+    config = tiny(tmp_path / "run")
+    assert process(config, "before an update", 8) == -signal.SIGKILL
+    newest = tmp_path / "run" / "checkpoints" / "step-0000006.pt"
+    os.truncate(newest, 5000)
+    assert process(config) == 0
+    assert "step-0000006.pt: damaged" in (tmp_path / "run.txt").read_text()
+    assert_same_run(tmp_path / "run", whole)
+
+
+def trainer(output: Path, **changes) -> Trainer:
+    return Trainer(load_config(tiny(output, **changes)), Console(quiet=True))
+
+
+def test_a_finished_run_stays_and_can_be_made_longer(tmp_path):
+    first = trainer(tmp_path).fit()
+    assert first.last.name == "step-0000010.pt"
+    written = first.last.stat().st_mtime_ns
+    again = trainer(tmp_path).fit()
+    assert again == first
+    assert first.last.stat().st_mtime_ns == written
+    longer = trainer(tmp_path, epochs=3)
+    assert longer.fit().last.name == "step-0000015.pt"
+    assert [line["epoch"] for line in read_log(tmp_path / LOG) if line["kind"] == "eval"] == [1, 2, 3]
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_is_not_overwritten_nor_continued_as_another(tmp_path):
+    saved = trainer(tmp_path / "run", epochs=1, schedule={"name": "constant"}).fit().last
+    before = saved.read_bytes()
+    with pytest.raises(SpecError, match=r"output: .*holds a run already.*resume=auto"):
+        trainer(tmp_path / "run", resume="none").fit()
+    for changes, words in (
+        ({"seed": 1}, r"seed: 1, but .* has 0"),
+        ({"batch_size": 60}, r"batch_size: 60.*120"),
+        ({"optimizer": {"name": "lion", "lr": 0.01}}, r"optimizer: .*lion.*adamw"),
+        ({"data": {"img_size": 16}}, r"data: .*16"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            trainer(tmp_path / "run", **changes).fit()
+    other = {**tiny("x")["model"], "columns": 2}
+    with pytest.raises(CheckpointError, match=r"of another model: it also has columns\.cells\.2"):
+        trainer(tmp_path / "run", model=other).fit()
+    with pytest.raises(CheckpointError, match="no such file"):
+        trainer(tmp_path / "elsewhere", resume=str(tmp_path / "no.pt")).fit()
+    assert saved.read_bytes() == before
+    branch = trainer(tmp_path / "branch", resume=str(saved), epochs=2, schedule={"name": "constant"}, memory="store")
+    assert branch.fit().last == tmp_path / "branch" / "checkpoints" / "step-0000010.pt"
+    with pytest.raises(SpecError, match="holds a later checkpoint, step-0000010"):
+        trainer(tmp_path / "branch", resume=str(saved), epochs=2).fit()
+
+
+def test_memory_mode_changes_no_bit(tmp_path):
+    runs = [trainer(tmp_path / mode, memory=mode, epochs=1) for mode in ("store", "recompute", "exact")]
+    finals = [checkpoint.read(run.fit().last)["model"] for run in runs]
+    assert_same(finals[1], finals[0], "recompute")
+    assert_same(finals[2], finals[0], "exact")
+
+
+def test_float16_run_resumes_with_its_loss_scale(tmp_path):
+    config = tiny(tmp_path / "run", amp="float16", keep=9)
+    assert process(config) == 0
+    expected = checkpoint.read(tmp_path / "run" / "checkpoints" / "step-0000010.pt")
+    assert expected["scaler"]["_growth_tracker"] == 10
+    path = tmp_path / "run" / "checkpoints" / "step-0000004.pt"
+    assert process({**config, "output": str(tmp_path / "branch"), "resume": str(path)}) == 0
+    resumed = checkpoint.read(tmp_path / "branch" / "checkpoints" / "step-0000010.pt")
+    assert_same(resumed["model"], expected["model"], "model")
+    assert_same(resumed["scaler"], expected["scaler"], "scaler")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    run = trainer(tmp_path, epochs=1, save_every=1, log_every=5)
+    original = run.engine.update
+
+    def update(batches, step):
+        if step == 4:  # as a broken image would
+            batches = ((images.fill_(float("nan")), labels) for images, labels in batches)
+        return original(batches, step)
+
+    run.engine.update = update
+    with pytest.raises(TrainingError, match=r"loss is nan in epoch 1, step 4\. .*step-0000003\.pt.*optimizer\.lr"):
+        run.fit()
+    state = checkpoint.read(tmp_path / "checkpoints" / "step-0000003.pt")
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert not (tmp_path / "checkpoints" / "step-0000004.pt").exists()
+    assert trainer(tmp_path, epochs=1).fit().last.name == "step-0000005.pt"
+
+
+def test_log_drops_what_comes_again_and_what_was_cut_short(tmp_path):
+    with Record(tmp_path, 0) as record:
+        for step in (3, 6, 9):
+            record.write("train", 1, step, {"loss": float(step)})
+    with open(tmp_path / LOG, "a") as file:
+        file.write('{"kind": "train", "ep')
+    assert [line["step"] for line in read_log(tmp_path / LOG)] == [3, 6, 9]
+    with Record(tmp_path, 6) as record:
+        record.write("train", 1, 7, {"loss": 0.5})
+    lines = (tmp_path / LOG).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 6, 7]
+    assert json.loads(lines[-1]) == {"kind": "train", "epoch": 1, "step": 7, "loss": 0.5}
+
+
+def test_tensorboard_has_the_values_of_the_log(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer(tmp_path, epochs=1).fit()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for line in read_log(tmp_path / LOG):
+        for name in set(line) - {"kind", "epoch", "step"}:
+            values = {event.step: event.value for event in events.Scalars(f"{line['kind']}/{name}")}
+            assert values[line["step"]] == pytest.approx(line[name], rel=1e-6)
+
+
+def test_a_second_signal_does_what_it_always_does():
+    from vision.signals import Stopped, StopSignals
+
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals() as stop:
+        stop.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+        with pytest.raises(Stopped):
+            stop.check()
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_the_digits_recipe_reads_digits(tmp_path):
+    outcome = Trainer(load_config("digits", [f"output={tmp_path / 'run'}"])).fit()
+    assert outcome.top1 >= 97
