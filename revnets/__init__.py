@@ -3,10 +3,11 @@
 from revnets import blocks as blocks  # the built-in parts register themselves
 from revnets import ends as ends
 from revnets import fusions as fusions
+from revnets.audit import Audit, audit
 from revnets.cell import Cell, FixedGain, Gain
 from revnets.columns import ReversibleColumns, ReversibleSequence
-from revnets.engine import Memory
 from revnets.errors import SpecError
+from revnets.frame import Memory
 from revnets.graph import Graph, Node, wire
 from revnets.net import Net, build, build_columns
 from revnets.registry import register_block, register_fusion, register_head, register_stem
@@ -16,6 +17,7 @@ from revnets.spec import NetSpec, load_spec
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "Cell",
     "FixedGain",
     "Gain",
@@ -28,6 +30,7 @@ __all__ = [
     "ReversibleColumns",
     "ReversibleSequence",
     "SpecError",
+    "audit",
     "build",
     "build_columns",
     "load_spec",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from revnets.columns import ReversibleColumns
 from revnets.distance import GradientDistance, gradient_distance, norm, same_bits
-from revnets.engine import Memory
+from revnets.frame import Memory
 from revnets.reconstruction import reconstruction
 from revnets.replay import Autocast, ReplayError
 from revnets.report import Audit, ModeAudit

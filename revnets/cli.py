@@ -103,5 +103,7 @@ def main() -> None:
     try:
         app()
     except SpecError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print("[red]error:[/red]", str(error), markup=True)
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print("error:", style="red", end=" ")
+        console.print(str(error), markup=False)
         sys.exit(2)

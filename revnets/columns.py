@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revnets import engine
 from revnets.cell import Cell, FixedGain
-from revnets.engine import Memory
+from revnets.frame import Memory
 from revnets.graph import Graph, ReadToken, wire
 
 
@@ -35,6 +35,7 @@ class ReversibleColumns(nn.Module):
             nn.ModuleList(cells[start : start + graph.m]) for start in range(0, len(cells), graph.m)
         )
         self.memory = memory
+        self.stored = 0
 
     @property
     def memory(self) -> tuple[Memory, ...]:
@@ -44,6 +45,20 @@ class ReversibleColumns(nn.Module):
     @memory.setter
     def memory(self, value: str | Sequence[str]) -> None:
         self._memory = memory_modes(value, self.graph.columns)
+
+    @property
+    def stored(self) -> int:
+        """How many cells, counted from the end, keep all they save whatever their column's mode says.
+
+        Backward comes to them first, so their replay would be pure waste. `revnets.plan` finds how many fit a budget.
+        """
+        return self._stored
+
+    @stored.setter
+    def stored(self, value: int) -> None:
+        if not 0 <= value <= len(self.graph.nodes):
+            raise ValueError(f"stored = {value}: give a number of cells, 0 to {len(self.graph.nodes)}")
+        self._stored = value
 
     def flat(self) -> list[Cell]:
         """All cells in the order in which they run."""
@@ -62,7 +77,7 @@ class ReversibleColumns(nn.Module):
             A list of m states; with taps, the pair (list of m states, list of tapped states).
         """
         ends = [tap_index(self.graph, tap) for tap in taps]
-        last, tapped = engine.run(self.graph, self.flat(), x, self._memory, context, ends)
+        last, tapped = engine.run(self.graph, self.flat(), x, self._memory, context, ends, self._stored)
         return (last, tapped) if taps else last
 
     def inverse(self, levels: Sequence[Tensor], x: Tensor, **context: Any) -> list[list[Tensor]]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from revnets.columns import ReversibleColumns
 from revnets.distance import Distance, distance, ratio
-from revnets.engine import Memory, Tape
+from revnets.frame import Memory
 from revnets.graph import STEM
 from revnets.replay import ReplayError
 from revnets.report import ColumnAudit
+from revnets.tape import Tape
 
 
 def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: int) -> tuple[ColumnAudit, ...]:
@@ -88,6 +89,6 @@ def _rebuilt(
     states = [state.detach() for state in states]
     result = {}
     for t in reversed(range(total - graph.m)):
-        tape._move_to(t + graph.m - 1)  # steps below x_{t+m}, and so rebuilds x_t
+        tape.move_to(t + graph.m - 1)  # steps below x_{t+m}, and so rebuilds x_t
         result[t] = distance(tape.window[t].tensor, states[t])
     return result

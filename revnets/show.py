@@ -15,12 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from revnets.errors import SpecError
 from revnets.graph import STEM
 from revnets.net import Net, build
-from revnets.registry import importable
 
 
 def describe(path: Path, overrides: Sequence[str], shape: tuple[int, ...] | None, pictures: Sequence[Path]) -> None:
     """Print levels, wires, parameters and multiply-accumulates of a net; draw it into `pictures`."""
-    with importable(path.resolve().parent, Path.cwd()), torch.device("meta"):
+    with torch.device("meta"):
         net = build(path, overrides)
     shape = shape or example_shape(net, path)
     macs, sizes = _walk(net, shape, path)
@@ -50,13 +49,12 @@ def measure(
     """Audit a freshly initialised net on random input; returns the exit code."""
     from revnets.audit import audit
 
-    with importable(path.resolve().parent, Path.cwd()):
-        torch.manual_seed(0)
-        net = build(path, overrides)
+    torch.manual_seed(0)
+    net = build(path, overrides)
     shape = shape or example_shape(net, path)
     console = Console(stderr=json)
-    with console.status("measuring each memory mode ..."):
-        result = audit(net, torch.randn(batch, *shape))
+    with console.status("measuring ...") as status:
+        result = audit(net, torch.randn(batch, *shape), progress=lambda what: status.update(f"measuring {what} ..."))
     if json:
         print(json_format.dumps(result.to_dict(), indent=2))
     else:

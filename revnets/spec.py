@@ -9,8 +9,8 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from revnets.config import Source, Strict, load
-from revnets.engine import Memory
 from revnets.errors import nearest, problem, show, what
+from revnets.frame import Memory
 from revnets.graph import READS, Graph, ReadError, ReadToken, wire
 from revnets.parts import PartSpec, name_and_options, part
 from revnets.registry import find, options

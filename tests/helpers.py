@@ -361,7 +361,7 @@ def rebuilt_states(net: ReversibleColumns, x: Tensor, autocast: torch.dtype | No
         _, states = engine.run(net.graph, net.flat(), x, net.memory, {}, indices)
     (tape,) = started
     for index in reversed(indices):
-        tape._move_to(index)
+        tape.move_to(index)
         for held in tape.window:
             yield net.graph.name(held), states[held].detach(), tape.window[held].tensor
 

@@ -1,0 +1,128 @@
+"""What a tape notes of one cell's call: tensors it holds, how x_{t-m} comes back, and the couplings of a forward."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from revnets import lostbits
+from revnets.cell import add, subtract
+from revnets.graph import Node
+from revnets.replay import ReplayError, Surrounding
+
+
+class Memory(StrEnum):
+    """How the state x_{t-m}, which cell t replaces, comes back in backward."""
+
+    STORE = "store"  # autograd keeps it, and all that the cell saves: no replay
+    RECOMPUTE = "recompute"  # the tape keeps it; the cell is replayed
+    INVERT = "invert"  # rebuilt by the inverse alone; rounding errors add up
+    EXACT = "exact"  # rebuilt by the inverse and the lost bits, bit for bit
+
+
+class Meta(NamedTuple):
+    """What a replayed tensor must have in common with the one it stands for."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Meta:
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+class Held(NamedTuple):
+    """A detached state and the version at which the forward left it."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Held:
+        return cls(tensor.detach(), tensor._version)
+
+
+class Frame:
+    """One cell's call in one pass."""
+
+    __slots__ = (
+        *("node", "mode", "kept", "lost", "past_stride", "past_grad", "grad_reads"),
+        *("surrounding", "metas", "saved"),
+    )
+
+    def __init__(self, node: Node, mode: Memory):
+        self.node = node
+        self.mode = mode
+        self.kept: Held | None = None  # x_{t-m}, in store and recompute
+        self.lost: lostbits.LostBits | None = None  # what the inverse misses of it, in exact
+        self.past_stride: tuple[int, ...] = ()
+        self.past_grad = False
+        self.grad_reads: list[bool] = []
+        self.surrounding: Surrounding | None = None
+        self.metas: list[Meta] = []
+        self.saved: dict[int, Held] = {}
+
+
+def couple_plain(name: str, past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
+    """x_t; nothing comes back."""
+    if update.shape != past.shape:
+        raise ValueError(
+            f"{name} gives a tensor of shape {tuple(update.shape)}, but the state x_(t-m) that it is added to has "
+            f"{tuple(past.shape)}; both must be equal"
+        )
+    return add(past, update, gamma)
+
+
+def couple_forward(name: str, frame: Frame, past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
+    """x_t, and into the frame whatever its mode needs to come back to x_{t-m}."""
+    state = couple_plain(name, past, update, gamma)
+    frame.past_stride, frame.past_grad = past.stride(), past.requires_grad
+    if frame.mode in (Memory.STORE, Memory.RECOMPUTE):
+        frame.kept = Held.of(past)
+    elif frame.mode is Memory.EXACT:
+        with torch.no_grad():
+            rebuilt = with_stride(subtract(state, update, gamma), past.stride())
+            frame.lost = lostbits.encode(past.detach(), rebuilt)
+    return state
+
+
+class Constant(NamedTuple):
+    """An argument that every cell gets; a tensor is handed to replays without its graph."""
+
+    value: Any
+    grad: bool
+
+    @classmethod
+    def of(cls, value: Any) -> Constant:
+        if isinstance(value, Tensor):
+            return cls(Held.of(value), value.requires_grad)
+        return cls(value, False)
+
+    def fresh(self) -> Any:
+        if isinstance(self.value, Held):
+            return trusted(self.value, "an argument of the cells").detach().requires_grad_(self.grad)
+        return self.value
+
+
+def with_stride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The tensor in memory laid out as `stride` says (Rule 4)."""
+    if tensor.stride() == stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def is_unchanged(state: Tensor, coupled: Tensor, version: int) -> bool:
+    return (state is coupled or state.is_set_to(coupled)) and state._version == version
+
+
+def trusted(held: Held, name: str) -> Tensor:
+    if held.tensor._version != held.version:
+        raise ReplayError(
+            f"{name} was changed in place after the forward (version {held.tensor._version}, expected {held.version}), "
+            "so backward cannot use it. Work on a copy: tensor.clone()"
+        )
+    return held.tensor

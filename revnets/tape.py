@@ -1,0 +1,256 @@
+"""The tape: records cells going forward, rebuilds their inputs and replays them going backward.
+
+The forward runs under ordinary autograd. A recorded cell leaves no tensor in the graph: each one that autograd wants
+to save is replaced by a ticket (tape, t, k). The first ticket of a cell that backward presents makes the tape
+
+1. rebuild x_{t-m} = (x_t - F_t) / gamma_t and thereby move its window of m states one step down, and
+2. replay the cell, which saves the same tensors in the same order; ticket k is honoured with the k-th of them.
+
+The rules that keep this right:
+
+- Rule 1. Nothing about a pass is stored on a module. Frames belong to a tape, a tape to one call of `run`; two
+  forwards before one backward have two tapes.
+- Rule 2. References go one way: graph -> ticket -> tape -> frames -> plain tensors. When the graph lets go of its
+  tickets (after backward, or when it is dropped), everything goes by reference counting.
+- Rule 3. The window only moves down. A ticket from above the window (a second backward, a double backward, a loss on
+  an early tap after a loss at the end) makes the tape start again from the last window, which lives as long as it.
+- Rule 4. A rebuilt state gets the strides of the original: with others, kernels take other paths and round otherwise.
+- Rule 5. A replay runs in the surrounding of its forward (`replay.py`), under the same `requires_grad` of its reads,
+  and must save what the forward saved: number, shape, strides and dtype are checked.
+- Rule 6. What was changed in place after the forward cannot be trusted; versions are checked as autograd does.
+- Rule 7. Tapes do not nest. Columns inside of a cell run plainly, and the replay of the cell brings back what they
+  saved; a tape of their own would keep their window for every cell around them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from revnets import lostbits
+from revnets.cell import add, subtract
+from revnets.frame import Constant, Frame, Held, Memory, Meta, couple_forward, is_unchanged, trusted, with_stride
+from revnets.graph import STEM, Graph, Node
+from revnets.replay import ReplayError, Surrounding
+
+
+class Ticket(NamedTuple):
+    """What the graph holds in place of the k-th tensor that cell t saves."""
+
+    tape: Tape
+    t: int
+    k: int
+
+
+class _Nesting(threading.local):
+    inside = False
+
+
+_nesting = _Nesting()
+
+
+@contextmanager
+def _inside() -> Iterator[None]:
+    before, _nesting.inside = _nesting.inside, True
+    try:
+        yield
+    finally:
+        _nesting.inside = before
+
+
+def is_inside() -> bool:
+    """Is this thread in a cell whose saved tensors are tickets? (Rule 7)"""
+    return _nesting.inside
+
+
+def unpack(ticket: Ticket) -> Tensor:
+    return ticket.tape.redeem(ticket.t, ticket.k)
+
+
+class Tape:
+    """What one pass keeps for its backward: the last window, the constants, and a frame a cell."""
+
+    def __init__(self, graph: Graph, cells: Sequence[nn.Module], stem: Tensor, context: Mapping[str, Any]):
+        self.graph = graph
+        self.cells = cells
+        self.stem = Held.of(stem)
+        self.stem_grad = stem.requires_grad
+        self.context = {name: Constant.of(value) for name, value in context.items()}
+        self.frames: list[Frame | None] = []
+        self.last: dict[int, Held] = {}
+        self.window: dict[int, Held] = {}
+        self.cursor = -1  # the window holds x_cursor and the m - 1 states before it
+        self.lock = threading.RLock()  # autograd runs one thread a device
+
+    # ---------------------------------------------------------------- forward
+
+    def record(self, node: Node, reads: list[Tensor], past: Tensor | None, mode: Memory, context: Any) -> Tensor:
+        """Run a cell so that the graph keeps tickets in place of what it saves."""
+        frame = Frame(node, mode)
+        frame.grad_reads = [read.requires_grad for read in reads]
+        versions = [read._version for read in reads]
+        cell = self.cells[node.index]
+        coupled: list[tuple[Tensor, int]] = []
+
+        def couple(update: Tensor, gamma: Tensor | float) -> Tensor:
+            state = couple_forward(self._name(node), frame, past, update, gamma)
+            coupled.append((state, state._version))
+            return state
+
+        def pack(tensor: Tensor) -> Ticket:
+            frame.metas.append(Meta.of(tensor))
+            return Ticket(self, node.index, len(frame.metas) - 1)
+
+        call = partial(cell, *reads, couple=None if past is None else couple, **context)
+        if mode is Memory.STORE:
+            state = call()
+        else:
+            devices = frozenset(read.device for read in reads)
+            with Surrounding.record(cell, devices) as frame.surrounding, saved_tensors_hooks(pack, unpack), _inside():
+                state = call()
+        if past is not None and not is_unchanged(state, *coupled[0]):
+            raise ReplayError(
+                f"{self._name(node)} does not return the state that its coupling made; a forward hook on the cell, "
+                "perhaps? What lies behind the coupling cannot be inverted: hook `cell.function` instead"
+            )
+        if [read._version for read in reads] != versions:
+            raise ReplayError(
+                f"{self._name(node)} changed one of its reads in place; other cells still need that state. "
+                "Work on a copy, or use the out-of-place operation"
+            )
+        self.frames.append(frame)
+        self._settle(node)
+        return state
+
+    def _settle(self, node: Node) -> None:
+        """Cut the lost bits of the cell a column ago to length: their counts have long arrived from the device."""
+        frame = self.frames[node.residual] if node.residual is not None else None
+        if frame is not None and frame.lost is not None:
+            frame.lost.settle()
+
+    def skip(self) -> None:
+        """A cell below everything that needs a gradient: nobody will ask for it."""
+        self.frames.append(None)
+
+    def close(self, states: Mapping[int, Tensor]) -> None:
+        """End of the forward: hold the last m states, from which backward starts."""
+        self.last = {index: Held.of(state) for index, state in states.items()}
+
+    # --------------------------------------------------------------- backward
+
+    def redeem(self, t: int, k: int) -> Tensor:
+        """Honour a ticket: the k-th tensor that cell t saved."""
+        frame = self.frames[t]
+        with self.lock:
+            if k not in frame.saved:
+                self.move_to(t)
+                self._replay(frame, collect=True)
+            saved = frame.saved.pop(k)  # one use a pass; a second pass replays (Rule 3)
+        return trusted(saved, f"a tensor that {self._name(frame.node)} saved")
+
+    def move_to(self, index: int) -> None:
+        if self.cursor < index:
+            if self.cursor >= 0:
+                self.frames[self.cursor].saved.clear()
+            self.window, self.cursor = dict(self.last), len(self.frames) - 1
+        while self.cursor > index:
+            self._step_down()
+
+    def _step_down(self) -> None:
+        """Forget x_t, having made sure of x_{t-m}."""
+        frame = self.frames[self.cursor]
+        assert frame is not None  # the window never goes below the first cell that needs a gradient
+        residual = frame.node.residual
+        if residual is not None and residual not in self.window:
+            if frame.kept is not None:
+                self.window[residual] = frame.kept
+            else:
+                self._replay(frame, collect=False)
+        frame.saved.clear()  # tickets that this backward did not need
+        del self.window[self.cursor]
+        self.cursor -= 1
+
+    def _replay(self, frame: Frame, collect: bool) -> None:
+        """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves."""
+        node = frame.node
+        saved: list[Held] = []
+
+        def pack(tensor: Tensor) -> None:
+            if collect:
+                saved.append(Held.of(tensor))
+
+        # Gradients are enabled even where nothing is collected: without them some modules take other kernels.
+        couple = None if node.residual is None else partial(self._couple_replay, frame)
+        with frame.surrounding.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never), _inside():
+            reads = [self._read(read, grad) for read, grad in zip(node.reads, frame.grad_reads, strict=True)]
+            context = {name: constant.fresh() for name, constant in self.context.items()}
+            self.cells[node.index](*reads, couple=couple, **context)
+        if collect:
+            self._check(frame, saved)
+            frame.saved = dict(enumerate(saved))
+
+    def _couple_replay(self, frame: Frame, update: Tensor, gamma: Tensor | float) -> Tensor:
+        """x_{t-m} from x_t, then x_t as in the forward, so that the product with gamma is saved again."""
+        residual = frame.node.residual
+        if residual in self.window:
+            past = self._state(residual)
+        elif frame.kept is not None:
+            past = trusted(frame.kept, f"the state of {self.graph.name(residual)}")
+            self.window[residual] = frame.kept
+        else:
+            with torch.no_grad():
+                past = subtract(self._state(frame.node.index), update.detach(), _detached(gamma))
+                past = with_stride(past, frame.past_stride)
+                if frame.lost is not None:
+                    lostbits.decode(past, frame.lost)
+            self.window[residual] = Held.of(past)
+        return add(past.detach().requires_grad_(frame.past_grad), update, gamma)
+
+    def _read(self, index: int, grad: bool) -> Tensor:
+        state = trusted(self.stem, "the stem") if index == STEM else self._state(index)
+        return state.detach().requires_grad_(grad)
+
+    def _state(self, index: int) -> Tensor:
+        return trusted(self.window[index], f"the state of {self.graph.name(index)}")
+
+    def _name(self, node: Node) -> str:
+        cell = self.cells[node.index]
+        return f"cell {self.graph.name(node.index)} ({type(getattr(cell, 'function', cell)).__name__})"
+
+    def _check(self, frame: Frame, saved: list[Held]) -> None:
+        causes = (
+            "Usual causes: the cell takes another path in its replay (it counts its calls, looks at the clock, at "
+            "Python's or NumPy's random numbers or at global state), or its input changed in place"
+        )
+        if len(saved) != len(frame.metas):
+            raise ReplayError(
+                f"{self._name(frame.node)} saved {len(frame.metas)} tensors in its forward and {len(saved)} in its "
+                f"replay. {causes}"
+            )
+        for k, (held, meta) in enumerate(zip(saved, frame.metas, strict=True)):
+            now = Meta.of(held.tensor)
+            if now != meta:
+                raise ReplayError(
+                    f"{self._name(frame.node)}: saved tensor {k} was {tuple(meta)} in the forward and is {tuple(now)} "
+                    f"in the replay. {causes}"
+                )
+            if held.tensor._version != held.version:
+                raise ReplayError(
+                    f"{self._name(frame.node)}: saved tensor {k} of shape {tuple(now.shape)} is needed for the "
+                    "gradient, but the cell changes it in place later on. Use the out-of-place operation"
+                )
+
+
+def _detached(gamma: Tensor | float) -> Tensor | float:
+    return gamma.detach() if isinstance(gamma, Tensor) else gamma
+
+
+def _never(_: int) -> Tensor:
+    raise ReplayError("a backward inside of a cell's forward is not supported; use torch.func or memory='store'")
