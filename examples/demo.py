@@ -95,7 +95,7 @@ def summary(trainer: Trainer, found: Audit, top1: float, seconds: float) -> Tabl
     parameters = [parameter.numel() for parameter in trainer.engine.model.parameters()]
     equal = "[green]equal bit for bit[/green]" if exact.equal else f"[red]differ by {exact.gradient_error:.1e}[/red]"
     table = Table(show_header=False)
-    table.add_row("validation accuracy", f"[bold]{top1:.2f} %[/bold] of {len(trainer.data.val)} images")
+    table.add_row("validation accuracy", f"[bold]{top1:.2f} %[/bold] of {len(trainer.data.val)} images, best epoch")
     table.add_row("trained in", f"{seconds:.0f} s on {trainer.engine.device.type}")
     table.add_row("parameters", f"{sum(parameters):,}")
     table.add_row("kept for backward, store", f"{size(store.kept_bytes)} for a batch of {trainer.config.batch_size}")
@@ -126,8 +126,14 @@ def draw_memory(axes: Axes, by_columns: dict[str, list[int]], batch: int) -> Non
         mebibytes = [count / 2**20 for count in kept]
         axes.plot(COLUMNS, mebibytes, "o-", color=MODE_COLOURS[mode], lw=2, markersize=4)
         axes.annotate(
-            f"{mode}: {size(kept[-1])}", (COLUMNS[-1], mebibytes[-1]), (8, 0), textcoords="offset points",
-            va="center", color=MODE_COLOURS[mode], fontsize=9.5, fontweight="bold",
+            f"{mode}: {size(kept[-1])}",
+            (COLUMNS[-1], mebibytes[-1]),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            color=MODE_COLOURS[mode],
+            fontsize=9.5,
+            fontweight="bold",
         )
     axes.set_xticks(COLUMNS)
     axes.set_xlim(COLUMNS[0] - 0.5, COLUMNS[-1] + 0.5)
@@ -137,5 +143,7 @@ def draw_memory(axes: Axes, by_columns: dict[str, list[int]], batch: int) -> Non
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (SpecError, TrainingError, CheckpointError) as error:
+    except (SpecError, TrainingError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before or after the training, which handles it by itself
+        sys.exit(130)

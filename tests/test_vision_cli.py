@@ -53,7 +53,8 @@ def test_eval_shows_both_sets_of_weights(run, tmp_path):
     assert "best.pt, 360 images" in out
     logged = yaml.safe_load((run / "log.jsonl").read_text().splitlines()[-1])
     for name in ("raw", "ema"):
-        assert re.search(rf"{name} .*{logged[f'{name}_top1']:.2f}.*{logged[f'{name}_top5']:.2f}.*{logged[f'{name}_loss']:.4f}", out)
+        top1, top5, loss = (logged[f"{name}_{key}"] for key in ("top1", "top5", "loss"))
+        assert re.search(rf"{name} .*{top1:.2f}.*{top5:.2f}.*{loss:.4f}", out)
     assert (tmp_path / "confusion.png").read_bytes()[:4] == b"\x89PNG"
     code, out, _ = call("eval", run / "checkpoints" / "step-0000005.pt")
     assert code == 0

@@ -12,9 +12,14 @@ from vision.files import TEMPORARY, link, remove_leftovers, replacing
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "state"
     path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as file:
-        file.write(b"half of the n")
-        raise ZeroDivisionError
+
+    def write() -> None:
+        with replacing(path) as file:
+            file.write(b"half of the n")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["state"]
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
+import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from rich.text import Text
 from vision_runs import tiny
 
 from revnets import SpecError
@@ -206,6 +208,20 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(tmp_path):
         trainer(tmp_path / "branch", resume=str(saved), epochs=2).fit()
 
 
+def test_progress_bar_is_live_on_a_terminal_only(tmp_path):
+    said = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+        Trainer(load_config(tiny(tmp_path / str(terminal), log_every=1)), console).fit()
+        said[terminal] = Text.from_ansi(console.file.getvalue()).plain
+    for words in ("epoch 1/2  loss", "epoch 2/2  loss"):
+        assert all(words in text for text in said.values())
+    assert re.search(
+        r"(epoch 2/2|validating) +━+.* +\d+/10 loss \d\.\d+ +\d+\.\d % +lr \de-\d\d +\d+ img/s \d", said[True]
+    )
+    assert "img/s" not in said[False]
+
+
 def test_memory_mode_changes_no_bit(tmp_path):
     runs = [trainer(tmp_path / mode, memory=mode, epochs=1) for mode in ("store", "recompute", "exact")]
     finals = [checkpoint.read(run.fit().last)["model"] for run in runs]
@@ -274,14 +290,12 @@ def test_a_second_signal_does_what_it_always_does():
     before = signal.getsignal(signal.SIGINT)
     with StopSignals() as stop:
         stop.check()
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0)
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(Stopped):
             stop.check()
         assert stop.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -72,8 +72,11 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
             before = self.all()
             kept = f"{before[-1]} is intact" if before else "there is none before it"
-            raise CheckpointError(path, f"cannot be written ({_first_line(error)}); {kept}",
-                                  "Free some space, then go on with resume=auto") from error
+            raise CheckpointError(
+                path,
+                f"cannot be written ({_first_line(error)}); {kept}",
+                "Free some space, then go on with resume=auto",
+            ) from error
         for old in self.all()[: -self.keep]:
             old.unlink(missing_ok=True)
         return path
@@ -100,14 +103,18 @@ def read(path: Path) -> dict[str, Any]:
     except PermissionError:
         raise CheckpointError(path, "may not be read", "Check its permissions") from None
     except pickle.UnpicklingError:  # its text recommends to execute the file
-        raise CheckpointError(path, "not a checkpoint, or it holds more than plain data",
-                              "Use a file that `revnets train` wrote") from None
+        raise CheckpointError(
+            path, "not a checkpoint, or it holds more than plain data", "Use a file that `revnets train` wrote"
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError):
         raise CheckpointError(path, "damaged or cut short", "Use an older checkpoint") from None
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
     if missing:
-        raise CheckpointError(path, f"not a checkpoint of a training run: {', '.join(missing)} missing",
-                              "Use a file that `revnets train` wrote")
+        raise CheckpointError(
+            path,
+            f"not a checkpoint of a training run: {', '.join(missing)} missing",
+            "Use a file that `revnets train` wrote",
+        )
     if state["format"] != FORMAT:
         raise CheckpointError(path, f"layout {state['format']}, but this version reads {FORMAT}", "Use its own version")
     return state
@@ -129,8 +136,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
             continue
         raise CheckpointError(path, f"of another model: {difference}", "Use its own configuration, or another output")
     if extra := sorted(set(weights) - set(own)):
-        raise CheckpointError(path, f"of another model: it also has {extra[0]}",
-                              "Use its own configuration, or another output")
+        raise CheckpointError(
+            path, f"of another model: it also has {extra[0]}", "Use its own configuration, or another output"
+        )
     model.load_state_dict(weights)
 
 

@@ -23,7 +23,8 @@ def train(
     """Train a net for image classification, or go on with a run that was interrupted.
 
     Everything goes into the folder `output`: checkpoints/, log.jsonl, tensorboard/, curves.png and config.yaml. The
-    same command again goes on where the run stopped, bit for bit. SIGTERM and Ctrl-C save first (exit code 128 + signal).
+    same command again goes on where the run stopped, bit for bit. SIGTERM and Ctrl-C save first; the exit code is then
+    128 + the signal.
     """
     with _one_line_errors():
         from vision.config import load_config

@@ -37,7 +37,7 @@ class OptimizerConfig(Strict):
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)  # for optimizers that have it
-    options: dict[str, Any] = {}  # whatever else this optimizer takes, such as betas and eps
+    options: dict[str, Any] = Field(default_factory=dict)  # whatever else this optimizer takes, such as betas and eps
 
     @field_validator("name")
     @classmethod
@@ -120,7 +120,8 @@ class TrainConfig(Strict):
     @classmethod
     def _is_device(cls, name: str) -> str:
         try:
-            name == "auto" or torch.device(name)
+            if name != "auto":
+                torch.device(name)
         except RuntimeError:
             raise problem(f"torch has no device {name!r}", "Give auto, cpu, cuda, cuda:1, ...") from None
         return name
@@ -130,7 +131,9 @@ class TrainConfig(Strict):
         if self.schedule.warmup_epochs >= self.epochs:
             raise problem(
                 f"a warm-up of {self.schedule.warmup_epochs:g} epochs leaves nothing of {self.epochs}",
-                "Shorten it", "schedule", "warmup_epochs",
+                "Shorten it",
+                "schedule",
+                "warmup_epochs",
             )
         if self.mixup and self.batch_size % 2:
             raise problem(f"mixup pairs images, and {self.batch_size} is odd", "Give an even number", "batch_size")

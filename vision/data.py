@@ -8,9 +8,10 @@ where a run was interrupted makes a difference to any image.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +31,19 @@ class Key(NamedTuple):
     index: int
 
 
+class ImageSet(ABC, Dataset[tuple[Tensor, Tensor]]):
+    """Images (C, H, W) with the numbers of their classes. A training set is asked by `Key`, others by number."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ImageData:
-    """A training set, asked for by `Key`, a validation set, asked for by number, and what both are made of."""
+    """A training set, a validation set, and what both are made of."""
 
-    train: Dataset
-    val: Dataset
+    train: ImageSet
+    val: ImageSet
     classes: tuple[str, ...]
     shape: tuple[int, int, int]  # of an image: (channels, height, width)
 
@@ -49,7 +57,7 @@ def load_data(config: DigitsConfig, seed: int) -> ImageData:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
     side = config.img_size
     images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
@@ -84,7 +92,7 @@ class RandomAffine:
         return F.grid_sample(images, grid, align_corners=False)
 
 
-class Augmented(Dataset):
+class Augmented(ImageSet):
     """Images in memory, augmented and normalised batch by batch."""
 
     def __init__(self, images: Tensor, labels: Tensor, augment: RandomAffine, mean: float, std: float):
@@ -103,7 +111,7 @@ class Augmented(Dataset):
         return list(zip(images, self.labels[index], strict=True))
 
 
-class Plain(Dataset):
+class Plain(ImageSet):
     """Images in memory, ready to use."""
 
     def __init__(self, images: Tensor, labels: Tensor):
@@ -158,7 +166,7 @@ class EpochBatches(Sampler[list[Key]]):
 def train_loader(config: TrainConfig, data: ImageData) -> tuple[DataLoader, EpochBatches]:
     """The training set's loader, and the sampler that says which epoch it delivers next."""
     try:
-        batches = EpochBatches(len(data.train), config.batch_size, config.grad_accum, config.seed)  # type: ignore[arg-type]
+        batches = EpochBatches(len(data.train), config.batch_size, config.grad_accum, config.seed)
     except ValueError as error:
         raise SpecError("training run", "batch_size", str(error), "Lower batch_size or grad_accum") from None
     return _loader(data.train, config, batch_sampler=batches), batches
@@ -169,7 +177,7 @@ def val_loader(config: TrainConfig, data: ImageData) -> DataLoader:
     return _loader(data.val, config, batch_size=config.batch_size)
 
 
-def _loader(dataset: Dataset, config: TrainConfig, **options) -> DataLoader:
+def _loader(dataset: ImageSet, config: TrainConfig, **options) -> DataLoader:
     # A loader draws a number for its workers at the start of every epoch; from the global generator that would make
     # the numbers that the model draws depend on how often a run was interrupted.
     generator = torch.Generator().manual_seed(config.seed)

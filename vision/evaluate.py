@@ -88,7 +88,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), png: Path | N
     model = parts.build_model(config, data).to(device)
     autocast = parts.build_autocast(config.amp, device)
     batches = val_loader(config, data)
-    table = Table(title=f"{path}, {len(data.val)} images", title_justify="left")  # type: ignore[arg-type]
+    table = Table(title=f"{path}, {len(data.val)} images", title_justify="left")
     for heading in ("weights", "top-1 %", "top-5 %", "loss"):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     found = {}
@@ -113,4 +113,4 @@ def _checkpoint_of(path: Path) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    raise checkpoint.CheckpointError(path, "this folder holds no checkpoints", "Give the folder of a run, or a .pt file")
+    raise checkpoint.CheckpointError(path, "this folder holds no checkpoints", "Give a run, or a .pt file")

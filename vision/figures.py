@@ -31,7 +31,7 @@ def draw_loss(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
     axes.plot([line["step"] / per_epoch for line in train], [line["loss"] for line in train], color=GREY, lw=1.2)
     axes.plot([line["epoch"] for line in val], [_counting(line, "loss") for line in val], color=BLUE, lw=2)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.legend(axes.lines, ["training, augmented", "validation"], frameon=False, fontsize=9)
 
 
@@ -39,17 +39,26 @@ def draw_accuracy(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
     """Validation accuracy by epoch, of the weights and of their average."""
     val = _of(log, "eval")
     style(axes, "epoch", "validation top-1, %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     for name, label, color in (("raw", "weights", GREY), ("ema", "averaged weights", BLUE)):
         if val and f"{name}_top1" in val[-1]:
-            axes.plot([line["epoch"] for line in val], [line[f"{name}_top1"] for line in val], color=color, lw=2, label=label)
+            scores = [line[f"{name}_top1"] for line in val]
+            axes.plot([line["epoch"] for line in val], scores, color=color, lw=2, label=label)
     axes.legend(frameon=False, loc="lower right", fontsize=9)
     if val:
         best = max(val, key=lambda line: _counting(line, "top1"))
         point = (best["epoch"], _counting(best, "top1"))
         axes.plot(*point, "o", color=BLUE, markersize=5)
-        axes.annotate(f"best {point[1]:.2f} %", point, (0, -14), textcoords="offset points", ha="right", va="top",
-                      color=INK, fontsize=9.5)
+        axes.annotate(
+            f"best {point[1]:.2f} %",
+            point,
+            (0, -14),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color=INK,
+            fontsize=9.5,
+        )
 
 
 def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
@@ -62,7 +71,7 @@ def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
     if len(classes) <= 30:

@@ -1,17 +1,18 @@
-"""From a configuration to the parts of a run: model, task, optimizer, schedule, mixup, autocast. Most come from timm."""
+"""From a configuration to the parts of a run: model, task, optimizer, schedule, mixup, autocast. Most are timm's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from revnets import Net, SpecError, build
@@ -50,17 +51,17 @@ def build_model(config: TrainConfig, data: ImageData) -> Net:
             output = model(torch.zeros(1, *data.shape))
     except RuntimeError as error:
         shape = " x ".join(str(size) for size in data.shape)
-        raise SpecError("training run", "model", f"does not take images of {shape} ({str(error).splitlines()[0]})",
-                        "Change its stem, or data") from error
+        problem = f"does not take images of {shape} ({str(error).splitlines()[0]})"
+        raise SpecError("training run", "model", problem, "Change its stem, or data") from error
     if not isinstance(output, Tensor):
         raise SpecError("training run", "model", "does not return class scores alone", "Give it a head and no taps")
     if output.shape != (1, len(data.classes)):
-        raise SpecError("training run", "model.head", f"gives {output.shape[-1]} scores for {len(data.classes)} classes",
-                        f"Set num_classes: {len(data.classes)}")
+        problem = f"gives {output.shape[-1]} scores for {len(data.classes)} classes"
+        raise SpecError("training run", "model.head", problem, f"Set num_classes: {len(data.classes)}")
     return model.train()
 
 
-def build_task(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainingTask:
+def build_task(config: TrainConfig, model: nn.Module, device: torch.device) -> ClassificationTask:
     """The model with its loss, and with the moving average of its weights if there is one."""
     loss = {"smoothing": config.label_smoothing, "soft_targets": config.mixup is not None}
     task = ClassificationTask(model.to(device), criterion_kwargs=loss, device=device, verbose=False)
@@ -76,13 +77,16 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         revnets.SpecError: it does not take its options, or cannot be made here.
     """
     given = config.optimizer
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in given.options.items()}
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in given.options.items()
+    }
     try:
         return create_optimizer_v2(
             model, given.name, lr=given.lr, weight_decay=given.weight_decay, momentum=given.momentum, **options
         )
     except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
-        raise SpecError("training run", "optimizer.options", f"{given.name} refuses ({error})", "See timm.optim") from error
+        problem = f"{given.name} refuses ({error})"
+        raise SpecError("training run", "optimizer.options", problem, "See timm.optim") from error
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vision.files import replacing
 
@@ -69,19 +69,21 @@ class Display:
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
         self._bar = self._progress.add_task("training", total=epochs * updates, note="")
 
-    def training(self, epoch: int, step: int, note: str | None = None) -> None:
+    def training(self, epoch: int, step: int) -> None:
         """Show that `step` updates are done, in the epoch of that number (from 0)."""
-        changes = {} if note is None else {"note": note}
-        self._progress.update(self._bar, completed=step, description=f"epoch {epoch + 1}/{self.epochs}", **changes)
+        self._progress.update(self._bar, completed=step, description=f"epoch {epoch + 1}/{self.epochs}")
+
+    def note(self, loss: float, top1: float, lr: float, rate: float) -> None:
+        """Show the newest numbers; `top1`, in percent, is negative before the first validation."""
+        accuracy = f"{top1:.1f} %  " if top1 >= 0 else ""
+        self._progress.update(self._bar, note=f"loss {loss:.3f}  {accuracy}lr {lr:.0e}  {rate:.0f} img/s")
 
     def validating(self) -> None:
         self._progress.update(self._bar, description="validating")

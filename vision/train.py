@@ -76,6 +76,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep)
         self.progress = Progress()
         self.losses: list[Tensor] = []  # of the updates of this epoch
+        self.top1 = -1.0  # of the last validation, percent
 
     def fit(self) -> Outcome:
         """Train to the end, or until SIGTERM or Ctrl-C; either way the state is saved.
@@ -115,9 +116,9 @@ class Trainer:
         self.losses = []
         values = {f"{name}_{key}": value for name, metrics in found.items() for key, value in metrics.scalars().items()}
         record.write("eval", progress.epoch, progress.step, values)
-        top1 = list(found.values())[-1].top1
-        better = top1 > progress.best
-        progress.best = max(progress.best, top1)
+        self.top1 = list(found.values())[-1].top1
+        better = self.top1 > progress.best
+        progress.best = max(progress.best, self.top1)
         self._save(better)
         display.line(_epoch_line(progress.epoch, self.config.epochs, loss, found, time.perf_counter() - started))
 
@@ -132,13 +133,12 @@ class Trainer:
             self.losses.append(self.engine.update(batches, progress.step + 1))
             progress.step += 1
             clock.images += config.batch_size * config.grad_accum
-            note = None
             if done % config.log_every == 0 or done == self.order.updates:
                 window = self._finite_losses()[-(done % config.log_every or config.log_every) :]
                 values = {"loss": window.mean().item(), "lr": self.engine.lr, "images_per_second": clock.rate()}
                 record.write("train", progress.epoch + 1, progress.step, values)
-                note = "loss {loss:.4f}  lr {lr:.1e}  {images_per_second:.0f} images/s".format(**values)
-            display.training(progress.epoch, progress.step, note)
+                display.note(values["loss"], self.top1, values["lr"], values["images_per_second"])
+            display.training(progress.epoch, progress.step)
             if config.save_every and progress.step % config.save_every == 0:
                 self._save()
             stop.check()
@@ -177,16 +177,18 @@ class Trainer:
         resume, there = self.config.resume, self.checkpoints.all()
         if resume == "none":
             if there:
-                raise SpecError("training run", "output", f"{self.output} holds a run already ({there[-1].name})",
-                                "Use resume=auto to go on with it, or another output")
+                problem = f"{self.output} holds a run already ({there[-1].name})"
+                raise SpecError(
+                    "training run", "output", problem, "Use resume=auto to go on with it, or another output"
+                )
         elif resume == "auto":
             self._resume_newest(there)
         else:
             path = Path(resume)
             state = checkpoint.read(path)
             if there and checkpoint.step_of(there[-1]) > state["progress"]["step"]:
-                raise SpecError("training run", "output", f"{self.output} holds a later checkpoint, {there[-1].name}",
-                                "Use another output")
+                problem = f"{self.output} holds a later checkpoint, {there[-1].name}"
+                raise SpecError("training run", "output", problem, "Use another output")
             self._load(state, path)
 
     def _resume_newest(self, there: list[Path]) -> None:
@@ -245,11 +247,12 @@ def _require_same_course(new: dict[str, Any], old: dict[str, Any], path: Path) -
         if key == "optimizer":
             ours, theirs = {**ours, "lr": None}, {**theirs, "lr": None}
         if ours != theirs:
-            raise SpecError("training run", key, f"{ours}, but the run of {path} has {theirs}",
-                            "Resume it with that, or give another output")
+            problem = f"{ours}, but the run of {path} has {theirs}"
+            raise SpecError("training run", key, problem, "Resume it with that, or give another output")
 
 
 def _epoch_line(epoch: int, epochs: int, loss: float, found: dict[str, Metrics], seconds: float) -> str:
     scores = "  ".join(f"{name} {metrics.top1:.2f} %" for name, metrics in found.items())
     val = list(found.values())[-1].loss
-    return f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {loss:.4f}  val loss {val:.4f}  top-1 {scores}  {seconds:.1f} s"
+    place = f"{epoch:{len(str(epochs))}}/{epochs}"
+    return f"epoch {place}  loss {loss:.4f}  val loss {val:.4f}  top-1 {scores}  {seconds:.1f} s"
