@@ -10,6 +10,7 @@ from revnets.errors import SpecError
 from revnets.frame import Memory
 from revnets.graph import Graph, Node, wire
 from revnets.net import Net, build, build_columns
+from revnets.plan import Plan, PlanError, plan
 from revnets.registry import register_block, register_fusion, register_head, register_stem
 from revnets.replay import ReplayError
 from revnets.spec import NetSpec, load_spec
@@ -26,6 +27,8 @@ __all__ = [
     "Net",
     "NetSpec",
     "Node",
+    "Plan",
+    "PlanError",
     "ReplayError",
     "ReversibleColumns",
     "ReversibleSequence",
@@ -34,6 +37,7 @@ __all__ = [
     "build",
     "build_columns",
     "load_spec",
+    "plan",
     "register_block",
     "register_fusion",
     "register_head",

@@ -28,13 +28,22 @@ InputShape = Annotated[
 ]
 
 
+def _picture(path: Path | None) -> Path | None:
+    """Refuse a suffix that no picture has before any work is done."""
+    if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"{path}: a picture is saved as .png, .svg or .pdf; give the file one of these")
+    return path
+
+
 @app.command()
 def show(
     spec: SpecArgument,
     overrides: Overrides = None,
     input_shape: InputShape = None,
-    svg: Annotated[Path | None, typer.Option(help="Draw columns, levels and wires into this SVG file.")] = None,
-    png: Annotated[Path | None, typer.Option(help="The same as a PNG file.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Draw columns, levels and wires into this file.", callback=_picture)
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="The same as a PNG file.", callback=_picture)] = None,
 ) -> None:
     """Show a net: its graph, parameters and multiply-accumulates, as a table and as a picture."""
     from revnets.show import describe
@@ -48,7 +57,7 @@ def audit(
     overrides: Overrides = None,
     input_shape: InputShape = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in the batch that is measured.")] = 2,
-    png: Annotated[Path | None, typer.Option(help="Draw the figures into this PNG file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.", callback=_picture)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
 ) -> None:
     """Measure whether a net is reversible, whether its gradients are right, and what it keeps for backward.
@@ -58,6 +67,27 @@ def audit(
     from revnets.show import measure
 
     raise typer.Exit(measure(spec, overrides or [], _shape(input_shape), batch, png, json))
+
+
+@app.command()
+def plan(
+    spec: SpecArgument,
+    overrides: Overrides = None,
+    input_shape: InputShape = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples a process sees in one step.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 for autocast.")] = "float32",
+    optimizer: Annotated[str, typer.Option(help="none, sgd, lion, adam or adamw.")] = "adamw",
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
+    sharding: Annotated[str, typer.Option(help="ddp (replicas) or fsdp (shards).")] = "ddp",
+    budget: Annotated[str | None, typer.Option(help="Choose the fastest way to stay under it, e.g. 24GiB.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.", callback=_picture)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+) -> None:
+    """Predict the memory of a training step in every memory mode, without taking it."""
+    from revnets.show import forecast
+
+    request = {"dtype": dtype, "optimizer": optimizer, "ranks": ranks, "sharding": sharding, "budget": budget}
+    forecast(spec, overrides or [], _shape(input_shape), batch, request, png, json)
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:
@@ -98,11 +128,12 @@ def _missing(name: str, module: str, error: ImportError):
 def main() -> None:
     """Entry point: every expected mistake is one line on stderr and exit code 2, never a traceback."""
     from revnets.errors import SpecError
+    from revnets.plan import PlanError
 
     _add_commands_of_other_packages()
     try:
         app()
-    except SpecError as error:
+    except (SpecError, PlanError) as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print("error:", style="red", end=" ")
         console.print(str(error), markup=False)

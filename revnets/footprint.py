@@ -42,7 +42,8 @@ def simulate(
         dtype: float32, or bfloat16 or float16 for autocast.
         keep_gradients: False lets every gradient leave as soon as it is whole, as sharded training does.
     """
-    with FakeTensorMode() as mode, lostbits.assumed(typical_gamma(model)):
+    gamma = typical_gamma(model)
+    with FakeTensorMode() as mode, lostbits.assumed(gamma):
         model, inputs = fake((model, inputs), mode)
         hooks = []
         if not keep_gradients:
@@ -109,4 +110,3 @@ def typical_gamma(model: nn.Module) -> float:
             known = module.weight.device.type != "meta"
             found.append(float(module.weight.detach().abs().median()) if known else abs(module.init))
     return sorted(found)[len(found) // 2] if found else 1.0
-

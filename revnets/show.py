@@ -1,10 +1,11 @@
-"""What `revnets show` and `revnets audit` print and draw."""
+"""What the commands `show`, `audit` and `plan` print and draw."""
 
 from __future__ import annotations
 
 import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -65,6 +66,44 @@ def measure(
         draw.save(draw.audit_figure(result), png)
         console.print(f"wrote {png}")
     return 0 if result.ok else 1
+
+
+def forecast(
+    path: Path,
+    overrides: Sequence[str],
+    shape: tuple[int, ...] | None,
+    batch: int,
+    request: dict[str, Any],
+    png: Path | None,
+    json: bool,
+) -> None:
+    """Plan a training step of a net that is never built; `request` goes to `revnets.plan`."""
+    from revnets.forecast import plan_figure, plan_table
+    from revnets.plan import plan
+
+    with torch.device("meta"):
+        net = build(path, overrides)
+    shape = shape or example_shape(net, path)
+    console = Console(stderr=json)
+    with console.status("simulating ...") as status:
+        request = {**request, "dtype": _dtype(request["dtype"])}
+        result = plan(net, (batch, *shape), progress=lambda what: status.update(f"simulating {what} ..."), **request)
+    if json:
+        print(json_format.dumps(result.to_dict(), indent=2))
+    else:
+        console.print(plan_table(result))
+    if png is not None:
+        from revnets import draw
+
+        draw.save(plan_figure(result), png)
+        console.print(f"wrote {png}")
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise SpecError("command line", "--dtype", f"unknown dtype (value {name})", f"Choose {', '.join(known)}")
+    return known[name]
 
 
 def example_shape(net: Net, source: Path | str) -> tuple[int, ...]:

@@ -1,0 +1,95 @@
+"""How a plan is shown: a table for people, bars for a paper."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from revnets.plan import Plan, Prediction
+from revnets.report import size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARTS = {  # colours of Okabe and Ito
+    "parameters": "#0072B2",
+    "gradients": "#56B4E9",
+    "optimizer": "#CC79A7",
+    "communication": "#999999",
+    "activations": "#E69F00",
+}
+
+
+def parts_of(prediction: Prediction) -> dict[str, int]:
+    """The peak in parts. Gradients that come while activations go may overlap them: the rest counts as activations."""
+    found = {
+        "parameters": prediction.parameters,
+        "gradients": prediction.gradients,
+        "optimizer": prediction.optimizer,
+        "communication": prediction.buckets,
+    }
+    rest = prediction.peak - sum(found.values())
+    if rest < 0:  # the peak comes before the last gradients do
+        found["gradients"] += rest
+    return {**found, "activations": max(rest, 0)}
+
+
+def plan_table(plan: Plan) -> Group:
+    """The plan as tables and a sentence."""
+    where = "one process" if plan.ranks == 1 else f"each of {plan.ranks} processes ({plan.sharding})"
+    title = f"Memory of a training step, {where}, input {' x '.join(map(str, plan.input_shape))}, {plan.dtype}"
+    table = Table(title=title, title_justify="left")
+    for name in ("memory", "weights", "gradients", "optimizer", "kept", "peak", "work"):
+        table.add_column(name, justify="left" if name == "memory" else "right")
+    rows = [*plan.modes, plan.chosen] if plan.chosen and plan.chosen not in plan.modes else plan.modes
+    for row in rows:
+        fits = plan.budget is None or row.peak <= plan.budget
+        table.add_row(
+            name_of(row),
+            *(size(count) for count in (row.parameters, row.gradients, row.optimizer, row.kept)),
+            Text(size(row.peak), "" if plan.budget is None else "green" if fits else "red"),
+            f"{row.extra:.2f}x",
+            style="bold" if row == plan.chosen else "",
+        )
+    return Group(table, *([Text(sentence(plan))] if plan.chosen else []))
+
+
+def sentence(plan: Plan) -> str:
+    """What was chosen under the budget, and what it costs."""
+    chosen = plan.chosen
+    if chosen is None or plan.budget is None:
+        return ""
+    extra = f"{chosen.extra - 1:.0%} more work than keeping everything" if chosen.extra > 1 else "no extra work"
+    return f"Chosen for {size(plan.budget)}: {name_of(chosen)}, peak {size(chosen.peak)}, {extra}."
+
+
+def name_of(prediction: Prediction) -> str:
+    return prediction.mode if not prediction.stored else f"{prediction.mode}, last {prediction.stored} cells stored"
+
+
+def plan_figure(plan: Plan) -> Figure:
+    """Stacked bars: what the peak of each mode consists of; a line marks the budget."""
+    from matplotlib.figure import Figure
+
+    rows = [*plan.modes, plan.chosen] if plan.chosen and plan.chosen not in plan.modes else list(plan.modes)
+    names = [name_of(row).replace(", ", "\n") for row in rows]
+    figure = Figure(figsize=(8, 1.1 + 0.55 * len(rows)), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    starts = [0.0] * len(rows)
+    for part, colour in PARTS.items():
+        lengths = [parts_of(row)[part] / 2**30 for row in rows]
+        if any(lengths):
+            axes.barh(names, lengths, left=starts, color=colour, label=part, height=0.62)
+            starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+    for name, row, end in zip(names, rows, starts, strict=True):
+        axes.annotate(size(row.peak), (end, name), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    if plan.budget is not None:
+        axes.axvline(plan.budget / 2**30, color="#D55E00", linestyle="--", linewidth=1.2, label="budget")
+    axes.invert_yaxis()
+    axes.set(xlabel="GiB at the peak", xlim=(0, 1.18 * max([*starts, (plan.budget or 0) / 2**30])))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    return figure
