@@ -58,7 +58,8 @@ class Lambda(nn.Module):
 def test_frozen_stem():
     net = token_net(blocks=("mlp", "dropout"))
     result = assert_like_autograd(net, stem_of(net, grad=False))
-    assert result.grads.pop("input") is None and all(grad is not None for grad in result.grads.values())
+    assert result.grads.pop("input") is None
+    assert all(grad is not None for grad in result.grads.values())
 
 
 @pytest.mark.parametrize("column", [0, 1, 3])
@@ -424,7 +425,8 @@ def test_batch_norm_moves_once_a_step():
     net = token_net(blocks=("batchnorm",))
     result = assert_like_autograd(net, stem_of(net))
     counts = [buffer for name, buffer in result.buffers.items() if "num_batches" in name]
-    assert len(counts) == len(net.flat()) and all(count == 1 for count in counts)
+    assert len(counts) == len(net.flat())
+    assert all(count == 1 for count in counts)
 
 
 def test_batch_norm_in_two_passes():
@@ -623,7 +625,8 @@ def test_the_condition_alone_needs_a_gradient():
     for memory in ("store", *TAPED):
         net.memory = memory
         grads += torch.autograd.grad(loss_of(net(tokens().detach().fill_(0.3), shift=shift)), shift)
-    assert grads[0].abs().sum() > 0 and all(torch.equal(grad, grads[0]) for grad in grads)
+    assert grads[0].abs().sum() > 0
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
 
 
 # --------------------------------------------------------------------------------------- copies
