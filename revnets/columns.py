@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ class ReversibleColumns(nn.Module):
 
     def flat(self) -> list[Cell]:
         """All cells in the order in which they run."""
-        return [cell for column in self.cells for cell in column]
+        return [cell for column in self.cells for cell in cast(Iterable[Cell], column)]
 
     def forward(self, x: Tensor, *, taps: Sequence[int] = (), **context: Any) -> Any:
         """The last column's states, level 0 first.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class Surrounding:
         self._rng = {device: state for device, state in rng.items() if not _same(state, after[device])}
         for index, name, buffer, version, value in before:
             now = self._modules[index]._buffers.get(name)
-            if now is not buffer or now._version != version:
+            if now is None or now is not buffer or now._version != version:
                 self._buffers[index, name] = value
 
     @contextmanager
@@ -119,10 +119,13 @@ class Surrounding:
         """
         held = []
         for module, name, tensor, _, grad in self._weights:
-            now = module._parameters.get(name)
-            if (now is not tensor or now.requires_grad != grad) and {type(now), type(tensor)} <= {Tensor, nn.Parameter}:
-                held.append((module._parameters, name, now))
-                module._parameters[name] = tensor.detach().requires_grad_(grad)
+            parameters = cast(dict[str, Tensor | None], module._parameters)
+            now = parameters.get(name)
+            if now is None or (now is tensor and now.requires_grad == grad):
+                continue
+            if {type(now), type(tensor)} <= {Tensor, nn.Parameter}:
+                held.append((parameters, name, now))
+                parameters[name] = tensor.detach().requires_grad_(grad)
         try:
             yield
         finally:

@@ -125,7 +125,7 @@ def _walk(net: Net, shape: tuple[int, ...], path: Path) -> tuple[int, list[str]]
     def note(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
         sizes.append(" x ".join(str(side) for side in output.shape[1:-1]) or "1")
 
-    hooks = [cell.register_forward_hook(note) for cell in net.columns.cells[0]]
+    hooks = [cell.register_forward_hook(note) for cell in net.columns.flat()[: net.columns.graph.m]]
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(torch.empty(1, *shape, device="meta"))
@@ -150,7 +150,7 @@ def _levels(net: Net, sizes: Sequence[str]) -> Table:
         reads = ", ".join(
             graph.name(read) if read == STEM else f"{graph.kind(node, read)} {graph.name(read)}" for read in node.reads
         )
-        count = _millions(parameters(net.columns.cells[column][index]))
+        count = _millions(parameters(net.columns.flat()[node.index]))
         table.add_row(str(index), str(level.dim), sizes[index], f"{level.depth} x {level.block}", reads, count)
     return table
 

@@ -100,6 +100,7 @@ class Tape:
         coupled: list[tuple[Tensor, int]] = []
 
         def couple(update: Tensor, gamma: Tensor | float) -> Tensor:
+            assert past is not None  # or nobody is given this
             state = couple_forward(self._name(node), frame, past, update, gamma)
             coupled.append((state, state._version))
             return state
@@ -139,6 +140,11 @@ class Tape:
         """A cell below everything that needs a gradient: nobody will ask for it."""
         self.frames.append(None)
 
+    def _frame(self, t: int) -> Frame:
+        frame = self.frames[t]
+        assert frame is not None  # nobody asks for a cell below the first that needs a gradient
+        return frame
+
     def close(self, states: Mapping[int, Tensor]) -> None:
         """End of the forward: hold the last m states, from which backward starts."""
         self.last = {index: Held.of(state) for index, state in states.items()}
@@ -147,7 +153,7 @@ class Tape:
 
     def redeem(self, t: int, k: int) -> Tensor:
         """Honour a ticket: the k-th tensor that cell t saved."""
-        frame = self.frames[t]
+        frame = self._frame(t)
         with self.lock:
             if k not in frame.saved:
                 self.move_to(t)
@@ -158,15 +164,14 @@ class Tape:
     def move_to(self, index: int) -> None:
         if self.cursor < index:
             if self.cursor >= 0:
-                self.frames[self.cursor].saved.clear()
+                self._frame(self.cursor).saved.clear()
             self.window, self.cursor = dict(self.last), len(self.frames) - 1
         while self.cursor > index:
             self._step_down()
 
     def _step_down(self) -> None:
         """Forget x_t, having made sure of x_{t-m}."""
-        frame = self.frames[self.cursor]
-        assert frame is not None  # the window never goes below the first cell that needs a gradient
+        frame = self._frame(self.cursor)
         residual = frame.node.residual
         if residual is not None and residual not in self.window:
             if frame.kept is not None:
@@ -181,6 +186,7 @@ class Tape:
         """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves."""
         node = frame.node
         saved: list[Held] = []
+        assert frame.surrounding is not None  # only in `store`, where there are no tickets
 
         def pack(tensor: Tensor) -> None:
             if collect:
@@ -199,6 +205,7 @@ class Tape:
     def _couple_replay(self, frame: Frame, update: Tensor, gamma: Tensor | float) -> Tensor:
         """x_{t-m} from x_t, then x_t as in the forward, so that the product with gamma is saved again."""
         residual = frame.node.residual
+        assert residual is not None  # or there would be nothing to couple with
         if residual in self.window:
             past = self._state(residual)
         elif frame.kept is not None:

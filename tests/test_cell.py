@@ -57,7 +57,8 @@ def test_subtract_leaves_its_arguments_alone():
     state, update = torch.randn(2, 3), torch.randn(2, 3)
     copies = state.clone(), update.clone()
     subtract(state, update, torch.tensor([0.5, 0.5, 0.5]))
-    assert torch.equal(state, copies[0]) and torch.equal(update, copies[1])
+    assert torch.equal(state, copies[0])
+    assert torch.equal(update, copies[1])
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, torch.tensor([0.5, 0.5, 0.5])])
@@ -80,7 +81,8 @@ def test_a_state_is_dense():
     whole = torch.randn(4, 6, 5)
     for sparse in (whole[:, ::2], whole[..., 1:], torch.randn(4, 1, 5).expand(4, 6, 5)):
         state = first_state(sparse)
-        assert torch.equal(state, sparse) and state.is_contiguous()
+        assert torch.equal(state, sparse)
+        assert state.is_contiguous()
     for dense in (whole, whole.permute(2, 0, 1), whole[1:3], torch.randn(1, 5, 1).transpose(0, 2)):
         assert first_state(dense) is dense
 

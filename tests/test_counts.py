@@ -35,7 +35,8 @@ def matmuls(net: ReversibleColumns, memory: str, taps: Sequence[int] | None = No
 def test_backward_is_that_of_store_and_one_forward(make, memory):
     net = make()
     forward, backward = matmuls(net, "store")
-    assert forward > 0 and backward > forward
+    assert forward > 0
+    assert backward > forward
     assert matmuls(net, memory) == (forward, backward + forward)
 
 

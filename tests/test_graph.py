@@ -61,7 +61,8 @@ def test_the_last_column_may_be_short():
 
 def test_names_kinds_and_table():
     graph = wire(4, 2, [["stem", "above"], ["below"]])
-    assert graph.name(STEM) == "stem" and graph.name(3) == "c1.l1"
+    assert graph.name(STEM) == "stem"
+    assert graph.name(3) == "c1.l1"
     node = graph.nodes[2]
     assert [graph.kind(node, read) for read in node.reads] == ["stem", "above"]
     assert graph.kind(graph.nodes[3], 2) == "below"
@@ -97,7 +98,8 @@ def test_every_read_is_still_there_when_it_is_inverted(data, m, length):
     for node in graph.nodes:
         assert (node.column, node.level) == divmod(node.index, m)
         assert node.residual == (node.index - m if node.index >= m else None)
-        assert node.reads and len(set(node.reads)) == len(node.reads)
+        assert node.reads
+        assert len(set(node.reads)) == len(node.reads)
         assert all(read == STEM or max(0, node.index - m + 1) <= read < node.index for read in node.reads)
 
 
