@@ -103,7 +103,7 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
     return shape
 
 
-def _add_commands_of_other_packages() -> None:
+def load_commands() -> None:
     """A package whose requirements are missing must not break the commands of the others."""
     for entry in entry_points(group="revnets.commands"):
         try:
@@ -130,7 +130,7 @@ def main() -> None:
     from revnets.errors import SpecError
     from revnets.plan import PlanError
 
-    _add_commands_of_other_packages()
+    load_commands()
     try:
         app()
     except (SpecError, PlanError) as error:

@@ -148,3 +148,12 @@ def test_fake_tensors_have_the_expected_size() -> None:
     assert lost.nbytes == 505 + sum(
         int(share * 1009) * width for share, width in zip(lostbits.expected_shares(0.5), (1, 2, 4), strict=True)
     )
+
+
+def test_a_step_on_the_meta_device() -> None:
+    import revnets
+
+    with torch.device("meta"):
+        net = revnets.ReversibleSequence([torch.nn.Linear(5, 5) for _ in range(6)])
+        net(torch.empty(3, 5, requires_grad=True))[-1].sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())

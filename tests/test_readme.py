@@ -1,0 +1,69 @@
+"""What the README shows runs, in order, as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import revnets
+from revnets import cli
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+
+
+def test_python_blocks_run():
+    first, second = blocks("python")
+    names: dict = {}
+    exec(first, names)
+    net, states = names["model"], names["states"]
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert len(states) == 6
+    for level, state in zip(names["levels"], states[0], strict=True):
+        assert torch.equal(level, state)
+    exec(second, names)
+    assert len(names["net"].flat()) == 12
+
+
+def test_yaml_block_is_a_net():
+    (text,) = blocks("yaml")
+    with torch.device("meta"):
+        net = revnets.build(yaml.safe_load(text))
+    assert net(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 10)
+
+
+def test_commands_are_known_and_files_exist():
+    commands = re.findall(r"^    revnets (\w+) (\S+)", TEXT, flags=re.MULTILINE)
+    assert {command for command, _ in commands} == {"show", "audit", "plan", "train"}
+    cli.load_commands()
+    for command, file in commands:
+        assert (ROOT / file).exists(), file
+        assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
+    targets = re.findall(r"^    make (\w+)", TEXT, flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets
+    assert all(f"\n{target}: " in makefile for target in targets)
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", TEXT)
+    for page in (ROOT / "docs").glob("*.md"):
+        found = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+        links += [f"docs/{link}" for link in found if link]
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
