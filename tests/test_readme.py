@@ -67,3 +67,16 @@ def test_links_lead_somewhere():
         links += [f"docs/{link}" for link in found if link]
     assert len(links) > 10
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_page_on_training_names_every_key():
+    from vision.config import TrainConfig
+
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", page))
+    assert named >= set(TrainConfig.model_fields)
+    for part in ("data", "optimizer", "schedule"):
+        assert named >= set(type(TrainConfig.model_fields[part].default).model_fields)
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    values = yaml.safe_load(text)
+    assert TrainConfig.model_validate(values).optimizer.lr == 6e-3
