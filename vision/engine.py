@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.utils.clip_grad import dispatch_clip_grad
@@ -45,13 +45,13 @@ class Engine:
     @property
     def model(self) -> Net:
         """The net itself, without what wraps it."""
-        return unwrap_model(self.task.get_trainable_module())  # type: ignore[return-value]
+        return cast(Net, unwrap_model(self.task.get_trainable_module()))
 
     @property
     def ema(self) -> Net | None:
         """The net with averaged weights."""
         average = self.task.get_trainable_module(ema=True)
-        return None if average is None else average.module  # type: ignore[return-value]
+        return None if average is None else cast(Net, average.module)
 
     @property
     def lr(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import Mixup
@@ -95,7 +95,7 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, update
         optimizer,
         sched=config.schedule.name,
         num_epochs=config.epochs,
-        warmup_epochs=config.schedule.warmup_epochs,  # type: ignore[arg-type]  # a part of an epoch is fine
+        warmup_epochs=cast(int, config.schedule.warmup_epochs),  # a part of an epoch is fine, whatever timm declares
         warmup_lr=config.schedule.warmup_lr,
         min_lr=config.schedule.min_lr,
         step_on_epochs=False,

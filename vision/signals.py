@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What `signal.signal` takes and gives back."""
 
 
 class Stopped(Exception):
@@ -22,7 +26,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Handler] = {}
 
     def check(self) -> None:
         """To be called where the work can be left.
@@ -39,7 +43,7 @@ class StopSignals:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
         self._before = {}
 
     def __enter__(self) -> StopSignals:
