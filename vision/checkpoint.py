@@ -68,7 +68,7 @@ class Checkpoints:
             with replacing(path) as file:
                 torch.save(dict(state), file)
             if best:
-                link(path, self.best)
+                self.name_best(path)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
             before = self.all()
             kept = f"{before[-1]} is intact" if before else "there is none before it"
@@ -80,6 +80,11 @@ class Checkpoints:
         for old in self.all()[: -self.keep]:
             old.unlink(missing_ok=True)
         return path
+
+    def name_best(self, path: Path) -> None:
+        """Let `best.pt` be this checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        link(path, self.best)
 
 
 def step_of(path: Path) -> int:

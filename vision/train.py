@@ -41,6 +41,7 @@ class Progress:
     epoch: int = 0  # epochs that are trained and evaluated
     step: int = 0  # updates
     best: float = -1.0  # top-1 of the best checkpoint, of the averaged weights where they are kept
+    best_step: int = -1  # which checkpoint that is
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ class Trainer:
         record.write("eval", progress.epoch, progress.step, values)
         self.top1 = list(found.values())[-1].top1
         better = self.top1 > progress.best
-        progress.best = max(progress.best, self.top1)
+        if better:
+            progress.best, progress.best_step = self.top1, progress.step
         self._save(better)
         display.line(_epoch_line(progress.epoch, self.config.epochs, loss, found, time.perf_counter() - started))
 
@@ -188,7 +190,7 @@ class Trainer:
             state = checkpoint.read(path)
             if there and checkpoint.step_of(there[-1]) > state["progress"]["step"]:
                 problem = f"{self.output} holds a later checkpoint, {there[-1].name}"
-                raise SpecError("training run", "output", problem, "Use another output")
+                raise SpecError("training run", "output", problem, "Use resume=auto to go on with it, or another output")
             self._load(state, path)
 
     def _resume_newest(self, there: list[Path]) -> None:
@@ -201,7 +203,7 @@ class Trainer:
                 problem = problem or error
                 continue
             if problem:
-                self.console.print(f"[yellow]{problem}[/yellow]", highlight=False, soft_wrap=True)
+                self.console.print(str(problem), style="yellow", highlight=False, markup=False, soft_wrap=True)
             self._load(state, path)
             return
         if problem:
@@ -214,9 +216,12 @@ class Trainer:
         losses = progress.pop("losses")
         self.losses = [] if losses is None else list(losses.to(self.engine.device))
         self.progress = Progress(**progress)
+        if self.progress.best_step == self.progress.step:  # a kill may have come before it got its second name
+            self.checkpoints.name_best(path)
         left = self.config.epochs - self.progress.epoch
         where = f"in epoch {self.progress.epoch + 1}" if left > 0 else "finished"
-        self.console.print(f"Resumed {path}: {where}, step {self.progress.step}", highlight=False, soft_wrap=True)
+        text = f"Resumed {path}: {where}, step {self.progress.step}"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _outcome(self, signal: int | None = None) -> Outcome:
         saved, best = self.checkpoints.all(), self.checkpoints.best
@@ -247,8 +252,17 @@ def _require_same_course(new: dict[str, Any], old: dict[str, Any], path: Path) -
         if key == "optimizer":
             ours, theirs = {**ours, "lr": None}, {**theirs, "lr": None}
         if ours != theirs:
+            key, ours, theirs = _first_difference(key, ours, theirs)
             problem = f"{ours}, but the run of {path} has {theirs}"
             raise SpecError("training run", key, problem, "Resume it with that, or give another output")
+
+
+def _first_difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """The path of the first value in which two configurations differ, and the value in each."""
+    while isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+        name = next(name for name in ours if ours[name] != theirs[name])
+        key, ours, theirs = f"{key}.{name}", ours[name], theirs[name]
+    return key, ours, theirs
 
 
 def _epoch_line(epoch: int, epochs: int, loss: float, found: dict[str, Metrics], seconds: float) -> str:
