@@ -61,6 +61,11 @@ def test_eval_shows_both_sets_of_weights(run, tmp_path):
     assert "step-0000005.pt, 360 images" in out
 
 
+def test_eval_refuses_what_is_no_picture_before_it_works(run, tmp_path):
+    with pytest.raises(SpecError, match=r"--png: .*x\.jpg.*\.png, \.svg, \.pdf"):
+        call("eval", run, "--png", tmp_path / "x.jpg")
+
+
 def test_mistakes_are_one_line_and_exit_code_1(run, tmp_path):
     cut = tmp_path / "cut.pt"
     cut.write_bytes((run / "checkpoints" / "best.pt").read_bytes()[:1000])

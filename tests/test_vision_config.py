@@ -36,6 +36,14 @@ def test_model_from_a_file_is_read_relative_to_it_and_can_be_overridden(tmp_path
     assert config.net == load_spec({**NET, "memory": ["store", "exact", "invert"]}, ["columns=3", "levels.1.dim=7"])
 
 
+def test_a_model_path_from_the_command_line_is_relative_to_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "net.yaml").write_text(yaml.safe_dump(RUN["model"]))
+    monkeypatch.chdir(tmp_path)
+    config = load_config("digits", ["model=nets/net.yaml", "model.columns=7"])
+    assert config.net == load_spec(RUN["model"], ["columns=7"])
+
+
 def test_memory_of_the_run_wins_over_that_of_the_net():
     assert load_config({**RUN, "model": {**NET, "memory": "invert"}}).net.memory == "invert"
     assert load_config({**RUN, "model": {**NET, "memory": "invert"}, "memory": "store"}).net.memory == "store"

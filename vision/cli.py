@@ -22,9 +22,10 @@ def train(
 ) -> None:
     """Train a net for image classification, or go on with a run that was interrupted.
 
-    Everything goes into the folder `output`: checkpoints/, log.jsonl, tensorboard/, curves.png and config.yaml. The
-    same command again goes on where the run stopped, bit for bit. SIGTERM and Ctrl-C save first; the exit code is then
-    128 + the signal.
+    Everything goes into the folder `output`: checkpoints/, log.jsonl,
+    tensorboard/, curves.png and config.yaml. The same command again goes on
+    where the run stopped, bit for bit. SIGTERM and Ctrl-C save first; the exit
+    code is then 128 + the signal.
     """
     with _one_line_errors():
         from vision.config import load_config
@@ -41,7 +42,9 @@ def evaluate(
         Path, typer.Argument(help="A checkpoint, or the folder of a run: then its best one.", show_default=False)
     ],
     overrides: Overrides = None,
-    png: Annotated[Path | None, typer.Option(help="Draw which class is taken for which into this PNG file.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw which class is taken for which: a .png, .svg or .pdf file.")
+    ] = None,
 ) -> None:
     """Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one."""
     with _one_line_errors():
@@ -61,5 +64,8 @@ def _one_line_errors() -> Iterator[None]:
 
         if not isinstance(error, (OSError, CheckpointError, TrainingError)):
             raise
-        typer.secho(f"error: {error}", fg="red", err=True)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}. Check the path, its permissions and the free space"
+        typer.secho(f"error: {text}", fg="red", err=True)
         raise typer.Exit(1) from error

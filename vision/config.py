@@ -131,7 +131,7 @@ class TrainConfig(Strict):
         if self.schedule.warmup_epochs >= self.epochs:
             raise problem(
                 f"a warm-up of {self.schedule.warmup_epochs:g} epochs leaves nothing of {self.epochs}",
-                "Shorten it",
+                "Give fewer, a part of one such as 0.5 will do",
                 "schedule",
                 "warmup_epochs",
             )
@@ -172,7 +172,8 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
     Args:
         source: path of a YAML file, name of a recipe of this package, or a mapping of the same form. Where `model` is
             a path, it is relative to the file.
-        overrides: `key.path=value` pairs, such as `epochs=5` or `model.columns=8`.
+        overrides: `key.path=value` pairs, such as `epochs=5` or `model.columns=8`. A path in `model=` is relative to
+            the working directory, where it was typed.
 
     Raises:
         revnets.SpecError: names the file, the key, the value and the remedy.
@@ -185,6 +186,7 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
     model = load(_ModelKey, source, outer).model
     if not isinstance(model, str):
         return load(TrainConfig, source, overrides)
-    folder = Path.cwd() if isinstance(source, Mapping) else source.parent
+    given_here = any(text.strip().startswith("model=") for text in outer)
+    folder = Path.cwd() if given_here or isinstance(source, Mapping) else source.parent
     spec = load_spec(folder / model, [text.strip().removeprefix("model.") for text in inner])
     return load(TrainConfig, source, [*outer, f"model={json.dumps(dump(spec))}"])  # JSON is YAML as well

@@ -14,7 +14,8 @@ from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from revnets.draw import save
+from revnets import SpecError
+from revnets.draw import FORMATS, save
 from vision import checkpoint, parts
 from vision.config import load_config
 from vision.data import load_data, val_loader
@@ -78,8 +79,10 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), png: Path | N
 
     Raises:
         vision.checkpoint.CheckpointError: there is no such checkpoint, or it cannot be used.
-        revnets.SpecError: an override is wrong.
+        revnets.SpecError: an override is wrong, or `png` has another suffix than those of pictures.
     """
+    if png is not None and png.suffix.lower().removeprefix(".") not in FORMATS:
+        raise SpecError("command line", "--png", f"{png} is no picture", f"Let it end in .{', .'.join(FORMATS)}")
     path = _checkpoint_of(path)
     state = checkpoint.read(path)
     config = load_config(state["config"], overrides)
@@ -88,7 +91,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), png: Path | N
     model = parts.build_model(config, data).to(device)
     autocast = parts.build_autocast(config.amp, device)
     batches = val_loader(config, data)
-    table = Table(title=f"{path}, {len(data.val)} images", title_justify="left")
+    table = Table()
     for heading in ("weights", "top-1 %", "top-5 %", "loss"):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     found = {}
@@ -98,10 +101,11 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), png: Path | N
             found[name] = metrics = evaluate(model, batches, len(data.classes), device, autocast)
             table.add_row(name, f"{metrics.top1:.2f}", f"{metrics.top5:.2f}", f"{metrics.loss:.4f}")
     console = Console()
+    console.print(f"{path}, {len(data.val)} images", soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     if png is not None:
         save(confusion_figure(list(found.values())[-1].confusion, data.classes), png)
-        console.print(f"wrote {png}", soft_wrap=True, highlight=False)
+        console.print(f"wrote {png}", soft_wrap=True, highlight=False, markup=False)
     return found
 
 

@@ -41,11 +41,11 @@ def draw_accuracy(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
     style(axes, "epoch", "validation top-1, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     for name, label, color in (("raw", "weights", GREY), ("ema", "averaged weights", BLUE)):
-        if val and f"{name}_top1" in val[-1]:
-            scores = [line[f"{name}_top1"] for line in val]
-            axes.plot([line["epoch"] for line in val], scores, color=color, lw=2, label=label)
-    axes.legend(frameon=False, loc="lower right", fontsize=9)
+        points = [(line["epoch"], line[f"{name}_top1"]) for line in val if f"{name}_top1" in line]
+        if points:  # a run that was resumed with `ema` has averages from there on
+            axes.plot(*zip(*points, strict=True), color=color, lw=2, label=label)
     if val:
+        axes.legend(frameon=False, loc="lower right", fontsize=9)
         best = max(val, key=lambda line: _counting(line, "top1"))
         point = (best["epoch"], _counting(best, "top1"))
         axes.plot(*point, "o", color=BLUE, markersize=5)

@@ -90,7 +90,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print above the bar."""
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Display:
         self._progress.start()

@@ -190,7 +190,9 @@ class Trainer:
             state = checkpoint.read(path)
             if there and checkpoint.step_of(there[-1]) > state["progress"]["step"]:
                 problem = f"{self.output} holds a later checkpoint, {there[-1].name}"
-                raise SpecError("training run", "output", problem, "Use resume=auto to go on with it, or another output")
+                raise SpecError(
+                    "training run", "output", problem, "Use resume=auto to go on with it, or another output"
+                )
             self._load(state, path)
 
     def _resume_newest(self, there: list[Path]) -> None:
