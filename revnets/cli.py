@@ -30,8 +30,10 @@ InputShape = Annotated[
 
 def _picture(path: Path | None) -> Path | None:
     """Refuse a suffix that no picture has before any work is done."""
-    if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise typer.BadParameter(f"{path}: a picture is saved as .png, .svg or .pdf; give the file one of these")
+    from revnets.draw import FORMATS
+
+    if path is not None and path.suffix.lower().removeprefix(".") not in FORMATS:
+        raise typer.BadParameter(f"{path}: a picture is saved as .{', .'.join(FORMATS)}; give the file one of these")
     return path
 
 

@@ -60,7 +60,7 @@ def _run_plain(graph, cells, stem, context, taps):
     return list(states.values()), [tapped[index] for index in taps]
 
 
-@torch.compiler.disable(reason="the tape is plain Python; to compile the cells, call compile() of the columns")
+@torch.compiler.disable()  # the tape is plain Python; to compile the cells, call compile() of the columns
 def _run_taped(graph, cells, stem, modes, context, taps):
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
