@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -37,6 +38,7 @@ COLUMNS = (2, 4, 8, 12, 16)
 
 def main(overrides: Sequence[str]) -> int:
     console = Console()
+    torch.set_num_threads(1)  # for so small a net more threads only wait for each other, on a busy machine for long
     config = load_config("digits", [f"output={OUTPUT}", "resume=none", *overrides])
     output = Path(config.output)
     if (output / "config.yaml").exists():  # nothing but a run has one
