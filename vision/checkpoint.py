@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vision.files import link, remove_leftovers, replacing
+from revnets.files import link, remove_leftovers, replacing
 
 FORMAT = 1
 """Version of the layout. A reader refuses those that it does not know."""

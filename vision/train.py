@@ -15,6 +15,7 @@ from torch import Tensor
 
 from revnets import SpecError
 from revnets.draw import save
+from revnets.files import replacing
 from vision import checkpoint
 from vision.checkpoint import CheckpointError, Checkpoints
 from vision.config import TrainConfig
@@ -22,7 +23,6 @@ from vision.data import load_data, train_loader, val_loader
 from vision.engine import Engine
 from vision.evaluate import Metrics
 from vision.figures import training_figure
-from vision.files import replacing
 from vision.record import LOG, Display, Record, read_log
 from vision.signals import Stopped, StopSignals
 

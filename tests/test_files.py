@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from vision.files import TEMPORARY, link, remove_leftovers, replacing
+from revnets.files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -59,3 +59,32 @@ def test_leftovers_of_killed_processes_go(tmp_path):
     (tmp_path / "state").write_bytes(b"whole")
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "data"
+
+    def fill(text: str, fail: bool = False) -> None:
+        with replacing_folder(path) as folder:
+            (folder / "part").write_text(text)
+            if fail:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fill("half", fail=True)
+    assert os.listdir(tmp_path) == []
+    fill("first")
+    with pytest.raises(ZeroDivisionError):
+        fill("half", fail=True)
+    assert (path / "part").read_text() == "first"
+    fill("second")
+    assert (path / "part").read_text() == "second"
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_folders_of_killed_processes_are_removed(tmp_path):
+    left = tmp_path / f".data.1{TEMPORARY}"
+    left.mkdir()
+    (left / "part").touch()
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == []

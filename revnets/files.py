@@ -54,7 +54,10 @@ def link(source: Path, target: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes have left half-written."""
     for path in folder.glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:
@@ -69,3 +72,26 @@ def _take_name(temporary: Path, path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name; it takes its name when the body is done, in place of one that had it.
+
+    If the body raises, the folder that had the name before stays as it was.
+
+    Raises:
+        OSError: no space, no permission and the like.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = _temporary(path), path.with_name(f".{path.name}.{os.getpid()}.old{TEMPORARY}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():  # no system replaces a folder that is not empty
+            os.rename(path, old)
+        _take_name(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
