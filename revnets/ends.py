@@ -80,9 +80,9 @@ class ClassifierHead(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dims[-1], eps=EPS)
         self.drop = nn.Dropout(dropout)
-        self.linear = nn.Linear(dims[-1], num_classes)
+        self.fc = nn.Linear(dims[-1], num_classes)
         self.apply(init_weights)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         top = levels[-1]
-        return self.linear(self.drop(self.norm(top.flatten(1, -2).mean(1) if top.dim() > 2 else top)))
+        return self.fc(self.drop(self.norm(top.flatten(1, -2).mean(1) if top.dim() > 2 else top)))

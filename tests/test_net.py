@@ -45,7 +45,7 @@ def test_parts_stand_where_the_spec_says() -> None:
         assert [cell.function.dim for cell in column] == [8, 12, 16]
     assert [cell.function.name for cell in net.columns.flat()][:4] == ["c0.l0", "c0.l1", "c0.l2", "c1.l0"]
     assert net.stem.conv.kernel_size == (2, 2)
-    assert net.head.linear.out_features == 5
+    assert net.head.fc.out_features == 5
 
 
 def test_gains() -> None:

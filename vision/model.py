@@ -1,0 +1,191 @@
+"""A net of reversible columns with the interface of a timm model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import NormMlpClassifierHead
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from revnets import ReversibleColumns, build
+from revnets.blocks import init_weights
+from revnets.graph import Graph
+from revnets.spec import NetSpec
+
+
+class RevCol(nn.Module):
+    """Reversible columns for images (Cai et al., "Reversible Column Networks", ICLR 2023), as timm sees a model.
+
+    Inside, states are (B, H, W, C); whatever comes out is (B, C, H, W), in channels_last memory and without a copy.
+    The features are the levels of the last column.
+
+    Args:
+        spec: stem and columns; what it says about a head and taps has no meaning here.
+        num_classes: 0 for no classifier.
+        in_chans: channels of the images.
+        global_pool: `avg`, `max`, or empty for none.
+        drop_rate: dropout before the classifier.
+        head_init_scale: of the classifier's first weights (0.001 for fine-tuning, appendix D.2).
+        device: where the parameters are made; `meta` allocates nothing.
+        dtype: of the parameters.
+
+    Raises:
+        revnets.SpecError: a part refuses its options.
+    """
+
+    def __init__(
+        self,
+        spec: NetSpec,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        head_init_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        stem = spec.stem.model_copy(update={"options": {**spec.stem.options, "in_chans": in_chans}})
+        self.spec = spec.model_copy(update={"head": None, "taps": (), "stem": stem})
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.num_features = self.head_hidden_size = spec.levels[-1].dim
+        with torch.device(device or torch.get_default_device()):
+            net = build(self.spec)
+            self.stem: nn.Module = net.stem
+            self.columns: ReversibleColumns = net.columns
+            self.head = NormMlpClassifierHead(
+                self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer="layernorm2d"
+            )
+        self.head.apply(init_weights)
+        for parameter in self.head.fc.parameters():
+            parameter.data.mul_(head_init_scale)
+        if dtype is not None:
+            self.to(dtype=dtype)
+        patch, last = stem.options.get("patch", 4), spec.columns - 1
+        self.feature_info = [
+            {"num_chs": level.dim, "reduction": patch * reduction, "module": f"columns.cells.{last}.{index}"}
+            for index, (level, reduction) in enumerate(zip(spec.levels, spec.reductions(), strict=True))
+        ]
+
+    # --------------------------------------------------------------------------------------------------- forward
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to the top level of the last column, (B, num_features, H / 32, W / 32)."""
+        return to_nchw(self.columns(self.stem(x))[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, num_features, H, W) to logits (B, num_classes), or to what the classifier would see."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The top level of the last column, and levels of the last column.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: which levels; the last n for a number n, all for None.
+            norm: RevCol has no norm before its pooling, so this changes nothing.
+            stop_early: leave out the levels above the highest one that is asked for.
+            output_fmt: `NCHW` or `NHWC`.
+            intermediates_only: return only the list of levels.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt!r}: choose NCHW or NHWC")
+        take, highest = feature_take_indices(len(self.feature_info), indices)
+        columns = shortened(self.columns, highest + 1) if stop_early else self.columns
+        kept = columns.graph.nodes[-1].level + 1
+        levels = columns(self.stem(x))[-kept:]  # a shortened last column is preceded by the rest of the window
+        out = [levels[index] if output_fmt == "NHWC" else to_nchw(levels[index]) for index in take]
+        return out if intermediates_only else (to_nchw(levels[-1]), out)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates(indices=...)` does not need; returns the indices of the levels kept."""
+        take, highest = feature_take_indices(len(self.feature_info), indices)
+        pruned = highest < len(self.feature_info) - 1
+        if pruned:
+            self.columns = shortened(self.columns, highest + 1)
+            self.num_features = self.head_hidden_size = self.feature_info[highest]["num_chs"]
+        if prune_head or pruned:
+            self.head.reset(0, "", reset_other=True, in_features=self.num_features)
+            self.num_classes = 0
+        return take
+
+    # ------------------------------------------------------------------------------------------------ classifier
+
+    def get_classifier(self) -> nn.Module:
+        """The last Linear; an Identity where num_classes is 0."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head.fc.apply(init_weights)
+
+    # -------------------------------------------------------------------------------------------------- training
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep everything for backward (False: mode `store`), or what `columns.memory` says; `exact` if that is all.
+
+        A new model need not be told: `exact` is its default.
+        """
+        if not enable:
+            self.columns.memory, self.columns.stored = "store", 0
+        elif set(self.columns.memory) == {"store"}:
+            self.columns.memory = "exact"
+
+    def no_weight_decay(self) -> set[str]:
+        """Gains, position embeddings and temperatures of attention."""
+        endings = ("gain.weight", "pos_embed", "logit_scale")
+        return {name for name, _ in self.named_parameters() if name.endswith(endings)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups for layer-wise decay of the learning rate, by depth in the grid of columns and blocks.
+
+        The stem is group 0. Block b, counted from 0 inside a column, of column j is in group b + j + 1; a fusion goes
+        with the first block of its level, a gain with the first of its column. So does the official release. Coarse
+        groups are the columns.
+        """
+        if coarse:
+            return {"stem": r"^stem", "blocks": r"^columns\.cells\.(\d+)"}
+        places: dict[int, list[str]] = {}
+        for column in range(self.columns.graph.columns):
+            first = 0
+            for level, spec in enumerate(self.spec.levels):
+                cell = rf"{column}\.{level}\."
+                places.setdefault(column + 1, []).append(cell + "gain")
+                places.setdefault(column + first + 1, []).append(cell + r"function\.fusion")
+                for block in range(spec.depth):
+                    name = cell + rf"function\.blocks\.{block}\."
+                    places.setdefault(column + first + block + 1, []).append(name)
+                first += spec.depth
+        blocks = [(rf"^columns\.cells\.(?:{'|'.join(names)})", (group,)) for group, names in sorted(places.items())]
+        return {"stem": r"^stem", "blocks": blocks}
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    """(B, H, W, C) as (B, C, H, W): a view, in channels_last memory."""
+    return x.permute(0, 3, 1, 2)
+
+
+def shortened(columns: ReversibleColumns, levels: int) -> ReversibleColumns:
+    """The same cells without the last column's upper ones; `levels` of it are left."""
+    graph = columns.graph
+    length = (graph.columns - 1) * graph.m + levels
+    result = ReversibleColumns(Graph(graph.m, graph.nodes[:length]), columns.flat()[:length], columns.memory)
+    result.stored = max(0, columns.stored - len(graph.nodes) + length)
+    return result

@@ -1,0 +1,86 @@
+"""Parts of RevCol-ViT (appendix B): patches with learned positions, and a block with norms behind its branches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revnets.blocks import EPS, MLP, Count, DropPath, Rate, Ratio, init_weights
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, in_chans, H, W) to patches with learned positions, (B, H // patch, W // patch, dim).
+
+    The positions are learned for images of `img_size`; for others they are interpolated.
+    """
+
+    def __init__(self, dim: int, img_size: Count = 224, in_chans: Count = 3, patch: Count = 16):
+        super().__init__()
+        if img_size % patch:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch {patch}. Change one of them")
+        self.example_shape = (in_chans, img_size, img_size)
+        self.conv = nn.Conv2d(in_chans, dim, patch, stride=patch)
+        self.pos_embed = nn.Parameter(torch.empty(img_size // patch, img_size // patch, dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).permute(0, 2, 3, 1)
+        return x + resized(self.pos_embed, x.shape[1], x.shape[2])
+
+
+def resized(pos_embed: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings (H, W, C) for a grid of another size, by bicubic interpolation."""
+    if pos_embed.shape[:2] == (height, width):
+        return pos_embed
+    grid = pos_embed.permute(2, 0, 1).unsqueeze(0).float()
+    grid = F.interpolate(grid, (height, width), mode="bicubic", antialias=True)
+    return grid.squeeze(0).permute(1, 2, 0).to(pos_embed.dtype)
+
+
+class CosineAttention(nn.Module):
+    """Self-attention by the cosine of queries and keys, with a learned temperature per head (Liu et al., 2022).
+
+    Input (B, N, C). The scale begins at 10 and stays below 100.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} channels do not divide into {heads} heads. Give another dim, or other heads")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.logit_scale = nn.Parameter(torch.full((heads,), math.log(10)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, C/heads)
+        scale = self.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1, 1)
+        q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, scale=1.0)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class PostNormBlock(nn.Module):
+    """Transformer block with cosine attention and LayerNorms at the end of its branches, as in Swin V2.
+
+    Input (B, H, W, C), every pixel a token, or (B, N, C).
+    """
+
+    def __init__(self, dim: int, heads: Count, mlp_ratio: Ratio = 4.0, drop_path: Rate = 0.0):
+        super().__init__()
+        self.attn = CosineAttention(dim, heads)
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = MLP(dim, max(1, int(mlp_ratio * dim)))
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.drop_path = DropPath(drop_path)
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1, -2)
+        tokens = tokens + self.drop_path(self.norm1(self.attn(tokens)))
+        tokens = tokens + self.drop_path(self.norm2(self.mlp(tokens)))
+        return tokens.view(x.shape)
