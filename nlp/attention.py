@@ -1,0 +1,90 @@
+"""Self-attention over padded sentences, by dot products or by cosines.
+
+B sentences, T positions, H heads, C channels, D = C / H channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_LOGIT_SCALE = math.log(100)
+"""Bound of the learned log-scale of cosine attention (Liu et al., 2022, Swin Transformer V2, section 3.3)."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that never looks at padding (Vaswani et al., 2017). (B, T, C) to (B, T, C).
+
+    Weights are drawn as fairseq draws them: Xavier's uniform distribution, for queries, keys and values by 1/sqrt(2)
+    narrower, which is Xavier's bound of the three as one matrix.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} channels do not divide into {heads} heads. Give a number of heads that divides")
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.retain_dropout = False
+        for linear in (self.qkv, self.proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """`padding_mask` (B, T) is True at padding; None stands for no padding at all."""
+        q, k, v = self.project(x)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if padding_mask is None else ~padding_mask[:, None, None, :],
+            dropout_p=self.dropout if self.training or self.retain_dropout else 0.0,
+            scale=self.scale,
+        )
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    scale: float | None = None
+    """Factor of the logits; None stands for 1 / sqrt(D)."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, T, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def make_generation_fast_(self, name: str, retain_dropout: bool = False, **_: object) -> None:
+        """fairseq calls this before it generates."""
+        self.retain_dropout = retain_dropout
+
+
+class CosineAttention(Attention):
+    """Cosines of queries and keys, scaled per head by a learned factor of at most 100 (Swin Transformer V2, Eq. 2).
+
+    Keys have no bias, as there.
+    """
+
+    scale = 1.0
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0):
+        super().__init__(dim, heads, dropout)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        nn.init.xavier_uniform_(self.qkv.weight)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        factor = self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        # Squares of half-precision numbers overflow; the result has the dtype of v again.
+        q = (F.normalize(q.float(), dim=-1) * factor).to(v.dtype)
+        k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        return q, k, v
+
+
+KINDS = {"standard": Attention, "cosine": CosineAttention}

@@ -1,0 +1,94 @@
+"""The RevCol-Transformer encoder: fairseq's embedding, then reversible columns (RevCol, ICLR 2023)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from fairseq.models.transformer import TransformerEncoderBase
+from torch import Tensor, nn
+
+from revnets import build_columns
+
+from .options import net_spec
+
+
+class RevColEncoder(TransformerEncoderBase):
+    """Embedding of words and positions as stem, columns of transformer blocks, the last column's top as output.
+
+    Everything outside of the columns is fairseq's own. Inside of them states are (B, T, C) and stay in float32 even
+    if the weights are in half precision (--fp16, --bf16), because the inverse of rounded states is a poor one.
+
+    Args:
+        cfg: fairseq's `TransformerConfig` with the options of `nlp.options`.
+    """
+
+    def __init__(self, cfg: Any, dictionary: Any, embed_tokens: nn.Embedding):
+        without = copy.copy(cfg)
+        without.encoder = copy.copy(cfg.encoder)
+        without.encoder.layers = 0  # the parent would build them
+        super().__init__(without, dictionary, embed_tokens)
+        options = vars(cfg) | {f"encoder_{key}": value for key, value in vars(cfg.encoder).items()}
+        spec = net_spec(options)
+        self.columns = build_columns(spec)
+        for cell in self.columns.flat():
+            cell.function.register_forward_pre_hook(_to_dtype_of_weights)
+            cell.function.register_forward_hook(_to_float32)
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor | None = None,
+        return_all_hiddens: bool = False,
+        token_embeddings: Tensor | None = None,
+    ) -> dict[str, list[Any]]:
+        """Encode sentences.
+
+        Args:
+            src_tokens: (B, T) indices of words, padded.
+            src_lengths: not needed; padding is told by its index.
+            return_all_hiddens: hand out the embedding and the top level of every column as well. They stay in memory
+                for as long as the caller holds them.
+            token_embeddings: (B, T, C), in place of those of `src_tokens`.
+
+        Returns:
+            fairseq's dictionary of lists: `encoder_out` and the `encoder_states` (T, B, C), `encoder_padding_mask`
+            (B, T), `encoder_embedding` (B, T, C), `src_lengths` (B, 1).
+        """
+        padding_mask = src_tokens.eq(self.padding_idx)
+        stem, embedding = self.forward_embedding(src_tokens, token_embeddings)
+        stem = stem.masked_fill(padding_mask[:, :, None], 0)
+        taps = range(self.columns.graph.columns) if return_all_hiddens else ()
+        found = self.columns(_float32(stem), taps=taps, padding_mask=padding_mask if padding_mask.any() else None)
+        levels, tapped = found if return_all_hiddens else (found, [])
+        x = levels[-1].to(stem.dtype)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return {
+            "encoder_out": [_time_first(x)],
+            "encoder_padding_mask": [padding_mask],
+            "encoder_embedding": [embedding],
+            "encoder_states": [_time_first(state) for state in ([stem, *tapped] if return_all_hiddens else [])],
+            "fc_results": [],
+            "src_tokens": [],
+            "src_lengths": [src_tokens.ne(self.padding_idx).sum(1, dtype=torch.int32)[:, None]],
+        }
+
+
+def _time_first(x: Tensor) -> Tensor:
+    """(B, T, C) to (T, B, C), as one copy here and not one in every attention of the decoder."""
+    return x.transpose(0, 1).contiguous()
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _to_dtype_of_weights(function: nn.Module, reads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    weight = next(function.parameters(), None)
+    return reads if weight is None else tuple(read.to(weight.dtype) for read in reads)
+
+
+def _to_float32(function: nn.Module, reads: tuple[Tensor, ...], update: Tensor) -> Tensor:
+    return _float32(update)
