@@ -6,6 +6,7 @@ from revnets import fusions as fusions
 from revnets.audit import Audit, audit
 from revnets.cell import Cell, FixedGain, Gain
 from revnets.columns import ReversibleColumns, ReversibleSequence
+from revnets.dial import keep_budget
 from revnets.errors import SpecError
 from revnets.frame import Memory
 from revnets.graph import Graph, Node, wire
@@ -36,6 +37,7 @@ __all__ = [
     "audit",
     "build",
     "build_columns",
+    "keep_budget",
     "load_spec",
     "plan",
     "register_block",

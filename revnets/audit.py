@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from revnets.columns import ReversibleColumns
 from revnets.distance import GradientDistance, gradient_distance, norm, same_bits
 from revnets.frame import Memory
 from revnets.reconstruction import reconstruction
-from revnets.replay import Autocast, ReplayError
+from revnets.replay import ReplayError, outside_of_autocast
 from revnets.report import Audit, ModeAudit
 from revnets.tracker import MemoryTracker, OpCounter, tensors
 
@@ -65,7 +65,7 @@ def audit(
         raise ValueError("no parameter and no input requires a gradient, so there is none to compare")
     tell = progress or (lambda _: None)
 
-    with _left_as_found(model, columns) as restore, _outside_of_autocast() as region:
+    with _left_as_found(model, columns) as restore, outside_of_autocast() as region:
 
         def forward() -> Any:
             with region():
@@ -246,7 +246,7 @@ def _bytes_by_column(columns: ReversibleColumns, tracker: MemoryTracker) -> Iter
 @contextmanager
 def _left_as_found(model: nn.Module, columns: ReversibleColumns) -> Iterator[Callable[[], None]]:
     """Put buffers, generators and memory modes back at the end; yields what puts the buffers back in between."""
-    memory = columns.memory
+    memory, stored, budget = columns.memory, columns.stored, columns.budget
     found = [
         (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
@@ -267,35 +267,4 @@ def _left_as_found(model: nn.Module, columns: ReversibleColumns) -> Iterator[Cal
             yield restore
         finally:
             restore()
-            columns.memory = memory
-
-
-@contextmanager
-def _outside_of_autocast() -> Iterator[Callable[[], ExitStack]]:
-    """Leave the caller's autocast regions; yields what enters one like them.
-
-    Backward runs outside, as in a training loop, and weights that were cast for the forward are dropped in time.
-    """
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = ["cpu", *([accelerator.type] if accelerator else [])]
-    found = [Autocast.now(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
-    depth = torch.autocast_increment_nesting()
-
-    def region() -> ExitStack:
-        stack = ExitStack()
-        for kind, enabled, dtype, cache in found:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-        return stack
-
-    for _ in range(depth):
-        torch.autocast_decrement_nesting()
-    for autocast in found:
-        torch.set_autocast_enabled(autocast.device_type, False)
-    torch.clear_autocast_cache()
-    try:
-        yield region
-    finally:
-        for autocast in found:
-            torch.set_autocast_enabled(autocast.device_type, True)
-        for _ in range(depth - 1):
-            torch.autocast_increment_nesting()
+            columns.memory, columns.stored, columns.budget = memory, stored, budget

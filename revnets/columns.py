@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from revnets import engine
+from revnets.budget import BudgetSpec
 from revnets.cell import Cell, FixedGain
 from revnets.frame import Memory
 from revnets.graph import Graph, ReadToken, wire
@@ -45,6 +46,7 @@ class ReversibleColumns(nn.Module):
     @memory.setter
     def memory(self, value: str | Sequence[str]) -> None:
         self._memory = memory_modes(value, self.graph.columns)
+        self.budget: BudgetSpec | None = None  # one that waits for the first forward, see `revnets.keep_budget`
 
     @property
     def stored(self) -> int:

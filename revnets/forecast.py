@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from revnets.plan import Plan, Prediction
+from revnets.predict import Plan, Prediction
 from revnets.report import size
 
 if TYPE_CHECKING:
@@ -48,26 +48,13 @@ def plan_table(plan: Plan) -> Group:
     for row in rows:
         fits = plan.budget is None or row.peak <= plan.budget
         table.add_row(
-            name_of(row),
+            row.name,
             *(size(count) for count in (row.parameters, row.gradients, row.optimizer, row.kept)),
             Text(size(row.peak), "" if plan.budget is None else "green" if fits else "red"),
             f"{row.extra:.2f}x",
             style="bold" if row == plan.chosen else "",
         )
-    return Group(table, *([Text(sentence(plan))] if plan.chosen else []))
-
-
-def sentence(plan: Plan) -> str:
-    """What was chosen under the budget, and what it costs."""
-    chosen = plan.chosen
-    if chosen is None or plan.budget is None:
-        return ""
-    extra = f"{chosen.extra - 1:.0%} more work than keeping everything" if chosen.extra > 1 else "no extra work"
-    return f"Chosen for {size(plan.budget)}: {name_of(chosen)}, peak {size(chosen.peak)}, {extra}."
-
-
-def name_of(prediction: Prediction) -> str:
-    return prediction.mode if not prediction.stored else f"{prediction.mode}, last {prediction.stored} cells stored"
+    return Group(table, *([Text(plan.sentence)] if plan.chosen else []))
 
 
 def plan_figure(plan: Plan) -> Figure:
@@ -75,7 +62,7 @@ def plan_figure(plan: Plan) -> Figure:
     from matplotlib.figure import Figure
 
     rows = [*plan.modes, plan.chosen] if plan.chosen and plan.chosen not in plan.modes else list(plan.modes)
-    names = [name_of(row).replace(", ", "\n") for row in rows]
+    names = [row.name.replace(", ", "\n") for row in rows]
     figure = Figure(figsize=(8, 1.1 + 0.55 * len(rows)), layout="constrained", facecolor="white")
     axes = figure.subplots()
     starts = [0.0] * len(rows)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from revnets.budget import BudgetSpec
 from revnets.cell import Cell, FixedGain, Gain
 from revnets.columns import ReversibleColumns
 from revnets.config import Source as ConfigSource
+from revnets.dial import keep_budget
 from revnets.errors import SpecError
 from revnets.fusions import Source
 from revnets.graph import STEM, Graph, Node
@@ -70,6 +73,8 @@ class Net(nn.Module):
         self.stem = stem
         self.columns = columns
         self.head = head
+        if isinstance(spec.memory, BudgetSpec):
+            keep_budget(self, spec.memory)
 
     def forward(self, x: Tensor) -> Any:
         x = self.stem(x)
@@ -78,6 +83,15 @@ class Net(nn.Module):
             return (levels if self.head is None else self.head(levels)), tapped
         levels = self.columns(x)
         return levels if self.head is None else self.head(levels)
+
+    def twin(self) -> Net:
+        """The same net without values, on the meta device; what is frozen here is frozen there."""
+        with torch.device("meta"):
+            other = build(self.spec)
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        for name, parameter in other.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        return other
 
 
 def build(source: ConfigSource | NetSpec, overrides: Sequence[str] = ()) -> Net:
@@ -98,6 +112,8 @@ def build(source: ConfigSource | NetSpec, overrides: Sequence[str] = ()) -> Net:
 def build_columns(spec: NetSpec, name: str = "spec") -> ReversibleColumns:
     """Only the columns of a net, for hosts that bring a stem and a head of their own.
 
+    A budget is left to the host: `revnets.keep_budget(host, spec.memory)`. Until then the columns run in `exact`.
+
     Args:
         name: of the spec, for error messages.
 
@@ -113,7 +129,7 @@ def build_columns(spec: NetSpec, name: str = "spec") -> ReversibleColumns:
         fusion = _part(name, "fusion", "fusion", spec.fusion.type, **given, **spec.fusion.options)
         blocks = [_block(name, node.level, level, rate) for rate in rates[node.level]]
         cells.append(Cell(Level(fusion, blocks, level.dim, graph.name(node.index)), _gain(spec, node, level.dim)))
-    return ReversibleColumns(graph, cells, spec.memory)
+    return ReversibleColumns(graph, cells, "exact" if isinstance(spec.memory, BudgetSpec) else spec.memory)
 
 
 def _source(spec: NetSpec, graph: Graph, node: Node, read: int, reductions: list[int]) -> Source:

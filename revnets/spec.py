@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from revnets.budget import BudgetSpec
 from revnets.config import Source, Strict, load
 from revnets.errors import nearest, problem, show, what
 from revnets.frame import Memory
@@ -32,10 +33,13 @@ def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:
 
 
 def _modes(value: Any) -> Any:
+    if isinstance(value, (dict, BudgetSpec)):
+        return value
     given = tuple(value) if isinstance(value, (list, tuple)) else value
     for mode in given if isinstance(given, tuple) else (given,):
         if not isinstance(mode, str):
-            raise problem(what(mode), f"Give {', '.join(Memory)}, or a list of one per column")
+            remedy = f"Give {', '.join(Memory)}, a list of one per column, or {{budget: 24GiB}}"
+            raise problem(what(mode), remedy)
         if mode not in list(Memory):
             raise problem(f"{show(mode)} is not a memory mode", nearest(mode, Memory, "Choose among"))
     return given
@@ -48,7 +52,11 @@ def _some_levels(value: Any) -> Any:
 
 
 Reads = Annotated[tuple[ReadToken, ...], _some((str, int), f"{', '.join(READS)} or an offset")]
-Modes = Annotated[str | tuple[str, ...], BeforeValidator(_modes)]
+Modes = Annotated[
+    Annotated[str | tuple[str, ...], Tag("modes")] | Annotated[BudgetSpec, Tag("mapping")],
+    Discriminator(lambda value: "mapping" if isinstance(value, (dict, BudgetSpec)) else "modes"),
+    BeforeValidator(_modes),
+]
 Columns = Annotated[tuple[int, ...], _some(int, "the number of a column")]
 
 
@@ -124,7 +132,7 @@ class NetSpec(Strict):
             if not 0 <= tap < self.columns:
                 last = self.columns - 1
                 raise problem(f"there is no column {tap}", f"Columns are numbered from 0 to {last}", "taps")
-        if not isinstance(self.memory, str) and len(self.memory) != self.columns:
+        if isinstance(self.memory, tuple) and len(self.memory) != self.columns:
             text = f"{len(self.memory)} modes for {self.columns} columns"
             raise problem(text, "Give one for all, or one per column", "memory")
         if self.drop_path and not any(_takes_drop_path(level) for level in self.levels):

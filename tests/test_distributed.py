@@ -16,7 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from revnets import ReplayError, ReversibleColumns
+import revnets
+from revnets import PlanError, ReplayError, ReversibleColumns, plan
 from tests.helpers import loss_of, token_net
 
 PROCESSES = 2
@@ -227,4 +228,53 @@ def fsdp_mixed_precision(rank: int) -> None:
 
 @pytest.mark.parametrize("work", [fsdp_per_cell, fsdp_per_column, fsdp_mixed_precision])
 def test_fsdp(work, tmp_path):
+    in_two_processes(work, tmp_path)
+
+
+# --------------------------------------------------------------------------------------- a budget
+
+
+NET = {
+    "columns": 4,
+    "stem": {"type": "linear", "in_dim": 13},
+    "fusion": "linear",
+    "levels": [{"dim": 16, "depth": 2, "block": "mlp"}] * 2,
+    "head": {"type": "classifier", "num_classes": 5},
+}
+
+
+def fsdp_under_a_budget(rank: int) -> None:
+    """The ranks see batches of different sizes, and still replay the same cells."""
+    samples, other = (400, 300) if rank == 0 else (300, 400)
+    request = {"optimizer": "sgd", "ranks": PROCESSES, "sharding": "fsdp"}
+    rows = {row.mode: row for row in plan(NET, (400, 13), **request).modes}
+    budget = (rows["exact"].peak + rows["store"].peak) // 2
+    x, results = torch.randn(samples, 13), []
+    for memory in ("store", {"budget": budget, "optimizer": "sgd"}):
+        torch.manual_seed(0)
+        net = revnets.build({**NET, "memory": memory})
+        net.head.requires_grad_(False)
+        shard(net, "cell")
+        loss_of([net(x)]).backward()
+        results.append(leftovers(net))
+    alone, of_other = (
+        plan(net.twin(), (size, 13), **request, budget=budget).chosen.stored for size in (samples, other)
+    )
+    assert alone != of_other
+    assert net.columns.stored == min(alone, of_other)
+    same(*results)
+
+
+def fsdp_where_nothing_fits(rank: int) -> None:
+    """One rank alone finds no plan; the other must not wait for it in its backward."""
+    request = {"optimizer": "sgd", "ranks": PROCESSES, "sharding": "fsdp"}
+    least = plan(NET, (100, 13), modes=("exact",), **request).modes[0].peak
+    net = revnets.build({**NET, "memory": {"budget": int(1.1 * least), "optimizer": "sgd"}})
+    shard(net, "cells alone")
+    with pytest.raises(PlanError, match="nothing fits"):
+        net(torch.randn(100 if rank == 0 else 400, 13))
+
+
+@pytest.mark.parametrize("work", [fsdp_under_a_budget, fsdp_where_nothing_fits])
+def test_sharded_ranks_agree_on_a_plan(work, tmp_path):
     in_two_processes(work, tmp_path)

@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 import revnets
 from revnets import registry
+from revnets.budget import BudgetSpec
 from revnets.graph import READS
 from revnets.registry import PROVIDED, names, options
 from revnets.spec import GainSpec, LevelSpec, NetSpec
@@ -49,7 +50,12 @@ def plain(value: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("title", "model", "others"),
-    [("Keys of the net", NetSpec, {"base"}), ("Keys of a level", LevelSpec, set()), ("Gain", GainSpec, set())],
+    [
+        ("Keys of the net", NetSpec, {"base"}),
+        ("Keys of a level", LevelSpec, set()),
+        ("Gain", GainSpec, set()),
+        ("Budget", BudgetSpec, set()),
+    ],
 )
 def test_every_key_with_its_default(title: str, model: type, others: set[str]) -> None:
     table = {row[0]: row[2] for row in rows(section(title))}

@@ -1,0 +1,195 @@
+"""Predicts what a training step of a module takes, and turns one dial until the step fits a budget.
+
+The dial is how many cells, counted from the end, keep everything (`ReversibleColumns.stored`): their replay would be
+pure waste, because backward comes to them first. Every stored cell saves its own forward in backward and costs its
+activations; nothing else trades memory for work in `exact`, so the largest count that fits is the fastest plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revnets.audit import find_columns
+from revnets.budget import OPTIMIZERS, SHARDINGS
+from revnets.columns import ReversibleColumns
+from revnets.footprint import Footprint, simulate
+from revnets.frame import Memory
+from revnets.report import size
+
+
+class PlanError(ValueError):
+    """No plan: the request makes no sense, or nothing fits the budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Bytes that one rank needs in one memory mode, once training runs."""
+
+    mode: str
+    stored: int  # cells at the end that keep everything
+    parameters: int  # buffers included
+    gradients: int
+    optimizer: int
+    buckets: int  # what DDP or FSDP2 holds to communicate
+    kept: int  # activations between forward and backward
+    peak: int  # most bytes alive at once, all of the above included
+    flops: int  # of one step, forward and backward
+    extra: float  # work of the step against `store`, 1.33 = a third more
+
+    @property
+    def name(self) -> str:
+        return self.mode if not self.stored else f"{self.mode}, last {self.stored} cells stored"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What each memory mode would take, and the choice under a budget."""
+
+    input_shape: tuple[int, ...]
+    dtype: str
+    ranks: int
+    sharding: str
+    modes: tuple[Prediction, ...]
+    budget: int | None = None
+    chosen: Prediction | None = None  # under the budget
+
+    def apply(self, model: nn.Module) -> None:
+        """Set the chosen memory mode on a model."""
+        if self.chosen is None:
+            raise PlanError("this plan was made without a budget and has chosen nothing; pass budget=")
+        columns = find_columns(model)
+        columns.memory, columns.stored = self.chosen.mode, self.chosen.stored
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for JSON."""
+        return asdict(self)
+
+    @property
+    def sentence(self) -> str:
+        """What was chosen under the budget, and what it costs."""
+        chosen = self.chosen
+        if chosen is None or self.budget is None:
+            return ""
+        extra = f"{chosen.extra - 1:.0%} more work than keeping everything" if chosen.extra > 1 else "no extra work"
+        return f"Chosen for {size(self.budget)}: {chosen.name}, peak {size(chosen.peak)}, {extra}."
+
+
+def plan_module(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    optimizer: str = "adamw",
+    ranks: int = 1,
+    sharding: str = "ddp",
+    budget: int | None = None,
+    modes: Sequence[str] = tuple(Memory),
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """The plan of a module; `revnets.plan` explains the arguments.
+
+    Args:
+        inputs: positional arguments of its forward. Of tensors, only shapes and dtypes matter.
+    """
+    _check(optimizer, ranks, sharding)
+    with _Predictor(model, inputs, dtype, optimizer, ranks, sharding, progress or (lambda _: None)) as predictor:
+        base = predictor.predict("store", 0)
+        rows = tuple(base if mode == "store" else predictor.predict(str(mode), 0, base) for mode in modes)
+        chosen = None if budget is None else _choose(predictor, base, budget)
+    return Plan(predictor.shape, str(dtype).removeprefix("torch."), ranks, sharding, rows, budget, chosen)
+
+
+class _Predictor:
+    """Simulates steps of one model; its memory modes are put back at the end."""
+
+    def __init__(self, model, inputs, dtype, optimizer, ranks, sharding, progress):
+        self.model, self.inputs, self.dtype, self.progress = model, inputs, dtype, progress
+        self.optimizer, self.ranks, self.sharded = optimizer, ranks, ranks > 1 and sharding == "fsdp"
+        self.columns: ReversibleColumns = find_columns(model)
+        self.cells = len(self.columns.graph.nodes)
+        self.shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
+
+    def __enter__(self) -> _Predictor:
+        self._found = self.columns.memory, self.columns.stored, self.columns.budget
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.columns.memory, self.columns.stored, self.columns.budget = self._found
+
+    def predict(self, mode: str, stored: int, base: Prediction | None = None) -> Prediction:
+        self.progress(mode if not stored else f"{mode}, {stored} of {self.cells} cells stored")
+        self.columns.memory, self.columns.stored = mode, stored
+        try:
+            found = simulate(self.model, self.inputs, self.dtype, keep_gradients=not self.sharded)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise PlanError(f"an input of {self.shape} does not go through the net ({reason})") from error
+        flops = base.flops if base else found.flops
+        return self._of_one_rank(found, mode, stored, found.flops / max(flops, 1))
+
+    def _of_one_rank(self, found: Footprint, mode: str, stored: int, extra: float) -> Prediction:
+        """Add to a single process's footprint what the optimizer and the other ranks bring."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        gradients = sum(parameter.nbytes for parameter in trained)
+        optimizer = OPTIMIZERS[self.optimizer] * gradients
+        activations = found.peak - found.parameters  # gradients among them, unless sharded
+        if self.sharded:
+            # Each rank holds a share of everything; of two cells at a time (the one that runs and the next, fetched
+            # ahead) the whole weights, and of one the whole gradients, which `found` has counted.
+            parameters, gradients, optimizer = (
+                -(-count // self.ranks) for count in (found.parameters, gradients, optimizer)
+            )
+            cells = sorted(sum(p.nbytes for p in cell.parameters()) for cell in self.columns.flat())
+            buckets = sum(cells[-2:])
+            peak = parameters + gradients + optimizer + buckets + activations
+        else:
+            parameters = found.parameters
+            buckets = gradients if self.ranks > 1 else 0
+            peak = parameters + optimizer + buckets + activations
+        return Prediction(mode, stored, parameters, gradients, optimizer, buckets, found.kept, peak, found.flops, extra)
+
+
+def _choose(predictor: _Predictor, base: Prediction, budget: int) -> Prediction:
+    """The most cells that can be stored under the budget, by bisection: memory only grows with them."""
+    if base.peak <= budget:
+        return base
+    least, batch = predictor.predict("exact", 0, base), next(iter(predictor.shape), 1)
+    if not _fits(least, budget):
+        static = least.parameters + least.gradients + least.optimizer + least.buckets
+        sample = max(least.peak - static, 0) // max(batch, 1)
+        turn = (
+            f"the weights, gradients and optimizer alone take {size(static)}; shard them over more ranks, or take "
+            "an optimizer with less state"
+            if static > budget
+            else f"each of the {batch} samples takes about {size(sample)}; lower the batch, use bfloat16, or shard"
+        )
+        smallest = size(int(1.01 * least.peak))
+        raise PlanError(f"nothing fits {size(budget)}: the smallest peak is {smallest}. Of it, {turn}")
+    best, low, high = least, 0, predictor.cells
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = predictor.predict("exact", middle, base)
+        if _fits(tried, budget):
+            best, low = tried, middle
+        else:
+            high = middle
+    return best
+
+
+def _fits(prediction: Prediction, budget: int) -> bool:
+    """Lost bits are predicted from what is usual, so a hundredth of the peak is left free for the unusual."""
+    return 1.01 * prediction.peak <= budget
+
+
+def _check(optimizer: str, ranks: int, sharding: str) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise PlanError(f"optimizer {optimizer!r} is unknown; choose {', '.join(OPTIMIZERS)}")
+    if sharding not in SHARDINGS:
+        raise PlanError(f"sharding {sharding!r} is unknown; choose {', '.join(SHARDINGS)}")
+    if ranks < 1:
+        raise PlanError(f"ranks {ranks}: at least one process trains")

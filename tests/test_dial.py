@@ -1,0 +1,198 @@
+"""A net under a budget plans itself at its first training forward, and the step then takes what it may."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import revnets
+from revnets.budget import OPTIMIZERS, BudgetSpec
+from revnets.footprint import total
+from revnets.plan import PlanError, plan
+from revnets.report import size
+from revnets.tracker import MemoryTracker
+
+NET = {
+    "columns": 4,
+    "stem": {"type": "linear", "in_dim": 13},
+    "fusion": "linear",
+    "levels": [{"dim": 16, "depth": 2, "block": "mlp"}] * 2,
+    "head": {"type": "classifier", "num_classes": 5},
+}
+SHAPE = (401, 13)  # activations outweigh weights
+
+
+def between(share: float, shape: tuple[int, ...] = SHAPE, **request) -> int:
+    """A budget between the least and the most that the net can take."""
+    rows = {row.mode: row for row in plan(NET, shape, optimizer="none", **request).modes}
+    least, most = 1.011 * rows["exact"].peak, rows["store"].peak
+    return int(least + share * (most - least))
+
+
+def net(**memory) -> revnets.Net:
+    torch.manual_seed(0)
+    return revnets.build({**NET, "memory": {"optimizer": "none", **memory}})
+
+
+def peak_of_step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> int:
+    with MemoryTracker() as tracker:
+        tracker.register(model)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = total(model(x))
+        loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return tracker.peak
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
+def test_the_first_training_forward_plans_and_the_step_fits(share: float) -> None:
+    budget = between(share)
+    model = net(budget=budget)
+    x = torch.randn(SHAPE)
+    model(x)
+    expected = plan(NET, SHAPE, optimizer="none", budget=budget, modes=()).chosen
+    assert expected is not None
+    assert (set(model.columns.memory), model.columns.stored) == ({"exact"}, expected.stored)
+    assert model.memory_plan.chosen == expected
+    assert 0.7 * budget < peak_of_step(model, x) <= budget
+
+
+def test_more_than_enough_stores_everything() -> None:
+    model = net(budget="1GiB")
+    model(torch.randn(SHAPE))
+    assert set(model.columns.memory) == {"store"}
+
+
+def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = net(budget=between(0.4))
+    with caplog.at_level(logging.INFO, logger="revnets"):
+        for _ in range(3):
+            model(torch.randn(SHAPE))
+    (record,) = caplog.records
+    assert record.getMessage() == f"input 401 x 13, float32: {model.memory_plan.sentence}"
+    assert "more work than keeping everything" in record.getMessage()
+
+
+def test_gradients_are_those_of_a_net_without_a_budget() -> None:
+    x, found = torch.randn(SHAPE), []
+    for memory in ("store", {"budget": between(0.4), "optimizer": "none"}):
+        torch.manual_seed(0)
+        model = revnets.build({**NET, "levels": [{**NET["levels"][0], "dropout": 0.2}] * 2, "memory": memory})
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    assert model.columns.stored > 0
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_neither_eval_nor_inference_plans() -> None:
+    model = net(budget="1KiB")
+    with torch.no_grad():
+        model(torch.randn(SHAPE))
+    model.eval()(torch.randn(SHAPE))
+    assert model.columns.budget is not None
+    with pytest.raises(PlanError):
+        model.train()(torch.randn(SHAPE))
+
+
+def test_nothing_fits() -> None:
+    model = net(budget="90KiB", optimizer="adamw")
+    smallest = 1.01 * plan(NET, SHAPE, modes=("exact",)).modes[0].peak
+    for _ in range(2):  # it does not run without a plan the second time either
+        with pytest.raises(PlanError, match=r"nothing fits 90.0 KiB: .* take an optimizer with less") as caught:
+            model(torch.randn(SHAPE))
+        assert f"the smallest peak is {size(int(smallest))}." in str(caught.value)
+    with pytest.raises(PlanError, match=r"each of the 401 samples takes about .* lower the batch"):
+        net(budget="800KiB")(torch.randn(SHAPE))
+
+
+def test_a_mode_that_is_set_takes_the_choice_back() -> None:
+    model = net(budget="1KiB")
+    model.columns.memory = "exact"
+    model(torch.randn(SHAPE))
+    assert not hasattr(model, "memory_plan")
+
+
+def test_audit_and_plan_leave_the_budget_waiting() -> None:
+    model = net(budget="1GiB")
+    found = revnets.audit(model, torch.randn(7, 13))
+    assert [mode.equal for mode in found.modes if mode.mode == "exact"] == [True]
+    assert found.modes[-1].kept_bytes < found.modes[0].kept_bytes
+    plan(model, SHAPE)
+    assert model.columns.budget is not None
+    assert set(model.columns.memory) == {"exact"}
+
+
+def test_copies_plan_for_themselves() -> None:
+    model = net(budget="1GiB")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other(torch.randn(SHAPE))
+        assert set(other.columns.memory) == {"store"}
+    assert model.columns.budget is not None
+
+
+def test_autocast_is_seen() -> None:
+    budget = between(0.3, dtype=torch.bfloat16)
+    model, x = net(budget=budget), torch.randn(SHAPE)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    expected = plan(NET, SHAPE, dtype=torch.bfloat16, optimizer="none", budget=budget, modes=()).chosen
+    assert model.memory_plan.dtype == "bfloat16"
+    assert model.memory_plan.chosen == expected
+    assert peak_of_step(model, x, torch.bfloat16) <= budget
+
+
+def test_larger_inputs_are_warned_of() -> None:
+    model = net(budget=between(0.4))
+    model(torch.randn(SHAPE))
+    model(torch.randn(300, 13))
+    with pytest.warns(UserWarning, match=r"made for an input of \(401, 13\); larger ones, such as \(500, 13\)"):
+        model(torch.randn(500, 13))
+    revnets.keep_budget(model, "1GiB")
+    model(torch.randn(500, 13))
+    assert model.memory_plan.input_shape == (500, 13)
+
+
+class Host(nn.Module):
+    """Somebody else's model around columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body = nn.Linear(13, 16), revnets.ReversibleSequence([nn.Linear(16, 16) for _ in range(12)])
+
+    def forward(self, x: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+        return self.body(scale * self.embed(x))[-1]
+
+
+def test_any_model_with_columns() -> None:
+    model = Host()
+    revnets.keep_budget(model, "1GiB")
+    revnets.keep_budget(model, "2GiB")
+    assert len(model._forward_pre_hooks) == 1
+    model(x=torch.randn(7, 13), scale=2.0)
+    assert model.memory_plan.input_shape == (7, 13)
+    assert model.memory_plan.budget == 2 * 2**30
+    with pytest.raises(ValueError, match="is no amount of memory; write a number of bytes"):
+        revnets.keep_budget(model, "plenty")
+
+
+def test_a_twin_has_the_shapes_and_what_is_frozen() -> None:
+    model = net(budget="1GiB")
+    model.stem.requires_grad_(False)
+    twin = model.twin()
+    expected = {name: (p.shape, p.requires_grad) for name, p in model.named_parameters()}
+    assert {name: (p.shape, p.requires_grad) for name, p in twin.named_parameters()} == expected
+    assert all(parameter.is_meta for parameter in twin.parameters())
+
+
+def test_the_spec_round_trip() -> None:
+    spec = revnets.load_spec({**NET, "memory": {"budget": "24GiB", "ranks": 4, "sharding": "fsdp"}})
+    assert spec.memory == BudgetSpec(budget="24GiB", ranks=4, sharding="fsdp")
+    assert revnets.load_spec(spec, ["memory.ranks=2"]).memory == BudgetSpec(budget="24GiB", ranks=2, sharding="fsdp")
+    assert revnets.load_spec(spec, ["memory=store"]).memory == "store"
+    assert all(net(budget=1, optimizer=name) for name in OPTIMIZERS)
