@@ -1,0 +1,83 @@
+"""The average of checkpoints: one model, usually better than each of them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revnets.files import replacing
+
+from .corpus import DataError
+
+
+def select(folder: Path, last: int, updates: bool = False) -> list[Path]:
+    """The newest checkpoints of a run: of its last epochs (checkpoint7.pt), or updates (checkpoint_2_4000.pt).
+
+    Raises:
+        DataError: there are fewer.
+    """
+    pattern = re.compile(r"checkpoint_\d+_(\d+)\.pt" if updates else r"checkpoint(\d+)\.pt")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder. Give the --save-dir of a run")
+    found = {int(match[1]): path for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
+    if len(found) < last:
+        kind, keep = ("update", "--save-interval-updates") if updates else ("epoch", "--keep-last-epochs")
+        raise DataError(
+            f"{folder}: {len(found)} checkpoints of {kind}s, {last} are wanted. Ask for fewer (--last), or train with "
+            f"other {keep}"
+        )
+    return [found[number] for number in sorted(found)[-last:]]
+
+
+def average(paths: Iterable[Path], output: Path) -> None:
+    """Write a checkpoint of the mean weights. All else in it comes from the last of the checkpoints.
+
+    Sums are in float64, and the mean has each tensor's own type. Integers, such as counters, are not averaged, and the
+    optimizer's state is dropped: it belongs to no average.
+
+    Raises:
+        DataError: a file is no checkpoint, or has other weights than the rest.
+    """
+    total: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
+    count = 0
+    for count, path in enumerate(paths, 1):  # noqa: B007, it is the number of them afterwards
+        state = _load(path)
+        model = state["model"]
+        if total and (other := _shapes(model) ^ _shapes(total)):
+            name, shape = min(other)
+            raise DataError(f"{path}: {name} {shape} is not in all of them. Average checkpoints of one run")
+        for name, tensor in model.items():
+            double = tensor.double()
+            total[name] = total[name] + double if name in total else double
+    for name, tensor in state["model"].items():
+        if tensor.is_floating_point():
+            state["model"][name] = (total[name] / count).to(tensor.dtype)
+    state["last_optimizer_state"] = None
+    with replacing(output) as file:
+        torch.save(state, file)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file. Check the path") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{path}: not a readable checkpoint ({first}). Give one of fairseq-train") from None
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise DataError(f"{path}: has no `model` in it. Give a checkpoint of fairseq-train")
+    return state

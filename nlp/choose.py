@@ -1,0 +1,70 @@
+"""Which pairs of the training text are for training, validation and test, and which are dropped."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterable
+
+import numpy as np
+
+from .corpus import DataError, Pair
+from .recipes import Every, Recipe
+from .stages import Facts
+
+SPLITS = ("train", "valid", "test")
+DROPPED, TRAIN, VALID = -1, 0, 1
+"""What becomes of a pair; the others index SPLITS."""
+
+
+def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
+    """Choose for every pair.
+
+    Pairs with an empty side are dropped. With `deduplicate`, so are repetitions, and pairs that share a sentence with
+    one that is drawn for validation or test: what was seen in training would measure memory.
+
+    Returns:
+        One int8 a pair, DROPPED or an index of SPLITS, and how many were dropped for which reason.
+
+    Raises:
+        DataError: too few pairs.
+    """
+    choice, source, target, both = array("b"), array("q"), array("q"), array("q")
+    wanted = {name: count for name in SPLITS if isinstance(count := getattr(recipe, name), int)}
+    for pair in pairs:
+        choice.append(TRAIN if pair[0].strip() and pair[1].strip() else DROPPED)
+        if recipe.deduplicate:
+            source.append(hash(pair[0]))
+            target.append(hash(pair[1]))
+            both.append(hash(pair))
+    chosen = np.array(choice, dtype=np.int8)
+    facts: Facts = {"pairs read": len(chosen), "empty": int((chosen == DROPPED).sum())}
+    if recipe.deduplicate:
+        repeated = chosen == TRAIN
+        repeated[np.unique(np.array(both), return_index=True)[1]] = False
+        facts["repeated"] = _drop(chosen, repeated)
+    if isinstance(recipe.valid, Every):
+        numbers = np.arange(1, len(chosen) + 1)  # counted as awk does, over everything that was read
+        chosen[(numbers % recipe.valid.every == 0) & (chosen == TRAIN)] = VALID
+    free = np.flatnonzero(chosen == TRAIN).tolist()
+    if sum(wanted.values()) >= len(free):
+        asked = " and ".join(f"{count} pairs for {name}" for name, count in wanted.items()) or "pairs for train"
+        raise DataError(
+            f"{asked} are asked for, but there are only {len(free)} in all. Give more text, or ask for less"
+        )
+    drawn = iter(random.Random(recipe.seed).sample(free, sum(wanted.values())))
+    for name, count in wanted.items():
+        for _, number in zip(range(count), drawn, strict=False):
+            chosen[number] = SPLITS.index(name)
+    if recipe.deduplicate:
+        held = chosen > TRAIN
+        like = [np.isin(side, np.array(side)[held]) for side in (source, target)]
+        facts["like one held out"] = _drop(chosen, (like[0] | like[1]) & (chosen == TRAIN))
+    if not (chosen == TRAIN).any():
+        raise DataError(f"nothing is left for train out of {len(chosen)} pairs. Give more text")
+    return chosen, facts
+
+
+def _drop(chosen: np.ndarray, which: np.ndarray) -> int:
+    chosen[which] = DROPPED
+    return int(which.sum())

@@ -1,0 +1,190 @@
+"""The commands around fairseq: prepare data, average checkpoints, score translations. Heavy imports wait for a call."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def prepare_mt(
+    corpus: Annotated[
+        list[str],
+        typer.Argument(
+            help="A recipe that comes along (wmt16_en_de, wmt14_en_fr) or one of your own (.yaml); or a table of "
+            "tab-separated text; or two files of which line i translates line i. Text may be gzipped (.gz).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
+    languages: Annotated[
+        str | None, typer.Option("--languages", "-l", help="Source and target, e.g. en-de.", show_default=False)
+    ] = None,
+    valid: Annotated[str | None, typer.Option(help="How many pairs to draw for validation, or a text. (2000)")] = None,
+    test: Annotated[str | None, typer.Option(help="How many pairs to draw for the test, or a text. (2000)")] = None,
+    fields: Annotated[
+        str | None, typer.Option(help="Which fields of a table are source and target, e.g. 2,3. (the last two)")
+    ] = None,
+    merges: Annotated[int | None, typer.Option(help="Operations of byte-pair encoding, joint. (10000)")] = None,
+    min_length: Annotated[int | None, typer.Option("--min", help="Fewest sub-words of a sentence. (1)")] = None,
+    max_length: Annotated[int | None, typer.Option("--max", help="Most sub-words of a sentence. (250)")] = None,
+    ratio: Annotated[float | None, typer.Option(help="How often the longer side may have the shorter's. (1.5)")] = None,
+    words: Annotated[int | None, typer.Option(help="Largest number of types in the dictionary. (all)")] = None,
+    deduplicate: Annotated[
+        bool | None,
+        typer.Option(help="Drop repeated pairs, and training pairs that share a sentence with valid or test. (yes)"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = len(os.sched_getaffinity(0)),
+    downloads: Annotated[Path, typer.Option(help="Where archives of a recipe are kept.")] = Path("downloads"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder made in another way.")] = False,
+) -> None:
+    """Make a fairseq data set from raw parallel text.
+
+    Reads and checks everything, draws validation and test, tokenises as Moses
+    does, learns joint sub-words, cleans by length and ratio, and binarises
+    with a joined dictionary. A run that was killed goes on where it stopped.
+
+        revnets prepare-mt train.en train.de -l en-de -o data-bin/mine
+        revnets prepare-mt table.tsv.gz -l en-de --test 500 -o data-bin/mine
+        revnets prepare-mt wmt16_en_de -o data-bin/wmt16_en_de_bpe32k
+
+    A text for --valid or --test is a table, or two files as in dev.{lang},
+    where {lang} stands for each language. Numbers in brackets are what holds
+    for text of your own when nothing is given; a recipe has its own.
+    """
+    given = {
+        "languages": languages,
+        "valid": _count(valid),
+        "test": _count(test),
+        "fields": _numbers(fields),
+        "merges": merges,
+        "words": words,
+        "deduplicate": deduplicate,
+        "clean": {"min": min_length, "max": max_length, "ratio": ratio},
+    }
+    with _one_line_errors():
+        from .prepare import prepare
+        from .recipes import read_recipe
+
+        recipe, base = read_recipe(corpus, given)
+        facts = prepare(recipe, output, base, downloads, workers, overwrite)
+        _show(output, facts)
+
+
+def average_checkpoints(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Checkpoints, or the --save-dir of a run.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint to write.", show_default=False)],
+    last: Annotated[int, typer.Option(min=1, help="Of a run: how many of the newest.")] = 10,
+    updates: Annotated[
+        bool, typer.Option("--updates", help="Of a run: those saved by updates (checkpoint_1_5000.pt), not epochs.")
+    ] = False,
+) -> None:
+    """Average the weights of several checkpoints of one run into a new one.
+
+    The recipe of Vaswani et al. (2017) averages the last 10 or 20; it is
+    worth some tenths of BLEU. fairseq-generate reads the result as any other
+    checkpoint.
+    """
+    with _one_line_errors():
+        from rich.progress import track
+
+        from .average import average, select
+
+        paths = checkpoints
+        if len(paths) == 1 and not paths[0].is_file():
+            paths = select(paths[0], last, updates)
+        average(track(paths, "average"), output)
+    typer.echo(f"{output}: the average of {', '.join(path.name for path in paths)}")
+
+
+def score_mt(
+    generated: Annotated[
+        Path, typer.Argument(help="What fairseq-generate wrote to its standard output.", show_default=False)
+    ],
+    language: Annotated[str, typer.Option("--language", "-l", help="Of the translation, e.g. de.", show_default=False)],
+    reference: Annotated[
+        Path | None, typer.Option(help="Untokenised reference, such as test.raw.de of prepare-mt.", show_default=False)
+    ] = None,
+    test_set: Annotated[
+        str | None,
+        typer.Option(
+            help="Test set of sacrebleu as reference, e.g. wmt14/full:en-de (downloaded).", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+) -> None:
+    """BLEU of a translation: tokenised, with compounds split, and sacreBLEU.
+
+    Papers report different ones. Tokenised BLEU with compounds split is what
+    English-German papers after Vaswani et al. (2017) compare; sacreBLEU on
+    untokenised text is comparable between all systems.
+    """
+    with _one_line_errors():
+        from .corpus import known_language
+        from .score import named_reference, read_output, read_reference, scores
+
+        known_language(language)
+        output = read_output(generated)
+        lines = read_reference(reference) if reference else named_reference(test_set) if test_set else None
+        found = scores(output, language, lines)
+    if as_json:
+        typer.echo(json.dumps({score.kind: score.value for score in found}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{generated}, {len(output.hypotheses)} sentences", title_justify="left")
+    table.add_column("BLEU")
+    table.add_column("%", justify="right")
+    table.add_column("n-grams, lengths and signature", overflow="fold")
+    for score in found:
+        table.add_row(score.kind, f"[bold]{score.value:.2f}[/bold]", score.detail)
+    Console().print(table)
+
+
+def _show(output: Path, facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(output), title_justify="left", show_header=False)
+    for name, count in facts.items():
+        if count:
+            table.add_row(name, f"{count:,}")
+    Console().print(table)
+
+
+def _count(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r}: give two numbers, counted from 1, such as 2,3", param_hint="--fields")
+    return [int(part) for part in parts]
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What a user can mend is told in one line. Mistakes in a recipe are told by `revnets` itself."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        from .corpus import DataError
+
+        if not isinstance(error, (OSError, DataError)):
+            raise
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}. Check the path, its permissions and the free space"
+        typer.secho(f"error: {text}", fg="red", err=True)
+        raise typer.Exit(1) from error

@@ -1,0 +1,160 @@
+"""How a data set for translation is made: what to download, which files are what, how text becomes sub-words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from revnets.config import Strict, load
+from revnets.errors import SpecError, nearest, problem
+
+from .corpus import Corpus, DataError, Pair, find, languages, named
+from .download import Download
+
+RECIPES = Path(__file__).parent / "configs" / "data"
+"""Recipes that come along: `revnets prepare-mt wmt16_en_de` means `configs/data/wmt16_en_de.yaml`."""
+
+Text = str | tuple[Path, ...]
+"""A text: the name of a table, or of two files, where {lang} stands for each language; or the two paths."""
+
+
+class Every(Strict):
+    """One line of the training text in so many."""
+
+    every: int = Field(gt=1)
+
+
+class Clean(Strict):
+    """What Moses' clean-corpus-n keeps: lengths in sub-words, and how often the longer side has the shorter one's."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=250, ge=1)
+    ratio: float = Field(default=1.5, ge=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Clean:
+        if self.min > self.max:
+            raise problem(f"min {self.min} is more than max {self.max}", "Swap them", "min")
+        return self
+
+
+class Recipe(Strict):
+    """Everything that decides what a prepared data set contains.
+
+    Attributes:
+        languages: source and target, as in en-de.
+        downloads: archives whose unpacked files the texts may name.
+        train: texts, read one after the other.
+        valid, test: a text; so many pairs of the training text, drawn at random; or every n-th pair of it.
+        fields: which fields of a table hold source and target.
+        tokenize: split words from punctuation as Moses does. Without it, text is taken as tokens between spaces.
+        normalize: unify quotes, dashes and spaces first, in the texts named. Where not, only the typographic
+            apostrophe becomes a plain one.
+        aggressive_dashes: split words at hyphens as well, marked @-@.
+        merges: operations of byte-pair encoding, learnt jointly. None: the text is in sub-words already.
+        clean: which pairs of the training text are kept; None keeps all.
+        deduplicate: keep the first of equal pairs, and none that shares a side with a pair drawn for `valid` or `test`.
+        words: at most so many types in the dictionary. All of them unless given.
+        seed: of the draw.
+    """
+
+    languages: str
+    downloads: tuple[Download, ...] = ()
+    train: tuple[Text, ...] = Field(min_length=1)
+    valid: Text | int | Every
+    test: Text | int | Every
+    fields: tuple[int, int] | None = None
+    tokenize: bool = True
+    normalize: Literal["all", "train"] = "all"
+    aggressive_dashes: bool = False
+    merges: int | None = Field(default=10000, ge=1)
+    clean: Clean | None = Clean()
+    deduplicate: bool = False
+    words: int | None = Field(default=None, ge=1)
+    seed: int = 1
+
+    @field_validator("languages")
+    @classmethod
+    def _known(cls, text: str) -> str:
+        try:
+            languages(text)
+        except DataError as error:
+            raise problem(*str(error).split(". ", 1)) if ". " in str(error) else problem(str(error), "") from None
+        return text
+
+    @field_validator("valid", "test")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise problem(f"{value} pairs are too few", "Draw at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _one_every(self) -> Recipe:
+        if isinstance(self.test, Every):
+            raise problem("only `valid` can be every n-th pair", "Give a text, or a number of pairs", "test")
+        return self
+
+    @property
+    def codes(self) -> Pair:
+        return languages(self.languages)
+
+    def corpora(self, split: str, folders: Sequence[Path]) -> list[Corpus]:
+        """The texts of train, valid or test, as files; none where the split is taken from the training text.
+
+        Raises:
+            DataError: a file is missing.
+        """
+        texts = self.train if split == "train" else (getattr(self, split),)
+        return [
+            Corpus(find(text, folders, self.codes) if isinstance(text, str) else text, self.fields)
+            for text in texts
+            if isinstance(text, (str, tuple))
+        ]
+
+
+OWN = {"valid": 2000, "test": 2000, "deduplicate": True}
+"""For text of one's own, where nothing else is said."""
+
+
+def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Recipe, Path]:
+    """The recipe that the command line means, and the folder that names of files in it are relative to.
+
+    Args:
+        corpus: name or path of a recipe; or a table; or two files.
+        options: values for keys of the recipe; None where nothing was given.
+
+    Raises:
+        DataError: text without its languages.
+        SpecError: there is no such recipe, or something in it is wrong.
+    """
+    given = {key: value for key, value in options.items() if value not in (None, {})}
+    for key in ("valid", "test"):
+        if isinstance(given.get(key), str):
+            codes = languages(given["languages"]) if "languages" in given else ("", "")
+            given[key] = [str(path.resolve()) for path in named(given[key], codes)]
+    recipe = RECIPES / f"{corpus[0]}.yaml"
+    if len(corpus) == 1 and (recipe.is_file() or corpus[0].endswith((".yaml", ".yml"))):
+        path = recipe if recipe.is_file() else Path(corpus[0])
+        return load(Recipe, path, _overrides(given)), path.resolve().parent
+    if len(corpus) == 1 and not Path(corpus[0]).suffix and not Path(corpus[0]).exists():
+        known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+        raise SpecError(corpus[0], "", "neither a file nor a recipe", nearest(corpus[0], known, "Recipes are"))
+    if "languages" not in given:
+        raise DataError(f"{' '.join(corpus)}: which languages? Give source and target, such as --languages en-de")
+    texts = [[str(Path(name).resolve()) for name in corpus]]
+    return load(Recipe, {}, _overrides({**OWN, **given, "train": texts})), Path.cwd()
+
+
+def _overrides(values: Mapping[str, Any]) -> list[str]:
+    """`key=value` for the configuration, so that mistakes are said to be on the command line."""
+    found = []
+    for key, value in values.items():
+        inner = value if isinstance(value, dict) else {}
+        found += [f"{key}.{name}={json.dumps(part)}" for name, part in inner.items() if part is not None]
+        found += [] if isinstance(value, dict) else [f"{key}={json.dumps(value)}"]
+    return found

@@ -1,0 +1,42 @@
+"""Steps of a long job, each a folder that appears when it is complete: what a killed run has done is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from revnets.files import replacing_folder
+
+NOTE = "prepared.json"
+"""In every folder: what it was made from and what was found on the way."""
+
+Facts = dict[str, Any]
+
+
+class Stages:
+    """Runs steps whose result depends on `inputs` and on nothing else."""
+
+    def __init__(self, inputs: Any):
+        self.inputs = inputs
+        self.key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+    def facts(self, folder: Path) -> Facts | None:
+        """What was found when the folder was made from the same inputs; None if it was not."""
+        try:
+            note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+            return note["facts"] if note["key"] == self.key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def run(self, folder: Path, make: Callable[[Path], Facts]) -> Facts:
+        """Have `make` fill the folder and say what it found, unless that was done before."""
+        facts = self.facts(folder)
+        if facts is None:
+            with replacing_folder(folder) as partial:
+                facts = make(partial)
+                note = {"key": self.key, "facts": facts, "inputs": self.inputs}
+                (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        return facts

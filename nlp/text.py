@@ -1,0 +1,118 @@
+"""Sentences to tokens, tokens to sub-words, many at a time and in several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import redirect_stderr
+from functools import lru_cache
+from io import StringIO
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import regex
+from sacremoses import MosesDetokenizer, MosesPunctNormalizer, MosesTokenizer
+from subword_nmt.apply_bpe import BPE
+from subword_nmt.learn_bpe import learn_bpe
+
+T = TypeVar("T")
+R = TypeVar("R")
+MARK = "@@"
+"""Ends every sub-word that does not end its word; what fairseq's `--remove-bpe` looks for."""
+
+_CONTROL = regex.compile(r"\p{C}")
+
+
+@lru_cache(maxsize=8)
+def _moses(language: str) -> tuple[MosesPunctNormalizer, MosesTokenizer]:
+    return MosesPunctNormalizer(language, perl_parity=True), MosesTokenizer(language)
+
+
+@lru_cache(maxsize=2)
+def _bpe(codes: Path, modified: int) -> BPE:
+    with open(codes, encoding="utf-8") as file:
+        return BPE(file)
+
+
+def tokenize(lines: Sequence[str], language: str, normalize: bool = True, aggressive_dashes: bool = False) -> list[str]:
+    """Tokens between single spaces, as Moses' tokenizer.perl writes them; &, |, <, >, quotes and brackets are escaped.
+
+    Args:
+        normalize: run Moses' normalize-punctuation first, and turn what cannot be printed into spaces.
+    """
+    normalizer, tokenizer = _moses(language)
+    if normalize:
+        lines = [_CONTROL.sub(" ", normalizer.normalize(line)) for line in lines]
+    else:
+        lines = [line.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'") for line in lines]
+    return [str(tokenizer.tokenize(line, aggressive_dashes, return_str=True)) for line in lines]
+
+
+def detokenize(lines: Iterable[str], language: str) -> list[str]:
+    """Sentences as people write them, from tokens between spaces."""
+    detokenizer = MosesDetokenizer(language)
+    return [str(detokenizer.detokenize(line.split())) for line in lines]
+
+
+def learn(lines: Iterable[str], merges: int, codes: Path, merged: Callable[[], object] = lambda: None) -> int:
+    """Learn byte-pair encoding (Sennrich et al., 2016) and write its operations, one a line.
+
+    Args:
+        merged: called after every operation.
+
+    Returns:
+        How many operations were learnt: fewer than `merges` when no pair of symbols is left that occurs twice.
+    """
+    words = Counter[str]()
+    for line in lines:
+        words.update(line.split())
+    learnt = -1  # the first line names the version
+    with open(codes, "w", encoding="utf-8") as file, redirect_stderr(StringIO()):  # which has a bar of another style
+
+        class Lines:
+            def write(self, text: str) -> None:
+                nonlocal learnt
+                file.write(text)
+                learnt += 1
+                merged()
+
+        learn_bpe([f"{word} {count}\n" for word, count in words.items()], Lines(), merges, is_dict=True)
+    return learnt
+
+
+def split(lines: Sequence[str], codes: Path) -> list[str]:
+    """Sub-words between spaces."""
+    bpe = _bpe(codes, codes.stat().st_mtime_ns)
+    return [bpe.process_line(line) for line in lines]
+
+
+def join(line: str) -> str:
+    """Words between spaces, from sub-words."""
+    return (line + " ").replace(MARK + " ", "").rstrip()
+
+
+def blocks(items: Iterable[T], size: int = 4096) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while block := list(islice(iterator, size)):
+        yield block
+
+
+def ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Like `map`, in several processes, with at most a few items under way, so that endless input is welcome."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    pending: deque[Future[R]] = deque()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 4 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
