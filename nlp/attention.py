@@ -22,6 +22,9 @@ class Attention(nn.Module):
     narrower, which is Xavier's bound of the three as one matrix.
     """
 
+    scale: float | None = None  # of the logits; None stands for 1 / sqrt(D)
+    retain_dropout = False  # in evaluation as well, for fairseq-generate --retain-dropout
+
     def __init__(self, dim: int, heads: int, dropout: float = 0.0):
         super().__init__()
         if dim % heads:
@@ -29,7 +32,6 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.retain_dropout = False
         for linear in (self.qkv, self.proj):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -47,17 +49,10 @@ class Attention(nn.Module):
         )
         return self.proj(y.transpose(1, 2).flatten(2))
 
-    scale: float | None = None
-    """Factor of the logits; None stands for 1 / sqrt(D)."""
-
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, T, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
-
-    def make_generation_fast_(self, name: str, retain_dropout: bool = False, **_: object) -> None:
-        """fairseq calls this before it generates."""
-        self.retain_dropout = retain_dropout
 
 
 class CosineAttention(Attention):

@@ -18,13 +18,10 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 class Dropout(nn.Dropout):
     """Dropout that `fairseq-generate --retain-dropout` can keep alive."""
 
-    retain = False
+    retain_dropout = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p, self.training or self.retain)
-
-    def make_generation_fast_(self, name: str, retain_dropout: bool = False, **_: object) -> None:
-        self.retain = retain_dropout
+        return F.dropout(x, self.p, self.training or self.retain_dropout)
 
 
 @register_block("transformer")

@@ -9,16 +9,16 @@ import torch
 from fairseq.models.transformer import TransformerEncoderBase
 from torch import Tensor, nn
 
-from revnets import build_columns
-
-from .options import net_spec
+from .attention import Attention
+from .blocks import Dropout
+from .spec import encoder_columns, float32, net_spec
 
 
 class RevColEncoder(TransformerEncoderBase):
     """Embedding of words and positions as stem, columns of transformer blocks, the last column's top as output.
 
-    Everything outside of the columns is fairseq's own. Inside of them states are (B, T, C) and stay in float32 even
-    if the weights are in half precision (--fp16, --bf16), because the inverse of rounded states is a poor one.
+    Everything outside of the columns is fairseq's own. Inside of them states are (B, T, C) and in float32, even if the
+    weights are in half precision (--fp16, --bf16).
 
     Args:
         cfg: fairseq's `TransformerConfig` with the options of `nlp.options`.
@@ -30,11 +30,16 @@ class RevColEncoder(TransformerEncoderBase):
         without.encoder.layers = 0  # the parent would build them
         super().__init__(without, dictionary, embed_tokens)
         options = vars(cfg) | {f"encoder_{key}": value for key, value in vars(cfg.encoder).items()}
-        spec = net_spec(options)
-        self.columns = build_columns(spec)
-        for cell in self.columns.flat():
-            cell.function.register_forward_pre_hook(_to_dtype_of_weights)
-            cell.function.register_forward_hook(_to_float32)
+        self.columns = encoder_columns(net_spec(options), embed_tokens.embedding_dim)
+
+    def make_generation_fast_(
+        self, name: str, retain_dropout: bool = False, retain_dropout_modules: list[str] | None = None, **_: Any
+    ) -> None:
+        """fairseq calls this before it generates; `--retain-dropout` keeps dropout alive in the blocks as well."""
+        if retain_dropout and (retain_dropout_modules is None or type(self).__name__ in retain_dropout_modules):
+            for module in self.columns.modules():
+                if isinstance(module, (Attention, Dropout)):
+                    module.retain_dropout = True
 
     def forward(
         self,
@@ -60,7 +65,7 @@ class RevColEncoder(TransformerEncoderBase):
         stem, embedding = self.forward_embedding(src_tokens, token_embeddings)
         stem = stem.masked_fill(padding_mask[:, :, None], 0)
         taps = range(self.columns.graph.columns) if return_all_hiddens else ()
-        found = self.columns(_float32(stem), taps=taps, padding_mask=padding_mask if padding_mask.any() else None)
+        found = self.columns(float32(stem), taps=taps, padding_mask=padding_mask if padding_mask.any() else None)
         levels, tapped = found if return_all_hiddens else (found, [])
         x = levels[-1].to(stem.dtype)
         if self.layer_norm is not None:
@@ -79,16 +84,3 @@ class RevColEncoder(TransformerEncoderBase):
 def _time_first(x: Tensor) -> Tensor:
     """(B, T, C) to (T, B, C), as one copy here and not one in every attention of the decoder."""
     return x.transpose(0, 1).contiguous()
-
-
-def _float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _to_dtype_of_weights(function: nn.Module, reads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    weight = next(function.parameters(), None)
-    return reads if weight is None else tuple(read.to(weight.dtype) for read in reads)
-
-
-def _to_float32(function: nn.Module, reads: tuple[Tensor, ...], update: Tensor) -> Tensor:
-    return _float32(update)

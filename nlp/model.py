@@ -40,7 +40,15 @@ class RevColTransformerModel(TransformerModel):
     @classmethod
     def build_model(cls, args: argparse.Namespace, task: Any) -> RevColTransformerModel:
         refuse_meaningless(args)
-        return super().build_model(args, task)
+        model = super().build_model(args, task)
+        columns = model.encoder.columns
+        logger.info(
+            "%d reversible columns of %d levels, memory %s; generate, interactive and validate need --user-dir, too",
+            columns.graph.columns,
+            columns.graph.m,
+            "/".join(dict.fromkeys(columns.memory)),
+        )
+        return model
 
     @classmethod
     def build_encoder(cls, args: Any, src_dict: Any, embed_tokens: Any) -> RevColEncoder:
