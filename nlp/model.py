@@ -116,4 +116,6 @@ def revcol_transformer_wmt_en_fr(args: argparse.Namespace) -> None:
 def revcol_transformer_tiny(args: argparse.Namespace) -> None:
     """For tests and first steps: 4 columns of 2 levels, 64 channels."""
     _default(args, encoder_embed_dim=64, encoder_ffn_embed_dim=128, encoder_attention_heads=2)
-    _default(args, decoder_attention_heads=2, decoder_layers=2, revcol_blocks="1,1")
+    _default(args, decoder_attention_heads=2, decoder_layers=2)
+    if not getattr(args, "revcol_spec", None):
+        _default(args, revcol_blocks="1,1")
