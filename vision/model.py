@@ -9,8 +9,9 @@ from timm.layers import NormMlpClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from revnets import ReversibleColumns, build
+from revnets import ReversibleColumns, build, keep_budget
 from revnets.blocks import init_weights
+from revnets.budget import BudgetSpec
 from revnets.graph import Graph
 from revnets.spec import NetSpec
 
@@ -51,23 +52,40 @@ class RevCol(nn.Module):
         self.spec = spec.model_copy(update={"head": None, "taps": (), "stem": stem})
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = spec.levels[-1].dim
+        self.head_init_scale = head_init_scale
+        budget = spec.memory if isinstance(spec.memory, BudgetSpec) else None
         with torch.device(device or torch.get_default_device()):
-            net = build(self.spec)
+            net = build(self.spec.model_copy(update={"memory": "exact"}) if budget else self.spec)
             self.stem: nn.Module = net.stem
             self.columns: ReversibleColumns = net.columns
-            self.head = NormMlpClassifierHead(
-                self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer="layernorm2d"
-            )
-        self.head.apply(init_weights)
-        for parameter in self.head.fc.parameters():
-            parameter.data.mul_(head_init_scale)
+            self.head = classifier(self.num_features, num_classes, global_pool, drop_rate)
+        self._scale_classifier()
         if dtype is not None:
             self.to(dtype=dtype)
+        if budget:
+            keep_budget(self, budget)
         patch, last = stem.options.get("patch", 4), spec.columns - 1
         self.feature_info = [
             {"num_chs": level.dim, "reduction": patch * reduction, "module": f"columns.cells.{last}.{index}"}
             for index, (level, reduction) in enumerate(zip(spec.levels, spec.reductions(), strict=True))
         ]
+
+    def _scale_classifier(self) -> None:
+        for parameter in self.head.fc.parameters():
+            parameter.data.mul_(self.head_init_scale)
+
+    @property
+    def global_pool(self) -> str:
+        """`avg`, `max`, or empty for none."""
+        return self.head.global_pool.pool_type
+
+    def twin(self) -> RevCol:
+        """The same model without values, on the meta device; what is frozen here is frozen there."""
+        scalars = {"num_classes": self.num_classes, "in_chans": self.in_chans, "drop_rate": self.drop_rate}
+        other = RevCol(self.spec, global_pool=self.global_pool, device="meta", **scalars)
+        for name, parameter in self.named_parameters():
+            other.get_parameter(name).requires_grad_(parameter.requires_grad)
+        return other
 
     # --------------------------------------------------------------------------------------------------- forward
 
@@ -135,6 +153,7 @@ class RevCol(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head.fc.apply(init_weights)
+        self._scale_classifier()
 
     # -------------------------------------------------------------------------------------------------- training
 
@@ -175,6 +194,13 @@ class RevCol(nn.Module):
                 first += spec.depth
         blocks = [(rf"^columns\.cells\.(?:{'|'.join(names)})", (group,)) for group, names in sorted(places.items())]
         return {"stem": r"^stem", "blocks": blocks}
+
+
+def classifier(dim: int, num_classes: int, global_pool: str = "avg", drop_rate: float = 0.0) -> NormMlpClassifierHead:
+    """Pooling, LayerNorm, dropout, Linear: (B, dim, H, W) to (B, num_classes)."""
+    head = NormMlpClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer="layernorm2d")
+    head.fc.apply(init_weights)
+    return head
 
 
 def to_nchw(x: Tensor) -> Tensor:

@@ -1,0 +1,185 @@
+"""Intermediate supervision: classifiers and decoders at some columns, and the compound loss (section 2.3, D.1).
+
+At the end of column i stand a decoder, which gives back the image, and a classifier:
+
+    L = sum_i alpha_i * BCE_i + beta_i * CE_i
+
+alpha falls to 0 and beta rises to 1 along the columns, so early columns keep what the image holds and later ones learn
+what it means. After training the heads are dropped; what remains is the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import torch.nn.functional as F
+from pydantic import BeforeValidator, Field, model_validator
+from timm.task.evaluator import ClassificationEvaluator
+from torch import Tensor, nn
+
+from revnets.config import Strict
+from revnets.errors import problem
+from vision.decoders import decoder
+from vision.model import RevCol, classifier, to_nchw
+
+Weights = Annotated[
+    float | tuple[float, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
+
+FALLS: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "constant": lambda x: 1.0,
+}
+"""How the weight of reconstruction falls along the heads, from x = 0 at the first to 1 at the last."""
+
+RISES: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: x,
+    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+    "constant": lambda x: 1.0,
+}
+"""How the weight of classification rises."""
+
+
+class Stop(NamedTuple):
+    """A column at whose end losses are taken."""
+
+    column: int  # from 0
+    alpha: float  # weight of reconstruction; 0: no decoder
+    beta: float  # weight of classification; 0: no classifier
+
+
+class SupervisionConfig(Strict):
+    """Where the heads stand and what their losses weigh; the defaults are the paper's."""
+
+    heads: int = Field(default=4, ge=1)  # columns with losses, the last one among them
+    alpha: Weights = 3.0  # of reconstruction: the first head's, or one weight a head
+    beta: Weights = 0.7  # of classification: what it rises to before the last head, which has 1; or one weight a head
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # the way of single weights along the heads
+    decoder: Literal["auto", "staged", "single"] = "auto"  # auto: staged for at most 1000 classes
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,), default=0) < 0:
+                raise problem(f"{value} has a weight below 0", "Give weights of at least 0", name)
+            if isinstance(value, tuple) and len(value) != self.heads:
+                raise problem(f"{len(value)} weights for {self.heads} heads", "Give one number, or one a head", name)
+        if isinstance(self.beta, tuple) and self.beta[-1] == 0:
+            raise problem("the last weight is 0, so nothing would train the model's classifier", "Give more", "beta")
+        return self
+
+    def stops(self, columns: int) -> list[Stop]:
+        """The heads of a net with this many columns, from the first to the last.
+
+        They stand at even distances, the last one at the last column. A net with fewer columns than heads has one at
+        each.
+
+        Raises:
+            ValueError: weights are given head by head, but the net has fewer columns than that.
+        """
+        heads = min(self.heads, columns)
+        alphas, betas = self.alpha, self.beta
+        if not isinstance(alphas, tuple):
+            alphas = *(alphas * FALLS[self.schedule](head / (heads - 1)) for head in range(heads - 1)), 0.0
+        if not isinstance(betas, tuple):
+            betas = *(betas * RISES[self.schedule]((head + 1) / heads) for head in range(heads - 1)), 1.0
+        if not len(alphas) == len(betas) == heads:
+            raise ValueError(f"weights for {self.heads} heads, but the net has {columns} columns. Give one number")
+        ends = [(2 * columns * (head + 1) + heads) // (2 * heads) for head in range(heads)]
+        return [Stop(end - 1, alpha, beta) for end, alpha, beta in zip(ends, alphas, betas, strict=True)]
+
+
+class Outputs(NamedTuple):
+    """What the heads say, by the column (from 0) at whose end they stand."""
+
+    logits: dict[int, Tensor]  # (B, num_classes); the last are the model's own
+    pixels: dict[int, Tensor]  # logits of reconstructed images, (B, in_chans, H', W')
+
+
+class Supervised(nn.Module):
+    """A model with classifiers and decoders at some of its columns.
+
+    `model` stays whole: it is what is evaluated, saved and deployed. A head whose loss weighs nothing is not built.
+
+    Args:
+        model: what is trained.
+        config: where heads stand.
+
+    Raises:
+        ValueError: the model has no classifier, or the weights do not fit its columns.
+    """
+
+    def __init__(self, model: RevCol, config: SupervisionConfig):
+        super().__init__()
+        if model.num_classes == 0:
+            raise ValueError("a model without classifier cannot be supervised; give num_classes")
+        self.model = model
+        self.stops = config.stops(model.columns.graph.columns)
+        dims = [info["num_chs"] for info in model.feature_info]
+        reductions = [info["reduction"] for info in model.feature_info]
+        kind = config.decoder if config.decoder != "auto" else "staged" if model.num_classes <= 1000 else "single"
+        self.classifiers = nn.ModuleDict(
+            {
+                str(stop.column): classifier(dims[-1], model.num_classes, model.global_pool, model.drop_rate)
+                for stop in self.stops[:-1]
+                if stop.beta
+            }
+        )
+        self.decoders = nn.ModuleDict(
+            {str(stop.column): decoder(kind, dims, reductions, model.in_chans) for stop in self.stops if stop.alpha}
+        )
+        like = next(model.parameters())
+        self.classifiers.to(like)
+        self.decoders.to(like)
+
+    def forward(self, x: Tensor) -> Outputs:
+        """Images (B, in_chans, H, W) to what the heads say; decoders are silent in evaluation mode."""
+        columns = [stop.column for stop in self.stops]
+        _, tops = self.model.columns(self.model.stem(x), taps=columns)
+        states = dict(zip(columns, tops, strict=True))
+        logits = {int(key): head(to_nchw(states[int(key)])) for key, head in self.classifiers.items()}
+        logits[columns[-1]] = self.model.forward_head(to_nchw(tops[-1]))
+        decoders = self.decoders if self.training else {}
+        return Outputs(logits, {int(key): head(states[int(key)]) for key, head in decoders.items()})
+
+
+def reconstruction_loss(pixels: Tensor, image: Tensor) -> Tensor:
+    """Binary cross entropy of reconstructed pixels, the mean over all of them.
+
+    Args:
+        pixels: logits (B, C, H', W'). A side of the image that is no multiple of the reduction makes it a little larger
+            or smaller than the image; what is too much of either is not compared.
+        image: (B, C, H, W), values between 0 and 1.
+    """
+    height, width = min(pixels.shape[2], image.shape[2]), min(pixels.shape[3], image.shape[3])
+    return F.binary_cross_entropy_with_logits(pixels[..., :height, :width].float(), image[..., :height, :width])
+
+
+class HeadsEvaluator:
+    """The accuracy of every head: `update` with `Supervised`'s outputs instead of logits.
+
+    Args:
+        stops: the heads.
+        options: of `timm.task.evaluator.ClassificationEvaluator`.
+    """
+
+    def __init__(self, stops: Sequence[Stop], **options: Any):
+        self.evaluators = {stop.column: ClassificationEvaluator(**options) for stop in stops if stop.beta}
+
+    def update(self, outputs: Outputs, target: Tensor) -> None:
+        for column, evaluator in self.evaluators.items():
+            evaluator.update(outputs.logits[column], target)
+
+    def compute(self, distributed: bool = False) -> OrderedDict[str, float]:
+        """`loss`, `top1` and `top5` of the model, and the same with a column's number for every other head."""
+        found = {column: evaluator.compute(distributed) for column, evaluator in self.evaluators.items()}
+        last = max(found)
+        named = (
+            (f"{key}_{column}", value) for column in found if column != last for key, value in found[column].items()
+        )
+        return OrderedDict([*found[last].items(), *named])
