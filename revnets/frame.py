@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ class Frame:
 
     __slots__ = (
         *("node", "mode", "kept", "lost", "past_stride", "past_grad", "grad_reads"),
-        *("surrounding", "metas", "saved"),
+        *("surrounding", "metas", "saved", "claim"),
     )
 
     def __init__(self, node: Node, mode: Memory):
@@ -65,6 +66,11 @@ class Frame:
         self.surrounding: Surrounding | None = None
         self.metas: list[Meta] = []
         self.saved: dict[int, Held] = {}
+        self.claim: weakref.ref | None = None  # to what the tickets of this call share
+
+    def is_claimed(self) -> bool:
+        """Does a graph hold tickets of this call?"""
+        return self.claim is not None and self.claim() is not None
 
 
 def couple_plain(name: str, past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:

@@ -13,7 +13,9 @@ The rules that keep this right:
 - Rule 2. References go one way: graph -> ticket -> tape -> frames -> plain tensors. When the graph lets go of its
   tickets (after backward, or when it is dropped), everything goes by reference counting.
 - Rule 3. The window only moves down. A ticket from above the window (a second backward, a double backward, a loss on
-  an early tap after a loss at the end) makes the tape start again from the last window, which lives as long as it.
+  an early tap after a loss at the end) makes the tape start again from the top. The top is the last window until the
+  graph has let go of all tickets above the window (a backward that does not retain it does so as it goes); then
+  nobody can ask for those cells again, the top moves down with the window, and what they kept is dropped.
 - Rule 4. A rebuilt state gets the strides of the original: with others, kernels take other paths and round otherwise.
 - Rule 5. A replay runs in the surrounding of its forward (`replay.py`), under the same `requires_grad` of its reads,
   and must save what the forward saved: number, shape, strides and dtype are checked.
@@ -25,6 +27,7 @@ The rules that keep this right:
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -41,12 +44,19 @@ from revnets.graph import STEM, Graph, Node
 from revnets.replay import ReplayError, Surrounding
 
 
+class Claim:
+    """Shared by the tickets of one call of a cell and held by nothing else: it dies with the last of them."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Ticket(NamedTuple):
     """What the graph holds in place of the k-th tensor that cell t saves."""
 
     tape: Tape
     t: int
     k: int
+    claim: Claim
 
 
 class _Nesting(threading.local):
@@ -84,7 +94,8 @@ class Tape:
         self.stem_grad = stem.requires_grad
         self.context = {name: Constant.of(value) for name, value in context.items()}
         self.frames: list[Frame | None] = []
-        self.last: dict[int, Held] = {}
+        self.last: dict[int, Held] = {}  # x_top and the m - 1 states before it, from which the window starts
+        self.top = -1
         self.window: dict[int, Held] = {}
         self.cursor = -1  # the window holds x_cursor and the m - 1 states before it
         self.lock = threading.RLock()  # autograd runs one thread a device
@@ -98,6 +109,8 @@ class Tape:
         versions = [read._version for read in reads]
         cell = self.cells[node.index]
         coupled: list[tuple[Tensor, int]] = []
+        claim = Claim()
+        frame.claim = weakref.ref(claim)
 
         def couple(update: Tensor, gamma: Tensor | float) -> Tensor:
             assert past is not None  # or nobody is given this
@@ -107,7 +120,7 @@ class Tape:
 
         def pack(tensor: Tensor) -> Ticket:
             frame.metas.append(Meta.of(tensor))
-            return Ticket(self, node.index, len(frame.metas) - 1)
+            return Ticket(self, node.index, len(frame.metas) - 1, claim)
 
         call = partial(cell, *reads, couple=None if past is None else couple, **context)
         if mode is Memory.STORE:
@@ -148,6 +161,7 @@ class Tape:
     def close(self, states: Mapping[int, Tensor]) -> None:
         """End of the forward: hold the last m states, from which backward starts."""
         self.last = {index: Held.of(state) for index, state in states.items()}
+        self.top = len(self.frames) - 1
 
     # --------------------------------------------------------------- backward
 
@@ -165,7 +179,7 @@ class Tape:
         if self.cursor < index:
             if self.cursor >= 0:
                 self._frame(self.cursor).saved.clear()
-            self.window, self.cursor = dict(self.last), len(self.frames) - 1
+            self.window, self.cursor = dict(self.last), self.top
         while self.cursor > index:
             self._step_down()
 
@@ -181,6 +195,9 @@ class Tape:
         frame.saved.clear()  # tickets that this backward did not need
         del self.window[self.cursor]
         self.cursor -= 1
+        if not any(self._frame(t).is_claimed() for t in range(self.cursor + 1, self.top + 1)):
+            self.frames[self.cursor + 1 : self.top + 1] = [None] * (self.top - self.cursor)
+            self.last, self.top = dict(self.window), self.cursor
 
     def _replay(self, frame: Frame, collect: bool) -> None:
         """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves."""

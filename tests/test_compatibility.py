@@ -131,6 +131,23 @@ def test_gradients_of_chosen_parameters(names):
     assert_like_autograd(net, stem_of(net), train)
 
 
+@pytest.mark.parametrize("early_first", [True, False])
+def test_parts_of_a_graph_one_after_the_other(early_first):
+    """No part retains the graph, and none runs a node that another has run: autograd allows it."""
+    net = token_net(columns=5, blocks=("mlp", "dropout"))
+
+    def train(net, x):
+        levels, (tapped,) = net(x, taps=[1])
+        parts = [
+            (loss_of([tapped]), [*net.cells[0].parameters(), *net.cells[1].parameters(), x]),
+            (loss_of(levels), [*net.cells[2].parameters()]),
+        ]
+        grads = [torch.autograd.grad(*part, allow_unused=True) for part in parts[:: 1 if early_first else -1]]
+        return [grad for part in grads for grad in part if grad is not None]
+
+    assert_like_autograd(net, stem_of(net), train)
+
+
 def test_backward_into_chosen_inputs():
     net = token_net()
 

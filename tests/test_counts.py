@@ -220,6 +220,26 @@ def test_a_tape_ends_with_its_backward(memory, no_collector):
         assert tape() is None  # although levels and loss are still there
 
 
+def held_near_the_end(memory: str, columns: int, retain_graph: bool) -> int:
+    """Bytes alive when a backward has come down to the stem, besides the gradients."""
+    net = token_net(columns=columns, dims=(32, 48, 64), blocks=("mlp", "conv"), memory=memory)
+    x, found = stem_of(net, 16), []
+    with Kept() as mode:
+        loss = loss_of(net(x))
+        x.register_hook(lambda _: found.append(mode.bytes() - grads(net, x)))
+        loss.backward(retain_graph=retain_graph)
+    return found[0]
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_what_backward_has_passed_is_dropped_as_it_goes(memory, no_collector):
+    few, many = (held_near_the_end(memory, columns, False) for columns in (4, 8))
+    assert few == many
+    few, many = (held_near_the_end(memory, columns, True) for columns in (4, 8))
+    assert {"recompute": 4, "invert": 0, "exact": 0.3}[memory] <= (many - few) / 4 / ELEMENTS
+    assert many - held_near_the_end(memory, 8, False) >= 4 * ELEMENTS  # the top window
+
+
 @pytest.mark.parametrize("memory", ["store", *TAPED])
 def test_a_graph_that_is_dropped_leaves_nothing(memory, no_collector):
     for net in nets():
