@@ -7,6 +7,7 @@ from revnets.audit import Audit, audit
 from revnets.cell import Cell, FixedGain, Gain
 from revnets.columns import ReversibleColumns, ReversibleSequence
 from revnets.dial import keep_budget
+from revnets.drift import DriftWarning, predict_drift
 from revnets.errors import SpecError
 from revnets.frame import Memory
 from revnets.graph import Graph, Node, wire
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Audit",
     "Cell",
+    "DriftWarning",
     "FixedGain",
     "Gain",
     "Graph",
@@ -40,6 +42,7 @@ __all__ = [
     "keep_budget",
     "load_spec",
     "plan",
+    "predict_drift",
     "register_block",
     "register_fusion",
     "register_head",

@@ -7,6 +7,7 @@ dropout, BatchNorm, autocast and padding masks take part. What the numbers mean 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from revnets.columns import ReversibleColumns
 from revnets.distance import GradientDistance, gradient_distance, norm, same_bits
+from revnets.drift import DriftWarning
 from revnets.frame import Memory
 from revnets.reconstruction import reconstruction
 from revnets.replay import ReplayError, outside_of_autocast
@@ -65,7 +67,8 @@ def audit(
         raise ValueError("no parameter and no input requires a gradient, so there is none to compare")
     tell = progress or (lambda _: None)
 
-    with _left_as_found(model, columns) as restore, outside_of_autocast() as region:
+    with _left_as_found(model, columns) as restore, outside_of_autocast() as region, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DriftWarning)  # it is measured here
 
         def forward() -> Any:
             with region():

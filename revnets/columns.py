@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from revnets import engine
+from revnets import drift, engine
 from revnets.budget import BudgetSpec
 from revnets.cell import Cell, FixedGain
 from revnets.frame import Memory
@@ -78,6 +79,8 @@ class ReversibleColumns(nn.Module):
         Returns:
             A list of m states; with taps, the pair (list of m states, list of tapped states).
         """
+        if Memory.INVERT in self._memory and torch.is_grad_enabled():
+            drift.watch(self, x)
         ends = [tap_index(self.graph, tap) for tap in taps]
         last, tapped = engine.run(self.graph, self.flat(), x, self._memory, context, ends, self._stored)
         return (last, tapped) if taps else last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -18,18 +19,19 @@ from revnets.report import size
 from revnets.tracker import MemoryTracker
 
 NET = {
-    "columns": 4,
+    "columns": 3,
     "stem": {"type": "linear", "in_dim": 13},
     "fusion": "linear",
-    "levels": [{"dim": 16, "depth": 2, "block": "mlp"}] * 2,
+    "levels": [{"dim": 16, "depth": 1, "block": "mlp"}] * 2,
     "head": {"type": "classifier", "num_classes": 5},
 }
 SHAPE = (401, 13)  # activations outweigh weights
 
 
+@cache
 def between(share: float, shape: tuple[int, ...] = SHAPE, **request) -> int:
     """A budget between the least and the most that the net can take."""
-    rows = {row.mode: row for row in plan(NET, shape, optimizer="none", **request).modes}
+    rows = {row.mode: row for row in plan(NET, shape, optimizer="none", modes=("store", "exact"), **request).modes}
     least, most = 1.011 * rows["exact"].peak, rows["store"].peak
     return int(least + share * (most - least))
 
@@ -108,7 +110,7 @@ def test_nothing_fits() -> None:
             model(torch.randn(SHAPE))
         assert f"the smallest peak is {size(int(smallest))}." in str(caught.value)
     with pytest.raises(PlanError, match=r"each of the 401 samples takes about .* lower the batch"):
-        net(budget="800KiB")(torch.randn(SHAPE))
+        net(budget="500KiB")(torch.randn(SHAPE))
 
 
 def test_a_mode_that_is_set_takes_the_choice_back() -> None:

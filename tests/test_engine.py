@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from revnets import ReplayError, ReversibleSequence
+from revnets import DriftWarning, ReplayError, ReversibleSequence
 from revnets.cell import Cell, Gain
 from tests.helpers import (
     BLOCKS,
@@ -148,8 +148,10 @@ def test_invert_drifts_and_exact_does_not():
     x = stem_of(net)
     expected = step(net, x, "store")
     assert_same(step(net, x, "exact"), expected)
+    with pytest.warns(DriftWarning):
+        drifted = step(net, x, "invert")
     with pytest.raises(AssertionError):
-        assert_near(step(net, x, "invert"), expected, rtol=1e-2, atol=1e-2)
+        assert_near(drifted, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("pair", list(itertools.permutations(MODES, 2)), ids="/".join)

@@ -1,0 +1,152 @@
+"""Predicts how far the gradients of `invert` drift, and warns before they are wrong (docs/drift.md).
+
+Rebuilding a column divides rounding errors by gamma, level by level, and the columns before it magnify what has come
+so far by g, the mean of 1 / gamma^2: once 1 / gamma by the division, and once more because the neighbours of a wrong
+state compute from it. Over n columns of equal gain, counted from the last one down,
+
+    error = 2 u / gamma (g + g^2 + ... + g^(n-1)),    u = unit roundoff of the dtype.
+
+Held against measured curves over columns, gamma and dtype, it is right to an order of magnitude. Under autocast the
+first of these roundings is that of the states: cells that read exact states compute what they computed before.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from revnets.frame import Memory
+from revnets.report import INVERT_LIMIT
+
+if TYPE_CHECKING:
+    from revnets.columns import ReversibleColumns
+
+EVERY = 1000
+"""Forwards between two looks at gains that are learned."""
+
+_FACTOR = 2.0  # fitted to measured curves, see tests/test_drift.py
+
+
+class DriftWarning(UserWarning):
+    """The rounding errors of `invert` are about to spoil the gradient."""
+
+
+def predict_drift(
+    modes: Sequence[Memory | str],
+    magnification: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+) -> float:
+    """Relative L2 error of all gradients, at most 1, from the rounding errors of `invert`.
+
+    Args:
+        modes: memory mode of each column. `store` and `recompute` keep the states of the column before: what comes
+            before starts from exact values. `exact` adds no error, but magnifies what later columns have added.
+        magnification: mean of gamma^-2 of each column; that of the first, which has no gain, is not looked at.
+        dtype: of the states.
+        autocast: in which the cells compute, if it is another.
+    """
+    error = largest = 0.0
+    for column in reversed(range(1, len(modes))):
+        if modes[column] in (Memory.STORE, Memory.RECOMPUTE):
+            error = 0.0
+            continue
+        gain, rounding = magnification[column], dtype if autocast is None or error == 0 else autocast
+        added = _FACTOR * torch.finfo(rounding).eps / 2 * gain**0.5 if modes[column] == Memory.INVERT else 0.0
+        error = min(1.0, gain * (error + added))
+        if modes[column - 1] != Memory.STORE:  # or nothing is computed again from these states
+            largest = max(largest, error)
+    return largest
+
+
+@torch.compiler.disable()
+def watch(columns: ReversibleColumns, x: Tensor) -> None:
+    """Warn, once for each setting of `columns.memory`, if the drift is predicted to pass `INVERT_LIMIT`.
+
+    Gains are looked at in the first forward and in every thousandth. The host never waits for a GPU: the numbers come
+    home while it goes on, and are judged at a later forward.
+    """
+    if isinstance(x, FakeTensor) or x.is_meta:
+        return  # no values to look at
+    now = _watches.get(columns)
+    if now is None or now.memory is not columns.memory:
+        now = _watches[columns] = _Watch(columns.memory)
+    if now.warned:
+        return
+    if now.calls % EVERY == 0:
+        now.coming, now.arrived = _fetch(_magnification(columns))
+    now.calls += 1
+    if now.coming is not None and (now.arrived is None or now.arrived.query()):
+        found, now.coming = now.coming.tolist(), None
+        now.warned = _judge(columns, [1.0, *found], x.dtype, _autocast(x))
+
+
+@dataclass
+class _Watch:
+    memory: tuple[Memory, ...]
+    calls: int = 0
+    coming: Tensor | None = None  # on its way to the host
+    arrived: torch.Event | None = None
+    warned: bool = False
+
+
+_watches: WeakKeyDictionary[ReversibleColumns, _Watch] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _magnification(columns: ReversibleColumns) -> Tensor:
+    """Mean of gamma^-2 of every column but the first, on the device of the gains."""
+    found = []
+    for column in list(columns.cells)[1:]:
+        gains = [cell.gain() for cell in column]  # type: ignore[union-attr]
+        gains = [getattr(gain, "to_local", lambda gain=gain: gain)() for gain in gains]  # of shards, one's own
+        found.append(torch.stack([torch.as_tensor(gain).float().pow(-2).mean() for gain in gains]).nanmean())
+    return torch.stack(found) if found else torch.empty(0)
+
+
+def _fetch(values: Tensor) -> tuple[Tensor, torch.Event | None]:
+    if values.device.type == "cpu":
+        return values, None
+    home, arrived = values.to("cpu", non_blocking=True), torch.Event(values.device)
+    arrived.record()
+    return home, arrived
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _judge(
+    columns: ReversibleColumns, magnification: list[float], dtype: torch.dtype, autocast: torch.dtype | None
+) -> bool:
+    """Warn if need be; says whether it was."""
+    m, total = columns.graph.m, len(columns.graph.nodes)
+    stored = (total - columns.stored + m - 1) // m  # the first column whose cells are all stored
+    modes = [Memory.STORE if column >= stored else mode for column, mode in enumerate(columns.memory)]
+    if autocast is not None:
+        dtype = torch.promote_types(dtype, torch.float32)  # states are never kept in less under autocast
+    error = predict_drift(modes, magnification, dtype, autocast)
+    if error <= INVERT_LIMIT:
+        return False
+    typical = sorted(magnification[1:])[(len(magnification) - 1) // 2]
+    lengths = range(2, columns.graph.columns)
+    run = takewhile(lambda n: predict_drift(["invert"] * n, [typical] * n, dtype, autocast) <= INVERT_LIMIT, lengths)
+    safe = 1 + sum(1 for _ in run)  # columns from one that is kept to the next
+    remedy = f", or 'recompute' in one column out of {safe}" if safe > 1 else ""
+    warnings.warn(
+        f"memory 'invert': rounding errors over {columns.graph.columns} columns (gamma about {typical**-0.5:.2g}, "
+        f"{str(autocast or dtype).removeprefix('torch.')}) are predicted to change the gradient by about {error:.0%}, "
+        f"more than {INVERT_LIMIT:.0%}. Use memory 'exact', which does not drift{remedy}",
+        DriftWarning,
+        stacklevel=2,
+    )
+    return True
