@@ -12,10 +12,22 @@ from __future__ import annotations
 import argparse
 import sys
 
+import numpy as np
 import torch
 
-# A fairseq checkpoint holds its options as a Namespace, which torch's safe loader refuses unless told.
-torch.serialization.add_safe_globals([argparse.Namespace])
+# What fairseq's checkpoints hold besides tensors, and torch's safe loader refuses unless told: options as a Namespace,
+# numbers and arrays of NumPy (the counts of --eval-bleu).
+NUMBERS = (np.float32(0), np.float64(0), np.int32(0), np.int64(0))
+torch.serialization.add_safe_globals(
+    [
+        argparse.Namespace,
+        np.ndarray,
+        np.dtype,
+        np.zeros(0).__reduce__()[0],  # type: ignore[arg-type]  # NumPy 1 and 2 keep them in different modules
+        NUMBERS[0].__reduce__()[0],  # type: ignore[arg-type]
+        *(type(number.dtype) for number in NUMBERS),
+    ]
+)
 
 if "fairseq" in sys.modules:
     from . import model as model

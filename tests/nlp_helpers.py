@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
+import logging
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from fairseq.data import Dictionary
@@ -67,3 +72,58 @@ def sample(lengths: tuple[int, ...] = (11, 7, 3), words: int = 53, seed: int = 1
         source[row, -length:] = torch.randint(4, words, (length,), generator=generator)
         target[row, :length] = torch.randint(4, words, (length,), generator=generator)
     return {"src_tokens": source, "src_lengths": torch.tensor(lengths), "prev_output_tokens": target}
+
+
+# --------------------------------------------------------------------------------------------------- fairseq's commands
+
+USER_DIR = Path(__file__).parents[1] / "nlp"
+TINY = ("--arch", "revcol_transformer_tiny", "--revcol-columns", "2", "--share-all-embeddings")
+QUICK = (
+    *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", "0.005", "--lr-scheduler", "inverse_sqrt"),
+    *("--warmup-updates", "40", "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
+    *("--cpu", "--num-workers", "0", "--no-epoch-checkpoints", "--log-interval", "1", "--log-format", "json"),
+)
+
+
+def fairseq(name: str, *arguments: object) -> list[dict[str, str]]:
+    """Run `fairseq-<name>` in this process: its own main function on its own command line.
+
+    Returns what it logged as JSON.
+    """
+    command = importlib.import_module(f"fairseq_cli.{name}")
+    logged: list[dict[str, str]] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (text := record.getMessage()).startswith("{"):
+                logged.append(json.loads(text))
+
+    logger, handler = logging.getLogger("fairseq.logging.progress_bar"), Handler(logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with mock.patch.object(sys, "argv", [f"fairseq-{name}", *map(str, arguments)]):
+            command.cli_main()
+    finally:
+        logger.removeHandler(handler)
+    return logged
+
+
+def preprocess(folder: Path, pairs: int) -> Path:
+    """Write the corpus and make it a fairseq data set with a joined dictionary."""
+    write_corpus(folder, pairs)
+    texts = [part for split in ("train", "valid", "test") for part in (f"--{split}pref", folder / split)]
+    target = folder / "data-bin"
+    fairseq(
+        "preprocess", "--source-lang", "en", "--target-lang", "de", *texts, "--destdir", target, "--joined-dictionary"
+    )
+    return target
+
+
+def train(data: Path, save_dir: Path, *arguments: object) -> list[dict[str, str]]:
+    """Train with `fairseq-train`; returns what it logged."""
+    return fairseq("train", data, "--user-dir", USER_DIR, "--save-dir", save_dir, *TINY, *QUICK, *arguments)
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +104,31 @@ def test_reordering_for_beam_search_follows_the_sentences():
     assert torch.equal(again["encoder_out"][0], found["encoder_out"][0][:, order])
     assert torch.equal(again["encoder_padding_mask"][0], found["encoder_padding_mask"][0][order])
     assert_equal(again["encoder_states"], [state[:, order] for state in states])
+
+
+def test_incremental_decoding_equals_full_decoding():
+    model = build().eval()
+    inputs = sample((11, 7))
+    words = inputs["prev_output_tokens"][:, :6]
+    memory = model.encoder.forward_torchscript(inputs)
+    full, _ = model.decoder(words, encoder_out=memory)
+    steps: dict = {}
+    for position in range(6):
+        one, _ = model.decoder(words[:, : position + 1], encoder_out=memory, incremental_state=steps)
+        torch.testing.assert_close(one[:, 0], full[:, position], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_can_be_retained_for_generation():
+    model, inputs = build(attention_dropout=0.3), sample()
+    plain, retained = model.eval(), copy.deepcopy(model)
+    plain.make_generation_fast_(retain_dropout=False)
+    retained.make_generation_fast_(retain_dropout=True, retain_dropout_modules=["RevColEncoder"])
+    for each, differ in ((plain, False), (retained, True)):
+        one, other = (each.encoder(inputs["src_tokens"])["encoder_out"][0] for _ in range(2))
+        assert torch.equal(one, other) != differ
+    blocks = [module for module in retained.encoder.columns.modules() if hasattr(module, "retain_dropout")]
+    assert len(blocks) == 8 * 3
+    assert all(block.retain_dropout for block in blocks)
 
 
 # ------------------------------------------------------------------------------------------ gradients and what is kept
