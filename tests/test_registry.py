@@ -69,7 +69,7 @@ def test_built_in_parts() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(PartError, match=r'there is no block "convnest"\. Did you mean convnext\?'):
         find("block", "convnest")
-    with pytest.raises(PartError, match="or choose among .*convnext, .*mlp, .*vit"):
+    with pytest.raises(PartError, match=r"or choose among .*convnext, .*mlp, .*vit"):
         find("block", "zzz")
 
 
