@@ -94,10 +94,10 @@ class Tape:
         self.stem_grad = stem.requires_grad
         self.context = {name: Constant.of(value) for name, value in context.items()}
         self.frames: list[Frame | None] = []
-        self.last: dict[int, Held] = {}  # x_top and the m - 1 states before it, from which the window starts
+        self.last: dict[int, Held] = {}  # the window at its top, from which it starts
         self.top = -1
         self.window: dict[int, Held] = {}
-        self.cursor = -1  # the window holds x_cursor and the m - 1 states before it
+        self.cursor = -1  # the window holds x_cursor, or already x_{cursor-m}, and the m - 1 states between them
         self.lock = threading.RLock()  # autograd runs one thread a device
 
     # ---------------------------------------------------------------- forward
@@ -172,6 +172,7 @@ class Tape:
             if k not in frame.saved:
                 self.move_to(t)
                 self._replay(frame, collect=True)
+                self._let_go()
             saved = frame.saved.pop(k)  # one use a pass; a second pass replays (Rule 3)
         return trusted(saved, f"a tensor that {self._name(frame.node)} saved")
 
@@ -193,11 +194,17 @@ class Tape:
             else:
                 self._replay(frame, collect=False)
         frame.saved.clear()  # tickets that this backward did not need
-        del self.window[self.cursor]
+        self._let_go()
         self.cursor -= 1
-        if not any(self._frame(t).is_claimed() for t in range(self.cursor + 1, self.top + 1)):
-            self.frames[self.cursor + 1 : self.top + 1] = [None] * (self.top - self.cursor)
-            self.last, self.top = dict(self.window), self.cursor
+
+    def _let_go(self) -> None:
+        """Drop x_t, which is needed for x_{t-m} alone, and move the top down if nobody can ask for more (Rule 3)."""
+        self.window.pop(self.cursor, None)
+        if any(self._frame(t).is_claimed() for t in range(self.cursor + 1, self.top + 1)):
+            return
+        self.frames[self.cursor + 1 : self.top + 1] = [None] * (self.top - self.cursor)
+        self._frame(self.cursor).lost = None
+        self.last, self.top = dict(self.window), self.cursor
 
     def _replay(self, frame: Frame, collect: bool) -> None:
         """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves."""
