@@ -7,11 +7,14 @@ dropout, BatchNorm, autocast and padding masks take part. What the numbers mean 
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +30,9 @@ from revnets.report import Audit, ModeAudit
 from revnets.tracker import MemoryTracker, OpCounter, tensors
 
 MODES = tuple(str(mode) for mode in Memory)
+
+ROUNDS = 3
+"""Steps of each mode that are timed."""
 
 
 def audit(
@@ -91,6 +97,9 @@ def audit(
             measured = again if mode == Memory.STORE else step(Memory(mode))
             results.append(_mode_audit(mode, measured, reference))
         noise = gradient_distance(again.gradients, reference).relative
+        tell("time")
+        seconds = _times(columns, forward, losses, leaves, seed, restore, results)
+        results = [replace(mode, seconds=seconds.get(mode.mode, math.nan)) for mode in results]
         tell("reconstruction")
         rebuilt = reconstruction(columns, forward, seed)
     return Audit(type(model).__name__, columns.graph.m, rebuilt, tuple(results), noise)
@@ -149,6 +158,34 @@ def _step(columns, forward, losses, leaves, seed, restore, mode: Memory) -> _Mea
     except ReplayError as error:
         failure = str(error)
     return _Measured(gradients, kept, tracker.peak, tuple(added), going, coming, failure)
+
+
+def _times(columns, forward, losses, leaves, seed, restore, modes: Sequence[ModeAudit]) -> dict[str, float]:
+    """Median seconds of a step in each mode that does not fail, without any counter around it.
+
+    CPU seconds of this process, which other jobs on the machine hardly change; elapsed ones on an accelerator. The
+    modes take turns, so that a machine that slows down slows all of them.
+    """
+    on_cpu = all(leaf.device.type == "cpu" for leaf in leaves.values())
+    found: dict[str, list[float]] = {mode.mode: [] for mode in modes if not mode.failure}
+    for _ in range(ROUNDS):
+        for mode, seconds in found.items():
+            restore()
+            columns.memory = mode
+            torch.manual_seed(seed)
+            begin = _clock(on_cpu)
+            with suppress(ReplayError):  # of a cell that is not the same each time; the gradients have told
+                roots = losses(forward())
+                torch.autograd.grad(roots, list(leaves.values()), _projection(roots, seed), allow_unused=True)
+                seconds.append(_clock(on_cpu) - begin)
+    return {mode: median(seconds) for mode, seconds in found.items() if seconds}
+
+
+def _clock(on_cpu: bool) -> float:
+    if on_cpu:
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def _mode_audit(mode: str, measured: _Measured, reference: Gradients) -> ModeAudit:

@@ -18,9 +18,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-SpecArgument = Annotated[Path, typer.Argument(help="YAML file of a net (docs/yaml.md).", show_default=False)]
+_MODEL = "YAML file of a net (docs/yaml.md), name of a model (timm's, as revcol_tiny), or package.module:function."
+SpecArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key.path=value, e.g. columns=8 levels.2.depth=6", show_default=False)
+    list[str] | None, typer.Argument(help="key=value, e.g. columns=8 levels.2.depth=6", show_default=False)
 ]
 InputShape = Annotated[
     str | None,
@@ -64,7 +65,7 @@ def audit(
 ) -> None:
     """Measure whether a net is reversible, whether its gradients are right, and what it keeps for backward.
 
-    Exit code 1 if a gradient is wrong.
+    Exit code 1 if a gradient is wrong. Every step is taken on random input, with the weights of the initialisation.
     """
     from revnets.show import measure
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from revnets.diagram import INK
 from revnets.diagram import graph_figure as graph_figure
-from revnets.report import INVERT_LIMIT, Audit, ModeAudit, size
+from revnets.report import INVERT_LIMIT, Audit, ModeAudit, duration, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +151,8 @@ def _draw_bytes(axes: Axes, audit: Audit) -> None:
     _bars(axes, names, [mode.peak_bytes / unit for mode in audit.modes], alpha=0.3)
     _bars(axes, names, [mode.kept_bytes / unit for mode in audit.modes])
     for row, mode in enumerate(audit.modes):
-        _note(axes, row, f"kept {size(mode.kept_bytes)}, peak {size(mode.peak_bytes)}")
+        step = "" if math.isnan(mode.seconds) else f", a step takes {duration(mode.seconds)}"
+        _note(axes, row, f"kept {size(mode.kept_bytes)}, peak {size(mode.peak_bytes)}{step}")
     axes.set_xlabel(f"{name} (dark: kept, pale: up to the peak)")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from revnets.budget import parse_bytes
 from revnets.config import Source
 from revnets.frame import Memory
-from revnets.net import build
+from revnets.models import load_model
 from revnets.predict import Plan as Plan
 from revnets.predict import PlanError as PlanError
 from revnets.predict import Prediction as Prediction
@@ -33,7 +33,8 @@ def plan(
     """Predict the memory of a training step in each mode; under a budget, choose the fastest that fits.
 
     Args:
-        model_or_spec: a module with reversible columns (also on the meta device), or what `build` takes.
+        model_or_spec: a module with reversible columns (also on the meta device), a YAML file, dict or
+            spec, or a model's name such as timm's `revcol_tiny` (`revnets.models.load_model`).
         input_shape: shape of one rank's input, batch first; or an example, of which only shape and dtype matter.
         dtype: float32; bfloat16 or float16 mean autocast with float32 weights.
         optimizer: which states to count, one of `revnets.budget.OPTIMIZERS`.
@@ -52,7 +53,7 @@ def plan(
         model = model_or_spec
     else:
         with torch.device("meta"):
-            model = build(model_or_spec)
+            model = load_model(model_or_spec)
     example = input_shape if isinstance(input_shape, Tensor) else torch.empty(tuple(input_shape), device="meta")
     return plan_module(
         model,

@@ -88,7 +88,7 @@ def find(kind: str, name: str) -> Factory:
     if name in _REGISTRY[kind]:
         return _REGISTRY[kind][name]
     if ":" in name:
-        return _import(kind, name)
+        return imported(kind, name)
     problem = f'there is no {kind} "{name}"'
     if "." in name:
         raise PartError(problem, f"For a class of your own, write a colon before it: {':'.join(name.rsplit('.', 1))}")
@@ -140,7 +140,12 @@ def importable(*folders: Path) -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _import(kind: str, name: str) -> Factory:
+def imported(kind: str, name: str) -> Factory:
+    """The class or function `package.module:name`; `kind` is what errors call it.
+
+    Raises:
+        PartError: there is none, or its module cannot be imported.
+    """
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class ModeAudit:
     forward_flops: int
     backward_flops: int
     failure: str = ""  # the error, if the pass ended in one
+    seconds: float = field(default=math.nan, compare=False)  # of one step: CPU time, on an accelerator elapsed time
 
     @property
     def bytes_per_column(self) -> float:
@@ -124,10 +125,9 @@ class Audit:
             "more by\na column",
             "peak",
             "matmuls\nfwd+bwd",
-            "FLOPs\nbwd",
+            "step",
         )
         table = _table("One training step in each memory mode", headings, left=2)
-        store = next((mode.backward_flops for mode in self.modes if mode.mode == "store"), 0)
         notes = []
         for mode in self.modes:
             verdict = self.verdict(mode)
@@ -138,7 +138,7 @@ class Audit:
                 size(mode.bytes_per_column),
                 size(mode.peak_bytes),
                 f"{mode.forward_matmuls}+{mode.backward_matmuls}",
-                f"{mode.backward_flops / store:.2f}x" if store else "-",
+                duration(mode.seconds),
             )
             if mode.failure:
                 notes.append(f"{mode.mode}: {mode.failure}")
@@ -196,6 +196,14 @@ def size(count: float) -> str:
     count /= 1024**power
     digits = 0 if power == 0 or count >= 100 else 1 if count >= 10 else 2
     return f"{count:.{digits}f} {_UNITS[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Time as a person reads it: `1.43 s`, `870 ms`; NaN, where nothing could be measured, is `-`."""
+    if math.isnan(seconds):
+        return "-"
+    number, unit = (seconds, "s") if seconds >= 1 else (1e3 * seconds, "ms")
+    return f"{number:.{max(0, 2 - max(0, math.floor(math.log10(max(number, 1)))))}f} {unit}"
 
 
 def thinned(items: Sequence[T], most: int) -> list[T | None]:

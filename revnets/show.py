@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -13,17 +13,24 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from revnets.audit import audit, find_columns
+from revnets.budget import BudgetSpec
 from revnets.errors import SpecError
 from revnets.graph import STEM
-from revnets.net import Net, build
+from revnets.models import load_model
+from revnets.net import Net
+from revnets.spec import NetSpec
 
 
-def describe(path: Path, overrides: Sequence[str], shape: tuple[int, ...] | None, pictures: Sequence[Path]) -> None:
+def describe(source: str, overrides: Sequence[str], shape: tuple[int, ...] | None, pictures: Sequence[Path]) -> None:
     """Print levels, wires, parameters and multiply-accumulates of a net; draw it into `pictures`."""
     with torch.device("meta"):
-        net = build(path, overrides)
-    shape = shape or example_shape(net, path)
-    macs, sizes = _walk(net, shape, path)
+        net = load_model(source, overrides)
+    if not isinstance(getattr(net, "spec", None), NetSpec):
+        raise SpecError(source, "", f"{type(net).__name__} has no spec to show", "Give a YAML file, or use audit")
+    net = cast(Net, net)  # or a model with the same parts
+    shape = shape or example_shape(net, source)
+    macs, sizes = _walk(net, shape, source)
     console = Console()
     console.print(_levels(net, sizes))
     console.print(_wires(net))
@@ -45,17 +52,19 @@ def describe(path: Path, overrides: Sequence[str], shape: tuple[int, ...] | None
 
 
 def measure(
-    path: Path, overrides: Sequence[str], shape: tuple[int, ...] | None, batch: int, png: Path | None, json: bool
+    source: str, overrides: Sequence[str], shape: tuple[int, ...] | None, batch: int, png: Path | None, json: bool
 ) -> int:
     """Audit a freshly initialised net on random input; returns the exit code."""
-    from revnets.audit import audit
-
     torch.manual_seed(0)
-    net = build(path, overrides)
-    shape = shape or example_shape(net, path)
+    net = _reversible(source, overrides)
+    shape = shape or example_shape(net, source)
     console = Console(stderr=json)
     with console.status("measuring ...") as status:
-        result = audit(net, torch.randn(batch, *shape), progress=lambda what: status.update(f"measuring {what} ..."))
+        try:
+            x = torch.randn(batch, *shape)
+            result = audit(net, x, progress=lambda what: status.update(f"measuring {what} ..."))
+        except (RuntimeError, ValueError) as error:
+            raise _unfit(source, shape, error) from error
     if json:
         print(json_format.dumps(result.to_dict(), indent=2))
     else:
@@ -69,7 +78,7 @@ def measure(
 
 
 def forecast(
-    path: Path,
+    source: str,
     overrides: Sequence[str],
     shape: tuple[int, ...] | None,
     batch: int,
@@ -82,11 +91,14 @@ def forecast(
     from revnets.plan import plan
 
     with torch.device("meta"):
-        net = build(path, overrides)
-    shape = shape or example_shape(net, path)
+        net = _reversible(source, overrides)
+    shape = shape or example_shape(net, source)
     console = Console(stderr=json)
     with console.status("simulating ...") as status:
         request = {**request, "dtype": _dtype(request["dtype"])}
+        memory = getattr(getattr(net, "spec", None), "memory", None)
+        if request["budget"] is None and isinstance(memory, BudgetSpec):
+            request["budget"] = memory.budget
         result = plan(net, (batch, *shape), progress=lambda what: status.update(f"simulating {what} ..."), **request)
     if json:
         print(json_format.dumps(result.to_dict(), indent=2))
@@ -99,6 +111,21 @@ def forecast(
         console.print(f"wrote {png}")
 
 
+def _reversible(source: str, overrides: Sequence[str]) -> nn.Module:
+    """The model that a command is about, if it is one for it."""
+    net = load_model(source, overrides)
+    try:
+        find_columns(net)
+    except ValueError as error:
+        raise SpecError(source, "", str(error)) from None
+    return net
+
+
+def _unfit(source: str, shape: tuple[int, ...], error: Exception) -> SpecError:
+    reason = str(error).splitlines()[0]
+    return SpecError(source, "", f"an input of {shape} does not go through ({reason})", "Give --input")
+
+
 def _dtype(name: str) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
@@ -106,11 +133,11 @@ def _dtype(name: str) -> torch.dtype:
     return known[name]
 
 
-def example_shape(net: Net, source: Path | str) -> tuple[int, ...]:
-    """A shape of one sample that the stem says it takes."""
-    shape = getattr(net.stem, "example_shape", None)
+def example_shape(net: nn.Module, source: str) -> tuple[int, ...]:
+    """A shape of one sample that the model's stem says it takes."""
+    shape = getattr(getattr(net, "stem", None), "example_shape", None)
     if shape is None:
-        raise SpecError(str(source), "stem", "does not say what shape it takes", "Give --input, e.g. --input 3,224,224")
+        raise SpecError(source, "stem", "does not say what shape it takes", "Give --input, e.g. --input 3,224,224")
     return tuple(shape)
 
 
@@ -118,7 +145,7 @@ def parameters(module: nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-def _walk(net: Net, shape: tuple[int, ...], path: Path) -> tuple[int, list[str]]:
+def _walk(net: Net, shape: tuple[int, ...], source: str) -> tuple[int, list[str]]:
     """Multiply-accumulates of one sample, and the size of each level, without computing anything."""
     sizes: list[str] = []
 
@@ -129,9 +156,8 @@ def _walk(net: Net, shape: tuple[int, ...], path: Path) -> tuple[int, list[str]]
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(torch.empty(1, *shape, device="meta"))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise SpecError(str(path), "", f"an input of {shape} does not go through ({reason})", "Give --input") from error
+    except (RuntimeError, ValueError) as error:
+        raise _unfit(source, shape, error) from error
     finally:
         for hook in hooks:
             hook.remove()

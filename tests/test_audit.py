@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,13 +12,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revnets.audit import audit, find_columns
+from revnets.audit import ROUNDS, audit, find_columns
 from revnets.cell import Cell, Gain
 from revnets.columns import ReversibleColumns, ReversibleSequence
 from revnets.distance import same_bits
 from revnets.graph import STEM, wire
 from revnets.reconstruction import reconstruction
-from revnets.report import Audit, size, thinned
+from revnets.report import Audit, duration, size, thinned
 from revnets.tracker import OpCounter, kept_bytes, peak_bytes
 
 DIMS = (5, 7, 11)
@@ -346,6 +347,7 @@ def test_a_cell_that_takes_another_path_in_its_replay_fails_with_a_reason():
     exact = by_mode(result)["exact"]
     assert "replay" in exact.failure
     assert math.isnan(exact.gradient_error)
+    assert math.isnan(exact.seconds)
     assert result.verdict(exact) == "wrong"
     assert not result.ok
     text = render(result)
@@ -465,11 +467,19 @@ def test_columns_are_found_wherever_they_are():
         find_columns(nn.Linear(1, 1))
 
 
+def test_steps_are_timed_without_counters(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(time, "process_time", lambda: float(next(clock)))
+    result = audit(conv_columns(2), stem_output(), modes=("store", "exact"))
+    assert [mode.seconds for mode in result.modes] == [1.0, 1.0]
+    assert next(clock) == 2 * 2 * ROUNDS  # nothing else was timed
+
+
 def test_only_the_modes_asked_for_are_measured_and_progress_tells_which():
     told: list[str] = []
     result = audit(conv_columns(2), stem_output(), modes=["exact"], progress=told.append)
     assert [mode.mode for mode in result.modes] == ["exact"]
-    assert told == ["store", "store, once more", "exact", "reconstruction"]
+    assert told == ["store", "store, once more", "exact", "time", "reconstruction"]
     assert audit(conv_columns(2), stem_output(), modes="invert").modes[0].mode == "invert"
     assert "exact" in render(result)
 
@@ -563,3 +573,11 @@ def test_the_dict_is_plain_json():
 )
 def test_sizes_read_well(count, text):
     assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(123.4, "123 s"), (12.34, "12.3 s"), (1.234, "1.23 s"), (0.4321, "432 ms"), (0.00432, "4.32 ms"), (math.nan, "-")],
+)
+def test_times_read_well(seconds, text):
+    assert duration(seconds) == text
