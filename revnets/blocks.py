@@ -79,8 +79,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
         # A tenth of the time of inference goes into the memory of a second tensor of this size. Gradients need it, and
-        # so does whoever looks at fc1.
-        in_place = not hidden.requires_grad and not self.fc1._forward_hooks
+        # so does whoever looks at fc1; a trace is taken with gradients and checked without.
+        in_place = not (hidden.requires_grad or self.fc1._forward_hooks or torch.jit.is_tracing())
         hidden = torch.ops.aten.gelu_(hidden) if in_place else F.gelu(hidden)
         return self.drop(self.fc2(self.drop(hidden)))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import NormMlpClassifierHead
+from timm.models import register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -14,6 +15,9 @@ from revnets.blocks import init_weights
 from revnets.budget import BudgetSpec
 from revnets.graph import Graph
 from revnets.spec import NetSpec
+
+
+register_notrace_module(ReversibleColumns)  # a leaf for torch.fx, which cannot see through sizes and tapes
 
 
 class RevCol(nn.Module):

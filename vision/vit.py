@@ -6,11 +6,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from revnets.blocks import EPS, MLP, Count, DropPath, Rate, Ratio, init_weights
 
 
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Images (B, in_chans, H, W) to patches with learned positions, (B, H // patch, W // patch, dim).
 

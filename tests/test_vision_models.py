@@ -1,0 +1,282 @@
+"""The family as timm sees it: what timm's own tests ask of a model, and what RevCol adds."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import create_feature_extractor, get_graph_node_names
+from torch.testing import assert_close
+
+import revnets
+import vision
+from vision.revcol import MODELS
+
+NAMES = ("test_revcol", "test_revcol_huge", "test_revcol_vit")
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def create(name: str, **options) -> vision.RevCol:
+    torch.manual_seed(0)
+    return timm.create_model(name, **{"num_classes": 11, **options})
+
+
+def images(model, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, *model.default_cfg["input_size"])
+
+
+# ----------------------------------------------------------------------------- as in timm's own tests of every model
+
+
+@torch.no_grad()
+def test_forward_and_default_cfg(name: str) -> None:
+    model = timm.create_model(name).eval()
+    cfg, x = model.default_cfg, images(model)
+    assert model(x).shape == (2, cfg["num_classes"])
+    assert model(x).isfinite().all()
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, *cfg["pool_size"])
+    assert_close(model.forward_head(features), model(x))
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert {f"{cfg['classifier']}.weight", f"{cfg['first_conv']}.weight"} <= model.state_dict().keys()
+    assert model.get_classifier() is model.get_submodule(cfg["classifier"])
+    assert model.pretrained_cfg is cfg
+    model.reset_classifier(0)
+    assert_close(model(x), model.head.norm(features.mean((2, 3), keepdim=True)).flatten(1))
+    model.reset_classifier(0, "")
+    assert model(x).shape == features.shape
+    model.reset_classifier(5, "max")
+    assert model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("memory", ["exact", "store"])
+def test_backward_reaches_every_parameter(name: str, memory: str) -> None:
+    model = create(name, num_classes=42, memory=memory)
+    out = model(images(model))
+    out.mean().backward()
+    assert out.shape[-1] == 42
+    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@torch.no_grad()
+def test_features_only(name: str) -> None:
+    features = create(name, features_only=True, num_classes=1000).eval()
+    reductions = [16] * 4 if "vit" in name else [4, 8, 16, 32]
+    assert features.feature_info.reduction() == reductions
+    x = images(features, 1)
+    outs = features(x)
+    assert [out.shape for out in outs] == [
+        (1, channels, 96 // reduction, 96 // reduction)
+        for channels, reduction in zip(features.feature_info.channels(), reductions, strict=True)
+    ]
+    columns, stem = features.model.columns, features.model.stem
+    for out, level in zip(outs, columns(stem(x)), strict=True):
+        assert torch.equal(out, level.permute(0, 3, 1, 2))
+
+
+def test_pruned_features_are_those_of_the_whole_model(name: str) -> None:
+    model, features = create(name), create(name, features_only=True, out_indices=(0, -2))
+    missing = features.model.load_state_dict(model.state_dict(), strict=False)
+    assert not missing.missing_keys
+    last = model.spec.columns - 1
+    assert {key.rpartition(".function")[0] for key in missing.unexpected_keys if "function" in key} == {
+        f"columns.cells.{last}.3"
+    }
+    x = images(model)
+    outs = features(x)
+    for out, level in zip(outs, model.forward_intermediates(x, indices=[0, 2], intermediates_only=True), strict=True):
+        assert_close(out, level)
+    sum(out.square().sum() for out in outs).backward()
+    assert all(parameter.grad is not None for parameter in features.parameters())
+    assert features.feature_info.channels() == [model.spec.levels[0].dim, model.spec.levels[2].dim]
+
+
+@torch.no_grad()
+def test_forward_intermediates(name: str) -> None:
+    model = create(name).eval()
+    x = images(model)
+    final, levels = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x))
+    assert torch.equal(final, levels[-1])
+    _, (last,) = model.forward_intermediates(x, indices=1, output_fmt="NHWC")
+    assert torch.equal(last.permute(0, 3, 1, 2), final)
+    early, some = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+    assert torch.equal(early, levels[1])
+    assert all(torch.equal(a, b) for a, b in zip(some, levels[:2], strict=True))
+    with pytest.raises(ValueError, match="choose NCHW or NHWC"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_feature_extraction_by_fx(name: str) -> None:
+    model = create(name).eval()
+    _, nodes = get_graph_node_names(model)
+    extractor = create_feature_extractor(model, {nodes[-1]: "out"})
+    x = images(model)
+    out = extractor(x)["out"]
+    assert_close(out, model(x))
+    out.mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ the arguments
+
+
+def test_arguments_of_every_timm_model(name: str) -> None:
+    model = create(name, in_chans=5, num_classes=3, global_pool="max", drop_rate=0.25, drop_path_rate=0.3)
+    assert model(torch.randn(2, 5, 96, 96)).shape == (2, 3)
+    assert (model.in_chans, model.num_classes, model.global_pool) == (5, 3, "max")
+    assert model.head.drop.p == 0.25
+    total = sum(level.depth for level in model.spec.levels)
+    for column in model.columns.cells:
+        rates = [block.drop_path.rate for cell in column for block in cell.function.blocks]
+        assert rates == pytest.approx([0.3 * index / (total - 1) for index in range(total)])
+    assert create(name, dtype=torch.bfloat16).head.fc.weight.dtype == torch.bfloat16
+    assert {parameter.device.type for parameter in create(name, device="meta").parameters()} == {"meta"}
+
+
+def test_a_small_first_classifier_for_fine_tuning() -> None:
+    model = create("test_revcol", head_init_scale=1e-3)
+    assert model.head.fc.weight.detach().std().item() == pytest.approx(0.02e-3, rel=0.2)
+    model.reset_classifier(7)
+    assert model.head.fc.weight.detach().std().item() == pytest.approx(0.02e-3, rel=0.2)
+
+
+def test_kernel_size_dims_and_depths() -> None:
+    model = create("test_revcol", kernel_size=5, dims=(4, 6, 10, 12), depths=(0, 1, 0, 2), columns=2)
+    kernels = {m.kernel_size for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1}
+    assert kernels == {(5, 5)}
+    assert [info["num_chs"] for info in model.feature_info] == [4, 6, 10, 12]
+    assert [len(cell.function.blocks) for cell in model.columns.cells[1]] == [0, 1, 0, 2]
+    with pytest.raises(ValueError, match=r"dims = \[4, 6\]: give 4 values, one a level"):
+        create("test_revcol", dims=(4, 6))
+    with pytest.raises(revnets.SpecError, match="kernel_size"):
+        create("test_revcol_vit", kernel_size=5)
+    with pytest.raises(revnets.SpecError, match="img_size"):
+        create("test_revcol", img_size=64)
+
+
+def test_size_of_images_of_the_isotropic_models() -> None:
+    small, large = create("test_revcol_vit"), create("test_revcol_vit", img_size=128, patch_size=16)
+    assert large.stem.pos_embed.shape == (8, 8, 16)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        large.load_state_dict(small.state_dict())
+    large.load_state_dict(vision.revcol.fit_positions(small.state_dict(), large))
+    x = torch.randn(1, 3, 128, 128)
+    assert_close(small.eval()(x), large.eval()(x))  # either way the same interpolation
+    assert small(torch.randn(1, 3, 97, 50)).shape == (1, 11)
+    with pytest.raises(revnets.SpecError, match="img_size 100 is not a multiple of patch 16"):
+        create("test_revcol_vit", img_size=100)
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(NAMES), st.integers(1, 7), st.integers(16, 79), st.integers(16, 79))
+def test_any_number_of_columns_and_any_side(name: str, columns: int, height: int, width: int) -> None:
+    model = create(name, columns=columns, drop_path_rate=0.2)
+    x = torch.randn(1, 3, height, width)
+    grads = []
+    for memory in ("exact", "store"):
+        model.columns.memory = memory
+        torch.manual_seed(1)
+        features = model.forward_features(x)
+        grads.append(torch.autograd.grad(model.forward_head(features).square().sum(), list(model.parameters())))
+    for info, level in zip(model.feature_info, model.forward_intermediates(x)[1], strict=True):
+        patch = 16 if "vit" in name else 4
+        expected = tuple(math.ceil(side // patch / (info["reduction"] // patch)) for side in (height, width))
+        assert level.shape[2:] == expected
+    assert all(torch.equal(exact, store) for exact, store in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("memory", ["recompute", "exact", ("exact", "store", "recompute")])
+def test_memory_modes_have_the_gradients_of_store(name: str, memory) -> None:
+    grads = []
+    for mode in ("store", memory):
+        model = create(name, columns=3, memory=mode, drop_path_rate=0.3, drop_rate=0.1)
+        torch.manual_seed(2)
+        model(images(model)).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert set(model.columns.memory) == ({memory} if isinstance(memory, str) else set(memory))
+    assert all(torch.equal(ours, store) for ours, store in zip(*grads, strict=True))
+
+
+def test_memory_under_a_budget() -> None:
+    model = create("test_revcol", memory={"budget": "1GiB"})
+    model(images(model)).sum().backward()
+    assert model.memory_plan.chosen.mode == "store"
+    twin = model.twin()
+    assert {key: value.shape for key, value in twin.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
+
+
+def test_grad_checkpointing_is_a_memory_mode(name: str) -> None:
+    model = create(name)
+    assert set(model.columns.memory) == {"exact"}
+    model.set_grad_checkpointing(False)
+    assert set(model.columns.memory) == {"store"}
+    model.set_grad_checkpointing()
+    assert set(model.columns.memory) == {"exact"}
+    model.columns.memory = "recompute"
+    model.set_grad_checkpointing()
+    assert set(model.columns.memory) == {"recompute"}
+
+
+# ------------------------------------------------------------------------------------------------------- elsewhere
+
+
+@torch.no_grad()
+def test_yaml_and_registry_are_one_model(name: str) -> None:
+    model = timm.create_model(name).eval()
+    net = revnets.build(MODELS / f"{name}.yaml").eval()
+    net.load_state_dict(model.state_dict())  # strict
+    x = images(model)
+    assert_close(net(x), model(x))
+
+
+@torch.no_grad()
+def test_copies(name: str) -> None:
+    model = create(name).eval()
+    x = images(model)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+    other = create(name, columns=model.spec.columns).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["test_revcol", "test_revcol_vit"])
+@pytest.mark.parametrize("how", ["compile", "export", "trace"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_compiled_exported_and_traced(name: str, how: str) -> None:
+    model = create(name, columns=2).eval()
+    x, batch = images(model), torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        if how == "compile":
+            torch.compiler.reset()
+            other = torch.compile(model, backend="aot_eager", fullgraph=True)
+        elif how == "trace":
+            other = torch.jit.trace(model, (x,))
+        else:
+            other = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+        for size in (2, 3):
+            y = images(model, size)
+            assert_close(other(y), model(y))
+
+
+@pytest.mark.parametrize("name", ["test_revcol", "test_revcol_vit"])
+@torch.no_grad()
+def test_onnx(name: str) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    model = create(name, columns=2).eval()
+    x = torch.randn(1, 3, 32, 32)
+    proto = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto
+    (out,) = ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: x.numpy()})
+    assert_close(torch.from_numpy(out), model(x), rtol=1e-4, atol=1e-5)
