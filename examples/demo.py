@@ -55,8 +55,7 @@ def main(overrides: Sequence[str]) -> int:
         return 128 + outcome.signal
     seconds = time.perf_counter() - started
 
-    trainer.order.begin(epoch=0)
-    images, labels = next(iter(trainer.batches))
+    images, labels = next(trainer.batches.epoch(0))
     with console.status("measuring what is kept for backward ..."):
         found = measure(trainer, images, labels)
         by_columns = kept_by_columns(config, images)

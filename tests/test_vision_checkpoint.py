@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
 import resource
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,19 +27,6 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-def test_generators_go_on_where_they_were(tmp_path):
-    def draw():
-        return torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.gauss(0, 1)
-
-    np.random.seed(1)
-    random.seed(1)
-    draw()  # leaves half of a pair of normal numbers behind in numpy's and Python's generators
-    torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
-    expected = [draw(), draw()]
-    checkpoint.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
-    assert [draw(), draw()] == expected
 
 
 def test_the_last_ones_stay_and_the_best_outlives_them(tmp_path):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import typer
@@ -93,13 +90,8 @@ def test_mistakes_in_a_configuration_go_to_the_main_program(run):
         call("eval", run, "batch_sise=3")
 
 
-def test_help_needs_neither_torch_nor_timm():
-    program = (
-        "import sys, typer\nfrom vision import cli\napp = typer.Typer()\napp.command()(cli.train)\n"
-        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
-        "assert not {'torch', 'timm', 'sklearn'} & set(sys.modules)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert "key.path=value" in result.stdout
+def test_help_explains_overrides_and_what_is_left_behind():
+    code, out, _ = call("train", "--help")
+    assert code == 0
+    for words in ("key.path=value", "checkpoints/", "bit for bit", "torchrun"):
+        assert words in out

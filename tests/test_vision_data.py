@@ -12,8 +12,11 @@ from torch.utils.data import default_collate
 from vision_runs import tiny
 
 from revnets import SpecError
-from vision.config import DigitsConfig, load_config
-from vision.data import EpochBatches, Key, RandomAffine, load_data, train_loader, val_loader
+from vision.config import load_config
+from vision.data import TrainBatches, load_data, val_loader
+from vision.datasets import DigitsConfig
+from vision.order import EpochBatches, Key
+from vision.small import RandomAffine
 
 
 def test_digits_are_split_evenly_and_without_overlap():
@@ -75,9 +78,7 @@ def test_epochs_have_orders_of_their_own():
 def test_workers_and_resumption_change_no_image(tmp_path):
     def epoch(workers, start):
         config = load_config(tiny(tmp_path, workers=workers, batch_size=239, grad_accum=1, mixup=None))
-        loader, order = train_loader(config, load_data(config.data, config.seed))
-        order.begin(4, start)
-        return list(loader)
+        return list(TrainBatches(config, load_data(config.data, config.seed)).epoch(4, start))
 
     reference, by_workers, resumed = epoch(0, 0), epoch(2, 0), epoch(0, 2)
     assert len(reference) == 6
@@ -131,8 +132,7 @@ def test_loaders_leave_the_global_generator_alone(tmp_path):
     config = load_config(tiny(tmp_path))
     data = load_data(config.data, config.seed)
     before = torch.get_rng_state()
-    loader, _ = train_loader(config, data)
-    assert sum(len(labels) for _, labels in loader) == 1200
+    assert sum(len(labels) for _, labels in TrainBatches(config, data).epoch(0)) == 1200
     assert sum(len(labels) for _, labels in val_loader(config, data)) == 360
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -140,4 +140,4 @@ def test_loaders_leave_the_global_generator_alone(tmp_path):
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     config = load_config(tiny(tmp_path, batch_size=720, grad_accum=2))
     with pytest.raises(SpecError, match=r"batch_size.*1437.*1440"):
-        train_loader(config, load_data(config.data, config.seed))
+        TrainBatches(config, load_data(config.data, config.seed))

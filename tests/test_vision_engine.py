@@ -13,8 +13,9 @@ from vision_runs import TINY, tiny
 from revnets import SpecError
 from revnets.cell import Gain
 from vision.config import load_config
-from vision.data import Key, load_data
+from vision.data import load_data
 from vision.engine import Engine
+from vision.order import Key
 
 PLAIN = {
     "mixup": None, "ema": None, "clip_grad": None, "label_smoothing": 0.0, "grad_accum": 1,

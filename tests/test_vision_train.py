@@ -4,72 +4,23 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import re
 import signal
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from rich.text import Text
-from vision_runs import tiny
+from vision_processes import process, said
+from vision_runs import assert_same, assert_same_run, tiny
 
 from revnets import SpecError
-from vision import checkpoint, engine, files
+from vision import checkpoint
 from vision.checkpoint import CheckpointError
 from vision.config import load_config
 from vision.record import LOG, Record, read_log
 from vision.train import Trainer, TrainingError
-
-# Every process of a run is a fork of one that has imported everything and computed nothing.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["vision.train", "torch.utils.tensorboard", "sklearn.datasets", "sklearn.model_selection",
-     "matplotlib.backends.backend_agg"]
-)  # fmt: skip
-
-MOMENTS = {
-    "before an update": (engine.Engine, "update", "before"),
-    "before an evaluation": (engine.Engine, "evaluate", "before"),
-    "while a checkpoint is written": (torch, "save", "halfway"),
-    "before a file gets its name": (files.os, "replace", "before"),
-    "after a file got its name": (files.os, "replace", "after"),
-    "before the best gets its name": (files.os, "link", "before"),
-}
-
-
-def run(config: dict, moment: str = "", count: int = 0, number: int = signal.SIGKILL) -> None:
-    """Train in this process; at the `count`-th occurrence of a moment, send this process a signal."""
-    torch.set_num_threads(1)
-    if moment:
-        owner, name, when = MOMENTS[moment]
-        original, calls = getattr(owner, name), iter(range(1, 10_000))
-
-        def interrupted(*args, **kwargs):
-            if next(calls) != count:
-                return original(*args, **kwargs)
-            if when == "halfway":
-                args[1].write(b"half of a checkpoint")
-                args[1].flush()
-            result = original(*args, **kwargs) if when == "after" else None
-            os.kill(os.getpid(), number)
-            return original(*args, **kwargs) if when == "before" else result
-
-        setattr(owner, name, interrupted)
-    with open(Path(config["output"]).with_suffix(".txt"), "a") as file:
-        trainer = Trainer(load_config(config), Console(file=file, width=200))
-        outcome = trainer.fit()
-    raise SystemExit(0 if outcome.signal is None else 128 + outcome.signal)
-
-
-def process(*args) -> int | None:
-    child = processes.Process(target=run, args=args)
-    child.start()
-    child.join(120)
-    assert child.exitcode is not None, "the run hangs"
-    return child.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -78,36 +29,6 @@ def whole(tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
     assert process(tiny(output)) == 0
     return output
-
-
-def assert_same_run(mine: Path, other: Path) -> None:
-    for name in ("step-0000010.pt", "best.pt"):
-        ours, theirs = (checkpoint.read(folder / "checkpoints" / name) for folder in (mine, other))
-        for part in ("model", "ema", "optimizer", "rng", "progress", "scaler"):
-            assert_same(ours[part], theirs[part], part)
-    logs = [
-        [{key: value for key, value in line.items() if key != "images_per_second"} for line in read_log(folder / LOG)]
-        for folder in (mine, other)
-    ]
-    assert logs[0] == logs[1]
-    assert [line["step"] for line in logs[0]] == [3, 5, 5, 8, 10, 10]
-    assert sorted(os.listdir(mine / "checkpoints")) == ["best.pt", "step-0000008.pt", "step-0000010.pt"]
-
-
-def assert_same(ours, theirs, where: str) -> None:
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert list(ours) == list(theirs), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for index, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}.{index}")
-    else:
-        assert ours == theirs, where
 
 
 @pytest.mark.parametrize(
@@ -148,12 +69,12 @@ def test_stopped_by_a_signal(tmp_path, whole, number, moment, count, step):
     output = tmp_path / "run"
     assert process(tiny(output, save_every=None, keep=3), moment, count, number) == 128 + number
     assert checkpoint.step_of(checkpoint.Checkpoints(output / "checkpoints", 3).all()[-1]) == step
-    said = output.with_suffix(".txt").read_text()
-    assert f"Stopped by {signal.Signals(number).name} in epoch" in said
-    command = said.splitlines()[-1].removeprefix("Go on with: revnets train ")
+    text = said({"output": output})
+    assert f"Stopped by {signal.Signals(number).name} in epoch" in text
+    command = text.splitlines()[-1].removeprefix("Go on with: revnets train ")
     config = load_config(command)
     assert process({**config.plain(), "save_every": 2, "keep": 2}) == 0
-    assert f"Resumed {output}/checkpoints/step-000000{step}.pt: in epoch" in output.with_suffix(".txt").read_text()
+    assert f"Resumed {output}/checkpoints/step-000000{step}.pt: in epoch" in said({"output": output})
     assert_same_run(output, whole)
 
 
@@ -163,7 +84,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whole)
     newest = tmp_path / "run" / "checkpoints" / "step-0000006.pt"
     os.truncate(newest, 5000)
     assert process(config) == 0
-    assert "step-0000006.pt: damaged" in (tmp_path / "run.txt").read_text()
+    assert "step-0000006.pt: damaged" in said(config)
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -190,8 +111,9 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(tmp_path):
     with pytest.raises(SpecError, match=r"output: .*holds a run already.*resume=auto"):
         trainer(tmp_path / "run", resume="none").fit()
     for changes, words in (
-        ({"seed": 1}, r"seed: 1, but .* has 0"),
+        ({"seed": 2}, r"seed: 2, but .* has 1"),
         ({"batch_size": 60}, r"batch_size: 60.*120"),
+        ({"grad_accum": 1}, r"grad_accum: 1 with 1 processes.*2 with 1"),
         ({"optimizer": {"name": "lion", "lr": 0.01}}, r"optimizer\.name: lion, .*adamw"),
         ({"data": {"img_size": 16}}, r"data\.img_size: 16, .* has 8"),
     ):
@@ -210,17 +132,17 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(tmp_path):
 
 
 def test_progress_bar_is_live_on_a_terminal_only(tmp_path):
-    said = {}
+    shown = {}
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
         Trainer(load_config(tiny(tmp_path / str(terminal), log_every=1)), console).fit()
-        said[terminal] = Text.from_ansi(console.file.getvalue()).plain
+        shown[terminal] = Text.from_ansi(console.file.getvalue()).plain
     for words in ("epoch 1/2  loss", "epoch 2/2  loss"):
-        assert all(words in text for text in said.values())
+        assert all(words in text for text in shown.values())
     assert re.search(
-        r"(epoch 2/2|validating) +━+.* +\d+/10 loss \d\.\d+ +\d+\.\d % +lr \de-\d\d +\d+ img/s \d", said[True]
+        r"(epoch 2/2|validating) +━+.* +\d+/10 loss \d\.\d+ +\d+\.\d % +lr \de-\d\d +\d+ img/s \d", shown[True]
     )
-    assert "img/s" not in said[False]
+    assert "img/s" not in shown[False]
 
 
 def test_memory_mode_changes_no_bit(tmp_path):

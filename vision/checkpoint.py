@@ -2,89 +2,151 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-import random
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from revnets.files import link, remove_leftovers, replacing
+from revnets.files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
+from vision.errors import CheckpointError as CheckpointError
+from vision.errors import first_line
+from vision.shards import DIVISIBLE, STATE, Piece, copy_into, divided, gathered, read_shards, shard_name
+from vision.supervision import Supervised
+from vision.world import World
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout. A reader refuses those that it does not know."""
 
-KEYS = ("format", "versions", "config", "progress", "model", "ema", "optimizer", "scaler", "rng")
-"""What a checkpoint holds."""
+KEYS = ("format", "versions", "config", "world", "progress", "scaler", *DIVISIBLE)
+"""What a checkpoint holds.
 
+There is no state of the schedule, of the sampler, and of the generators of random numbers: all are functions of the
+seed and of `progress`, see `vision.seeds`.
+"""
 
-_STEP = re.compile(r"step-(\d+)\.pt")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used: names the file, what is wrong, and what to do."""
-
-    def __init__(self, path: Path | str, problem: str, remedy: str):
-        super().__init__(f"{path}: {problem}. {remedy}")
+_STEP = re.compile(r"step-(\d+)(\.pt)?")
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last `keep` of them as `step-N.pt`, and `best.pt`.
+    """The checkpoints of one run: the last `keep` of them as `step-N.pt`, and `best.pt`; folders if in shards.
 
     Args:
         folder: where they lie.
-        keep: how many of the last stay. `best.pt` is a second name for one of them or for one that has gone.
+        keep: how many of the last stay. The best is a second name for one of them or for one that has gone.
+        sharded: every process writes a file of its own.
+        world: the processes of the run.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, sharded: bool = False, world: World | None = None):
+        self.folder, self.keep, self.world = folder, keep, world or World()
+        self.suffix = "" if sharded else ".pt"
 
     @property
     def best(self) -> Path:
-        return self.folder / "best.pt"
+        """The best one; of a run that went from whole files to shards or back, the newer of the two."""
+        there = [path for path in (self.folder / "best.pt", self.folder / "best") if path.exists()]
+        return max(there, key=lambda path: path.stat().st_mtime_ns, default=self.folder / f"best{self.suffix}")
 
     def all(self) -> list[Path]:
         """The last checkpoints, oldest first."""
-        return sorted((path for path in self.folder.glob("step-*.pt") if _STEP.fullmatch(path.name)), key=step_of)
+        return sorted((path for path in self.folder.glob("step-*") if _STEP.fullmatch(path.name)), key=step_of)
 
     def save(self, state: Mapping[str, Any], best: bool = False) -> Path:
-        """Write a checkpoint, then drop those beyond `keep`.
+        """Write a checkpoint, then drop those beyond `keep`. All processes call it together.
 
         Args:
             state: with the keys `KEYS`; `state["progress"]["step"]` gives the name.
-            best: let `best.pt` be this one.
+            best: let the best one be this.
 
         Raises:
             CheckpointError: it could not be written. Those before it are untouched.
         """
-        path = self.folder / f"step-{state['progress']['step']:07d}.pt"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.folder)
-            with replacing(path) as file:
-                torch.save(dict(state), file)
-            if best:
-                self.name_best(path)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            before = self.all()
-            kept = f"{before[-1]} is intact" if before else "there is none before it"
-            raise CheckpointError(
-                path,
-                f"cannot be written ({_first_line(error)}); {kept}",
-                "Free some space, then go on with resume=auto",
-            ) from error
-        for old in self.all()[: -self.keep]:
-            old.unlink(missing_ok=True)
+        path = self.folder / f"step-{state['progress']['step']:07d}{self.suffix}"
+        if self.suffix:
+            state = gathered(state, keep=self.world.is_main)
+            self.world.by_main(lambda: self._guarded(path, lambda: save_file(path, state)))
+        else:
+            self._save_shards(path, state)
+        self.world.by_main(lambda: self._guarded(path, lambda: self._tidy(path, best)))
         return path
 
+    def _save_shards(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Every process fills a folder that is only given its name when all are done."""
+        world, filling = self.world, path.with_name(f".{path.name}{TEMPORARY}")
+        rest, parts = divided(state)
+
+        def begin() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(filling, ignore_errors=True)
+            filling.mkdir()
+
+        def write() -> None:
+            save_file(filling / shard_name(world.rank, world.size), parts)
+            if world.is_main:
+                save_file(filling / STATE, {**rest, "shards": world.size})
+
+        def finish() -> None:
+            if error is not None:
+                shutil.rmtree(filling, ignore_errors=True)
+                raise error
+            with replacing_folder(path) as empty:
+                empty.rmdir()
+                os.rename(filling, empty)
+
+        world.by_main(lambda: self._guarded(path, begin))
+        error = next((error for error in world.collect(self._attempt(path, write)) if error is not None), None)
+        world.by_main(lambda: self._guarded(path, finish))
+
+    def _attempt(self, path: Path, work: Callable[[], None]) -> CheckpointError | None:
+        try:
+            self._guarded(path, work)
+        except CheckpointError as error:
+            return error
+        return None
+
+    def _guarded(self, path: Path, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            if isinstance(error, CheckpointError):
+                raise
+            before = self.all()
+            kept = f"{before[-1]} is intact" if before else "there is none before it"
+            problem = f"cannot be written ({first_line(error)}); {kept}"
+            raise CheckpointError(path, problem, "Free some space, then go on with resume=auto") from error
+
+    def _tidy(self, path: Path, best: bool) -> None:
+        remove_leftovers(self.folder)
+        if best:
+            self.name_best(path)
+        for old in self.all()[: -self.keep]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
     def name_best(self, path: Path) -> None:
-        """Let `best.pt` be this checkpoint."""
+        """Let `best.pt`, or the folder `best`, be this checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        link(path, self.best)
+        if path.is_dir():
+            with replacing_folder(self.folder / "best") as folder:
+                for file in path.iterdir():
+                    link(file, folder / file.name)
+        else:
+            link(path, self.folder / "best.pt")
+
+
+def save_file(path: Path, content: Mapping[str, Any]) -> None:
+    """One file, whole or not at all.
+
+    Raises:
+        OSError, RuntimeError: no space and the like.
+    """
+    with replacing(path) as file:
+        torch.save(dict(content), file)
 
 
 def step_of(path: Path) -> int:
@@ -93,89 +155,95 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, world: World | None = None) -> dict[str, Any]:
     """Load a checkpoint into the memory of the CPU. Nothing in it is executed.
+
+    Args:
+        world: if several processes read it, each reads only what it needs: files are mapped into memory, and from a
+            folder of as many shards each reads its own, as `Piece`s.
 
     Raises:
         CheckpointError: no such file, no access, truncated, not one of ours, or it holds more than plain data.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(path, "there is no such file", "Check the path") from None
-    except IsADirectoryError:
-        raise CheckpointError(path, "this is a folder", "Give a .pt file inside of it") from None
-    except PermissionError:
-        raise CheckpointError(path, "may not be read", "Check its permissions") from None
-    except pickle.UnpicklingError:  # its text recommends to execute the file
-        raise CheckpointError(
-            path, "not a checkpoint, or it holds more than plain data", "Use a file that `revnets train` wrote"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
-        raise CheckpointError(path, "damaged or cut short", "Use an older checkpoint") from None
+    world = world or World()
+    if path.is_dir():
+        if not (path / STATE).exists():
+            raise CheckpointError(
+                path, f"this folder has no {STATE}", "Give a checkpoint, a .pt file or a step-N folder"
+            )
+        try:
+            state = read_shards(
+                path, lambda file: _load(file, mmap=True), world.rank, world.size if world.size > 1 else 0
+            )
+        except (KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(path, "its shards do not belong together", "Use an older checkpoint") from None
+    else:
+        state = _load(path, mmap=world.size > 1)
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
+    if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
+        text = f"layout {state['format']}, but this version reads {FORMAT}"
+        raise CheckpointError(path, text, "Use the version of revnets that wrote it")
     if missing:
-        raise CheckpointError(
-            path,
-            f"not a checkpoint of a training run: {', '.join(missing)} missing",
-            "Use a file that `revnets train` wrote",
-        )
-    if state["format"] != FORMAT:
-        raise CheckpointError(path, f"layout {state['format']}, but this version reads {FORMAT}", "Use its own version")
+        problem = f"not a checkpoint of a training run: {', '.join(missing)} missing"
+        raise CheckpointError(path, problem, "Use a file that `revnets train` wrote")
     return state
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+def _load(path: Path, mmap: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise CheckpointError(path, "there is no such file", "Check the path") from None
+    except PermissionError:
+        raise CheckpointError(path, "may not be read", "Check its permissions") from None
+    except pickle.UnpicklingError:  # its text recommends to execute the file
+        problem = "not a checkpoint, or it holds more than plain data"
+        raise CheckpointError(path, problem, "Use a file that `revnets train` wrote") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+        raise CheckpointError(path, "damaged or cut short", "Use an older checkpoint") from None
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor | Piece], path: Path) -> None:
     """Put weights into a model.
 
     Raises:
         CheckpointError: they are those of another model; says where the two part.
     """
-    own = model.state_dict()
+    _fill(model.state_dict(), weights, path)
+
+
+def load_heads(module: nn.Module, weights: Mapping[str, Tensor | Piece], path: Path) -> None:
+    """Put weights into the heads at the columns of a model, if it has such.
+
+    Raises:
+        CheckpointError: they are those of other heads.
+    """
+    heads = module.state_dict() if isinstance(module, Supervised) else {}
+    _fill({name: tensor for name, tensor in heads.items() if not name.startswith("model.")}, weights, path)
+
+
+def _fill(own: Mapping[str, Tensor], weights: Mapping[str, Tensor | Piece], path: Path) -> None:
+    remedy = "Use its own configuration, or another output"
     for name, tensor in own.items():
-        if name not in weights:
-            difference = f"it lacks {name}"
-        elif weights[name].shape != tensor.shape:
-            difference = f"{name} has the shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
-        else:
-            continue
-        raise CheckpointError(path, f"of another model: {difference}", "Use its own configuration, or another output")
+        given = weights.get(name)
+        if given is None:
+            raise CheckpointError(path, f"of another model: it lacks {name}", remedy)
+        if given.shape != tensor.shape:
+            problem = f"of another model: {name} has the shape {tuple(given.shape)}, not {tuple(tensor.shape)}"
+            raise CheckpointError(path, problem, remedy)
     if extra := sorted(set(weights) - set(own)):
-        raise CheckpointError(
-            path, f"of another model: it also has {extra[0]}", "Use its own configuration, or another output"
-        )
-    model.load_state_dict(weights)
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of all generators that training draws from, as plain data."""
-    name, words, *rest = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": (name, torch.from_numpy(np.asarray(words).astype(np.int64)), *rest),
-        "python": (version, torch.tensor(internal), gauss),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put all generators where `rng_state` found them."""
-    torch.set_rng_state(state["torch"])
-    name, words, *rest = state["numpy"]
-    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        raise CheckpointError(path, f"of another model: it also has {extra[0]}", remedy)
+    for name, tensor in own.items():
+        copy_into(tensor, weights[name])
 
 
 def versions() -> dict[str, str]:
     """What a checkpoint was made with."""
     import platform
 
+    import numpy
     import timm
 
     import revnets
@@ -184,11 +252,6 @@ def versions() -> dict[str, str]:
         "revnets": revnets.__version__,
         "torch": str(torch.__version__),  # it is a str with a class of its own, which a safe load refuses
         "timm": timm.__version__,
-        "numpy": np.__version__,
+        "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

@@ -26,15 +26,21 @@ def train(
     tensorboard/, curves.png and config.yaml. The same command again goes on
     where the run stopped, bit for bit. SIGTERM and Ctrl-C save first; the exit
     code is then 128 + the signal.
+
+    Several processes: torchrun --no-python --nproc-per-node 8 revnets train CONFIG.
     """
     with _one_line_errors():
         from vision.config import load_config
         from vision.train import Trainer
+        from vision.world import joined
 
-        outcome = Trainer(load_config(config, overrides or [])).fit()
+        settings = load_config(config, overrides or [])
+        with joined(settings.device) as world:
+            outcome = Trainer(settings, world=world).fit()
     if outcome.signal is not None:
         raise typer.Exit(128 + outcome.signal)
-    typer.echo(f"best top-1 {outcome.top1:.2f} %, {outcome.best or outcome.last}")
+    if world.is_main:
+        typer.echo(f"best top-1 {outcome.top1:.2f} %, {outcome.best or outcome.last}")
 
 
 def evaluate(
@@ -48,9 +54,22 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one."""
     with _one_line_errors():
-        from vision.evaluate import evaluate_checkpoint
+        from vision.examine import evaluate_checkpoint
 
         evaluate_checkpoint(checkpoint, overrides or [], png)
+
+
+def reshard(
+    source: Annotated[Path, typer.Argument(help="A checkpoint: a .pt file, or a step-N folder.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="What to write: a new file, or a new folder.", show_default=False)],
+    shards: Annotated[int, typer.Option(min=0, help="Number of shards; 0: one whole file.")] = 0,
+) -> None:
+    """Rewrite a checkpoint of `checkpoint: sharded` as one file, or one file as shards."""
+    with _one_line_errors():
+        from vision import reshard as resharding
+
+        resharding.reshard(source, target, shards)
+    typer.echo(f"wrote {target}")
 
 
 @contextmanager
@@ -59,10 +78,9 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        from vision.checkpoint import CheckpointError
-        from vision.train import TrainingError
+        from vision.errors import EXPECTED
 
-        if not isinstance(error, (OSError, CheckpointError, TrainingError)):
+        if not isinstance(error, (OSError, *EXPECTED)):
             raise
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:

@@ -9,79 +9,46 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
-from timm.optim import list_optimizers
 
 from revnets.columns import memory_modes
 from revnets.config import Source, Strict, load
-from revnets.errors import nearest, problem
-from revnets.spec import NetSpec, dump, load_spec
+from revnets.errors import nearest, problem, what
+from revnets.spec import Modes, NetSpec, dump, load_spec
+from vision.datasets import DataConfig, DigitsConfig, ImagesConfig
+from vision.recipe import EmaConfig, MixupConfig, OptimizerConfig, ScheduleConfig
+from vision.supervision import SupervisionConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 """Recipes that come with the package: `revnets train digits` means `configs/digits.yaml`."""
 
 
-class DigitsConfig(Strict):
-    """scikit-learn's handwritten digits: 1797 real images of 8 x 8, enlarged to `img_size`."""
+class TimmModel(BaseModel):
+    """A model out of timm's registry, to which the RevCol family belongs; other keys are arguments of it."""
 
-    name: Literal["digits"] = "digits"
-    img_size: int = Field(default=16, ge=8, le=128)
-    shift: float = Field(default=0.1, ge=0, lt=1)  # largest random shift, as a part of the side
-    rotate: float = Field(default=10.0, ge=0, le=180)  # largest random angle, degrees
-    scale: float = Field(default=0.1, ge=0, lt=1)  # largest random change of size, as a part of it
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
 
+    timm: str
 
-class OptimizerConfig(Strict):
-    """Arguments of `timm.optim.create_optimizer_v2`. 1-D parameters, and so all gains, get no weight decay."""
-
-    name: str = "adamw"
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)  # for optimizers that have it
-    options: dict[str, Any] = Field(default_factory=dict)  # whatever else this optimizer takes, such as betas and eps
-
-    @field_validator("name")
+    @field_validator("timm")
     @classmethod
     def _known(cls, name: str) -> str:
-        known = [str(item) for item in list_optimizers()]
-        if name.lower() not in known:
-            raise problem(f"timm has no optimizer {name!r}", nearest(name, known, "It has"))
+        import timm
+
+        if not timm.is_model(name):
+            raise problem(f"timm has no model {name!r}", nearest(name, timm.list_models(), "It has"))
         return name
 
-
-class ScheduleConfig(Strict):
-    """The learning rate, set anew before every update: linear warm-up, then `name`."""
-
-    name: Literal["cosine", "constant"] = "cosine"
-    warmup_epochs: float = Field(default=0.0, ge=0)
-    warmup_lr: float = Field(default=1e-6, ge=0)  # where the warm-up begins
-    min_lr: float = Field(default=1e-6, ge=0)  # where the cosine ends
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
 
 
-class EmaConfig(Strict):
-    """A moving average of the weights (`timm.utils.ModelEmaV3`), evaluated beside them."""
-
-    decay: float = Field(default=0.9999, gt=0, lt=1)
-    warmup: bool = True  # begin with a small decay
-
-
-class MixupConfig(Strict):
-    """Arguments of `timm.data.Mixup`."""
-
-    mixup_alpha: float = Field(default=0.0, ge=0)
-    cutmix_alpha: float = Field(default=0.0, ge=0)
-    prob: float = Field(default=1.0, gt=0, le=1)
-    switch_prob: float = Field(default=0.5, ge=0, le=1)  # how often cutmix, where both are on
-    mode: Literal["batch", "pair", "elem"] = "batch"
-
-    @model_validator(mode="after")
-    def _mixes(self) -> Self:
-        if self.mixup_alpha == self.cutmix_alpha == 0:
-            raise problem("neither mixup nor cutmix is on", "Give mixup_alpha or cutmix_alpha, or write mixup: null")
-        return self
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _model(value: Any) -> Any:
+    if not isinstance(value, dict) or "timm" not in value:
+        return value
+    if not isinstance(value["timm"], str):
+        raise problem(what(value["timm"]), "Give the name of a model, such as revcol_tiny", "timm")
+    return TimmModel(**value)
 
 
 def _off(value: Any) -> Any:
@@ -93,10 +60,11 @@ class TrainConfig(Strict):
 
     model_config = ConfigDict(title="training run")
 
-    model: NetSpec | str = Field(examples=["net.yaml"])  # keys of a net, or the path of its YAML
+    # keys of a net, the path of its YAML, or {timm: name, argument: value, ...}
+    model: Annotated[NetSpec | TimmModel | str, BeforeValidator(_model)] = Field(examples=["net.yaml"])
     output: str = Field(examples=["runs/mine"], min_length=1)  # folder of this run
-    data: DigitsConfig = DigitsConfig()
-    memory: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple)] = None
+    data: DataConfig = DigitsConfig()
+    memory: Modes | None = None  # memory mode of the columns, one per column, or {budget: 24GiB}
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=64, ge=1)  # images of one forward pass of one process
     grad_accum: int = Field(default=1, ge=1)  # forward passes per update
@@ -106,14 +74,19 @@ class TrainConfig(Strict):
     clip_grad: float | None = Field(default=None, gt=0)
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     amp: Annotated[Literal["off", "bfloat16", "float16"], BeforeValidator(_off)] = "off"
+    channels_last: bool = False
+    compile: str | None = None  # compile the cells with this backend of torch.compile, such as inductor
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # how several processes share the work
     ema: EmaConfig | None = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     mixup: MixupConfig | None = None
+    supervision: SupervisionConfig | None = None  # losses at some columns, of a RevCol of timm's registry
     resume: str = "auto"  # auto: go on with the run in `output` if there is one; none; or a checkpoint
+    checkpoint: Literal["full", "sharded"] = "full"  # one file, or with fsdp one for each process
     keep: int = Field(default=2, ge=1)  # how many of the last checkpoints stay
     save_every: int | None = Field(default=None, ge=1)  # updates between checkpoints, besides each end of an epoch
     log_every: int = Field(default=10, ge=1)  # updates between lines of the log
-    workers: int = Field(default=0, ge=0)  # processes that load images; 0: none besides this one
+    workers: int = Field(default=0, ge=0)  # processes that load images, for each rank; 0: none besides this one
     device: str = "auto"  # auto: the GPU if there is one
 
     @field_validator("device")
@@ -124,6 +97,13 @@ class TrainConfig(Strict):
                 torch.device(name)
         except RuntimeError:
             raise problem(f"torch has no device {name!r}", "Give auto, cpu, cuda, cuda:1, ...") from None
+        return name
+
+    @field_validator("compile")
+    @classmethod
+    def _is_backend(cls, name: str | None) -> str | None:
+        if name is not None and name not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise problem(f"torch.compile has no backend {name!r}", nearest(name, known, "It has"))
         return name
 
     @model_validator(mode="after")
@@ -137,23 +117,39 @@ class TrainConfig(Strict):
             )
         if self.mixup and self.batch_size % 2:
             raise problem(f"mixup pairs images, and {self.batch_size} is odd", "Give an even number", "batch_size")
-        if self.memory is not None and isinstance(self.model, NetSpec):
+        if isinstance(self.memory, (str, tuple)) and isinstance(self.model, NetSpec):
             try:
                 memory_modes(self.memory, self.model.columns)
             except ValueError as error:
                 raise problem(str(error), "See docs/yaml.md", "memory") from None
+        if self.checkpoint == "sharded" and self.parallel != "fsdp":
+            raise problem("only fsdp has shards", "Set parallel: fsdp, or checkpoint: full", "checkpoint")
+        if self.clip_mode == "agc" and self.parallel == "fsdp":
+            raise problem("agc needs whole weights, and fsdp divides them", "Give norm or value", "clip_mode")
+        if self.supervision is not None and not isinstance(self.model, TimmModel):
+            remedy = "Give one of the family, as in {timm: revcol_tiny}"
+            raise problem("only models of timm's registry have heads at their columns", remedy, "supervision")
+        if self.supervision is not None and self.optimizer.layer_decay is not None:
+            raise problem("heads have no place in the order of layers", "Leave one of the two out", "supervision")
         return self
 
     @field_serializer("model")
-    def _plain_model(self, model: NetSpec | str) -> Any:
+    def _plain_model(self, model: NetSpec | TimmModel | str) -> Any:
+        if isinstance(model, TimmModel):
+            return {"timm": model.timm, **model.options}
         return dump(model) if isinstance(model, NetSpec) else model
 
     @property
     def net(self) -> NetSpec:
-        """The net that is trained, with the memory mode of the run."""
+        """The net that is trained, with the memory mode of the run; not of a model of timm's."""
         if not isinstance(self.model, NetSpec):
-            raise TypeError(f"model {self.model!r} is a path; read the configuration with load_config")
+            raise TypeError(f"model {self.model!r} is no spec; paths are read by load_config")
         return self.model if self.memory is None else self.model.model_copy(update={"memory": self.memory})
+
+    @property
+    def batch_is_stream(self) -> bool:
+        """Is the training set read from front to back, so that its order depends on workers and processes?"""
+        return isinstance(self.data, ImagesConfig) and self.data.is_stream
 
     def plain(self) -> dict[str, Any]:
         """The run as plain data that `load_config` accepts, for checkpoints and YAML."""

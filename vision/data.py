@@ -1,183 +1,99 @@
-"""Images and labels, in an order and with augmentations that depend on (seed, epoch, index) alone.
+"""From the key `data` of a run to a training and a validation set, and to the batches of an epoch.
 
-A sample of the training set is asked for by its key (epoch, index), and draws its augmentation from a generator of
-its own that is seeded with (seed, epoch, index). So neither the number of workers, nor the number of processes, nor
-where a run was interrupted makes a difference to any image.
+A sample of the training set is asked for by its key (epoch, index), and draws its augmentation from generators that
+are seeded with (seed, epoch, index). So neither the number of workers, nor the number of processes, nor where a run
+was interrupted makes a difference to any image. (Streams, which have no index, are told about in `vision.stream`.)
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from revnets.config import SpecError
-from vision.config import DigitsConfig, TrainConfig
+from revnets.errors import SpecError
+from vision.config import TrainConfig
+from vision.datasets import DigitsConfig, IdxConfig, ImagesConfig
+from vision.imageset import ImageData
+from vision.order import EpochBatches, Share
+from vision.readers import load_images
 from vision.signals import leave_signals_to_parent
+from vision.small import load_digits, load_idx
+from vision.unreadable import Unreadable
+from vision.world import World
 
 
-class Key(NamedTuple):
-    """Which sample, and in which epoch: each has its own augmentation."""
-
-    epoch: int
-    index: int
-
-
-class ImageSet(ABC, Dataset[tuple[Tensor, Tensor]]):
-    """Images (C, H, W) with the numbers of their classes. A training set is asked by `Key`, others by number."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ImageData:
-    """A training set, a validation set, and what both are made of."""
-
-    train: ImageSet
-    val: ImageSet
-    classes: tuple[str, ...]
-    shape: tuple[int, int, int]  # of an image: (channels, height, width)
-
-
-def load_data(config: DigitsConfig, seed: int) -> ImageData:
+def load_data(
+    config: DigitsConfig | IdxConfig | ImagesConfig, seed: int, notes: Path | None = None, world: World | None = None
+) -> ImageData:
     """The data that a configuration names.
 
     Args:
         seed: of the augmentations. The split into training and validation set is always the same.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits: Any = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
-    side = config.img_size
-    images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
-    labels = torch.from_numpy(digits.target).long()
-    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
-    mean, std = images[train].mean().item(), images[train].std().item()
-    return ImageData(
-        train=Augmented(images[train], labels[train], RandomAffine(config, seed), mean, std),
-        val=Plain((images[val] - mean) / std, labels[val]),
-        classes=tuple(str(name) for name in digits.target_names),
-        shape=(1, side, side),
-    )
-
-
-class RandomAffine:
-    """A random rotation, change of size and shift of every image, drawn from (seed, epoch, index)."""
-
-    def __init__(self, config: DigitsConfig, seed: int):
-        self.limits = np.array([math.radians(config.rotate), config.scale, config.shift, config.shift])
-        self.seed = seed
-
-    def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
-        """Images (B, C, H, W) in, images of that shape out; what comes in from outside is black."""
-        if not self.limits.any():
-            return images
-        draws = np.stack([np.random.default_rng((self.seed, *key)).uniform(-1, 1, 4) for key in keys]) * self.limits
-        angle, growth, right, down = torch.from_numpy(draws).float().unbind(1)
-        cos, sin = angle.cos() / (1 + growth), angle.sin() / (1 + growth)
-        # affine_grid maps the result's coordinates, from -1 to 1 over the image, to the source's.
-        matrix = torch.stack([cos, -sin, 2 * right, sin, cos, 2 * down], dim=1).view(-1, 2, 3)
-        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False)
-
-
-class Augmented(ImageSet):
-    """Images in memory, augmented and normalised batch by batch."""
-
-    def __init__(self, images: Tensor, labels: Tensor, augment: RandomAffine, mean: float, std: float):
-        self.images, self.labels, self.augment = images, labels, augment
-        self.mean, self.std = mean, std
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, Tensor]]:
-        index = [key.index for key in keys]
-        images = (self.augment(self.images[index], keys) - self.mean) / self.std
-        return list(zip(images, self.labels[index], strict=True))
-
-
-class Plain(ImageSet):
-    """Images in memory, ready to use."""
-
-    def __init__(self, images: Tensor, labels: Tensor):
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
-
-
-class EpochBatches(Sampler[list[Key]]):
-    """The batches of one epoch, in an order drawn from (seed, epoch), beginning wherever a run was interrupted.
-
-    The samples that do not fill an update of all processes are left out; they differ from epoch to epoch.
-
-    Args:
-        length: samples in the set.
-        batch_size: of one process and forward pass.
-        accum: forward passes per update.
-        seed: of the order.
-        rank, world_size: this process takes every `world_size`-th batch.
+        notes: file that lists images that could not be read.
+        world: the processes that share a stream.
 
     Raises:
-        ValueError: the set has not enough samples for one update.
+        revnets.SpecError: there are no such data.
+    """
+    if isinstance(config, DigitsConfig):
+        return load_digits(config, seed)
+    if isinstance(config, IdxConfig):
+        return load_idx(config, seed)
+    return load_images(config, seed, Unreadable(notes, config.unreadable), world or World())
+
+
+class TrainBatches:
+    """The training batches of a process, epoch by epoch.
+
+    Args:
+        config: of the run.
+        data: what it trains on.
+        world: the processes of the run.
+
+    Raises:
+        revnets.SpecError: the set does not fill one update.
     """
 
-    def __init__(self, length: int, batch_size: int, accum: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.length, self.batch_size, self.accum, self.seed = length, batch_size, accum, seed
-        self.rank, self.world_size = rank, world_size
-        self.updates = length // (batch_size * accum * world_size)
-        if self.updates == 0:
-            raise ValueError(f"{length} samples do not fill one update of {batch_size * accum * world_size}")
-        self.epoch, self.start = 0, 0
+    def __init__(self, config: TrainConfig, data: ImageData, world: World | None = None):
+        world = world or World()
+        self.accum = config.grad_accum
+        try:
+            self.order = EpochBatches(
+                len(data.train), config.batch_size, self.accum, config.seed, world.rank, world.size
+            )
+        except ValueError as error:
+            raise SpecError("training run", "batch_size", str(error), "Lower batch_size or grad_accum") from None
+        self.stream: Any = data.train if config.batch_is_stream else None
+        options = {"batch_size": config.batch_size} if self.stream else {"batch_sampler": self.order}
+        self.loader = _loader(data.train, config, **options)
 
-    def begin(self, epoch: int, start: int = 0) -> None:
-        """Let the next iteration be that of `epoch`, from its update `start` on."""
-        self.epoch, self.start = epoch, start
+    @property
+    def updates(self) -> int:
+        """Updates of an epoch."""
+        return self.order.updates
 
-    def __len__(self) -> int:
-        return (self.updates - self.start) * self.accum
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
-        epoch, size = self.epoch, self.batch_size
-        for batch in range(self.start * self.accum, self.updates * self.accum):
-            first = (batch * self.world_size + self.rank) * size
-            yield [Key(epoch, index) for index in order[first : first + size]]
-
-
-def train_loader(config: TrainConfig, data: ImageData) -> tuple[DataLoader, EpochBatches]:
-    """The training set's loader, and the sampler that says which epoch it delivers next."""
-    try:
-        batches = EpochBatches(len(data.train), config.batch_size, config.grad_accum, config.seed)
-    except ValueError as error:
-        raise SpecError("training run", "batch_size", str(error), "Lower batch_size or grad_accum") from None
-    return _loader(data.train, config, batch_sampler=batches), batches
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, C, H, W) and class numbers (B,), from update `start` of the epoch on."""
+        if self.stream is None:
+            self.order.begin(epoch, start)
+            return iter(self.loader)
+        self.stream.epoch = epoch
+        return islice(self.loader, start * self.accum, self.updates * self.accum)
 
 
-def val_loader(config: TrainConfig, data: ImageData) -> DataLoader:
-    """The validation set's loader: every image once, in order."""
-    return _loader(data.val, config, batch_size=config.batch_size)
+def val_loader(config: TrainConfig, data: ImageData, world: World | None = None) -> DataLoader:
+    """The validation set's loader: this process's share, padded to equal length with images of the class -1."""
+    val = data.val if config.batch_is_stream else Share(data.val, world or World())
+    return _loader(val, config, batch_size=config.batch_size)
 
 
-def _loader(dataset: ImageSet, config: TrainConfig, **options) -> DataLoader:
+def _loader(dataset: Dataset, config: TrainConfig, **options: Any) -> DataLoader:
     # A loader draws a number for its workers at the start of every epoch; from the global generator that would make
     # the numbers that the model draws depend on how often a run was interrupted.
     generator = torch.Generator().manual_seed(config.seed)
@@ -185,6 +101,7 @@ def _loader(dataset: ImageSet, config: TrainConfig, **options) -> DataLoader:
         dataset,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
+        pin_memory=torch.cuda.is_available() and config.device != "cpu",
         generator=generator,
         worker_init_fn=leave_signals_to_parent,
         **options,

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.utils.clip_grad import dispatch_clip_grad
-from timm.utils.model import unwrap_model
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
-from revnets import Net
 from vision import checkpoint, parts
 from vision.config import TrainConfig
-from vision.data import ImageData
 from vision.evaluate import Metrics, evaluate
+from vision.imageset import ImageData
+from vision.parallel import distribute, plain, reshard
+from vision.seeds import seed_all
+from vision.shards import like, mapped
+from vision.world import World
 
 
 class Engine:
@@ -26,32 +28,41 @@ class Engine:
         config: of the run.
         data: what it trains on.
         updates_per_epoch: for the schedule.
+        world: the processes of the run.
+
+    Attributes:
+        note: what there is to say about the memory mode, if it was planned.
 
     Raises:
         revnets.SpecError: the configuration does not fit the data or the machine.
     """
 
-    def __init__(self, config: TrainConfig, data: ImageData, updates_per_epoch: int):
-        self.config = config
+    def __init__(self, config: TrainConfig, data: ImageData, updates_per_epoch: int, world: World | None = None):
+        self.config, self.world = config, world or World()
         self.num_classes = len(data.classes)
-        self.device = parts.choose_device(config.device)
-        self.task = parts.build_task(config, parts.build_model(config, data), self.device)
-        self.optimizer = parts.build_optimizer(config, self.model)
-        self.schedule = parts.build_schedule(config, self.optimizer, updates_per_epoch)
+        self.passes = config.grad_accum * self.world.size  # forward passes per update, of all processes
+        images = config.batch_size * self.passes
+        self.device = parts.choose_device(config.device, self.world)
+        seed_all(config.seed)  # the same weights in every process
+        model = parts.build_model(config, data)
+        self.note = parts.keep_budget(config, model, data, self.world)
+        self.task = parts.build_task(config, model, data, self.device)
+        distribute(self.task, config.parallel, self.world, self.device)
+        self.optimizer = parts.build_optimizer(config, plain(self.task.get_trainable_module()), images)
+        self.schedule = parts.build_schedule(config, self.optimizer, updates_per_epoch, images)
         self.mixup = parts.build_mixup(config, self.num_classes)
         self.autocast = parts.build_autocast(config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
 
     @property
-    def model(self) -> Net:
-        """The net itself, without what wraps it."""
-        return cast(Net, unwrap_model(self.task.get_trainable_module()))
+    def model(self) -> nn.Module:
+        """The model itself, without what wraps it and without heads at its columns."""
+        return plain(self.task.get_eval_model())
 
     @property
-    def ema(self) -> Net | None:
-        """The net with averaged weights."""
-        average = self.task.get_trainable_module(ema=True)
-        return None if average is None else cast(Net, average.module)
+    def ema(self) -> nn.Module | None:
+        """The model with averaged weights."""
+        return plain(self.task.get_eval_model(ema=True)) if self.task.has_ema() else None
 
     @property
     def lr(self) -> float:
@@ -60,22 +71,28 @@ class Engine:
     def update(self, batches: Iterator[tuple[Tensor, Tensor]], step: int) -> Tensor:
         """One step of the optimizer on the next `grad_accum` batches.
 
+        All that is random in it (mixup, dropout, drop path) is a function of the seed and of the number of the
+        forward pass, counted over all processes. So no generator has to be saved, and several processes do what one
+        process with accumulation does.
+
         Args:
             batches: images (B, C, H, W) and class numbers (B,).
             step: how many updates there will have been after this one.
 
         Returns:
-            The loss, still on its device.
+            The loss of this process, still on its device.
         """
         config, total = self.config, torch.zeros((), device=self.device)
-        for _ in range(config.grad_accum):
-            images, labels = next(batches)
-            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        for number in range(config.grad_accum):
+            images, labels = self._moved(*next(batches))
+            seed_all(config.seed, (step - 1) * self.passes + number * self.world.size + self.world.rank)
             if self.mixup is not None:
                 images, labels = self.mixup(images, labels)
-            with self.autocast():
-                loss = self.task(images, labels)["loss"] / config.grad_accum
-            self.scaler.scale(loss).backward()
+            is_last = number == config.grad_accum - 1
+            with nullcontext() if is_last else self.task.no_sync():
+                with self.autocast():
+                    loss = self.task(images, labels)["loss"] / config.grad_accum
+                self.scaler.scale(loss).backward()
             total += loss.detach()
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
@@ -87,23 +104,34 @@ class Engine:
         self.task.update_ema(step)
         return total
 
-    def evaluate(self, batches: DataLoader, tick: Callable[[], None]) -> dict[str, Metrics]:
+    def _moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        layout = torch.channels_last if self.config.channels_last else torch.preserve_format
+        return (
+            images.to(self.device, memory_format=layout, non_blocking=True),
+            labels.to(self.device, non_blocking=True),
+        )
+
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], tick: Callable[[], None]) -> dict[str, Metrics]:
         """Metrics of the weights (`raw`), and of their average (`ema`) if there is one: then those count."""
-        models = {"raw": self.model, "ema": self.ema}
-        return {
-            name: evaluate(model, batches, self.num_classes, self.device, self.autocast, tick)
-            for name, model in models.items()
-            if model is not None
-        }
+        found = {}
+        for name, is_average in (("raw", False), ("ema", True)):
+            if self.task.has_ema() or not is_average:
+                model = plain(self.task.get_trainable_module(is_average))
+                found[name] = evaluate(
+                    model, batches, self.num_classes, self.device, self.autocast, tick, self.world.size > 1
+                )
+                reshard(model)
+        return found
 
     def state(self) -> dict[str, Any]:
-        """Plain data and tensors. The schedule has no state: it is a function of the number of updates."""
+        """Plain data and tensors, divided ones as they are."""
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "heads": self.task.get_task_state(),
+            "heads_ema": self.task.get_task_state(ema=True) if self.task.has_ema() else {},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": checkpoint.rng_state(),
         }
 
     def load_state(self, state: dict[str, Any], path: Path) -> None:
@@ -116,10 +144,22 @@ class Engine:
             vision.checkpoint.CheckpointError: it is the state of another model.
         """
         checkpoint.load_weights(self.model, state["model"], path)
+        checkpoint.load_heads(plain(self.task.get_trainable_module()), state["heads"], path)
         if self.ema is not None:
-            checkpoint.load_weights(self.ema, state["ema"] or state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
+            averaged = state["ema"] is not None
+            checkpoint.load_weights(self.ema, state["ema"] if averaged else state["model"], path)
+            heads = state["heads_ema"] if averaged else state["heads"]
+            checkpoint.load_heads(plain(self.task.get_trainable_module(ema=True)), heads, path)
+        self.optimizer.load_state_dict(self._optimizer_state(state["optimizer"]))
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.schedule.step_update(state["progress"]["step"])
-        checkpoint.set_rng_state(state["rng"])
+
+    def _optimizer_state(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The saved state with tensors that are divided as the parameters are."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        of_each = {
+            index: mapped(entry, lambda _, leaf, parameter=parameters[index]: like(parameter, leaf))
+            for index, entry in saved["state"].items()
+        }
+        return {**saved, "state": of_each}

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from timm.task.evaluator import ClassificationEvaluator
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from revnets import SpecError
-from revnets.draw import FORMATS, save
-from vision import checkpoint, parts
-from vision.config import load_config
-from vision.data import load_data, val_loader
-from vision.figures import confusion_figure
+from vision.supervision import HeadsEvaluator, Outputs, Stop, Supervised
+
+CONFUSIBLE = 1000
+"""Up to so many classes it is counted which is taken for which; for 21841 the table would take 4 GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,92 +23,60 @@ class Metrics:
     loss: float
     top1: float
     top5: float
-    images: int
-    confusion: Tensor  # (true class, predicted class), counts
+    images: int  # those that could be read
+    confusion: Tensor | None  # (true class, predicted class), counts
+    heads: dict[str, float] = field(default_factory=dict)  # top1_COLUMN and so on, of heads at earlier columns
 
     def scalars(self) -> dict[str, float]:
         """What goes into logs."""
-        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5, **self.heads}
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader,
+    loader: Iterable[tuple[Tensor, Tensor]],
     num_classes: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
     tick: Callable[[], None] = lambda: None,
+    distributed: bool = False,
 ) -> Metrics:
     """Run the model over a validation set. It is in evaluation mode meanwhile and gets its own mode back.
 
     Args:
+        model: gives scores (B, num_classes), or is a `Supervised`: then the metrics are those of its last head, and
+            the others come as `heads`.
+        loader: images and class numbers; images of class -1 do not count.
         tick: called after every batch; whatever it raises ends the evaluation.
+        distributed: every process has its share of the set, and all get the metrics of the whole.
     """
-    evaluator = ClassificationEvaluator(device)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)
-    training = model.training
+    stops = model.stops if isinstance(model, Supervised) else [Stop(0, 0.0, 1.0)]
+    evaluator = HeadsEvaluator(stops, device=device)
+    is_small = num_classes <= CONFUSIBLE
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device) if is_small else None
+    training, seen = model.training, torch.zeros((), dtype=torch.long, device=device)
     model.eval()
     try:
         for images, labels in loader:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with autocast():
                 output = model(images)
-            evaluator.update(output, labels)
-            confusion.index_put_((labels, output.argmax(1)), torch.ones_like(labels), accumulate=True)
+            counts = labels >= 0
+            labels, of_heads = labels[counts], output.logits if isinstance(output, Outputs) else {0: output}
+            of_heads = {column: scores[counts] for column, scores in of_heads.items()}
+            evaluator.update(Outputs(of_heads, {}), labels)
+            seen += len(labels)
+            if confusion is not None:
+                guesses = of_heads[max(of_heads)].argmax(1)
+                confusion.index_put_((labels, guesses), torch.ones_like(labels), accumulate=True)
             tick()
     finally:
         model.train(training)
-    found = evaluator.compute()
-    return Metrics(found["loss"], found["top1"], found["top5"], evaluator.num_samples, confusion.cpu())
-
-
-def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), png: Path | None = None) -> dict[str, Metrics]:
-    """Print the metrics of every set of weights that a checkpoint holds.
-
-    Args:
-        path: a checkpoint, or the folder of a run: then its best one, or the last if none is marked as the best.
-        overrides: of the run's configuration, such as `batch_size=256`.
-        png: where to draw the confusion of the weights that count, the averaged ones if there are any.
-
-    Raises:
-        vision.checkpoint.CheckpointError: there is no such checkpoint, or it cannot be used.
-        revnets.SpecError: an override is wrong, or `png` has another suffix than those of pictures.
-    """
-    if png is not None and png.suffix.lower().removeprefix(".") not in FORMATS:
-        raise SpecError("command line", "--png", f"{png} is no picture", f"Let it end in .{', .'.join(FORMATS)}")
-    path = _checkpoint_of(path)
-    state = checkpoint.read(path)
-    config = load_config(state["config"], overrides)
-    device = parts.choose_device(config.device)
-    data = load_data(config.data, config.seed)
-    model = parts.build_model(config, data).to(device)
-    autocast = parts.build_autocast(config.amp, device)
-    batches = val_loader(config, data)
-    table = Table()
-    for heading in ("weights", "top-1 %", "top-5 %", "loss"):
-        table.add_column(heading, justify="left" if heading == "weights" else "right")
-    found = {}
-    for name, key in (("raw", "model"), ("ema", "ema")):
-        if state[key] is not None:
-            checkpoint.load_weights(model, state[key], path)
-            found[name] = metrics = evaluate(model, batches, len(data.classes), device, autocast)
-            table.add_row(name, f"{metrics.top1:.2f}", f"{metrics.top5:.2f}", f"{metrics.loss:.4f}")
-    console = Console()
-    console.print(f"{path}, {len(data.val)} images", soft_wrap=True, highlight=False, markup=False)
-    console.print(table)
-    if png is not None:
-        save(confusion_figure(list(found.values())[-1].confusion, data.classes), png)
-        console.print(f"wrote {png}", soft_wrap=True, highlight=False, markup=False)
-    return found
-
-
-def _checkpoint_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    run = checkpoint.Checkpoints(path / "checkpoints", keep=1)
-    candidates = [run.best, *reversed(run.all())]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise checkpoint.CheckpointError(path, "this folder holds no checkpoints", "Give a run, or a .pt file")
+    found = dict(evaluator.compute(distributed))
+    if distributed:
+        for counted in (seen, confusion):
+            if counted is not None:
+                dist.all_reduce(counted)
+    loss, top1, top5 = (found.pop(name) for name in ("loss", "top1", "top5"))
+    return Metrics(loss, top1, top5, int(seen), None if confusion is None else confusion.cpu(), found)

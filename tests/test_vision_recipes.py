@@ -1,0 +1,151 @@
+"""Every recipe can be read, builds its model, and has the numbers of Table 11."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from revnets import SpecError
+from vision import parts
+from vision.config import CONFIGS, load_config
+from vision.datasets import ImagesConfig
+from vision.imageset import ImageData
+
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+# By Table 11: epochs, warm-up, images of an update, peak learning rate, weight decay, drop path, parameters in millions
+# (Table 1; 22K and large data: with the classifier of 21841 classes).
+TABLE = {
+    "revcol_tiny_in1k": (300, 20, 4096, 4e-3, 0.05, 0.1, 30),
+    "revcol_small_in1k": (300, 20, 4096, 4e-3, 0.05, 0.3, 60),
+    "revcol_base_in1k": (300, 20, 4096, 4e-3, 0.05, 0.4, 138),
+    "revcol_base_in22k": (90, 5, 4096, 5e-4, 0.1, 0.3, 150),
+    "revcol_large_in22k": (90, 5, 4096, 5e-4, 0.1, 0.3, 294),
+    "revcol_xlarge_in22k": (90, 5, 4096, 5e-4, 0.1, 0.4, 871),
+    "revcol_xlarge_168m": (10, 0.15, 5120, 6.25e-4, 0.05, 0.2, 871),
+    "revcol_huge_168m": (10, 0.15, 5120, 6.25e-4, 0.05, 0.2, 2217),
+    "revcol_vit_small_in1k": (300, 20, 4096, 4e-3, 0.05, 0.1, 20),
+    "revcol_vit_base_in1k": (300, 20, 4096, 4e-3, 0.05, 0.2, 89),
+}
+
+
+def data_of(config) -> ImageData:
+    data = config.data
+    if isinstance(data, ImagesConfig):
+        shape, count, statistics = (3, data.img_size, data.img_size), data.num_classes or 1000, (data.mean, data.std)
+    else:
+        shape, count, statistics = (1, data.img_size, data.img_size), 10, ((0.5,), (0.5,))
+    return ImageData(None, None, tuple(map(str, range(count))), shape, *statistics)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_builds_its_model_and_task(recipe):
+    config = load_config(recipe)
+    data = data_of(config)
+    with torch.device("meta"):
+        model = parts.build_model(config, data)
+        task = parts.build_task(config.model_copy(update={"ema": None}), model, data, torch.device("meta"))
+    optimizer = parts.build_optimizer(config, task.get_trainable_module(), 64)
+    groups = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert groups == set(task.parameters())
+    if recipe in TABLE:
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        assert int(millions) == TABLE[recipe][-1]
+
+
+@pytest.mark.parametrize("recipe", TABLE)
+def test_has_the_numbers_of_the_paper(recipe):
+    config = load_config(recipe)
+    epochs, warmup, images, peak, decay, drop_path, _ = TABLE[recipe]
+    gpus = 64 if config.grad_accum == 1 else 8
+    assert config.batch_size * config.grad_accum * gpus == images
+    assert config.optimizer.lr * config.optimizer.lr_factor(images) == pytest.approx(peak)
+    assert (config.epochs, config.schedule.warmup_epochs, config.optimizer.weight_decay) == (epochs, warmup, decay)
+    assert config.model.options["drop_path_rate"] == drop_path
+    assert config.label_smoothing == 0.1
+    assert config.data.augment.auto_augment == "rand-m9-mstd0.5-inc1"
+    is_large = recipe.endswith("168m")
+    assert (config.mixup is None) == is_large
+    assert config.data.augment.re_prob == (0.0 if is_large else 0.25)
+    assert (config.ema is None) == (not recipe.endswith("in1k"))
+    assert (config.supervision is None) == ("vit" in recipe)
+    assert (config.parallel == "fsdp") == ("xlarge" in recipe or "huge" in recipe)
+    if config.supervision is not None:
+        columns = {"tiny": 4, "small": 8, "base": 16, "large": 8, "xlarge": 8, "huge": 8}[recipe.split("_")[1]]
+        stops = config.supervision.stops(columns)
+        assert [stop.alpha for stop in stops] == pytest.approx([3, 2, 1, 0])
+        assert [stop.beta for stop in stops] == pytest.approx([0.175, 0.35, 0.525, 1])
+
+
+def test_every_recipe_of_the_paper_is_here():
+    assert set(TABLE) | {"digits", "fashion"} == set(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.colums=3"], r"model: .*colums"),
+        (["model.num_classes=7"], r"model\.num_classes: gives 7 scores for 1000 classes"),
+        (["model.memory=exakt"], r"model\.memory: .*exakt"),
+        (["memory=[exact]"], r"memory: .*1 memory modes for 4 columns"),
+        (["model={timm: resnet18}", "memory=exact"], r"memory: .*no reversible columns"),
+        (["model={timm: resnet18}"], r"supervision: ResNet has no"),
+        (["model={timm: revcol_tinny}"], r"model\.timm: .*revcol_tinny.*revcol_tiny"),
+        (["model={timm: 3}"], r"model\.timm: "),
+        (["supervision.alpha=[1,2]"], r"supervision\.alpha: .*2 weights for 4 heads"),
+        (["data.augment.auto_augment=random"], r"data\.augment\.auto_augment: .*random.*rand-m9"),
+        (["data.agument=3"], r"data\.agument: unknown key.*augment"),
+        (["data.root=null"], r"data\.root: .*data\.root="),
+        (["data.name=hfds/"], r"data\.name: "),
+        (["compile=inductr"], r"compile: .*inductr.*inductor"),
+        (["checkpoint=sharded"], r"checkpoint: .*fsdp"),
+        (["parallel=fsdp", "clip_mode=agc"], r"clip_mode: .*agc"),
+        (["optimizer.layer_decay=0.9"], r"supervision: .*layers"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(overrides, words):
+    def build():
+        config = load_config("revcol_tiny_in1k", overrides)
+        data = data_of(config)
+        parts.build_task(config, parts.build_model(config, data), data, torch.device("meta"))
+
+    with pytest.raises(SpecError, match=words) as error, torch.device("meta"):
+        build()
+    assert "\n" not in str(error.value)
+
+
+def test_learning_rates_scale_with_the_images_of_an_update():
+    config = load_config("revcol_tiny_in1k")
+    parameter = torch.nn.Linear(2, 2)
+    optimizer = parts.build_optimizer(config, parameter, 2048)
+    schedule = parts.build_schedule(config, optimizer, updates_per_epoch=10, images_per_update=2048)
+    seen = []
+    for step in (0, 200, 2999, 3000):
+        schedule.step_update(step)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen[0] == pytest.approx(2e-5)
+    assert seen[1] == pytest.approx(2e-3, rel=0.02)
+    assert seen[2] == pytest.approx(2e-6, rel=0.01)
+
+
+def test_fine_tuning_has_smaller_rates_below():
+    config = load_config("revcol_tiny_in1k", ["supervision=null", "optimizer.layer_decay=0.5", "data.img_size=32"])
+    with torch.device("meta"):
+        model = parts.build_model(config, data_of(config))
+    optimizer = parts.build_optimizer(config, model, 1024)
+    rates = {id(p): group["lr"] * group.get("lr_scale", 1) for group in optimizer.param_groups for p in group["params"]}
+    stem, head = rates[id(model.stem.conv.weight)], rates[id(model.get_classifier().weight)]
+    assert head == pytest.approx(1e-3)
+    assert stem == pytest.approx(1e-3 * 0.5**14)  # RevCol-T has 14 steps from the stem to the head
+
+
+def test_weights_that_a_model_exempts_do_not_decay_when_it_is_supervised():
+    config = load_config("revcol_vit_small_in1k", ["supervision={alpha: 0.0}", "ema=null"])
+    data = data_of(config)
+    with torch.device("meta"):
+        task = parts.build_task(config, parts.build_model(config, data), data, torch.device("meta"))
+    optimizer = parts.build_optimizer(config, task.get_trainable_module(), 1024)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    model = task.get_eval_model()
+    assert decays[id(model.stem.pos_embed)] == 0
+    assert decays[id(model.stem.conv.weight)] == 0.05

@@ -1,0 +1,135 @@
+"""What the key `data` of a training run may say: bundled digits, files in idx format, or any of timm's readers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from revnets.config import Strict, validate
+from revnets.errors import explain, nearest, problem, what
+
+Triple = tuple[float, float, float]
+Pair = tuple[float, float]
+
+
+class SmallImagesConfig(Strict):
+    """Augmentation of images that are kept in memory: one random affine map each."""
+
+    img_size: int = Field(default=16, ge=8, le=128)
+    shift: float = Field(default=0.1, ge=0, lt=1)  # largest random shift, as a part of the side
+    rotate: float = Field(default=10.0, ge=0, le=180)  # largest random angle, degrees
+    scale: float = Field(default=0.1, ge=0, lt=1)  # largest random change of size, as a part of it
+    hflip: float = Field(default=0.0, ge=0, le=1)  # how often an image is mirrored
+
+
+class DigitsConfig(SmallImagesConfig):
+    """scikit-learn's handwritten digits: 1797 real images of 8 x 8, enlarged to `img_size`."""
+
+    name: Literal["digits"] = "digits"
+
+
+class IdxConfig(SmallImagesConfig):
+    """MNIST, Fashion-MNIST and whatever else comes as four files in idx format, gzipped or not."""
+
+    name: Literal["idx"]
+    root: str = Field(examples=["/usr/share/datasets/fashion-mnist"], min_length=1)  # folder with the four files
+    img_size: int = Field(default=28, ge=8, le=128)
+    classes: tuple[str, ...] | None = None  # their names, 0 first
+    train_samples: int | None = Field(default=None, ge=1)  # only the first ones, for quick runs
+
+
+class AugmentConfig(Strict):
+    """Arguments of `timm.data.create_transform` for training. `color_jitter` is ignored with `auto_augment`."""
+
+    scale: Pair = (0.08, 1.0)  # area of the random crop
+    ratio: Pair = (3 / 4, 4 / 3)  # its width by its height
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    vflip: float = Field(default=0.0, ge=0, le=1)
+    color_jitter: float | None = Field(default=0.4, ge=0)
+    auto_augment: str | None = None  # such as rand-m9-mstd0.5-inc1
+    interpolation: Literal["random", "bilinear", "bicubic"] = "random"
+    re_prob: float = Field(default=0.0, ge=0, le=1)  # random erasing
+    re_mode: Literal["const", "rand", "pixel"] = "pixel"
+    re_count: int = Field(default=1, ge=1)
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _policy(cls, text: str | None) -> str | None:
+        if text is not None and text.split("-")[0] not in ("rand", "original", "originalr", "v0", "v0r", "3a"):
+            raise problem(f"{text!r} is no policy of timm's", "Give for example rand-m9-mstd0.5-inc1")
+        return text
+
+
+READERS = ("folder", "tar", "hfds/", "hfids/", "wds/")
+"""Kinds of `name`; behind a slash comes the name of a data set."""
+
+STREAMS = ("hfids/", "wds/")
+"""Those that are read from front to back."""
+
+
+class ImagesConfig(Strict):
+    """Images from one of timm's readers.
+
+    `folder`: root/train/CLASS/x.jpg; `tar`: root/train.tar, or root/train/*.tar; `hfds/NAME`: a Hugging Face data
+    set; `hfids/NAME`: the same, streamed; `wds/`: shards of webdataset in root.
+    """
+
+    name: str = Field(examples=["folder"])
+    root: str | None = None  # folder of the data; with hfds and hfids the cache
+    train_split: str = "train"
+    val_split: str = "validation"
+    class_map: str | None = None  # file with a class name a line
+    num_classes: int | None = Field(default=None, ge=2)  # where the reader cannot tell
+    train_samples: int | None = Field(default=None, ge=1)  # of a stream that does not tell its length
+    val_samples: int | None = Field(default=None, ge=1)
+    input_key: str | None = None  # names of fields, see timm's readers
+    target_key: str | None = None
+    img_size: int = Field(default=224, ge=8)
+    mean: Triple = IMAGENET_DEFAULT_MEAN
+    std: Triple = IMAGENET_DEFAULT_STD
+    crop_pct: float = Field(default=0.875, gt=0, le=1)  # of validation: 256, then the central 224
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of validation
+    augment: AugmentConfig = AugmentConfig()
+    unreadable: Literal["skip", "stop"] = "skip"  # replace a broken image by the next and count it, or stop
+
+    @property
+    def is_stream(self) -> bool:
+        return self.name.startswith(STREAMS)
+
+    @field_validator("name")
+    @classmethod
+    def _reader(cls, name: str) -> str:
+        if name in ("folder", "tar", "wds", "wds/") or (
+            name.startswith(("hfds/", "hfids/", "wds/")) and name[-1] != "/"
+        ):
+            return name + "/" * (name == "wds")
+        known = ["digits", "idx", *READERS]
+        raise problem(f"there is no data set or reader {name!r}", nearest(name, known, "There are"))
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.root is None and self.name in ("folder", "tar", "wds/"):
+            raise problem(
+                "this key is missing", "Give the folder of the data, as in `data.root=/data/imagenet`", "root"
+            )
+        return self
+
+
+def _by_name(value: Any) -> Any:
+    """The right kind of `data`, so that complaints are about its keys alone."""
+    if isinstance(value, Strict):
+        return value
+    if not isinstance(value, dict):
+        raise problem(what(value), "Give a mapping, as in {name: folder, root: /data/imagenet}")
+    kind = {"digits": DigitsConfig, "idx": IdxConfig}.get(value.get("name", "digits"), ImagesConfig)
+    try:
+        return validate(TypeAdapter(kind), value)
+    except ValidationError as error:
+        complaint = explain(error, value, kind)
+    raise problem(complaint.problem, complaint.remedy, *complaint.keys)
+
+
+DataConfig = Annotated[DigitsConfig | IdxConfig | ImagesConfig, BeforeValidator(_by_name)]

@@ -1,0 +1,81 @@
+"""Which samples make up which batch of which epoch, and which process gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from vision.world import World
+
+
+class Key(NamedTuple):
+    """Which sample, and in which epoch: each has its own augmentation."""
+
+    epoch: int
+    index: int
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """The batches of one epoch, in an order drawn from (seed, epoch), beginning wherever a run was interrupted.
+
+    The samples that do not fill an update of all processes are left out; they differ from epoch to epoch.
+
+    Args:
+        length: samples in the set.
+        batch_size: of one process and forward pass.
+        accum: forward passes per update.
+        seed: of the order.
+        rank, world_size: this process takes every `world_size`-th batch.
+
+    Raises:
+        ValueError: the set has not enough samples for one update.
+    """
+
+    def __init__(self, length: int, batch_size: int, accum: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.length, self.batch_size, self.accum, self.seed = length, batch_size, accum, seed
+        self.rank, self.world_size = rank, world_size
+        self.updates = length // (batch_size * accum * world_size)
+        if self.updates == 0:
+            raise ValueError(f"{length} samples do not fill one update of {batch_size * accum * world_size}")
+        self.epoch, self.start = 0, 0
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Let the next iteration be that of `epoch`, from its update `start` on."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return (self.updates - self.start) * self.accum
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        epoch, size = self.epoch, self.batch_size
+        for batch in range(self.start * self.accum, self.updates * self.accum):
+            first = (batch * self.world_size + self.rank) * size
+            yield [Key(epoch, index) for index in order[first : first + size].tolist()]
+
+
+class Share(Dataset[tuple[Tensor, int]]):
+    """A process's share of a validation set: every `world.size`-th sample.
+
+    All shares are equally long, since processes that share their weights must all make the same forward passes. What
+    is missing is filled up with the last sample, of class -1, which no evaluation counts.
+    """
+
+    def __init__(self, whole: Dataset, world: World):
+        self.whole, self.world = whole, world
+        self.length = len(cast(Sized, whole))
+
+    def __len__(self) -> int:
+        return -(-self.length // self.world.size)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int | Tensor]:
+        index = number * self.world.size + self.world.rank
+        if index < self.length:
+            return self.whole[index]
+        image, label = self.whole[self.length - 1]
+        return image, torch.full_like(label, -1) if isinstance(label, Tensor) else -1

@@ -1,0 +1,93 @@
+"""How far a run has come, how it ended, and the losses on its way."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision.errors import TrainingError
+from vision.world import World
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Its order of samples and its random numbers are functions of this and of the seed."""
+
+    epoch: int = 0  # epochs that are trained and evaluated
+    step: int = 0  # updates
+    best: float = -1.0  # top-1 of the best checkpoint, of the averaged weights where they are kept
+    best_step: int = -1  # which checkpoint that is
+
+    def plain(self, losses: Losses) -> dict[str, Any]:
+        """As part of a checkpoint."""
+        return {**asdict(self), "losses": torch.tensor(losses.checked, dtype=torch.float64)}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    last: Path | None  # the last checkpoint
+    best: Path | None  # the best one
+    top1: float  # its accuracy, percent; -1 if no epoch was finished
+    signal: int | None = None  # what stopped the run before its end
+
+
+class Losses:
+    """Losses of the updates of an epoch, averaged over all processes.
+
+    Looking at one waits for the device, so they pile up until `check`.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self.checked: list[float] = []
+        self._pending: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        self._pending.append(loss)
+
+    def begin(self, checked: Tensor | None = None) -> None:
+        """Begin an epoch, or go on in the middle of one."""
+        self.checked, self._pending = [] if checked is None else checked.tolist(), []
+
+    def check(self, epoch: int, step: int, saved: Path | None) -> list[float]:
+        """All losses of the epoch so far.
+
+        Args:
+            epoch, step: where the run is, for messages.
+            saved: the last good checkpoint.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
+        if self._pending:
+            fresh = self.world.mean(torch.stack(self._pending)).tolist()
+            self._pending = []
+            self.checked += fresh
+            for index, loss in enumerate(fresh):
+                if not torch.isfinite(torch.tensor(loss)):
+                    safe = f"The last good state is {saved}" if saved else "Nothing was saved before it"
+                    raise TrainingError(
+                        f"the loss is {loss} in epoch {epoch + 1}, step {step - len(fresh) + index + 1}. {safe}. "
+                        "Lower optimizer.lr, set clip_grad, or train with amp: off"
+                    )
+        return self.checked
+
+
+class Clock:
+    """Images per second since it was last asked."""
+
+    def __init__(self) -> None:
+        self.images, self._since = 0, time.perf_counter()
+
+    def rate(self) -> float:
+        now = time.perf_counter()
+        rate = self.images / (now - self._since)
+        self.images, self._since = 0, now
+        return rate

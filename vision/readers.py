@@ -1,0 +1,192 @@
+"""Images read by timm's readers: folders, tars, data sets of Hugging Face, and streams of them or of webdataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import create_transform
+from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from revnets.errors import SpecError
+from vision.datasets import ImagesConfig
+from vision.errors import DataError, first_line
+from vision.imageset import ImageData, class_names
+from vision.order import Key
+from vision.seeds import seeded
+from vision.stream import Stream
+from vision.unreadable import Unreadable
+from vision.world import World
+
+RETRIES = 10
+"""Unreadable images in a row that are skipped; more mean that something else is wrong."""
+
+SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: World) -> ImageData:
+    """Training and validation set of one of timm's readers.
+
+    Raises:
+        revnets.SpecError: the data are missing or empty, or their classes do not fit together.
+    """
+    if config.is_stream:
+        train: Any = Stream(lambda: _reader(config, "train", seed), train_transform(config), unreadable, world, seed)
+        val: Any = Stream(lambda: _reader(config, "val", seed), val_transform(config), unreadable, world)
+        classes = _classes(config, train.class_to_idx)
+    else:
+        reader, val_reader = _reader(config, "train", seed), _reader(config, "val", seed)
+        found, others = class_to_idx(reader), class_to_idx(val_reader)
+        if strange := sorted(set(others) - set(found)):
+            problem = f"the class {strange[0]} of {config.val_split} does not occur in {config.train_split}"
+            raise SpecError("training run", "data.root", problem, "Give both splits the same classes, or a class_map")
+        if others != found and config.class_map is None:  # numbers are given in the order of names
+            val_reader = _reader(config, "val", seed, found)
+        classes = _classes(config, found)
+        train = Images(reader, train_transform(config), unreadable, seed)
+        val = Images(val_reader, val_transform(config), unreadable)
+    shape = (3, config.img_size, config.img_size)
+    return ImageData(train, val, classes, shape, config.mean, config.std, unreadable)
+
+
+def train_transform(config: ImagesConfig) -> Transform:
+    """timm's transform for training."""
+    augment = config.augment.model_dump()
+    return create_transform(
+        config.img_size, is_training=True, mean=config.mean, std=config.std, no_aug=False, **augment
+    )  # pyright: ignore[reportReturnType]
+
+
+def val_transform(config: ImagesConfig) -> Transform:
+    """timm's transform for validation."""
+    return create_transform(
+        config.img_size,
+        mean=config.mean,
+        std=config.std,
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
+    )  # pyright: ignore[reportReturnType]
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images that can be asked for one by one.
+
+    For training they are asked by `Key`, and one that cannot be read is replaced by the next. For validation they are
+    asked by number, and one that cannot be read is black and of class -1, which no evaluation counts.
+
+    Args:
+        reader: one of timm's: `reader[index]` is (file, class number).
+        transform: from a PIL image to a tensor.
+        unreadable: what happens with images that cannot be read.
+        seed: of the augmentations; None for validation.
+    """
+
+    def __init__(self, reader: Any, transform: Transform, unreadable: Unreadable, seed: int | None = None):
+        self.reader, self.transform, self.unreadable, self.seed = reader, transform, unreadable, seed
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
+        if isinstance(key, int):
+            image, label = self.read(key)
+            return (self.transform(image), label) if image else (self.transform(Image.new("RGB", (8, 8))), -1)
+        for retry in range(RETRIES):
+            image, label = self.read((key.index + retry) % len(self))
+            if image:
+                with seeded(self.seed or 0, *key):
+                    return self.transform(image), label
+        raise DataError(f"{RETRIES} images in a row cannot be read, from number {key.index} on. Check data.root")
+
+    def read(self, index: int) -> tuple[Image.Image | None, int]:
+        """The image as RGB and its class; None if it cannot be read, which is noted."""
+        try:
+            file, label = self.reader[index]
+            with file:
+                return Image.open(file).convert("RGB"), -1 if label is None else int(label)
+        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, DecompressionBombError
+            self.unreadable.note(self.reader.filename(index), error)
+            return None, -1
+
+
+def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int] | None = None) -> Any:
+    """timm's reader of `train` or `val`."""
+    split = config.train_split if part == "train" else config.val_split
+    given: dict[str, Any] = {"class_map": class_map or config.class_map}
+    try:
+        if config.name in ("folder", "tar"):
+            root = split_path(Path(config.root or ""), split, config.name)
+            if config.name == "tar":
+                return ReaderImageInTar(str(root), class_map=given["class_map"] or "")
+            return create_reader("", root=str(root), input_key=config.input_key, **given)
+        given |= {"input_key": config.input_key, "target_key": config.target_key}
+        if config.is_stream:
+            samples = config.train_samples if part == "train" else config.val_samples
+            given |= {"is_training": part == "train", "seed": seed, "num_samples": samples}
+            if config.name.startswith("wds/"):
+                _require_folder(Path(config.root or ""))
+        return create_reader(config.name, root=config.root, split=split, **given)
+    except ImportError as error:
+        problem = f"{config.name} needs a package ({error})"
+        raise SpecError("training run", "data.name", problem, "pip install 'revnets[data]'") from None
+    except SpecError:
+        raise
+    except Exception as error:  # readers raise whatever they like: AssertionError, RuntimeError, ValueError
+        where = f"{config.name} {config.root or ''} {split}".replace("  ", " ")
+        raise SpecError(
+            "training run", "data", f"{where}: {first_line(error)}", "Check root, splits and keys"
+        ) from error
+
+
+def split_path(root: Path, split: str, kind: str = "folder") -> Path:
+    """The folder (or the tar, or the folder of tars) of a split.
+
+    Raises:
+        revnets.SpecError: it does not exist, or has no images.
+    """
+    _require_folder(root)
+    names = dict.fromkeys((split, *SYNONYMS.get(split, ())))
+    candidates = [root / (name + ending) for name in names for ending in (("", ".tar") if kind == "tar" else ("",))]
+    path = next((path for path in candidates if path.exists()), None)
+    if path is None:
+        there = ", ".join(sorted(item.name for item in root.iterdir())[:8]) or "nothing"
+        problem = f"{root} has no {' or '.join(names)}; it holds {there}"
+        raise SpecError(
+            "training run", "data.root", problem, "Let it hold one folder per split, or set train_split, val_split"
+        )
+    endings = {".tar"} if kind == "tar" else set(get_img_extensions(as_set=True))
+    if path.is_dir() and not any(item.suffix.lower() in endings for item in path.rglob("*")):
+        raise SpecError(
+            "training run", "data.root", f"{path} holds no {'tars' if kind == 'tar' else 'images'}", "Check it"
+        )
+    return path
+
+
+def class_to_idx(reader: Any) -> dict[str, int]:
+    """The classes that a reader knows by name."""
+    return dict(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {})
+
+
+def _classes(config: ImagesConfig, found: dict[str, int]) -> tuple[str, ...]:
+    known = max(found.values(), default=-1) + 1
+    if config.num_classes is None and not known:
+        problem = f"{config.name} does not tell how many classes there are"
+        raise SpecError("training run", "data.num_classes", problem, "Set it")
+    if config.num_classes is not None and config.num_classes < known:
+        problem = f"{config.num_classes}, but the data have {known} classes"
+        raise SpecError("training run", "data.num_classes", problem, f"Set it to {known} or leave it out")
+    return class_names(found, config.num_classes)
+
+
+def _require_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise SpecError("training run", "data.root", f"there is no folder {root}", "Check the path")

@@ -1,0 +1,101 @@
+"""Where a run goes on: the checkpoint that `resume` means, and whether the configuration still fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from revnets import SpecError
+from vision import checkpoint
+from vision.config import TrainConfig
+from vision.errors import CheckpointError
+
+FIXED = ("seed", "data", "batch_size", "optimizer", "supervision")
+"""Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.
+
+Of the optimizer the learning rate is free, since the schedule sets it.
+"""
+
+
+def find(config: TrainConfig, there: list[Path], say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a run goes on from; None for a new run.
+
+    Args:
+        there: the checkpoints of the folder, oldest first.
+        say: gets a line about each that cannot be read.
+
+    Raises:
+        revnets.SpecError: the folder holds a run that this one would overwrite.
+        CheckpointError: none can be read.
+    """
+    name, resume = "training run", config.resume
+    if resume == "auto":
+        return _newest(there, say)
+    remedy = "Use resume=auto to go on with it, or another output"
+    if resume == "none":
+        if there:
+            raise SpecError(name, "output", f"{config.output} holds a run already ({there[-1].name})", remedy)
+        return None
+    state = checkpoint.read(Path(resume))
+    if there and checkpoint.step_of(there[-1]) > state["progress"]["step"]:
+        raise SpecError(name, "output", f"{config.output} holds a later checkpoint, {there[-1].name}", remedy)
+    return Path(resume)
+
+
+def _newest(there: list[Path], say: Callable[[str], None]) -> Path | None:
+    problems = []
+    for path in reversed(there):
+        try:
+            checkpoint.read(path)
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        if problems:
+            say(str(problems[0]))
+        return path
+    if problems:
+        raise problems[0]
+    return None
+
+
+def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], path: Path) -> None:
+    """Refuse a configuration with which a run could not be continued bit for bit, or not sensibly.
+
+    Args:
+        size: processes of this run.
+        state: the checkpoint at `path`.
+
+    Raises:
+        revnets.SpecError: names the key, what it is and what it was.
+    """
+    new, old = config.plain(), state["config"]
+    for key in FIXED:
+        ours, theirs = new[key], old[key]
+        if key == "optimizer":
+            ours, theirs = {**ours, "lr": None}, {**theirs, "lr": None}
+        if ours != theirs:
+            _refuse(*_first_difference(key, ours, theirs), path)
+    passes, before = new["grad_accum"] * size, old["grad_accum"] * state["world"]
+    if passes != before:
+        ours, theirs = (
+            f"{accum} with {count} processes"
+            for accum, count in ((new["grad_accum"], size), (old["grad_accum"], state["world"]))
+        )
+        _refuse("grad_accum", ours, theirs, path)
+    if config.batch_is_stream and (size, new["workers"]) != (state["world"], old["workers"]):
+        ours, theirs = f"{new['workers']} with {size} processes", f"{old['workers']} with {state['world']} processes"
+        _refuse("workers", f"{ours} (they deal out the stream)", theirs, path)
+
+
+def _refuse(key: str, ours: Any, theirs: Any, path: Path) -> None:
+    problem = f"{ours}, but the run of {path} has {theirs}"
+    raise SpecError("training run", key, problem, "Resume it with that, or give another output")
+
+
+def _first_difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """The path of the first value in which two configurations differ, and the value in each."""
+    while isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+        name = next(name for name in ours if ours[name] != theirs[name])
+        key, ours, theirs = f"{key}.{name}", ours[name], theirs[name]
+    return key, ours, theirs

@@ -1,0 +1,173 @@
+"""Data sets that fit into memory: scikit-learn's digits, and files in MNIST's idx format."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from revnets.errors import SpecError
+from vision.datasets import DigitsConfig, IdxConfig, SmallImagesConfig
+from vision.errors import first_line
+from vision.imageset import ImageData
+from vision.order import Key
+
+IDX = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+"""The four files of MNIST and of all that follow it."""
+
+
+def load_digits(config: DigitsConfig, seed: int) -> ImageData:
+    """Digits, 1437 to train on and 360 to validate; `seed` is that of the augmentations."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    digits: Any = load()
+    images = torch.from_numpy(digits.images).float()[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
+    side = config.img_size
+    images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(digits.target).long()
+    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
+    names = tuple(str(name) for name in digits.target_names)
+    return _data(config, seed, (images[train], labels[train]), (images[val], labels[val]), names)
+
+
+def load_idx(config: IdxConfig, seed: int) -> ImageData:
+    """The four files in `config.root`, gzipped or not. Images are centred in, or shrunk to, `img_size`.
+
+    Raises:
+        revnets.SpecError: a file is missing, damaged or no idx file, or the files do not belong together.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for part, (images_name, labels_name) in IDX.items():
+        images, labels = read_idx(Path(config.root), images_name, 3), read_idx(Path(config.root), labels_name, 1)
+        if len(images) != len(labels):
+            problem = f"{images_name} has {len(images)} images, {labels_name} {len(labels)} labels"
+            raise SpecError("training run", "data.root", f"{config.root}: {problem}", "Give files of one data set")
+        found[part] = (_resized(images[:, None], config.img_size), labels.long())
+    count = int(max(labels.max() for _, labels in found.values())) + 1
+    names = config.classes or tuple(str(number) for number in range(count))
+    if len(names) < count:
+        raise SpecError("training run", "data.classes", f"{len(names)} names for {count} classes", "Name every class")
+    images, labels = (tensor[: config.train_samples] for tensor in found["train"])
+    return _data(config, seed, (images, labels), found["val"], names)
+
+
+def read_idx(folder: Path, name: str, axes: int) -> Tensor:
+    """Bytes of one idx file (yann.lecun.com/exdb/mnist) as a tensor with that number of axes.
+
+    Raises:
+        revnets.SpecError: it is missing, damaged or of another kind.
+    """
+    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
+    if path is None:
+        problem = f"{folder} has no {name}, gzipped or not"
+        raise SpecError("training run", "data.root", problem, "Give the folder with the four idx files")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        magic, *sizes = struct.unpack_from(f">{1 + axes}i", data)
+        if magic != 0x0800 + axes or min(sizes) < 1:
+            raise ValueError(f"no idx file of bytes with {axes} axes")
+        return torch.from_numpy(np.frombuffer(data, np.uint8, math.prod(sizes), 4 * (1 + axes)).reshape(sizes).copy())
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise SpecError("training run", "data.root", f"{path}: {first_line(error)}", "Fetch the file again") from None
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    """(N, 1, H, W) of bytes, to that many pixels a side: black around them, or shrunk."""
+    height, width = images.shape[-2:]
+    if height > side or width > side:
+        return F.interpolate(images.float(), (side, side), mode="area").round().byte()
+    top, left = (side - height) // 2, (side - width) // 2
+    return F.pad(images, (left, side - width - left, top, side - height - top))
+
+
+def _data(
+    config: SmallImagesConfig,
+    seed: int,
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    classes: tuple[str, ...],
+) -> ImageData:
+    pixels = scaled(train[0])
+    mean, std = pixels.mean().item(), pixels.std().item()
+    return ImageData(
+        train=Augmented(*train, RandomAffine(config, seed), mean, std),
+        val=Plain((scaled(val[0]) - mean) / std, val[1]),
+        classes=classes,
+        shape=(1, config.img_size, config.img_size),
+        mean=(mean,),
+        std=(std,),
+    )
+
+
+def scaled(images: Tensor) -> Tensor:
+    """Bytes as numbers in [0, 1]; floats as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+class RandomAffine:
+    """A random rotation, change of size, shift and mirroring of every image, drawn from (seed, epoch, index)."""
+
+    def __init__(self, config: SmallImagesConfig, seed: int):
+        self.limits = np.array([math.radians(config.rotate), config.scale, config.shift, config.shift])
+        self.hflip, self.seed = config.hflip, seed
+
+    def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
+        """Images (B, C, H, W) in, images of that shape out; what comes in from outside is black."""
+        if not self.limits.any() and not self.hflip:
+            return images
+        generators = [np.random.default_rng((self.seed, *key)) for key in keys]
+        draws = np.stack([generator.uniform(-1, 1, 4) for generator in generators]) * self.limits
+        angle, growth, right, down = torch.from_numpy(draws).float().unbind(1)
+        mirrored = torch.tensor([generator.random() < self.hflip for generator in generators])
+        cos, sin = angle.cos() / (1 + growth), angle.sin() / (1 + growth)
+        # affine_grid maps the result's coordinates, from -1 to 1 over the image, to the source's.
+        matrix = torch.stack([cos, -sin, 2 * right, sin, cos, 2 * down], dim=1).view(-1, 2, 3)
+        matrix[mirrored, 0] *= -1
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    """Images in memory, augmented and normalised batch by batch; asked by `Key`."""
+
+    def __init__(self, images: Tensor, labels: Tensor, augment: RandomAffine, mean: float, std: float):
+        self.images, self.labels, self.augment = images, labels, augment
+        self.mean, self.std = mean, std
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, Tensor]]:
+        index = [key.index for key in keys]
+        images = (self.augment(scaled(self.images[index]), keys) - self.mean) / self.std
+        return list(zip(images, self.labels[index], strict=True))
+
+
+class Plain(Dataset[tuple[Tensor, Tensor]]):
+    """Images in memory, ready to use."""
+
+    def __init__(self, images: Tensor, labels: Tensor):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]

@@ -1,0 +1,118 @@
+"""Data that can only be read from front to back: webdataset's shards, and streamed data sets of Hugging Face.
+
+timm's readers shuffle them by (seed, epoch), and deal their shards out to processes and workers. So the order is that
+of a run with the same number of both, and a run that is resumed in the middle of an epoch reads its beginning again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from vision.errors import DataError, first_line
+from vision.seeds import seeded
+from vision.unreadable import Unreadable
+from vision.world import World
+
+
+class Stream(IterableDataset[tuple[Tensor, int]]):
+    """One of timm's streaming readers.
+
+    Args:
+        make: makes the reader.
+        transform: from a PIL image to a tensor.
+        unreadable: what happens with images that cannot be read.
+        world: the processes that share a validation set. (For training the reader asks torch.distributed itself.)
+        seed: of the augmentations; None for validation.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        transform: Callable[[Any], Tensor],
+        unreadable: Unreadable,
+        world: World,
+        seed: int | None = None,
+    ):
+        self.reader, self.transform, self.unreadable, self.world, self.seed = make(), transform, unreadable, world, seed
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers live longer than an epoch
+        if seed is None:  # every process reads all of it and takes its share, so that nothing is missed or seen twice
+            self.reader.dist_rank, self.reader.dist_num_replicas = 0, 1
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        return dict(self.reader.class_to_idx)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch.fill_(value)
+
+    def __len__(self) -> int:
+        """Samples in the whole set, as the reader was told or found."""
+        return int(self.reader.num_samples or 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        self.reader.ds = None  # begin again, with shuffling buffers that know nothing of the epochs before
+        self.reader.set_epoch(self.epoch)
+        with noting(self.unreadable):
+            try:
+                yield from self._share() if self.seed is None else self._augmented(self.seed)
+            except (DataError, GeneratorExit):
+                raise
+            except Exception as error:  # readers raise whatever they like
+                raise DataError(f"{type(self.reader).__name__}: {first_line(error)}. Check the shards") from error
+
+    def _augmented(self, seed: int) -> Iterator[tuple[Tensor, int]]:
+        worker = get_worker_info()
+        place = (seed, self.epoch, self.world.rank, worker.id if worker else 0)
+        for number, (image, label) in enumerate(self.reader):
+            with seeded(*place, number):
+                sample = self.transform(image), int(label)
+            yield sample
+
+    def _share(self) -> Iterator[tuple[Tensor, int]]:
+        size, number, blank = self.world.size, -1, None
+        for number, (image, label) in enumerate(self.reader):
+            if number % size == self.world.rank:
+                yield self.transform(image), -1 if label is None else int(label)
+            blank = image
+        if blank is not None and number % size < self.world.rank:  # shares are equally long, see `Share`
+            yield self.transform(blank), -1
+
+
+class _Notes(logging.Handler):
+    """timm's reader of webdataset only logs what it skips."""
+
+    def __init__(self, unreadable: Unreadable):
+        super().__init__(logging.WARNING)
+        self.unreadable = unreadable
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "error" in (text := record.getMessage()):
+            self.unreadable.note("webdataset", text)
+
+
+class noting:
+    """Within it, samples that webdataset skips are noted."""
+
+    logger = logging.getLogger("timm.data.readers.reader_wds")
+
+    def __init__(self, unreadable: Unreadable):
+        self.handler = _Notes(unreadable)
+
+    def __enter__(self) -> None:
+        self.logger.addHandler(self.handler)
+        self.propagated, self.logger.propagate = self.logger.propagate, False
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self.handler)
+        self.logger.propagate = self.propagated

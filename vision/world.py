@@ -1,0 +1,106 @@
+"""The processes of a run: who am I, and what do the others say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among those that train together. Every method is to be called by all of them.
+
+    Attributes:
+        rank: number of this process, of all machines; 0 prints, logs and saves.
+        size: how many there are.
+        local_rank: number of this process on its machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values = values / self.size
+        return values
+
+    def sum(self, number: int) -> int:
+        """The sum of a number over all processes."""
+        return self._reduced(number, dist.ReduceOp.SUM)
+
+    def max(self, number: int) -> int:
+        """The largest of a number."""
+        return self._reduced(number, dist.ReduceOp.MAX)
+
+    def _reduced(self, number: int, how: Any) -> int:
+        if self.size == 1:
+            return number
+        value = torch.tensor(number)  # on the CPU, whatever the device: nobody waits for a GPU here
+        dist.all_reduce(value, how)
+        return int(value)
+
+    def collect(self, value: T) -> list[T]:
+        """What every process has to say, by rank."""
+        if self.size == 1:
+            return [value]
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, value)
+        return said
+
+    def by_main(self, work: Callable[[], T]) -> T:
+        """Let the main process do something and tell the others what came out; an error is raised in all of them."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def wait(self) -> None:
+        """Wait until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[World]:
+    """The world as torchrun describes it; alone without torchrun.
+
+    Args:
+        device: of the run; with GPUs tensors go by NCCL, and gloo carries what stays on the CPU.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield World()
+        return
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size)
+    try:
+        yield world
+        world.wait()  # nobody leaves while others still wait for it
+    finally:
+        dist.destroy_process_group()
