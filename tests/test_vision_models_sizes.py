@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import revnets
 import vision
-from vision.revcol import MODELS
+from vision.revcol import MODELS, REVISED
 from vision.supervision import Supervised, SupervisionConfig
 
 FAMILY = {
@@ -124,3 +125,48 @@ def test_every_model_has_a_yaml() -> None:
     names = timm.list_models(module="revcol")
     assert sorted(names) == sorted(file.stem for file in MODELS.glob("*.yaml"))
     assert len(names) == 13
+
+
+# ------------------------------------------------------------------------------------------------ the page on vision
+
+PAGE = (Path(__file__).parents[1] / "docs" / "vision.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_every_model_with_its_size() -> None:
+    rows = dict(re.findall(r"^\| `(revcol_\w+)` \|(.*)\|$", PAGE, flags=re.MULTILINE))
+    assert rows.keys() == FAMILY.keys() | VIT.keys()
+    for name, row in rows.items():
+        columns, dims, depths, parameters, macs, *_ = (cell.strip() for cell in row.split("|"))
+        model = create(name)
+        levels = model.spec.levels
+        assert int(columns) == model.spec.columns
+        assert dims in (", ".join(str(level.dim) for level in levels), f"{levels[0].dim}, at every level")
+        assert depths == ", ".join(str(level.depth) for level in levels)
+        assert parameters == f"{millions(model):.2f}"
+        assert macs == f"{(FAMILY | VIT)[name][1]:.2f}"
+
+
+def test_what_the_page_shows_runs(tmp_path: Path) -> None:
+    names: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    assert [level.shape[2:] for level in names["backbone"](torch.randn(1, 3, 200, 300))] == [
+        (25, 38),
+        (13, 19),
+        (7, 10),
+    ]
+    assert names["backbone"].feature_info.reduction() == [8, 16, 32]
+    shown = re.search(r"sorted\(result\)  # (.*)", PAGE)
+    assert shown
+    assert [word.strip("' ") for word in shown[1].split(",")] == sorted(names["result"])
+    assert "top1_1" in names["evaluator"].compute()
+    (text,) = re.findall(r"^ *```yaml\n(.*?)^ *```", PAGE, flags=re.DOTALL | re.MULTILINE)
+    file = tmp_path / "net.yaml"
+    file.write_text(text)
+    net = vision.RevCol(revnets.load_spec(file), num_classes=3)
+    assert net(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_the_page_names_every_argument_and_key() -> None:
+    words = set(re.findall(r"`(\w+)`", PAGE))
+    assert words >= set(REVISED) | set(SupervisionConfig.model_fields)

@@ -16,7 +16,6 @@ from revnets.budget import BudgetSpec
 from revnets.graph import Graph
 from revnets.spec import NetSpec
 
-
 register_notrace_module(ReversibleColumns)  # a leaf for torch.fx, which cannot see through sizes and tapes
 
 
