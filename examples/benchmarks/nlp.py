@@ -1,0 +1,240 @@
+"""RevCol-Transformer against fairseq's transformer of equal size, through fairseq's own trainer.
+
+    .venv/bin/python examples/benchmarks/nlp.py                     # a quarter of the paper's widths
+    .venv/bin/python examples/benchmarks/nlp.py --scale 2 --rounds 5 --png out/nlp.png
+
+Prints CPU seconds an update (user and system, medians of interleaved rounds, one thread), target tokens a CPU second,
+parameters, and the bytes that both encoders keep for backward at several depths, all of one run. The text is made up:
+random words, in sentences as long as those of WMT.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from revnets.tracker import kept_bytes
+
+NLP = Path(__file__).parents[2] / "nlp"
+TYPES = 6000  # of words; about a fifth of a WMT vocabulary
+
+
+class Contender:
+    """A model with fairseq's trainer around it, as `fairseq-train` would build them."""
+
+    def __init__(self, name: str, data: Path, tokens: int, *arguments: object):
+        from fairseq import options, tasks
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+        from fairseq.trainer import Trainer
+
+        given = [data, "--user-dir", NLP, "--cpu", "--share-all-embeddings", "--max-tokens", tokens, "--num-workers", 0]
+        given += [
+            "--optimizer",
+            "adam",
+            "--lr",
+            0.0005,
+            "--dropout",
+            0.1,
+            "--criterion",
+            "label_smoothed_cross_entropy",
+        ]
+        given += ["--label-smoothing", 0.1, "--no-progress-bar", *arguments]
+        args = options.parse_args_and_arch(options.get_training_parser(), [str(part) for part in given])
+        self.cfg = convert_namespace_to_omegaconf(args)
+        self.task = tasks.setup_task(self.cfg.task)
+        self.task.load_dataset("train")
+        torch.manual_seed(0)
+        self.model: Any = self.task.build_model(self.cfg.model)
+        self.trainer = Trainer(self.cfg, self.task, self.model, self.task.build_criterion(self.cfg.criterion))
+        self.name = name
+        self.seconds: list[float] = []
+
+    def batches(self, count: int) -> list[Any]:
+        """The first batches of an epoch, the same for every contender."""
+        return list(islice(self.trainer.get_train_iterator(epoch=1).next_epoch_itr(shuffle=True), count))
+
+    def update(self, batch: Any) -> None:
+        start = time.process_time()
+        self.trainer.train_step([batch])
+        self.seconds.append(time.process_time() - start)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def flops(self, batches: list[Any]) -> float:
+        """Of a forward, two for a multiplication and an addition; the mean of the batches."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for batch in batches:
+                self.model(**batch["net_input"])
+        return counter.get_total_flops() / len(batches)
+
+    def kept(self, batch: Any) -> int:
+        """Bytes that the encoder keeps for backward."""
+        return kept_bytes(self.model.encoder, batch["net_input"]["src_tokens"])
+
+
+def sizes(scale: int, factor: int = 1) -> dict[str, tuple[object, ...]]:
+    """Arguments of the two models: the paper's widths divided by 4 / scale, `factor` times the paper's depth."""
+
+    def width(dim: int, heads: int) -> tuple[object, ...]:
+        sides = ((f"--{side}-embed-dim", dim, f"--{side}-ffn-embed-dim", 4 * dim) for side in ("encoder", "decoder"))
+        counts = ((f"--{side}-attention-heads", heads) for side in ("encoder", "decoder"))
+        return tuple(item for pair in (*sides, *counts) for item in pair)
+
+    return {
+        "transformer": ("--arch", "transformer", *width(256 * scale, 4 * scale), "--encoder-layers", 6 * factor),
+        "revcol": ("--arch", "revcol_transformer", *width(192 * scale, 3 * scale), "--revcol-columns", 4 * factor),
+    }
+
+
+def write_data(folder: Path, sentences: int) -> Path:
+    """A fairseq data set of random words; lengths of 8 to 50 words on both sides."""
+    from fairseq_cli import preprocess
+
+    rng = random.Random(0)
+    for language in ("en", "de"):
+        lines = (" ".join(f"w{rng.randrange(TYPES)}" for _ in range(rng.randint(8, 50))) for _ in range(sentences))
+        (folder / f"train.{language}").write_text("\n".join(lines) + "\n")
+    command = [
+        "--source-lang",
+        "en",
+        "--target-lang",
+        "de",
+        "--trainpref",
+        str(folder / "train"),
+        "--joined-dictionary",
+    ]
+    with mock.patch.object(sys, "argv", ["fairseq-preprocess", *command, "--destdir", str(folder / "bin")]):
+        preprocess.cli_main()
+    return folder / "bin"
+
+
+def main(
+    scale: Annotated[int, typer.Option(min=1, max=4, help="4 stands for the paper's widths.")] = 1,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of a batch (--max-tokens).")] = 2000,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed updates of each contender.")] = 5,
+    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.")] = None,
+) -> None:
+    """Compare an update, and what is kept for backward."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # fairseq's of old interfaces, about 15 lines
+    logging.disable(logging.INFO)
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_data(Path(folder), sentences=60 * tokens // 100)
+        speed = compare(data, scale, tokens, rounds)
+        console.print(speed_table(speed, scale, tokens))
+        memory = {factor * 4: keep(data, scale, tokens, factor) for factor in (1, 2, 4)}
+        console.print(memory_table(memory))
+    console.print(f"torch {torch.__version__}, 1 thread of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    if png is not None:
+        draw(speed, memory, png)
+        console.print(f"wrote {png}")
+
+
+Row = tuple[float, float, int, float]
+"""CPU seconds an update, target tokens a CPU second, parameters, GFLOP of a forward."""
+
+
+def compare(data: Path, scale: int, tokens: int, rounds: int) -> dict[str, Row]:
+    arguments = sizes(scale)
+    contenders = [
+        Contender("transformer", data, tokens, *arguments["transformer"]),
+        *(
+            Contender(f"RevCol, {memory}", data, tokens, *arguments["revcol"], "--revcol-memory", memory)
+            for memory in ("store", "exact")
+        ),
+    ]
+    batches = contenders[0].batches(rounds + 1)
+    for number, batch in enumerate(track(batches, description="updates", transient=True)):
+        for contender in contenders:
+            contender.update(batch)
+        if number == 0:  # the optimizer makes its state, kernels are chosen
+            for contender in contenders:
+                contender.seconds.clear()
+    words = statistics.mean(batch["ntokens"] for batch in batches[1:])
+    return {
+        each.name: (
+            seconds := statistics.median(each.seconds),
+            words / seconds,
+            each.parameters,
+            each.flops(batches[1:]) / 1e9,
+        )
+        for each in contenders
+    }
+
+
+def keep(data: Path, scale: int, tokens: int, factor: int) -> dict[str, int]:
+    """Bytes kept by each encoder, `factor` times as deep as the paper's."""
+    arguments = sizes(scale, factor)
+    transformer = Contender("transformer", data, tokens, *arguments["transformer"])
+    revcol = Contender("RevCol", data, tokens, *arguments["revcol"])
+    batch = transformer.batches(1)[0]
+    kept = {"transformer": transformer.kept(batch)}
+    for memory in ("store", "exact"):
+        revcol.model.encoder.columns.memory = memory
+        kept[f"RevCol, {memory}"] = revcol.kept(batch)
+    return kept
+
+
+def speed_table(speed: dict[str, Row], scale: int, tokens: int) -> Table:
+    table = Table(title=f"{scale}/4 of the paper's widths, --max-tokens {tokens}", title_justify="left")
+    for name in ("model", "parameters", "GFLOP forward", "CPU s an update", "target tokens a CPU s", "x transformer"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    base = speed["transformer"][1]
+    for name, (seconds, rate, parameters, flops) in speed.items():
+        cells = (f"{parameters / 1e6:.1f} M", f"{flops:.1f}", f"{seconds:.2f}", f"{rate:.0f}", f"{rate / base:.2f}")
+        table.add_row(name, *cells)
+    ratio = speed["RevCol, exact"][0] / speed["RevCol, store"][0]
+    table.caption = f"an update in exact takes {ratio:.2f} times that in store"
+    return table
+
+
+def memory_table(memory: dict[int, dict[str, int]]) -> Table:
+    table = Table(title="MB kept by the encoder for backward", title_justify="left")
+    table.add_column("columns (layers of the transformer)")
+    for name in next(iter(memory.values())):
+        table.add_column(name, justify="right")
+    for columns, kept in memory.items():
+        table.add_row(f"{columns} ({columns * 6 // 4})", *(f"{size / 1e6:.1f}" for size in kept.values()))
+    return table
+
+
+def draw(speed: dict[str, Row], memory: dict[int, dict[str, int]], path: Path) -> None:
+    """Tokens a second, and bytes kept against the number of columns."""
+    from matplotlib.figure import Figure
+
+    from revnets.draw import save
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.barh(list(speed)[::-1], [row[1] for row in speed.values()][::-1])
+    left.set(xlabel="target tokens a CPU second")
+    for name in next(iter(memory.values())):
+        right.plot(list(memory), [kept[name] / 1e6 for kept in memory.values()], marker="o", label=name)
+    right.set(xlabel="columns", ylabel="MB kept by the encoder", ylim=(0, None))
+    right.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,49 @@
+"""The benchmark of translation runs, and its figures of memory hold what the project claims."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def benchmark():
+    path = Path(__file__).parents[1] / "examples" / "benchmarks" / "nlp.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_translation", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    logging.disable(logging.NOTSET)
+
+
+def test_benchmark_of_translation(benchmark, tmp_path, capsys):
+    benchmark.main(scale=1, tokens=128, rounds=1, png=tmp_path / "nlp.png")
+    printed = capsys.readouterr().out
+    assert "an update in exact takes" in printed
+    assert (tmp_path / "nlp.png").stat().st_size > 5000
+    data = benchmark.write_data(tmp_path, 80)
+    parameters = {name: row[2] for name, row in benchmark.compare(data, 1, 256, 1).items()}
+    assert parameters["RevCol, store"] == parameters["RevCol, exact"]
+    assert 0.9 < parameters["RevCol, exact"] / parameters["transformer"] < 1.1
+    few, many = (benchmark.keep(data, 1, 256, factor) for factor in (1, 2))
+    grows = {name: many[name] - few[name] for name in few}
+    assert 0 < grows["RevCol, exact"] <= 0.1 * grows["RevCol, store"]
+    assert few["RevCol, exact"] < 0.1 * few["transformer"]
+
+
+def test_scale_four_has_the_widths_of_the_paper(benchmark):
+    from nlp_helpers import options
+
+    text = [str(item) for item in benchmark.sizes(4)["revcol"]]
+    given = dict(zip(text[::2], text[1::2], strict=True))
+    paper = vars(options("revcol_transformer"))
+    for option in ("embed-dim", "ffn-embed-dim", "attention-heads"):
+        assert int(given[f"--encoder-{option}"]) == paper[f"encoder_{option.replace('-', '_')}"]
+    assert int(given["--revcol-columns"]) == paper["revcol_columns"]
