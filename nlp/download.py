@@ -165,6 +165,9 @@ def unpack(archive: Path, folder: Path, progress: Progress) -> Path:
                     tar.extract(member, partial, filter="data")
                     progress.update(task, completed=file.tell())
         except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise DataError(f"{archive}: no archive that can be unpacked ({error}). Delete it and run again") from error
+            reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
+            raise DataError(
+                f"{archive}: no archive that can be unpacked ({reason}). Delete it and run again"
+            ) from error
         progress.update(task, completed=archive.stat().st_size)
     return target

@@ -27,6 +27,10 @@ class Output:
     references: list[str]
     hypotheses: list[str]
 
+    def detokenized(self, language: str) -> list[str]:
+        """The translations as people write them."""
+        return detokenize(self.hypotheses, language)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -115,7 +119,7 @@ def scores(output: Output, language: str, reference: Sequence[str] | None = None
     kinds = [
         ("tokenised", "none", hypotheses, references),
         ("compound split", "none", compound_split(hypotheses), compound_split(references)),
-        ("sacreBLEU", "13a", detokenize(hypotheses, language), raw),
+        ("sacreBLEU", "13a", output.detokenized(language), raw),
     ]
     found = []
     for kind, tokenizer, ours, theirs in kinds:

@@ -1,0 +1,211 @@
+"""Parallel text as users have it, and which of its pairs go where."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fairseq")
+
+from nlp.choose import DROPPED, SPLITS, choose
+from nlp.corpus import LANGUAGES, Corpus, DataError, find, languages, lines_of
+from nlp.recipes import RECIPES, Recipe, read_recipe
+from nlp.text import MARK, detokenize, join, learn, ordered, split, tokenize
+from revnets import SpecError
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    data = text.encode() if isinstance(text, str) else text
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def recipe(**given) -> Recipe:
+    return Recipe(**{"languages": "en-de", "train": ("x",), "valid": 2, "test": 3, **given})
+
+
+def test_two_files_and_a_table_give_the_same_pairs(tmp_path):
+    pairs = [("one", "eins"), ("", "leer"), ("two\u2028lines", "zwei\x85Zeilen"), ("last", "letzte")]
+    two = [
+        write(tmp_path / "a.en.gz", "\n".join(left for left, _ in pairs)),
+        write(tmp_path / "a.de", "\ufeff" + "".join(f"{right}\r\n" for _, right in pairs)),
+    ]
+    table = write(tmp_path / "a.tsv.gz", "".join(f"{i}\t{right}\t{left}\n" for i, (left, right) in enumerate(pairs)))
+    assert list(Corpus(tuple(two)).pairs()) == pairs
+    assert list(Corpus((table,), fields=(3, 2)).pairs()) == pairs
+    assert list(Corpus((table,)).pairs()) == [pair[::-1] for pair in pairs]
+
+
+def test_segments_of_a_test_set(tmp_path):
+    text = '<refset>\n<doc id="a">\n<seg id="1"> It\u2019s &amp; so </seg>\n<hl>\n<seg id="2">b</seg>\n</hl></refset>\n'
+    assert list(lines_of(write(tmp_path / "t.en.sgm", text))) == ["It\u2019s &amp; so", "b"]
+
+
+GOOD = "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a.en": GOOD, "a.de": "eins\nzwei\n"}, "a.de has 2 lines and {}/a.en has 3: line i of one must translate"),
+        ({"a.en": "one\n", "a.de": GOOD * 9}, "a.en has 1 lines and {}/a.de has 27: line i of one must translate"),
+        ({"a.en": GOOD, "a.de": ""}, "a.de: there is no line in it. Give aligned text"),
+        ({"a.en": "", "a.de": ""}, "a.en and {}/a.de: there is no line in it. Give text, one sentence a line"),
+        ({"a.en": GOOD, "a.de": "eins\nz\xfcrnt\ndrei\n".encode("latin-1")}, "a.de, line 2: not UTF-8. Convert it"),
+        ({"a.en": GOOD, "b.de": None}, "b.de: there is no such file. Check the path"),
+        ({"a.tsv": "1\tone\teins\nzwei\n"}, "a.tsv, line 2: 1 field between tabs, two are needed. Give a table"),
+        ({"a.tsv": ""}, "a.tsv: there is no line in it"),
+        ({"a.en": GOOD, "b.de": "", "c.fr": ""}, "c.fr: a corpus is one table, or two files"),
+    ],
+)
+def test_bad_text_gets_one_line(tmp_path, files, said):
+    paths = [tmp_path / name if text is None else write(tmp_path / name, text) for name, text in files.items()]
+    with pytest.raises(DataError) as error:
+        list(Corpus(tuple(paths)).pairs())
+    assert said.format(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_gzip_gets_one_line(tmp_path):
+    whole = gzip.compress("".join(f"{i}\t{i * i}\n" for i in range(9999)).encode())
+    (tmp_path / "a.tsv.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a.tsv.gz: damaged gzip after line \d+ \(.*\). Get the file again"):
+        list(Corpus((tmp_path / "a.tsv.gz",)).pairs())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ende", "give source and target, such as en-de"),
+        ("en-en", "give source and target, such as en-de"),
+        ("en-xx", "language 'xx' is not known"),
+        ("en-english", "language 'english' is not known"),
+    ],
+)
+def test_bad_languages(text, said):
+    with pytest.raises(DataError, match=said):
+        languages(text)
+    with pytest.raises(SpecError, match=said):
+        read_recipe(["a.tsv"], {"languages": text})
+
+
+def test_languages_are_many():
+    assert {"en", "de", "fr", "zh", "ro"} < LANGUAGES
+    assert all(len(code) in (2, 3) and code.islower() for code in LANGUAGES)
+
+
+def test_a_template_finds_files_in_several_folders(tmp_path):
+    for name in ("x/t-src.en.sgm", "y/t-ref.de.sgm"):
+        (tmp_path / name).parent.mkdir()
+        write(tmp_path / name, "")
+    folders = (tmp_path / "x", tmp_path / "y")
+    found = find("t-{role}.{lang}.sgm", folders, ("en", "de"))
+    assert found == (tmp_path / "x/t-src.en.sgm", tmp_path / "y/t-ref.de.sgm")
+    with pytest.raises(DataError, match=r"t-src.fr.sgm: there is no such file in .*x, .*y"):
+        find("t-{role}.{lang}.sgm", folders, ("fr", "de"))
+
+
+def test_choosing_keeps_the_held_out_apart():
+    """Repetitions and half-repetitions never lie on both sides of the border between training and the rest."""
+    pairs = [(f"s{i % 41}", f"t{i % 53}") for i in range(400)] + [("", "empty"), ("  ", "blank")]
+    chosen, facts = choose(pairs, recipe(deduplicate=True, valid=11, test=17))
+    sides = {index: [set(), set(), []] for index in range(-1, 3)}
+    for index, pair in zip(chosen.tolist(), pairs, strict=True):
+        sides[index][0].add(pair[0])
+        sides[index][1].add(pair[1])
+        sides[index][2].append(pair)
+    train, valid, test = (sides[index] for index in range(3))
+    assert (len(valid[2]), len(test[2])) == (11, 17)
+    assert len(set(train[2])) == len(train[2]) > 80
+    for held in (valid, test):
+        assert not train[0] & held[0]
+        assert not train[1] & held[1]
+    assert facts["empty"] == 2
+    assert sum(facts[key] for key in ("empty", "repeated", "like one held out")) == (chosen == DROPPED).sum()
+
+    again, _ = choose(pairs, recipe(deduplicate=True, valid=11, test=17))
+    other, _ = choose(pairs, recipe(deduplicate=True, valid=11, test=17, seed=2))
+    assert np.array_equal(chosen, again)
+    assert not np.array_equal(chosen, other)
+
+
+def test_every_nth_line_is_counted_as_awk_does():
+    pairs = [("a", "b")] * 20 + [("", "")] + [("a", "b")] * 10
+    chosen, _ = choose(pairs, recipe(valid={"every": 7}, test="given"))
+    assert np.flatnonzero(chosen == SPLITS.index("valid")).tolist() == [6, 13, 27]  # 21 is empty
+    assert chosen[20] == DROPPED
+
+
+def test_too_few_pairs():
+    with pytest.raises(DataError, match="2 pairs for valid and 3 pairs for test are asked for, but there are only 4"):
+        choose([("a", "b"), ("c", "d"), ("e", "f"), ("g", "h")], recipe())
+
+
+def test_tokens_are_those_of_moses():
+    lines = ["It's a well-known “fact” — said Mr. Fox & co. [1,234.50 €] isn\u2019t it?"]
+    plain = tokenize(lines, "en", normalize=False)[0]
+    assert plain == (
+        "It &apos;s a well-known “ fact ” — said Mr. Fox & co . &#91; 1,234.50 € &#93; isn &apos;t it ?".replace(
+            " & ", " &amp; "
+        )
+    )
+    full = tokenize(lines, "en", normalize=True, aggressive_dashes=True)[0]
+    assert full.startswith("It &apos;s a well @-@ known &quot; fact &quot; - said Mr. Fox")
+    assert detokenize([full], "en") == ["It's a well-known \"fact\" - said Mr. Fox & co. [1,234.50 €] isn't it?"]
+    assert tokenize(["a\x07b\u200bc"], "en") == ["a b c"]
+
+
+def test_sub_words_join_to_the_same_words(tmp_path):
+    lines = tokenize(["low lower lowest", "new newer newest wide", "wider widest &c"], "en") * 3
+    codes = tmp_path / "codes"
+    assert learn(lines, 9, codes) == 9
+    pieces = split([*lines, "unseen würds"], codes)
+    assert [join(line) for line in pieces] == [*lines, "unseen würds"]
+    assert any(MARK in line for line in pieces)
+    learnt = learn(lines, 999, codes)
+    assert learnt < 999  # no pair occurs twice any more
+    assert split(lines, codes) == lines  # and the codes that were read before are not used
+    words, subwords = " ".join(lines).split(), " ".join(pieces).split()
+    assert len(subwords) > len(words)
+
+
+def test_processes_keep_the_order():
+    assert list(ordered(len, (["x"] * count for count in range(50)), workers=2)) == list(range(50))
+
+
+def test_recipes_that_come_along():
+    german, base = read_recipe(["wmt16_en_de"], {})
+    assert base == RECIPES
+    assert (german.languages, german.merges, german.words, german.tokenize) == ("en-de", None, 32768, False)
+    french, _ = read_recipe(["wmt14_en_fr"], {"merges": 100, "clean": {"max": 99, "min": None}})
+    assert french.clean is not None
+    assert (french.merges, french.clean.max, french.clean.min, french.clean.ratio) == (100, 99, 1, 1.5)
+    assert {item.file for item in french.downloads} == {
+        "training-parallel-europarl-v7.tgz",
+        "training-parallel-commoncrawl.tgz",
+        "training-parallel-un.tgz",
+        "training-parallel-nc-v9.tgz",
+        "training-giga-fren.tar",
+        "test-full.tgz",
+    }
+
+
+@pytest.mark.parametrize(
+    ("corpus", "options", "said"),
+    [
+        (["wmt16_en_dd"], {}, "wmt16_en_dd: neither a file nor a recipe. Did you mean wmt16_en_de?"),
+        (["a.tsv"], {}, "a.tsv: which languages?"),
+        (["a.tsv"], {"languages": "en-de", "merges": 0}, "command line: merges: 0 is too small. Give at least 1"),
+        (["a.tsv"], {"languages": "en-de", "valid": 0}, "valid: 0 pairs are too few. Draw at least 1"),
+        (["a.tsv"], {"languages": "en-de", "clean": {"min": 9, "max": 3}}, "min 9 is more than max 3. Swap them"),
+        (["wmt14_en_fr"], {"clean": {"ratio": 0.5}}, "clean.ratio: 0.5 is too small"),
+    ],
+)
+def test_bad_recipes_get_one_line(corpus, options, said):
+    with pytest.raises((DataError, SpecError)) as error:
+        read_recipe(corpus, options)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)

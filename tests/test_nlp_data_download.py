@@ -1,0 +1,186 @@
+"""Downloads from a server of our own, which can break off, start anew, and lie."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+
+pytest.importorskip("sacremoses")
+
+from nlp.corpus import DataError
+from nlp.download import Download, fetch, unpack
+from revnets import SpecError
+from revnets.config import load
+
+CONTENT = random.Random(0).randbytes(300_007)
+DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT.
+
+    Attributes:
+        breaks: the lengths at which the next answers break off.
+        ranges: whether it can start in the middle.
+        asked: the Range of every request.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.breaks: list[int] = []
+        self.ranges = True
+        self.failures: list[int] = []
+        self.asked: list[str | None] = []
+
+    def url(self, name: str = "file.bin") -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.headers.get("Range"))
+        if self.server.failures:
+            self.send_error(self.server.failures.pop(0))
+            return
+        start = int(self.headers["Range"][6:-1]) if self.headers["Range"] and self.server.ranges else 0
+        if start >= len(CONTENT):
+            self.send_error(416)
+            return
+        body = CONTENT[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "text/html" if self.path.endswith("page.bin") else "application/octet-stream")
+        self.end_headers()
+        self.wfile.write(body[: self.server.breaks.pop(0)] if self.server.breaks else body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def get(url: str, folder: Path, attempts: int = 5, **given) -> Path:
+    return fetch(Download(url=url, **given), folder, Progress(disable=True), attempts, wait=0)
+
+
+def test_a_download_is_resumed_until_it_is_whole(server, tmp_path):
+    server.breaks = [100_003, 50_021]
+    path = get(server.url(), tmp_path / "new", checksum=DIGEST, size=len(CONTENT))
+    assert path.read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=100003-", "bytes=150024-"]
+    assert os.listdir(path.parent) == ["file.bin"]
+    get(server.url(), tmp_path / "new", checksum=DIGEST)
+    assert len(server.asked) == 3  # it is there
+
+
+def test_a_later_call_goes_on(server, tmp_path):
+    server.breaks = [100_003]
+    with pytest.raises(DataError, match=r"Run the command again to go on, or put the file at .*file.bin by hand"):
+        get(server.url(), tmp_path, attempts=1)
+    assert not (tmp_path / "file.bin").exists()
+    assert get(server.url(), tmp_path, attempts=1).read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=100003-"]
+
+
+def test_a_server_without_ranges_starts_anew(server, tmp_path):
+    server.breaks, server.ranges = [100_003], False
+    assert get(server.url(), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_download_killed_before_it_got_its_name(server, tmp_path):
+    (tmp_path / ".file.bin.partial").write_bytes(CONTENT)
+    assert get(server.url(), tmp_path, checksum=DIGEST).read_bytes() == CONTENT
+
+
+def test_passing_failures_are_tried_again_and_lasting_ones_are_not(server, tmp_path):
+    server.failures = [503, 500]
+    assert get(server.url(), tmp_path).read_bytes() == CONTENT
+    server.failures, server.asked = [404] * 9, []
+    with pytest.raises(DataError, match=r"other.bin: HTTP Error 404: Not Found. Run the command again"):
+        get(server.url("other.bin"), tmp_path)
+    assert len(server.asked) == 1
+
+
+def test_wrong_content_is_refused(server, tmp_path):
+    wrong = "md5:" + "0" * 32
+    with pytest.raises(DataError, match=r"file.bin: has md5:[0-9a-f]{32}, the recipe says md5:0{32}. Delete it"):
+        get(server.url(), tmp_path, checksum=wrong)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(DataError, match=r"has 300007 bytes, the recipe says 300008 bytes"):
+        get(server.url(), tmp_path, size=len(CONTENT) + 1)
+    (tmp_path / "file.bin").write_bytes(b"by hand")
+    with pytest.raises(DataError, match=r"has sha256:.* Delete it and run again"):
+        get(server.url(), tmp_path, checksum=DIGEST)
+    assert (tmp_path / "file.bin").read_bytes() == b"by hand"
+
+
+def test_a_web_page_is_no_archive(server, tmp_path):
+    with pytest.raises(DataError, match=r"a web page instead of page.bin. Open the address in a browser, and put"):
+        get(server.url("page.bin"), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_server_and_no_file(tmp_path):
+    with pytest.raises(DataError, match=r"localhost:1/x: .*Connection refused.* by hand"):
+        get("http://localhost:1/x", tmp_path, attempts=2)
+    with pytest.raises(DataError, match=r"file:///nowhere/x: .*No such file"):
+        get("file:///nowhere/x", tmp_path)
+    (tmp_path / "from").write_bytes(CONTENT)
+    assert get((tmp_path / "from").as_uri(), tmp_path / "to").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("text", ["abc", "sha256:abc", "crc:00000000", "md5:" + "X" * 32])
+def test_a_checksum_in_a_recipe_is_checked(text):
+    with pytest.raises(SpecError, match=r"is no checksum. Give md5:<32 digits>, sha1:<40 digits>, sha256:<64 digits>"):
+        load(Download, {"url": "http://x/y", "checksum": text})
+
+
+def archive(path: Path, names: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
+        for name, data in names.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tgz", "a.tar"])
+def test_archives_are_unpacked_once_and_whole(tmp_path, name):
+    path = archive(tmp_path / name, {"x/one": CONTENT, "two": b"2"})
+    folder = unpack(path, tmp_path / "work", Progress(disable=True))
+    assert (folder / "x" / "one").read_bytes() == CONTENT
+    (folder / "two").write_text("kept")
+    assert unpack(path, tmp_path / "work", Progress(disable=True)) == folder
+    assert (folder / "two").read_text() == "kept"
+
+
+def test_bad_archives(tmp_path):
+    whole = archive(tmp_path / "a.tgz", {"x": CONTENT}).read_bytes()
+    for name, data in (("cut.tgz", whole[:-1000]), ("text.tgz", b"<html>"), ("empty.tgz", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=rf"{name}: no archive that can be unpacked .* Delete it and run again"):
+            unpack(tmp_path / name, tmp_path / "work", Progress(disable=True))
+    evil = archive(tmp_path / "evil.tgz", {"../../outside": b"!"})
+    with pytest.raises(DataError, match=r"evil.tgz: no archive that can be unpacked"):
+        unpack(evil, tmp_path / "work", Progress(disable=True))
+    assert not (tmp_path / "outside").exists()
+    assert os.listdir(tmp_path / "work") == []
