@@ -136,3 +136,28 @@ def test_the_wheel_holds_what_a_checkout_holds(site):
 def test_the_folder_is_printed():
     code, output = finish(start(BIN / "revnets", "user-dir"))
     assert (code, output.strip()) == (0, str(USER_DIR))
+
+
+WITHOUT = """
+import importlib.abc, sys
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "fairseq":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+import nlp.spec
+nlp.spec.encoder_columns(nlp.spec.net_spec({"encoder_embed_dim": 8}), 8)
+import nlp.model
+"""
+
+
+def test_without_fairseq_columns_can_be_built_and_the_model_says_what_to_install():
+    code, output = finish(start(sys.executable, "-c", WITHOUT))
+    assert code == 1
+    assert (
+        output.strip()
+        .splitlines()[-1]
+        .startswith("ModuleNotFoundError: the translation model needs fairseq: pip install")
+    )

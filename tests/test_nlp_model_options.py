@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from nlp_helpers import build, options, sample
 from nlp.blocks import TransformerBlock
 from nlp.encoder import RevColEncoder
 from nlp.model import RevColTransformerModel
-from nlp.spec import net_spec
+from nlp.options import MEANINGLESS, add_arguments
+from nlp.spec import DEFAULTS, net_spec
 from revnets.spec import dump
 
 NET = """
@@ -200,3 +202,37 @@ def test_mistakes_in_the_yaml_name_the_file(tmp_path, old, new, said):
 def test_blocks_of_the_levels_cannot_be_given_twice(tmp_path):
     with pytest.raises(SystemExit, match="--revcol-blocks: the levels are those of --revcol-spec"):
         options("revcol_transformer", revcol_spec=str(write(tmp_path)), revcol_blocks="1,1")
+
+
+# ----------------------------------------------------------------------------------------------------------- docs/nlp.md
+
+PAGE = (Path(__file__).parents[1] / "docs" / "nlp.md").read_text()
+
+
+def test_the_page_names_every_option_with_its_default():
+    rows = dict(re.findall(r"^\| `(--revcol-[a-z]+)[^|]*\| `?([^|`]*)`? +\|", PAGE, re.MULTILINE))
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    add_arguments(parser)
+    offered = {action.option_strings[0]: action.dest for action in parser._actions if action.dest.startswith("revcol_")}
+    assert {option: value.strip() for option, value in rows.items()} == {
+        option: str(DEFAULTS.get(dest, "none")) for option, dest in offered.items()
+    }
+
+
+def test_the_page_names_every_option_that_is_refused():
+    for option in (*MEANINGLESS, "encoder_layers", "checkpoint_activations"):
+        assert f"`--{option.replace('_', '-')}`" in PAGE
+
+
+def test_the_net_on_the_page_can_be_built(tmp_path, own_modules):
+    (tmp_path / "my_blocks.py").write_text(OWN.replace("Masked", "Mixer"))
+    net = re.search(r"```yaml\n(columns.*?)```", PAGE, re.DOTALL)[1]
+    args = options("revcol_transformer", revcol_spec=str(write(tmp_path, net)))
+    assert args.encoder_layers == 8 * (1 + 2 + 1)
+
+
+def test_parameters_on_the_page_are_those_of_the_models():
+    for arch, million, words in re.findall(r"^\| `(revcol_\w+)`.*\| ([\d.]+) M \((\d+) types\) \|", PAGE, re.MULTILINE):
+        with torch.device("meta"):
+            model = build(arch, int(words))
+        assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}" == million
