@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import create_feature_extractor, get_graph_node_names
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 import revnets
 import vision
+from revnets.tracker import OpCounter
 from vision.revcol import MODELS
 
 NAMES = ("test_revcol", "test_revcol_huge", "test_revcol_vit")
@@ -32,6 +38,44 @@ def create(name: str, **options) -> vision.RevCol:
 
 def images(model, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, *model.default_cfg["input_size"])
+
+
+@torch.no_grad()
+def test_inference_makes_no_copy() -> None:
+    """From the stem to the classifier, everything is a view or a result; a hidden copy would be one of these."""
+    model = create("test_revcol").eval()
+    with OpCounter() as counter:
+        model(images(model))
+    copies = {"aten.clone", "aten.copy_", "aten._to_copy", "aten.contiguous", "aten.constant_pad_nd"}
+    assert not copies & counter.ops.keys()
+    assert counter.ops["aten.gelu_"] == sum(level.depth for level in model.spec.levels) * model.spec.columns
+
+
+def test_who_looks_at_the_input_of_gelu_sees_it() -> None:
+    model = create("test_revcol").eval()
+    seen: dict[str, torch.Tensor] = {}
+    mlp = model.columns.cells[0][0].function.blocks[0].mlp
+    handle = mlp.fc1.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
+    with torch.no_grad():
+        expected = model(images(model))
+        assert torch.equal(seen["out"], mlp.fc1(seen["x"]))
+        handle.remove()
+    assert expected.shape == (2, 11)
+
+
+def test_benchmark_of_inference() -> None:
+    file = Path(__file__).parents[1] / "examples" / "benchmarks" / "inference.py"
+    app = typer.Typer()
+    app.command()(runpy.run_path(str(file))["main"])
+    options = ["--size", "32", "--rounds", "1"]
+    result = CliRunner().invoke(app, ["--models", "test_revcol,test_revcol_huge", *options])
+    assert result.exit_code == 0, result.output
+    rows = re.findall(r"│ (test_revcol\w*) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │", result.output)
+    assert [row[0] for row in rows] == ["test_revcol", "test_revcol_huge"]
+    assert (rows[0][1], rows[0][4]) == ("0.34", "1.000")
+    wrong = CliRunner().invoke(app, ["--models", "revcol_tinny", *options])
+    assert wrong.exit_code == 2
+    assert "Did you mean revcol_tiny?" in " ".join(wrong.output.replace("│", " ").split())
 
 
 # ----------------------------------------------------------------------------- as in timm's own tests of every model

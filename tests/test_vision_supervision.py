@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from timm.models import group_parameters
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -286,3 +287,16 @@ def test_compiled_cells() -> None:
     assert task.compile(backend="aot_eager") is task.get_eval_model()
     assert_close(task(*data)["loss"], expected)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layer_decay_of_a_supervised_model(coarse: bool) -> None:
+    """The model's groups; the heads are where its classifier is."""
+    task = create_task()
+    supervised = task.supervised()
+    inner = group_parameters(supervised.model, supervised.model.group_matcher(coarse), reverse=True)
+    outer = group_parameters(supervised, supervised.group_matcher(coarse), reverse=True)
+    for name, group in outer.items():
+        assert group == inner[name.removeprefix("model.") if name.startswith("model.") else "head.fc.weight"]
+    assert outer.keys() == dict(supervised.named_parameters()).keys()
+    assert supervised.no_weight_decay() <= outer.keys()

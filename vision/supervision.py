@@ -147,6 +147,23 @@ class Supervised(nn.Module):
         decoders = self.decoders if self.training else {}
         return Outputs(logits, {int(key): head(states[int(key)]) for key, head in decoders.items()})
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The model's groups for layer-wise decay; all heads are in the last one."""
+        groups = self.model.group_matcher(coarse)
+        if coarse:
+            return {name: within(pattern) for name, pattern in groups.items()}
+        blocks = [(within(pattern), group) for pattern, group in groups["blocks"]]
+        return {"stem": within(groups["stem"]), "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """The model's."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+
+def within(pattern: str) -> str:
+    """A pattern of the model's parameters, as they are called here."""
+    return pattern.replace("^", r"^model\.", 1)
+
 
 def reconstruction_loss(pixels: Tensor, image: Tensor) -> Tensor:
     """Binary cross entropy of reconstructed pixels, the mean over all of them.

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vision  # noqa: F401 (registers the family)
+from revnets.errors import nearest
 
 
 class Contender:
@@ -67,18 +68,22 @@ def main(
     models: Annotated[str, typer.Option(help="Names in timm, e.g. convnext_tiny,revcol_tiny.")] = (
         "convnext_tiny,revcol_tiny"
     ),
-    size: Annotated[int, typer.Option(help="Side of the images.")] = 224,
-    batch: Annotated[int, typer.Option(help="Images a pass.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Timed passes of each model.")] = 40,
+    size: Annotated[int, typer.Option(help="Side of the images.", min=1)] = 224,
+    batch: Annotated[int, typer.Option(help="Images a pass.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 40,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
     amp: Annotated[bool, typer.Option("--amp", help="Under autocast to bfloat16.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
 ) -> None:
     """Compare the speed of models that are not trained."""
+    names = models.split(",")
+    for name in names:
+        if not timm.is_model(name):
+            raise typer.BadParameter(f"timm has no model {name!r}. {nearest(name, timm.list_models(), 'It has')}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    contenders = [Contender(name, images, amp, compiled) for name in models.split(",")]
+    contenders = [Contender(name, images, amp, compiled) for name in names]
     for contender in contenders:  # the first passes of a process find their kernels
         contender.run()
         contender.run()
