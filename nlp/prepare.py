@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -70,19 +70,23 @@ def prepare(
     if output.exists() and not overwrite:
         raise DataError(f"{output} is there, made in another way. Give another --output, or --overwrite to replace it")
     work = output.with_name(output.name + ".work")
-    for folder in (work, output.parent):
-        remove_leftovers(folder)
+    remove_leftovers(work)
+    remove_leftovers(output.parent, output.name)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        archives = [fetch(item, downloads, progress) for item in recipe.downloads]
-        folders = [unpack(archive, work, progress) for archive in archives]
-        steps = _Steps(recipe, (*folders, base), work, workers, progress)
-        facts = stages.run(work / "chosen", steps.choose)
-        stages.run(work / "tokens", steps.tokenize)
-        if recipe.merges is not None:
-            facts |= stages.run(work / "codes", steps.learn)
-        found = facts | stages.run(work / "units", steps.split)
-        facts = stages.run(output, lambda folder: found | steps.binarize(folder))
+    try:
+        with Progress(*columns, console=console) as progress:
+            archives = [fetch(item, downloads, progress) for item in recipe.downloads]
+            folders = [unpack(archive, work, progress) for archive in archives]
+            steps = _Steps(recipe, (*folders, base), work, workers, progress)
+            facts = stages.run(work / "chosen", steps.choose)
+            stages.run(work / "tokens", steps.tokenize)
+            if recipe.merges is not None:
+                facts |= stages.run(work / "codes", steps.learn)
+            found = facts | stages.run(work / "units", steps.split)
+            facts = stages.run(output, lambda folder: found | steps.binarize(folder))
+    finally:
+        with suppress(OSError):  # it is not there, or not empty: it is of use for the next call
+            work.rmdir()
     shutil.rmtree(work)
     return facts
 

@@ -51,9 +51,9 @@ def link(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes have left half-written."""
-    for path in folder.glob(f".*{TEMPORARY}"):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete what killed processes have left half-written, of all files and folders or of those called `name`."""
+    for path in folder.glob(f".{name}.*{TEMPORARY}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -66,8 +66,12 @@ def _temporary(path: Path) -> Path:
 
 def _take_name(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
     with suppress(OSError):  # not every system lets a folder be opened; the rename is done in any case
-        descriptor = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -89,6 +93,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
         if path.exists():  # no system replaces a folder that is not empty
             os.rename(path, old)
         _take_name(temporary, path)

@@ -1,0 +1,255 @@
+"""The commands around fairseq: averaging checkpoints, scoring translations, and what they say when it goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+pytest.importorskip("fairseq")
+
+from fairseq.data import Dictionary
+from fairseq.scoring import bleu
+
+from nlp import cli
+from nlp.average import average, select
+from nlp.corpus import DataError
+from nlp.score import compound_split, named_reference, read_output, scores
+from revnets import SpecError
+
+app = typer.Typer()
+app.command("prepare-mt")(cli.prepare_mt)
+app.command("average-checkpoints")(cli.average_checkpoints)
+app.command("score-mt")(cli.score_mt)
+
+
+def call(*words) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+    if isinstance(result.exception, SpecError):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+# Averaging
+
+
+def checkpoint(path: Path, seed: int, dtype: torch.dtype = torch.float32, width: int = 5) -> dict[str, torch.Tensor]:
+    """A file of fairseq's form; gives its weights."""
+    generator = torch.Generator().manual_seed(seed)
+    model = {
+        "encoder.weight": torch.randn(7, width, generator=generator).to(dtype),
+        "encoder.version": torch.tensor([3.0]),
+        "steps": torch.tensor(seed),
+    }
+    state = {
+        "args": None,
+        "cfg": {"model": argparse.Namespace(arch="revcol_transformer_tiny", seed=seed)},
+        "model": model,
+        "last_optimizer_state": {"exp_avg": torch.ones(7)},
+        "extra_state": {"epoch": seed},
+    }
+    torch.save(state, path)
+    return model
+
+
+def load(path: Path) -> dict:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_average_is_rounded_once(tmp_path, dtype):
+    paths = [tmp_path / f"checkpoint{seed}.pt" for seed in range(1, 8)]
+    weights = [checkpoint(path, seed, dtype)["encoder.weight"] for seed, path in enumerate(paths, 1)]
+    average(paths, tmp_path / "average.pt")
+    state = load(tmp_path / "average.pt")
+    mean = torch.stack(weights).double().mean(0)
+    assert state["model"]["encoder.weight"].dtype == dtype
+    torch.testing.assert_close(state["model"]["encoder.weight"], mean.to(dtype), rtol=0, atol=0)
+    assert state["model"]["steps"] == 7
+    assert state["cfg"]["model"].seed == 7
+    assert state["last_optimizer_state"] is None
+
+
+def test_the_newest_are_chosen_by_number(tmp_path):
+    for name in (
+        "checkpoint2",
+        "checkpoint10",
+        "checkpoint9",
+        "checkpoint_1_500",
+        "checkpoint_2_1500",
+        "checkpoint_best",
+    ):
+        checkpoint(tmp_path / f"{name}.pt", 1)
+    assert [path.stem for path in select(tmp_path, 2)] == ["checkpoint9", "checkpoint10"]
+    assert [path.stem for path in select(tmp_path, 2, updates=True)] == ["checkpoint_1_500", "checkpoint_2_1500"]
+    code, out, _ = call("average-checkpoints", tmp_path, "--last", 3, "-o", tmp_path / "a.pt")
+    assert code == 0
+    assert "a.pt: the average of checkpoint2.pt, checkpoint9.pt, checkpoint10.pt" in out
+
+
+def test_what_cannot_be_averaged_gets_one_line(tmp_path):
+    one, other, torn, text = (tmp_path / name for name in ("one.pt", "other.pt", "torn.pt", "text.pt"))
+    checkpoint(one, 1)
+    checkpoint(other, 2, width=6)
+    torn.write_bytes(one.read_bytes()[:-200])
+    text.write_text("no checkpoint")
+    torch.save({"weights": 1}, tmp_path / "plain.pt")
+    (tmp_path / "run").mkdir()
+    output = tmp_path / "average.pt"
+    for paths, said in (
+        ([one, other], r"other.pt: encoder.weight \(7, .\) is not in all of them. Average checkpoints of one run"),
+        ([one, torn], r"torn.pt: not a readable checkpoint \(.*\). Give one of fairseq-train"),
+        ([one, text], r"text.pt: not a readable checkpoint"),
+        ([one, tmp_path / "plain.pt"], r"plain.pt: has no `model` in it"),
+        ([one, tmp_path / "none.pt"], r"none.pt: there is no such file"),
+        ([tmp_path / "run"], r"run: 0 checkpoints of epochs, 10 are wanted. Ask for fewer \(--last\)"),
+        ([tmp_path / "nowhere"], r"nowhere: there is no such folder. Give the --save-dir of a run"),
+    ):
+        code, _, err = call("average-checkpoints", *paths, "-o", output)
+        assert code == 1
+        assert re.search(said, err), err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert not output.exists()
+
+
+# Scoring
+
+GENERATED = """Hydra14Migration: T and H begin this line too
+S-1\tthe s@@ econd one
+T-1\tdie Er@@ ste-Hilfe-Tasche ist da , sagte er &quot; gern &quot; .
+H-1\t-0.5\tdie Er@@ ste-Hilfe-Tasche ist hier , sagte er &quot; gern &quot; .
+H-1\t-0.9\tworse
+D-1\t-0.5\tignored
+P-1\t-0.1 -0.2
+S-0\tfirst
+T-0\tder Mann ging am Abend nach Haus@@ e .
+H-0\t-0.4\tder Mann ging am Abend nach Haus@@ e .
+Generate test with beam=4: BLEU4 = 1.00
+"""
+
+
+@pytest.fixture
+def generated(tmp_path) -> Path:
+    path = tmp_path / "test.out"
+    path.write_text(GENERATED)
+    return path
+
+
+def fairseq_bleu(hypotheses: list[str], references: list[str]) -> float:
+    """What fairseq-score prints, by its own C++ code."""
+    words = Dictionary()
+    scorer = bleu.Scorer(bleu.BleuConfig(pad=words.pad(), eos=words.eos(), unk=words.unk()))
+    for hypothesis, reference in zip(hypotheses, references, strict=True):
+        encoded = [words.encode_line(line, add_if_not_exist=True).int() for line in (reference, hypothesis)]
+        scorer.add(*encoded)
+    return scorer.score()
+
+
+def test_output_is_read_in_the_order_of_the_data(generated):
+    output = read_output(generated)
+    assert output.sources == ["first", "the second one"]
+    assert output.hypotheses[0] == "der Mann ging am Abend nach Hause ."
+    assert output.references[1].startswith("die Erste-Hilfe-Tasche ist da ,")
+    assert output.detokenized("de")[1] == 'die Erste-Hilfe-Tasche ist hier, sagte er "gern".'
+
+
+def test_tokenised_scores_are_those_of_fairseq(generated):
+    output = read_output(generated)
+    found = {score.kind: score.value for score in scores(output, "de")}
+    split = compound_split(output.hypotheses), compound_split(output.references)
+    assert found["tokenised"] == pytest.approx(fairseq_bleu(output.hypotheses, output.references), abs=1e-3)
+    assert found["compound split"] == pytest.approx(fairseq_bleu(*split), abs=1e-3)
+    assert 100 > found["compound split"] > found["tokenised"] > 50
+
+
+def test_compounds_are_split_as_by_the_perl_that_papers_use():
+    lines = ["rich-text format", "Erste-Hilfe-Tasche - x", "a-b-c", "-b a-", "@-@"]
+    assert compound_split(lines) == [
+        "rich ##AT##-##AT## text format",
+        "Erste ##AT##-##AT## Hilfe ##AT##-##AT## Tasche - x",
+        "a ##AT##-##AT## b-c",
+        "-b a-",
+        "@ ##AT##-##AT## @",
+    ]
+
+
+def test_score_command(generated, tmp_path):
+    reference = tmp_path / "raw.de"
+    reference.write_text('Der Mann ging am Abend nach Hause.\ndie Erste-Hilfe-Tasche ist da, sagte er "gern".\n')
+    code, out, _ = call("score-mt", generated, "-l", "de", "--reference", reference, "--json")
+    assert code == 0
+    numbers = json.loads(out)
+    assert list(numbers) == ["tokenised", "compound split", "sacreBLEU"]
+    without = {score.kind: score.value for score in scores(read_output(generated), "de")}
+    assert numbers["tokenised"] == without["tokenised"]
+    assert numbers["sacreBLEU"] < without["sacreBLEU"]  # the reference begins with a capital
+    code, out, _ = call("score-mt", generated, "-l", "de")
+    assert code == 0
+    assert "2 sentences" in out
+    assert f"{numbers['tokenised']:.2f}" in out
+    assert "tok:13a" in out
+
+
+def test_a_reference_that_sacrebleu_keeps(tmp_path, monkeypatch):
+    """The file that sacrebleu would have made of its download."""
+    from sacrebleu import utils
+    from sacrebleu.dataset import DATASETS
+
+    monkeypatch.setattr("sacrebleu.dataset.base.SACREBLEU_DIR", str(tmp_path))
+    monkeypatch.setattr(utils, "SACREBLEU_DIR", str(tmp_path))
+    data = DATASETS["wmt14/full"]
+    for field in data.fieldnames("en-de"):
+        path = Path(data._get_txt_file_path("en-de", field))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{field} one\n{field} zwei\n")
+    assert named_reference("wmt14/full:en-de") == ["ref one", "ref zwei"]
+    with pytest.raises(DataError, match=r"test set 'wmt14full' is not known. Did you mean wmt14/full"):
+        named_reference("wmt14full:en-de")
+    with pytest.raises(DataError, match=r"test set wmt14/full has no languages 'de'"):
+        named_reference("wmt14/full:de")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text.replace("H-", "X-"), "has no line that begins with H-. Give what fairseq-generate wrote"),
+        (lambda text: text.replace("T-0", "X-0"), "no T-0 for H-0. Was the file cut off?"),
+        (lambda text: "", "has no line that begins with H-"),
+    ],
+)
+def test_output_that_cannot_be_scored(generated, change, said):
+    generated.write_text(change(GENERATED))
+    code, _, err = call("score-mt", generated, "-l", "de")
+    assert code == 1
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["score-mt", "{out}", "-l", "german"], "language 'german' is not known"),
+        (["score-mt", "{out}", "-l", "de", "--reference", "{one}"], "has 1 lines, but there are 2 translations"),
+        (["score-mt", "{tmp}/none", "-l", "de"], "none: there is no such file"),
+        (["prepare-mt", "{one}", "-l", "en-de", "-o", "{tmp}/bin"], "1 field between tabs, two are needed"),
+        (["prepare-mt", "{one}", "{tmp}/none", "-l", "en-de", "-o", "{tmp}/bin"], "none: there is no such file"),
+        (["prepare-mt", "{one}", "-o", "{tmp}/bin"], "which languages? Give source and target"),
+    ],
+)
+def test_mistakes_on_the_command_line(generated, tmp_path, words, said):
+    (tmp_path / "one").write_text("one\n")
+    names = {"out": generated, "tmp": tmp_path, "one": tmp_path / "one"}
+    code, _, err = call(*(word.format(**names) for word in words))
+    assert code == 1
+    assert said in err
+    assert err.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["one", "test.out"]
