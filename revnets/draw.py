@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from revnets.diagram import INK
 from revnets.diagram import graph_figure as graph_figure
+from revnets.files import replacing
 from revnets.report import INVERT_LIMIT, Audit, ModeAudit, duration, size
 
 if TYPE_CHECKING:
@@ -36,18 +37,10 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise ValueError(f"{path}: a picture is saved as .{', .'.join(FORMATS)}; give the file one of these suffixes")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     # No dates and no random ids: the same figure gives the same file. Whole fonts in PDF, as publishers ask for.
     date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    try:
-        with open(temporary, "wb") as file, matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "revnets"}):
-            figure.savefig(file, format=kind, dpi=200, metadata=date)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file, matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "revnets"}):
+        figure.savefig(file, format=kind, dpi=200, metadata=date)
 
 
 def audit_figure(audit: Audit) -> Figure:

@@ -112,7 +112,7 @@ def _resolve(token: ReadToken, t: int, m: int) -> list[int]:
     if isinstance(token, int):
         if not 1 <= token <= m - 1:
             raise ReadError(
-                f"x_(t-{token}) lies outside the window: with {m} levels a cell can read x_(t-1) to x_(t-{m - 1})"
+                f"offset {token} reaches out of the window: with {m} levels a cell can read x_(t-1) to x_(t-{m - 1})"
             )
         return [state(token)]
     if token == "below":
