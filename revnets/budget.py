@@ -8,11 +8,29 @@ from pydantic import BeforeValidator, Field
 
 from revnets.config import Strict
 from revnets.errors import nearest, problem, show, what
+from revnets.frame import Memory
 
 OPTIMIZERS = {"none": 0, "sgd": 1, "lion": 1, "adam": 2, "adamw": 2}
 """Tensors of a parameter's size that an optimizer holds; sgd with momentum."""
 
 SHARDINGS = ("ddp", "fsdp")
+
+
+def parse_budget(value: int | str) -> int | Memory:
+    """A budget: bytes as `parse_bytes` reads them, or a memory mode, which stands for the peak of that mode.
+
+    `exact` is the budget that costs nothing: gradients come into being during backward, and until then the last cells
+    can keep what they save in the room that gradients will take.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    if value in list(Memory):
+        return Memory(value)
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or {', '.join(Memory)} for the peak of that memory mode") from None
 
 
 def parse_bytes(value: int | str) -> int:
@@ -41,14 +59,14 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-_REMEDY = "Give a number of bytes, or text such as 24GiB"
+_REMEDY = "Give a number of bytes, text such as 24GiB, or a memory mode, whose peak is meant"
 
 
 def _amount(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise problem(what(value), _REMEDY)
     try:
-        parse_bytes(value)
+        parse_budget(value)
     except ValueError:
         raise problem(f"{show(value)} is no amount of memory", _REMEDY) from None
     return value
@@ -72,4 +90,4 @@ class BudgetSpec(Strict):
     sharding: Annotated[str | None, _among(*SHARDINGS)] = None
 
     def __str__(self) -> str:
-        return f"planned for {self.budget}"
+        return f"planned for {self.budget}" + ("'s peak" if self.budget in list(Memory) else "")

@@ -82,7 +82,7 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="none, sgd, lion, adam or adamw.")] = "adamw",
     ranks: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
     sharding: Annotated[str, typer.Option(help="ddp (replicas) or fsdp (shards).")] = "ddp",
-    budget: Annotated[str | None, typer.Option(help="Choose the fastest way to stay under it, e.g. 24GiB.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Fastest way under it: 24GiB, or a mode (its peak).")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.", callback=_picture)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
 ) -> None:

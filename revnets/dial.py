@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.audit import find_columns
-from revnets.budget import BudgetSpec, parse_bytes
+from revnets.budget import BudgetSpec, parse_budget
 from revnets.predict import Plan, PlanError, plan_module
 from revnets.replay import outside_of_autocast
 
@@ -31,13 +31,13 @@ def keep_budget(model: nn.Module, budget: BudgetSpec | int | str) -> None:
 
     Args:
         model: contains reversible columns, see `revnets.audit.find_columns`; its forward is the one looked at.
-        budget: bytes, text such as `24GiB`, or a `BudgetSpec`.
+        budget: bytes, text such as `24GiB`, a memory mode, whose peak is meant, or a `BudgetSpec`.
 
     Raises:
         ValueError: the budget is no amount of memory.
         PlanError: at the first forward, if nothing fits; says what the least is, and which dial to turn.
     """
-    spec = budget if isinstance(budget, BudgetSpec) else BudgetSpec(budget=parse_bytes(budget))
+    spec = budget if isinstance(budget, BudgetSpec) else BudgetSpec(budget=parse_budget(budget))
     find_columns(model).budget = spec
     if _turn not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_turn, with_kwargs=True)
@@ -74,7 +74,7 @@ def _plan(model: nn.Module, inputs: tuple[Any, ...], budget: BudgetSpec) -> Plan
             optimizer=budget.optimizer,
             ranks=budget.ranks or world,
             sharding=budget.sharding or ("fsdp" if is_sharded else "ddp"),
-            budget=parse_bytes(budget.budget),
+            budget=parse_budget(budget.budget),
             modes=(),
         )
 

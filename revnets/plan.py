@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from revnets.budget import parse_bytes
+from revnets.budget import parse_budget
 from revnets.config import Source
 from revnets.frame import Memory
 from revnets.models import load_model
@@ -40,13 +40,13 @@ def plan(
         optimizer: which states to count, one of `revnets.budget.OPTIMIZERS`.
         ranks: processes; with more than one, what `sharding` holds to communicate is counted.
         sharding: `ddp` (replicas), or `fsdp` (`fully_shard` on every cell).
-        budget: bytes, or text such as `24GiB`; `Plan.chosen` is the choice.
+        budget: bytes, text such as `24GiB`, or a memory mode, whose peak is meant; `Plan.chosen` is the choice.
 
     Raises:
         PlanError: nothing fits the budget (the message says what the least is and which dial to turn).
     """
     try:
-        limit = None if budget is None else parse_bytes(budget)
+        limit = None if budget is None else parse_budget(budget)
     except ValueError as error:
         raise PlanError(f"budget {error}") from None
     if isinstance(model_or_spec, nn.Module):

@@ -87,7 +87,7 @@ def plan_module(
     optimizer: str = "adamw",
     ranks: int = 1,
     sharding: str = "ddp",
-    budget: int | None = None,
+    budget: int | Memory | None = None,
     modes: Sequence[str] = tuple(Memory),
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
@@ -100,8 +100,13 @@ def plan_module(
     with _Predictor(model, inputs, dtype, optimizer, ranks, sharding, progress or (lambda _: None)) as predictor:
         base = predictor.predict("store", 0)
         rows = tuple(base if mode == "store" else predictor.predict(str(mode), 0, base) for mode in modes)
-        chosen = None if budget is None else _choose(predictor, base, budget)
-    return Plan(predictor.shape, str(dtype).removeprefix("torch."), ranks, sharding, rows, budget, chosen)
+        limit, chosen = None, None
+        if isinstance(budget, Memory):
+            limit = predictor.predict(budget, 0, base).peak
+            chosen = _choose(predictor, base, limit, spare=0.0)  # one prediction against another: both err alike
+        elif budget is not None:
+            limit, chosen = budget, _choose(predictor, base, budget)
+    return Plan(predictor.shape, str(dtype).removeprefix("torch."), ranks, sharding, rows, limit, chosen)
 
 
 class _Predictor:
@@ -154,12 +159,20 @@ class _Predictor:
         return Prediction(mode, stored, parameters, gradients, optimizer, buckets, found.kept, peak, found.flops, extra)
 
 
-def _choose(predictor: _Predictor, base: Prediction, budget: int) -> Prediction:
+SPARE = 0.01
+"""Lost bits are predicted from what is usual, so this part of the peak is left free for the unusual."""
+
+
+def _choose(predictor: _Predictor, base: Prediction, budget: int, spare: float = SPARE) -> Prediction:
     """The most cells that can be stored under the budget, by bisection: memory only grows with them."""
+
+    def fits(prediction: Prediction) -> bool:
+        return (1 + spare) * prediction.peak <= budget
+
     if base.peak <= budget:
         return base
     least, batch = predictor.predict("exact", 0, base), next(iter(predictor.shape), 1)
-    if not _fits(least, budget):
+    if not fits(least):
         static = least.parameters + least.gradients + least.optimizer + least.buckets
         sample = max(least.peak - static, 0) // max(batch, 1)
         turn = (
@@ -168,22 +181,17 @@ def _choose(predictor: _Predictor, base: Prediction, budget: int) -> Prediction:
             if static > budget
             else f"each of the {batch} samples takes about {size(sample)}; lower the batch, use bfloat16, or shard"
         )
-        smallest = size(int(1.01 * least.peak))
+        smallest = size(int((1 + spare) * least.peak))
         raise PlanError(f"nothing fits {size(budget)}: the smallest peak is {smallest}. Of it, {turn}")
     best, low, high = least, 0, predictor.cells
     while high - low > 1:
         middle = (low + high) // 2
         tried = predictor.predict("exact", middle, base)
-        if _fits(tried, budget):
+        if fits(tried):
             best, low = tried, middle
         else:
             high = middle
     return best
-
-
-def _fits(prediction: Prediction, budget: int) -> bool:
-    """Lost bits are predicted from what is usual, so a hundredth of the peak is left free for the unusual."""
-    return 1.01 * prediction.peak <= budget
 
 
 def _check(optimizer: str, ranks: int, sharding: str) -> None:
