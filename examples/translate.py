@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,12 +59,11 @@ TRAINING = """
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1
     --eval-bleu --eval-bleu-args {"beam":1,"max_len_a":1.2,"max_len_b":10}
     --eval-bleu-detok moses --eval-bleu-remove-bpe
-    --num-workers 0 --log-format json --log-interval 10 --no-epoch-checkpoints
+    --num-workers 0 --log-format json --log-interval 10 --no-epoch-checkpoints --validate-interval 1000000
 """
 SEARCH = "--beam 4 --lenpen 0.6 --max-len-a 2 --max-len-b 10 --remove-bpe --max-tokens 2048 --num-workers 0"
-POINTS = 10
-"""So many times a model is validated and kept; the last AVERAGED of them are averaged in the end."""
 AVERAGED = 3
+"""The last of the states that were validated are averaged in the end."""
 
 
 @dataclass
@@ -102,24 +102,25 @@ class Run:
 
 
 def main(
-    updates: Annotated[int, typer.Option(min=POINTS, help="Of both models, 2048 tokens at most each.")] = 2000,
+    updates: Annotated[int, typer.Option(min=1, help="Of both models, 2048 tokens at most each.")] = 2000,
+    points: Annotated[int, typer.Option(min=1, help="How often the models are validated on the way.")] = 10,
     output: Annotated[Path, typer.Option(help="Folder, begun afresh.")] = OUTPUT,
     seed: Annotated[int, typer.Option(help="Of weights, order and dropout.")] = 1,
     revcol: Annotated[str, typer.Option(help="More options for the RevCol-Transformer, e.g. '--revcol-gain 1'.")] = "",
 ) -> None:
     """Train a RevCol-Transformer and a vanilla transformer of equal size on the Bible, side by side, and compare."""
     console = Console()
-    if (output / "data").exists() or not output.exists():  # nothing but a run has one
-        shutil.rmtree(output, ignore_errors=True)
-    else:
+    if output.exists() and not any((output / name).exists() for name in ("data/prepared.json", "data.work")):
         raise DataError(f"{output} is there and is not of this script. Give another --output")
+    shutil.rmtree(output, ignore_errors=True)
     recipe, base = read_recipe([str(CORPUS)], DATA)
     facts = prepare(recipe, output / "data", base, workers=2, console=console)
     console.print(f"{facts['train']:,} pairs to learn from, {facts['test']} for the test, {facts['types']:,} sub-words")
 
-    every = str(max(updates // POINTS, 1))
+    points = min(points, updates)
+    every = str(updates // points)
     limits = ["--max-update", str(updates), "--validate-interval-updates", every, "--save-interval-updates", every]
-    limits += ["--keep-interval-updates", str(AVERAGED), "--seed", str(seed)]
+    limits += ["--keep-interval-updates", str(min(points, AVERAGED)), "--seed", str(seed)]
     commands = {
         name: ["train", *given.split(), *TRAINING.split(), *limits, "--save-dir", str(folder(output, name))]
         + (revcol.split() if "revcol" in given else [])
@@ -127,7 +128,7 @@ def main(
     }
     trained = side_by_side(console, "train", commands, output, updates)
     for name in MODELS:
-        average(select(folder(output, name), AVERAGED, updates=True), folder(output, name) / "average.pt")
+        average(select(folder(output, name), min(points, AVERAGED), updates=True), folder(output, name) / "average.pt")
     commands = {
         name: ["generate", "--path", str(folder(output, name) / "average.pt"), *SEARCH.split()] for name in MODELS
     }
@@ -248,6 +249,7 @@ def draw(axes: Axes, title: str, unit: str) -> None:
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: no child is left alone
     try:
         app()
     except (DataError, OSError) as error:
