@@ -39,7 +39,7 @@ def prepare_mt(
         bool | None,
         typer.Option(help="Drop repeated pairs, and training pairs that share a sentence with valid or test. (yes)"),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = len(os.sched_getaffinity(0)),
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     downloads: Annotated[Path, typer.Option(help="Where archives of a recipe are kept.")] = Path("downloads"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder made in another way.")] = False,
 ) -> None:
@@ -178,6 +178,9 @@ def _one_line_errors() -> Iterator[None]:
     """What a user can mend is told in one line. Mistakes in a recipe are told by `revnets` itself."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        typer.secho(f"error: {error.name} is not installed. Try: pip install 'revnets[nlp]'", fg="red", err=True)
+        raise typer.Exit(1) from error
     except (OSError, ValueError) as error:
         from .corpus import DataError
 

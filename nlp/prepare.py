@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -69,6 +70,8 @@ def prepare(
         return facts
     if output.exists() and not overwrite:
         raise DataError(f"{output} is there, made in another way. Give another --output, or --overwrite to replace it")
+    if find_spec("fairseq_cli") is None:  # it comes last, and the other steps can take hours
+        raise DataError("fairseq is not installed, which binarises the text. Try: pip install 'revnets[nlp]'")
     work = output.with_name(output.name + ".work")
     remove_leftovers(work)
     remove_leftovers(output.parent, output.name)

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -253,3 +254,20 @@ def test_mistakes_on_the_command_line(generated, tmp_path, words, said):
     assert said in err
     assert err.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["one", "test.out"]
+
+
+def test_a_missing_requirement_is_named(generated, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacremoses", None)
+    for name in ("nlp.text", "nlp.score"):
+        monkeypatch.delitem(sys.modules, name)
+    code, _, err = call("score-mt", generated, "-l", "de")
+    assert (code, err) == (1, "error: sacremoses is not installed. Try: pip install 'revnets[nlp]'\n")
+
+
+def test_fairseq_is_missed_before_the_work_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr("nlp.prepare.find_spec", lambda name: None)
+    (tmp_path / "one").write_text("one\n")
+    code, _, err = call("prepare-mt", tmp_path / "one", tmp_path / "one", "-l", "en-de", "-o", tmp_path / "bin")
+    assert code == 1
+    assert err.startswith("error: fairseq is not installed, which binarises the text. Try: pip install")
+    assert os.listdir(tmp_path) == ["one"]
