@@ -16,6 +16,7 @@ from revnets.plan import Plan, PlanError, plan
 from revnets.registry import register_block, register_fusion, register_head, register_stem
 from revnets.replay import ReplayError
 from revnets.spec import NetSpec, load_spec
+from revnets.verify import ReconstructionError
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "Node",
     "Plan",
     "PlanError",
+    "ReconstructionError",
     "ReplayError",
     "ReversibleColumns",
     "ReversibleSequence",

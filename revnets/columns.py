@@ -23,9 +23,14 @@ class ReversibleColumns(nn.Module):
         cells: one `Cell` per node, in order. `self.cells[c][l]` is the cell at column c, level l.
         memory: `store`, `recompute`, `invert` or `exact`, or one of them per column. It can be changed at any time
             through the attribute `memory`; it is no part of the state dict.
+        verify: keep a checksum of every state and compare it with the state that backward rebuilds; raises a
+            `ReconstructionError` there if they differ. For debugging: on a GPU, backward then waits for every cell.
+            It can be switched at any time through the attribute `verify`.
     """
 
-    def __init__(self, graph: Graph, cells: Sequence[Cell], memory: str | Sequence[str] = "exact"):
+    def __init__(
+        self, graph: Graph, cells: Sequence[Cell], memory: str | Sequence[str] = "exact", verify: bool = False
+    ):
         super().__init__()
         if len(cells) != len(graph.nodes):
             raise ValueError(f"the graph has {len(graph.nodes)} nodes, but {len(cells)} cells were given")
@@ -38,6 +43,7 @@ class ReversibleColumns(nn.Module):
         )
         self.memory = memory
         self.stored = 0
+        self.verify = verify
 
     @property
     def memory(self) -> tuple[Memory, ...]:
@@ -82,7 +88,7 @@ class ReversibleColumns(nn.Module):
         if Memory.INVERT in self._memory and torch.is_grad_enabled():
             drift.watch(self, x)
         ends = [tap_index(self.graph, tap) for tap in taps]
-        last, tapped = engine.run(self.graph, self.flat(), x, self._memory, context, ends, self._stored)
+        last, tapped = engine.run(self.graph, self.flat(), x, self._memory, context, ends, self._stored, self.verify)
         return (last, tapped) if taps else last
 
     def inverse(self, levels: Sequence[Tensor], x: Tensor, **context: Any) -> list[list[Tensor]]:
@@ -126,7 +132,7 @@ class ReversibleSequence(ReversibleColumns):
         reads: what each F_t reads: offsets k (for x_{t-k}) between 1 and m - 1, or names out of
             `revnets.graph.READS`. Whoever would read nothing reads the input.
         gain: fixed gamma of every residual. For learned gains pass cells of your own.
-        memory: as in `ReversibleColumns`.
+        memory, verify: as in `ReversibleColumns`.
     """
 
     def __init__(
@@ -136,12 +142,13 @@ class ReversibleSequence(ReversibleColumns):
         reads: Sequence[ReadToken] = (1,),
         gain: float = 1.0,
         memory: str | Sequence[str] = "exact",
+        verify: bool = False,
     ):
         cells = [
             function if isinstance(function, Cell) else Cell(function, FixedGain(gain) if t >= m else None)
             for t, function in enumerate(functions)
         ]
-        super().__init__(wire(len(cells), m, [reads] * m), cells, memory)
+        super().__init__(wire(len(cells), m, [reads] * m), cells, memory, verify)
 
 
 def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]:

@@ -23,6 +23,7 @@ def run(
     context: Mapping[str, Any],
     taps: Sequence[int] = (),
     stored: int = 0,
+    verify: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run all cells; returns the last m states and the states at the indices `taps`.
 
@@ -35,12 +36,13 @@ def run(
         modes: memory mode of each column.
         context: keyword arguments for every cell, such as a padding mask.
         stored: cells at the end that run in `store`, whatever the mode of their column.
+        verify: compare what backward rebuilds with checksums (`revnets/verify.py`).
     """
     first_stored = len(graph.nodes) - stored
     modes = [Memory.STORE if node.index >= first_stored else modes[node.column] for node in graph.nodes]
     if not torch.is_grad_enabled() or all(mode is Memory.STORE for mode in modes) or _is_transformed():
         return _run_plain(graph, cells, stem, context, taps)
-    return _run_taped(graph, cells, stem, modes, context, taps)
+    return _run_taped(graph, cells, stem, modes, context, taps, verify)
 
 
 def _is_transformed() -> bool:
@@ -61,10 +63,10 @@ def _run_plain(graph, cells, stem, context, taps):
 
 
 @torch.compiler.disable()  # the tape is plain Python; to compile the cells, call compile() of the columns
-def _run_taped(graph, cells, stem, modes, context, taps):
+def _run_taped(graph, cells, stem, modes, context, taps, verify):
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
-    tape = Tape(graph, cells, stem, context)
+    tape = Tape(graph, cells, stem, context, verify)
     states: dict[int, Tensor] = {}
     tapped: dict[int, Tensor] = {}
     started = False  # has anything so far needed a gradient?

@@ -60,8 +60,8 @@ def encode(state: Tensor, rebuilt: Tensor, defer: bool | None = None) -> LostBit
         state, rebuilt: dense, of one shape, floating dtype and strides.
         defer: never wait for the device, leave the cut to `settle`; by default on everything but the CPU.
     """
-    difference = _bits(rebuilt)
-    torch.sub(_bits(state), difference, out=difference)
+    difference = bits_of(rebuilt)
+    torch.sub(bits_of(state), difference, out=difference)
     nibbles = difference.clamp(-8, 8).to(torch.int8)  # 8 and -8 have the same low half
     packed = _pack(nibbles)
     dtypes = _TIERS[: _TIERS.index(difference.dtype) + 1]
@@ -91,7 +91,7 @@ def encode(state: Tensor, rebuilt: Tensor, defer: bool | None = None) -> LostBit
 def decode(rebuilt: Tensor, lost: LostBits) -> Tensor:
     """Turn `rebuilt`, in place, into the state that `encode` saw."""
     lost.settle()
-    bits = _bits(rebuilt)
+    bits = bits_of(rebuilt)
     nibbles = _unpack(lost.nibbles, bits.numel())
     bits.add_(nibbles)
     if _assumed.get() is not None or rebuilt.is_meta:
@@ -179,7 +179,7 @@ def _unpack(packed: Tensor, numel: int) -> Tensor:
     return torch.cat((low, high))
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits_of(tensor: Tensor) -> Tensor:
     """The tensor's memory as a flat vector of integers; shares it."""
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     return flat.view(_INTEGER[tensor.element_size()])

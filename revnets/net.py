@@ -129,7 +129,8 @@ def build_columns(spec: NetSpec, name: str = "spec") -> ReversibleColumns:
         fusion = _part(name, "fusion", "fusion", spec.fusion.type, **given, **spec.fusion.options)
         blocks = [_block(name, node.level, level, rate) for rate in rates[node.level]]
         cells.append(Cell(Level(fusion, blocks, level.dim, graph.name(node.index)), _gain(spec, node, level.dim)))
-    return ReversibleColumns(graph, cells, "exact" if isinstance(spec.memory, BudgetSpec) else spec.memory)
+    memory = "exact" if isinstance(spec.memory, BudgetSpec) else spec.memory
+    return ReversibleColumns(graph, cells, memory, spec.verify)
 
 
 def _source(spec: NetSpec, graph: Graph, node: Node, read: int, reductions: list[int]) -> Source:

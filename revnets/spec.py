@@ -115,6 +115,7 @@ class NetSpec(Strict):
     reads: Reads = ("below", "above")
     gain: GainSpec = Field(default=GainSpec(), examples=["{init: 0.5}"])
     memory: Modes = "exact"
+    verify: bool = False
     taps: Columns = ()
     head: Annotated[PartSpec, part("head")] | None = None
     drop_path: float = Field(default=0.0, ge=0, lt=1)

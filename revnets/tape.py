@@ -42,6 +42,7 @@ from revnets.cell import add, subtract
 from revnets.frame import Constant, Frame, Held, Memory, Meta, couple_forward, is_unchanged, trusted, with_stride
 from revnets.graph import STEM, Graph, Node
 from revnets.replay import ReplayError, Surrounding
+from revnets.verify import Verifier
 
 
 class Claim:
@@ -87,7 +88,14 @@ def unpack(ticket: Ticket) -> Tensor:
 class Tape:
     """What one pass keeps for its backward: the last window, the constants, and a frame a cell."""
 
-    def __init__(self, graph: Graph, cells: Sequence[nn.Module], stem: Tensor, context: Mapping[str, Any]):
+    def __init__(
+        self,
+        graph: Graph,
+        cells: Sequence[nn.Module],
+        stem: Tensor,
+        context: Mapping[str, Any],
+        verify: bool = False,
+    ):
         self.graph = graph
         self.cells = cells
         self.stem = Held.of(stem)
@@ -99,6 +107,7 @@ class Tape:
         self.window: dict[int, Held] = {}
         self.cursor = -1  # the window holds x_cursor, or already x_{cursor-m}, and the m - 1 states between them
         self.lock = threading.RLock()  # autograd runs one thread a device
+        self.verifier = Verifier(graph) if verify else None
 
     # ---------------------------------------------------------------- forward
 
@@ -141,6 +150,8 @@ class Tape:
             )
         self.frames.append(frame)
         self._settle(node)
+        if self.verifier is not None:
+            self.verifier.note(node.index, state)
         return state
 
     def _settle(self, node: Node) -> None:
@@ -221,7 +232,9 @@ class Tape:
         with frame.surrounding.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never), _inside():
             reads = [self._read(read, grad) for read, grad in zip(node.reads, frame.grad_reads, strict=True)]
             context = {name: constant.fresh() for name, constant in self.context.items()}
-            self.cells[node.index](*reads, couple=couple, **context)
+            state = self.cells[node.index](*reads, couple=couple, **context)
+        if self.verifier is not None:
+            self.verifier.replayed(node, self._name(node), state)
         if collect:
             self._check(frame, saved)
             frame.saved = dict(enumerate(saved))
@@ -241,6 +254,8 @@ class Tape:
                 past = with_stride(past, frame.past_stride)
                 if frame.lost is not None:
                     lostbits.decode(past, frame.lost)
+            if self.verifier is not None:
+                self.verifier.rebuilt(frame.node, self._name(frame.node), frame.mode, past)
             self.window[residual] = Held.of(past)
         return add(past.detach().requires_grad_(frame.past_grad), update, gamma)
 

@@ -104,6 +104,7 @@ def ddp(rank: int) -> None:
             for memory in ("store", *TAPED):
                 torch.manual_seed(rank)
                 net = model(memory, tap, blocks=("mlp", "dropout", "batchnorm"))
+                net.columns.verify = True
                 wrapped = DistributedDataParallel(net, **options)
                 optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
                 for _ in range(3):
@@ -169,6 +170,7 @@ def fsdp(rank: int, by: str, tap: int | None = None, blocks=("mlp", "dropout", "
     for memory in ("store", *TAPED):
         torch.manual_seed(rank)
         net = model(memory, tap, blocks=blocks)
+        net.columns.verify = True
         shard(net, by, **options)
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
         for _ in range(3):
