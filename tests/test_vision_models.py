@@ -202,10 +202,15 @@ def test_kernel_size_dims_and_depths() -> None:
     assert [len(cell.function.blocks) for cell in model.columns.cells[1]] == [0, 1, 0, 2]
     with pytest.raises(ValueError, match=r"dims = \[4, 6\]: give 4 values, one a level"):
         create("test_revcol", dims=(4, 6))
-    with pytest.raises(revnets.SpecError, match="kernel_size"):
-        create("test_revcol_vit", kernel_size=5)
-    with pytest.raises(revnets.SpecError, match="img_size"):
-        create("test_revcol", img_size=64)
+    for name, options, message in (
+        ("test_revcol_vit", {"kernel_size": 5}, "levels.0.kernel_size: unknown key"),
+        ("test_revcol", {"img_size": 64}, "stem.img_size: unknown key"),
+        ("test_revcol", {"kernel_size": 4}, 'levels.0: block "convnext": kernel_size 4 would change'),
+        ("test_revcol", {"columns": 0}, "columns: 0 is too small. Give at least 1"),
+        ("test_revcol", {"memory": "exat"}, "memory: .* Did you mean exact?"),
+    ):
+        with pytest.raises(revnets.SpecError, match=f"^{name}: {message}"):
+            create(name, **options)
 
 
 def test_size_of_images_of_the_isotropic_models() -> None:

@@ -185,6 +185,26 @@ def test_gradients_are_those_of_store(memory) -> None:
     assert all(torch.equal(ours, store) for ours, store in zip(*grads, strict=True))
 
 
+def test_inverted_columns_come_near() -> None:
+    grads = []
+    for mode in ("store", "invert"):
+        task = create_task(5, memory=mode).double()
+        images, labels = batch()
+        task(images.double(), labels)["loss"].backward()
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in task.parameters()]))
+    assert not torch.equal(*grads)
+    assert (grads[0] - grads[1]).norm() < 1e-6 * grads[0].norm()
+
+
+def test_memory_under_a_budget() -> None:
+    """What is planned is the step with the heads."""
+    task = create_task(memory={"budget": "1GiB"})
+    task(*batch())["loss"].backward()
+    supervised = task.supervised()
+    assert supervised.memory_plan.chosen.mode == "store"
+    assert set(supervised.model.columns.memory) == {"store"}
+
+
 def test_image_is_the_target_after_mixup() -> None:
     mixup = Mixup(mixup_alpha=0.5, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
     images, labels = batch(4)

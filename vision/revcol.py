@@ -10,7 +10,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from revnets import NetSpec, load_spec
+from revnets import NetSpec, SpecError, load_spec
 from revnets.spec import dump
 from vision.model import RevCol
 from vision.vit import resized
@@ -97,16 +97,19 @@ REVISED = ("columns", "dims", "depths", "kernel_size", "drop_path_rate", "memory
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
     """Build a model of the family; everything that `RevCol` and `revise` take may be given."""
-    spec = revise(load_spec(MODELS / f"{variant}.yaml"), **{key: kwargs.pop(key, None) for key in REVISED})
-    return build_model_with_cfg(
-        RevCol,
-        variant,
-        pretrained,
-        spec=spec,
-        pretrained_filter_fn=fit_positions,
-        feature_cfg={"out_indices": tuple(range(len(spec.levels))), "feature_cls": "getter"},
-        **kwargs,
-    )
+    try:
+        spec = revise(load_spec(MODELS / f"{variant}.yaml"), **{key: kwargs.pop(key, None) for key in REVISED})
+        return build_model_with_cfg(
+            RevCol,
+            variant,
+            pretrained,
+            spec=spec,
+            pretrained_filter_fn=fit_positions,
+            feature_cfg={"out_indices": tuple(range(len(spec.levels))), "feature_cls": "getter"},
+            **kwargs,
+        )
+    except SpecError as error:
+        raise SpecError(variant, error.key, error.problem, error.remedy) from None
 
 
 def fit_positions(state: dict[str, torch.Tensor], model: RevCol) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 
+from revnets import keep_budget
 from revnets.config import Strict
 from revnets.errors import problem
 from vision.decoders import decoder
@@ -136,6 +137,8 @@ class Supervised(nn.Module):
         like = next(model.parameters())
         self.classifiers.to(like)
         self.decoders.to(like)
+        if model.columns.budget is not None:  # its step is now a step of this
+            keep_budget(self, model.columns.budget)
 
     def forward(self, x: Tensor) -> Outputs:
         """Images (B, in_chans, H, W) to what the heads say; decoders are silent in evaluation mode."""
