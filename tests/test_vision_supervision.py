@@ -203,6 +203,8 @@ def test_memory_under_a_budget() -> None:
     supervised = task.supervised()
     assert supervised.memory_plan.chosen.mode == "store"
     assert set(supervised.model.columns.memory) == {"store"}
+    shapes = {name: value.shape for name, value in supervised.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in supervised.twin().state_dict().items()}
 
 
 def test_image_is_the_target_after_mixup() -> None:

@@ -119,7 +119,7 @@ class Supervised(nn.Module):
         super().__init__()
         if model.num_classes == 0:
             raise ValueError("a model without classifier cannot be supervised; give num_classes")
-        self.model = model
+        self.model, self.config = model, config
         self.stops = config.stops(model.columns.graph.columns)
         dims = [info["num_chs"] for info in model.feature_info]
         reductions = [info["reduction"] for info in model.feature_info]
@@ -149,6 +149,10 @@ class Supervised(nn.Module):
         logits[columns[-1]] = self.model.forward_head(to_nchw(tops[-1]))
         decoders = self.decoders if self.training else {}
         return Outputs(logits, {int(key): head(states[int(key)]) for key, head in decoders.items()})
+
+    def twin(self) -> Supervised:
+        """The same without values, on the meta device."""
+        return Supervised(self.model.twin(), self.config)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The model's groups for layer-wise decay; all heads are in the last one."""
