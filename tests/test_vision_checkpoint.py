@@ -12,6 +12,7 @@ from torch import nn
 
 from vision import checkpoint
 from vision.checkpoint import CheckpointError, Checkpoints
+from vision.reshard import reshard
 
 
 def state(step: int, **changes):
@@ -56,6 +57,34 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert not trap.exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert trap.exists()  # it would have been
+
+
+def test_shards_that_are_missing_foreign_or_malicious(tmp_path):
+    step = Checkpoints(tmp_path / "run", keep=1).save(state(1, model={"weight": torch.randn(5, 2)}))
+
+    def shards(name: str) -> Path:
+        reshard(step, tmp_path / name, 2)
+        assert torch.equal(
+            checkpoint.read(tmp_path / name)["model"]["weight"], checkpoint.read(step)["model"]["weight"]
+        )
+        return tmp_path / name
+
+    (missing := shards("missing")).joinpath("shard-00001-of-00002.pt").unlink()
+    (cut := shards("cut")).joinpath("shard-00001-of-00002.pt").write_bytes(b"half of it")
+    torch.save({"other": torch.zeros(1)}, (foreign := shards("foreign")) / "shard-00001-of-00002.pt")
+    (bare := shards("bare")).joinpath("state.pt").unlink()
+    trap = tmp_path / "trap"
+    torch.save({"/model/weight": Evil(trap)}, (evil := shards("evil")) / "shard-00001-of-00002.pt")
+    for path, words in (
+        (missing, r"shard-00001-of-00002\.pt: there is no such file"),
+        (cut, r"shard-00001-of-00002\.pt: not a checkpoint|damaged"),
+        (foreign, r"foreign: its shards do not belong together"),
+        (bare, r"bare: this folder has no state\.pt"),
+        (evil, r"more than plain data"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.read(path)
+    assert not trap.exists()
 
 
 @pytest.mark.parametrize(

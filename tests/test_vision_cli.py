@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -16,6 +19,7 @@ from vision import cli
 app = typer.Typer()
 app.command("train")(cli.train)
 app.command("eval")(cli.evaluate)
+app.command("reshard")(cli.reshard)
 
 
 def call(*words) -> tuple[int, str, str]:
@@ -95,3 +99,22 @@ def test_help_explains_overrides_and_what_is_left_behind():
     assert code == 0
     for words in ("key.path=value", "checkpoints/", "bit for bit", "torchrun"):
         assert words in out
+
+
+@pytest.mark.slow
+def test_torchrun_and_reshard(tmp_path):
+    """The command as it is typed on a machine with two GPUs, and what is left behind as one file."""
+    settings = tiny(tmp_path / "run", epochs=1, grad_accum=1, parallel="fsdp", checkpoint="sharded", device="cpu")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2"]
+    command = [*torchrun, sys.executable, "-c", "from revnets.cli import main; main()", "train", tmp_path / "run.yaml"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("epoch 1/1") == result.stdout.count("best top-1") == 1
+    code, out, _ = call("reshard", tmp_path / "run" / "checkpoints" / "best", tmp_path / "whole.pt")
+    assert (code, out.split()) == (0, ["wrote", str(tmp_path / "whole.pt")])
+    outputs = [call("eval", path)[1].splitlines()[1:] for path in (tmp_path / "run", tmp_path / "whole.pt")]
+    assert outputs[0] == outputs[1]
+    code, _, err = call("reshard", tmp_path / "run" / "checkpoints" / "best", tmp_path / "whole.pt")
+    assert (code, "exists already" in err) == (1, True)

@@ -12,6 +12,7 @@ from vision_processes import process, said, together
 from vision_runs import assert_same, assert_same_run, tiny
 
 from vision import checkpoint
+from vision.examine import evaluate_checkpoint
 from vision.record import LOG, read_log
 from vision.reshard import reshard
 from vision.shards import own_part
@@ -184,4 +185,8 @@ def test_supervised_in_shards(tmp_path, whole):
         assert states[0][part]
         assert_same(states[1][part], states[0][part], part)
     line = read_log(tmp_path / "whole" / LOG)[-1]
-    assert {"raw_top1_0", "raw_top1_1", "raw_top1_2", "ema_top1_2", "ema_top1"} <= set(line)
+    found = evaluate_checkpoint(tmp_path / "whole")  # by one process
+    for name, metrics in found.items():
+        assert set(metrics.heads) == {f"{key}_{column}" for key in ("loss", "top1", "top5") for column in (0, 1, 2)}
+        for key, value in metrics.scalars().items():
+            assert line[f"{name}_{key}"] == pytest.approx(value, abs=1e-4)

@@ -161,6 +161,48 @@ def test_float16_overflow_skips_the_update_and_halves_the_scale(engine, batches)
     assert mine.scaler.get_scale() == 2.0**99
 
 
+def test_compiled_cells_and_channels_last_compute_the_same(engine, batches):
+    """Against an eager engine: losses and weights after three updates, in `exact`, with mixup and drop path."""
+    changes = {"model": TINY["model"], "mixup": TINY["mixup"], "memory": "exact"}
+    plain, other = engine(**changes), engine(**changes, compile="aot_eager", channels_last=True)
+    cell = other.model.columns.flat()[0]
+    assert cell.function._compiled_call_impl is not None
+    assert plain.model.columns.flat()[0].function._compiled_call_impl is None
+    for step, batch in enumerate(batches(3, 24), 1):
+        losses = [item.update(iter([[part.clone() for part in batch]]), step) for item in (plain, other)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weights(other), weights(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_random_is_a_function_of_the_seed_and_of_the_pass(engine, batches):
+    """Whatever happens to the generators of the process, and whatever other passes there were."""
+    changes = {"model": TINY["model"], "mixup": TINY["mixup"]}
+    (batch,) = batches(1, 24)
+    mine, other = engine(**changes), engine(**changes)
+    torch.rand(7)
+    losses = [item.update(iter([[part.clone() for part in batch]]), 5) for item in (mine, other)]
+    assert torch.equal(*losses)
+    assert torch.equal(weights(mine), weights(other))
+    later = engine(**changes).update(iter([[part.clone() for part in batch]]), 6)
+    reseeded = engine(**changes, seed=2).update(iter([[part.clone() for part in batch]]), 5)
+    assert later != losses[0]
+    assert reseeded != losses[0]
+
+
+def test_a_budget_is_planned_before_training(engine, batches):
+    free, tight = (engine(memory={"budget": budget}, batch_size=24) for budget in ("8GiB", "200kB"))
+    assert "store" in free.note
+    assert set(free.model.columns.memory) == {"store"}
+    assert set(tight.model.columns.memory) == {"exact"}
+    assert 0 < tight.model.columns.stored < 6
+    assert engine(memory="exact").note is None
+    (batch,) = batches(1, 24)
+    losses = [item.update(iter([[part.clone() for part in batch]]), 1) for item in (free, tight)]
+    assert torch.equal(*losses)
+    with pytest.raises(SpecError, match=r"memory\.budget: .*batch_size"):
+        engine(memory={"budget": "1kB"}, batch_size=24)
+
+
 def test_evaluation_is_that_of_the_weights_and_of_their_average(engine, batches, data):
     mine = engine(ema={"decay": 0.9, "warmup": False}, model=TINY["model"])
     for step, batch in enumerate(batches(3, 24), 1):

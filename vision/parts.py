@@ -151,9 +151,20 @@ def build_task(config: TrainConfig, model: nn.Module, data: ImageData, device: t
     if config.ema is not None:
         task.setup_ema(decay=config.ema.decay, use_warmup=config.ema.warmup)
     if config.compile is not None:
-        columns = columns_of(model)
-        (columns or model).compile(backend=config.compile)
+        _compile(model, config.compile)
     return task
+
+
+def _compile(model: nn.Module, backend: str) -> None:
+    """Compile the cells, or the whole of a model without columns.
+
+    Cells share their code, and each compiles it for its own shapes. Were shapes dynamic, a replay could meet another
+    version than its forward did, which saves other tensors.
+    """
+    columns = columns_of(model)
+    dynamo = torch._dynamo.config
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 8 * sum(1 for _ in model.modules()))
+    (columns or model).compile(backend=backend, dynamic=False)
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +58,12 @@ class Losses:
         """Begin an epoch, or go on in the middle of one."""
         self.checked, self._pending = [] if checked is None else checked.tolist(), []
 
-    def check(self, epoch: int, step: int, saved: Path | None) -> list[float]:
+    def check(self, epoch: int, step: int, saved: Callable[[], list[Path]]) -> list[float]:
         """All losses of the epoch so far.
 
         Args:
             epoch, step: where the run is, for messages.
-            saved: the last good checkpoint.
+            saved: gives the checkpoints, which are all good.
 
         Raises:
             TrainingError: one is not finite.
@@ -71,8 +73,9 @@ class Losses:
             self._pending = []
             self.checked += fresh
             for index, loss in enumerate(fresh):
-                if not torch.isfinite(torch.tensor(loss)):
-                    safe = f"The last good state is {saved}" if saved else "Nothing was saved before it"
+                if not math.isfinite(loss):
+                    good = saved()
+                    safe = f"The last good state is {good[-1]}" if good else "Nothing was saved before it"
                     raise TrainingError(
                         f"the loss is {loss} in epoch {epoch + 1}, step {step - len(fresh) + index + 1}. {safe}. "
                         "Lower optimizer.lr, set clip_grad, or train with amp: off"

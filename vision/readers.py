@@ -142,9 +142,8 @@ def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int
         raise
     except Exception as error:  # readers raise whatever they like: AssertionError, RuntimeError, ValueError
         where = f"{config.name} {config.root or ''} {split}".replace("  ", " ")
-        raise SpecError(
-            "training run", "data", f"{where}: {first_line(error)}", "Check root, splits and keys"
-        ) from error
+        remedy = "Check root, splits and keys" + ", or set train_samples and val_samples" * config.is_stream
+        raise SpecError("training run", "data", f"{where}: {first_line(error)}", remedy) from error
 
 
 def split_path(root: Path, split: str, kind: str = "folder") -> Path:

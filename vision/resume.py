@@ -10,6 +10,7 @@ from revnets import SpecError
 from vision import checkpoint
 from vision.config import TrainConfig
 from vision.errors import CheckpointError
+from vision.world import World
 
 FIXED = ("seed", "data", "batch_size", "optimizer", "supervision")
 """Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.
@@ -18,10 +19,11 @@ Of the optimizer the learning rate is free, since the schedule sets it.
 """
 
 
-def find(config: TrainConfig, there: list[Path], say: Callable[[str], None]) -> Path | None:
+def find(config: TrainConfig, world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
     """The checkpoint that a run goes on from; None for a new run.
 
     Args:
+        world: the processes of the run, for which the main one looks.
         there: the checkpoints of the folder, oldest first.
         say: gets a line about each that cannot be read.
 
@@ -31,23 +33,23 @@ def find(config: TrainConfig, there: list[Path], say: Callable[[str], None]) -> 
     """
     name, resume = "training run", config.resume
     if resume == "auto":
-        return _newest(there, say)
+        return _newest(world, there, say)
     remedy = "Use resume=auto to go on with it, or another output"
     if resume == "none":
         if there:
             raise SpecError(name, "output", f"{config.output} holds a run already ({there[-1].name})", remedy)
         return None
-    state = checkpoint.read(Path(resume))
+    state = checkpoint.read(Path(resume), world)
     if there and checkpoint.step_of(there[-1]) > state["progress"]["step"]:
         raise SpecError(name, "output", f"{config.output} holds a later checkpoint, {there[-1].name}", remedy)
     return Path(resume)
 
 
-def _newest(there: list[Path], say: Callable[[str], None]) -> Path | None:
+def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
     problems = []
     for path in reversed(there):
         try:
-            checkpoint.read(path)
+            checkpoint.read(path, world)
         except CheckpointError as error:
             problems.append(error)
             continue

@@ -138,8 +138,7 @@ class Trainer:
             stop.check()
 
     def _checked_losses(self) -> list[float]:
-        saved = self.checkpoints.all()
-        return self.losses.check(self.progress.epoch, self.progress.step, saved[-1] if saved else None)
+        return self.losses.check(self.progress.epoch, self.progress.step, self.checkpoints.all)
 
     # -------------------------------------------------------------- checkpoints
 
@@ -157,7 +156,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load what `resume` says; the main process decides which file that is."""
-        path = self.world.by_main(lambda: resume.find(self.config, self.checkpoints.all(), self._warn))
+        path = self.world.by_main(lambda: resume.find(self.config, self.world, self.checkpoints.all(), self._warn))
         if path is None:
             return
         state = checkpoint.read(path, self.world)
