@@ -39,7 +39,18 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revnets import lostbits
 from revnets.cell import add, subtract
-from revnets.frame import Constant, Frame, Held, Memory, Meta, couple_forward, is_unchanged, trusted, with_stride
+from revnets.frame import (
+    Constant,
+    Frame,
+    Held,
+    Memory,
+    Meta,
+    couple_forward,
+    is_same_memory,
+    is_unchanged,
+    trusted,
+    with_stride,
+)
 from revnets.graph import STEM, Graph, Node
 from revnets.replay import ReplayError, Surrounding
 from revnets.verify import Verifier
@@ -113,6 +124,8 @@ class Tape:
 
     def record(self, node: Node, reads: list[Tensor], past: Tensor | None, mode: Memory, context: Any) -> Tensor:
         """Run a cell so that the graph keeps tickets in place of what it saves."""
+        if past is not None and mode is not Memory.STORE and is_same_memory(past, self.stem.tensor):
+            mode = Memory.RECOMPUTE  # a stream that starts as the stem, as RevNet's do: the tape holds it anyway
         frame = Frame(node, mode)
         frame.grad_reads = [read.requires_grad for read in reads]
         versions = [read._version for read in reads]
@@ -240,7 +253,7 @@ class Tape:
             frame.saved = dict(enumerate(saved))
 
     def _couple_replay(self, frame: Frame, update: Tensor, gamma: Tensor | float) -> Tensor:
-        """x_{t-m} from x_t, then x_t as in the forward, so that the product with gamma is saved again."""
+        """x_{t-m} from x_t; then, with learned gamma, x_t as in the forward, so that the product is saved again."""
         residual = frame.node.residual
         assert residual is not None  # or there would be nothing to couple with
         if residual in self.window:
@@ -257,6 +270,9 @@ class Tape:
             if self.verifier is not None:
                 self.verifier.rebuilt(frame.node, self._name(frame.node), frame.mode, past)
             self.window[residual] = Held.of(past)
+            self._let_go()
+        if not isinstance(gamma, Tensor):
+            return past  # a sum with fixed gamma saves nothing, and nobody looks at x_t
         return add(past.detach().requires_grad_(frame.past_grad), update, gamma)
 
     def _read(self, index: int, grad: bool) -> Tensor:
