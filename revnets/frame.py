@@ -125,7 +125,7 @@ def is_same_memory(one: Tensor, other: Tensor) -> bool:
     """Do both look at the same elements in the same way? (`Tensor.is_set_to` does not know fake tensors.)"""
     if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
         return False
-    return one.storage_offset() == other.storage_offset() and Meta.of(one) == Meta.of(other)
+    return bool(one.storage_offset() == other.storage_offset()) and Meta.of(one) == Meta.of(other)
 
 
 def is_unchanged(state: Tensor, coupled: Tensor, version: int) -> bool:
