@@ -196,6 +196,9 @@ def test_a_budget_is_planned_before_training(engine, batches):
     assert set(tight.model.columns.memory) == {"exact"}
     assert 0 < tight.model.columns.stored < 6
     assert engine(memory="exact").note is None
+    model = {"timm": "test_revcol", "patch_size": 2, "dims": [4, 4, 6, 6]}
+    heads = [engine(model=model, memory={"budget": "8GiB"}, supervision=given).note for given in ({"heads": 2}, None)]
+    assert heads[0] != heads[1]  # what heads take is planned for
     (batch,) = batches(1, 24)
     losses = [item.update(iter([[part.clone() for part in batch]]), 1) for item in (free, tight)]
     assert torch.equal(*losses)

@@ -100,7 +100,6 @@ def test_every_recipe_of_the_paper_is_here():
         (["compile=inductr"], r"compile: .*inductr.*inductor"),
         (["checkpoint=sharded"], r"checkpoint: .*fsdp"),
         (["parallel=fsdp", "clip_mode=agc"], r"clip_mode: .*agc"),
-        (["optimizer.layer_decay=0.9"], r"supervision: .*layers"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(overrides, words):

@@ -129,8 +129,6 @@ class TrainConfig(Strict):
         if self.supervision is not None and not isinstance(self.model, TimmModel):
             remedy = "Give one of the family, as in {timm: revcol_tiny}"
             raise problem("only models of timm's registry have heads at their columns", remedy, "supervision")
-        if self.supervision is not None and self.optimizer.layer_decay is not None:
-            raise problem("heads have no place in the order of layers", "Leave one of the two out", "supervision")
         return self
 
     @field_serializer("model")

@@ -44,9 +44,10 @@ class Engine:
         images = config.batch_size * self.passes
         self.device = parts.choose_device(config.device, self.world)
         seed_all(config.seed)  # the same weights in every process
-        model = parts.build_model(config, data)
-        self.note = parts.keep_budget(config, model, data, self.world)
-        self.task = parts.build_task(config, model, data, self.device)
+        self.task = parts.build_task(config, parts.build_model(config, data), data, self.device)
+        self.note = parts.keep_budget(config, plain(self.task.get_trainable_module()), data, self.world)
+        if config.compile is not None:
+            parts.compile_cells(self.model, config.compile)
         distribute(self.task, config.parallel, self.world, self.device)
         self.optimizer = parts.build_optimizer(config, plain(self.task.get_trainable_module()), images)
         self.schedule = parts.build_schedule(config, self.optimizer, updates_per_epoch, images)

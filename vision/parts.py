@@ -10,7 +10,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, TrainingTask
@@ -23,7 +23,6 @@ from vision.config import TimmModel, TrainConfig
 from vision.errors import first_line
 from vision.imageset import ImageData
 from vision.model import RevCol
-from vision.supervision import Supervised
 from vision.task import SupervisionTask
 from vision.world import World
 
@@ -150,12 +149,10 @@ def build_task(config: TrainConfig, model: nn.Module, data: ImageData, device: t
         raise SpecError("training run", "supervision", problem, "Give one of the family, as in {timm: revcol_tiny}")
     if config.ema is not None:
         task.setup_ema(decay=config.ema.decay, use_warmup=config.ema.warmup)
-    if config.compile is not None:
-        _compile(model, config.compile)
     return task
 
 
-def _compile(model: nn.Module, backend: str) -> None:
+def compile_cells(model: nn.Module, backend: str) -> None:
     """Compile the cells, or the whole of a model without columns.
 
     Cells share their code, and each compiles it for its own shapes. Were shapes dynamic, a replay could meet another
@@ -177,11 +174,6 @@ def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: in
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in given.options.items()
     }
-    if isinstance(model, Supervised):  # what the model inside exempts from decay
-        exempt = {f"model.{name}" for name in model.model.no_weight_decay()}
-        options["param_group_fn"] = partial(
-            param_groups_weight_decay, weight_decay=given.weight_decay, no_weight_decay_list=exempt
-        )
     if given.layer_decay is not None:
         if not hasattr(model, "group_matcher"):
             raise SpecError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -60,9 +60,18 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
 def train_transform(config: ImagesConfig) -> Transform:
     """timm's transform for training."""
     augment = config.augment.model_dump()
-    return create_transform(
-        config.img_size, is_training=True, mean=config.mean, std=config.std, no_aug=False, **augment
-    )  # pyright: ignore[reportReturnType]
+    transform: Any = create_transform(config.img_size, is_training=True, mean=config.mean, std=config.std, **augment)
+    for step in transform.transforms:
+        policies = [getattr(step, "ops", ()), *getattr(step, "policy", ())]  # of RandAugment, of AutoAugment
+        for operation in (operation for operations in policies for operation in operations):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's, also for no bits at all: strong policies ask for that, and Pillow 13 refuses what used to give black."""
+    return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else image.point(lambda _: 0)
 
 
 def val_transform(config: ImagesConfig) -> Transform:

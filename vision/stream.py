@@ -64,24 +64,32 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
         self.reader.ds = None  # begin again, with shuffling buffers that know nothing of the epochs before
         self.reader.set_epoch(self.epoch)
         with noting(self.unreadable):
+            yield from self._share() if self.seed is None else self._augmented(self.seed)
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        samples = iter(self.reader)
+        while True:
             try:
-                yield from self._share() if self.seed is None else self._augmented(self.seed)
-            except (DataError, GeneratorExit):
+                sample = next(samples)
+            except StopIteration:
+                return
+            except DataError:
                 raise
             except Exception as error:  # readers raise whatever they like
                 raise DataError(f"{type(self.reader).__name__}: {first_line(error)}. Check the shards") from error
+            yield sample
 
     def _augmented(self, seed: int) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
         place = (seed, self.epoch, self.world.rank, worker.id if worker else 0)
-        for number, (image, label) in enumerate(self.reader):
+        for number, (image, label) in enumerate(self._read()):
             with seeded(*place, number):
                 sample = self.transform(image), int(label)
             yield sample
 
     def _share(self) -> Iterator[tuple[Tensor, int]]:
         size, number, blank = self.world.size, -1, None
-        for number, (image, label) in enumerate(self.reader):
+        for number, (image, label) in enumerate(self._read()):
             if number % size == self.world.rank:
                 yield self.transform(image), -1 if label is None else int(label)
             blank = image
