@@ -46,6 +46,8 @@ def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
     if isinstance(recipe.valid, Every):
         numbers = np.arange(1, len(chosen) + 1)  # counted as awk does, over everything that was read
         chosen[(numbers % recipe.valid.every == 0) & (chosen == TRAIN)] = VALID
+        if not (chosen == VALID).any():
+            raise DataError(f"no pair is the {recipe.valid.every}th of {len(chosen)}. Give a smaller valid.every")
     free = np.flatnonzero(chosen == TRAIN).tolist()
     if sum(wanted.values()) >= len(free):
         asked = " and ".join(f"{count} pairs for {name}" for name, count in wanted.items()) or "pairs for train"

@@ -144,18 +144,18 @@ class _Steps:
         own = [name for name in SPLITS if name == "train" or not self.recipe.corpora(name, self.folders)]
         with _Writer(folder, self.recipe.codes) as writer:
             rows = chain.from_iterable(_rows(self.work / "tokens", name, self.recipe.codes) for name in SPLITS)
-            for row in chain.from_iterable(ordered(work, blocks(rows), self.workers)):
-                reason = _reason(self.recipe.clean, row.pair) if row.split in own else None
-                if reason:
-                    dropped[reason] += 1
-                else:
-                    kept[row.split] += 1
-                    writer.write(row)
-                self.progress.advance(task)
+            for block in ordered(work, blocks(rows), self.workers):
+                for row in block:
+                    reason = _reason(self.recipe.clean, row.pair) if row.split in own else None
+                    if reason:
+                        dropped[reason] += 1
+                    else:
+                        kept[row.split] += 1
+                        writer.write(row)
+                self.progress.advance(task, len(block))
         if missing := [name for name in SPLITS if not kept[name]]:
-            raise DataError(
-                f"nothing is left for {missing[0]}: {dict(dropped)}. Allow longer sentences, or other ratios"
-            )
+            why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+            raise DataError(f"no pair is left for {missing[0]}: {why}. Allow longer sentences, or other ratios")
         self.progress.update(task, total=kept.total() + dropped.total())
         return dict(dropped | kept)
 

@@ -6,10 +6,11 @@ import multiprocessing
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from functools import lru_cache
 from io import StringIO
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ import regex
 from sacremoses import MosesDetokenizer, MosesPunctNormalizer, MosesTokenizer
 from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
+
+from .corpus import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -100,9 +103,16 @@ def blocks(items: Iterable[T], size: int = 4096) -> Iterator[list[T]]:
         yield block
 
 
+FEW = 8
+"""So many items, or fewer, are done before other processes have started."""
+
+
 def ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Like `map`, in several processes, with at most a few items under way, so that endless input is welcome."""
-    if workers == 1:
+    iterator = iter(items)
+    first = list(islice(iterator, FEW + 1))
+    items = chain(first, iterator)
+    if workers == 1 or len(first) <= FEW:
         yield from map(function, items)
         return
     pending: deque[Future[R]] = deque()
@@ -114,5 +124,9 @@ def ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Ite
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"one of {workers} processes was killed, perhaps for want of memory. Try fewer (--workers)"
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,10 @@ def test_every_nth_line_is_counted_as_awk_does():
 
 
 def test_too_few_pairs():
+    with pytest.raises(DataError, match=r"no pair is the 7th of 5. Give a smaller valid.every"):
+        choose([("a", "b")] * 5, recipe(valid={"every": 7}, test="given"))
+    with pytest.raises(DataError, match="nothing is left for train out of 6 pairs"):
+        choose([("a", "b"), ("a", "c"), ("a", "d"), ("a", "e"), ("a", "f"), ("a", "g")], recipe(deduplicate=True))
     with pytest.raises(DataError, match="2 pairs for valid and 3 pairs for test are asked for, but there are only 4"):
         choose([("a", "b"), ("c", "d"), ("e", "f"), ("g", "h")], recipe())
 
@@ -174,6 +179,11 @@ def test_sub_words_join_to_the_same_words(tmp_path):
 
 def test_processes_keep_the_order():
     assert list(ordered(len, (["x"] * count for count in range(50)), workers=2)) == list(range(50))
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(DataError, match=r"one of 2 processes was killed, perhaps for want of memory"):
+        list(ordered(os._exit, [1] * 20, workers=2))
 
 
 def test_recipes_that_come_along():

@@ -1,0 +1,282 @@
+"""From raw text to what fairseq reads, through the whole of `prepare`."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fairseq")
+
+from fairseq.data import Dictionary, data_utils
+from rich.console import Console
+
+from nlp import prepare as module
+from nlp import text
+from nlp.choose import SPLITS
+from nlp.corpus import DataError, lines_of
+from nlp.prepare import prepare
+from nlp.recipes import RECIPES, Recipe, read_recipe
+from nlp.stages import Stages
+from nlp.text import detokenize, join
+from revnets.config import load
+
+QUIET = Console(file=io.StringIO())
+
+
+def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Pairs of a language of 60 words and one in which each is spelt backwards; some repeat, some are far too long."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(60)]
+    lines = [rng.choices(words, k=rng.randint(3, 9)) for _ in range(count)]
+    pairs = [(f"{' '.join(line)}.".capitalize(), f"{' '.join(word[::-1] for word in line)}.") for line in lines]
+    return [*pairs, *pairs[:7], (" ".join(words), " ".join(words[:3])), ("", "x")]
+
+
+def decoded(folder: Path, name: str, code: str, languages: str = "en-de") -> list[str]:
+    """The words of a binarised split, as fairseq's own reader has them."""
+    dictionary = Dictionary.load(str(folder / f"dict.{code}.txt"))
+    data = data_utils.load_indexed_dataset(str(folder / f"{name}.{languages}.{code}"), dictionary)
+    assert data is not None
+    return [join(dictionary.string(data[index])) for index in range(len(data))]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "table.tsv.gz"
+    path.write_bytes(gzip.compress("".join(f"{i}\t{s}\t{t}\n" for i, (s, t) in enumerate(sentences(300))).encode()))
+    return path
+
+
+OPTIONS = {"languages": "en-de", "valid": 11, "test": 13, "merges": 40}
+
+
+@pytest.fixture(scope="module")
+def made(table, tmp_path_factory):
+    output = tmp_path_factory.mktemp("data") / "bin"
+    recipe, base = read_recipe([str(table)], OPTIONS)
+    return output, prepare(recipe, output, base, console=QUIET), recipe
+
+
+def test_every_pair_is_accounted_for(made, table):
+    output, facts, _ = made
+    assert facts["pairs read"] == 309 == sum(1 for _ in lines_of(table))
+    assert (facts["repeated"], facts["empty"], facts["one side too long for the other"]) == (7, 1, 1)
+    assert (facts["valid"], facts["test"], facts["merges"]) == (11, 13, 40)
+    dropped = ("empty", "repeated", "like one held out", "too long", "too short", "one side too long for the other")
+    assert sum(facts.get(key, 0) for key in (*SPLITS, *dropped)) == 309
+    for name in SPLITS:
+        assert len(decoded(output, name, "en")) == len(decoded(output, name, "de")) == facts[name]
+    assert os.listdir(output.parent) == ["bin"]
+
+
+def test_fairseq_reads_the_sentences_that_were_given(made, table):
+    """Binarised, decoded and detokenised text is the raw text, and pairs stay pairs."""
+    output, _, _ = made
+    given = Counter(sentences(300))
+    for name in SPLITS:
+        sides = [detokenize(decoded(output, name, code), code) for code in ("en", "de")]
+        assert not Counter(zip(*sides, strict=True)) - given
+    for code, lines in zip(("en", "de"), sides, strict=True):
+        assert list(lines_of(output / f"test.raw.{code}")) == lines
+
+
+def test_the_dictionary_is_joined(made):
+    output, facts, _ = made
+    words = (output / "dict.en.txt").read_text()
+    assert words == (output / "dict.de.txt").read_text()
+    assert len(words.splitlines()) == facts["types"]
+    assert len((output / "codes").read_text().splitlines()) == 41
+
+
+def test_two_processes_give_the_same(made, table, tmp_path, monkeypatch):
+    output, facts, recipe = made
+    monkeypatch.setattr(text, "FEW", 0)
+    assert prepare(recipe, tmp_path / "bin", workers=2, console=QUIET) == facts
+    for path in output.glob("*.*"):
+        if path.suffix not in (".log", ".json"):
+            assert (tmp_path / "bin" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_what_is_there_is_left_alone(made, table, monkeypatch):
+    output, facts, recipe = made
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    monkeypatch.setattr(module, "choose", None)
+    assert prepare(recipe, output, console=QUIET) == facts
+    other = recipe.model_copy(update={"merges": 41})
+    with pytest.raises(DataError, match=r"bin is there, made in another way. Give another --output, or --overwrite"):
+        prepare(other, output, console=QUIET)
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from nlp import prepare as module
+from nlp.recipes import read_recipe
+
+steps, stage = module._Steps, sys.argv[3]
+before = getattr(steps, stage)
+
+def killed(self, folder):
+    before(self, folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    setattr(steps, stage, killed)
+    recipe, base = read_recipe([sys.argv[1]], {options})
+    module.prepare(recipe, Path(sys.argv[2]), base)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tokenize", "binarize"])
+def test_a_killed_run_goes_on(made, table, tmp_path, monkeypatch, stage):
+    """Killed at the last moment of a step: nothing half-made is seen, and finished steps are not done again."""
+    output, facts, recipe = made
+    script = KILLED.replace("{options}", repr(OPTIONS))
+    command = [sys.executable, "-c", script, str(table), str(tmp_path / "bin"), stage]
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "bin").exists()
+    assert (tmp_path / "bin.work" / "chosen").exists()
+    monkeypatch.setattr(module, "choose", None)  # it is not called again
+    assert prepare(recipe, tmp_path / "bin", console=QUIET) == facts
+    assert os.listdir(tmp_path) == ["bin"]
+    for code in ("en", "de"):
+        name = f"train.en-de.{code}.bin"
+        assert (tmp_path / "bin" / name).read_bytes() == (output / name).read_bytes()
+
+
+def archive(path: Path, texts: dict[str, list[str]]) -> str:
+    """An archive of texts, and its address."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz" if path.suffix in (".tgz", ".gz") else "w") as tar:
+        for name, lines in texts.items():
+            data = "".join(line + "\n" for line in lines).encode()
+            data = gzip.compress(data) if name.endswith(".gz") else data
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path.as_uri()
+
+
+def localized(name: str, urls: dict[str, str], tmp_path: Path, *overrides: str) -> Recipe:
+    """A recipe that comes along, in everything but where its archives are."""
+    recipe = load(Recipe, RECIPES / f"{name}.yaml", overrides)
+    assert {item.file for item in recipe.downloads} == set(urls)
+    items = [
+        item.model_copy(update={"url": urls[item.file], "size": None, "checksum": None}) for item in recipe.downloads
+    ]
+    return recipe.model_copy(update={"downloads": tuple(items)})
+
+
+def test_wmt14_en_fr(tmp_path):
+    """The published steps on archives of the same form: which file, which order, what is cleaned and what is not."""
+    pairs = sentences(90)
+    spans = dict(zip(("europarl", "crawl", "un", "news", "giga"), range(0, 100, 20), strict=True))
+    parts = {key: pairs[start : start + 20] for key, start in spans.items()}
+    files = {
+        "training-parallel-europarl-v7.tgz": {"training/europarl-v7.fr-en": "europarl"},
+        "training-parallel-commoncrawl.tgz": {"commoncrawl.fr-en": "crawl"},
+        "training-parallel-un.tgz": {"un/undoc.2000.fr-en": "un"},
+        "training-parallel-nc-v9.tgz": {"training/news-commentary-v9.fr-en": "news"},
+        "training-giga-fren.tar": {"giga-fren.release2.fixed": "giga"},
+    }
+    urls = {}
+    for name, stems in files.items():
+        ending = ".gz" if "giga" in name else ""
+        urls[name] = archive(
+            tmp_path / "www" / name,
+            {
+                f"{stem}.{code}{ending}": [pair[side] for pair in parts[part]]
+                for stem, part in stems.items()
+                for side, code in enumerate(("en", "fr"))
+            },
+        )
+    test = [("He said: \u201cIt\u2019s a well-known fact.\u201d", "L\u2019eau, c\u2019est la vie."), ("b", "c " * 30)]
+    sgm = {
+        f"test-full/newstest2014-fren-{role}.{code}.sgm": [
+            "<doc>",
+            *(f'<seg id="{number}">{pair[side].strip()}</seg>' for number, pair in enumerate(test)),
+            "</doc>",
+        ]
+        for side, (role, code) in enumerate((("src", "en"), ("ref", "fr")))
+    }
+    urls["test-full.tgz"] = archive(tmp_path / "www" / "test-full.tgz", sgm)
+    recipe = localized("wmt14_en_fr", urls, tmp_path, "merges=30", "valid.every=10")
+    output = tmp_path / "bin"
+    facts = prepare(recipe, output, downloads=tmp_path / "downloads", console=QUIET)
+
+    every = [pair for number, pair in enumerate(pairs, 1) if number % 10 == 0]
+    assert detokenize(decoded(output, "valid", "en", "en-fr"), "en") == [pair[0] for pair in every]
+    assert facts["repeated" if "repeated" in facts else "empty"] == 1
+    assert facts["train"] == facts["pairs read"] - 1 - facts["one side too long for the other"] - len(every)
+    tokens = decoded(output, "test", "en", "en-fr")
+    assert len(tokens) == 2  # the given test set is not cleaned
+    raw = list(lines_of(output / "test.raw.fr"))
+    assert raw == [test[0][1], test[1][1].strip()]
+    assert sorted(path.name for path in (tmp_path / "downloads").iterdir()) == sorted(urls)
+
+
+def test_wmt16_en_de(tmp_path):
+    """Google's archive is in sub-words already: lines go through untouched, and the dictionary has its size."""
+    pairs = [(f"the@@ s{i} &apos;s  x", f"d@@ er t{i} @-@ y") for i in range(40)]
+    stems = {"train.tok.clean.bpe.32000": pairs, "newstest2013.tok.bpe.32000": pairs[:5]}
+    stems["newstest2014.tok.bpe.32000"] = pairs[5:9]
+    texts = {
+        f"{stem}.{code}": [pair[side] for pair in lines]
+        for stem, lines in stems.items()
+        for side, code in enumerate(("en", "de"))
+    }
+    urls = {"wmt16_en_de.tar.gz": archive(tmp_path / "www" / "wmt16_en_de.tar.gz", texts)}
+    recipe = localized("wmt16_en_de", urls, tmp_path, "words=64")
+    facts = prepare(recipe, tmp_path / "bin", downloads=tmp_path / "downloads", console=QUIET)
+    assert [facts[name] for name in SPLITS] == [40, 5, 4]
+    dictionary = Dictionary.load(str(tmp_path / "bin" / "dict.de.txt"))
+    assert len(dictionary) == 64
+    known = [[word if word in dictionary else "<unk>" for word in target.split()] for _, target in pairs]
+    assert decoded(tmp_path / "bin", "train", "de") == [join(" ".join(words)) for words in known]
+    assert not (tmp_path / "bin" / "test.raw.de").exists()  # the raw text is not known
+
+
+def test_stages_are_bound_to_their_inputs(tmp_path):
+    calls = []
+
+    def make(folder: Path) -> dict[str, int]:
+        calls.append(folder)
+        (folder / "x").write_text("done")
+        return {"n": len(calls)}
+
+    assert Stages({"a": 1}).run(tmp_path / "s", make) == {"n": 1}
+    assert Stages({"a": 1}).run(tmp_path / "s", make) == {"n": 1}
+    assert Stages({"a": 2}).run(tmp_path / "s", make) == {"n": 2}
+    (tmp_path / "s" / "prepared.json").write_text('{"key": ')
+    assert Stages({"a": 2}).run(tmp_path / "s", make) == {"n": 3}
+
+
+def test_changed_files_are_noticed(table, tmp_path):
+    copy = tmp_path / "copy.tsv.gz"
+    copy.write_bytes(table.read_bytes())
+    recipe, _ = read_recipe([str(copy)], OPTIONS)
+    before = Stages(module._inputs(recipe)).key
+    os.utime(copy, ns=(time.time_ns(), time.time_ns() + 1))
+    assert Stages(module._inputs(recipe)).key != before
+
+
+def test_nothing_left_after_cleaning(table, tmp_path):
+    recipe, base = read_recipe([str(table)], {**OPTIONS, "clean": {"max": 2}})
+    with pytest.raises(DataError, match=r"no pair is left for train: \d+ too long. Allow longer sentences, or other"):
+        prepare(recipe, tmp_path / "bin", base, console=QUIET)
+    assert not (tmp_path / "bin").exists()
