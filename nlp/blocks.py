@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,12 +17,23 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 class Dropout(nn.Dropout):
-    """Dropout that `fairseq-generate --retain-dropout` can keep alive."""
+    """Dropout that `fairseq-generate --retain-dropout` can keep alive, and faster on the CPU than PyTorch's.
+
+    There, drawing masks takes a tenth of a block's time, and a replay draws them again. Four numbers of 16 bits are cut
+    out of each of the generator's with 64, so the rate is a multiple of 2^-16.
+    """
 
     retain_dropout = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p, self.training or self.retain_dropout)
+        if self.p == 0 or not (self.training or self.retain_dropout):
+            return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(x, self.p)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = numbers[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 @register_block("transformer")

@@ -29,7 +29,7 @@ def test_benchmark_of_translation(benchmark, tmp_path, capsys):
     assert "an update in exact takes" in printed
     assert (tmp_path / "nlp.png").stat().st_size > 5000
     data = benchmark.write_data(tmp_path, 80)
-    parameters = {name: row[2] for name, row in benchmark.compare(data, 1, 256, 1).items()}
+    parameters = {name: row.parameters for name, row in benchmark.compare(data, 1, 256, 1).items()}
     assert parameters["RevCol, store"] == parameters["RevCol, exact"]
     assert 0.9 < parameters["RevCol, exact"] / parameters["transformer"] < 1.1
     few, many = (benchmark.keep(data, 1, 256, factor) for factor in (1, 2))

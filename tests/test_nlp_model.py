@@ -12,6 +12,7 @@ pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 
 from nlp_helpers import build, options, sample
 
+from nlp.blocks import Dropout
 from revnets.tracker import kept_bytes
 
 
@@ -116,6 +117,21 @@ def test_incremental_decoding_equals_full_decoding():
     for position in range(6):
         one, _ = model.decoder(words[:, : position + 1], encoder_out=memory, incremental_state=steps)
         torch.testing.assert_close(one[:, 0], full[:, position], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.99])
+def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
+    drop, x = Dropout(rate), torch.randn(101, 103, 11, dtype=torch.float64).requires_grad_()
+    y = drop(x)
+    kept = y != 0
+    expected = (1 - rate) * x.numel()
+    assert abs(int(kept.sum()) - expected) < 5 * (expected * rate) ** 0.5  # five standard deviations
+    torch.testing.assert_close(y[kept], x[kept] / (1 - rate), rtol=2e-3, atol=0)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient != 0, kept)
+    near = (kept[..., 1:] == kept[..., :-1]).double().mean()  # neighbours are independent
+    assert abs(float(near) - (rate**2 + (1 - rate) ** 2)) < 0.01
+    assert torch.equal(drop.eval()(x), x)
 
 
 def test_dropout_can_be_retained_for_generation():

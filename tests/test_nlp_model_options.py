@@ -204,7 +204,7 @@ def test_blocks_of_the_levels_cannot_be_given_twice(tmp_path):
         options("revcol_transformer", revcol_spec=str(write(tmp_path)), revcol_blocks="1,1")
 
 
-# ----------------------------------------------------------------------------------------------------------- docs/nlp.md
+# ---------------------------------------------------------------------------------------------------------- docs/nlp.md
 
 PAGE = (Path(__file__).parents[1] / "docs" / "nlp.md").read_text()
 
