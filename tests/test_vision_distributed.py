@@ -155,8 +155,18 @@ def test_a_run_goes_on_in_another_way_than_it_was_begun(tmp_path, whole, kind, s
 
 
 def test_float16_in_shards_skips_the_same_updates_as_one_process(tmp_path):
-    """The scale begins so high that gradients overflow; all processes must see it, whoever's part overflows."""
-    changes = {"amp": "float16", "epochs": 1, "mixup": None, "save_every": None}
+    """The scale begins so high that gradients overflow; all processes must see it, whoever's part overflows.
+
+    Gradients are clipped element by element, as the recipes for large data do.
+    """
+    changes = {
+        "amp": "float16",
+        "epochs": 1,
+        "mixup": None,
+        "save_every": None,
+        "clip_mode": "value",
+        "clip_grad": 0.01,
+    }
     config = pair(tmp_path / "shards", "shards", **changes)
     assert together(config) == [0, 0], said(config)
     one = tiny(tmp_path / "one", **changes)
