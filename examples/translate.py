@@ -204,15 +204,17 @@ def summary(trained: Sequence[Run], bleu: dict[str, list[Score]]) -> Table:
 
 def examples(found: dict[str, Output], sources: Sequence[str], reference: Sequence[str], count: int = 4) -> Table:
     """Verses of middling length, evenly spread over the test set."""
-    table = Table(show_header=False, title="Translations", title_justify="left", show_lines=True)
-    table.add_column(style="dim")
+    table = Table(show_header=False, title="Translations", title_justify="left")
+    table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    detokenized = {name: output.detokenized("de") for name, output in found.items()}
+    translated = {name: output.detokenized("de") for name, output in found.items()}
     middling = [number for number, line in enumerate(sources) if 7 <= len(line.split()) <= 12]
     for number in middling[:: max(len(middling) // count, 1)][:count]:
-        names = ["English", "reference", *found]
-        lines = [sources[number], reference[number], *(lines[number] for lines in detokenized.values())]
-        table.add_row("\n".join(names), "\n".join(lines))
+        table.add_row("English", sources[number])
+        table.add_row("reference", reference[number])
+        for name, lines in translated.items():
+            table.add_row(name, lines[number])
+        table.add_section()
     return table
 
 
