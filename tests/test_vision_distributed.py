@@ -178,12 +178,13 @@ def test_float16_in_shards_skips_the_same_updates_as_one_process(tmp_path):
 
 
 def test_supervised_in_shards(tmp_path, whole):
-    """Heads at the columns are divided, saved, evaluated and resumed like everything else."""
+    """Heads at the columns are divided, saved, evaluated and resumed like everything else; in channels_last."""
     model = {"timm": "test_revcol", "patch_size": 2, "dims": [4, 4, 6, 6], "drop_path_rate": 0.1}
     changes = {
         "model": model,
         "data": {"name": "digits", "img_size": 16},
         "supervision": {"alpha": 1.0},
+        "channels_last": True,
         "log_every": 5,
     }
     configs = [pair(tmp_path / name, "shards", epochs=1, **changes) for name in ("whole", "killed")]

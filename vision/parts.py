@@ -132,7 +132,7 @@ def build_task(config: TrainConfig, model: nn.Module, data: ImageData, device: t
     """
     loss = {"smoothing": config.label_smoothing, "soft_targets": config.mixup is not None}
     model = model.to(device)
-    if config.channels_last:
+    if config.channels_last and config.parallel != "fsdp":  # which wants kernels in rows; images lead the way anyhow
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.supervision is None:
         task = ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
