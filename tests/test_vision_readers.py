@@ -1,12 +1,11 @@
-"""Folders, tars, Hugging Face data sets, webdataset and idx files; and what is said about data that are not right."""
+"""Folders, tars, Hugging Face data sets and webdataset; and what is said about data that are not right."""
 
 from __future__ import annotations
 
-import gzip
 import os
 import shutil
 import signal
-import struct
+import tarfile
 
 import pytest
 import torch
@@ -136,6 +135,35 @@ def test_webdataset(tmp_path, workers):
     assert same(list(train.epoch(1)), seen)
     assert not same(list(train.epoch(2)), seen)
     assert sorted(torch.cat([labels for _, labels in val]).tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_webdataset_without_description(tmp_path):
+    pytest.importorskip("webdataset")
+    root = images.shards(tmp_path)
+    described = settings("wds", root, data={"num_classes": 3})
+    expected = batches(described)
+    (root / "_info.json").unlink()
+    splits = {"train_split": "train-{0..3}.tar", "train_samples": 24, "val_split": "val-0.tar", "num_classes": 3}
+    run = settings("wds", root, data=splits)
+    _, train, val = open_data(run)
+    assert same(list(train.epoch(0)), expected)
+    assert sum(len(labels) for _, labels in val) == 6
+
+
+def test_folders_of_one_tar_per_class(root, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for name in images.CLASSES:
+            with tarfile.open(tmp_path / split / f"{name}.tar", "w") as tar:
+                for path in sorted((root / split / name).iterdir()):
+                    tar.add(path, path.name)
+    data, _, val = open_data(settings("tar", tmp_path))
+    assert (data.classes, len(data.train), len(data.val)) == (images.CLASSES, 24, 9)
+    pictures, labels = (torch.cat(parts) for parts in zip(*val, strict=True))
+    loose, numbers = (torch.cat(parts) for parts in zip(*open_data(settings("folder", root))[2], strict=True))
+    assert sorted(labels.tolist()) == sorted(numbers.tolist())
+    for label in range(3):
+        torch.testing.assert_close(pictures[labels == label].mean(), loose[numbers == label].mean())
 
 
 def test_processes_share_a_validation_stream_evenly(tmp_path):
@@ -274,72 +302,3 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, root, name, workers, size
     states = [checkpoint.read(tmp_path / output / "checkpoints" / last) for output in ("whole", "killed")]
     for part in ("model", "ema", "heads", "optimizer", "progress"):
         assert_same(states[1][part], states[0][part], part)
-
-
-# --------------------------------------------------------------------------------------------------------- idx
-
-
-def idx(root, name, array, zipped=False):
-    data = struct.pack(f">{1 + array.ndim}i", 0x0800 + array.ndim, *array.shape) + array.numpy().tobytes()
-    path = root / (f"{name}.gz" if zipped else name)
-    path.write_bytes(gzip.compress(data) if zipped else data)
-
-
-@pytest.fixture
-def fashion(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    for name, count, zipped in (("train", 12, True), ("t10k", 7, False)):
-        labels = torch.arange(count, dtype=torch.uint8) % 3
-        pixels = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator)
-        idx(tmp_path, f"{name}-images-idx3-ubyte", pixels, zipped)
-        idx(tmp_path, f"{name}-labels-idx1-ubyte", labels, zipped)
-    return tmp_path
-
-
-def idx_run(root, **data):
-    data = {"name": "idx", "root": str(root), "shift": 0.0, "rotate": 0.0, "scale": 0.0, **data}
-    return {"model": {"timm": "test_revcol"}, "output": "x", "data": data, "batch_size": 4, "epochs": 1}
-
-
-def test_idx_files_gzipped_or_not(fashion):
-    data, train, val = open_data(idx_run(fashion, img_size=32, classes=["a", "b", "c", "d"]))
-    assert (data.classes, data.shape, len(data.train), len(data.val)) == (("a", "b", "c", "d"), (1, 32, 32), 12, 7)
-    pictures, labels = (torch.cat(parts) for parts in zip(*train.epoch(0), strict=True))
-    assert abs(pictures.mean().item()) < 1e-5
-    assert abs(pictures.std().item() - 1) < 1e-3
-    assert sorted(labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
-    assert (pictures[:, :, :2] == pictures.min()).all()  # the margin
-    assert torch.cat([labels for _, labels in val]).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    raw = torch.frombuffer(bytearray((fashion / "t10k-images-idx3-ubyte").read_bytes()[16:]), dtype=torch.uint8)
-    shown = torch.cat([pictures for pictures, _ in val])[:, 0, 2:-2, 2:-2] * data.std[0] + data.mean[0]
-    torch.testing.assert_close(shown, raw.view(7, 28, 28) / 255, rtol=0, atol=1e-5)
-
-
-def test_mirrored_images(fashion):
-    plain, mirrored = ([x for x, _ in open_data(idx_run(fashion, hflip=hflip))[1].epoch(0)] for hflip in (0.0, 1.0))
-    torch.testing.assert_close(torch.cat(mirrored), torch.cat(plain).flip(3), rtol=0, atol=1e-4)
-
-
-def test_small_images_are_shrunk_and_limited(fashion):
-    data, *_ = open_data(idx_run(fashion, img_size=14, train_samples=5))
-    assert (data.shape, len(data.train), len(data.val)) == ((1, 14, 14), 5, 7)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda root: (root / "t10k-labels-idx1-ubyte").unlink(), r"has no t10k-labels-idx1-ubyte, gzipped or not"),
-        (lambda root: (root / "t10k-images-idx3-ubyte").write_bytes(b"12345"), r"t10k-images-idx3-ubyte: .*Fetch"),
-        (lambda root: (root / "train-images-idx3-ubyte.gz").write_bytes(b"12345"), r"train-images.*gz: .*Fetch"),
-        (lambda root: idx(root, "t10k-labels-idx1-ubyte", torch.zeros(3, dtype=torch.uint8)), r"7 images.*3 labels"),
-        (
-            lambda root: idx(root, "t10k-labels-idx1-ubyte", torch.zeros(7, 2, dtype=torch.uint8)),
-            r"labels.*no idx file",
-        ),
-    ],
-)
-def test_idx_files_that_are_not_right(fashion, damage, words):
-    damage(fashion)
-    with pytest.raises(SpecError, match=words) as error:
-        open_data(idx_run(fashion))
-    assert "\n" not in str(error.value)

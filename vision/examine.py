@@ -56,7 +56,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), png: Path | N
             for row in _rows(name, metrics):
                 table.add_row(*row)
     counting = list(found.values())[-1]
-    unread = len(data.val) - counting.images
+    unread = max(0, len(data.val) - counting.images)  # a stream may not know its length
     text = f"{path}, {counting.images} images" + (f"; {unread} more cannot be read" if unread else "")
     console.print(text, soft_wrap=True, highlight=False, markup=False)
     console.print(table)
