@@ -1,11 +1,11 @@
-"""The commands `revnets train` and `revnets eval`. Heavy imports wait until a command runs."""
+"""The commands `revnets train`, `eval`, `reshard` and `convert`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -70,6 +70,47 @@ def reshard(
 
         resharding.reshard(source, target, shards)
     typer.echo(f"wrote {target}")
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(help="An official .pth, a checkpoint of revnets train, or .safetensors.", show_default=False),
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(help="A new file: .safetensors for ours, .pth for the official layout.", show_default=False),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="What it should be, as revcol_tiny. By default the shapes tell.")
+    ] = None,
+    weights: Annotated[
+        Literal["raw", "ema"], typer.Option(help="The model's, or their average over training.")
+    ] = "raw",
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Keep classifiers and decoders of intermediate supervision.")
+    ] = False,
+    layout: Annotated[
+        Literal["classification", "detection", "segmentation"], typer.Option(help="What a .pth is for.")
+    ] = "classification",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="A name, or a pattern as 'neck2.*', that need not fit and is left out. May be repeated."),
+    ] = None,
+) -> None:
+    """Convert official RevCol checkpoints to ours, and ours to the official layout.
+
+    Every name in the file is accounted for: what is missing, unexpected or of
+    another shape is listed, and nothing is written unless --allow names it.
+    Files are read without running what they hold. Of a detector or segmenter
+    only the backbone is taken. docs/weights.md tells more.
+
+    revnets convert revcol_tiny_1k.pth revcol_tiny.safetensors
+    """
+    with _one_line_errors():
+        from vision.convert import convert_file
+
+        convert_file(source, target, layout, model, weights, heads, allow or [])
 
 
 @contextmanager

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from revnets import NetSpec, SpecError, load_spec
 from revnets.spec import dump
+from vision.family import MODELS as MODELS
 from vision.model import RevCol
-from vision.vit import resized
+from vision.pretrained import checkpoint_filter_fn
+from vision.pretrained import fit_positions as fit_positions
 
-MODELS = Path(__file__).parent / "configs" / "models"
-"""A YAML for each model; `revnets.build` makes the same net from it."""
+RELEASE = "https://github.com/megvii-research/RevCol/releases/download/checkpoint/"
+"""Where the authors of the paper published their weights (Apache 2.0), all but the largest."""
+
+HUGE = "https://huggingface.co/LarryTsai/RevCol/resolve/main/revcol_models/classification/revcol_huge_megdata_in1k.pth"
+"""The largest; the page of this file is named in their README."""
 
 
 def _cfg(**changes: Any) -> dict[str, Any]:
@@ -37,14 +40,35 @@ def _cfg(**changes: Any) -> dict[str, Any]:
     }
 
 
+def _released(url: str, **changes: Any) -> dict[str, Any]:
+    """Official weights; `RevCol.load_pretrained` reads their layout."""
+    origin = "https://github.com/megvii-research/RevCol"
+    return _cfg(url=url, custom_load=True, license="apache-2.0", origin_url=origin, **changes)
+
+
+def _square(size: int) -> dict[str, Any]:
+    """Images above 224 are squeezed to the full size, without a crop (the official evaluation)."""
+    return {
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+    }
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "revcol_tiny.untrained": _cfg(),
-        "revcol_small.untrained": _cfg(),
-        "revcol_base.untrained": _cfg(),
-        "revcol_large.untrained": _cfg(),
-        "revcol_xlarge.untrained": _cfg(),
-        "revcol_huge.untrained": _cfg(),
+        "revcol_tiny.in1k": _released(RELEASE + "revcol_tiny_1k.pth"),
+        "revcol_small.in1k": _released(RELEASE + "revcol_small_1k.pth"),
+        "revcol_base.in1k": _released(RELEASE + "revcol_base_1k.pth"),
+        "revcol_base.in22k": _released(RELEASE + "revcol_base_22k.pth", num_classes=21841),
+        "revcol_base.in22k_ft_in1k": _released(RELEASE + "revcol_base_22k_1kft_224.pth"),
+        "revcol_base.in22k_ft_in1k_384": _released(RELEASE + "revcol_base_22k_1kft_384.pth", **_square(384)),
+        "revcol_large.in22k_ft_in1k": _released(RELEASE + "revcol_large_22k_1kft_224.pth"),
+        "revcol_large.in22k_ft_in1k_384": _released(RELEASE + "revcol_large_22k_1kft_384.pth", **_square(384)),
+        "revcol_large.in22k": _released(RELEASE + "revcol_large_22k.pth", num_classes=21841),
+        "revcol_xlarge.untrained": _cfg(),  # the release has none
+        "revcol_huge.megdata_ft_in1k_640": _released(HUGE, **_square(640)),
         "revcol_vit_small.untrained": _cfg(pool_size=(14, 14)),
         "revcol_vit_base.untrained": _cfg(pool_size=(14, 14)),
         "revcol_vit_small_p14.untrained": _cfg(pool_size=(16, 16)),
@@ -97,28 +121,23 @@ REVISED = ("columns", "dims", "depths", "kernel_size", "drop_path_rate", "memory
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
     """Build a model of the family; everything that `RevCol` and `revise` take may be given."""
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if overlay.get("file") or overlay.get("url"):
+        overlay.setdefault("custom_load", True)  # official files and ours are read in the same way
     try:
         spec = revise(load_spec(MODELS / f"{variant}.yaml"), **{key: kwargs.pop(key, None) for key in REVISED})
         return build_model_with_cfg(
             RevCol,
             variant,
             pretrained,
+            pretrained_cfg_overlay=overlay,
             spec=spec,
-            pretrained_filter_fn=fit_positions,
+            pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"out_indices": tuple(range(len(spec.levels))), "feature_cls": "getter"},
             **kwargs,
         )
     except SpecError as error:
         raise SpecError(variant, error.key, error.problem, error.remedy) from None
-
-
-def fit_positions(state: dict[str, torch.Tensor], model: RevCol) -> dict[str, torch.Tensor]:
-    """Weights of a model for another size of image: position embeddings are interpolated."""
-    name = "stem.pos_embed"
-    if name in state:
-        height, width, _ = model.get_parameter(name).shape
-        state = {**state, name: resized(state[name], height, width)}
-    return state
 
 
 @register_model

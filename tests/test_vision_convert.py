@@ -1,0 +1,378 @@
+"""Official checkpoints become ours and back: every name, every value, every output."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import vision_official as official
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from vision_official import TEST, TEST_HUGE, Net
+
+from revnets import SpecError
+from vision.convert import convert, convert_file, skeleton
+from vision.errors import CheckpointError
+from vision.family import family, recognise, shape_in, spec_of
+from vision.model import RevCol
+from vision.official import MismatchError, names_of
+from vision.supervision import Supervised, SupervisionConfig
+from vision.weights import Weights, read, select
+
+SIZES = {
+    "revcol_tiny": Net(4, (64, 128, 256, 512), (2, 2, 4, 2)),
+    "revcol_small": Net(8, (64, 128, 256, 512), (2, 2, 4, 2)),
+    "revcol_base": Net(16, (72, 144, 288, 576), (1, 1, 3, 2)),
+    "revcol_large": Net(8, (128, 256, 512, 1024), (1, 2, 6, 2)),
+    "revcol_xlarge": Net(8, (224, 448, 896, 1792), (1, 2, 6, 2)),
+    "revcol_huge": Net(8, (360, 720, 1440, 2880), (1, 2, 6, 2), huge=True),
+    "test_revcol": TEST,
+    "test_revcol_huge": TEST_HUGE,
+}
+
+SMALL = {
+    "classes": TEST,
+    "huge": TEST_HUGE,
+    "supervised": replace(TEST, supervised=True),
+    "supervised, 22K": replace(TEST, supervised=True, classes=1001),
+    "kernel 7": replace(TEST, kernel=7),
+}
+small_nets = pytest.mark.parametrize("net", SMALL.values(), ids=list(SMALL))
+
+
+def name_of(net: Net) -> str:
+    return "test_revcol_huge" if net.huge else "test_revcol"
+
+
+def with_edge_gains(state: official.State) -> official.State:
+    """Some gains below the bound, of both signs."""
+    state["subnet1.alpha0"][0, :3, 0, 0] = torch.tensor([1e-4, -1e-4, -5e-4])
+    return state
+
+
+def model_of(net: Net, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> RevCol:
+    model = timm.create_model(name_of(net), num_classes=net.classes, kernel_size=net.kernel, dtype=dtype)
+    model.load_state_dict(tensors)  # strict
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------------- the names
+
+
+@pytest.mark.parametrize("classes", [1000, 21841])
+@pytest.mark.parametrize(
+    ("name", "supervised"),
+    [
+        (name, supervised)
+        for name in SIZES
+        for supervised in (False, True)
+        if not supervised or name != "test_revcol_huge"
+    ],
+)
+def test_every_name_and_shape_of_every_size(name: str, supervised: bool, classes: int) -> None:
+    """The official code hangs heads on nets of 4, 8, ... columns alone."""
+    expected = official.shapes(replace(SIZES[name], classes=classes, supervised=supervised))
+    model = RevCol(spec_of(name), classes, device="meta")
+    if supervised:
+        with torch.device("meta"):
+            model = Supervised(model, SupervisionConfig())
+    names = names_of(model)
+    assert {pair.official: pair.official_shape for pair in names.pairs} | names.unused == expected
+    assert len({pair.ours for pair in names.pairs}) == len(names.pairs)
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in expected.items()}
+    assert recognise(shape_in(tensors)) == name
+
+
+def test_the_released_tiny_has_603_tensors() -> None:
+    assert len(official.shapes(replace(SIZES["revcol_tiny"], classes=1000, supervised=True))) == 603
+
+
+def test_family_is_all_that_the_official_code_has() -> None:
+    assert set(family()) == set(SIZES)
+
+
+# ------------------------------------------------------------------------------------------------------- the outputs
+
+
+@torch.no_grad()
+@small_nets
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["f32", "f64"])
+def test_outputs_are_the_official_ones(net: Net, dtype: torch.dtype, tolerance: float, tmp_path) -> None:
+    state = with_edge_gains(official.random_state(net, dtype=dtype))
+    path = official.save_classification(tmp_path / "official.pth", state)
+    done = convert_file(path, tmp_path / "ours.safetensors", heads=True)
+    assert done.model == name_of(net)
+    image = torch.randn(2, 3, 64, 96, dtype=dtype)
+    logits, pixels, levels = official.forward(state, net, image)
+    tensors = load_file(tmp_path / "ours.safetensors")
+    heads = {key: tensor for key, tensor in tensors.items() if key.startswith(("classifiers.", "decoders."))}
+    model = model_of(net, {key: tensor for key, tensor in tensors.items() if key not in heads}, dtype)
+    near = {"atol": tolerance * logits[-1].abs().max().item(), "rtol": tolerance}
+    assert_close(model(image), logits[-1], **near)
+    for ours, theirs in zip(model.forward_intermediates(image, intermediates_only=True), levels, strict=True):
+        assert_close(ours, theirs, atol=tolerance * theirs.abs().max().item(), rtol=tolerance)
+    assert bool(heads) == net.supervised
+    if net.supervised:
+        supervised = Supervised(model, SupervisionConfig()).train()
+        supervised.load_state_dict({f"model.{key}": value for key, value in model.state_dict().items()} | heads)
+        outputs = supervised(image)
+        assert list(outputs.pixels) == [0, 1, 2]
+        for column in range(4):
+            assert_close(outputs.logits[column], logits[column], **near)
+        for column in range(3):
+            scale = pixels[column].abs().max().item()
+            assert_close(outputs.pixels[column], pixels[column], atol=tolerance * scale, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_gain_of_zero_is_told_and_comes_back_as_the_bound(tmp_path, capsys) -> None:
+    state = official.random_state(TEST)
+    state["subnet2.alpha1"][0, 5] = 0
+    done = convert_file(official.save_classification(tmp_path / "official.pth", state), tmp_path / "ours.safetensors")
+    assert done.zero_gains == 1
+    assert "1 gains are exactly 0" in capsys.readouterr().out
+    convert_file(tmp_path / "ours.safetensors", tmp_path / "back.pth")
+    back = read(tmp_path / "back.pth")["model"]
+    assert back["subnet2.alpha1"][0, 5].item() == pytest.approx(1e-3)
+    image = torch.randn(1, 3, 64, 64)
+    assert_close(model_of(TEST, done.tensors)(image), official.forward(back, TEST, image)[0][-1], atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ there and back
+
+
+@small_nets
+def test_values_come_back_bit_for_bit(net: Net, tmp_path) -> None:
+    state = with_edge_gains(official.random_state(net))
+    source = official.save_classification(tmp_path / "official.pth", state)
+    convert_file(source, tmp_path / "ours.safetensors", heads=True)
+    convert_file(tmp_path / "ours.safetensors", tmp_path / "back.pth", heads=True)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert set(back) == set(state)
+    for key, tensor in state.items():
+        if key.startswith("subnet0.alpha"):
+            assert torch.equal(back[key], torch.full_like(tensor, 0.5))
+        else:
+            assert torch.equal(back[key], tensor), key
+
+
+def test_without_heads_the_rest_is_a_plain_classifier(tmp_path, capsys) -> None:
+    net = replace(TEST, supervised=True)
+    source = official.save_classification(tmp_path / "official.pth", official.random_state(net))
+    done = convert_file(source, tmp_path / "ours.safetensors")
+    assert done.left_out == {
+        "gains of the first column, which scale nothing": 4,
+        "intermediate supervision": 3 * 4 + 3 * (3 * (9 + 4) + 2),
+    }
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"test_revcol: {len(official.shapes(net))} tensors read"
+    assert lines[1:3] == [f"left out: {count} ({owner})" for owner, count in done.left_out.items()]
+    assert lines[3].startswith(f"wrote {tmp_path / 'ours.safetensors'}: {len(done.tensors)} tensors, ")
+    plain = timm.create_model("test_revcol", num_classes=11)
+    assert set(done.tensors) == set(plain.state_dict())
+    convert_file(tmp_path / "ours.safetensors", tmp_path / "back.pth")
+    assert set(read(tmp_path / "back.pth")["model"]) == set(official.shapes(TEST))
+    with_heads = convert(select(read(source)), heads=True)
+    again = convert(Weights(with_heads.tensors, "ours"), "classification")
+    assert set(again.tensors) == set(official.shapes(TEST))
+    assert again.left_out == {"intermediate supervision": done.left_out["intermediate supervision"]}
+
+
+def test_file_says_what_it_is(tmp_path) -> None:
+    source = official.save_classification(tmp_path / "a.pth", official.random_state(replace(TEST, kernel=7)))
+    done = convert_file(source, tmp_path / "ours.safetensors")
+    assert done.options == {"num_classes": 11, "in_chans": 3, "kernel_size": 7}
+    with safe_open(tmp_path / "ours.safetensors", "pt") as file:
+        facts = file.metadata()
+    assert facts == {
+        "format": "pt",
+        "model": "test_revcol",
+        "weights": "raw",
+        "num_classes": "11",
+        "in_chans": "3",
+        "kernel_size": "7",
+    }
+    timm.create_model(done.model, **done.options, checkpoint_path=str(tmp_path / "ours.safetensors"))
+
+
+def test_raw_or_averaged(tmp_path) -> None:
+    raw, ema = official.random_state(TEST), official.random_state(TEST, seed=1)
+    path = official.save_classification(tmp_path / "official.pth", raw, ema)
+    for weights, state in (("raw", raw), ("ema", ema)):
+        done = convert_file(path, tmp_path / f"{weights}.safetensors", weights=weights)
+        assert torch.equal(done.tensors["head.fc.weight"], state["cls.classifier.1.weight"])
+    path = official.save_classification(tmp_path / "without.pth", raw)
+    with pytest.raises(CheckpointError, match="no averaged weights"):
+        convert_file(path, tmp_path / "x.safetensors", weights="ema")
+
+
+def test_names_of_wrapped_models(tmp_path) -> None:
+    state = official.random_state(TEST)
+    torch.save({"model": {f"module.{key}": tensor for key, tensor in state.items()}}, tmp_path / "ddp.pth")
+    torch.save(state, tmp_path / "bare.pth")
+    for name in ("ddp", "bare"):
+        done = convert_file(tmp_path / f"{name}.pth", tmp_path / f"{name}.safetensors")
+        assert torch.equal(done.tensors["stem.conv.weight"], state["stem.0.weight"])
+
+
+def test_checkpoint_of_a_training_run(tmp_path) -> None:
+    """With its average, and with heads at places that the official code does not know."""
+    models = [timm.create_model("test_revcol", num_classes=11) for _ in range(2)]
+    heads = Supervised(models[0], SupervisionConfig(heads=2)).state_dict()
+    heads = {key: tensor for key, tensor in heads.items() if not key.startswith("model.")}
+    assert heads
+    content = {"progress": {}, "model": models[0].state_dict(), "ema": models[1].state_dict(), "heads": heads}
+    torch.save({**content, "heads_ema": heads}, tmp_path / "run.pt")
+    image = torch.randn(1, 3, 64, 64)
+    for model, weights in zip(models, ("raw", "ema"), strict=True):
+        done = convert_file(tmp_path / "run.pt", tmp_path / f"{weights}.pth", weights=weights)
+        assert done.left_out == {"intermediate supervision": len(heads)}
+        state = read(tmp_path / f"{weights}.pth")["model"]
+        assert_close(official.forward(state, TEST, image)[0][0], model.eval()(image), atol=1e-5, rtol=1e-5)
+    with pytest.raises(MismatchError, match="classifiers"):
+        convert_file(tmp_path / "run.pt", tmp_path / "heads.pth", heads=True)
+
+
+# ------------------------------------------------------------------------------------------ detectors and segmenters
+
+DETECTOR = {"neck.lateral_convs.0.conv.weight": (4, 8, 1, 1), "rpn_head.rpn_cls.bias": (3,), "roi_head.fc.bias": (2,)}
+SEGMENTER = {"decode_head.conv_seg.bias": (150,), "auxiliary_head.conv_seg.bias": (150,)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layout", "parts"), [("detection", DETECTOR), ("segmentation", SEGMENTER)])
+@pytest.mark.parametrize("net", [TEST, TEST_HUGE], ids=["", "huge"])
+def test_backbones(net: Net, layout: str, parts: dict, tmp_path) -> None:
+    net = replace(net, headless=True)
+    state = official.random_state(net)
+    done = convert_file(official.save_openmmlab(tmp_path / "mm.pth", state, parts), tmp_path / "ours.safetensors")
+    assert done.options["num_classes"] == 0
+    assert {key for key in done.left_out if "gains" not in key} == {key.split(".")[0] for key in parts}
+    overlay = {"file": str(tmp_path / "ours.safetensors")}
+    model = timm.create_model(name_of(net), pretrained=True, features_only=True, pretrained_cfg_overlay=overlay).eval()
+    image = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(model(image), official.forward(state, net, image)[2], strict=True):
+        assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-5)
+    convert_file(tmp_path / "ours.safetensors", tmp_path / "back.pth", layout=layout)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+    assert set(back) == {f"backbone.{key}" for key in state}
+    assert all(torch.equal(back[f"backbone.{key}"], state[key]) for key in state if "subnet0.alpha" not in key)
+
+
+def test_backbone_of_a_classifier(tmp_path) -> None:
+    source = official.save_classification(tmp_path / "a.pth", official.random_state(replace(TEST, supervised=True)))
+    convert_file(source, tmp_path / "ours.safetensors", heads=True)
+    done = convert_file(tmp_path / "ours.safetensors", tmp_path / "mm.pth", layout="detection", heads=True)
+    assert set(done.tensors) == set(official.shapes(replace(TEST, headless=True)))
+    assert done.left_out["classifier"] == 4
+
+
+def test_unknown_part_of_a_detector(tmp_path) -> None:
+    path = official.save_openmmlab(
+        tmp_path / "mm.pth", official.random_state(replace(TEST, headless=True)), {"mystery.weight": (3,)}
+    )
+    with pytest.raises(MismatchError) as caught:
+        convert_file(path, tmp_path / "ours.safetensors")
+    assert caught.value.problems == ("unexpected mystery.weight",)
+    done = convert_file(path, tmp_path / "ours.safetensors", allow=["mystery.*"])
+    assert done.left_out["mystery"] == 1
+
+
+# ------------------------------------------------------------------------------------------ what does not fit is told
+
+
+def test_each_name_that_does_not_fit_is_listed(tmp_path, capsys) -> None:
+    state = official.random_state(TEST)
+    del state["subnet2.level1.fusion.up.channel_reschedule.1.bias"], state["cls.classifier.0.weight"]
+    state["subnet1.level0.blocks.0.pwconv1.weight"] = torch.ones(31, 8)
+    state["subnet0.alpha3"] = torch.ones(64)
+    state["ema_something"] = torch.ones(2)
+    path = official.save_classification(tmp_path / "a.pth", state)
+    problems = {
+        "missing subnet2.level1.fusion.up.channel_reschedule.1.bias",
+        "missing cls.classifier.0.weight",
+        "misshapen subnet1.level0.blocks.0.pwconv1.weight: (31, 8), not (32, 8)",
+        "misshapen subnet0.alpha3: (64,), not (1, 64, 1, 1)",
+        "unexpected ema_something",
+    }
+    with pytest.raises(MismatchError, match=r"no test_revcol: .*and 2 more") as caught:
+        convert_file(path, tmp_path / "ours.safetensors")
+    assert set(caught.value.problems) == problems
+    assert set(capsys.readouterr().err.splitlines()) == problems
+    assert not (tmp_path / "ours.safetensors").exists()
+    allow = ["subnet2.level1.fusion.up.*", "cls.classifier.0.weight", "subnet1*pwconv1.weight", "subnet0.alpha3"]
+    with pytest.raises(MismatchError) as caught:
+        convert_file(path, tmp_path / "ours.safetensors", allow=allow)
+    assert caught.value.problems == ("unexpected ema_something",)
+    done = convert_file(path, tmp_path / "ours.safetensors", allow=[*allow, "ema_*"])
+    absent = set(timm.create_model("test_revcol").state_dict()) - set(done.tensors)
+    assert absent == {
+        "columns.cells.2.1.function.fusion.paths.1.proj.norm.bias",
+        "columns.cells.1.0.function.blocks.0.mlp.fc1.weight",
+        "head.norm.weight",
+    }
+    assert done.left_out["unknown, but allowed"] == done.left_out["misshapen, but allowed"] == 1
+
+
+def test_each_name_of_ours_that_does_not_fit_is_listed(tmp_path) -> None:
+    state = timm.create_model("test_revcol", num_classes=11).state_dict()
+    del state["columns.cells.3.3.gain.weight"]
+    state["head.norm.weight"], state["more"] = torch.ones(3), torch.ones(1)
+    save_file(state, tmp_path / "ours.safetensors")
+    with pytest.raises(MismatchError) as caught:
+        convert_file(tmp_path / "ours.safetensors", tmp_path / "official.pth")
+    assert set(caught.value.problems) == {
+        "missing columns.cells.3.3.gain.weight",
+        "misshapen head.norm.weight: (3,), not (64,)",
+        "unexpected more",
+    }
+    allow = ["columns.cells.3.3.gain.weight", "head.norm.weight", "more"]
+    done = convert_file(tmp_path / "ours.safetensors", tmp_path / "official.pth", allow=allow)
+    assert set(official.shapes(TEST)) - set(done.tensors) == {"subnet3.alpha3", "cls.classifier.0.weight"}
+
+
+def test_decoder_that_is_cut_short() -> None:
+    state = official.random_state(replace(TEST, supervised=True))
+    del state["decoder_blocks.1.normal_layers.2.0.gamma"]
+    with pytest.raises(MismatchError) as caught:
+        convert(select(state))
+    assert caught.value.problems == ("missing decoder_blocks.1.normal_layers.2.0.gamma",)
+
+
+def test_unknown_shape_needs_a_model(tmp_path) -> None:
+    path = official.save_classification(tmp_path / "a.pth", official.random_state(replace(TEST, columns=5)))
+    with pytest.raises(CheckpointError, match=r"no model of the family has 5 columns of widths \(8, 16, 32, 64\)"):
+        convert_file(path, tmp_path / "ours.safetensors")
+    with pytest.raises(MismatchError, match="unexpected subnet4"):
+        convert_file(path, tmp_path / "ours.safetensors", model="test_revcol")
+    with pytest.raises(MismatchError, match=r"no revcol_tiny: misshapen stem\.0\.weight"):
+        convert_file(path, tmp_path / "ours.safetensors", model="revcol_tiny")
+    with pytest.raises(SpecError, match=r"--model.*no 'revcol_vit_base'.*revcol_base, "):
+        convert_file(path, tmp_path / "ours.safetensors", model="revcol_vit_base")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ([1, 2], "not a dict of weights"),
+        ({"model": 3}, "not a dict of weights"),
+        ({"model": {"subnet0.alpha0": "text"}}, "'subnet0.alpha0' is no tensor"),
+        ({"fc.weight": torch.ones(2)}, "no columns of RevCol"),
+        ({}, "no columns of RevCol"),
+        ({"model": {"subnet0.alpha0": torch.ones(1)}}, "levels without blocks"),
+    ],
+)
+def test_files_of_something_else(content, match: str, tmp_path) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=match):
+        convert_file(tmp_path / "a.pth", tmp_path / "ours.safetensors")
+
+
+def test_skeleton_has_no_values() -> None:
+    net, options = skeleton(select(official.random_state(TEST)), spec_of("test_revcol"))
+    assert {tensor.device.type for tensor in net.state_dict().values()} == {"meta"}
+    assert options == {"num_classes": 11, "in_chans": 3}

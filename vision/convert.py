@@ -1,0 +1,266 @@
+"""`revnets convert`: official RevCol checkpoints to ours and back. Every name in a file is accounted for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from revnets import NetSpec, SpecError
+from revnets.files import replacing
+from vision.errors import CheckpointError, first_line
+from vision.family import family, recognise, shape_in, spec_of
+from vision.model import RevCol
+from vision.official import (
+    AROUND_BACKBONE,
+    BACKBONE,
+    HEADS,
+    MismatchError,
+    Names,
+    check,
+    names_of,
+    official_name,
+    to_official,
+    to_ours,
+)
+from vision.supervision import Supervised, SupervisionConfig
+from vision.weights import Weights, read, select
+
+LAYOUTS = ("classification", "detection", "segmentation")
+"""Official layouts that can be written. The last two are the same: tensors below `backbone.`, in `state_dict`."""
+
+SUFFIXES = {".safetensors": "ours", ".pth": "official"}
+"""What kind of file is written."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The tensors of a model under new names, and what became of the others.
+
+    Attributes:
+        model: its name.
+        tensors: in the order of the model.
+        options: of `timm.create_model`.
+        left_out: how many tensors of the source are not among `tensors`, by whose they are.
+        zero_gains: gains of exactly 0, which the official code leaves at 0 and which count as +0.001 here.
+    """
+
+    model: str
+    tensors: dict[str, Tensor]
+    options: dict[str, int]
+    left_out: dict[str, int]
+    zero_gains: int
+
+
+def convert(
+    source: Weights,
+    layout: str = "ours",
+    model: str | None = None,
+    heads: bool = False,
+    allow: Sequence[str] = (),
+    path: Path | str = "weights",
+) -> Converted:
+    """Rename and reshape the tensors of a file.
+
+    Args:
+        source: what `vision.weights.select` gave.
+        layout: `ours`, or one of `LAYOUTS`.
+        model: the name of the model; found out if None.
+        heads: keep the classifiers and decoders of intermediate supervision.
+        allow: names as in the source, or patterns, that may be missing, unexpected or misshapen. They are left out.
+        path: for messages.
+
+    Raises:
+        MismatchError: a name is missing or unexpected, or a shape is another, and is not allowed to be.
+        CheckpointError: no model has this shape.
+        revnets.SpecError: there is no model of that name.
+    """
+    given = source.tensors
+    if source.layout == "ours" and not heads:  # whatever they are: ours may have any number
+        source = source._replace(tensors={key: given[key] for key in given if not key.startswith(HEADS)})
+    shape = shape_in(_official(source))
+    name = model or recognise(shape, path)
+    if name not in family():
+        raise SpecError("command line", "--model", f"no {name!r}", f"Choose one of {', '.join(family())}")
+    kernel_size = shape.kernel_size if shape else 3
+    net, options = skeleton(source, spec_of(name, kernel_size))
+    names = names_in(source, net)
+    whole = ours_of(source, names, allow, path, name)
+    kept = {key: tensor for key, tensor in whole.items() if heads or not key.startswith(HEADS)}
+    if layout in LAYOUTS[1:]:
+        kept = {key: tensor for key, tensor in kept.items() if not key.startswith(("head.", *HEADS))}
+    zeros = sum(int((tensor == 0).sum()) for key, tensor in kept.items() if key.endswith("gain.weight"))
+    left_out = Counter(_owners(source, names, kept))
+    left_out["intermediate supervision"] += len(given) - len(source.tensors)
+    if layout != "ours":
+        plain = net.model if isinstance(net, Supervised) and not heads else net
+        kept = to_official(kept, names_of(plain, "classification" if layout == "classification" else "backbone"))
+    if kernel_size != 3:
+        options["kernel_size"] = kernel_size
+    return Converted(name, kept, options, dict(+left_out), zeros)
+
+
+def skeleton(source: Weights, spec: NetSpec) -> tuple[RevCol | Supervised, dict[str, int]]:
+    """A model without values for the weights of a file, with as many classes, and heads if the file has them.
+
+    Returns:
+        The model, and its `num_classes` and `in_chans`.
+    """
+    stem = _official(source).get("stem.0.weight")
+    options = {
+        "num_classes": _classes(source),
+        "in_chans": stem.shape[1] if stem is not None and stem.dim() == 4 else 3,
+    }
+    net = RevCol(spec, options["num_classes"], options["in_chans"], device="meta")
+    names = source.tensors
+    if options["num_classes"] and any(key.startswith((*HEADS, "cls_blocks.", "decoder_blocks.")) for key in names):
+        is_staged = any(".stages." in key or ".proj_layers." in key for key in names)
+        with torch.device("meta"):
+            return Supervised(net, SupervisionConfig(decoder="staged" if is_staged else "single")), options
+    return net, options
+
+
+def names_in(source: Weights, net: RevCol | Supervised) -> Names:
+    """The names that a file should have."""
+    has_classifier = any(key.startswith(("cls", "head.")) for key in source.tensors)
+    return names_of(net, "classification" if has_classifier else "backbone")
+
+
+def _official(source: Weights) -> dict[str, Tensor]:
+    """The tensors of the columns under their official names, in whatever shape they are here."""
+    if source.layout != "ours":
+        return source.tensors
+    found = {key: official_name(key, BACKBONE) for key in source.tensors}
+    return {name[0]: source.tensors[key] for key, name in found.items() if name is not None}
+
+
+def _classes(source: Weights) -> int:
+    """How many classes a file is for; 0 if it has no classifier."""
+    for key in ("cls.classifier.1.bias", "cls_blocks.3.classifier.1.bias", "head.fc.bias"):
+        if key in source.tensors:
+            return len(source.tensors[key])
+    return 1000 if any(key.startswith(("cls", "head.fc")) for key in source.tensors) else 0
+
+
+def ours_of(source: Weights, names: Names, allow: Sequence[str], path: Path | str, model: str) -> dict[str, Tensor]:
+    """All tensors of a file that the model has, under our names.
+
+    Raises:
+        MismatchError: a name is missing or unexpected, or a shape is another, and is not allowed to be.
+    """
+    known = (*AROUND_BACKBONE, *allow)
+    strange = [key for key in source.around if not any(fnmatchcase(key, pattern) for pattern in known)]
+    if strange:
+        raise MismatchError(path, model, [f"unexpected {key}" for key in strange])
+    if source.layout != "ours":
+        return to_ours(source.tensors, names, allow, path, model)
+    fitting = check({pair.ours: pair.our_shape for pair in names.pairs}, source.tensors, allow, (), path, model)
+    return {key: source.tensors[key] for key in fitting}
+
+
+def _owners(source: Weights, names: Names, kept: Mapping[str, Tensor]) -> Iterator[str]:
+    """For every tensor of the source that is not kept, whose it is."""
+    ours = {pair.ours if source.layout == "ours" else pair.official: pair.ours for pair in names.pairs}
+    for key in source.around:
+        yield key.partition(".")[0]
+    for key in source.tensors:
+        if key in names.unused:
+            yield "gains of the first column, which scale nothing"
+        elif (mine := ours.get(key)) is None:
+            yield "unknown, but allowed"
+        elif mine not in kept:
+            is_head = mine.startswith(HEADS)
+            is_classifier = mine.startswith("head.")
+            yield "intermediate supervision" if is_head else "classifier" if is_classifier else "misshapen, but allowed"
+
+
+def convert_file(
+    source: Path,
+    target: Path,
+    layout: str = "classification",
+    model: str | None = None,
+    weights: str = "raw",
+    heads: bool = False,
+    allow: Sequence[str] = (),
+) -> Converted:
+    """Convert a file and tell what was done.
+
+    Args:
+        source: an official checkpoint, a checkpoint of `revnets train`, or a .safetensors file.
+        target: a new file: .safetensors for our layout, .pth for the official one.
+        layout: of a .pth file.
+        model, heads, allow: as in `convert`.
+        weights: `raw` or `ema`.
+
+    Raises:
+        CheckpointError: the source cannot be used, or the target cannot be written. What was at `target` is untouched.
+        revnets.SpecError: an argument is wrong.
+    """
+    console, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+    kind = SUFFIXES.get(target.suffix)
+    if kind is None:
+        text = "Let it end in .safetensors (our layout) or .pth (the official one)"
+        raise SpecError("command line", "TARGET", f"{target} has no known suffix", text)
+    if target.exists():
+        raise CheckpointError(target, "exists already", "Give a new path")
+    with errors.status(f"reading {source}"):
+        found = select(read(source), weights, source)
+    if kind == "official" and found.layout != "ours":
+        raise CheckpointError(source, "is in the official layout already", "Let TARGET end in .safetensors")
+    try:
+        done = convert(found, layout if kind == "official" else "ours", model, heads, allow, source)
+    except MismatchError as error:
+        for problem in error.problems:
+            errors.print(problem, markup=False)
+        raise
+    size = sum(tensor.nbytes for tensor in done.tensors.values())
+    with errors.status(f"writing {target}, {size / 2**20:,.1f} MiB"):
+        write(target, done, layout, weights)
+    console.print(f"{done.model}: {len(found.tensors) + len(found.around)} tensors read", markup=False)
+    for owner, count in done.left_out.items():
+        console.print(f"left out: {count} ({owner})", markup=False)
+    if done.zero_gains:
+        console.print(f"{done.zero_gains} gains are exactly 0, which cannot be inverted; here they count as 0.001")
+    console.print(f"wrote {target}: {len(done.tensors)} tensors, {size / 2**20:,.1f} MiB", markup=False)
+    return done
+
+
+def write(target: Path, done: Converted, layout: str = "classification", weights: str = "raw") -> None:
+    """Write a file in full or not at all.
+
+    Raises:
+        CheckpointError: no space, no permission and the like.
+    """
+    tensors = {key: _alone(tensor) for key, tensor in done.tensors.items()}
+    try:
+        with replacing(target) as file:
+            if SUFFIXES[target.suffix] == "ours":
+                facts = {"format": "pt", "model": done.model, "weights": weights}
+                save_file(tensors, file.name, facts | {key: str(value) for key, value in done.options.items()})
+            else:
+                torch.save(_wrapped(tensors, layout), file)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer turns a full disk into a RuntimeError
+        problem = f"cannot be written ({first_line(error)})"
+        raise CheckpointError(target, problem, "Free some space, or give another path") from error
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor with memory of its own, so that no more than it is written."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _wrapped(tensors: dict[str, Tensor], layout: str) -> dict[str, Any]:
+    """What the official code expects in a file."""
+    if layout == "classification":
+        return {"model": tensors, "state_dict_ema": None}
+    return {"meta": {}, "state_dict": {f"backbone.{key}": tensor for key, tensor in tensors.items()}}

@@ -1,0 +1,86 @@
+"""The models that have YAMLs, and which of them the weights in a file are of."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+from revnets import NetSpec, load_spec
+from vision.errors import CheckpointError
+
+MODELS = Path(__file__).parent / "configs" / "models"
+"""A YAML for each model; `revnets.build` makes the same net from it."""
+
+_BLOCK = re.compile(r"subnet(\d+)\.level(\d+)\.blocks\.(\d+)\.dwconv\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What tells a convolutional model from the others, and the kernels, which may be any."""
+
+    columns: int
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    is_huge: bool  # level 0 also reads the top level
+    kernel_size: int = 3
+
+
+@cache
+def family() -> dict[str, NetSpec]:
+    """The convolutional models by name; the official code has them too."""
+    specs = {path.stem: load_spec(path) for path in sorted(MODELS.glob("*.yaml"))}
+    return {name: spec for name, spec in specs.items() if all(level.block == "convnext" for level in spec.levels)}
+
+
+def spec_of(name: str, kernel_size: int = 3) -> NetSpec:
+    """A model of the family, with kernels of that size."""
+    path = MODELS / f"{name}.yaml"
+    return load_spec(path, [f"levels.{index}.kernel_size={kernel_size}" for index in range(len(family()[name].levels))])
+
+
+def shape_of(spec: NetSpec, kernel_size: int = 3) -> Shape:
+    """The shape of a model."""
+    dims, depths = tuple(level.dim for level in spec.levels), tuple(level.depth for level in spec.levels)
+    return Shape(spec.columns, dims, depths, any("top" in (level.reads or ()) for level in spec.levels), kernel_size)
+
+
+def shape_in(tensors: Mapping[str, Tensor]) -> Shape | None:
+    """The shape that official names tell, or None if they tell none. If columns differ, most of them are believed."""
+    columns, depths = 0, Counter[int]()
+    dims, kernels = Counter[tuple[int, int]](), Counter[int]()
+    for name, tensor in tensors.items():
+        if (match := _BLOCK.fullmatch(name)) and tensor.dim() == 4:
+            column, level, block = map(int, match.groups())
+            columns, depths[level] = max(columns, column + 1), max(depths[level], block + 1)
+            dims[level, tensor.shape[0]] += 1
+            kernels[tensor.shape[-1]] += 1
+    if not columns or sorted(depths) != list(range(len(depths))):
+        return None
+    widths = tuple(max((count, dim) for (at, dim), count in dims.items() if at == level)[1] for level in sorted(depths))
+    is_huge = any(".fusion.up2." in name for name in tensors)
+    kernel_size = kernels.most_common(1)[0][0]
+    return Shape(columns, widths, tuple(depths[level] for level in sorted(depths)), is_huge, kernel_size)
+
+
+def recognise(found: Shape | None, path: object = "weights") -> str:
+    """The name of the model that has a shape.
+
+    Raises:
+        CheckpointError: none has it.
+    """
+    if found is None:
+        text = "levels without blocks"
+    else:
+        for name, spec in family().items():
+            if shape_of(spec, found.kernel_size) == found:
+                return name
+        text = f"{found.columns} columns of widths {found.dims} and depths {found.depths}"
+    raise CheckpointError(
+        str(path), f"no model of the family has {text}", "Say which it should be: --model revcol_tiny"
+    )

@@ -1,0 +1,68 @@
+"""Weights from files and URLs for models of timm: ours and the official ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models import load_pretrained
+from torch import Tensor
+
+from vision.convert import names_in, ours_of, skeleton
+from vision.model import RevCol
+from vision.official import HEADS, check
+from vision.vit import resized
+from vision.weights import read, select
+
+_logger = logging.getLogger(__name__)
+
+
+def load_file(model: RevCol, path: str) -> None:
+    """Load a file into a model as timm does: classifiers and first convolutions of other sizes are adapted.
+
+    timm itself would refuse the official files, for they hold more than plain data.
+
+    Raises:
+        vision.errors.CheckpointError: the file cannot be used, or is of another model.
+    """
+    cfg = {**_cfg(model), "state_dict": read(path), "source": ""}
+    load_pretrained(model, cfg, model.num_classes, model.in_chans, checkpoint_filter_fn)
+
+
+def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str, Tensor]:
+    """What timm calls with the content of a file, and gets weights for `model` from.
+
+    The official names become ours, heads of intermediate supervision are left out, a classifier that is not in the file
+    stays as it is in the model, and position embeddings are interpolated to the model's size of image.
+
+    Raises:
+        vision.errors.CheckpointError: the file is of another model.
+    """
+    found, name = select(content), _cfg(model).get("architecture", "this model")
+    state = found.tensors
+    if found.layout != "ours":
+        net, _ = skeleton(found, model.spec)
+        state = ours_of(found, names_in(found, net), (), "weights", name)
+    own = model.state_dict()
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(HEADS)}
+    if not any(key.startswith("head.") for key in state):
+        _logger.warning("The file has no classifier; the model keeps its own.")
+        state |= {key: tensor for key, tensor in own.items() if key.startswith("head.")}
+    state = fit_positions(state, model)
+    adapted = ("head.fc.*", "stem.conv.weight")  # by timm, to the model's number of classes and of channels
+    check({key: tuple(tensor.shape) for key, tensor in own.items()}, state, adapted, model=name)
+    return state
+
+
+def fit_positions(state: dict[str, Tensor], model: RevCol) -> dict[str, Tensor]:
+    """Weights of a model for another size of image: position embeddings are interpolated."""
+    name = "stem.pos_embed"
+    if name in state:
+        height, width, _ = model.get_parameter(name).shape
+        state = {**state, name: resized(state[name], height, width)}
+    return state
+
+
+def _cfg(model: RevCol) -> dict[str, Any]:
+    return getattr(model, "pretrained_cfg", {})  # timm gives it to every model that it makes

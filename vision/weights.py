@@ -1,0 +1,134 @@
+"""Files of weights, read without running what they hold, in our layout or in the official one."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vision.errors import CheckpointError
+
+
+class Nothing:
+    """Stands where a file names something that weights do not need. It takes any arguments and forgets them."""
+
+    def __new__(cls, *args: Any) -> Nothing:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+STAND_INS: tuple[tuple[Any, str], ...] = (
+    # The official trainer saves its configuration, which an OrderedDict reads as well, and by mistake the function
+    # `input`.
+    (Nothing, "builtins.input"),
+    (OrderedDict, "yacs.config.CfgNode"),
+    # Accuracies may have been saved as numbers of NumPy.
+    (Nothing, "numpy.core.multiarray.scalar"),
+    (Nothing, "numpy._core.multiarray.scalar"),
+    (Nothing, "numpy.dtype"),
+)
+"""What a pickled checkpoint may name beside plain data and tensors, and what is taken instead."""
+
+WEIGHTS = ("raw", "ema")
+
+
+class Weights(NamedTuple):
+    """The tensors of a file.
+
+    Attributes:
+        tensors: by name, without what the names of all begin with.
+        layout: `ours`, `classification`, or `backbone` of a detector or segmenter.
+        around: names of the tensors that stand beside a backbone.
+    """
+
+    tensors: dict[str, Tensor]
+    layout: str
+    around: tuple[str, ...] = ()
+
+
+def read(path: Path | str) -> Any:
+    """What a .safetensors file or a file of `torch.save` holds. Nothing in it is executed.
+
+    Raises:
+        CheckpointError: no such file, no access, damaged, or it names what weights do not need.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(list(STAND_INS)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise CheckpointError(path, "there is no such file", "Check the path") from None
+    except IsADirectoryError:
+        raise CheckpointError(path, "is a folder", "Give a file of weights") from None
+    except PermissionError:
+        raise CheckpointError(path, "may not be read", "Check its permissions") from None
+    except pickle.UnpicklingError as error:  # its text recommends to execute the file
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"it names {match[1]}, which no weights need" if match else "not a checkpoint, or not plain data"
+        raise CheckpointError(path, f"refused, {problem}", "Get the file from those who made it") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError, SafetensorError):
+        raise CheckpointError(path, "damaged, cut short, or no file of weights", "Fetch the file again") from None
+
+
+def select(content: Any, weights: str = "raw", path: Path | str = "weights") -> Weights:
+    """The tensors in what a file holds.
+
+    Args:
+        content: a dict of tensors; or a checkpoint of the official trainer, of OpenMMLab's, or of `revnets train`.
+        weights: `raw` or `ema`, the average over training.
+        path: for messages.
+
+    Raises:
+        CheckpointError: it does not hold them.
+    """
+    if not isinstance(content, Mapping):
+        raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
+    state = _chosen(content, weights, path)
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(path, f"{name!r} is no tensor", "Give a checkpoint of RevCol")
+    for wrapper in ("module.", "_orig_mod."):
+        if state and all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    if any(name.startswith("backbone.subnet") for name in state):
+        around = tuple(name for name in state if not name.startswith("backbone."))
+        inside = {name.removeprefix("backbone."): value for name, value in state.items() if name not in set(around)}
+        return Weights(inside, "backbone", around)
+    if any(name.startswith("subnet") for name in state):
+        is_headless = not any(name.startswith("cls") for name in state)
+        return Weights(dict(state), "backbone" if is_headless else "classification")
+    if any(name.startswith("columns.cells.") for name in state):
+        return Weights(dict(state), "ours")
+    raise CheckpointError(path, "it holds no columns of RevCol", "Give a checkpoint of RevCol")
+
+
+def _chosen(content: Mapping[str, Any], weights: str, path: Path | str) -> Mapping[str, Any]:
+    if "progress" in content and "ema" in content:  # of `revnets train`
+        averaged, raw = content["ema"], content["model"]
+        heads = content.get("heads_ema" if weights == "ema" else "heads") or {}
+        averaged, raw = averaged and {**averaged, **heads}, {**raw, **heads}
+    else:
+        averaged = content.get("state_dict_ema")
+        raw = content.get("model", content.get("state_dict", content))
+    if weights == "ema" and not averaged:
+        raise CheckpointError(path, "it holds no averaged weights", "Take those of the model: raw")
+    state = averaged if weights == "ema" else raw
+    if not isinstance(state, Mapping):
+        raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
+    return state
