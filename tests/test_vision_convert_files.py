@@ -307,6 +307,21 @@ def test_released_urls(name: str) -> None:
     assert timm.is_model_pretrained(name)
 
 
+def test_page_lists_the_releases() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `revcol")
+    ]
+    listed = {name.strip("`"): (file, int(classes), int(size)) for name, file, classes, size, _ in rows}
+    cfgs = {name: timm.models.get_pretrained_cfg(name) for name in timm.list_pretrained("revcol_*")}
+    found = {
+        name: (cfg.url.split("/")[-1], cfg.num_classes, cfg.input_size[1])
+        for name, cfg in cfgs.items()
+        if cfg is not None
+    }
+    assert listed == found
+
+
 def test_model_without_release_says_so() -> None:
     assert not timm.is_model_pretrained("revcol_xlarge")
     with pytest.raises(RuntimeError, match="No pretrained weights exist for test_revcol"):

@@ -104,7 +104,9 @@ class MismatchError(CheckpointError):
     def __init__(self, path: object, model: str, problems: Sequence[str]):
         self.model, self.problems = model, tuple(problems)
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        super().__init__(str(path), f"no {model}: {shown}", "Allow names that may differ (--allow), or see --model")
+        super().__init__(
+            str(path), f"no {model}: {shown}", "Names that may differ can be allowed: revnets convert --allow"
+        )
 
     def __reduce__(self):
         return MismatchError, (self.path, self.model, self.problems)
