@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .folder import user_dir as user_dir
+
 
 def prepare_mt(
     corpus: Annotated[

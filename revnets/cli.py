@@ -106,9 +106,16 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
     return shape
 
 
-def load_commands() -> None:
-    """A package whose requirements are missing must not break the commands of the others."""
-    for entry in entry_points(group="revnets.commands"):
+def load_commands(wanted: str | None = None) -> None:
+    """Commands of other packages: the one that is wanted, or all where none of them is.
+
+    A package whose requirements are missing must not break the commands of the others, nor a slow one delay them.
+    """
+    own = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    entries = entry_points(group="revnets.commands")
+    if wanted in own:
+        return
+    for entry in [entry for entry in entries if entry.name == wanted] or entries:
         try:
             command = entry.load()
         except ImportError as error:
@@ -121,7 +128,7 @@ def load_commands() -> None:
 
 def _missing(name: str, module: str, error: ImportError):
     def command() -> None:
-        extra = module.partition(".")[0]
+        extra = module.removeprefix("revnets.").partition(".")[0]
         raise SystemExit(f"revnets {name}: cannot import {module} ({error}). Try: pip install 'revnets[{extra}]'")
 
     command.__doc__ = f"Not available here: {error}."
@@ -133,7 +140,7 @@ def main() -> None:
     from revnets.errors import SpecError
     from revnets.plan import PlanError
 
-    load_commands()
+    load_commands(next((word for word in sys.argv[1:] if not word.startswith("-")), None))
     try:
         app()
     except (SpecError, PlanError) as error:

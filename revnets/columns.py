@@ -56,18 +56,25 @@ class ReversibleColumns(nn.Module):
         self.budget: BudgetSpec | None = None  # one that waits for the first forward, see `revnets.keep_budget`
 
     @property
-    def stored(self) -> int:
-        """How many cells, counted from the end, keep all they save whatever their column's mode says.
+    def stored(self) -> frozenset[int]:
+        """Cells (by their index t) that keep all they save, whatever their column's mode says: no replay.
 
-        Backward comes to them first, so their replay would be pure waste. `revnets.plan` finds how many fit a budget.
+        Set it to their indices, or to a number of cells counted from the end. `revnets.plan` finds those that save the
+        most work under a budget.
         """
         return self._stored
 
     @stored.setter
-    def stored(self, value: int) -> None:
-        if not 0 <= value <= len(self.graph.nodes):
-            raise ValueError(f"stored = {value}: give a number of cells, 0 to {len(self.graph.nodes)}")
-        self._stored = value
+    def stored(self, value: int | Iterable[int]) -> None:
+        total = len(self.graph.nodes)
+        if isinstance(value, int):
+            if not 0 <= value <= total:
+                raise ValueError(f"stored = {value}: give a number of cells, 0 to {total}, or their indices")
+            value = range(total - value, total)
+        stored = frozenset(value)
+        if not stored <= set(range(total)):
+            raise ValueError(f"stored: there is no cell {min(stored - set(range(total)))}; they are 0 to {total - 1}")
+        self._stored = stored
 
     def flat(self) -> list[Cell]:
         """All cells in the order in which they run."""

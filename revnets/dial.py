@@ -105,14 +105,14 @@ def _least_of_all_ranks(found: Any) -> Plan:
     for outcome in outcomes:
         if isinstance(outcome, PlanError):
             raise outcome
-    return min(outcomes, key=lambda plan: (plan.chosen.mode == "store", plan.chosen.stored))
+    return max(outcomes, key=lambda plan: plan.chosen.extra)
 
 
 def _compare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Warn of an input that the plan in force has not seen."""
     plan = getattr(model, "memory_plan", None)
     columns = find_columns(model)
-    if plan is None or (columns.memory[0], columns.stored) != (plan.chosen.mode, plan.chosen.stored):
+    if plan is None or (columns.memory[0], columns.stored) != (plan.chosen.mode, set(plan.chosen.stored)):
         return  # somebody has set another mode since
     shape = next((tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ())
     if math.prod(shape) > math.prod(plan.input_shape):

@@ -129,9 +129,8 @@ def _judge(
     columns: ReversibleColumns, magnification: list[float], dtype: torch.dtype, autocast: torch.dtype | None
 ) -> bool:
     """Warn if need be; says whether it was."""
-    m, total = columns.graph.m, len(columns.graph.nodes)
-    stored = (total - columns.stored + m - 1) // m  # the first column whose cells are all stored
-    modes = [Memory.STORE if column >= stored else mode for column, mode in enumerate(columns.memory)]
+    replayed = {node.column for node in columns.graph.nodes if node.index not in columns.stored}
+    modes = [mode if column in replayed else Memory.STORE for column, mode in enumerate(columns.memory)]
     if autocast is not None:
         dtype = torch.promote_types(dtype, torch.float32)  # states are never kept in less under autocast
     error = predict_drift(modes, magnification, dtype, autocast)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ def run(
     modes: Sequence[Memory],
     context: Mapping[str, Any],
     taps: Sequence[int] = (),
-    stored: int = 0,
+    stored: Collection[int] = (),
     verify: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run all cells; returns the last m states and the states at the indices `taps`.
@@ -35,11 +35,10 @@ def run(
         stem: what `STEM` reads stand for.
         modes: memory mode of each column.
         context: keyword arguments for every cell, such as a padding mask.
-        stored: cells at the end that run in `store`, whatever the mode of their column.
+        stored: indices of cells that run in `store`, whatever the mode of their column.
         verify: compare what backward rebuilds with checksums (`revnets/verify.py`).
     """
-    first_stored = len(graph.nodes) - stored
-    modes = [Memory.STORE if node.index >= first_stored else modes[node.column] for node in graph.nodes]
+    modes = [Memory.STORE if node.index in stored else modes[node.column] for node in graph.nodes]
     if not torch.is_grad_enabled() or all(mode is Memory.STORE for mode in modes) or _is_transformed():
         return _run_plain(graph, cells, stem, context, taps)
     return _run_taped(graph, cells, stem, modes, context, taps, verify)

@@ -1,14 +1,14 @@
 """Predicts what a training step of a module takes, and turns one dial until the step fits a budget.
 
-The dial is how many cells, counted from the end, keep everything (`ReversibleColumns.stored`): their replay would be
-pure waste, because backward comes to them first. Every stored cell saves its own forward in backward and costs its
-activations; nothing else trades memory for work in `exact`, so the largest count that fits is the fastest plan.
+The dial is which cells keep everything (`ReversibleColumns.stored`). Every stored cell saves its own forward in
+backward and costs its activations until backward comes to it; nothing else trades memory for work in `exact`.
+`selection.py` says in which order cells are worth it; how many fit is found by bisection with simulated steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from revnets.columns import ReversibleColumns
 from revnets.footprint import Footprint, simulate
 from revnets.frame import Memory
 from revnets.report import size
+from revnets.selection import Cost, costs_of_cells, order
 
 
 class PlanError(ValueError):
@@ -31,7 +32,7 @@ class Prediction:
     """Bytes that one rank needs in one memory mode, once training runs."""
 
     mode: str
-    stored: int  # cells at the end that keep everything
+    stored: tuple[int, ...]  # indices of the cells that keep everything
     parameters: int  # buffers included
     gradients: int
     optimizer: int
@@ -43,7 +44,7 @@ class Prediction:
 
     @property
     def name(self) -> str:
-        return self.mode if not self.stored else f"{self.mode}, last {self.stored} cells stored"
+        return self.mode if not self.stored else f"{self.mode}, {len(self.stored)} cells stored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,11 @@ def plan_module(
     """
     _check(optimizer, ranks, sharding)
     with _Predictor(model, inputs, dtype, optimizer, ranks, sharding, progress or (lambda _: None)) as predictor:
-        base = predictor.predict("store", 0)
-        rows = tuple(base if mode == "store" else predictor.predict(str(mode), 0, base) for mode in modes)
+        base = predictor.predict("store")
+        rows = tuple(base if mode == "store" else predictor.predict(str(mode), (), base) for mode in modes)
         limit, chosen = None, None
         if isinstance(budget, Memory):
-            limit = predictor.predict(budget, 0, base).peak
+            limit = predictor.predict(budget, (), base).peak
             chosen = _choose(predictor, base, limit, spare=0.0)  # one prediction against another: both err alike
         elif budget is not None:
             limit, chosen = budget, _choose(predictor, base, budget)
@@ -126,8 +127,8 @@ class _Predictor:
     def __exit__(self, *_: Any) -> None:
         self.columns.memory, self.columns.stored, self.columns.budget = self._found
 
-    def predict(self, mode: str, stored: int, base: Prediction | None = None) -> Prediction:
-        self.progress(mode if not stored else f"{mode}, {stored} of {self.cells} cells stored")
+    def predict(self, mode: str, stored: Collection[int] = (), base: Prediction | None = None) -> Prediction:
+        self.progress(mode if not stored else f"{mode}, {len(stored)} of {self.cells} cells stored")
         self.columns.memory, self.columns.stored = mode, stored
         try:
             found = simulate(self.model, self.inputs, self.dtype, keep_gradients=not self.sharded)
@@ -135,9 +136,15 @@ class _Predictor:
             reason = str(error).splitlines()[0]
             raise PlanError(f"an input of {self.shape} does not go through the net ({reason})") from error
         flops = base.flops if base else found.flops
-        return self._of_one_rank(found, mode, stored, found.flops / max(flops, 1))
+        return self._of_one_rank(found, mode, tuple(sorted(stored)), found.flops / max(flops, 1))
 
-    def _of_one_rank(self, found: Footprint, mode: str, stored: int, extra: float) -> Prediction:
+    def costs(self) -> list[Cost]:
+        """What it takes to store each cell. Gradients of sharded weights are gone as soon as they are whole."""
+        self.progress("costs of the cells")
+        costs = costs_of_cells(self.model, self.inputs, self.dtype)
+        return [replace(cost, gradients=0) for cost in costs] if self.sharded else costs
+
+    def _of_one_rank(self, found: Footprint, mode: str, stored: tuple[int, ...], extra: float) -> Prediction:
         """Add to a single process's footprint what the optimizer and the other ranks bring."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in trained)
@@ -164,14 +171,14 @@ SPARE = 0.01
 
 
 def _choose(predictor: _Predictor, base: Prediction, budget: int, spare: float = SPARE) -> Prediction:
-    """The most cells that can be stored under the budget, by bisection: memory only grows with them."""
+    """The least work under the budget: as many cells as fit, in the order in which storing them pays."""
 
     def fits(prediction: Prediction) -> bool:
         return (1 + spare) * prediction.peak <= budget
 
     if base.peak <= budget:
         return base
-    least, batch = predictor.predict("exact", 0, base), next(iter(predictor.shape), 1)
+    least, batch = predictor.predict("exact", (), base), next(iter(predictor.shape), 1)
     if not fits(least):
         static = least.parameters + least.gradients + least.optimizer + least.buckets
         sample = max(least.peak - static, 0) // max(batch, 1)
@@ -183,10 +190,11 @@ def _choose(predictor: _Predictor, base: Prediction, budget: int, spare: float =
         )
         smallest = size(int((1 + spare) * least.peak))
         raise PlanError(f"nothing fits {size(budget)}: the smallest peak is {smallest}. Of it, {turn}")
-    best, low, high = least, 0, predictor.cells
+    cells = order(predictor.costs())
+    best, low, high = least, 0, len(cells)
     while high - low > 1:
         middle = (low + high) // 2
-        tried = predictor.predict("exact", middle, base)
+        tried = predictor.predict("exact", cells[:middle], base)
         if fits(tried):
             best, low = tried, middle
         else:

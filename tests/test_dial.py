@@ -60,7 +60,7 @@ def test_the_first_training_forward_plans_and_the_step_fits(share: float) -> Non
     model(x)
     expected = plan(NET, SHAPE, optimizer="none", budget=budget, modes=()).chosen
     assert expected is not None
-    assert (set(model.columns.memory), model.columns.stored) == ({"exact"}, expected.stored)
+    assert (set(model.columns.memory), model.columns.stored) == ({"exact"}, set(expected.stored))
     assert model.memory_plan.chosen == expected
     assert 0.7 * budget < peak_of_step(model, x) <= budget
 
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_a_net_without_a_budget() -> None:
         model = revnets.build({**NET, "levels": [{**NET["levels"][0], "dropout": 0.2}] * 2, "memory": memory})
         torch.manual_seed(1)
         found.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
-    assert model.columns.stored > 0
+    assert model.columns.stored
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 

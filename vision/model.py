@@ -226,5 +226,5 @@ def shortened(columns: ReversibleColumns, levels: int) -> ReversibleColumns:
     graph = columns.graph
     length = (graph.columns - 1) * graph.m + levels
     result = ReversibleColumns(Graph(graph.m, graph.nodes[:length]), columns.flat()[:length], columns.memory)
-    result.stored = max(0, columns.stored - len(graph.nodes) + length)
+    result.stored = [index for index in columns.stored if index < length]
     return result
