@@ -19,7 +19,7 @@ from vision.convert import convert, convert_file, skeleton
 from vision.errors import CheckpointError
 from vision.family import family, recognise, shape_in, spec_of
 from vision.model import RevCol
-from vision.official import MismatchError, names_of
+from vision.official import MismatchError, names_of, to_ours
 from vision.supervision import Supervised, SupervisionConfig
 from vision.weights import Weights, read, select
 
@@ -129,6 +129,25 @@ def test_outputs_are_the_official_ones(net: Net, dtype: torch.dtype, tolerance: 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("columns", [8, 12])
+def test_heads_stand_at_the_official_columns(columns: int) -> None:
+    net = replace(TEST, columns=columns, supervised=True)
+    state = official.random_state(net, dtype=torch.float64)
+    model = timm.create_model("test_revcol", columns=columns, num_classes=11, dtype=torch.float64)
+    supervised = Supervised(model, SupervisionConfig()).train()
+    skeleton_, _ = skeleton(select(state), model.spec)
+    ours = to_ours(state, names_of(skeleton_))
+    supervised.load_state_dict({f"model.{key}" if key in model.state_dict() else key: ours[key] for key in ours})
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    logits, pixels, _ = official.forward(state, net, image)
+    outputs = supervised(image)
+    assert list(outputs.pixels) == [columns // 4 - 1, columns // 2 - 1, columns * 3 // 4 - 1]
+    for found, expected in ((sorted(outputs.logits.items()), logits), (sorted(outputs.pixels.items()), pixels)):
+        for (_, ours_), theirs in zip(found, expected, strict=True):
+            assert_close(ours_, theirs, atol=1e-10 * theirs.abs().max().item(), rtol=1e-10)
+
+
+@torch.no_grad()
 def test_gain_of_zero_is_told_and_comes_back_as_the_bound(tmp_path, capsys) -> None:
     state = official.random_state(TEST)
     state["subnet2.alpha1"][0, 5] = 0
@@ -233,8 +252,23 @@ def test_checkpoint_of_a_training_run(tmp_path) -> None:
         assert done.left_out == {"intermediate supervision": len(heads)}
         state = read(tmp_path / f"{weights}.pth")["model"]
         assert_close(official.forward(state, TEST, image)[0][0], model.eval()(image), atol=1e-5, rtol=1e-5)
+        done = convert_file(tmp_path / "run.pt", tmp_path / f"{weights}.safetensors", weights=weights)
+        assert_close(load_file(tmp_path / f"{weights}.safetensors"), dict(model.state_dict()), atol=0, rtol=0)
     with pytest.raises(MismatchError, match="classifiers"):
         convert_file(tmp_path / "run.pt", tmp_path / "heads.pth", heads=True)
+
+
+def test_isotropic_models_have_no_official_names(tmp_path) -> None:
+    save_file(timm.create_model("test_revcol_vit").state_dict(), tmp_path / "vit.safetensors")
+    with pytest.raises(CheckpointError, match="no ConvNeXt blocks"):
+        convert_file(tmp_path / "vit.safetensors", tmp_path / "vit.pth")
+
+
+def test_official_trainer_finds_no_average_where_there_is_none(tmp_path) -> None:
+    """It would load whatever has the key of the average."""
+    save_file(timm.create_model("test_revcol").state_dict(), tmp_path / "ours.safetensors")
+    convert_file(tmp_path / "ours.safetensors", tmp_path / "official.pth")
+    assert list(torch.load(tmp_path / "official.pth")) == ["model"]
 
 
 # ------------------------------------------------------------------------------------------ detectors and segmenters
@@ -363,7 +397,7 @@ def test_unknown_shape_needs_a_model(tmp_path) -> None:
         ({"model": {"subnet0.alpha0": "text"}}, "'subnet0.alpha0' is no tensor"),
         ({"fc.weight": torch.ones(2)}, "no columns of RevCol"),
         ({}, "no columns of RevCol"),
-        ({"model": {"subnet0.alpha0": torch.ones(1)}}, "levels without blocks"),
+        ({"model": {"subnet0.alpha0": torch.ones(1)}}, "no ConvNeXt blocks at every level"),
     ],
 )
 def test_files_of_something_else(content, match: str, tmp_path) -> None:

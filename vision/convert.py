@@ -147,7 +147,7 @@ def _classes(source: Weights) -> int:
     """How many classes a file is for; 0 if it has no classifier."""
     for key in ("cls.classifier.1.bias", "cls_blocks.3.classifier.1.bias", "head.fc.bias"):
         if key in source.tensors:
-            return len(source.tensors[key])
+            return source.tensors[key].numel()
     return 1000 if any(key.startswith(("cls", "head.fc")) for key in source.tensors) else 0
 
 
@@ -262,5 +262,5 @@ def _alone(tensor: Tensor) -> Tensor:
 def _wrapped(tensors: dict[str, Tensor], layout: str) -> dict[str, Any]:
     """What the official code expects in a file."""
     if layout == "classification":
-        return {"model": tensors, "state_dict_ema": None}
+        return {"model": tensors}
     return {"meta": {}, "state_dict": {f"backbone.{key}": tensor for key, tensor in tensors.items()}}

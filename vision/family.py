@@ -75,12 +75,12 @@ def recognise(found: Shape | None, path: object = "weights") -> str:
         CheckpointError: none has it.
     """
     if found is None:
-        text = "levels without blocks"
-    else:
-        for name, spec in family().items():
-            if shape_of(spec, found.kernel_size) == found:
-                return name
-        text = f"{found.columns} columns of widths {found.dims} and depths {found.depths}"
+        problem = "it has no ConvNeXt blocks at every level, which all official models have"
+        raise CheckpointError(str(path), problem, "Give weights of a convolutional RevCol")
+    for name, spec in family().items():
+        if shape_of(spec, found.kernel_size) == found:
+            return name
+    text = f"{found.columns} columns of widths {found.dims} and depths {found.depths}"
     raise CheckpointError(
         str(path), f"no model of the family has {text}", "Say which it should be: --model revcol_tiny"
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -142,19 +143,21 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(pattern.replace(r"\*", "(?P<rest>weight|bias)"))
 
 
-def official_name(ours: str, rows: Iterable[Row], columns: int = 0) -> tuple[str, str] | None:
+def official_name(
+    ours: str, rows: Iterable[Row], heads: Mapping[int, int] = MappingProxyType({})
+) -> tuple[str, str] | None:
     """The official name of a tensor and how its shape changes, or None if it has no counterpart.
 
     Args:
         ours: the name here.
         rows: the part of the table to look at.
-        columns: of the net; tells which head of intermediate supervision a column has.
+        heads: the column of each head of intermediate supervision, and which of the heads it is.
     """
     for row in rows:
         if match := _pattern(row.ours).fullmatch(ours):
             numbers = match.groupdict()
             if "{head}" in row.official:
-                numbers["head"] = str((int(numbers["column"]) + 1) * 4 // columns - 1)
+                numbers["head"] = str(heads[int(numbers["column"])])
             return row.official.replace("*", numbers.get("rest") or "").format_map(numbers), row.view
     return None
 
@@ -171,8 +174,9 @@ def names_of(model: RevCol | Supervised, layout: str = "classification") -> Name
         layout: `classification`, or `backbone`, which has no classifier.
     """
     net = model.model if isinstance(model, Supervised) else model
-    rows = BACKBONE
+    rows, heads = BACKBONE, {}
     if isinstance(model, Supervised):
+        heads = {stop.column: index for index, stop in enumerate(model.stops)}
         staged = any(".stages." in name for name in model.decoders.state_dict())
         rows += SUPERVISION + DECODERS["staged" if staged else "single"]
     elif layout == "classification":
@@ -182,7 +186,7 @@ def names_of(model: RevCol | Supervised, layout: str = "classification") -> Name
         name = name.removeprefix("model.")
         if layout == "backbone" and name.startswith("head."):
             continue
-        found = official_name(name, rows, net.spec.columns)
+        found = official_name(name, rows, heads)
         if found is None:
             raise ValueError(f"{name} has no name in the official code")
         pairs.append(Pair(name, found[0], tuple(tensor.shape), _viewed(tuple(tensor.shape), found[1])))

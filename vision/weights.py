@@ -75,7 +75,7 @@ def read(path: Path | str) -> Any:
     except FileNotFoundError:
         raise CheckpointError(path, "there is no such file", "Check the path") from None
     except IsADirectoryError:
-        raise CheckpointError(path, "is a folder", "Give a file of weights") from None
+        raise CheckpointError(path, "is a folder", "Give a file; revnets reshard makes one of shards") from None
     except PermissionError:
         raise CheckpointError(path, "may not be read", "Check its permissions") from None
     except pickle.UnpicklingError as error:  # its text recommends to execute the file
