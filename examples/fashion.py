@@ -5,8 +5,8 @@
     python examples/fashion.py --seeds 1 epochs=2 --output runs/quick
 
 Trains with `revnets train fashion`, two runs side by side, one thread each: RevCol, RevCol with intermediate
-supervision, and a ConvNeXt of one column and equal size. All have the recipe's settings; nothing is tuned for one of
-them. The same command again goes on where the last one was stopped. Everything is in runs/fashion.
+supervision, and a ConvNeXt of one column and equal size, all with the same settings. The same command again goes on
+where the last one was stopped. Everything is in runs/fashion.
 """
 
 from __future__ import annotations
@@ -314,16 +314,16 @@ def figure(runs: Sequence[Run]) -> Figure:
         curves.plot(epochs, means, "o-", color=colour, lw=2, markersize=4, label=name)
         last = [accuracy[-1] for _, accuracy in of_model]
         ends.plot([place] * len(last), last, "o", color=colour, markersize=5, alpha=0.7)
-        ends.plot([place - 0.25, place + 0.25], [means[-1]] * 2, color=colour, lw=2)
+        ends.plot([place - 0.18, place + 0.18], [means[-1]] * 2, color=colour, lw=2)
         ends.annotate(
-            f"{means[-1]:.2f}", (place + 0.3, means[-1]), va="center", color=colour, fontsize=9.5, fontweight="bold"
+            f"{means[-1]:.2f}", (place + 0.22, means[-1]), va="center", color=colour, fontsize=9.5, fontweight="bold"
         )
     curves.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     curves.legend(frameon=False, loc="lower right", fontsize=9.5, labelcolor="linecolor")
     curves.set_title("Accuracy by epoch: every seed, and their mean", loc="left", color=INK, fontsize=11)
     ends.set_title("After the last epoch", loc="left", color=INK, fontsize=11)
     ends.set_xticks(range(len(MODELS)), [name.replace(", ", ",\n") for name in MODELS])
-    ends.set_xlim(-0.5, len(MODELS) - 0.2)
+    ends.set_xlim(-0.4, len(MODELS) - 0.3)
     return found
 
 
