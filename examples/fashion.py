@@ -62,7 +62,9 @@ BUDGET = (
 WIDTHS = "timm: test_revcol, dims: [16, 32, 64, 128]"
 REVCOL = f"model={{{WIDTHS}, columns: 4, depths: [1, 1, 1, 1]}}"
 MODELS = {
-    "ConvNeXt": (f"model={{{WIDTHS}, columns: 1, depths: [4, 5, 5, 5]}}",),  # deeper, for it has no fusions
+    "ConvNeXt": (
+        f"model={{{WIDTHS}, columns: 1, depths: [4, 5, 5, 5]}}",
+    ),  # what RevCol spends on fusions is depth here
     "RevCol": (REVCOL,),
     "RevCol, supervised": (REVCOL, "supervision={}"),  # with the weights of the paper
 }
