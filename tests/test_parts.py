@@ -291,9 +291,7 @@ def test_classifier_head_takes_the_mean_of_the_top_level() -> None:
     head = randomised(ClassifierHead([3, 5], num_classes=7, dropout=0.5)).eval()
     low = torch.full((2, 3), torch.nan, dtype=torch.float64)
     image = torch.randn(2, 4, 6, 5, dtype=torch.float64)
-    expected = F.linear(
-        F.layer_norm(image.mean((1, 2)), (5,), *head.norm.parameters(), 1e-6), *head.fc.parameters()
-    )
+    expected = F.linear(F.layer_norm(image.mean((1, 2)), (5,), *head.norm.parameters(), 1e-6), *head.fc.parameters())
     assert_close(head([low, image]), expected)
     assert_close(head([low, image.flatten(1, 2)]), expected)
     assert_close(head([low, image.mean((1, 2))]), expected)
