@@ -79,4 +79,4 @@ def test_page_on_training_names_every_key():
         assert named >= set(type(TrainConfig.model_fields[part].default).model_fields)
     (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     values = yaml.safe_load(text)
-    assert TrainConfig.model_validate(values).optimizer.lr == 6e-3
+    assert TrainConfig.model_validate(values).optimizer.lr == 1e-3
