@@ -113,14 +113,17 @@ class ReversibleColumns(nn.Module):
             raise ValueError(f"{len(levels)} states were given; the inverse starts from the last {expected}")
         return engine.invert(self.graph, self.flat(), levels, x, context)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, *args: Any, dynamic: bool | None = False, **kwargs: Any) -> None:
         """Compile the function of every cell; the arguments are those of `torch.compile`.
+
+        Shapes are static unless asked for otherwise: with dynamic ones, Dynamo may compile a cell anew between its
+        forward and its replay, which then need not save the same tensors.
 
         While gradients are recorded this is the way to compile: `torch.compile` of the whole module leaves the cells
         of columns with another mode than `store` as they are.
         """
         for cell in self.flat():
-            cell.compile(*args, **kwargs)
+            cell.compile(*args, dynamic=dynamic, **kwargs)
 
     def extra_repr(self) -> str:
         modes = {str(mode) for mode in self._memory}
