@@ -1,7 +1,7 @@
 """Does RevCol learn? Fashion-MNIST at a small fixed budget, against one column of the same blocks, over three seeds.
 
     apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any folder with the four idx files: --root
-    python examples/fashion.py                    # about 10 minutes on 2 CPU cores
+    python examples/fashion.py                    # 10 to 12 minutes on 2 CPU cores
     python examples/fashion.py --seeds 1 epochs=2 --output runs/quick
 
 Trains with `revnets train fashion`, two runs side by side, one thread each: RevCol, RevCol with intermediate
