@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ from test_vision_idx import idx
 
 from vision.errors import DataError
 from vision.imageset import ImageData
+from vision.model import RevCol
 from vision.supervision import SupervisionConfig
 from vision.task import SupervisionTask
 
@@ -132,10 +134,10 @@ def test_models_are_of_equal_size_and_of_the_same_blocks(fashion: ModuleType, tm
     for kind in ("parameters", "macs"):
         values = [getattr(size, kind) for size in sizes.values()]
         assert max(values) <= 1.02 * min(values)
-    nets = {
-        run.model: timm.create_model("test_revcol", in_chans=1, num_classes=10, **run.config.model.options)
-        for run in runs
-    }
+    nets: dict[str, RevCol] = {}
+    for run in runs:
+        nets[run.model] = cast(RevCol, timm.create_model("test_revcol", in_chans=1, **run.config.model.options))
+        nets[run.model].reset_classifier(10)
     for name, net in nets.items():
         assert sizes[name].parameters == sum(weight.numel() for weight in net.parameters())
     blocks = {
