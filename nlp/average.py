@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import re
 from collections.abc import Iterable
@@ -71,8 +70,7 @@ def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # options: allowed in nlp/__init__.py
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file. Check the path") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

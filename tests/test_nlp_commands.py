@@ -61,8 +61,7 @@ def checkpoint(path: Path, seed: int, dtype: torch.dtype = torch.float32, width:
 
 
 def load(path: Path) -> dict:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True)
+    return torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

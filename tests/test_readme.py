@@ -28,7 +28,7 @@ def _in_the_checkout(monkeypatch):
 
 
 def test_python_blocks_run():
-    first, second = blocks("python")
+    first, second, third = blocks("python")
     names: dict = {}
     exec(first, names)
     net, states = names["model"], names["states"]
@@ -38,6 +38,8 @@ def test_python_blocks_run():
         assert torch.equal(level, state)
     exec(second, names)
     assert len(names["net"].flat()) == 12
+    exec(third, names)
+    assert names["model"].columns.graph.columns == 6
 
 
 def test_yaml_block_is_a_net():
@@ -48,11 +50,14 @@ def test_yaml_block_is_a_net():
 
 
 def test_commands_are_known_and_files_exist():
-    commands = re.findall(r"^    revnets (\w+) (\S+)", TEXT, flags=re.MULTILINE)
-    assert {command for command, _ in commands} == {"show", "audit", "plan", "train"}
+    commands = re.findall(r"^    revnets ([\w-]+) (\S+)", TEXT, flags=re.MULTILINE)
+    assert {command for command, _ in commands} == {"show", "audit", "plan", "train", "convert", "prepare-mt"}
     cli.load_commands()
     for command, file in commands:
-        assert (ROOT / file).exists(), file
+        if "/" in file:
+            assert (ROOT / file).exists(), file
+        elif command == "train":
+            assert (ROOT / "vision" / "configs" / f"{file}.yaml").exists(), file
         assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
     targets = re.findall(r"^    make (\w+)", TEXT, flags=re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
