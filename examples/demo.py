@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from revnets import SpecError, build
+from revnets import DriftWarning, SpecError, build
 from revnets.audit import audit
 from revnets.draw import MODE_COLOURS, save
 from revnets.report import Audit, size
@@ -81,6 +82,7 @@ def measure(trainer: Trainer, images: Tensor, labels: Tensor) -> Audit:
 
 def kept_by_columns(config: TrainConfig, images: Tensor) -> dict[str, list[int]]:
     """Bytes that nets of 2 to 16 columns keep for backward, in each memory mode."""
+    warnings.simplefilter("ignore", DriftWarning)  # of `invert`, which only bytes are asked of
     return {
         mode: [
             kept_bytes(build(config.net.model_copy(update={"columns": columns, "memory": mode})), images)
