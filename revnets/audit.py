@@ -287,6 +287,7 @@ def _bytes_by_column(columns: ReversibleColumns, tracker: MemoryTracker) -> Iter
 def _left_as_found(model: nn.Module, columns: ReversibleColumns) -> Iterator[Callable[[], None]]:
     """Put buffers, generators and memory modes back at the end; yields what puts the buffers back in between."""
     memory, stored, budget = columns.memory, columns.stored, columns.budget
+    columns.stored = ()  # a plan in force would be part of every mode
     found = [
         (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()

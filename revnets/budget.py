@@ -19,8 +19,8 @@ SHARDINGS = ("ddp", "fsdp")
 def parse_budget(value: int | str) -> int | Memory:
     """A budget: bytes as `parse_bytes` reads them, or a memory mode, which stands for the peak of that mode.
 
-    `exact` is the budget that costs nothing: gradients come into being during backward, and until then the last cells
-    can keep what they save in the room that gradients will take.
+    `exact` is the budget that costs nothing: gradients come into being during backward, and until then cells can keep
+    what they save in the room that gradients will take.
 
     Raises:
         ValueError: says what is allowed.

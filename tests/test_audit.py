@@ -168,6 +168,15 @@ def test_bytes_and_work_are_those_of_a_pass_measured_alone():
         assert 0 < more <= modes["store"].forward_matmuls
 
 
+def test_a_plan_in_force_is_no_part_of_a_mode():
+    net, x = conv_columns(3), stem_output()
+    expected = audit(net, x).modes
+    net.stored = [1, 4]
+    found = audit(net, x).modes
+    assert [mode.kept_bytes for mode in found] == [mode.kept_bytes for mode in expected]
+    assert net.stored == {1, 4}
+
+
 def test_bytes_per_column_are_what_one_more_column_costs():
     x = stem_output()
     state_set = 4 * sum(x[..., 0].numel() * dim for dim in DIMS)

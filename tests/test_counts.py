@@ -221,12 +221,14 @@ def test_a_tape_ends_with_its_backward(memory, no_collector):
 
 
 def held_near_the_end(memory: str, columns: int, retain_graph: bool) -> int:
-    """Bytes alive when a backward has come down to the stem, besides the gradients."""
+    """Bytes alive when a backward has come down to the first column, besides the gradients."""
     net = token_net(columns=columns, dims=(32, 48, 64), blocks=("mlp", "conv"), memory=memory)
     x, found = stem_of(net, 16), []
     with Kept() as mode:
-        loss = loss_of(net(x))
-        x.register_hook(lambda _: found.append(mode.bytes() - grads(net, x)))
+        levels, (low,) = net(x, taps=[0])
+        low.register_hook(lambda _: found.append(mode.bytes() - grads(net, x)))  # the tape is still needed here
+        loss = loss_of(levels)
+        del levels
         loss.backward(retain_graph=retain_graph)
     return found[0]
 
