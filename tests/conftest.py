@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for processes that tests start: workers share the cores
+
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -21,17 +25,21 @@ settings.register_profile("more", parent=settings.get_profile("default"), derand
 settings.load_profile("default")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Tests that share what their file makes once, such as a trained net, go to one worker, which makes it once."""
+    for item in items:
+        definitions = [
+            found for name in item.fixturenames for found in item._fixtureinfo.name2fixturedefs.get(name, ())
+        ]
+        if any(found.scope == "module" for found in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
+def _one_thread() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

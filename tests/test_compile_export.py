@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from revnets import ReversibleColumns
-from tests.helpers import assert_near, assert_same, image_net, loss_of, stem_of, step, token_net
+from tests.helpers import assert_near, assert_same, loss_of, step
+from tests.nets import image_net, stem_of, token_net
 
 TAPED = ("recompute", "exact")
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from revnets import ReplayError, ReversibleColumns, ReversibleSequence
-from tests.helpers import Kept, Matmuls, image_net, loss_of, stem_of, tapes, token_net
+from tests.helpers import Kept, Matmuls, loss_of, tapes
+from tests.nets import image_net, stem_of, token_net
 
 TAPED = ("recompute", "invert", "exact")
+
+pytestmark = pytest.mark.filterwarnings("ignore::revnets.DriftWarning")  # no gradient is looked at
 
 
 # --------------------------------------------------------------------------------------- matrix products

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import revnets
 from revnets import PlanError, ReplayError, ReversibleColumns, plan
-from tests.helpers import loss_of, token_net
+from tests.helpers import loss_of
+from tests.nets import token_net
 
 PROCESSES = 2
 TAPED = ("recompute", "exact")

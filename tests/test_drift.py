@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import revnets
 from revnets import DriftWarning, drift, predict_drift
-from tests.helpers import stem_of, token_net
+from tests.nets import stem_of, token_net
 
 
 def net(columns: int, gamma: float, memory="invert", learn: bool = True) -> revnets.Net:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import revnets
 from revnets.tracker import kept_bytes
-from tests.helpers import assert_same, stem_of, step, token_net
+from tests.helpers import assert_same, step
+from tests.nets import stem_of, token_net
 
 DEPTHS = (1, 2, 3, 4, 7, 13, 32, 63, 64)
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from revnets.columns import ReversibleColumns, ReversibleSequence
 from revnets.engine import run
-from tests.helpers import BLOCKS, STEADY, Mlp, assert_same, plain, rebuilt_states, stem_of, step, token_net
+from tests.helpers import assert_same, plain, rebuilt_states, step
+from tests.nets import BLOCKS, STEADY, Mlp, stem_of, token_net
 
 PRIMES = (2, 3, 5, 7, 11)
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnets import lostbits
 from revnets.cell import add, subtract
+from tests.helpers import Watch
 
 INTEGER = {
     torch.float64: torch.int64,
@@ -18,7 +18,6 @@ INTEGER = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
-WAITS = {"nonzero", "masked_select", "item", "_local_scalar_dense", "is_nonzero", "equal", "unique", "_unique2"}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -95,23 +94,6 @@ def test_memory_in_any_order(order: tuple[int, ...]) -> None:
     back = lostbits.decode(rebuilt.clone(), lost)
     assert back.stride() == state.stride()
     assert torch.equal(back, state)
-
-
-class Watch(TorchDispatchMode):
-    """Notes operators after which the host has to wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            isinstance(item, Tensor) and item.dtype == torch.bool for item in (args[1] if len(args) > 1 else None) or ()
-        )
-        if name in WAITS or by_mask:
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_deferred_encoding_never_waits_and_equals_the_direct_one() -> None:

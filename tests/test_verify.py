@@ -12,8 +12,8 @@ import revnets
 from revnets import ReconstructionError, ReversibleSequence
 from revnets.tracker import kept_bytes
 from revnets.verify import checksum
-from tests.helpers import BLOCKS, assert_same, image_net, loss_of, stem_of, step, token_net
-from tests.test_lostbits import Watch
+from tests.helpers import Watch, assert_same, loss_of, step
+from tests.nets import BLOCKS, image_net, stem_of, token_net
 
 TAPED = ("recompute", "invert", "exact")
 
@@ -23,6 +23,7 @@ TAPED = ("recompute", "invert", "exact")
 
 @pytest.mark.parametrize("memory", TAPED)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
 def test_right_replays_pass_and_change_nothing(memory, autocast):
     for net in (token_net(blocks=tuple(BLOCKS)), image_net()):
         x = stem_of(net)
@@ -111,6 +112,7 @@ def test_where_nothing_is_compared(memory, verify):
     loss_of(spoilt(4, memory, verify)(torch.randn(3, 5))).backward()
 
 
+@pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
 def test_what_comes_from_drifted_states_is_not_compared():
     net = token_net(columns=6, gamma=0.2)
     net.memory = ["exact"] * 3 + ["invert"] * 3
