@@ -145,16 +145,6 @@ class RevCol(nn.Module):
             self.num_classes = 0
         return take
 
-    def load_pretrained(self, path: str) -> None:
-        """Load weights from a file, ours or an official one; timm calls it with what it has downloaded.
-
-        Raises:
-            vision.errors.CheckpointError: the file cannot be used, or is of another model.
-        """
-        from vision.pretrained import load_file  # it knows this class
-
-        load_file(self, path)
-
     # ------------------------------------------------------------------------------------------------ classifier
 
     def get_classifier(self) -> nn.Module:

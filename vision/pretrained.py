@@ -18,16 +18,19 @@ from vision.weights import read, select
 _logger = logging.getLogger(__name__)
 
 
-def load_file(model: RevCol, path: str) -> None:
-    """Load a file into a model as timm does: classifiers and first convolutions of other sizes are adapted.
+class LoadableRevCol(RevCol):
+    """A RevCol as timm's registry makes it: it takes weights from files, official ones too."""
 
-    timm itself would refuse the official files, for they hold more than plain data.
+    def load_pretrained(self, path: str) -> None:
+        """Load a file; timm calls this with what it has downloaded, for it would refuse the official files itself.
 
-    Raises:
-        vision.errors.CheckpointError: the file cannot be used, or is of another model.
-    """
-    cfg = {**_cfg(model), "state_dict": read(path), "source": ""}
-    load_pretrained(model, cfg, model.num_classes, model.in_chans, checkpoint_filter_fn)
+        Classifiers and first convolutions of other sizes are adapted, as timm does it.
+
+        Raises:
+            vision.errors.CheckpointError: the file cannot be used, or is of another model.
+        """
+        cfg = {**_cfg(self), "state_dict": read(path), "source": ""}
+        load_pretrained(self, cfg, self.num_classes, self.in_chans, checkpoint_filter_fn)
 
 
 def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str, Tensor]:

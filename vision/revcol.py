@@ -12,7 +12,7 @@ from revnets import NetSpec, SpecError, load_spec
 from revnets.spec import dump
 from vision.family import MODELS as MODELS
 from vision.model import RevCol
-from vision.pretrained import checkpoint_filter_fn
+from vision.pretrained import LoadableRevCol, checkpoint_filter_fn
 from vision.pretrained import fit_positions as fit_positions
 
 RELEASE = "https://github.com/megvii-research/RevCol/releases/download/checkpoint/"
@@ -41,7 +41,7 @@ def _cfg(**changes: Any) -> dict[str, Any]:
 
 
 def _released(url: str, **changes: Any) -> dict[str, Any]:
-    """Official weights; `RevCol.load_pretrained` reads their layout."""
+    """Official weights; `LoadableRevCol` reads their layout."""
     origin = "https://github.com/megvii-research/RevCol"
     return _cfg(url=url, custom_load=True, license="apache-2.0", origin_url=origin, **changes)
 
@@ -127,7 +127,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
     try:
         spec = revise(load_spec(MODELS / f"{variant}.yaml"), **{key: kwargs.pop(key, None) for key in REVISED})
         return build_model_with_cfg(
-            RevCol,
+            LoadableRevCol,
             variant,
             pretrained,
             pretrained_cfg_overlay=overlay,
