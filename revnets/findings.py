@@ -1,0 +1,92 @@
+"""What an analysis shows of itself: progress, a table, a picture, and the numbers in it as CSV."""
+
+from __future__ import annotations
+
+import csv as csv_format
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from revnets.cli import _picture
+from revnets.errors import SpecError
+from revnets.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Png = Annotated[Path, typer.Option(help="Draw into this file: .png, .svg or .pdf.", callback=_picture)]
+Csv = Annotated[
+    Path | None, typer.Option(help="Where the numbers go; beside the picture by default.", show_default=False)
+]
+
+
+def outputs(png: Path, csv: Path | None) -> tuple[Path, Path]:
+    """The two files, looked at before any work is done. The numbers lie beside the picture unless told otherwise.
+
+    Raises:
+        revnets.SpecError: a file could not be written there, or both have one name.
+    """
+    csv = csv or png.with_suffix(".csv")
+    if csv == png:
+        raise SpecError("command line", "--csv", f"{csv} is the picture already", "Give it another name")
+    for option, path in (("--png", png), ("--csv", csv)):
+        folder = path.parent
+        while not folder.exists():
+            folder = folder.parent
+        if path.is_dir():
+            raise SpecError("command line", option, f"{path} is a folder", "Give the name of a file")
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise SpecError("command line", option, f"{folder} is no folder that can be written to", "Give another")
+    return png, csv
+
+
+def deliver(figure: Figure, png: Path, rows: Sequence[Mapping[str, Any]], csv: Path) -> str:
+    """Write both files, each complete or not at all; returns a line that says so.
+
+    Raises:
+        revnets.SpecError: one of them cannot be written.
+    """
+    from revnets.draw import save
+
+    try:
+        save(figure, png)
+        save_csv(rows, csv)
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error})"
+        raise SpecError(str(error.filename or png), "", problem, "Free some space, or give another name") from error
+    return f"wrote {png} and {csv}"
+
+
+def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A line for each row under a line of names, those of the first row; decimal numbers with six digits."""
+    with replacing(path, "w") as file:
+        writer = csv_format.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        writer.writerows(
+            [f"{value:.6g}" if isinstance(value, float) else value for value in row.values()] for row in rows
+        )
+
+
+def print_rows(console: Console, title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Numbers, one row below the other, under a title."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+@contextmanager
+def progress(console: Console, total: int | None) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A bar on a terminal; yields what says what is being done, and what says that one of `total` steps is done."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)

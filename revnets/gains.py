@@ -1,0 +1,187 @@
+"""The gains gamma of a net, of a model or out of a file of weights, and what they cost in lost bits.
+
+Dividing by gamma in the inverse magnifies what x_t = F_t + gamma x_{t-m} has rounded away: the smaller |gamma|, the
+more bits `exact` keeps (`lostbits.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revnets import lostbits
+from revnets.audit import find_columns
+from revnets.cell import add, subtract
+from revnets.errors import SpecError
+from revnets.models import load_model
+
+BEST = ("checkpoints/best.pt", "checkpoint_best.pt")
+"""What is meant by the folder of a run: of `revnets train`, of fairseq."""
+
+AVERAGED, OWN = ("ema", "state_dict_ema"), ("model", "state_dict")
+"""Where checkpoints keep averaged weights, and where those of the model."""
+
+MIN_ABS = 1e-3
+"""The bound of |gamma| that nets have unless told otherwise; files do not say."""
+
+SAMPLES = 2**16
+"""Elements of a cell's state on which lost bits are measured."""
+
+_GAIN = re.compile(r"(?:.*\.)?cells\.(\d+)\.(\d+)\.gain\.weight")
+
+
+class CellGains(NamedTuple):
+    """Of one cell."""
+
+    column: int
+    level: int
+    gamma: Tensor  # |gamma| of every channel, float64; one number if it is not learned
+
+
+class Bits(NamedTuple):
+    """Lost bits of an element of a state."""
+
+    expected: float  # what `exact` is expected to keep (`lostbits.expected_shares`)
+    kept: float  # what it keeps of states and updates that are drawn from N(0, 1)
+    entropy: float  # the least that any code could keep of these
+
+
+def read_gains(source: str, overrides: Sequence[str] = ()) -> list[CellGains]:
+    """The gains of every cell but those of the first column, which has none.
+
+    Args:
+        source: a file of weights (.safetensors, or of `torch.save`: averaged weights are taken if there are any) or the
+            folder of a run, of whatever net; or what `revnets.models.load_model` knows.
+        overrides: of the latter.
+
+    Raises:
+        revnets.SpecError: there is no such thing, it cannot be read, or it has no gains.
+    """
+    path = Path(source)
+    if path.suffix.lower() in (".yaml", ".yml") or not path.exists():
+        gains = gains_of(load_model(source, overrides), source)
+    elif overrides:
+        raise SpecError(source, "", f"weights take no options, such as {overrides[0]}", "Leave them out")
+    else:
+        gains = gains_in(_content(_file(path)))
+    if not gains:
+        raise SpecError(source, "", "it has no gains: no cells past a first column", "Give a net of several columns")
+    return gains
+
+
+def gains_of(model: nn.Module, name: str = "model") -> list[CellGains]:
+    """Of a model with reversible columns.
+
+    Raises:
+        revnets.SpecError: it has none.
+    """
+    try:
+        columns = find_columns(model)
+    except ValueError as error:
+        raise SpecError(name, "", str(error)) from None
+    found = []
+    for node, cell in zip(columns.graph.nodes, columns.flat(), strict=True):
+        if cell.gain is not None:
+            gamma = torch.as_tensor(cell.gain()).detach().double().abs().flatten()
+            found.append(CellGains(node.column, node.level, gamma))
+    return found
+
+
+def gains_in(content: Any) -> list[CellGains]:
+    """In what a file of weights holds: a dict of tensors, or a checkpoint with such dicts."""
+    if not isinstance(content, Mapping):
+        return []
+    found = []
+    for key in (*AVERAGED, *OWN):
+        if isinstance(content.get(key), Mapping) and (found := gains_in(content[key])):
+            return found
+    for name, tensor in content.items():
+        if isinstance(name, str) and isinstance(tensor, Tensor) and (match := _GAIN.fullmatch(name)):
+            gamma = tensor.detach().double().abs().clamp_min(MIN_ABS)
+            found.append(CellGains(int(match[1]), int(match[2]), gamma))
+    return sorted(found, key=lambda cell: (cell.column, cell.level))
+
+
+def lost_bits(gamma: Tensor, samples: int = SAMPLES) -> Bits:
+    """What gains cost per element of a float32 state.
+
+    Args:
+        gamma: |gamma| of every channel.
+        samples: about how many elements are drawn.
+    """
+    shares = torch.tensor([lostbits.expected_shares(value) for value in gamma.tolist()])
+    expected = 4 + float(shares.mean(0) @ torch.tensor([8.0, 16.0, 32.0]))
+    generator = torch.Generator().manual_seed(0)
+    shape = (math.ceil(samples / len(gamma)), len(gamma))
+    past, update = (torch.randn(shape, generator=generator) for _ in range(2))
+    gain = gamma.float()
+    rebuilt = subtract(add(past, update, gain), update, gain)
+    difference = lostbits.bits_of(past) - lostbits.bits_of(rebuilt)
+    p = difference.unique(return_counts=True)[1].double() / difference.numel()
+    kept = 8 * lostbits.encode(past, rebuilt).nbytes / past.numel()
+    return Bits(expected, kept, float(-(p * p.log2()).sum()))
+
+
+def rows(cells: Sequence[CellGains], bits: Sequence[Bits]) -> list[dict[str, int | float]]:
+    """A row for each cell: quantiles of |gamma|, and lost bits."""
+    return [
+        {"column": cell.column, "level": cell.level, "channels": len(cell.gamma)}
+        | _quantiles(cell.gamma)
+        | {"bits_expected": found.expected, "bits_kept": found.kept, "bits_entropy": found.entropy}
+        for cell, found in zip(cells, bits, strict=True)
+    ]
+
+
+def table(cells: Sequence[CellGains], bits: Sequence[Bits]) -> list[dict[str, str]]:
+    """A row for each column, for people; lost bits are the mean over its levels."""
+    result = []
+    for column in sorted({cell.column for cell in cells}):
+        of_column = [pair for pair in zip(cells, bits, strict=True) if pair[0].column == column]
+        spread = _quantiles(torch.cat([cell.gamma for cell, _ in of_column]))
+        kept = sum(found.kept for _, found in of_column) / len(of_column)
+        row = {"column": str(column), **{name: f"{value:.3g}" for name, value in spread.items()}}
+        result.append({**row, "lost bits": f"{kept:.2f}"})
+    return result
+
+
+def _quantiles(gamma: Tensor) -> dict[str, float]:
+    names = ("min", "q25", "median", "q75", "max")
+    return dict(zip(names, gamma.quantile(gamma.new_tensor([0, 0.25, 0.5, 0.75, 1])).tolist(), strict=True))
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in BEST:
+        if (path / name).is_file():
+            return path / name
+    raise SpecError(str(path), "", f"this folder has neither {' nor '.join(BEST)}", "Give a file of weights")
+
+
+def _content(path: Path) -> Any:
+    """What a file holds; nothing in it is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise SpecError(str(path), "", "safetensors is not installed", "pip install safetensors") from None
+    except PermissionError:
+        raise SpecError(str(path), "", "may not be read", "Check its permissions") from None
+    except pickle.UnpicklingError:  # its text recommends to execute the file
+        problem, remedy = (
+            "not a file of weights, or it holds more than plain data",
+            "revnets convert reads official files",
+        )
+        raise SpecError(str(path), "", problem, remedy) from None
+    except Exception as error:  # a damaged file may raise anything
+        raise SpecError(str(path), "", "damaged, cut short, or no file of weights", "Check the file") from error

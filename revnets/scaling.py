@@ -1,0 +1,132 @@
+"""How the memory of a training step grows with the number of columns (figure 4): predicted, and measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from revnets.audit import find_columns
+from revnets.drift import DriftWarning
+from revnets.errors import SpecError
+from revnets.footprint import total
+from revnets.models import load_model
+from revnets.plan import plan
+from revnets.report import size
+from revnets.tracker import MemoryTracker
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Bytes of one training step, without an optimizer."""
+
+    kind: str  # predicted or measured
+    mode: str
+    columns: int
+    batch: int
+    input: str  # shape of a sample
+    dtype: str
+    parameters: int
+    kept: int  # activations between forward and backward
+    peak: int  # most bytes alive at once: weights, gradients, activations
+
+    @property
+    def words(self) -> str:
+        """What step it is about."""
+        return f"batch {self.batch} of {self.input.replace('x', ' x ')}, {self.dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A training step of nets that differ in their number of columns."""
+
+    source: str  # what `revnets.models.load_model` knows, and takes `columns=`
+    overrides: tuple[str, ...]
+    columns: tuple[int, ...]
+    modes: tuple[str, ...]
+    shape: tuple[int, ...]  # of one sample
+    batch: int
+    dtype: torch.dtype  # other than float32 mean autocast
+
+    def model(self, columns: int, device: str = "cpu") -> nn.Module:
+        """The net with that many columns; on the device `meta` it takes no memory."""
+        with torch.device(device):
+            return load_model(self.source, [*self.overrides, f"columns={columns}"])
+
+    def point(self, kind: str, mode: str, columns: int, parameters: int, kept: int, peak: int) -> Point:
+        """What was found about it."""
+        shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
+        return Point(kind, mode, columns, self.batch, shape, dtype, parameters, kept, peak)
+
+
+def predicted(step: Step, tell: Callable[[str], None] = lambda _: None) -> Iterator[Point]:
+    """A point for each number of columns and mode, without building a net.
+
+    Args:
+        step: what is predicted.
+        tell: is told what comes next.
+
+    Raises:
+        revnets.PlanError: the input does not go through the net.
+    """
+    for count in step.columns:
+        tell(f"predicting {count} column{'s' * (count > 1)}")
+        model = step.model(count, "meta")
+        _require_columns(model, step.source)
+        found = plan(model, (step.batch, *step.shape), dtype=step.dtype, optimizer="none", modes=step.modes)
+        for mode in found.modes:
+            yield step.point("predicted", mode.mode, count, mode.parameters, mode.kept, mode.peak)
+
+
+def measured(step: Step, tell: Callable[[str], None] = lambda _: None) -> Iterator[Point]:
+    """The same by real steps on the CPU; every byte of every tensor is counted (`revnets.MemoryTracker`).
+
+    Raises:
+        revnets.SpecError: the input does not go through the net.
+    """
+    for count, mode in product(step.columns, step.modes):
+        tell(f"measuring {count} column{'s' * (count > 1)}, {mode}")
+        torch.manual_seed(0)
+        model = step.model(count)
+        columns = find_columns(model)
+        columns.memory, columns.stored = mode, 0
+        try:
+            found = step_bytes(model, torch.randn(step.batch, *step.shape), step.dtype)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            problem = f"an input of {step.shape} does not go through ({reason})"
+            raise SpecError(step.source, "", problem, "Give --measure-input") from error
+        yield step.point("measured", mode, count, *found)
+
+
+def step_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[int, int, int]:
+    """Bytes of parameters and buffers, bytes kept for backward, and the peak of a forward and backward on the CPU."""
+    with MemoryTracker() as tracker, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DriftWarning)  # bytes are looked at, not gradients
+        tracker.register(model)
+        parameters = tracker.live
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = total(model(x))
+        kept = tracker.live - parameters
+        loss.backward()
+    return parameters, kept, tracker.peak
+
+
+def _require_columns(model: nn.Module, source: str) -> None:
+    try:
+        find_columns(model)
+    except ValueError as error:
+        raise SpecError(source, "", str(error)) from None
+
+
+def table(points: Sequence[Point]) -> list[dict[str, str]]:
+    """A row for each number of columns, for people."""
+    rows: dict[int, dict[str, str]] = {}
+    for point in points:
+        row = rows.setdefault(point.columns, {"columns": str(point.columns), "weights": size(point.parameters)})
+        row |= {f"{point.mode}\nkept": size(point.kept), f"{point.mode}\npeak": size(point.peak)}
+    return list(rows.values())

@@ -1,0 +1,141 @@
+"""How similar are the states of a net to its images, and to their labels: CKA (appendix E, figure 9).
+
+Centered kernel alignment (Kornblith et al. 2019) compares two descriptions of the same n samples by their Gram matrices
+K = X X^T and L = Y Y^T, whatever the number of features:
+
+    CKA(K, L) = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
+
+with the unbiased estimator of HSIC (Song et al. 2012), where the diagonals of K and L are set to 0:
+
+    HSIC(K, L) = [tr(K L) + 1^T K 1 1^T L 1 / ((n - 1)(n - 2)) - 2 / (n - 2) 1^T K L 1] / (n (n - 3))
+
+Over several batches each HSIC is the sum of theirs (Nguyen et al. 2021). As the summands have no bias, the result
+does not depend on how large the batches are but for noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revnets.columns import ReversibleColumns
+from revnets.errors import SpecError
+from revnets.states import observed
+
+LEAST = 4
+"""Samples that the unbiased estimator needs."""
+
+CHUNK = 2**24
+"""Elements that are converted to float64 at a time."""
+
+
+class Similarity(NamedTuple):
+    """CKA of every state with the images and with the labels; NaN where it is not defined."""
+
+    images: Tensor  # (columns, levels), float64
+    labels: Tensor  # (columns, levels)
+    samples: int
+
+    def require_defined(self) -> None:
+        """Refuse a result that says nothing.
+
+        Raises:
+            revnets.SpecError: there were too few images, or all of them had one class.
+        """
+        if self.samples < LEAST:
+            problem = f"{self.samples} images can be read in the batches, and HSIC needs {LEAST}"
+            raise SpecError("command line", "--batch", problem, "Give more")
+        if self.labels.isnan().all():
+            problem = f"all {self.samples} images are of one class, so labels explain nothing"
+            raise SpecError("command line", "--batch", problem, "Give more, or --shuffle")
+
+
+@torch.no_grad()
+def similarity(
+    model: nn.Module,
+    columns: ReversibleColumns,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    tick: Callable[[], None] = lambda: None,
+) -> Similarity:
+    """CKA of the states of a model, over all batches.
+
+    Each state is turned into its Gram matrix as soon as it is there, so no features outlive their batch, nor within a
+    batch the window of states that the forward itself needs.
+
+    Args:
+        model: in evaluation mode.
+        columns: of the model.
+        batches: images (n, C, H, W) and class numbers (n,), on the model's device. Batches of less than `LEAST` images
+            are left out.
+        tick: called after every batch.
+    """
+    total = len(columns.graph.nodes)
+    of_states = torch.zeros(total, 3, dtype=torch.float64)  # HSIC with itself, with images, with labels
+    of_targets = torch.zeros(2, dtype=torch.float64)
+    samples = 0
+    for images, labels in batches:
+        if len(images) < LEAST:
+            continue
+        samples += len(images)
+        targets = [gram(images), (labels[:, None] == labels).double()]  # the latter is that of one-hot labels
+        of_targets += torch.stack([hsic(target, target) for target in targets]).cpu()
+
+        def note(index: int, state: Tensor, targets: list[Tensor] = targets) -> None:
+            kernel = gram(state)
+            of_states[index] += torch.stack([hsic(kernel, other) for other in (kernel, *targets)]).cpu()
+
+        with observed(columns, note):
+            model(images)
+        tick()
+    found = of_states[:, 1:] / (of_states[:, :1] * of_targets).sqrt()
+    found = found.where(found.isfinite(), torch.nan)
+    ragged = -total % columns.graph.m  # a last column may lack its upper levels
+    found = torch.cat([found, found.new_full((ragged, 2), torch.nan)]).unflatten(0, (-1, columns.graph.m))
+    return Similarity(found[..., 0], found[..., 1], samples)
+
+
+def gram(x: Tensor) -> Tensor:
+    """K = X X^T in float64, from features (n, ...) of any dtype; X is never converted as a whole."""
+    x = x.flatten(1)
+    kernel = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+    for part in x.split(max(1, CHUNK // len(x)), dim=1):
+        part = part.double()
+        kernel.addmm_(part, part.T)
+    return kernel
+
+
+def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741 (the letters of the equation)
+    """The unbiased estimate from two symmetric Gram matrices (n, n), n >= 4; their diagonals are not looked at."""
+    n = len(k)
+    k, l = (kernel - kernel.diagonal().diag() for kernel in (k, l))  # noqa: E741
+    rows_k, rows_l = k.sum(1), l.sum(1)
+    sums = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2))
+    return ((k * l).sum() + sums - 2 / (n - 2) * (rows_k @ rows_l)) / (n * (n - 3))
+
+
+def cka(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    """CKA of two Gram matrices of one batch."""
+    return hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
+
+
+def rows(found: Similarity) -> list[dict[str, int | float]]:
+    """A row for each level of each column."""
+    return [
+        {"column": column, "level": level, "images": float(images), "labels": float(labels)}
+        for column, of_column in enumerate(zip(found.images, found.labels, strict=True))
+        for level, (images, labels) in enumerate(zip(*of_column, strict=True))
+    ]
+
+
+def table(found: Similarity) -> list[dict[str, str]]:
+    """A row for each column, for people."""
+    levels = range(found.images.shape[1])
+    return [
+        {"column": str(column)}
+        | {f"images\nlevel {level}": f"{images[level]:.2f}" for level in levels}
+        | {f"labels\nlevel {level}": f"{labels[level]:.2f}" for level in levels}
+        for column, (images, labels) in enumerate(zip(found.images, found.labels, strict=True))
+    ]
