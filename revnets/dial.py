@@ -112,7 +112,10 @@ def _compare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """Warn of an input that the plan in force has not seen."""
     plan = getattr(model, "memory_plan", None)
     columns = find_columns(model)
-    if plan is None or (columns.memory[0], columns.stored) != (plan.chosen.mode, set(plan.chosen.stored)):
+    if plan is None:
+        return
+    chosen = plan.chosen
+    if (list(columns.memory), columns.stored) != (chosen.memory(columns.graph.columns), set(chosen.stored)):
         return  # somebody has set another mode since
     shape = next((tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ())
     if math.prod(shape) > math.prod(plan.input_shape):

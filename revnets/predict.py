@@ -1,8 +1,10 @@
-"""Predicts what a training step of a module takes, and turns one dial until the step fits a budget.
+"""Predicts what a training step of a module takes, and turns two dials until the step fits a budget.
 
-The dial is which cells keep everything (`ReversibleColumns.stored`). Every stored cell saves its own forward in
-backward and costs its activations until backward comes to it; nothing else trades memory for work in `exact`.
-`selection.py` says in which order cells are worth it; how many fit is found by bisection with simulated steps.
+First, some cells keep everything (`ReversibleColumns.stored`): each saves its own replay in backward and costs its
+activations until backward comes to it. `selection.py` says in which order cells are worth it. Then, where there is room
+left, columns keep their states (mode `recompute`) in place of their lost bits, which spares no FLOPs, but the coding;
+columns near the end first, because backward is soon done with them. How many fit is found by bisection with simulated
+steps.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Prediction:
 
     mode: str
     stored: tuple[int, ...]  # indices of the cells that keep everything
+    recomputed: tuple[int, ...]  # columns that keep their states, as in mode `recompute`
     parameters: int  # buffers included
     gradients: int
     optimizer: int
@@ -44,7 +47,21 @@ class Prediction:
 
     @property
     def name(self) -> str:
-        return self.mode if not self.stored else f"{self.mode}, {len(self.stored)} cells stored"
+        return _name(self.mode, self.stored, self.recomputed)
+
+    def memory(self, columns: int) -> list[str]:
+        """The memory mode of each column."""
+        return _memory(self.mode, self.recomputed, columns)
+
+
+def _name(mode: str, stored: Collection[int], recomputed: Collection[int]) -> str:
+    parts = [(stored, "cell", "stored"), (recomputed, "column", "recomputed")]
+    said = [f"{len(part)} {noun}{'s' if len(part) > 1 else ''} {verb}" for part, noun, verb in parts if part]
+    return ", ".join([mode, *said])
+
+
+def _memory(mode: str, recomputed: Collection[int], columns: int) -> list[str]:
+    return [Memory.RECOMPUTE if column in recomputed else mode for column in range(columns)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +81,7 @@ class Plan:
         if self.chosen is None:
             raise PlanError("this plan was made without a budget and has chosen nothing; pass budget=")
         columns = find_columns(model)
-        columns.memory, columns.stored = self.chosen.mode, self.chosen.stored
+        columns.memory, columns.stored = self.chosen.memory(columns.graph.columns), self.chosen.stored
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
@@ -100,10 +117,10 @@ def plan_module(
     _check(optimizer, ranks, sharding)
     with _Predictor(model, inputs, dtype, optimizer, ranks, sharding, progress or (lambda _: None)) as predictor:
         base = predictor.predict("store")
-        rows = tuple(base if mode == "store" else predictor.predict(str(mode), (), base) for mode in modes)
+        rows = tuple(base if mode == "store" else predictor.predict(str(mode), base) for mode in modes)
         limit, chosen = None, None
         if isinstance(budget, Memory):
-            limit = predictor.predict(budget, (), base).peak
+            limit = predictor.predict(budget, base).peak
             chosen = _choose(predictor, base, limit, spare=0.0)  # one prediction against another: both err alike
         elif budget is not None:
             limit, chosen = budget, _choose(predictor, base, budget)
@@ -127,16 +144,24 @@ class _Predictor:
     def __exit__(self, *_: Any) -> None:
         self.columns.memory, self.columns.stored, self.columns.budget = self._found
 
-    def predict(self, mode: str, stored: Collection[int] = (), base: Prediction | None = None) -> Prediction:
-        self.progress(mode if not stored else f"{mode}, {len(stored)} of {self.cells} cells stored")
-        self.columns.memory, self.columns.stored = mode, stored
+    def predict(
+        self,
+        mode: str,
+        base: Prediction | None = None,
+        stored: Collection[int] = (),
+        recomputed: Collection[int] = (),
+    ) -> Prediction:
+        self.progress(_name(mode, stored, recomputed))
+        self.columns.memory = _memory(mode, recomputed, self.columns.graph.columns)
+        self.columns.stored = stored
         try:
             found = simulate(self.model, self.inputs, self.dtype, keep_gradients=not self.sharded)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise PlanError(f"an input of {self.shape} does not go through the net ({reason})") from error
         flops = base.flops if base else found.flops
-        return self._of_one_rank(found, mode, tuple(sorted(stored)), found.flops / max(flops, 1))
+        ways = {"mode": mode, "stored": tuple(sorted(stored)), "recomputed": tuple(sorted(recomputed))}
+        return self._of_one_rank(found, ways, found.flops / max(flops, 1))
 
     def costs(self) -> list[Cost]:
         """What it takes to store each cell. Gradients of sharded weights are gone as soon as they are whole."""
@@ -144,7 +169,7 @@ class _Predictor:
         costs = costs_of_cells(self.model, self.inputs, self.dtype)
         return [replace(cost, gradients=0) for cost in costs] if self.sharded else costs
 
-    def _of_one_rank(self, found: Footprint, mode: str, stored: tuple[int, ...], extra: float) -> Prediction:
+    def _of_one_rank(self, found: Footprint, ways: dict[str, Any], extra: float) -> Prediction:
         """Add to a single process's footprint what the optimizer and the other ranks bring."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in trained)
@@ -163,7 +188,17 @@ class _Predictor:
             parameters = found.parameters
             buckets = gradients if self.ranks > 1 else 0
             peak = parameters + optimizer + buckets + activations
-        return Prediction(mode, stored, parameters, gradients, optimizer, buckets, found.kept, peak, found.flops, extra)
+        return Prediction(
+            **ways,
+            parameters=parameters,
+            gradients=gradients,
+            optimizer=optimizer,
+            buckets=buckets,
+            kept=found.kept,
+            peak=peak,
+            flops=found.flops,
+            extra=extra,
+        )
 
 
 SPARE = 0.01
@@ -171,14 +206,14 @@ SPARE = 0.01
 
 
 def _choose(predictor: _Predictor, base: Prediction, budget: int, spare: float = SPARE) -> Prediction:
-    """The least work under the budget: as many cells as fit, in the order in which storing them pays."""
+    """The least work under the budget: as many stored cells as fit, then the states of as many columns."""
 
     def fits(prediction: Prediction) -> bool:
         return (1 + spare) * prediction.peak <= budget
 
     if base.peak <= budget:
         return base
-    least, batch = predictor.predict("exact", (), base), next(iter(predictor.shape), 1)
+    least, batch = predictor.predict("exact", base), next(iter(predictor.shape), 1)
     if not fits(least):
         static = least.parameters + least.gradients + least.optimizer + least.buckets
         sample = max(least.peak - static, 0) // max(batch, 1)
@@ -191,14 +226,23 @@ def _choose(predictor: _Predictor, base: Prediction, budget: int, spare: float =
         smallest = size(int((1 + spare) * least.peak))
         raise PlanError(f"nothing fits {size(budget)}: the smallest peak is {smallest}. Of it, {turn}")
     cells = order(predictor.costs())
-    best, low, high = least, 0, len(cells)
-    while high - low > 1:
-        middle = (low + high) // 2
-        tried = predictor.predict("exact", cells[:middle], base)
+    best = _most(len(cells) - 1, least, fits, lambda n: predictor.predict("exact", base, cells[:n]))
+    stored, columns = best.stored, range(predictor.columns.graph.columns)
+    return _most(len(columns) - 1, best, fits, lambda n: predictor.predict("exact", base, stored, columns[-n:]))
+
+
+def _most(
+    high: int, best: Prediction, fits: Callable[[Prediction], bool], attempt: Callable[[int], Prediction]
+) -> Prediction:
+    """The attempt with the greatest number, at most `high`, that fits; without any, `best`. By bisection."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = attempt(middle)
         if fits(tried):
             best, low = tried, middle
         else:
-            high = middle
+            high = middle - 1
     return best
 
 
