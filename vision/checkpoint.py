@@ -26,8 +26,8 @@ FORMAT = 2
 KEYS = ("format", "versions", "config", "world", "progress", "scaler", *DIVISIBLE)
 """What a checkpoint holds.
 
-There is no state of the schedule, of the sampler, and of the generators of random numbers: all are functions of the
-seed and of `progress`, see `vision.seeds`.
+Newer ones also have `classes`, their names. There is no state of the schedule, of the sampler, and of the generators of
+random numbers: all are functions of the seed and of `progress`, see `vision.seeds`.
 """
 
 _STEP = re.compile(r"step-(\d+)(\.pt)?")
@@ -147,6 +147,21 @@ def save_file(path: Path, content: Mapping[str, Any]) -> None:
     """
     with replacing(path) as file:
         torch.save(dict(content), file)
+
+
+def in_run(path: Path) -> Path:
+    """The checkpoint that a path means: of the folder of a run the best one, or the last if none is marked as it.
+
+    Raises:
+        CheckpointError: the folder is neither a checkpoint nor a run.
+    """
+    if not path.is_dir() or (path / STATE).exists():
+        return path
+    run = Checkpoints(path / "checkpoints", keep=1)
+    for candidate in (run.best, *reversed(run.all())):
+        if candidate.exists():
+            return candidate
+    raise CheckpointError(path, "this folder holds no checkpoints", "Give a run, or a checkpoint")
 
 
 def step_of(path: Path) -> int:

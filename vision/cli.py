@@ -51,12 +51,22 @@ def evaluate(
     png: Annotated[
         Path | None, typer.Option(help="Draw which class is taken for which: a .png, .svg or .pdf file.")
     ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="For weights alone, official ones too: the recipe of their model and data.")
+    ] = None,
+    subset: Annotated[
+        bool, typer.Option("--subset", help="The data have some of the model's classes: match them by their names.")
+    ] = False,
 ) -> None:
-    """Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one."""
+    """Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one.
+
+    Weights of ImageNet-22K on ImageNet-1K, matched by WordNet ids:
+    revnets eval revcol_base_22k.pth data.root=DIR --config revcol_base_in22k --subset
+    """
     with _one_line_errors():
         from vision.examine import evaluate_checkpoint
 
-        evaluate_checkpoint(checkpoint, overrides or [], png)
+        evaluate_checkpoint(checkpoint, overrides or [], png, config, subset)
 
 
 def reshard(

@@ -15,11 +15,14 @@ from revnets.config import Source, Strict, load
 from revnets.errors import nearest, problem, what
 from revnets.spec import Modes, NetSpec, dump, load_spec
 from vision.datasets import DataConfig, DigitsConfig, ImagesConfig
-from vision.recipe import EmaConfig, MixupConfig, OptimizerConfig, ScheduleConfig
+from vision.recipe import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
 from vision.supervision import SupervisionConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 """Recipes that come with the package: `revnets train digits` means `configs/digits.yaml`."""
+
+FOLDERS = (CONFIGS, CONFIGS / "finetune")
+"""Where recipes are looked for by their names."""
 
 
 class TimmModel(BaseModel):
@@ -64,6 +67,7 @@ class TrainConfig(Strict):
     model: Annotated[NetSpec | TimmModel | str, BeforeValidator(_model)] = Field(examples=["net.yaml"])
     output: str = Field(examples=["runs/mine"], min_length=1)  # folder of this run
     data: DataConfig = DigitsConfig()
+    pretrained: PretrainedConfig | None = None  # what a new run begins with instead of random weights
     memory: Modes | None = None  # memory mode of the columns, one per column, or {budget: 24GiB}
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=64, ge=1)  # images of one forward pass of one process
@@ -173,8 +177,8 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
         revnets.SpecError: names the file, the key, the value and the remedy.
     """
     if not isinstance(source, Mapping):
-        recipe = CONFIGS / f"{source}.yaml"
-        source = recipe if recipe.is_file() and not Path(source).exists() else Path(source)
+        recipe = next((path for folder in FOLDERS if (path := folder / f"{source}.yaml").is_file()), None)
+        source = recipe if recipe and not Path(source).exists() else Path(source)
     inner = [text for text in overrides if text.strip().startswith("model.")]
     outer = [text for text in overrides if text not in inner]
     model = load(_ModelKey, source, outer).model

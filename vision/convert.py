@@ -33,7 +33,7 @@ from vision.official import (
     to_ours,
 )
 from vision.supervision import Supervised, SupervisionConfig
-from vision.weights import Weights, read, select
+from vision.weights import Weights, classes_in, read, select
 
 LAYOUTS = ("classification", "detection", "segmentation")
 """Official layouts that can be written. The last two are the same: tensors below `backbone.`, in `state_dict`."""
@@ -117,7 +117,7 @@ def skeleton(source: Weights, spec: NetSpec) -> tuple[RevCol | Supervised, dict[
     """
     stem = _official(source).get("stem.0.weight")
     options = {
-        "num_classes": _classes(source),
+        "num_classes": classes_in(source.tensors),
         "in_chans": stem.shape[1] if stem is not None and stem.dim() == 4 else 3,
     }
     net = RevCol(spec, options["num_classes"], options["in_chans"], device="meta")
@@ -141,14 +141,6 @@ def _official(source: Weights) -> dict[str, Tensor]:
         return source.tensors
     found = {key: official_name(key, BACKBONE) for key in source.tensors}
     return {name[0]: source.tensors[key] for key, name in found.items() if name is not None}
-
-
-def _classes(source: Weights) -> int:
-    """How many classes a file is for; 0 if it has no classifier."""
-    for key in ("cls.classifier.1.bias", "cls_blocks.3.classifier.1.bias", "head.fc.bias"):
-        if key in source.tensors:
-            return source.tensors[key].numel()
-    return 1000 if any(key.startswith(("cls", "head.fc")) for key in source.tensors) else 0
 
 
 def ours_of(source: Weights, names: Names, allow: Sequence[str], path: Path | str, model: str) -> dict[str, Tensor]:

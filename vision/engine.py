@@ -11,7 +11,7 @@ import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
-from vision import checkpoint, parts
+from vision import checkpoint, finetune, parts
 from vision.config import TrainConfig
 from vision.evaluate import Metrics, evaluate
 from vision.imageset import ImageData
@@ -32,9 +32,11 @@ class Engine:
 
     Attributes:
         note: what there is to say about the memory mode, if it was planned.
+        beginning: what there is to say about the pretrained weights, if there are any.
 
     Raises:
         revnets.SpecError: the configuration does not fit the data or the machine.
+        CheckpointError: there are no such pretrained weights, or they are of another model.
     """
 
     def __init__(self, config: TrainConfig, data: ImageData, updates_per_epoch: int, world: World | None = None):
@@ -44,7 +46,9 @@ class Engine:
         images = config.batch_size * self.passes
         self.device = parts.choose_device(config.device, self.world)
         seed_all(config.seed)  # the same weights in every process
-        self.task = parts.build_task(config, parts.build_model(config, data), data, self.device)
+        model = parts.build_model(config, data)
+        self.beginning = config.pretrained and finetune.begin(model, config.pretrained, data.classes, self.world)
+        self.task = parts.build_task(config, model, data, self.device)
         self.note = parts.keep_budget(config, plain(self.task.get_trainable_module()), data, self.world)
         if config.compile is not None:
             parts.compile_cells(self.model, config.compile)

@@ -41,6 +41,7 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     tick: Callable[[], None] = lambda: None,
     distributed: bool = False,
+    subset: Callable[[Tensor], Tensor] | None = None,
 ) -> Metrics:
     """Run the model over a validation set. It is in evaluation mode meanwhile and gets its own mode back.
 
@@ -50,6 +51,7 @@ def evaluate(
         loader: images and class numbers; images of class -1 do not count.
         tick: called after every batch; whatever it raises ends the evaluation.
         distributed: every process has its share of the set, and all get the metrics of the whole.
+        subset: from the model's scores to those of the `num_classes` classes of the data (`vision.labels.Subset`).
     """
     stops = model.stops if isinstance(model, Supervised) else [Stop(0, 0.0, 1.0)]
     evaluator = HeadsEvaluator(stops, device=device)
@@ -65,6 +67,8 @@ def evaluate(
             counts = labels >= 0
             labels, of_heads = labels[counts], output.logits if isinstance(output, Outputs) else {0: output}
             of_heads = {column: scores[counts] for column, scores in of_heads.items()}
+            if subset is not None:
+                of_heads = {column: subset(scores) for column, scores in of_heads.items()}
             evaluator.update(Outputs(of_heads, {}), labels)
             seen += len(labels)
             if confusion is not None:

@@ -2,62 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from revnets import SpecError
 from revnets.draw import FORMATS, save
-from vision import checkpoint, parts
-from vision.config import load_config
+from vision import checkpoint, convert, finetune, labels, parts, weights
+from vision.config import TrainConfig, load_config
 from vision.data import load_data, val_loader
+from vision.datasets import ImagesConfig
 from vision.errors import CheckpointError
 from vision.evaluate import Metrics, evaluate
 from vision.figures import confusion_figure
+from vision.imageset import ImageData
 from vision.parallel import plain
+from vision.world import World
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), png: Path | None = None) -> dict[str, Metrics]:
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is evaluated: sets of weights, and the configuration that says on what.
+
+    Attributes:
+        path: where they come from.
+        sets: tensors of the model and of heads at its columns, by `raw` and `ema`.
+        classes: names of the model's classes, if the file has them.
+        is_run: is it a checkpoint of `revnets train`? Other files hold weights alone, under any names.
+    """
+
+    path: Path
+    config: TrainConfig
+    sets: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+    classes: tuple[str, ...] | None
+    is_run: bool
+
+
+def evaluate_checkpoint(
+    path: Path,
+    overrides: Sequence[str] = (),
+    png: Path | None = None,
+    recipe: str | None = None,
+    by_name: bool = False,
+) -> dict[str, Metrics]:
     """Print the metrics of every set of weights that a checkpoint holds.
 
     Args:
-        path: a checkpoint, or the folder of a run: then its best one, or the last if none is marked as the best.
+        path: a checkpoint, or the folder of a run: then its best one, or the last if none is marked as the best. Or,
+            with `recipe`, a file of weights alone, ours or an official one.
         overrides: of the run's configuration, such as `batch_size=256`.
         png: where to draw the confusion of the weights that count, the averaged ones if there are any.
+        recipe: a YAML of a run, or the name of a recipe, with the model and the data of the weights.
+        by_name: the classes of the data are some of the model's, and are matched by name (`vision.labels`).
 
     Raises:
         vision.checkpoint.CheckpointError: there is no such checkpoint, or it cannot be used.
-        revnets.SpecError: an override is wrong, or `png` has another suffix than those of pictures.
+        revnets.SpecError: an override is wrong, `png` has another suffix than those of pictures, or classes do not fit.
     """
     if png is not None and png.suffix.lower().removeprefix(".") not in FORMATS:
         raise SpecError("command line", "--png", f"{png} is no picture", f"Let it end in .{', .'.join(FORMATS)}")
-    path = _checkpoint_of(path)
-    state = checkpoint.read(path)
-    config = load_config(state["config"], overrides)
-    device = parts.choose_device(config.device)
+    console = Console()
+    given = _of_run(path, overrides) if recipe is None else _of_weights(path, recipe, overrides)
+    config, device = given.config, parts.choose_device(given.config.device)
+    if by_name and not any(text.strip().startswith("data.num_classes") for text in overrides):
+        config = _without_count(config)
     data = load_data(config.data, config.seed)
-    task = parts.build_task(config.model_copy(update={"ema": None}), parts.build_model(config, data), data, device)
+    chosen, known = _known(given, data, by_name, console)
+    task = parts.build_task(config.model_copy(update={"ema": None}), parts.build_model(config, known), known, device)
     module, model = plain(task.get_trainable_module()), plain(task.get_eval_model())
     autocast = parts.build_autocast(config.amp, device)
     batches = val_loader(config, data)
     table = Table()
     for heading in ("weights", "top-1 %", "top-5 %", "loss"):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
-    console, found = Console(), {}
-    for name, key, heads in (("raw", "model", "heads"), ("ema", "ema", "heads_ema")):
-        if state[key] is not None:
-            checkpoint.load_weights(model, state[key], path)
-            checkpoint.load_heads(module, state[heads], path)
-            bar = track(batches, name, console=console, transient=True, disable=not console.is_terminal)
-            found[name] = metrics = evaluate(module, bar, len(data.classes), device, autocast)
-            for row in _rows(name, metrics):
-                table.add_row(*row)
+    found = {}
+    for name, (tensors, heads) in given.sets.items():
+        fitting = tensors if given.is_run else finetune.fitted(tensors, model, str(given.path))
+        checkpoint.load_weights(model, fitting, given.path)
+        checkpoint.load_heads(module, heads, given.path)
+        bar = track(batches, name, console=console, transient=True, disable=not console.is_terminal)
+        found[name] = metrics = evaluate(module, bar, len(data.classes), device, autocast, subset=chosen)
+        for row in _rows(name, metrics):
+            table.add_row(*row)
     counting = list(found.values())[-1]
     unread = max(0, len(data.val) - counting.images)  # a stream may not know its length
-    text = f"{path}, {counting.images} images" + (f"; {unread} more cannot be read" if unread else "")
+    text = f"{given.path}, {counting.images} images" + (f"; {unread} more cannot be read" if unread else "")
     console.print(text, soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     if png is not None:
@@ -70,6 +105,62 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), png: Path | N
     return found
 
 
+def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
+    path = checkpoint.in_run(path)
+    if path.suffix in convert.SUFFIXES and path.exists():
+        remedy = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
+        raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy)
+    state = checkpoint.read(path)
+    sets = {
+        name: (state[model], state[heads])
+        for name, model, heads in (("raw", "model", "heads"), ("ema", "ema", "heads_ema"))
+        if state[model] is not None
+    }
+    classes = tuple(state["classes"]) if "classes" in state else None
+    return Candidate(path, load_config(state["config"], overrides), sets, classes, is_run=True)
+
+
+def _of_weights(path: Path, recipe: str, overrides: Sequence[str]) -> Candidate:
+    config = load_config(recipe, overrides).model_copy(update={"supervision": None})
+    content, _ = finetune.find(str(path), World())
+    sets = {"raw": weights.tensors_in(content, "raw", path)}
+    with suppress(CheckpointError):  # it has no averaged ones
+        sets["ema"] = weights.tensors_in(content, "ema", path)
+    return Candidate(path, config, {name: (tensors, {}) for name, tensors in sets.items()}, None, is_run=False)
+
+
+def _without_count(config: TrainConfig) -> TrainConfig:
+    """Let the data themselves say how many classes they have."""
+    if not isinstance(config.data, ImagesConfig):
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"num_classes": None})})
+
+
+def _known(
+    given: Candidate, data: ImageData, by_name: bool, console: Console
+) -> tuple[labels.Subset | None, ImageData]:
+    """How scores become those of the classes of the data, and the data as if they had all classes of the model."""
+    count = len(given.classes) if given.classes else weights.classes_in(given.sets["raw"][0])
+    if not by_name:
+        if count and count != len(data.classes):
+            problem = f"the weights are for {count} classes, the data have {len(data.classes)}"
+            remedy = "If these are some of the model's, add --subset, which matches them by name"
+            raise SpecError("command line", "--subset", problem, remedy)
+        named = sum(not name.isdecimal() for name in data.classes)
+        if 0 < named < len(data.classes):
+            text = f"data.num_classes is {len(data.classes)}, but the data name {named} classes, here the first ones."
+            console.print(f"{text} To match them by name, add --subset", style="yellow", soft_wrap=True)
+        return None, data
+    known = given.classes or labels.imagenet_classes(count)
+    chosen = labels.subset(known, data.classes)
+    text = f"{len(data.classes) - len(chosen.unknown)} of {len(known)} classes"
+    if chosen.unknown:
+        names = ", ".join(chosen.unknown[:3]) + ", ..." * (len(chosen.unknown) > 3)
+        text += f"; {len(chosen.unknown)} of the data ({names}) are unknown to the model, their images count as wrong"
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    return chosen, replace(data, classes=known)
+
+
 def _rows(name: str, metrics: Metrics) -> Iterator[tuple[str, str, str, str]]:
     """A row for each head at an earlier column, and one for the model's own."""
     columns = [key.removeprefix("top1_") for key in metrics.heads if key.startswith("top1_")]
@@ -77,13 +168,3 @@ def _rows(name: str, metrics: Metrics) -> Iterator[tuple[str, str, str, str]]:
         top1, top5, loss = (metrics.heads[f"{key}_{column}"] for key in ("top1", "top5", "loss"))
         yield f"{name}, column {column}", f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}"
     yield name, f"{metrics.top1:.2f}", f"{metrics.top5:.2f}", f"{metrics.loss:.4f}"
-
-
-def _checkpoint_of(path: Path) -> Path:
-    if not path.is_dir() or (path / "state.pt").exists():
-        return path
-    run = checkpoint.Checkpoints(path / "checkpoints", keep=1)
-    for candidate in (run.best, *reversed(run.all())):
-        if candidate.exists():
-            return candidate
-    raise CheckpointError(path, "this folder holds no checkpoints", "Give a run, or a checkpoint")

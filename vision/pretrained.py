@@ -10,6 +10,7 @@ from timm.models import load_pretrained
 from torch import Tensor
 
 from vision.convert import names_in, ours_of, skeleton
+from vision.kernels import fit_kernels
 from vision.model import RevCol
 from vision.official import HEADS, check
 from vision.vit import resized
@@ -37,12 +38,14 @@ def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str,
     """What timm calls with the content of a file, and gets weights for `model` from.
 
     The official names become ours, heads of intermediate supervision are left out, a classifier that is not in the file
-    stays as it is in the model, and position embeddings are interpolated to the model's size of image.
+    stays as it is in the model, kernels are padded to the model's size, and position embeddings are interpolated to its
+    size of image.
 
     Raises:
         vision.errors.CheckpointError: the file is of another model.
     """
     found, name = select(content), _cfg(model).get("architecture", "this model")
+    found = found._replace(tensors=fit_kernels(found.tensors, model.state_dict()))
     state = found.tensors
     if found.layout != "ours":
         net, _ = skeleton(found, model.spec)

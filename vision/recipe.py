@@ -1,4 +1,4 @@
-"""Optimizer, schedule, averaged weights and mixup, as the YAML of a training run names them."""
+"""Optimizer, schedule, averaged and pretrained weights, mixup, as the YAML of a training run names them."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ class EmaConfig(Strict):
 
     decay: float = Field(default=0.9999, gt=0, lt=1)
     warmup: bool = True  # begin with a small decay
+
+
+class PretrainedConfig(Strict):
+    """Weights that a new run begins with, for fine-tuning; a run that is resumed has its own."""
+
+    source: str = Field(min_length=1, examples=["revcol_base_22k.pth"])  # a file, a run's folder, or a name of timm's
+    weights: Literal["raw", "ema"] = "raw"  # of a checkpoint that has both
+    head: Literal["auto", "new"] = "auto"  # auto: the file's classifier, if it is for the classes of the data
+    head_init_scale: float = Field(default=1e-3, ge=0)  # by which a new classifier's first weights are multiplied
 
 
 class MixupConfig(Strict):

@@ -12,7 +12,7 @@ from vision.config import TrainConfig
 from vision.errors import CheckpointError
 from vision.world import World
 
-FIXED = ("seed", "data", "batch_size", "optimizer", "supervision")
+FIXED = ("seed", "data", "batch_size", "optimizer", "supervision", "pretrained")
 """Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.
 
 Of the optimizer the learning rate is free, since the schedule sets it.
@@ -73,7 +73,7 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
     """
     new, old = config.plain(), state["config"]
     for key in FIXED:
-        ours, theirs = new[key], old[key]
+        ours, theirs = new[key], old.get(key)
         if key == "optimizer":
             ours, theirs = {**ours, "lr": None}, {**theirs, "lr": None}
         if ours != theirs:

@@ -36,7 +36,9 @@ class Trainer:
         world: the processes of the run; each has a trainer. The first alone prints, logs and saves.
 
     Raises:
-        revnets.SpecError: the configuration does not fit the data or the machine.
+        revnets.SpecError: the configuration does not fit the data or the machine, or the folder holds a run that this
+            one would overwrite.
+        CheckpointError: the checkpoint to go on from, or pretrained weights, cannot be used.
     """
 
     def __init__(self, config: TrainConfig, console: Console | None = None, world: World | None = None):
@@ -47,9 +49,12 @@ class Trainer:
         self.data = load_data(config.data, config.seed, notes, self.world)
         self.batches = TrainBatches(config, self.data, self.world)
         self.val_batches = val_loader(config, self.data, self.world)
-        self.engine = Engine(config, self.data, self.batches.updates, self.world)
         sharded = config.checkpoint == "sharded" and self.world.size > 1
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep, sharded, self.world)
+        # The main process decides from which file the run goes on; then pretrained weights are not needed any more.
+        self.resumed = self.world.by_main(lambda: resume.find(config, self.world, self.checkpoints.all(), self._warn))
+        anew = config if self.resumed is None else config.model_copy(update={"pretrained": None})
+        self.engine = Engine(anew, self.data, self.batches.updates, self.world)
         self.progress, self.losses = Progress(), Losses(self.world)
         self.top1 = -1.0  # of the last validation, percent
 
@@ -60,10 +65,12 @@ class Trainer:
             TrainingError: the loss is not finite.
             DataError: images cannot be read.
             CheckpointError: a checkpoint cannot be written, read or used.
-            revnets.SpecError: the folder holds a run that this one would overwrite, or that it does not continue.
+            revnets.SpecError: the folder holds a run that this one does not continue.
         """
         self._resume()
         self.world.by_main(self._write_config)
+        if self.engine.beginning:
+            self._say(f"Begins with {self.engine.beginning}")
         if self.engine.note:
             self._say(f"Memory: {self.engine.note}")
         with StopSignals(self.world) as stop, self._reporting() as (record, display):
@@ -149,14 +156,15 @@ class Trainer:
             "versions": checkpoint.versions(),
             "config": self.config.plain(),
             "world": self.world.size,
+            "classes": list(self.data.classes),
             "progress": self.progress.plain(self.losses),
             **self.engine.state(),
         }
         return self.checkpoints.save(state, best)
 
     def _resume(self) -> None:
-        """Load what `resume` says; the main process decides which file that is."""
-        path = self.world.by_main(lambda: resume.find(self.config, self.world, self.checkpoints.all(), self._warn))
+        """Load the checkpoint from which the run goes on."""
+        path = self.resumed
         if path is None:
             return
         state = checkpoint.read(path, self.world)

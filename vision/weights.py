@@ -97,25 +97,43 @@ def select(content: Any, weights: str = "raw", path: Path | str = "weights") -> 
     Raises:
         CheckpointError: it does not hold them.
     """
-    if not isinstance(content, Mapping):
-        raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
-    state = _chosen(content, weights, path)
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(path, f"{name!r} is no tensor", "Give a checkpoint of RevCol")
-    for wrapper in ("module.", "_orig_mod."):
-        if state and all(name.startswith(wrapper) for name in state):
-            state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    state = tensors_in(content, weights, path)
     if any(name.startswith("backbone.subnet") for name in state):
         around = tuple(name for name in state if not name.startswith("backbone."))
         inside = {name.removeprefix("backbone."): value for name, value in state.items() if name not in set(around)}
         return Weights(inside, "backbone", around)
     if any(name.startswith("subnet") for name in state):
         is_headless = not any(name.startswith("cls") for name in state)
-        return Weights(dict(state), "backbone" if is_headless else "classification")
+        return Weights(state, "backbone" if is_headless else "classification")
     if any(name.startswith("columns.cells.") for name in state):
-        return Weights(dict(state), "ours")
+        return Weights(state, "ours")
     raise CheckpointError(path, "it holds no columns of RevCol", "Give a checkpoint of RevCol")
+
+
+def tensors_in(content: Any, weights: str = "raw", path: Path | str = "weights") -> dict[str, Tensor]:
+    """The tensors in what a file holds, of RevCol or of any other model; see `select`.
+
+    Raises:
+        CheckpointError: it does not hold them.
+    """
+    if not isinstance(content, Mapping):
+        raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
+    state = dict(_chosen(content, weights, path))
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(path, f"{name!r} is no tensor", "Give a checkpoint of RevCol")
+    for wrapper in ("module.", "_orig_mod."):
+        if state and all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    return state
+
+
+def classes_in(tensors: Mapping[str, Tensor]) -> int:
+    """How many classes the weights of a RevCol are for, under our names or the official ones; 0: no classifier."""
+    for key in ("cls.classifier.1.bias", "cls_blocks.3.classifier.1.bias", "head.fc.bias"):
+        if key in tensors:
+            return tensors[key].numel()
+    return 1000 if any(key.startswith(("cls", "head.fc")) for key in tensors) else 0
 
 
 def _chosen(content: Mapping[str, Any], weights: str, path: Path | str) -> Mapping[str, Any]:

@@ -1,0 +1,166 @@
+"""Weights that a run begins with: of files, of other runs, or fetched by timm; fitted to the model of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from revnets.errors import nearest
+from revnets.net import Net
+from vision import checkpoint
+from vision.errors import CheckpointError, first_line
+from vision.kernels import fit_kernels
+from vision.model import RevCol
+from vision.official import MismatchError, check
+from vision.pretrained import checkpoint_filter_fn
+from vision.recipe import PretrainedConfig
+from vision.weights import read, tensors_in
+from vision.world import World
+
+
+def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], world: World | None = None) -> str:
+    """Put pretrained weights into a new model.
+
+    Everything but the classifier must be there and fit. Heads of intermediate supervision are left out. Kernels of a
+    RevCol that are smaller than the model's are padded (`vision.kernels`), the first convolution and position
+    embeddings are adapted as timm does it.
+
+    Args:
+        classes: of the data, in the order of the model's scores.
+        world: the processes of the run; the first fetches what has to be fetched.
+
+    Returns:
+        A sentence about what was done.
+
+    Raises:
+        CheckpointError: there are no such weights, they are damaged, or of another model.
+    """
+    content, name = find(config.source, world or World())
+    given = tensors_in(content, config.weights, name)
+    state = fitted(given, model, name)
+    names = content.get("classes") if isinstance(content.get("classes"), list) else None
+    heads = classifiers(model)
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(heads)}
+    is_kept = (
+        config.head == "auto"
+        and (names is None or tuple(names) == tuple(classes))
+        and all(key in state and state[key].shape == tensor.shape for key, tensor in own.items())
+    )
+    if not is_kept:
+        state = {key: tensor for key, tensor in state.items() if key not in own}
+        _scale_classifier(model, config.head_init_scale)
+    model.load_state_dict(state, strict=False)
+    head = "its classifier" if is_kept else f"a new classifier for {len(classes)} classes"
+    return f"{config.weights} weights of {name} and {head}{_about_kernels(given, model)}"
+
+
+def find(source: str, world: World) -> tuple[Mapping[str, Any], str]:
+    """What a file, a checkpoint in shards, the best checkpoint of a run, or a name of timm's stands for; and its name.
+
+    Raises:
+        CheckpointError: there is nothing of that name, or it is damaged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = checkpoint.in_run(path)
+        content = checkpoint.read(path) if path.is_dir() else read(path)
+    elif path.exists():
+        content = read(path)
+    elif timm.is_model_pretrained(source):
+        world.by_main(lambda: None if world.size == 1 else _fetched(source).clear())  # into the cache, once
+        return _fetched(source), source
+    else:
+        remedy = nearest(source, timm.list_pretrained("revcol*"), "Give a file, the folder of a run, or a name:")
+        raise CheckpointError(source, "there is no such file", remedy)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
+    return content, str(path)
+
+
+def _fetched(name: str) -> dict[str, Tensor]:
+    """The released weights of a name of timm's registry, under its own names."""
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # no network, no room, no such file any more
+        problem = f"cannot be fetched ({first_line(error)})"
+        raise CheckpointError(name, problem, "Fetch the file yourself, docs/weights.md names it, and give it") from None
+
+
+def fitted(given: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:
+    """Weights of a file under the names and in the shapes of a model, but for the classifier, which may be another.
+
+    Raises:
+        CheckpointError: they are those of another model.
+    """
+    own, heads = model.state_dict(), classifiers(model)
+    try:
+        state = fit_kernels(dict(given), own)
+        if isinstance(model, RevCol):
+            has_head = any(key.startswith(("cls", *heads)) for key in state)
+            state = checkpoint_filter_fn(state, model)
+            if not has_head:
+                state = {key: tensor for key, tensor in state.items() if not key.startswith(heads)}
+        state = _with_channels(state, model)
+        expected = {key: tuple(tensor.shape) for key, tensor in own.items() if not key.startswith(heads)}
+        rest = {key: tensor for key, tensor in state.items() if not key.startswith(heads)}
+        check(expected, rest)
+    except MismatchError as error:
+        first, more = error.problems[0], len(error.problems) - 1
+        problem = f"not the weights of {name_of(model)}: {first}" + (f", and {more} more" if more else "")
+        raise CheckpointError(path, problem, "Give a file of this model, or set `model` to that of the file") from None
+    except CheckpointError as error:
+        raise CheckpointError(path, error.problem, error.remedy) from None
+    return state
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """How the names of a model's classifier begin."""
+    if isinstance(model, (RevCol, Net)):
+        return ("head.",)
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def name_of(model: nn.Module) -> str:
+    """What a model is called in timm."""
+    return getattr(model, "pretrained_cfg", {}).get("architecture") or "this net"
+
+
+def _with_channels(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The first convolution for images with as many channels as the model's: timm's sums and copies."""
+    first = getattr(model, "pretrained_cfg", {}).get("first_conv") or "stem.conv"
+    name, own = f"{first}.weight", dict(model.named_parameters()).get(f"{first}.weight")
+    given = state.get(name)
+    if own is None or given is None or given.dim() != 4 or given.shape[1] == own.shape[1]:
+        return state
+    return {**state, name: adapt_input_conv(own.shape[1], given, base_chans=given.shape[1])}
+
+
+@torch.no_grad()
+def _scale_classifier(model: nn.Module, scale: float) -> None:
+    if isinstance(model, Net):
+        layers = [layer for layer in (model.head or nn.Identity()).modules() if isinstance(layer, nn.Linear)][-1:]
+    else:
+        layers = [model.get_classifier()]  # pyright: ignore[reportCallIssue]
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.mul_(scale)
+
+
+def _about_kernels(given: Mapping[str, Tensor], model: nn.Module) -> str:
+    def sizes(tensors: Mapping[str, Tensor]) -> set[int]:
+        names = (key for key in tensors if ".blocks." in key and key.endswith("dwconv.weight"))
+        return {tensors[key].shape[-1] for key in names if not key.startswith("decoder")}
+
+    before, now = sizes(given), sizes(model.state_dict())
+    return "" if before == now else f"; kernels of {_listed(before)} in the middle of {_listed(now)}"
+
+
+def _listed(sizes: set[int]) -> str:
+    return " and ".join(map(str, sorted(sizes)))
