@@ -134,16 +134,26 @@ class RevCol(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need; returns the indices of the levels kept."""
+        """Remove what `forward_intermediates(indices=...)` does not need; returns the indices of the levels kept.
+
+        Cells above the highest level of the last column go. Those of earlier columns that no level kept depends on must
+        stay in the sequence; they are frozen, so that every parameter that can be trained gets a gradient.
+        """
         take, highest = feature_take_indices(len(self.feature_info), indices)
         pruned = highest < len(self.feature_info) - 1
         if pruned:
             self.columns = shortened(self.columns, highest + 1)
+            freeze_idle(self.columns, highest + 1)
             self.num_features = self.head_hidden_size = self.feature_info[highest]["num_chs"]
         if prune_head or pruned:
             self.head.reset(0, "", reset_other=True, in_features=self.num_features)
             self.num_classes = 0
         return take
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(
+            "RevCol is wired at run time, which TorchScript cannot read; use torch.export or torch.jit.trace"
+        )
 
     # ------------------------------------------------------------------------------------------------ classifier
 
@@ -218,3 +228,14 @@ def shortened(columns: ReversibleColumns, levels: int) -> ReversibleColumns:
     result = ReversibleColumns(Graph(graph.m, graph.nodes[:length]), columns.flat()[:length], columns.memory)
     result.stored = [index for index in columns.stored if index < length]
     return result
+
+
+def freeze_idle(columns: ReversibleColumns, levels: int) -> None:
+    """Freeze the cells that none of the last `levels` states depends on."""
+    nodes = columns.graph.nodes
+    needed = {node.index for node in nodes[-levels:]}
+    for node in reversed(nodes):
+        if node.index in needed:
+            needed.update(node.reads if node.residual is None else (*node.reads, node.residual))
+        else:
+            columns.flat()[node.index].requires_grad_(False)

@@ -1,0 +1,82 @@
+"""The family leaves Python: compiled, exported, traced, as ONNX; and what TorchScript is told."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch.export import Dim
+from torch.testing import assert_close
+
+import vision
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+    ),
+]
+STRIDES = {"test_revcol": 32, "test_revcol_vit": 16}
+"""Of the coarsest level: exported images have multiples of it as their sides."""
+
+
+@pytest.fixture(params=STRIDES)
+def model(request: pytest.FixtureRequest) -> vision.RevCol:
+    torch.manual_seed(0)
+    model = timm.create_model(request.param, num_classes=11, columns=2, depths=(1, 1, 1, 1)).eval()
+    for name, parameter in model.named_parameters():  # or the branches, scaled down by 1e-6, would not be seen
+        if name.endswith("scale.gamma"):
+            parameter.data.fill_(1.0)
+    return model
+
+
+def sizes(model: vision.RevCol) -> tuple[tuple[int, int], dict[int, Dim], list[tuple[int, int]]]:
+    """Sides of an example, free axes, and sides to try."""
+    stride = STRIDES[model.pretrained_cfg["architecture"]]
+    free = {0: Dim("batch", max=64), 2: stride * Dim("rows", max=16), 3: stride * Dim("columns", max=16)}
+    return (2 * stride, 3 * stride), free, [(2 * stride, 3 * stride), (3 * stride, 2 * stride)]
+
+
+@torch.no_grad()
+def test_compiled(model: vision.RevCol) -> None:
+    torch.compiler.reset()
+    other = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for batch in (2, 3):
+        x = torch.randn(batch, 3, 64, 96)
+        assert_close(other(x), model(x))
+
+
+@torch.no_grad()
+def test_traced(model: vision.RevCol) -> None:
+    other = torch.jit.trace(model, (torch.randn(2, 3, 64, 96),))
+    x = torch.randn(3, 3, 64, 96)
+    assert_close(other(x), model(x))
+
+
+@torch.no_grad()
+def test_exported_for_any_batch_and_sides(model: vision.RevCol) -> None:
+    example, free, tried = sizes(model)
+    other = torch.export.export(model, (torch.randn(2, 3, *example),), dynamic_shapes=(free,)).module()
+    for batch, sides in zip((1, 3), tried, strict=True):
+        x = torch.randn(batch, 3, *sides)
+        assert_close(other(x), model(x))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_for_any_batch_and_sides(model: vision.RevCol) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    example, free, tried = sizes(model)
+    x = torch.randn(2, 3, *example)
+    proto = torch.onnx.export(model, (x,), dynamo=True, verbose=False, dynamic_shapes=(free,)).model_proto
+    other = ReferenceEvaluator(proto)
+    for batch, sides in zip((1, 3), tried, strict=True):
+        x = torch.randn(batch, 3, *sides)
+        (out,) = other.run(None, {proto.graph.input[0].name: x.numpy()})
+        assert_close(torch.from_numpy(out), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_script_says_what_to_take_instead() -> None:
+    for features in (False, True):
+        with pytest.raises(TypeError, match="TorchScript cannot read"):
+            torch.jit.script(timm.create_model("test_revcol", features_only=features))
