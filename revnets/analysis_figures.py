@@ -70,8 +70,8 @@ def _draw_memory(axes: Axes, lines: Sequence[Point], markers: Sequence[Point]) -
     axes.plot([point.columns for point in first], weights, color=INK, linestyle=":", linewidth=1)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
+    axes.set_xticks(sorted({point.columns for point in [*lines, *markers]}))
     _quiet(axes, "columns", name)
-    _whole_numbers(axes)
 
 
 def gains_figure(cells: Sequence[CellGains], bits: Sequence[Bits]) -> Figure:

@@ -29,11 +29,11 @@ def memory(
     input_shape: InputShape = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of the step that is predicted.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 for autocast.")] = "bfloat16",
-    measure_columns: Annotated[str, typer.Option(help="Numbers of columns that are built and run.")] = "1,2,4,6,8",
+    measure_columns: Annotated[str, typer.Option(help="Numbers of columns that are built and run.")] = "1,2,4,8",
     measure_input: Annotated[
         str | None, typer.Option(help="Shape of a sample there; 64 x 64 for larger images.", show_default=False)
     ] = None,
-    measure_batch: Annotated[int, typer.Option(min=1, help="Samples of the step that is measured.")] = 8,
+    measure_batch: Annotated[int, typer.Option(min=1, help="Samples of the step that is measured.")] = 32,
     png: Png = Path("memory.png"),
     csv: Csv = None,
 ) -> None:

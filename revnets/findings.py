@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from revnets.cli import _picture
 from revnets.errors import SpecError
 from revnets.files import replacing
+from revnets.report import _table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,11 +76,10 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def print_rows(console: Console, title: str, rows: Sequence[Mapping[str, str]]) -> None:
     """Numbers, one row below the other, under a title."""
-    table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="right")
+    table = _table("", list(rows[0]), left=0)
     for row in rows:
         table.add_row(*row.values())
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
     console.print(table)
 
 

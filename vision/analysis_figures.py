@@ -102,5 +102,5 @@ def _overlay(grey: np.ndarray, heat: Tensor) -> np.ndarray:
     low, high = heat.min(), heat.max()
     share = ((heat - low) / (high - low) if high > low else torch.zeros_like(heat)).numpy()[..., None]
     colours = colormaps["inferno"](share[..., 0])[..., :3]
-    opacity = 0.25 + 0.55 * share
+    opacity = 0.25 + 0.7 * share
     return (1 - opacity) * grey[..., None] + opacity * colours

@@ -135,7 +135,7 @@ def table(found: Similarity) -> list[dict[str, str]]:
     levels = range(found.images.shape[1])
     return [
         {"column": str(column)}
-        | {f"images\nlevel {level}": f"{images[level]:.2f}" for level in levels}
-        | {f"labels\nlevel {level}": f"{labels[level]:.2f}" for level in levels}
+        | {f"images\n{level}": f"{images[level]:.2f}" for level in levels}
+        | {f"labels\n{level}": f"{labels[level]:.2f}" for level in levels}
         for column, (images, labels) in enumerate(zip(found.images, found.labels, strict=True))
     ]

@@ -1,0 +1,109 @@
+"""The commands `revnets analyze cka` and `layercam`. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from revnets.findings import Csv, Png, deliver, outputs, print_rows, progress
+from vision.cli import Overrides, _one_line_errors
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint, the folder of a run (its best one), a model of timm's or a YAML of a run.",
+        show_default=False,
+    ),
+]
+WeightsOption = Annotated[
+    Literal["auto", "raw", "ema"],
+    typer.Option(help="Of a checkpoint: the model's, or averaged ones; auto: averaged if there are any."),
+]
+
+
+def cka(
+    source: Source,
+    overrides: Overrides = None,
+    batch: Annotated[int, typer.Option(min=4, help="Images that are compared with each other.")] = 512,
+    batches: Annotated[int, typer.Option(min=0, help="Batches that HSIC is summed over; 0: the whole set.")] = 1,
+    shuffle: Annotated[bool, typer.Option(help="Draw images at random, or take the first ones.")] = True,
+    weights: WeightsOption = "auto",
+    png: Png = Path("cka.png"),
+    csv: Csv = None,
+) -> None:
+    """How similar every level of every column is to the images and to their labels (figure 9).
+
+    CKA with the unbiased, linear HSIC, on the validation set. One large batch
+    is what the paper's code does (--no-shuffle --batch 512); with --batches,
+    HSIC is summed over many small ones, which needs less memory and sees more
+    images.
+
+    revnets analyze cka runs/fashion --png cka.png
+    revnets analyze cka revcol_tiny model.pretrained=true data.name=folder data.root=/data/imagenet
+    """
+    with _one_line_errors():
+        from rich.console import Console
+
+        from vision.analysis_figures import cka_figure
+        from vision.cka import rows, similarity, table
+        from vision.subject import load_subject
+
+        png, csv = outputs(png, csv)
+        console = Console()
+        subject = load_subject(source, overrides or [], weights)
+        size, count = subject.divided(batch, batches)
+        with progress(console, count) as (tell, advance):
+            tell(f"{size} images a batch")
+            given = subject.batches(size, count, shuffle)
+            found = similarity(subject.model, subject.columns, given, advance)
+        found.require_defined()
+        print_rows(console, f"CKA by level, over {found.samples} images in batches of {size}", table(found))
+        console.print(deliver(cka_figure(found), png, rows(found), csv), soft_wrap=True)
+
+
+def layercam(
+    source: Source,
+    overrides: Overrides = None,
+    index: Annotated[int, typer.Option(min=0, help="Which image of the validation set.")] = 0,
+    image: Annotated[Path | None, typer.Option(help="Another picture instead.", show_default=False)] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--class", help="The class to look for, by name or number; else what is predicted.", show_default=False
+        ),
+    ] = None,
+    weights: WeightsOption = "auto",
+    png: Png = Path("layercam.png"),
+    csv: Csv = None,
+) -> None:
+    """Where every level of every column sees a class: LayerCAM over an image (figure 8).
+
+    Works in any memory mode; memory=store and the like choose one.
+
+    revnets analyze layercam runs/fashion --index 7 --png layercam.png
+    """
+    with _one_line_errors():
+        import torch
+        from rich.console import Console
+
+        from vision.analysis_figures import layercam_figure
+        from vision.layercam import layercam as maps_of
+        from vision.layercam import rows
+        from vision.subject import load_subject
+
+        png, csv = outputs(png, csv)
+        console = Console()
+        with progress(console, None) as (tell, _):
+            tell("reading")
+            subject = load_subject(source, overrides or [], weights)
+            wanted = None if target is None else torch.tensor([subject.class_number(target)], device=subject.device)
+            pixels, true = (subject.image_of(image), None) if image else subject.image(index)
+            tell("one forward and backward")
+            found = maps_of(subject.model, subject.columns, pixels, wanted)
+        caption = subject.caption(found.scores[0], int(found.classes[0]), true)
+        console.print(caption.replace("\n", "; "), markup=False, highlight=False)
+        grid = found.grid(subject.columns.graph.m)
+        figure = layercam_figure(subject.pixels(pixels[0]), grid, caption)
+        console.print(deliver(figure, png, rows(grid), csv), soft_wrap=True)
