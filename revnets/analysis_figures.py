@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,20 +39,19 @@ def memory_figure(large: Sequence[Point], small: Sequence[Point], measured: Sequ
     """
     from matplotlib.lines import Line2D
 
-    figure = _blank(9.6, 4.0)
+    figure = _blank(8.6, 3.5)
     left, right = figure.subplots(1, 2)
     _draw_memory(left, large, large)
     _draw_memory(right, small, measured)
-    left.set_title(f"(a) predicted: {large[0].words}", fontsize=9.5, loc="left", color=INK)
-    right.set_title(f"(b) measured (markers): {small[0].words}", fontsize=9.5, loc="left", color=INK)
+    left.set_title(f"(a) predicted: {large[0].words}", fontsize=9, loc="left", color=INK)
+    right.set_title(f"(b) measured (markers): {small[0].words}", fontsize=9, loc="left", color=INK)
     modes = dict.fromkeys(point.mode for point in large)
-    handles = [
-        Line2D([], [], color=MODE_COLOURS[mode], marker=MARKERS[mode], markersize=5, label=WORDS[mode])
-        for mode in modes
-    ]
-    handles += [Line2D([], [], color=INK, label="peak"), Line2D([], [], color=INK, linestyle="--", label="kept")]
-    handles += [Line2D([], [], color=INK, linestyle=":", label="weights and gradients")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8.5)
+    colours = [Line2D([], [], color=MODE_COLOURS[mode], marker=MARKERS[mode], label=WORDS[mode]) for mode in modes]
+    words = {"peak": "-", "kept": "--", "weights and gradients": ":"}
+    lines = [Line2D([], [], color=INK, linestyle=style, label=word) for word, style in words.items()]
+    nothing = Line2D([], [], linestyle="", label=" ")
+    handles = [handle for pair in zip_longest(colours, lines, fillvalue=nothing) for handle in pair]  # fills columns
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) // 2, frameon=False, fontsize=8.5)
     return figure
 
 
