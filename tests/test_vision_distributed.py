@@ -50,6 +50,19 @@ def losses(folder, kind):
     return torch.tensor([line["loss"] for line in read_log(folder / kind / LOG) if line["kind"] == "train"])
 
 
+@pytest.mark.parametrize("kind", ["ddp", "shards"])
+def test_a_loss_that_is_no_number_in_one_process_stops_both(tmp_path, kind):
+    """The fourth update is bad; it follows the checkpoint of the second and comes before that of the fourth."""
+    config = pair(tmp_path / "run", kind)
+    assert together(config, "images that are no numbers", 4, victim=1) == [3, 3]
+    for text in (said(config), (tmp_path / "run.1.txt").read_text()):
+        assert "error: the loss is nan in epoch 1, step 4." in text
+        assert f"The last good state is {tmp_path}/run/checkpoints/step-0000002{SUFFIX[kind]}." in text
+    assert os.listdir(tmp_path / "run" / "checkpoints") == [f"step-0000002{SUFFIX[kind]}"]
+    state = checkpoint.read(tmp_path / "run" / "checkpoints" / f"step-0000002{SUFFIX[kind]}")
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_follow_the_course_of_one_with_accumulation(whole, kind):
     """Mixup, drop path, clipping, averaged weights and validation included; only sums are rounded otherwise."""

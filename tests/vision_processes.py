@@ -34,6 +34,7 @@ MOMENTS = {
     "before a file gets its name": (files.os, "replace", "before"),
     "after a file got its name": (files.os, "replace", "after"),
     "before the best gets its name": (files.os, "link", "before"),
+    "images that are no numbers": (engine.Engine, "_moved", "poisoned"),
 }
 
 
@@ -54,7 +55,7 @@ def together(
     """The exit codes of a run of several processes.
 
     Args:
-        moment, count, number: at the `count`-th occurrence of a moment `victim` gets this signal.
+        moment, count, number: at the `count`-th occurrence of a moment `victim` gets this signal, or bad images.
         limit: bytes that `victim` can write to a file.
     """
     port = _free_port() if size > 1 else 0
@@ -113,6 +114,9 @@ def _arm(moment: str, count: int, number: int) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         if next(calls) != count:
             return original(*args, **kwargs)
+        if when == "poisoned":
+            images, labels = original(*args, **kwargs)
+            return torch.full_like(images, torch.nan), labels
         if when == "halfway":
             args[1].write(b"half of a checkpoint")
             args[1].flush()
