@@ -1,9 +1,10 @@
-"""`make demo`, cut down to one epoch of a net of two columns."""
+"""`make demo`, cut down to one epoch of nets of two and three columns."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,21 +12,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-
-
-def demo(*overrides: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "epochs=1", "schedule.warmup_epochs=0.5", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+SCRIPT = ROOT / "examples" / "demo.py"
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
+def test_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    demo = runpy.run_path(str(SCRIPT))["main"]
     output = tmp_path / "demo"
+    short = ("epochs=1", "schedule.warmup_epochs=0.5", "batch_size=144")
     for columns, factor in ((2, 5), (3, 8)):  # the second call begins afresh, although its net is another one
-        result = demo(f"output={output}", f"model.columns={columns}", "batch_size=144")
-        assert result.returncode == 0, result.stderr
-        said = result.stdout
+        assert demo([*short, f"output={output}", f"model.columns={columns}"]) == 0
+        said = capsys.readouterr().out
         assert f"{columns} reversible columns" in said
         assert "Resumed" not in said
         assert float(re.search(r"validation accuracy\W+([\d.]+) %", said)[1]) > 20  # a guess is right in 10 %
@@ -37,6 +35,7 @@ def test_demo(tmp_path):
 
 
 def test_demo_says_what_is_wrong(tmp_path):
-    result = demo(f"output={tmp_path / 'demo'}", "epoch=1")
+    command = [sys.executable, str(SCRIPT), f"output={tmp_path / 'demo'}", "epoch=1"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 1
     assert result.stderr == "error: command line: epoch: unknown key (value 1). Did you mean epochs?\n"

@@ -20,6 +20,7 @@ import revnets
 from revnets import PlanError, ReplayError, ReversibleColumns, plan
 from tests.helpers import loss_of
 from tests.nets import token_net
+from tests.processes import processes
 
 PROCESSES = 2
 TAPED = ("recompute", "exact")
@@ -29,7 +30,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 
 def in_two_processes(work: Callable[[int], None], directory: Path) -> None:
     """Run `work(rank)` in each of them; an assertion that fails there fails here."""
-    mp.spawn(_enter, (work, str(directory / "rendezvous")), nprocs=PROCESSES)
+    arguments = (work, str(directory / "rendezvous"))
+    mp.start_processes(_enter, arguments, nprocs=PROCESSES, start_method=processes.get_start_method())
 
 
 def _enter(rank: int, work: Callable[[int], None], rendezvous: str) -> None:

@@ -224,5 +224,5 @@ def test_a_second_signal_does_what_it_always_does():
 
 @pytest.mark.slow
 def test_the_digits_recipe_reads_digits(tmp_path):
-    outcome = Trainer(load_config("digits", [f"output={tmp_path / 'run'}"])).fit()
-    assert outcome.top1 >= 97
+    outcome = Trainer(load_config("digits", [f"output={tmp_path / 'run'}", "epochs=5"])).fit()
+    assert outcome.top1 >= 90  # 98 to 99 after its 20 epochs

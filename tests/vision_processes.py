@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,18 +13,12 @@ import torch
 from rich.console import Console
 
 from revnets import files
+from tests.processes import processes
 from vision import engine
 from vision.config import load_config
 from vision.errors import EXPECTED
 from vision.train import Trainer
 from vision.world import joined
-
-# Every process of a run is a fork of one that has imported everything and computed nothing.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["vision.train", "torch.utils.tensorboard", "sklearn.datasets", "sklearn.model_selection",
-     "matplotlib.backends.backend_agg"]
-)  # fmt: skip
 
 MOMENTS = {
     "before an update": (engine.Engine, "update", "before"),
