@@ -116,17 +116,17 @@ def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
         for name, model, heads in (("raw", "model", "heads"), ("ema", "ema", "heads_ema"))
         if state[model] is not None
     }
-    classes = tuple(state["classes"]) if "classes" in state else None
-    return Candidate(path, load_config(state["config"], overrides), sets, classes, is_run=True)
+    return Candidate(path, load_config(state["config"], overrides), sets, finetune.classes_in(state), is_run=True)
 
 
 def _of_weights(path: Path, recipe: str, overrides: Sequence[str]) -> Candidate:
     config = load_config(recipe, overrides).model_copy(update={"supervision": None})
-    content, _ = finetune.find(str(path), World())
+    content, name = finetune.find(str(path), World())
     sets = {"raw": weights.tensors_in(content, "raw", path)}
     with suppress(CheckpointError):  # it has no averaged ones
         sets["ema"] = weights.tensors_in(content, "ema", path)
-    return Candidate(path, config, {name: (tensors, {}) for name, tensors in sets.items()}, None, is_run=False)
+    classes = finetune.classes_in(content)
+    return Candidate(Path(name), config, {key: (tensors, {}) for key, tensors in sets.items()}, classes, is_run=False)
 
 
 def _without_count(config: TrainConfig) -> TrainConfig:

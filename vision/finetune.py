@@ -44,12 +44,12 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
     content, name = find(config.source, world or World())
     given = tensors_in(content, config.weights, name)
     state = fitted(given, model, name)
-    names = content.get("classes") if isinstance(content.get("classes"), list) else None
+    names = classes_in(content)
     heads = classifiers(model)
     own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(heads)}
     is_kept = (
         config.head == "auto"
-        and (names is None or tuple(names) == tuple(classes))
+        and (names is None or names == tuple(classes))
         and all(key in state and state[key].shape == tensor.shape for key, tensor in own.items())
     )
     if not is_kept:
@@ -81,6 +81,12 @@ def find(source: str, world: World) -> tuple[Mapping[str, Any], str]:
     if not isinstance(content, Mapping):
         raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
     return content, str(path)
+
+
+def classes_in(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names of the classes, which checkpoints of `revnets train` have."""
+    names = content.get("classes")
+    return tuple(names) if isinstance(names, list) else None
 
 
 def _fetched(name: str) -> dict[str, Tensor]:
