@@ -87,10 +87,19 @@ class MLP(nn.Module):
 
 @register_block("convnext")
 class ConvNeXtBlock(nn.Module):
-    """ConvNeXt block (Liu et al., 2022), with RevCol's 3x3 kernel by default (section 2.2.2). Input (B, H, W, C)."""
+    """ConvNeXt block (Liu et al., 2022), with RevCol's 3x3 kernel by default (section 2.2.2). Input (B, H, W, C).
+
+    Without its shortcut it is the F of a RevNet, whose residual takes the shortcut's place.
+    """
 
     def __init__(
-        self, dim: int, kernel_size: Count = 3, expand: Count = 4, layer_scale: float = 1e-6, drop_path: Rate = 0.0
+        self,
+        dim: int,
+        kernel_size: Count = 3,
+        expand: Count = 4,
+        layer_scale: float = 1e-6,
+        drop_path: Rate = 0.0,
+        shortcut: bool = True,
     ):
         super().__init__()
         if kernel_size % 2 == 0:
@@ -100,10 +109,12 @@ class ConvNeXtBlock(nn.Module):
         self.mlp = MLP(dim, expand * dim)
         self.scale = LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
+        self.shortcut = shortcut
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.scale(self.mlp(self.norm(conv2d(x, self.dwconv)))))
+        branch = self.drop_path(self.scale(self.mlp(self.norm(conv2d(x, self.dwconv)))))
+        return x + branch if self.shortcut else branch
 
 
 class Attention(nn.Module):

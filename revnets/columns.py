@@ -36,7 +36,7 @@ class ReversibleColumns(nn.Module):
             raise ValueError(f"the graph has {len(graph.nodes)} nodes, but {len(cells)} cells were given")
         for node, cell in zip(graph.nodes, cells, strict=True):
             if (cell.gain is None) != (node.residual is None):
-                raise ValueError(f"{graph.name(node.index)}: a cell has a gain exactly if it is past the first column")
+                raise ValueError(f"{graph.name(node.index)}: a cell has a gain exactly if it has a residual")
         self.graph = graph
         self.cells = nn.ModuleList(
             nn.ModuleList(cells[start : start + graph.m]) for start in range(0, len(cells), graph.m)
@@ -90,7 +90,8 @@ class ReversibleColumns(nn.Module):
             context: keyword arguments for the function of every cell, such as a padding mask.
 
         Returns:
-            A list of m states; with taps, the pair (list of m states, list of tapped states).
+            A list of m states, or of those among them that no level above has replaced (residuals within a column);
+            with taps, the pair (that list, list of tapped states).
         """
         if Memory.INVERT in self._memory and torch.is_grad_enabled():
             drift.watch(self, x)
@@ -105,10 +106,15 @@ class ReversibleColumns(nn.Module):
         random numbers cannot be undone, so call `eval()` first.
 
         Args:
-            levels: the m states that `forward` returned.
+            levels: the states that `forward` returned.
             x: the stem's output, as given to `forward`.
+
+        Raises:
+            ValueError: another number of states, or cells without residuals, behind which nothing comes back.
         """
-        expected = min(self.graph.m, len(self.graph.nodes))
+        if not self.graph.is_invertible:
+            raise ValueError("cells without residuals replace no state, and so give none back; nothing can be inverted")
+        expected = len(self.graph.last)
         if len(levels) != expected:
             raise ValueError(f"{len(levels)} states were given; the inverse starts from the last {expected}")
         return engine.invert(self.graph, self.flat(), levels, x, context)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 WIRES = {
     "below": ("#0072B2", "reads a lower level"),
     "above": ("#D55E00", "reads a higher level, one column before"),
+    "before": ("#CC79A7", "reads the same or a lower level, one column before"),
     "gain": ("#009E73", r"adds $\gamma$ times the state one column before"),
+    "skip": ("#E69F00", r"adds $\gamma$ times a state of its own column"),
     "stem": ("#767676", "reads the stem"),
 }
 INK = "#222222"
@@ -107,6 +109,8 @@ def _layout(graph: Graph, labels: Sequence[str] | None) -> _Layout:
     text = max(_text_width(line) for name in names for line in name.splitlines())
     lines = max(len(name.splitlines()) for name in names)
     x = MARGIN if labelled else MARGIN + text + 0.15
+    if any(_residual_kind(graph, node) == "skip" for node in graph.nodes if node.residual is not None):
+        x += _bulge(max(node.index - node.residual for node in graph.nodes if node.residual is not None))
     if any(STEM in node.reads and node.level for node in graph.nodes):
         x += STEM_LANE
     # Wires from far above or below need room to fan out.
@@ -123,12 +127,23 @@ def _layout(graph: Graph, labels: Sequence[str] | None) -> _Layout:
             ellipsis = x + 0.16
             x += 0.32 + gap
     width = x - gap + MARGIN + (0.75 * _bulge(around) if around > 1 else 0)
-    kinds = {graph.kind(node, read) for node in graph.nodes for read in node.reads}
-    kinds |= {"gain"} if graph.columns > 1 else set()
+    kinds = {_kind(graph, node, read) for node in graph.nodes for read in node.reads}
+    kinds |= {_residual_kind(graph, node) for node in graph.nodes if node.residual is not None}
     legend = _flow([kind for kind in WIRES if kind in kinds], max(width, 3.4) - 2 * MARGIN)
     width = max([width, *(2 * MARGIN + sum(map(_legend_width, row)) for row in legend)])
     layout = _Layout(graph, names, labelled, columns, hidden, ellipsis, box, text, legend, width, height=0.0)
     return replace(layout, height=layout.level(graph.m - 1) + box[1] / 2 + HEADER + MARGIN / 2)
+
+
+def _kind(graph: Graph, node: Node, read: int) -> str:
+    """Of the wire that a read is."""
+    kind = graph.kind(node, read)
+    return "before" if kind == "above" and read % graph.m <= node.level else kind
+
+
+def _residual_kind(graph: Graph, node: Node) -> str:
+    assert node.residual is not None
+    return "skip" if node.residual // graph.m == node.column else "gain"
 
 
 @cache
@@ -168,9 +183,14 @@ def _draw_wires(axes: Axes, layout: _Layout, node: Node) -> None:
         source = layout.place(read)
         if source is not None:
             port = y + height * (0.08 + 0.4 * (rank + 1) / (len(above) + 1))
-            _arrow(axes, "above", (source[1], source[2] - 0.3 * height), (left, port), pale=_pale(layout, read, node))
+            kind, start = _kind(graph, node, read), (source[1], source[2] - 0.3 * height)
+            _arrow(axes, kind, start, (left, port), pale=_pale(layout, read, node))
     if node.residual is not None and (source := layout.place(node.residual)) is not None:
-        _arrow(axes, "gain", (source[1], y), (left, y), pale=_pale(layout, node.residual, node))
+        if _residual_kind(graph, node) == "gain":
+            _arrow(axes, "gain", (source[1], source[2]), (left, y), pale=_pale(layout, node.residual, node))
+        elif node.column in layout.columns:  # around the boxes between, on the other side than reads
+            start, end, out = source[2] + 0.2 * height, y - 0.1 * height, left - _bulge(node.index - node.residual)
+            _arrow(axes, "skip", (left, start), (out, start), (out, end), (left, end))
     if node.column not in layout.columns:
         return
     for read in node.reads:
@@ -209,7 +229,7 @@ def _arrow(axes: Axes, kind: str, *points: tuple[float, float], pale: bool = Fal
             arrowstyle="-|>,head_length=4,head_width=1.8",
             mutation_scale=1,
             color=(red, green, blue),
-            linewidth=1.8 if kind == "gain" else 1.1,
+            linewidth=1.8 if kind in ("gain", "skip") else 1.1,
             joinstyle="miter",
         )
     )

@@ -106,7 +106,7 @@ def _magnification(columns: ReversibleColumns) -> Tensor:
     """Mean of gamma^-2 of every column but the first, on the device of the gains."""
     found = []
     for column in list(columns.cells)[1:]:
-        gains = [cell.gain() for cell in column]  # type: ignore[union-attr]
+        gains = [cell.gain() for cell in column if cell.gain is not None] or [1.0]  # type: ignore[union-attr]
         gains = [getattr(gain, "to_local", lambda gain=gain: gain)() for gain in gains]  # of shards, one's own
         found.append(torch.stack([torch.as_tensor(gain).float().pow(-2).mean() for gain in gains]).nanmean())
     return torch.stack(found) if found else torch.empty(0)

@@ -25,7 +25,7 @@ def run(
     stored: Collection[int] = (),
     verify: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Run all cells; returns the last m states and the states at the indices `taps`.
+    """Run all cells; returns the states `graph.last` and those at the indices `taps`.
 
     Without a gradient to record, and where autograd's hooks do not reach (export, `torch.func`), there is no tape.
 
@@ -57,8 +57,9 @@ def _run_plain(graph, cells, stem, context, taps):
         couple = None if past is None else partial(couple_plain, graph.name(node.index), past)
         reads = [stem if read == STEM else states[read] for read in node.reads]
         state = cells[node.index](*reads, couple=couple, **context)
-        _advance(graph, states, tapped, node, state, taps)
-    return list(states.values()), [tapped[index] for index in taps]
+        _advance(states, tapped, node, state, taps)
+        states.pop(node.index - graph.window, None)
+    return [states[index] for index in graph.last], [tapped[index] for index in taps]
 
 
 @torch.compiler.disable()  # the tape is plain Python; to compile the cells, call compile() of the columns
@@ -79,15 +80,15 @@ def _run_taped(graph, cells, stem, modes, context, taps, verify):
             couple = None if past is None else partial(couple_plain, graph.name(node.index), past)
             state = cells[node.index](*reads, couple=couple, **context)
             tape.skip()
-        _advance(graph, states, tapped, node, state, taps)
-    tape.close(states)
-    return list(states.values()), [tapped[index] for index in taps]
+        _advance(states, tapped, node, state, taps)
+    tape.close(states)  # a state that none has replaced stays there, for none gives it back
+    return [states[index] for index in graph.last], [tapped[index] for index in taps]
 
 
-def _advance(graph: Graph, states: dict, tapped: dict, node: Node, state: Tensor, taps: Sequence[int]) -> None:
-    """Move the window of m states up by one."""
+def _advance(states: dict, tapped: dict, node: Node, state: Tensor, taps: Sequence[int]) -> None:
+    """x_t takes the place of its residual."""
     states[node.index] = state
-    states.pop(node.index - graph.m, None)
+    states.pop(node.residual, None)
     if node.index in taps:
         tapped[node.index] = state
 
@@ -95,13 +96,12 @@ def _advance(graph: Graph, states: dict, tapped: dict, node: Node, state: Tensor
 def invert(
     graph: Graph, cells: Sequence[nn.Module], last: Sequence[Tensor], stem: Tensor, context: Mapping[str, Any]
 ) -> list[list[Tensor]]:
-    """All states from the last m of them, column by column, last column first. No gradients."""
-    total = len(graph.nodes)
-    states = dict(zip(range(total - len(last), total), last, strict=True))
+    """All states from those that are left at the end, column by column, last column first. No gradients."""
+    states = dict(zip(graph.last, last, strict=True))
     with torch.no_grad():
         for node in reversed(graph.nodes):
             if node.residual is None:
-                break
+                continue
             reads = [stem if read == STEM else states[read] for read in node.reads]
             states[node.residual] = cells[node.index](*reads, couple=partial(subtract, states[node.index]), **context)
     columns: list[list[Tensor]] = [[] for _ in range(graph.columns)]

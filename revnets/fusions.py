@@ -74,20 +74,28 @@ class ConvNeXtFusion(nn.Module):
     A read that already has the right shape, such as the stem's output at level 0, passes as it is. Odd sides are
     rounded up going down and cropped coming up, to the size of the finest read.
     Reads (B, H', W', C'), result (B, H, W, C).
+
+    Args:
+        stepwise: go down by steps of 2, as HRNet does (Wang et al., 2019), where a read is more than one step finer.
     """
 
     default_stride = 2
 
-    def __init__(self, dim: int, reduction: int, sources: list[Source]):
+    def __init__(self, dim: int, reduction: int, sources: list[Source], stepwise: bool = False):
         super().__init__()
+        self.stepwise = stepwise
         self.paths = nn.ModuleList(self._path(dim, reduction, source) for source in sources)
         self.resamples = any(source.reduction != reduction for source in sources)
         self.apply(init_weights)
 
-    @staticmethod
-    def _path(dim: int, reduction: int, source: Source) -> nn.Module:
+    def _path(self, dim: int, reduction: int, source: Source) -> nn.Module:
         if source.reduction < reduction:
-            return Down(source.dim, dim, reduction // source.reduction)
+            ratio, steps = reduction // source.reduction, []
+            while self.stepwise and ratio % 2 == 0 and ratio > 2:
+                steps.append(Down(source.dim, source.dim, 2))
+                ratio //= 2
+            last = Down(source.dim, dim, ratio)
+            return nn.Sequential(*steps, last) if steps else last
         if source.reduction > reduction:
             return Up(source.dim, dim, source.reduction // reduction)
         return nn.Identity() if source.dim == dim else Project(source.dim, dim)

@@ -74,7 +74,7 @@ def _compare(columns: ReversibleColumns, stem: Tensor, context: dict[str, Any], 
 def _rebuilt(
     columns: ReversibleColumns, stem: Tensor, context: dict[str, Any], seed: int, mode: Memory
 ) -> dict[int, Distance]:
-    """Run all cells on a tape that also keeps every state, let it come down as backward does, and compare."""
+    """Run all cells on a tape, keep every state beside it, let it come down as backward does, and compare."""
     graph, cells = columns.graph, columns.flat()
     tape = Tape(graph, cells, stem, context)
     states: list[Tensor] = []
@@ -84,11 +84,12 @@ def _rebuilt(
             reads = [stem if read == STEM else states[read] for read in node.reads]
             past = None if node.residual is None else states[node.residual]
             states.append(tape.record(node, reads, past, mode, context))
-    total = len(states)
-    tape.close({t: states[t] for t in range(max(0, total - graph.m), total)})
+    replaced = graph.replaced
+    tape.close({t: state for t, state in enumerate(states) if t not in replaced})
     states = [state.detach() for state in states]
     result = {}
-    for t in reversed(range(total - graph.m)):
-        tape.move_to(t + graph.m - 1)  # steps below x_{t+m}, and so rebuilds x_t
-        result[t] = distance(tape.window[t].tensor, states[t])
+    for node in reversed(graph.nodes):
+        if (t := node.residual) is not None:
+            tape.move_to(node.index - 1)  # steps below the state that has replaced x_t, and so rebuilds x_t
+            result[t] = distance(tape.window[t].tensor, states[t])
     return result

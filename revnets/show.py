@@ -166,7 +166,7 @@ def _walk(net: Net, shape: tuple[int, ...], source: str) -> tuple[int, list[str]
 
 def _levels(net: Net, sizes: Sequence[str]) -> Table:
     spec, graph = net.spec, net.columns.graph
-    title = f"{spec.columns} columns of {len(spec.levels)} levels, memory {spec.memory}"
+    title = f"{spec.columns} column{'s' * (spec.columns > 1)} of {len(spec.levels)} levels, memory {spec.memory}"
     table = Table(title=title, title_justify="left")
     for name in ("level", "channels", "positions", "blocks", "reads", "parameters a column"):
         table.add_column(name, justify="left" if name in ("blocks", "reads") else "right")

@@ -68,6 +68,7 @@ class LevelSpec(Strict):
     block: str = Field(examples=["convnext"])
     stride: int | None = Field(default=None, ge=1)
     reads: Reads | None = None
+    residual: int | None = Field(default=None, ge=0)
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -113,6 +114,7 @@ class NetSpec(Strict):
     )
     fusion: Annotated[PartSpec, part("fusion")] = PartSpec(type="convnext")
     reads: Reads = ("below", "above")
+    residual: int | None = Field(default=None, ge=0)
     gain: GainSpec = Field(default=GainSpec(), examples=["{init: 0.5}"])
     memory: Modes = "exact"
     verify: bool = False
@@ -129,6 +131,7 @@ class NetSpec(Strict):
         for index, level in enumerate(self.levels):
             if level.reads is not None:
                 _check_reads(level.reads, m, "levels", index, "reads")
+        self._check_residuals()
         for tap in self.taps:
             if not 0 <= tap < self.columns:
                 last = self.columns - 1
@@ -144,7 +147,29 @@ class NetSpec(Strict):
         """Nodes and wires of the whole net."""
         m = len(self.levels)
         reads = [self.reads if level.reads is None else level.reads for level in self.levels]
-        return wire(self.columns * m, m, reads)
+        return wire(self.columns * m, m, reads, self.residuals())
+
+    def residuals(self) -> list[int]:
+        """How many states back the residual of each level is; 0 for none."""
+        default = len(self.levels) if self.residual is None else self.residual
+        return [default if level.residual is None else level.residual for level in self.levels]
+
+    def _check_residuals(self) -> None:
+        m, shapes = len(self.levels), list(zip((level.dim for level in self.levels), self.reductions(), strict=True))
+        for index, back in enumerate(self.residuals()):
+            place = ("residual",) if self.levels[index].residual is None else ("levels", index, "residual")
+            if back > m:
+                raise problem(f"{back} is more than the {m} levels of a column", f"Give at most {m}; 0: none", *place)
+            other = shapes[(index - back) % m]
+            if (index >= back or self.columns > 1) and other != shapes[index]:
+                (dim, reduction), (dim_here, reduction_here) = other, shapes[index]
+                text = f"the residual {back} states back is {dim} channels at 1/{reduction} of the stem's sides, "
+                text += f"and this level {dim_here} at 1/{reduction_here}"
+                raise problem(text, "Give 0 here: no residual", "levels", index, "residual")
+        try:
+            self.graph()
+        except ReadError as error:
+            raise problem(str(error), "See docs/yaml.md on residuals", "reads") from None
 
     def reductions(self) -> list[int]:
         """By how much the resolution of each level is reduced against the stem's output, per side."""

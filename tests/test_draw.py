@@ -156,11 +156,24 @@ def test_many_columns_are_elided():
 
 
 def test_the_legend_names_the_wires_that_there_are():
-    assert all(text in words(graph_figure(graph(2, 3))) for _, text in WIRES.values())
+    assert all(WIRES[kind][1] in words(graph_figure(graph(2, 3))) for kind in ("below", "above", "gain", "stem"))
+    branches = words(graph_figure(wire(6, 3, [["below", "before"]] * 3, [0] * 3)))
+    assert WIRES["before"][1] in branches
+    assert WIRES["gain"][1] not in branches
     alone = words(graph_figure(graph(1, 3)))
     assert WIRES["below"][1] in alone
     assert WIRES["above"][1] not in alone
     assert WIRES["gain"][1] not in alone
+
+
+def test_residuals_within_a_column_pass_by_the_boxes_between():
+    drawn = wire(7, 7, [[1]] * 7, [2, 2, 2, 2, 0, 2, 2])
+    figure = graph_figure(drawn)
+    boxes, wires = _boxes(figure), _wires(figure)
+    found = {(_touched(boxes, points[0]), _touched(boxes, points[-1])) for points in wires["skip"]}
+    assert found == {(node.residual, node.index) for node in drawn.nodes if node.residual is not None}
+    assert WIRES["skip"][1] in words(figure)
+    assert not wires["gain"]
 
 
 def test_a_long_legend_is_broken_into_rows():

@@ -1,0 +1,221 @@
+"""Residuals that differ by level: RevNets in stages, nets without any, and what neither may do."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import revnets
+from revnets.graph import STEM, ReadError, wire
+from revnets.tracker import MemoryTracker
+
+STAGES = {  # two streams; the second stage has half the resolution and begins without residuals
+    "columns": 1,
+    "stem": {"type": "patchify", "patch": 2},
+    "reads": [1],
+    "residual": 2,
+    "gain": {"init": 0.7, "learn": True},
+    "levels": [
+        *[{"dim": 5, "depth": 0, "block": "convnext", "stride": 1, "reads": ["stem"]}] * 2,
+        *[{"dim": 5, "depth": 1, "block": "convnext", "shortcut": False, "stride": 1, "layer_scale": 1.0}] * 4,
+        {"dim": 7, "depth": 0, "block": "convnext", "stride": 2, "reads": [2], "residual": 0},
+        {"dim": 7, "depth": 0, "block": "convnext", "stride": 1, "reads": [2], "residual": 0},
+        *[{"dim": 7, "depth": 1, "block": "convnext", "shortcut": False, "stride": 1, "layer_scale": 1.0}] * 3,
+    ],
+    "head": {"type": "classifier", "num_classes": 3},
+}
+BRANCHES = {
+    "columns": 3,
+    "stem": {"type": "patchify", "patch": 2},
+    "fusion": {"type": "convnext", "stepwise": True},
+    "reads": ["below", "before"],
+    "residual": 0,
+    "levels": [{"dim": dim, "depth": 1, "block": "convnext", "layer_scale": 1.0} for dim in (3, 5, 7)],
+    "head": {"type": "classifier", "num_classes": 3},
+}
+NETS = {"stages": STAGES, "branches": BRANCHES}
+MODES = ("store", "recompute", "invert", "exact")
+
+
+def gradients(net: torch.nn.Module, x: Tensor, mode: str, passes: int = 1) -> list[Tensor]:
+    net.columns.memory = mode
+    loss = net(x).logsumexp(1).sum()
+    for _ in range(passes):
+        found = torch.autograd.grad(loss, list(net.parameters()), retain_graph=passes > 1)
+    return list(found)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_are_those_of_ordinary_autograd(name: str) -> None:
+    torch.manual_seed(0)
+    net, x = revnets.build(NETS[name]), torch.randn(2, 3, 26, 22)
+    expected = gradients(net, x, "store")
+    assert all(gradient.abs().sum() > 0 for gradient in expected)
+    for mode in ("recompute", "exact"):
+        assert all(map(torch.equal, gradients(net, x, mode, passes=2), expected)), mode
+    torch.testing.assert_close(gradients(net, x, "invert"), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_states_are_those_of_the_equation(name: str) -> None:
+    """By hand: x_t = F_t(reads) + gamma * residual, with all states at hand."""
+    torch.manual_seed(0)
+    spec = revnets.load_spec(NETS[name])
+    net, x = revnets.build(spec), torch.randn(2, 3, 24, 24)
+    stem, states = net.stem(x), []
+    for t, cell in enumerate(net.columns.flat()):
+        level = t % len(spec.levels)
+        if name == "branches":
+            column = t - level
+            reads = (
+                [states[t - 1] if level else stem, *states[column - 3 : column]]
+                if column
+                else [states[t - 1] if level else stem]
+            )
+            state = cell.function(*reads)
+        else:
+            read = [stem, stem, *states[1:5], *states[4:6], *states[7:10]][t]
+            state = cell.function(read)
+            if t not in (0, 1, 6, 7):
+                state = state + cell.gain() * states[t - 2]
+        states.append(state)
+    left = [4, 5, 9, 10] if name == "stages" else [6, 7, 8]
+    for mode in MODES:
+        net.columns.memory = mode
+        torch.testing.assert_close(net.columns(stem), [states[t] for t in left])
+    with torch.no_grad():
+        torch.testing.assert_close(net.columns(stem), [states[t] for t in left])
+
+
+def test_a_stage_comes_back_from_its_last_two_states() -> None:
+    torch.manual_seed(0)
+    net = revnets.build(STAGES).double()
+    stem = net.stem(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    with torch.no_grad():
+        levels = net.columns(stem)
+        (states,) = net.columns.inverse(levels, stem)
+    assert len(states) == 11
+    torch.testing.assert_close(states[0], stem)
+    torch.testing.assert_close(states[1], stem)
+    for t, state in zip((4, 5, 9, 10), levels, strict=True):
+        assert torch.equal(states[t], state)
+
+
+def test_without_residuals_nothing_is_inverted() -> None:
+    net = revnets.build(BRANCHES)
+    stem = net.stem(torch.randn(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="nothing can be inverted"):
+        net.columns.inverse(net.columns(stem), stem)
+    assert not [name for name, _ in net.named_parameters() if "gain" in name]
+
+
+def test_more_blocks_in_a_stage_keep_no_more_but_lost_bits() -> None:
+    def kept(blocks: int, mode: str) -> int:
+        data: dict[str, Any] = copy.deepcopy(STAGES)
+        data["levels"][2:6] = data["levels"][2:3] * blocks
+        torch.manual_seed(0)
+        net = revnets.build(data)
+        net.columns.memory = mode
+        stem = net.stem(torch.randn(2, 3, 64, 64)).detach()
+        with MemoryTracker() as tracker:
+            tracker.register(net)
+            before = tracker.live
+            levels = net.columns(stem)
+            found = tracker.live - before
+        assert levels[-1].requires_grad  # and so they are held until here
+        return found
+
+    state = 2 * 32 * 32 * 5 * 4
+    slope = {mode: (kept(14, mode) - kept(4, mode)) / 10 / state for mode in MODES}
+    assert slope["invert"] == 0
+    assert 0 < slope["exact"] < 0.3
+    assert slope["recompute"] == pytest.approx(1, abs=0.1)
+    assert slope["store"] > 8
+
+
+def test_audit_and_plan() -> None:
+    torch.manual_seed(0)
+    for data, rebuilt in ((STAGES, 7), (BRANCHES, 0)):
+        net, x = revnets.build(data), torch.randn(2, 3, 16, 16)
+        found = revnets.audit(net, x)
+        assert found.ok
+        assert sum(len(column.elements) for column in found.columns) == rebuilt
+        assert found.table() is not None
+        planned = revnets.plan(net, tuple(x.shape))
+        assert {str(mode.mode) for mode in planned.modes} >= set(MODES)
+
+
+def test_wires() -> None:
+    stages = revnets.load_spec(STAGES).graph()
+    assert [node.residual for node in stages.nodes] == [None, None, 0, 1, 2, 3, None, None, 6, 7, 8]
+    assert [node.reads for node in stages.nodes] == [
+        *[(STEM,), (STEM,), (1,), (2,), (3,), (4,)],
+        *[(4,), (5,), (7,), (8,), (9,)],
+    ]
+    assert stages.last == (4, 5, 9, 10)
+    branches = revnets.load_spec(BRANCHES).graph()
+    assert [node.reads for node in branches.nodes[:6]] == [
+        (STEM,),
+        (0,),
+        (1,),
+        (STEM, 0, 1, 2),
+        (3, 0, 1, 2),
+        (4, 0, 1, 2),
+    ]
+    assert (branches.window, branches.last) == (5, (6, 7, 8))
+
+
+@pytest.mark.parametrize(
+    ("reads", "residuals", "words"),
+    [
+        (
+            [["before"]] * 3,
+            None,
+            "level 0 reads a state 3 back, which is replaced by then: it is the residual of level 0",
+        ),
+        ([[1], [1], [2]], [2, 2, 2], "level 2 reads a state 2 back, which is replaced by then"),
+        ([[1], [1], [1]], [2, 3, 3], "level 1: its residual, 3 states back, is taken by a level between"),
+    ],
+)
+def test_wires_that_cannot_be(reads: list, residuals: list[int] | None, words: str) -> None:
+    with pytest.raises(ReadError, match=re.escape(words)):
+        wire(9, 3, reads, residuals)
+
+
+@pytest.mark.parametrize(
+    ("data", "overrides", "words"),
+    [
+        (
+            STAGES,
+            ["levels.6.residual=null"],
+            "levels.6.residual: the residual 2 states back is 5 channels at 1/1 of the stem's sides, and this level "
+            "7 at 1/2. Give 0 here",
+        ),
+        (STAGES, ["residual=99"], "residual: 99 is more than the 11 levels of a column. Give at most 11; 0: none"),
+        (STAGES, ["residual=-1"], "residual: "),
+        (BRANCHES, ["residual=null"], "reads: level 0 reads a state 3 back, which is replaced by then"),
+        (BRANCHES, ["fusion.stepwise=2"], "fusion.stepwise: "),
+    ],
+)
+def test_mistakes_are_told_in_one_line(data: dict, overrides: list[str], words: str) -> None:
+    with pytest.raises(revnets.SpecError, match=re.escape(words)) as error:
+        revnets.load_spec(data, overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_steps_of_two() -> None:
+    spec = revnets.load_spec({**BRANCHES, "columns": 2})
+    paths = revnets.build(spec).columns.cells[1][2].function.fusion.paths
+    kernels = [
+        [tuple(conv.weight.shape) for conv in path.modules() if isinstance(conv, torch.nn.Conv2d)] for path in paths
+    ]
+    assert kernels == [[(7, 5, 2, 2)], [(3, 3, 2, 2), (7, 3, 2, 2)], [(7, 5, 2, 2)], []]
+    at_once = revnets.build(
+        spec.model_copy(update={"fusion": revnets.load_spec({**BRANCHES, "fusion": "convnext"}).fusion})
+    )
+    assert at_once.columns.cells[1][2].function.fusion.paths[1].conv.weight.shape == (7, 3, 4, 4)
