@@ -97,7 +97,7 @@ def test_an_odd_batch_cannot_be_mixed():
 def test_missing_keys_and_files_are_named(tmp_path):
     with pytest.raises(SpecError, match="output"):
         load_config({"model": NET})
-    with pytest.raises(SpecError, match=r"digit.*no such file"):
+    with pytest.raises(SpecError, match=r"digit: there is no such file or recipe\. Did you mean digits\?"):
         load_config("digit")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "model": "nett.yaml"}))
     (tmp_path / "net.yaml").write_text(yaml.safe_dump(NET))

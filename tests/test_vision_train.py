@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -86,6 +87,16 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whole)
     assert process(config) == 0
     assert "step-0000006.pt: damaged" in said(config)
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_without_a_readable_checkpoint_does_not_begin_anew(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    there = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    for path in there:
+        os.truncate(path, 5000)
+    with pytest.raises(CheckpointError, match=r"step-0000010\.pt: damaged.*none of the 2 checkpoints here"):
+        trainer(tmp_path / "run").fit()
+    assert sorted((tmp_path / "run" / "checkpoints").glob("step-*")) == there
 
 
 def trainer(output: Path, **changes) -> Trainer:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serial
 
 from revnets.columns import memory_modes
 from revnets.config import Source, Strict, load
-from revnets.errors import nearest, problem, what
+from revnets.errors import SpecError, nearest, problem, what
 from revnets.spec import Modes, NetSpec, dump, load_spec
 from vision.datasets import DataConfig, DigitsConfig, ImagesConfig
 from vision.recipe import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
@@ -177,8 +177,7 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
         revnets.SpecError: names the file, the key, the value and the remedy.
     """
     if not isinstance(source, Mapping):
-        recipe = next((path for folder in FOLDERS if (path := folder / f"{source}.yaml").is_file()), None)
-        source = recipe if recipe and not Path(source).exists() else Path(source)
+        source = _file_of(Path(source))
     inner = [text for text in overrides if text.strip().startswith("model.")]
     outer = [text for text in overrides if text not in inner]
     model = load(_ModelKey, source, outer).model
@@ -188,3 +187,18 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
     folder = Path.cwd() if given_here or isinstance(source, Mapping) else source.parent
     spec = load_spec(folder / model, [text.strip().removeprefix("model.") for text in inner])
     return load(TrainConfig, source, [*outer, f"model={json.dumps(dump(spec))}"])  # JSON is YAML as well
+
+
+def _file_of(path: Path) -> Path:
+    """A file of the working directory, or the recipe of that name.
+
+    Raises:
+        revnets.SpecError: there is neither.
+    """
+    recipes = {file.stem: file for folder in FOLDERS for file in folder.glob("*.yaml")}
+    if path.is_file() or path.suffix or path.parent != Path("."):
+        return path
+    if str(path) not in recipes:
+        remedy = nearest(str(path), sorted(recipes), "Recipes are")
+        raise SpecError(str(path), "", "there is no such file or recipe", remedy)
+    return recipes[str(path)]

@@ -56,6 +56,9 @@ def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path
         if problems:
             say(str(problems[0]))
         return path
+    if len(problems) > 1:
+        problem = f"{problems[0].problem}; none of the {len(problems)} checkpoints here can be read"
+        raise CheckpointError(there[-1], problem, "Give another output, or resume a copy kept elsewhere")
     if problems:
         raise problems[0]
     return None
