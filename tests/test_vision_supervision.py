@@ -10,27 +10,10 @@ from pydantic import ValidationError
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import group_parameters
-from torch import Tensor
 from torch.testing import assert_close
+from vision_tasks import CLASSES, batch, create_task
 
-from vision.decoders import SingleDecoder, StagedDecoder
-from vision.supervision import HeadsEvaluator, Supervised, SupervisionConfig, reconstruction_loss
-from vision.task import SupervisionTask
-
-CLASSES = 5
-
-
-def create_task(columns: int = 4, name: str = "test_revcol", config: SupervisionConfig | None = None, **options):
-    torch.manual_seed(0)
-    model_options = {key: options.pop(key) for key in ("memory", "drop_path_rate", "in_chans") if key in options}
-    model = timm.create_model(name, num_classes=CLASSES, columns=columns, **model_options)
-    return SupervisionTask(model, config, verbose=False, **options)
-
-
-def batch(size: int = 3, side: int = 64) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    return torch.randn(size, 3, side, side), torch.randint(CLASSES, (size,))
-
+from vision.supervision import HeadsEvaluator, Supervised, SupervisionConfig
 
 # ------------------------------------------------------------------------------------------------- where heads stand
 
@@ -94,53 +77,6 @@ def test_what_does_not_fit_the_model() -> None:
     with pytest.raises(ValueError, match="mean has 3 values for images of 5 channels"):
         create_task(in_chans=5)
     assert create_task(in_chans=5, mean=[0.5], std=[0.5])(torch.randn(2, 5, 32, 32), torch.tensor([0, 1]))["loss"] > 0
-
-
-# ---------------------------------------------------------------------------------------------------------- decoders
-
-
-def test_staged_decoder() -> None:
-    """Each stage against the operators that the paper's decoder is made of, channels first."""
-    decoder = StagedDecoder([4, 6, 10], [4, 8, 16]).double()
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(2, 3, 5, 10, dtype=torch.float64)
-    y = x.permute(0, 3, 1, 2)
-    for stage in decoder.stages:
-        y = F.conv2d(y, stage.proj.weight[..., None, None], stage.proj.bias)
-        y = F.gelu(F.layer_norm(y.movedim(1, -1), (y.shape[1],), *stage.norm.parameters(), 1e-6)).movedim(-1, 1)
-        y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True)
-        assert stage.block.mlp.fc1.out_features == stage.block.dwconv.in_channels  # no expansion
-        y = stage.block(y.movedim(1, -1)).movedim(-1, 1)
-    y = F.conv2d(y, decoder.to_pixels.proj.weight[..., None, None], decoder.to_pixels.proj.bias)
-    assert_close(decoder(x), F.pixel_shuffle(y, 4))
-    assert decoder(x).shape == (2, 3, 48, 80)
-
-
-def test_single_decoder() -> None:
-    decoder = SingleDecoder(10, 8, channels=2)
-    x = torch.randn(2, 3, 5, 10)
-    patches = decoder.to_pixels.proj(decoder.norm(x)).unflatten(-1, (2, 8, 8))  # (B, H, W, C, row, column)
-    assert_close(decoder(x), patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3))
-
-
-def test_which_decoder() -> None:
-    kinds = {}
-    for classes, kind in ((1000, "auto"), (1001, "auto"), (1001, "staged"), (7, "single")):
-        supervised = Supervised(timm.create_model("test_revcol", num_classes=classes), SupervisionConfig(decoder=kind))
-        kinds[classes, kind] = {type(decoder) for decoder in supervised.decoders.values()}
-    assert list(kinds.values()) == [{StagedDecoder}, {SingleDecoder}, {StagedDecoder}, {SingleDecoder}]
-    isotropic = create_task(3, "test_revcol_vit", SupervisionConfig(decoder="single"))
-    assert isotropic(*batch())["loss"].isfinite()
-
-
-@pytest.mark.parametrize(("side", "compared"), [(64, 64), (70, 70), (65, 64)])
-def test_images_of_any_side_are_compared(side: int, compared: int) -> None:
-    task, (images, _) = create_task(), batch(2, side)
-    pixels = task.supervised()(images).pixels[0]
-    image = task.image(images)
-    expected = F.binary_cross_entropy(pixels[..., :compared, :compared].sigmoid(), image[..., :compared, :compared])
-    assert_close(reconstruction_loss(pixels, image), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loss
