@@ -27,6 +27,9 @@ INVERT_LIMIT = 0.01
 COLOURS = {"exact": "green", "drift": "yellow", "wrong": "red"}
 """Of the verdicts, in a terminal."""
 
+MOST_LEVELS = 8
+"""Of columns with more levels, the table does not give the errors one by one."""
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _PHRASES = {"exact": "bit for bit", "drift": "drifts", "wrong": "WRONG"}
 
@@ -152,14 +155,15 @@ class Audit:
     def _columns_table(self) -> RenderableType:
         from rich.text import Text
 
-        levels = [f"level\n{level}" for level in range(self.m)]
+        shown = self.m if self.m <= MOST_LEVELS else 0
+        levels = [f"level\n{level}" for level in range(shown)]
         headings = ("column", "exact", "invert:\nerror", "largest", *levels)
         table = _table("States rebuilt from the last column's", headings, left=2)
         for column in thinned(self.columns, 16):
             if column is None:
                 table.add_row("...")
                 continue
-            errors = (column.invert_error, column.invert_max, *column.invert_levels)
+            errors = (column.invert_error, column.invert_max, *column.invert_levels[:shown])
             table.add_row(
                 str(column.column),
                 Text("bit for bit", COLOURS["exact"]) if column.exact else Text("DIFFERS", COLOURS["wrong"]),
