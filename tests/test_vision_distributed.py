@@ -98,7 +98,9 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, whole, kind, moment, coun
     config = pair(tmp_path / "run", kind)
     codes = together(config, moment, count, victim=victim)
     assert codes[victim] == -signal.SIGKILL
-    assert codes[1 - victim] != 0  # it lost its partner
+    assert codes[1 - victim] == 3  # it lost its partner, and says so in one line
+    text = (tmp_path / f"run{'' if victim else '.1'}.txt").read_text()
+    assert text.splitlines()[-1].startswith(f"error: process {1 - victim} has lost another of this run")
     assert together(config) == [0, 0], said(config)
     assert_same_run(tmp_path / "run", whole / kind, SUFFIX[kind])
 

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vision.errors import TrainingError
+
 T = TypeVar("T")
 
 
@@ -90,6 +92,9 @@ def joined(device: str = "auto") -> Iterator[World]:
 
     Args:
         device: of the run; with GPUs tensors go by NCCL, and gloo carries what stays on the CPU.
+
+    Raises:
+        TrainingError: another process has gone, so nothing can be said to it any more.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield World()
@@ -102,5 +107,10 @@ def joined(device: str = "auto") -> Iterator[World]:
     try:
         yield world
         world.wait()  # nobody leaves while others still wait for it
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
+            problem = f"process {world.rank} has lost another of this run; if that one says no reason, it was killed"
+            raise TrainingError(f"{problem}. Start the run again: it goes on from its last checkpoint") from error
+        raise
     finally:
         dist.destroy_process_group()
