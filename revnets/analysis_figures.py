@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def memory_figure(large: Sequence[Point], small: Sequence[Point], measured: Sequ
     right.set_title(f"(b) measured (markers): {small[0].words}", fontsize=9, loc="left", color=INK)
     modes = dict.fromkeys(point.mode for point in large)
     colours = [Line2D([], [], color=MODE_COLOURS[mode], marker=MARKERS[mode], label=WORDS[mode]) for mode in modes]
-    words = {"peak": "-", "kept": "--", "weights and gradients": ":"}
+    words: dict[str, Any] = {"peak": "-", "kept": "--", "weights and gradients": ":"}
     lines = [Line2D([], [], color=INK, linestyle=style, label=word) for word, style in words.items()]
     nothing = Line2D([], [], linestyle="", label=" ")
     handles = [handle for pair in zip_longest(colours, lines, fillvalue=nothing) for handle in pair]  # fills columns

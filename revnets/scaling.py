@@ -71,13 +71,16 @@ def predicted(step: Step, tell: Callable[[str], None] = lambda _: None) -> Itera
         tell: is told what comes next.
 
     Raises:
-        revnets.PlanError: the input does not go through the net.
+        revnets.SpecError: the input does not go through the net.
     """
     for count in step.columns:
         tell(f"predicting {count} column{'s' * (count > 1)}")
         model = step.model(count, "meta")
         _require_columns(model, step.source)
-        found = plan(model, (step.batch, *step.shape), dtype=step.dtype, optimizer="none", modes=step.modes)
+        try:
+            found = plan(model, (step.batch, *step.shape), dtype=step.dtype, optimizer="none", modes=step.modes)
+        except (RuntimeError, ValueError) as error:
+            raise _unfit(step, error) from error
         for mode in found.modes:
             yield step.point("predicted", mode.mode, count, mode.parameters, mode.kept, mode.peak)
 
@@ -97,9 +100,7 @@ def measured(step: Step, tell: Callable[[str], None] = lambda _: None) -> Iterat
         try:
             found = step_bytes(model, torch.randn(step.batch, *step.shape), step.dtype)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            problem = f"an input of {step.shape} does not go through ({reason})"
-            raise SpecError(step.source, "", problem, "Give --measure-input") from error
+            raise _unfit(step, error) from error
         yield step.point("measured", mode, count, *found)
 
 
@@ -114,6 +115,12 @@ def step_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) 
         kept = tracker.live - parameters
         loss.backward()
     return parameters, kept, tracker.peak
+
+
+def _unfit(step: Step, error: Exception) -> SpecError:
+    reason = str(error).splitlines()[0].removesuffix(".")
+    problem = f"an input of {step.shape} does not go through ({reason})"
+    return SpecError(step.source, "", problem, "Give --input, and --measure-input for the small step")
 
 
 def _require_columns(model: nn.Module, source: str) -> None:
