@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import revnets
+from revnets.blocks import ConvNeXtBlock
 from revnets.graph import STEM, ReadError, wire
 from revnets.tracker import MemoryTracker
 
@@ -224,3 +225,12 @@ def test_steps_of_two() -> None:
         spec.model_copy(update={"fusion": revnets.load_spec({**BRANCHES, "fusion": "convnext"}).fusion})
     )
     assert at_once.columns.cells[1][2].function.fusion.paths[1].conv.weight.shape == (7, 3, 4, 4)
+
+
+def test_a_block_without_its_shortcut_is_the_branch() -> None:
+    torch.manual_seed(0)
+    whole, branch = (ConvNeXtBlock(5, layer_scale=1.0, shortcut=shortcut) for shortcut in (True, False))
+    branch.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 6, 7, 5)
+    assert torch.equal(whole(x), x + branch(x))
+    assert branch(x).abs().sum() > 0
