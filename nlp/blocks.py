@@ -32,9 +32,7 @@ class Dropout(nn.Dropout):
             return F.dropout(x, self.p)
         dropped = min(max(round(self.p * 2**16), 1), 2**16 - 1)
         numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        highest = (
-            dropped - 2**15 - 1
-        )  # of the numbers that drop. A comparison and its bools would take five times as long
+        highest = dropped - 2**15 - 1  # of the numbers that drop; a comparison would take five times as long as this
         kept = numbers[: x.numel()].view(x.shape).clamp_(highest, highest + 1).sub_(highest)
         return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 

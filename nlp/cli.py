@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from revnets.oneline import one_line_errors
 
 from .folder import user_dir as user_dir
 
@@ -100,7 +101,7 @@ def average_checkpoints(
         from .average import average, select
 
         paths = checkpoints
-        if len(paths) == 1 and not paths[0].is_file():
+        if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix != ".pt"):
             paths = select(paths[0], last, updates)
         average(track(paths, "average"), output)
     typer.echo(f"{output}: the average of {', '.join(path.name for path in paths)}")
@@ -175,21 +176,10 @@ def _numbers(text: str | None) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What a user can mend is told in one line. Mistakes in a recipe are told by `revnets` itself."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        typer.secho(f"error: {error.name} is not installed. Try: pip install 'revnets[nlp]'", fg="red", err=True)
-        raise typer.Exit(1) from error
-    except (OSError, ValueError) as error:
-        from .corpus import DataError
+def _errors() -> tuple[type[Exception], ...]:
+    from .corpus import DataError
 
-        if not isinstance(error, (OSError, DataError)):
-            raise
-        text = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            text = f"{error.filename}: {error.strerror}. Check the path, its permissions and the free space"
-        typer.secho(f"error: {text}", fg="red", err=True)
-        raise typer.Exit(1) from error
+    return (DataError,)
+
+
+_one_line_errors = partial(one_line_errors, _errors, extra="nlp")

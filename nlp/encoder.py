@@ -30,7 +30,9 @@ class RevColEncoder(TransformerEncoderBase):
         without.encoder.layers = 0  # the parent would build them
         super().__init__(without, dictionary, embed_tokens)
         options = vars(cfg) | {f"encoder_{key}": value for key, value in vars(cfg.encoder).items()}
-        self.columns = encoder_columns(net_spec(options), embed_tokens.embedding_dim)
+        self.spec = net_spec(options)
+        self.columns = encoder_columns(self.spec, embed_tokens.embedding_dim)
+        self.columns.stored = options.get("revcol_stored") or 0
 
     def make_generation_fast_(
         self, name: str, retain_dropout: bool = False, retain_dropout_modules: list[str] | None = None, **_: Any

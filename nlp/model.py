@@ -18,6 +18,9 @@ except ModuleNotFoundError as error:
     ) from error
 from fairseq.models.transformer import TransformerConfig, TransformerModel, base_architecture
 
+from revnets.budget import BudgetSpec
+
+from .budget import keep_budget
 from .encoder import RevColEncoder
 from .options import add_arguments, refuse_meaningless, settle
 
@@ -41,12 +44,14 @@ class RevColTransformerModel(TransformerModel):
     def build_model(cls, args: argparse.Namespace, task: Any) -> RevColTransformerModel:
         refuse_meaningless(args)
         model = super().build_model(args, task)
-        columns = model.encoder.columns
+        columns, memory = model.encoder.columns, model.encoder.spec.memory
+        if isinstance(memory, BudgetSpec):
+            keep_budget(model, memory, args, task)
         logger.info(
             "%d reversible columns of %d levels, memory %s; generate, interactive and validate need --user-dir, too",
             columns.graph.columns,
             columns.graph.m,
-            "/".join(dict.fromkeys(columns.memory)),
+            memory if isinstance(memory, BudgetSpec) else "/".join(dict.fromkeys(columns.memory)),
         )
         return model
 

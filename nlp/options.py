@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from revnets import NetSpec
+from revnets.budget import BudgetSpec
+
 from .spec import DEFAULTS, encoder_columns, net_spec, read_spec
 
 MEANINGLESS = {
@@ -42,9 +45,11 @@ def add_arguments(parser: Any) -> None:
     add("--revcol-gain", "first value of every gain", type=float, metavar="G")
     add(
         "--revcol-memory",
-        "what is kept for backward: store, recompute, invert or exact; one mode, or one per column",
+        "what is kept for backward: store, recompute, invert or exact; one mode, or one per column; or a budget such "
+        "as '{budget: 24GiB}', under which as much is kept as fits ('{budget: exact}': under the peak of exact)",
         metavar="MODE,...",
     )
+    add("--revcol-stored", "cells that keep everything, counted from the end", type=_number, metavar="N")
     add(
         "--revcol-spec",
         "YAML file of columns and blocks (docs/nlp.md); other options that are given change what it says",
@@ -71,7 +76,8 @@ def settle(args: argparse.Namespace) -> None:
         args.revcol_net = read_spec(Path(args.revcol_spec), vars(args))
     spec = net_spec(vars(args))
     with torch.device("meta"):  # what only shows when it is built is a mistake of the options, too
-        encoder_columns(spec, args.encoder_embed_dim, getattr(args, "revcol_spec", None) or "options")
+        columns = encoder_columns(spec, args.encoder_embed_dim, getattr(args, "revcol_spec", None) or "options")
+    _check_stored(getattr(args, "revcol_stored", None) or 0, len(columns.flat()), spec)
     blocks = spec.columns * sum(level.depth for level in spec.levels)
     if getattr(args, "encoder_layers", None) not in (None, blocks):
         raise ValueError(
@@ -97,6 +103,19 @@ def _settle_norm(args: argparse.Namespace) -> None:
         args.revcol_norm = "pre"
     elif norm == "pre":
         args.encoder_normalize_before = True
+
+
+def _check_stored(stored: int, cells: int, spec: NetSpec) -> None:
+    if stored > cells:
+        raise ValueError(f"--revcol-stored {stored}: there are {cells} cells. Give as many or fewer")
+    if stored and isinstance(spec.memory, BudgetSpec):
+        raise ValueError(f"--revcol-stored {stored}: under a budget the cells are chosen. Give one or the other")
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of cells; give 0 or more")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -27,6 +27,7 @@ DEFAULTS = {
     "revcol_norm": "post",
     "revcol_gain": 0.5,
     "revcol_memory": "exact",
+    "revcol_stored": 0,
 }
 """What a checkpoint that does not record an option was trained with."""
 
@@ -144,8 +145,6 @@ def _check(spec: NetSpec, dim: int, name: str) -> None:
     if spec.head is not None or spec.taps:
         key = "taps" if spec.head is None else "head"
         raise SpecError(name, key, "the decoder reads the last column's last level", "Remove the key")
-    if not isinstance(spec.memory, (str, tuple)):
-        raise SpecError(name, "memory", "a budget is not kept in fairseq", "Give a mode, or a list of one per column")
     for index in (0, len(spec.levels) - 1):
         if spec.levels[index].dim != dim:
             raise SpecError(
@@ -163,7 +162,8 @@ def _overrides(given: Mapping[str, Any]) -> list[str]:
     overrides = [f"{key}={given[option]}" for option, key in keys.items() if option in given]
     if "revcol_memory" in given:
         modes = given["revcol_memory"]
-        overrides.append(f"memory=[{modes}]" if "," in modes else f"memory={modes}")
+        is_list = "," in modes and not modes.startswith("{")
+        overrides.append(f"memory=[{modes}]" if is_list else f"memory={modes}")
     return overrides
 
 

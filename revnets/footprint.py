@@ -93,6 +93,8 @@ def _all_tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, nn.Module):
         yield from value.parameters()
         yield from value.buffers()
+        for module in value.modules():  # tensors that nobody registered, such as masks that are made once
+            yield from (tensor for tensor in vars(module).values() if isinstance(tensor, Tensor))
     elif isinstance(value, tuple):
         for item in value:
             yield from _all_tensors(item)

@@ -102,7 +102,7 @@ def plan_module(
     inputs: tuple[Any, ...],
     *,
     dtype: torch.dtype = torch.float32,
-    optimizer: str = "adamw",
+    optimizer: str | int = "adamw",
     ranks: int = 1,
     sharding: str = "ddp",
     budget: int | Memory | None = None,
@@ -113,6 +113,7 @@ def plan_module(
 
     Args:
         inputs: positional arguments of its forward. Of tensors, only shapes and dtypes matter.
+        optimizer: its name, or how many tensors of a weight's size it holds.
     """
     _check(optimizer, ranks, sharding)
     with _Predictor(model, inputs, dtype, optimizer, ranks, sharding, progress or (lambda _: None)) as predictor:
@@ -173,7 +174,8 @@ class _Predictor:
         """Add to a single process's footprint what the optimizer and the other ranks bring."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in trained)
-        optimizer = OPTIMIZERS[self.optimizer] * gradients
+        states = self.optimizer if isinstance(self.optimizer, int) else OPTIMIZERS[self.optimizer]
+        optimizer = states * gradients
         activations = found.peak - found.parameters  # gradients among them, unless sharded
         if self.sharded:
             # Each rank holds a share of everything; of two cells at a time (the one that runs and the next, fetched
@@ -246,8 +248,8 @@ def _most(
     return best
 
 
-def _check(optimizer: str, ranks: int, sharding: str) -> None:
-    if optimizer not in OPTIMIZERS:
+def _check(optimizer: str | int, ranks: int, sharding: str) -> None:
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise PlanError(f"optimizer {optimizer!r} is unknown; choose {', '.join(OPTIMIZERS)}")
     if sharding not in SHARDINGS:
         raise PlanError(f"sharding {sharding!r} is unknown; choose {', '.join(SHARDINGS)}")

@@ -111,6 +111,7 @@ def test_what_cannot_be_averaged_gets_one_line(tmp_path):
         ([one, tmp_path / "plain.pt"], r"plain.pt: has no `model` in it"),
         ([one, tmp_path / "none.pt"], r"none.pt: there is no such file"),
         ([tmp_path / "run"], r"run: 0 checkpoints of epochs, 10 are wanted. Ask for fewer \(--last\)"),
+        ([tmp_path / "none.pt"], r"none.pt: there is no such file. Check the path"),
         ([tmp_path / "nowhere"], r"nowhere: there is no such folder. Give the --save-dir of a run"),
     ):
         code, _, err = call("average-checkpoints", *paths, "-o", output)

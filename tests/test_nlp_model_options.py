@@ -69,6 +69,9 @@ def write(folder: Path, text: str = NET) -> Path:
         ({"revcol_gain": 0.0}, "0.0 is nearer to 0 than min_abs"),
         ({"revcol_memory": "exakt"}, '"exakt" is not a memory mode. Did you mean exact?'),
         ({"revcol_memory": "exact,store"}, "2 modes for 4 columns"),
+        ({"revcol_memory": "{budget: exakt}"}, 'memory.budget: "exakt" is no amount of memory'),
+        ({"revcol_stored": 9}, "--revcol-stored 9: there are 8 cells"),
+        ({"revcol_stored": 1, "revcol_memory": "{budget: exact}"}, "under a budget the cells are chosen"),
         ({"revcol_fusion": "lineal"}, 'there is no fusion "lineal". Did you mean linear?'),
         ({"revcol_fusion": "{type: linear, project: [abov]}"}, "fusion.project"),
         ({"revcol_fusion": "convnext"}, "has another resolution"),
@@ -177,6 +180,8 @@ def test_options_change_what_the_yaml_says(tmp_path):
     spec = net_spec(vars(options(revcol_spec=str(path), revcol_columns=5, revcol_memory="recompute", revcol_gain=-0.5)))
     assert (spec.columns, spec.memory, spec.gain.init) == (5, "recompute", -0.5)
     assert spec.fusion.options == {"project": ("above",)}
+    path.write_text(f"{NET}memory: {{budget: 1GiB}}")
+    assert net_spec(vars(options(revcol_spec=str(path)))).memory.budget == "1GiB"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +192,7 @@ def test_options_change_what_the_yaml_says(tmp_path):
         ("dim: 64, depth: 1, block: transformer, dropout: 0.0", "dim: 32, depth: 1, block: mlp", "levels.2.dim: 32"),
         ("columns: 3", "columns: 3\nhead: {type: classifier, num_classes: 2}", "head: the decoder reads the last"),
         ("columns: 3", "columns: 3\ntaps: [1]", "taps: the decoder reads the last"),
-        ("columns: 3", "columns: 3\nmemory: {budget: 1GiB}", "memory: a budget is not kept in fairseq"),
+        ("columns: 3", "columns: 3\nmemory: {budget: 1GiX}", 'memory.budget: "1GiX" is no amount of memory'),
         ("heads: 4", "heads: 5", "64 channels do not divide into 5 heads"),
     ],
 )

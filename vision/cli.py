@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from revnets.oneline import one_line_errors
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key.path=value, e.g. epochs=5 model.columns=8", show_default=False)
@@ -123,18 +124,10 @@ def convert(
         convert_file(source, target, layout, model, weights, heads, allow or [])
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What a user can mend is told in one line. Mistakes in a configuration are told by `revnets` itself."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        from vision.errors import EXPECTED
+def _errors() -> tuple[type[Exception], ...]:
+    from vision.errors import EXPECTED
 
-        if not isinstance(error, (OSError, *EXPECTED)):
-            raise
-        text = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            text = f"{error.filename}: {error.strerror}. Check the path, its permissions and the free space"
-        typer.secho(f"error: {text}", fg="red", err=True)
-        raise typer.Exit(1) from error
+    return EXPECTED
+
+
+_one_line_errors = partial(one_line_errors, _errors)

@@ -34,6 +34,8 @@ from revnets.tracker import kept_bytes
 
 NLP = Path(__file__).parents[2] / "nlp"
 TYPES = 6000  # of words; about a fifth of a WMT vocabulary
+UNDER = "RevCol, transformer's peak"
+"""It keeps as much as fits under the peak of a step of the transformer."""
 
 
 class Contender:
@@ -85,6 +87,12 @@ class Contender:
             for batch in batches:
                 self.model(**batch["net_input"])
         return counter.get_total_flops() / len(batches)
+
+    def peak(self) -> int:
+        """Bytes of a training step of the largest batch, as `--revcol-memory '{budget: ...}'` counts them."""
+        from nlp.budget import footprint
+
+        return footprint(self.model, self.cfg.model, self.task)
 
     def kept(self, batch: Any) -> int:
         """Bytes that the encoder keeps for backward."""
@@ -172,6 +180,8 @@ def compare(data: Path, scale: int, tokens: int, rounds: int) -> dict[str, Row]:
             for memory in ("store", "exact")
         ),
     ]
+    budget = f"{{budget: {contenders[0].peak()}}}"
+    contenders.append(Contender(UNDER, data, tokens, *arguments["revcol"], "--revcol-memory", budget))
     batches = contenders[0].batches(rounds + 1)
     for number, batch in enumerate(track(batches, description="updates", transient=True)):
         for contender in contenders:
@@ -180,7 +190,7 @@ def compare(data: Path, scale: int, tokens: int, rounds: int) -> dict[str, Row]:
             for contender in contenders:
                 contender.seconds.clear()
     words = [batch["ntokens"] for batch in batches[1:]]
-    transformer, store, _ = contenders
+    transformer, store = contenders[:2]
 
     def times(one: Contender, other: Contender) -> float:
         return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
@@ -213,11 +223,20 @@ def keep(data: Path, scale: int, tokens: int, factor: int) -> dict[str, int]:
 
 def speed_table(speed: dict[str, Row], scale: int, tokens: int) -> Table:
     table = Table(title=f"{scale}/4 of the paper's widths, --max-tokens {tokens}", title_justify="left")
-    for name in ("model", "parameters", "GFLOP forward", "CPU s an update", "target tokens a CPU s", "x transformer"):
+    for name in (
+        "model",
+        "parameters",
+        "GFLOP forward",
+        "CPU s an update",
+        "x store",
+        "target tokens a CPU s",
+        "x transformer",
+    ):
         table.add_column(name, justify="left" if name == "model" else "right")
     for name, row in speed.items():
         sizes = (f"{row.parameters / 1e6:.1f} M", f"{row.flops / 1e9:.1f}")
-        table.add_row(name, *sizes, f"{row.seconds:.2f}", f"{row.rate:.0f}", f"{row.of_transformer:.2f}")
+        of_store = "" if name == "transformer" else f"{row.of_store:.2f}"
+        table.add_row(name, *sizes, f"{row.seconds:.2f}", of_store, f"{row.rate:.0f}", f"{row.of_transformer:.2f}")
     table.caption = f"an update in exact takes {speed['RevCol, exact'].of_store:.2f} times that in store"
     return table
 

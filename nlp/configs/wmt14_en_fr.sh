@@ -1,62 +1,18 @@
 #!/usr/bin/env bash
 # WMT'14 English-French, from the download to BLEU. Run from anywhere:
 #
-#   wmt14_en_fr.sh STEP [MODEL [BATCH]]        # revcol or vanilla; 8gpu or big
+#   wmt14_en_fr.sh [STEP [MODEL [BATCH]]]      # all revcol big, unless told otherwise
 #
-# STEP is prepare, train, average, generate, score, or all of them. The recipe is that of Ott et al. (2018), "Scaling
-# Neural Machine Translation", which the RevCol paper follows. BATCH big, 8 GPUs x 16 batches x 5120 tokens an update,
-# is what was published for this task; 8gpu has one batch an update and, as for English-German, a lower learning rate.
-# Preparation takes hours, about 40 GB of disk, and 8 GB of memory or more.
+# STEP is prepare, train, average, generate, score, or all of them; MODEL is revcol or vanilla. The recipe is that of Ott
+# et al. (2018), "Scaling Neural Machine Translation", which the RevCol paper follows. BATCH big, 8 GPUs x 16 batches x
+# 5120 tokens an update, is what was published for this task; 8gpu has one batch an update and, as for English-German, a
+# lower learning rate. Preparation takes hours, about 40 GB of disk, and 8 GB of memory or more.
 # No end was published. MAX_UPDATE, from the environment or as here, is how far a log by the authors goes for big, and the
-# 300,000 updates of Vaswani et al. (2017) for 8gpu.
-set -euo pipefail
-
-STEP=${1:-all} MODEL=${2:-revcol} BATCH=${3:-big}
-DATA=${DATA:-data-bin/wmt14_en_fr_bpe40k}
-RUN=${RUN:-runs/wmt14_en_fr_${MODEL}_$BATCH}
-USER_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-case $MODEL in
-  revcol) ARCH=revcol_transformer_wmt_en_fr ;;       # 209 M parameters
-  vanilla) ARCH=transformer_vaswani_wmt_en_fr_big ;; # 221 M
-  *) echo "MODEL $MODEL: choose revcol or vanilla" >&2; exit 2 ;;
-esac
-case $BATCH in
-  8gpu) LR=0.0005 UPDATE_FREQ=1 MAX_UPDATE=${MAX_UPDATE:-300000} ;;
-  big) LR=0.0007 UPDATE_FREQ=16 MAX_UPDATE=${MAX_UPDATE:-54000} ;;
-  *) echo "BATCH $BATCH: choose 8gpu or big" >&2; exit 2 ;;
-esac
-
-prepare() {
-  revnets prepare-mt wmt14_en_fr --output "$DATA"
-}
-
-train() {
-  fairseq-train "$DATA" \
-    --user-dir "$USER_DIR" --arch $ARCH --share-all-embeddings \
-    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 0.0 --weight-decay 0.0 \
-    --lr $LR --lr-scheduler inverse_sqrt --warmup-updates 4000 --warmup-init-lr 1e-07 \
-    --dropout 0.1 --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
-    --max-tokens 5120 --update-freq $UPDATE_FREQ --max-update $MAX_UPDATE --fp16 \
-    --ddp-backend legacy_ddp --keep-last-epochs 10 --save-dir "$RUN"
-}
-
-average() {
-  revnets average-checkpoints "$RUN" --last 10 --output "$RUN/average.pt"
-}
-
-generate() {
-  fairseq-generate "$DATA" \
-    --user-dir "$USER_DIR" --path "$RUN/average.pt" --gen-subset test \
-    --beam 4 --lenpen 0.6 --remove-bpe --max-tokens 8192 > "$RUN/test.out"
-}
-
-score() {
-  revnets score-mt "$RUN/test.out" --language fr --test-set wmt14/full:en-fr
-}
-
-case $STEP in
-  all) prepare; train; average; generate; score ;;
-  prepare | train | average | generate | score) "$STEP" ;;
-  *) echo "STEP $STEP: choose prepare, train, average, generate, score or all" >&2; exit 2 ;;
-esac
+# 300,000 updates of Vaswani et al. (2017) for 8gpu. DATA and RUN, from the environment, name other folders.
+TASK=wmt14_en_fr LANGUAGES=en-fr DATA=${DATA:-data-bin/wmt14_en_fr_bpe40k}
+REVCOL=revcol_transformer_wmt_en_fr       # 209 M parameters
+VANILLA=transformer_vaswani_wmt_en_fr_big # 221 M
+DROPOUT=0.1 MAX_TOKENS=5120
+LR_8GPU=0.0005 UPDATES_8GPU=300000
+LR_BIG=0.0007 UPDATES_BIG=54000
+source "$(dirname "${BASH_SOURCE[0]}")/wmt.sh"
