@@ -105,6 +105,7 @@ def test_all_steps(calls, script):
     assert parse_train(train[1:]).max_update == 7
     args = options.parse_args_and_arch(options.get_generation_parser(), generate[1:])
     assert (args.beam, args.lenpen, args.post_process, args.gen_subset) == (4, 0.6, "subword_nmt", "test")
+    assert args.required_batch_size_multiple == 1  # every sentence of the test set is translated
     assert args.data == "data-bin/x" == prepare[prepare.index("--output") + 1] == train[1]
     assert args.path == average[average.index("--output") + 1]
 
