@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from vision.convert import convert_file
 from vision.data import load_data
 from vision.engine import Engine
 from vision.errors import CheckpointError
+from vision.imageset import ImageData
 from vision.recipe import PretrainedConfig
 from vision.train import Trainer
 
@@ -65,6 +67,18 @@ def test_every_recipe_is_here_and_comes_back_from_plain_data():
         config = load_config(recipe)
         assert load_config(config.plain()) == config
         assert timm.is_model_pretrained(config.pretrained.source) == ("base" in recipe or "large_" in recipe[:13])
+
+
+@pytest.mark.parametrize(("recipe", "millions"), [("revcol_base_ft_384_in1k", 138), ("revcol_huge_ft_640_in1k", 2157)])
+def test_recipe_builds_its_model_for_its_images(recipe, millions):
+    config = load_config(recipe)
+    side = config.data.img_size
+    data = ImageData(None, None, tuple(map(str, range(1000))), (3, side, side), config.data.mean, config.data.std)
+    with torch.device("meta"):
+        model = parts.build_model(config, data)
+    assert int(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
+    optimizer = parts.build_optimizer(config, model, 512)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, model.parameters()))
 
 
 # ------------------------------------------------------------------------------------------- learning rates by depth
@@ -259,8 +273,6 @@ def test_a_run_begins_with_another(first):
 
 
 def load_renamed():
-    from dataclasses import replace
-
     data = load_data(load_config(tiny(Path("x"), data=DATA)).data, seed=0)
     return replace(data, classes=tuple("abcdefghij"))
 
