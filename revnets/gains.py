@@ -22,7 +22,7 @@ from revnets.cell import add, subtract
 from revnets.errors import SpecError
 from revnets.models import load_model
 
-BEST = ("checkpoints/best.pt", "checkpoint_best.pt")
+BEST = ("checkpoints/best.pt", "best.pt", "checkpoint_best.pt")
 """What is meant by the folder of a run: of `revnets train`, of fairseq."""
 
 AVERAGED, OWN = ("ema", "state_dict_ema"), ("model", "state_dict")
@@ -162,7 +162,7 @@ def _file(path: Path) -> Path:
     for name in BEST:
         if (path / name).is_file():
             return path / name
-    raise SpecError(str(path), "", f"this folder has neither {' nor '.join(BEST)}", "Give a file of weights")
+    raise SpecError(str(path), "", f"this folder has none of {', '.join(BEST)}", "Give a file of weights")
 
 
 def _content(path: Path) -> Any:

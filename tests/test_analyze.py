@@ -227,7 +227,7 @@ def test_mistakes_of_gains(file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for words, said in (
         (("gains", tmp_path / "no.pt"), "neither such a file nor such a model"),
-        (("gains", tmp_path / "empty"), "this folder has neither checkpoints/best.pt nor checkpoint_best.pt"),
+        (("gains", tmp_path / "empty"), "this folder has none of checkpoints/best.pt, best.pt, checkpoint_best.pt"),
         (("gains", tmp_path / "other.pt"), "it has no gains"),
         (("gains", tmp_path / "bad.pt"), "not a file of weights, or it holds more than plain data"),
         (("gains", tmp_path / "cut.pt"), "damaged, cut short"),
