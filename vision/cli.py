@@ -15,9 +15,13 @@ Overrides = Annotated[
 ]
 
 
+CONFIGS = Path(__file__).parent / "configs"
+RECIPES = ", ".join(path.stem for path in (*sorted(CONFIGS.glob("*.yaml")), *sorted(CONFIGS.glob("finetune/*.yaml"))))
+
+
 def train(
     config: Annotated[
-        str, typer.Argument(help="YAML file of a run, or a recipe that comes along: digits.", show_default=False)
+        str, typer.Argument(help=f"YAML file of a run, or a recipe that comes along: {RECIPES}.", show_default=False)
     ],
     overrides: Overrides = None,
 ) -> None:
