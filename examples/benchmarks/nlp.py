@@ -223,27 +223,22 @@ def keep(data: Path, scale: int, tokens: int, factor: int) -> dict[str, int]:
 
 def speed_table(speed: dict[str, Row], scale: int, tokens: int) -> Table:
     table = Table(title=f"{scale}/4 of the paper's widths, --max-tokens {tokens}", title_justify="left")
-    for name in (
-        "model",
-        "parameters",
-        "GFLOP forward",
-        "CPU s an update",
-        "x store",
-        "target tokens a CPU s",
-        "x transformer",
-    ):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("model", "weights", "GFLOP", "CPU s", "x store", "tokens/s", "x first"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for name, row in speed.items():
         sizes = (f"{row.parameters / 1e6:.1f} M", f"{row.flops / 1e9:.1f}")
         of_store = "" if name == "transformer" else f"{row.of_store:.2f}"
         table.add_row(name, *sizes, f"{row.seconds:.2f}", of_store, f"{row.rate:.0f}", f"{row.of_transformer:.2f}")
-    table.caption = f"an update in exact takes {speed['RevCol, exact'].of_store:.2f} times that in store"
+    table.caption = (
+        f"GFLOP of a forward; CPU s of an update, in exact {speed['RevCol, exact'].of_store:.2f} times that in store; "
+        "target tokens a CPU second"
+    )
     return table
 
 
 def memory_table(memory: dict[int, dict[str, int]]) -> Table:
     table = Table(title="MB kept by the encoder for backward", title_justify="left")
-    table.add_column("columns (layers of the transformer)")
+    table.add_column("columns (layers)", no_wrap=True)
     for name in next(iter(memory.values())):
         table.add_column(name, justify="right")
     for columns, kept in memory.items():
