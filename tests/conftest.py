@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,15 +27,21 @@ settings.register_profile("more", parent=settings.get_profile("default"), derand
 settings.load_profile("default")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Tests that share what their file makes once, such as a trained net, go to one worker, which makes it once."""
-    for item in items:
-        definitions = [
-            found for name in item.fixturenames for found in item._fixtureinfo.name2fixturedefs.get(name, ())
-        ]
-        if any(found.scope == "module" for found in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files that make something once, such as a trained net, go to one worker, and first; other tests one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def shares(file: str) -> bool:
+        return 'scope="module"' in (config.rootpath / file).read_text(encoding="utf-8")
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if shares(file) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
