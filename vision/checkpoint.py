@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from revnets.files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
 from vision.errors import CheckpointError as CheckpointError
-from vision.errors import first_line
+from vision.errors import why_not_written
 from vision.shards import DIVISIBLE, STATE, Piece, copy_into, divided, gathered, read_shards, shard_name
 from vision.supervision import Supervised
 from vision.world import World
@@ -118,7 +118,7 @@ class Checkpoints:
                 raise
             before = self.all()
             kept = f"{before[-1]} is intact" if before else "there is none before it"
-            problem = f"cannot be written ({first_line(error)}); {kept}"
+            problem = f"cannot be written ({why_not_written(error)}); {kept}"
             raise CheckpointError(path, problem, "Free some space, then go on with resume=auto") from error
 
     def _tidy(self, path: Path, best: bool) -> None:

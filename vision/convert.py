@@ -17,7 +17,7 @@ from torch import Tensor
 
 from revnets import NetSpec, SpecError
 from revnets.files import replacing
-from vision.errors import CheckpointError, first_line
+from vision.errors import CheckpointError, why_not_written
 from vision.family import family, recognise, shape_in, spec_of
 from vision.model import RevCol
 from vision.official import (
@@ -241,7 +241,7 @@ def write(target: Path, done: Converted, layout: str = "classification", weights
             else:
                 torch.save(_wrapped(tensors, layout), file)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer turns a full disk into a RuntimeError
-        problem = f"cannot be written ({first_line(error)})"
+        problem = f"cannot be written ({why_not_written(error)})"
         raise CheckpointError(target, problem, "Free some space, or give another path") from error
 
 

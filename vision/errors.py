@@ -36,3 +36,13 @@ def first_line(error: BaseException) -> str:
     """What an error says, shortened to one line without a full stop."""
     text = f"{error} is missing" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")
+
+
+def why_not_written(error: BaseException) -> str:
+    """Why a file could not be written: torch's writer puts an error of its own in front of the system's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return first_line(error)
