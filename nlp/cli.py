@@ -70,7 +70,7 @@ def prepare_mt(
         "deduplicate": deduplicate,
         "clean": {"min": min_length, "max": max_length, "ratio": ratio},
     }
-    with _one_line_errors():
+    with reported():
         from .prepare import prepare
         from .recipes import read_recipe
 
@@ -95,7 +95,7 @@ def average_checkpoints(
     worth some tenths of BLEU. fairseq-generate reads the result as any other
     checkpoint.
     """
-    with _one_line_errors():
+    with reported():
         from rich.progress import track
 
         from .average import average, select
@@ -129,7 +129,7 @@ def score_mt(
     English-German papers after Vaswani et al. (2017) compare; sacreBLEU on
     untokenised text is comparable between all systems.
     """
-    with _one_line_errors():
+    with reported():
         from .corpus import known_language
         from .score import named_reference, read_output, read_reference, scores
 
@@ -182,4 +182,4 @@ def _errors() -> tuple[type[Exception], ...]:
     return (DataError,)
 
 
-_one_line_errors = partial(one_line_errors, _errors, extra="nlp")
+reported = partial(one_line_errors, _errors, extra="nlp")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from revnets.diagram import INK
-from revnets.draw import MODE_COLOURS, _unit, _whole_numbers
+from revnets.draw import MODE_COLOURS, unit_of, whole_numbers
 from revnets.gains import Bits, CellGains
 from revnets.scaling import Point
 
@@ -57,7 +57,7 @@ def memory_figure(large: Sequence[Point], small: Sequence[Point], measured: Sequ
 
 def _draw_memory(axes: Axes, lines: Sequence[Point], markers: Sequence[Point]) -> None:
     """Lines, and markers that should lie on them."""
-    unit, name = _unit(max(point.peak for point in [*lines, *markers]))
+    unit, name = unit_of(max(point.peak for point in [*lines, *markers]))
     for mode in dict.fromkeys(point.mode for point in lines):
         for field, style, face in (("peak", "-", MODE_COLOURS[mode]), ("kept", "--", "white")):
             look = {"color": MODE_COLOURS[mode], "markerfacecolor": face, "markersize": 5}
@@ -86,7 +86,7 @@ def gains_figure(cells: Sequence[CellGains], bits: Sequence[Bits]) -> Figure:
     _draw_gamma(top, cells)
     _draw_bits(bottom, cells, bits)
     bottom.set_xlim(min(cell.column for cell in cells) - 0.6, max(cell.column for cell in cells) + 0.6)
-    _whole_numbers(bottom)
+    whole_numbers(bottom)
     return figure
 
 

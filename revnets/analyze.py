@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from revnets.cli import InputShape, Overrides, SpecArgument, _missing, _shape
+from revnets.cli import InputShape, Overrides, SpecArgument, missing_command, sample_shape
 from revnets.errors import SpecError, nearest
 from revnets.findings import Csv, Png, deliver, outputs, print_rows, progress
 
@@ -49,11 +49,13 @@ def memory(
 
     from revnets.analysis_figures import memory_figure
     from revnets.scaling import Step, measured, predicted, table
-    from revnets.show import _dtype, example_shape
+    from revnets.show import example_shape, parse_dtype
 
     png, csv = outputs(png, csv)
-    shape, small = _shape(input_shape), _shape(measure_input)
-    large = Step(spec, tuple(overrides or ()), _counts(columns, "--columns"), _modes(modes), (), batch, _dtype(dtype))
+    shape, small = sample_shape(input_shape), sample_shape(measure_input)
+    large = Step(
+        spec, tuple(overrides or ()), _counts(columns, "--columns"), _modes(modes), (), batch, parse_dtype(dtype)
+    )
     few = _counts(measure_columns, "--measure-columns")
     shape = shape or example_shape(large.model(large.columns[0], "meta"), spec)
     if small is None:
@@ -133,5 +135,5 @@ for _entry in entry_points(group="revnets.analyses"):
     try:
         _command = _entry.load()
     except ImportError as _error:
-        _command = _missing(_entry.name, _entry.value.split(":")[0], _error)
+        _command = missing_command(_entry.name, _entry.value.split(":")[0], _error)
     app.command(name=_entry.name)(_command)

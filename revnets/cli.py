@@ -29,7 +29,7 @@ InputShape = Annotated[
 ]
 
 
-def _picture(path: Path | None) -> Path | None:
+def picture_path(path: Path | None) -> Path | None:
     """Refuse a suffix that no picture has before any work is done."""
     from revnets.draw import FORMATS
 
@@ -44,14 +44,14 @@ def show(
     overrides: Overrides = None,
     input_shape: InputShape = None,
     svg: Annotated[
-        Path | None, typer.Option(help="Draw columns, levels and wires into this file.", callback=_picture)
+        Path | None, typer.Option(help="Draw columns, levels and wires into this file.", callback=picture_path)
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="The same as a PNG file.", callback=_picture)] = None,
+    png: Annotated[Path | None, typer.Option(help="The same as a PNG file.", callback=picture_path)] = None,
 ) -> None:
     """Show a net: its graph, parameters and multiply-accumulates, as a table and as a picture."""
     from revnets.show import describe
 
-    describe(spec, overrides or [], _shape(input_shape), [path for path in (svg, png) if path])
+    describe(spec, overrides or [], sample_shape(input_shape), [path for path in (svg, png) if path])
 
 
 @app.command()
@@ -60,7 +60,7 @@ def audit(
     overrides: Overrides = None,
     input_shape: InputShape = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in the batch that is measured.")] = 2,
-    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.", callback=_picture)] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.", callback=picture_path)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
 ) -> None:
     """Measure whether a net is reversible, whether its gradients are right, and what it keeps for backward.
@@ -69,7 +69,7 @@ def audit(
     """
     from revnets.show import measure
 
-    raise typer.Exit(measure(spec, overrides or [], _shape(input_shape), batch, png, json))
+    raise typer.Exit(measure(spec, overrides or [], sample_shape(input_shape), batch, png, json))
 
 
 @app.command()
@@ -83,17 +83,18 @@ def plan(
     ranks: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
     sharding: Annotated[str, typer.Option(help="ddp (replicas) or fsdp (shards).")] = "ddp",
     budget: Annotated[str | None, typer.Option(help="Fastest way under it: 24GiB, or a mode (its peak).")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.", callback=_picture)] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.", callback=picture_path)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
 ) -> None:
     """Predict the memory of a training step in every memory mode, without taking it."""
     from revnets.show import forecast
 
     request = {"dtype": dtype, "optimizer": optimizer, "ranks": ranks, "sharding": sharding, "budget": budget}
-    forecast(spec, overrides or [], _shape(input_shape), batch, request, png, json)
+    forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json)
 
 
-def _shape(text: str | None) -> tuple[int, ...] | None:
+def sample_shape(text: str | None) -> tuple[int, ...] | None:
+    """The shape that `--input` names; an axis is set off by a comma or an x."""
     if text is None:
         return None
     try:
@@ -119,14 +120,16 @@ def load_commands(wanted: str | None = None) -> None:
         try:
             command = entry.load()
         except ImportError as error:
-            command = _missing(entry.name, entry.value.split(":")[0], error)
+            command = missing_command(entry.name, entry.value.split(":")[0], error)
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=entry.name)
         else:
             app.command(name=entry.name)(command)
 
 
-def _missing(name: str, module: str, error: ImportError):
+def missing_command(name: str, module: str, error: ImportError):
+    """What stands in for a command whose package cannot be imported: it says what to install."""
+
     def command() -> None:
         extra = module.removeprefix("revnets.").partition(".")[0]
         raise SystemExit(f"revnets {name}: cannot import {module} ({error}). Try: pip install 'revnets[{extra}]'")

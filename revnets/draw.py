@@ -86,7 +86,7 @@ def _draw_states(axes: Axes, audit: Audit) -> None:
             axes.plot(at, [0] * len(at), marker, color=shade, markersize=5, label=label, clip_on=False, zorder=3)
     axes.axhline(INVERT_LIMIT, color=INK, linestyle=":", linewidth=1)
     axes.set(xlabel="column", ylabel="relative error (dotted: 1 %)", xlim=(-0.5, columns[-1] + 0.5))
-    _whole_numbers(axes)
+    whole_numbers(axes)
     axes.legend(fontsize=9, frameon=False)
 
 
@@ -118,7 +118,7 @@ def _draw_growth(axes: Axes, audit: Audit) -> None:
     if not audit.modes:
         _nothing(axes, "no mode was measured")
         return
-    unit, name = _unit(max(sum(mode.column_bytes) for mode in audit.modes))
+    unit, name = unit_of(max(sum(mode.column_bytes) for mode in audit.modes))
     for mode in audit.modes:
         alive = [total / unit for total in accumulate(mode.column_bytes)]
         slope = "" if math.isnan(mode.bytes_per_column) else f": {size(mode.bytes_per_column)}"
@@ -127,7 +127,7 @@ def _draw_growth(axes: Axes, audit: Audit) -> None:
     most = max(sum(mode.column_bytes) for mode in audit.modes) / unit
     last = max(len(mode.column_bytes) for mode in audit.modes) - 1
     axes.set(xlabel="after column", ylabel=f"{name} alive", xlim=(-0.5, last + 0.5), ylim=(0, 1.4 * most or 1))
-    _whole_numbers(axes)
+    whole_numbers(axes)
     title = "added by one more column" if last else None
     axes.legend(  # in the room above the curves
         fontsize=9, frameon=False, ncols=2, loc="upper left", title=title, title_fontsize=9, alignment="left"
@@ -139,7 +139,7 @@ def _draw_bytes(axes: Axes, audit: Audit) -> None:
     if not audit.modes:
         _nothing(axes, "no mode was measured")
         return
-    unit, name = _unit(max(mode.peak_bytes for mode in audit.modes))
+    unit, name = unit_of(max(mode.peak_bytes for mode in audit.modes))
     names = [mode.mode for mode in audit.modes]
     _bars(axes, names, [mode.peak_bytes / unit for mode in audit.modes], alpha=0.3)
     _bars(axes, names, [mode.kept_bytes / unit for mode in audit.modes])
@@ -160,7 +160,8 @@ def _note(axes: Axes, row: int, text: str) -> None:
     axes.annotate(text, (0, row - 0.3), (3, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
 
 
-def _whole_numbers(axes: Axes) -> None:
+def whole_numbers(axes: Axes) -> None:
+    """Let the ticks of an x-axis be whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -192,7 +193,8 @@ def _shown(error: float, top: float) -> float:
     return min(error, top) if math.isfinite(error) else top
 
 
-def _unit(largest: int) -> tuple[int, str]:
+def unit_of(largest: int) -> tuple[int, str]:
+    """Bytes of the unit in which an axis up to this number is read best, and its name."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if largest >= unit:
             return unit, name

@@ -13,15 +13,15 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from revnets.cli import _picture
+from revnets.cli import picture_path
 from revnets.errors import SpecError
 from revnets.files import replacing
-from revnets.report import _table
+from revnets.report import table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Png = Annotated[Path, typer.Option(help="Draw into this file: .png, .svg or .pdf.", callback=_picture)]
+Png = Annotated[Path, typer.Option(help="Draw into this file: .png, .svg or .pdf.", callback=picture_path)]
 Csv = Annotated[
     Path | None, typer.Option(help="Where the numbers go; beside the picture by default.", show_default=False)
 ]
@@ -76,7 +76,7 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def print_rows(console: Console, title: str, rows: Sequence[Mapping[str, str]]) -> None:
     """Numbers, one row below the other, under a title."""
-    table = _table("", list(rows[0]), left=0)
+    table = table_of("", list(rows[0]), left=0)
     for row in rows:
         table.add_row(*row.values())
     console.print(title, style="bold", highlight=False, soft_wrap=True)

@@ -130,7 +130,7 @@ class Audit:
             "matmuls\nfwd+bwd",
             "step",
         )
-        table = _table("One training step in each memory mode", headings, left=2)
+        table = table_of("One training step in each memory mode", headings, left=2)
         notes = []
         for mode in self.modes:
             verdict = self.verdict(mode)
@@ -158,7 +158,7 @@ class Audit:
         shown = self.m if self.m <= MOST_LEVELS else 0
         levels = [f"level\n{level}" for level in range(shown)]
         headings = ("column", "exact", "invert:\nerror", "largest", *levels)
-        table = _table("States rebuilt from the last column's", headings, left=2)
+        table = table_of("States rebuilt from the last column's", headings, left=2)
         for column in thinned(self.columns, 16):
             if column is None:
                 table.add_row("...")
@@ -172,7 +172,7 @@ class Audit:
         return table
 
 
-def _table(title: str, headings: Sequence[str], left: int) -> Table:
+def table_of(title: str, headings: Sequence[str], left: int) -> Table:
     """A table that fits a terminal of 80 columns; the first `left` columns are aligned at the left."""
     from rich import box
     from rich.table import Table

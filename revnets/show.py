@@ -95,7 +95,7 @@ def forecast(
     shape = shape or example_shape(net, source)
     console = Console(stderr=json)
     with console.status("simulating ...") as status:
-        request = {**request, "dtype": _dtype(request["dtype"])}
+        request = {**request, "dtype": parse_dtype(request["dtype"])}
         memory = getattr(getattr(net, "spec", None), "memory", None)
         if request["budget"] is None and isinstance(memory, BudgetSpec):
             request["budget"] = memory.budget
@@ -126,7 +126,8 @@ def _unfit(source: str, shape: tuple[int, ...], error: Exception) -> SpecError:
     return SpecError(source, "", f"an input of {shape} does not go through ({reason})", "Give --input")
 
 
-def _dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> torch.dtype:
+    """A floating point type by its name."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise SpecError("command line", "--dtype", f"unknown dtype (value {name})", f"Choose {', '.join(known)}")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from revnets.findings import Csv, Png, deliver, outputs, print_rows, progress
-from vision.cli import Overrides, _one_line_errors
+from vision.cli import Overrides, reported
 
 Source = Annotated[
     str,
@@ -43,7 +43,7 @@ def cka(
     revnets analyze cka runs/fashion --png cka.png
     revnets analyze cka revcol_tiny model.pretrained=true data.name=folder data.root=/data/imagenet
     """
-    with _one_line_errors():
+    with reported():
         from rich.console import Console
 
         from vision.analysis_figures import cka_figure
@@ -84,7 +84,7 @@ def layercam(
 
     revnets analyze layercam runs/fashion --index 7 --png layercam.png
     """
-    with _one_line_errors():
+    with reported():
         import torch
         from rich.console import Console
 

@@ -34,7 +34,7 @@ def train(
 
     Several processes: torchrun --no-python --nproc-per-node 8 revnets train CONFIG.
     """
-    with _one_line_errors():
+    with reported():
         from vision.config import load_config
         from vision.train import Trainer
         from vision.world import joined
@@ -68,7 +68,7 @@ def evaluate(
     Weights of ImageNet-22K on ImageNet-1K, matched by WordNet ids:
     revnets eval revcol_base_22k.pth data.root=DIR --config revcol_base_in22k --subset
     """
-    with _one_line_errors():
+    with reported():
         from vision.examine import evaluate_checkpoint
 
         evaluate_checkpoint(checkpoint, overrides or [], png, config, subset)
@@ -80,7 +80,7 @@ def reshard(
     shards: Annotated[int, typer.Option(min=0, help="Number of shards; 0: one whole file.")] = 0,
 ) -> None:
     """Rewrite a checkpoint of `checkpoint: sharded` as one file, or one file as shards."""
-    with _one_line_errors():
+    with reported():
         from vision import reshard as resharding
 
         resharding.reshard(source, target, shards)
@@ -122,7 +122,7 @@ def convert(
 
     revnets convert revcol_tiny_1k.pth revcol_tiny.safetensors
     """
-    with _one_line_errors():
+    with reported():
         from vision.convert import convert_file
 
         convert_file(source, target, layout, model, weights, heads, allow or [])
@@ -134,4 +134,4 @@ def _errors() -> tuple[type[Exception], ...]:
     return EXPECTED
 
 
-_one_line_errors = partial(one_line_errors, _errors)
+reported = partial(one_line_errors, _errors)
