@@ -129,7 +129,8 @@ def test_every_model_has_a_yaml() -> None:
 
 # ------------------------------------------------------------------------------------------------ the page on vision
 
-PAGE = (Path(__file__).parents[1] / "docs" / "vision.md").read_text(encoding="utf-8")
+PAGES = Path(__file__).parents[1] / "docs"
+PAGE = (PAGES / "vision.md").read_text(encoding="utf-8")
 
 
 def test_the_page_lists_every_model_with_its_size() -> None:
@@ -146,7 +147,7 @@ def test_the_page_lists_every_model_with_its_size() -> None:
         assert macs == f"{(FAMILY | VIT)[name][1]:.2f}"
 
 
-def test_what_the_page_shows_runs(tmp_path: Path) -> None:
+def test_what_the_page_shows_runs() -> None:
     names: dict = {}
     for block in re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE):
         exec(block, names)
@@ -160,11 +161,35 @@ def test_what_the_page_shows_runs(tmp_path: Path) -> None:
     assert shown
     assert [word.strip("' ") for word in shown[1].split(",")] == sorted(names["result"])
     assert "top1_1" in names["evaluator"].compute()
-    (text,) = re.findall(r"^ *```yaml\n(.*?)^ *```", PAGE, flags=re.DOTALL | re.MULTILINE)
-    file = tmp_path / "net.yaml"
-    file.write_text(text)
-    net = vision.RevCol(revnets.load_spec(file), num_classes=3)
-    assert net(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_what_the_page_on_adding_models_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = PAGES / "adding-models.md"
+    blocks = re.findall(
+        r"^```(python|yaml)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for kind, text in blocks:
+        if file := re.match(r"# (\w+\.(?:py|yaml))\n", text):
+            Path(file[1]).write_text(text)
+        if kind == "python":
+            exec(text, names)
+    assert len(names["model"].columns.cells) == 3
+    assert [tuple(level.shape[1:]) for level in names["levels"]] == [
+        (32, 24, 32),
+        (64, 12, 16),
+        (128, 6, 8),
+        (256, 3, 4),
+    ]
+    net = names["model"].columns
+    x = torch.randn(1, 6, 8, 32)
+    grads = []
+    for memory in ("store", "exact"):
+        net.memory = memory
+        loss = sum(level.square().sum() for level in net(x))
+        grads.append(torch.autograd.grad(loss, list(net.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_the_page_names_every_argument_and_key() -> None:
