@@ -157,7 +157,7 @@ class _Predictor:
         self.columns.stored = stored
         try:
             found = simulate(self.model, self.inputs, self.dtype, keep_gradients=not self.sharded)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise PlanError(f"an input of {self.shape} does not go through the net ({reason})") from error
         flops = base.flops if base else found.flops

@@ -170,6 +170,8 @@ def test_what_cannot_be_planned(arguments, text):
 def test_an_input_that_does_not_fit():
     with pytest.raises(PlanError, match=r"an input of \(2, 17\) does not go through the net"):
         plan(EXAMPLES / "vectors.yaml", (2, 17))
+    with pytest.raises(PlanError, match=r"\(2, 3, 64, 64\) does not go through the net \(.* img_size 224\)"):
+        plan(EXAMPLES / "vit.yaml", (2, 3, 64, 64))
 
 
 def test_too_large_a_batch_is_told_apart_from_too_large_a_net():
