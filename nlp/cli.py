@@ -103,7 +103,7 @@ def average_checkpoints(
         paths = checkpoints
         if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix != ".pt"):
             paths = select(paths[0], last, updates)
-        average(track(paths, "average"), output)
+        average(track(paths, "average", transient=True), output)
     typer.echo(f"{output}: the average of {', '.join(path.name for path in paths)}")
 
 

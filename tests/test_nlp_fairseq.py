@@ -150,10 +150,12 @@ def test_resumed_training_and_every_memory_mode_give_the_same_bits(data, tmp_pat
     train(data, tmp_path / "parts", *options, "--max-update", "4")
     train(data, tmp_path / "parts", *options, "--max-update", "8")
     train(data, tmp_path / "store", *options, "--max-update", "8", "--revcol-memory", "store")
+    train(data, tmp_path / "budget", *options, "--max-update", "8", "--revcol-memory", "{budget: 20MB}")
     straight = state(tmp_path / "straight")
     assert load(tmp_path / "straight" / "checkpoint_last.pt")["extra_state"]["train_iterator"]["epoch"] == 1
     assert_same(state(tmp_path / "parts"), straight)
     assert_same(state(tmp_path / "store"), straight)
+    assert_same(state(tmp_path / "budget"), straight)
 
 
 def test_options_are_in_the_checkpoint(trained):
