@@ -1,7 +1,7 @@
 """The ablations of the paper (Tables 5 to 7), small: Fashion-MNIST, three seeds, nets of equal multiply-accumulates.
 
     apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any folder with the four idx files: --root
-    python examples/ablations.py                  # all of it: about 15 minutes of one CPU core
+    python examples/ablations.py                  # all of it: 12 minutes of one CPU core
     python examples/ablations.py --tables 7 --seeds 1 --epochs 1 --output runs/quick
 
 Table 5 divides one net into 1, 2, 4 or 8 columns. Table 6 holds RevCol against branches that exchange everything
@@ -141,7 +141,7 @@ def rows(ablation: Ablation, runs: Sequence[Run], sizes: Mapping[str, Size]) -> 
                 name,
                 f"{sizes[name].parameters:,}",
                 f"{sizes[name].macs:,}",
-                f"{spread(accuracies(of_model), 2)} %",
+                spread(accuracies(of_model), 2),
                 spread([run.state()["cpu_seconds"] / 60 for run in of_model], 1),
             )
         )
@@ -153,7 +153,7 @@ def accuracies(runs: Sequence[Run]) -> list[float]:
     return [run.curve()[1][-1] for run in runs]
 
 
-HEADINGS = ("parameters", "MACs", "test accuracy", "CPU minutes")
+HEADINGS = ("parameters", "MACs", "accuracy, %", "CPU minutes")
 
 
 def summary(chosen: Mapping[str, Ablation], runs: Sequence[Run], sizes: Mapping[str, Size]) -> Table:
@@ -166,7 +166,7 @@ def summary(chosen: Mapping[str, Ablation], runs: Sequence[Run], sizes: Mapping[
         for index, row in enumerate(rows(ablation, runs, sizes)):
             end = index == len(ablation.models) - 1
             table.add_row("" if index else number, *row, end_section=end)
-    table.caption = "mean ± standard deviation over seeds, after the last epoch; minutes of one run"
+    table.caption = "mean ± standard deviation over seeds, of all test images after the last epoch; minutes of one run"
     return table
 
 
