@@ -74,7 +74,7 @@ def test_unknown_names() -> None:
 
 
 def test_options_are_the_arguments_that_the_framework_leaves() -> None:
-    assert list(options("block", "convnext")) == ["kernel_size", "expand", "layer_scale", "drop_path"]
+    assert list(options("block", "convnext")) == ["kernel_size", "expand", "layer_scale", "drop_path", "shortcut"]
     assert list(options("fusion", "linear")) == ["project", "norm"]
     assert list(options("head", "classifier")) == ["num_classes", "dropout"]
     assert list(options("block", "torch.nn:Identity")) == ["**"]

@@ -30,6 +30,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from revnets.report import table_of
 from revnets.tracker import kept_bytes
 
 NLP = Path(__file__).parents[2] / "nlp"
@@ -222,9 +223,8 @@ def keep(data: Path, scale: int, tokens: int, factor: int) -> dict[str, int]:
 
 
 def speed_table(speed: dict[str, Row], scale: int, tokens: int) -> Table:
-    table = Table(title=f"{scale}/4 of the paper's widths, --max-tokens {tokens}", title_justify="left")
-    for name in ("model", "weights", "GFLOP", "CPU s", "x store", "tokens/s", "x first"):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    headings = ("model", "weights", "GFLOP", "CPU s", "x store", "tokens/s", "x first")
+    table = table_of(f"{scale}/4 of the paper's widths, --max-tokens {tokens}", headings, left=1)
     for name, row in speed.items():
         sizes = (f"{row.parameters / 1e6:.1f} M", f"{row.flops / 1e9:.1f}")
         of_store = "" if name == "transformer" else f"{row.of_store:.2f}"
@@ -237,10 +237,8 @@ def speed_table(speed: dict[str, Row], scale: int, tokens: int) -> Table:
 
 
 def memory_table(memory: dict[int, dict[str, int]]) -> Table:
-    table = Table(title="MB kept by the encoder for backward", title_justify="left")
-    table.add_column("columns (layers)", no_wrap=True)
-    for name in next(iter(memory.values())):
-        table.add_column(name, justify="right")
+    headings = ("columns (layers)", *next(iter(memory.values())))
+    table = table_of("MB kept by the encoder for backward", headings, left=1)
     for columns, kept in memory.items():
         table.add_row(f"{columns} ({columns * 6 // 4})", *(f"{size / 1e6:.1f}" for size in kept.values()))
     return table
