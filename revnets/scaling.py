@@ -15,7 +15,7 @@ from revnets.drift import DriftWarning
 from revnets.errors import SpecError
 from revnets.footprint import total
 from revnets.models import load_model
-from revnets.plan import plan
+from revnets.plan import PlanError, plan
 from revnets.report import size
 from revnets.tracker import MemoryTracker
 
@@ -79,8 +79,8 @@ def predicted(step: Step, tell: Callable[[str], None] = lambda _: None) -> Itera
         _require_columns(model, step.source)
         try:
             found = plan(model, (step.batch, *step.shape), dtype=step.dtype, optimizer="none", modes=step.modes)
-        except (RuntimeError, ValueError) as error:
-            raise _unfit(step, error) from error
+        except PlanError as error:
+            raise _unfit(step, error.__cause__ or error) from error
         for mode in found.modes:
             yield step.point("predicted", mode.mode, count, mode.parameters, mode.kept, mode.peak)
 
@@ -117,7 +117,7 @@ def step_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) 
     return parameters, kept, tracker.peak
 
 
-def _unfit(step: Step, error: Exception) -> SpecError:
+def _unfit(step: Step, error: BaseException) -> SpecError:
     reason = str(error).splitlines()[0].removesuffix(".")
     problem = f"an input of {step.shape} does not go through ({reason})"
     return SpecError(step.source, "", problem, "Give --input, and --measure-input for the small step")

@@ -139,6 +139,25 @@ def test_what_can_be_stored_without_a_higher_peak(mode):
     assert work < flops(net, shape)
 
 
+def test_room_that_is_left_goes_to_states():
+    """Few activations beside many weights: states cost no peak, and gradients are the same bits."""
+    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (1, 3, 32, 32))
+    found = plan(net, shape, optimizer="none", modes=("exact",), budget="exact")
+    assert found.chosen is not None
+    assert found.chosen.recomputed
+    assert set(found.chosen.recomputed) <= {1, 2}  # the first column has no states before it
+    assert found.chosen.peak <= found.modes[0].peak
+    found.apply(net)
+    assert [str(mode) for mode in net.columns.memory] == found.chosen.memory(3)
+    x = torch.randn(shape)
+    torch.manual_seed(0)  # of drop path
+    planned = torch.autograd.grad(total(net(x)), list(net.parameters()))
+    net.columns.memory, net.columns.stored = "store", 0
+    torch.manual_seed(0)
+    plain = torch.autograd.grad(total(net(x)), list(net.parameters()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(planned, plain, strict=True))
+
+
 def test_other_ranks_and_the_optimizer():
     net, shape = built("vectors.yaml", [], None)
     weights = sum(parameter.nbytes for parameter in net.parameters())
