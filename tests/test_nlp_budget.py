@@ -143,6 +143,17 @@ def test_what_the_optimizer_holds(given, expected):
     assert _states(command_line(*given)) == expected
 
 
+def test_gradients_of_earlier_batches_need_room():
+    """At the peak of this step, the start of backward, there are none yet without `--update-freq`."""
+    text = task(*[(31, 30)] * 40)
+    args = command_line("--revcol-memory", "store", "--max-tokens", "1240")
+    model = RevColTransformerModel.build_model(args, text)
+    once = footprint(model, args, text)
+    several = footprint(model, command_line("--max-tokens", "1240", "--update-freq", "3"), text)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert 0.8 * weights < several - once < 1.2 * weights
+
+
 def test_stored_cells_give_the_same_gradients():
     found = []
     for stored in ("0", "3"):
