@@ -43,7 +43,7 @@ def keep_budget(model: nn.Module, budget: BudgetSpec | int | str) -> None:
         model.register_forward_pre_hook(_turn, with_kwargs=True)
 
 
-@torch.compiler.disable()
+@torch._disable_dynamo()  # as torch.compiler.disable, but does not import Dynamo, which takes a second, until it runs
 def _turn(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """The hook: plan if a budget is waiting."""
     if not (model.training and torch.is_grad_enabled()):

@@ -67,7 +67,7 @@ def predict_drift(
     return largest
 
 
-@torch.compiler.disable()
+@torch._disable_dynamo()  # as torch.compiler.disable, but does not import Dynamo, which takes a second, until it runs
 def watch(columns: ReversibleColumns, x: Tensor) -> None:
     """Warn, once for each setting of `columns.memory`, if the drift is predicted to pass `INVERT_LIMIT`.
 

@@ -62,7 +62,7 @@ def _run_plain(graph, cells, stem, context, taps):
     return [states[index] for index in graph.last], [tapped[index] for index in taps]
 
 
-@torch.compiler.disable()  # the tape is plain Python; to compile the cells, call compile() of the columns
+@torch._disable_dynamo()  # the tape is plain Python; to compile the cells, call compile() of the columns
 def _run_taped(graph, cells, stem, modes, context, taps, verify):
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
