@@ -141,7 +141,7 @@ def test_the_whole_model_compiled_for_inference_is_one_graph(memory, dynamic):
 
 def test_a_tape_cannot_be_in_a_compiled_graph():
     model = Model(token_net(m=2, columns=3))
-    with pytest.raises(Exception, match=r"(?s)torch\.compiler\.disable.*_run_taped"):
+    with pytest.raises(Exception, match="_run_taped"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(2, 2, 3))
 
 
