@@ -34,22 +34,15 @@ class TrainingStep(nn.Module):
     """A model with its criterion, from the words of a batch to the loss, as fairseq's trainer runs them.
 
     Only copies without values are run (`revnets.footprint`).
-
-    Args:
-        accumulates: gradients of earlier batches are there already (`--update-freq`).
     """
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, accumulates: bool):
+    def __init__(self, model: nn.Module, criterion: nn.Module):
         super().__init__()
-        self.model, self.accumulates = model, accumulates
+        self.model = model
         self.criterion = copy.copy(criterion)
         self.criterion.task = None  # type: ignore[assignment]  # it holds the text; a copy of it is no use
 
     def forward(self, source: Tensor, lengths: Tensor, previous: Tensor, target: Tensor) -> Tensor:
-        if self.accumulates:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
         words = {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": previous}
         batch = {"net_input": words, "target": target, "ntokens": target.numel(), "nsentences": len(target)}
         with _without_values():
@@ -113,6 +106,7 @@ def _plan(model: nn.Module, budget: BudgetSpec, args: argparse.Namespace, task: 
             dtype=dtype,
             optimizer=budget.optimizer if "optimizer" in budget.model_fields_set else _states(args),
             ranks=budget.ranks or args.distributed_world_size,
+            grad_accum=max(budget.grad_accum, *args.update_freq),
             budget=parse_budget(budget.budget),
             modes=(),
         )
@@ -121,7 +115,7 @@ def _plan(model: nn.Module, budget: BudgetSpec, args: argparse.Namespace, task: 
 def footprint(model: nn.Module, args: argparse.Namespace, task: Any) -> int:
     """Bytes of a training step of any model of translation with its largest batch, counted as for a budget."""
     weights = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return simulate(*_step(model, args, task)).peak + _states(args) * weights
+    return simulate(*_step(model, args, task), accumulates=max(args.update_freq) > 1).peak + _states(args) * weights
 
 
 def _step(model: Any, args: argparse.Namespace, task: Any) -> tuple[TrainingStep, tuple[Tensor, ...]]:
@@ -129,8 +123,7 @@ def _step(model: Any, args: argparse.Namespace, task: Any) -> tuple[TrainingStep
     criterion: Any = criterions.build_criterion(args, task)  # type: ignore[arg-type]  # which takes both forms of options
     shape = largest_batch(args, task, model.max_positions())
     words = torch.empty(shape, dtype=torch.long, device="meta")
-    step = TrainingStep(model, criterion, accumulates=max(args.update_freq) > 1)
-    return step, (words, words[:, 0], words.clone(), words.clone())
+    return TrainingStep(model, criterion), (words, words[:, 0], words.clone(), words.clone())
 
 
 def largest_batch(args: argparse.Namespace, task: Any, limits: tuple[int, int]) -> tuple[int, int]:

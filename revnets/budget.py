@@ -86,6 +86,7 @@ class BudgetSpec(Strict):
 
     budget: Annotated[int | str, BeforeValidator(_amount)] = Field(examples=["24GiB"])
     optimizer: Annotated[str, _among(*OPTIMIZERS)] = "adamw"
+    grad_accum: int = Field(default=1, ge=1)  # forward passes per update; with several, gradients are there all along
     ranks: int | None = Field(default=None, ge=1)
     sharding: Annotated[str | None, _among(*SHARDINGS)] = None
 

@@ -79,9 +79,18 @@ def plan(
     input_shape: InputShape = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples a process sees in one step.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 for autocast.")] = "float32",
-    optimizer: Annotated[str, typer.Option(help="none, sgd, lion, adam or adamw.")] = "adamw",
-    ranks: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
-    sharding: Annotated[str, typer.Option(help="ddp (replicas) or fsdp (shards).")] = "ddp",
+    optimizer: Annotated[
+        str | None, typer.Option(help="none, sgd, lion, adam or adamw.", show_default="the YAML's, or adamw")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train together.", show_default="the YAML's, or 1")
+    ] = None,
+    sharding: Annotated[
+        str | None, typer.Option(help="ddp (replicas) or fsdp (shards).", show_default="the YAML's, or ddp")
+    ] = None,
+    grad_accum: Annotated[
+        int | None, typer.Option(min=1, help="Forward passes per update.", show_default="the YAML's, or 1")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Fastest way under it: 24GiB, or a mode (its peak).")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.", callback=picture_path)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
@@ -89,7 +98,8 @@ def plan(
     """Predict the memory of a training step in every memory mode, without taking it."""
     from revnets.show import forecast
 
-    request = {"dtype": dtype, "optimizer": optimizer, "ranks": ranks, "sharding": sharding, "budget": budget}
+    request = {"dtype": dtype, "optimizer": optimizer, "ranks": ranks, "sharding": sharding}
+    request |= {"grad_accum": grad_accum, "budget": budget}
     forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json)
 
 

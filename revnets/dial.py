@@ -74,6 +74,7 @@ def _plan(model: nn.Module, inputs: tuple[Any, ...], budget: BudgetSpec) -> Plan
             optimizer=budget.optimizer,
             ranks=budget.ranks or world,
             sharding=budget.sharding or ("fsdp" if is_sharded else "ddp"),
+            grad_accum=budget.grad_accum,
             budget=parse_budget(budget.budget),
             modes=(),
         )

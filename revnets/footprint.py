@@ -32,7 +32,11 @@ class Footprint:
 
 
 def simulate(
-    model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype = torch.float32, keep_gradients: bool = True
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    dtype: torch.dtype = torch.float32,
+    keep_gradients: bool = True,
+    accumulates: bool = False,
 ) -> Footprint:
     """Run forward and backward of a model on fake copies of itself and its inputs.
 
@@ -41,20 +45,23 @@ def simulate(
         inputs: positional arguments of its forward; only their shapes and dtypes matter.
         dtype: float32, or bfloat16 or float16 for autocast.
         keep_gradients: False lets every gradient leave as soon as it is whole, as sharded training does.
+        accumulates: gradients of an earlier batch are there already, and the new ones are added to them.
     """
     gamma = typical_gamma(model)
     with FakeTensorMode() as mode, lostbits.assumed(gamma):
         model, inputs = fake((model, inputs), mode)
-        hooks = []
-        if not keep_gradients:
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            hooks = [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        hooks = [] if keep_gradients else [weight.register_post_accumulate_grad_hook(_drop) for weight in trained]
         with MemoryTracker() as tracker, OpCounter() as counter:
             tracker.register(model)
             parameters = tracker.live
+            if accumulates and keep_gradients:
+                for weight in trained:
+                    weight.grad = torch.zeros_like(weight)
+            begun = tracker.live
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = total(model(*inputs))
-            kept = tracker.live - parameters
+            kept = tracker.live - begun
             loss.backward()
         for hook in hooks:
             hook.remove()

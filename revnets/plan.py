@@ -23,9 +23,10 @@ def plan(
     input_shape: Sequence[int] | Tensor,
     *,
     dtype: torch.dtype = torch.float32,
-    optimizer: str = "adamw",
+    optimizer: str | int = "adamw",
     ranks: int = 1,
     sharding: str = "ddp",
+    grad_accum: int = 1,
     budget: int | str | None = None,
     modes: Sequence[str] = tuple(Memory),
     progress: Callable[[str], None] | None = None,
@@ -37,9 +38,10 @@ def plan(
             spec, or a model's name such as timm's `revcol_tiny` (`revnets.models.load_model`).
         input_shape: shape of one rank's input, batch first; or an example, of which only shape and dtype matter.
         dtype: float32; bfloat16 or float16 mean autocast with float32 weights.
-        optimizer: which states to count, one of `revnets.budget.OPTIMIZERS`.
+        optimizer: which states to count, one of `revnets.budget.OPTIMIZERS`, or how many tensors of a weight's size.
         ranks: processes; with more than one, what `sharding` holds to communicate is counted.
         sharding: `ddp` (replicas), or `fsdp` (`fully_shard` on every cell).
+        grad_accum: forward passes per update. With several, gradients of the earlier ones are there all along.
         budget: bytes, text such as `24GiB`, or a memory mode, whose peak is meant; `Plan.chosen` is the choice.
 
     Raises:
@@ -62,6 +64,7 @@ def plan(
         optimizer=optimizer,
         ranks=ranks,
         sharding=sharding,
+        grad_accum=grad_accum,
         budget=limit,
         modes=modes,
         progress=progress,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,7 @@ def plan_module(
     optimizer: str | int = "adamw",
     ranks: int = 1,
     sharding: str = "ddp",
+    grad_accum: int = 1,
     budget: int | Memory | None = None,
     modes: Sequence[str] = tuple(Memory),
     progress: Callable[[str], None] | None = None,
@@ -115,8 +116,10 @@ def plan_module(
         inputs: positional arguments of its forward. Of tensors, only shapes and dtypes matter.
         optimizer: its name, or how many tensors of a weight's size it holds.
     """
-    _check(optimizer, ranks, sharding)
-    with _Predictor(model, inputs, dtype, optimizer, ranks, sharding, progress or (lambda _: None)) as predictor:
+    _check(optimizer, ranks, sharding, grad_accum)
+    states = optimizer if isinstance(optimizer, int) else OPTIMIZERS[optimizer]
+    run = _Run(states, ranks, ranks > 1 and sharding == "fsdp", grad_accum > 1)
+    with _Predictor(model, inputs, dtype, run, progress or (lambda _: None)) as predictor:
         base = predictor.predict("store")
         rows = tuple(base if mode == "store" else predictor.predict(str(mode), base) for mode in modes)
         limit, chosen = None, None
@@ -128,12 +131,20 @@ def plan_module(
     return Plan(predictor.shape, str(dtype).removeprefix("torch."), ranks, sharding, rows, limit, chosen)
 
 
+class _Run(NamedTuple):
+    """What a process does and holds besides the model's own step."""
+
+    states: int  # tensors of a weight's size that its optimizer holds
+    ranks: int
+    sharded: bool
+    accumulates: bool  # are gradients of an earlier forward there when a step begins?
+
+
 class _Predictor:
     """Simulates steps of one model; its memory modes are put back at the end."""
 
-    def __init__(self, model, inputs, dtype, optimizer, ranks, sharding, progress):
-        self.model, self.inputs, self.dtype, self.progress = model, inputs, dtype, progress
-        self.optimizer, self.ranks, self.sharded = optimizer, ranks, ranks > 1 and sharding == "fsdp"
+    def __init__(self, model, inputs, dtype, run: _Run, progress):
+        self.model, self.inputs, self.dtype, self.run, self.progress = model, inputs, dtype, run, progress
         self.columns: ReversibleColumns = find_columns(model)
         self.cells = len(self.columns.graph.nodes)
         self.shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
@@ -156,7 +167,7 @@ class _Predictor:
         self.columns.memory = _memory(mode, recomputed, self.columns.graph.columns)
         self.columns.stored = stored
         try:
-            found = simulate(self.model, self.inputs, self.dtype, keep_gradients=not self.sharded)
+            found = simulate(self.model, self.inputs, self.dtype, not self.run.sharded, self.run.accumulates)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise PlanError(f"an input of {self.shape} does not go through the net ({reason})") from error
@@ -165,30 +176,32 @@ class _Predictor:
         return self._of_one_rank(found, ways, found.flops / max(flops, 1))
 
     def costs(self) -> list[Cost]:
-        """What it takes to store each cell. Gradients of sharded weights are gone as soon as they are whole."""
+        """What it takes to store each cell.
+
+        Gradients give no room where they are there all along, or gone as soon as they are whole (of sharded weights).
+        """
         self.progress("costs of the cells")
         costs = costs_of_cells(self.model, self.inputs, self.dtype)
-        return [replace(cost, gradients=0) for cost in costs] if self.sharded else costs
+        return [replace(cost, gradients=0) for cost in costs] if self.run.sharded or self.run.accumulates else costs
 
     def _of_one_rank(self, found: Footprint, ways: dict[str, Any], extra: float) -> Prediction:
         """Add to a single process's footprint what the optimizer and the other ranks bring."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in trained)
-        states = self.optimizer if isinstance(self.optimizer, int) else OPTIMIZERS[self.optimizer]
-        optimizer = states * gradients
+        optimizer = self.run.states * gradients
         activations = found.peak - found.parameters  # gradients among them, unless sharded
-        if self.sharded:
+        if self.run.sharded:
             # Each rank holds a share of everything; of two cells at a time (the one that runs and the next, fetched
             # ahead) the whole weights, and of one the whole gradients, which `found` has counted.
             parameters, gradients, optimizer = (
-                -(-count // self.ranks) for count in (found.parameters, gradients, optimizer)
+                -(-count // self.run.ranks) for count in (found.parameters, gradients, optimizer)
             )
             cells = sorted(sum(p.nbytes for p in cell.parameters()) for cell in self.columns.flat())
             buckets = sum(cells[-2:])
             peak = parameters + gradients + optimizer + buckets + activations
         else:
             parameters = found.parameters
-            buckets = gradients if self.ranks > 1 else 0
+            buckets = gradients if self.run.ranks > 1 else 0
             peak = parameters + optimizer + buckets + activations
         return Prediction(
             **ways,
@@ -248,10 +261,12 @@ def _most(
     return best
 
 
-def _check(optimizer: str | int, ranks: int, sharding: str) -> None:
+def _check(optimizer: str | int, ranks: int, sharding: str, grad_accum: int) -> None:
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise PlanError(f"optimizer {optimizer!r} is unknown; choose {', '.join(OPTIMIZERS)}")
     if sharding not in SHARDINGS:
         raise PlanError(f"sharding {sharding!r} is unknown; choose {', '.join(SHARDINGS)}")
     if ranks < 1:
         raise PlanError(f"ranks {ranks}: at least one process trains")
+    if grad_accum < 1:
+        raise PlanError(f"grad_accum {grad_accum}: an update takes at least one forward pass")

@@ -86,7 +86,11 @@ def forecast(
     png: Path | None,
     json: bool,
 ) -> None:
-    """Plan a training step of a net that is never built; `request` goes to `revnets.plan`."""
+    """Plan a training step of a net that is never built.
+
+    Args:
+        request: goes to `revnets.plan`; what is None in it is as the budget in the net's YAML says, if there is one.
+    """
     from revnets.forecast import plan_figure, plan_table
     from revnets.plan import plan
 
@@ -95,10 +99,10 @@ def forecast(
     shape = shape or example_shape(net, source)
     console = Console(stderr=json)
     with console.status("simulating ...") as status:
-        request = {**request, "dtype": parse_dtype(request["dtype"])}
         memory = getattr(getattr(net, "spec", None), "memory", None)
-        if request["budget"] is None and isinstance(memory, BudgetSpec):
-            request["budget"] = memory.budget
+        own = memory.model_dump() if isinstance(memory, BudgetSpec) else {}
+        given = {**request, "dtype": parse_dtype(request["dtype"])}
+        request = {key: value for one in (own, given) for key, value in one.items() if value is not None}
         result = plan(net, (batch, *shape), progress=lambda what: status.update(f"simulating {what} ..."), **request)
     if json:
         print(json_format.dumps(result.to_dict(), indent=2))

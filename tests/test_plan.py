@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,24 @@ def test_room_that_is_left_goes_to_states():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(planned, plain, strict=True))
 
 
+def test_gradients_of_earlier_forwards_are_there_all_along():
+    """Then they leave no room to cells that are stored, and a budget is kept all the same."""
+    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (1, 3, 32, 32))
+    once, several = (plan(net, shape, optimizer="none", modes=(), budget="exact", grad_accum=n) for n in (1, 2))
+    assert once.chosen is not None
+    assert several.chosen is not None
+    assert len(several.chosen.stored) < len(once.chosen.stored)
+    several.apply(net)
+    x = torch.randn(shape)
+    total(net(x)).backward()
+    with MemoryTracker() as tracker:
+        tracker.register(net)
+        total(net(x)).backward()
+    assert abs(several.chosen.peak / tracker.peak - 1) < 0.03
+    with pytest.raises(PlanError, match="grad_accum 0: an update takes at least one forward pass"):
+        plan(net, shape, grad_accum=0)
+
+
 def test_other_ranks_and_the_optimizer():
     net, shape = built("vectors.yaml", [], None)
     weights = sum(parameter.nbytes for parameter in net.parameters())
@@ -256,3 +275,16 @@ def test_command(tmp_path):
     assert [row["mode"] for row in found["modes"]] == ["store", "recompute", "invert", "exact"]
     assert picture.read_text().startswith("<?xml")
     assert run(cli.app, ["plan", spec, "--png", "x.gif"]).exit_code == 2
+
+
+def test_the_command_goes_by_the_budget_of_the_yaml():
+    def found(*words: str) -> dict[str, Any]:
+        spec = str(EXAMPLES / "vectors.yaml")
+        memory = "memory={budget: 1GiB, optimizer: sgd, ranks: 2, grad_accum: 3}"
+        return json.loads(CliRunner().invoke(cli.app, ["plan", spec, memory, "--json", *words]).stdout)
+
+    own, other = found(), found("--optimizer", "adam", "--ranks", "5", "--sharding", "fsdp", "--budget", "2GiB")
+    assert (own["ranks"], own["sharding"], own["budget"]) == (2, "ddp", 2**30)
+    assert own["modes"][0]["optimizer"] == own["modes"][0]["gradients"]
+    assert (other["ranks"], other["sharding"], other["budget"]) == (5, "fsdp", 2**31)
+    assert other["modes"][0]["optimizer"] >= 2 * other["modes"][0]["gradients"] - 2

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 from vision_runs import TINY, tiny
 
-from revnets import SpecError
+from revnets import SpecError, plan
 from revnets.cell import Gain
+from vision import budget
 from vision.config import load_config
 from vision.data import load_data
 from vision.engine import Engine
@@ -204,6 +205,24 @@ def test_a_budget_is_planned_before_training(engine, batches):
     assert torch.equal(*losses)
     with pytest.raises(SpecError, match=r"memory\.budget: .*batch_size"):
         engine(memory={"budget": "1kB"}, batch_size=24)
+
+
+def test_all_that_a_run_holds_has_room_in_its_budget(engine, monkeypatch):
+    """Its own optimizer and the averaged weights by their sizes, gradients all along where they are accumulated."""
+    asked = []
+    monkeypatch.setattr(budget, "plan", lambda *_, **request: asked.append(request) or plan(*_, **request))
+    for changes, states, grad_accum in (
+        ({}, 0, 1),  # plain gradient descent, without momentum
+        ({"optimizer": {"name": "adamw"}}, 2, 1),
+        ({"optimizer": {"name": "sgd"}, "grad_accum": 3}, 1, 3),
+        ({"optimizer": {"name": "lion", "layer_decay": 0.9}, "ema": {"decay": 0.9}}, 2, 1),
+        ({"optimizer": {"name": "adafactor"}}, 0, 1),
+        ({"optimizer": {"name": "adahessian"}}, 2, 1),  # its step wants more than a gradient
+    ):
+        engine(memory={"budget": "8GiB"}, model={"timm": "test_revcol"}, **changes)
+        assert (asked[-1]["optimizer"], asked[-1]["grad_accum"]) == (states, grad_accum)
+    engine(memory={"budget": "8GiB", "optimizer": "none", "grad_accum": 2})
+    assert (asked[-1]["optimizer"], asked[-1]["grad_accum"]) == (0, 2)
 
 
 def test_evaluation_is_that_of_the_weights_and_of_their_average(engine, batches, data):

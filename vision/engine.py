@@ -12,6 +12,7 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from vision import checkpoint, finetune, parts
+from vision.budget import keep_budget
 from vision.config import TrainConfig
 from vision.evaluate import Metrics, evaluate
 from vision.imageset import ImageData
@@ -49,7 +50,7 @@ class Engine:
         model = parts.build_model(config, data)
         self.beginning = config.pretrained and finetune.begin(model, config.pretrained, data.classes, self.world)
         self.task = parts.build_task(config, model, data, self.device)
-        self.note = parts.keep_budget(config, plain(self.task.get_trainable_module()), data, self.world)
+        self.note = keep_budget(config, plain(self.task.get_trainable_module()), data, self.world)
         if config.compile is not None:
             parts.compile_cells(self.model, config.compile)
         distribute(self.task, config.parallel, self.world, self.device)

@@ -17,7 +17,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from revnets import PlanError, ReversibleColumns, SpecError, build, plan
+from revnets import ReversibleColumns, SpecError, build
 from revnets.budget import BudgetSpec
 from vision.config import TimmModel, TrainConfig
 from vision.errors import first_line
@@ -93,35 +93,6 @@ def _timm_model(model: TimmModel, data: ImageData) -> nn.Module:
 def columns_of(model: nn.Module) -> ReversibleColumns | None:
     """The reversible columns of a model, if it has any."""
     return next((module for module in model.modules() if isinstance(module, ReversibleColumns)), None)
-
-
-def keep_budget(config: TrainConfig, model: nn.Module, data: ImageData, world: World) -> str | None:
-    """Choose the memory mode under a budget, if the run has one; returns a sentence about the choice.
-
-    It is done before weights are divided, for the shape of the training batch.
-
-    Raises:
-        revnets.SpecError: nothing fits.
-    """
-    columns = columns_of(model)
-    budget = config.memory if isinstance(config.memory, BudgetSpec) else columns.budget if columns else None
-    if not isinstance(budget, BudgetSpec) or columns is None:
-        return None
-    try:
-        chosen = plan(
-            model,
-            (config.batch_size, *data.shape),
-            dtype=DTYPES.get(config.amp, torch.float32),
-            optimizer=budget.optimizer,
-            ranks=budget.ranks or world.size,
-            sharding=budget.sharding or config.parallel,
-            budget=budget.budget,
-            modes=(),
-        )
-    except PlanError as error:
-        raise SpecError("training run", "memory.budget", first_line(error), "Lower batch_size, or give more") from None
-    chosen.apply(model)
-    return chosen.sentence
 
 
 def build_task(config: TrainConfig, model: nn.Module, data: ImageData, device: torch.device) -> TrainingTask:

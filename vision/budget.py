@@ -1,0 +1,66 @@
+"""A memory budget for a training run: which cells keep everything, so that all that the run holds stays under it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from revnets import SpecError, plan
+from revnets.budget import OPTIMIZERS, BudgetSpec
+from revnets.plan import PlanError
+from revnets.tracker import tensors
+from vision.config import TrainConfig
+from vision.errors import first_line
+from vision.imageset import ImageData
+from vision.parts import DTYPES, build_optimizer, columns_of
+from vision.world import World
+
+
+def keep_budget(config: TrainConfig, model: nn.Module, data: ImageData, world: World) -> str | None:
+    """Choose the memory mode under a budget, if the run has one; returns a sentence about the choice.
+
+    It is done before weights are divided, for the shape of the training batch.
+
+    Raises:
+        revnets.SpecError: nothing fits.
+    """
+    columns = columns_of(model)
+    budget = config.memory if isinstance(config.memory, BudgetSpec) else columns.budget if columns else None
+    if not isinstance(budget, BudgetSpec) or columns is None:
+        return None
+    own = "optimizer" not in budget.model_fields_set
+    states = optimizer_states(config, next(model.parameters()).device) if own else OPTIMIZERS[budget.optimizer]
+    try:
+        chosen = plan(
+            model,
+            (config.batch_size, *data.shape),
+            dtype=DTYPES.get(config.amp, torch.float32),
+            optimizer=states + (config.ema is not None),
+            ranks=budget.ranks or world.size,
+            sharding=budget.sharding or config.parallel,
+            grad_accum=max(budget.grad_accum, config.grad_accum),
+            budget=budget.budget,
+            modes=(),
+        )
+    except PlanError as error:
+        raise SpecError("training run", "memory.budget", first_line(error), "Lower batch_size, or give more") from None
+    chosen.apply(model)
+    return chosen.sentence
+
+
+def optimizer_states(config: TrainConfig, device: torch.device | str = "cpu") -> int:
+    """Tensors of a weight's size that the run's optimizer holds: found by its first step, on a small weight.
+
+    One that cannot take such a step, because it wants more than a gradient, counts as AdamW.
+    """
+    small = nn.Linear(61, 67, bias=False, device=device)
+    given = config.optimizer.model_copy(update={"layer_decay": None})  # a single weight has no order of layers
+    optimizer = build_optimizer(config.model_copy(update={"optimizer": given}), small, 1)
+    small.weight.grad = torch.zeros_like(small.weight)
+    try:
+        optimizer.step()
+    except RuntimeError:
+        return OPTIMIZERS["adamw"]
+    return math.ceil(sum(held.nbytes for held in tensors(dict(optimizer.state))) / small.weight.nbytes - 0.1)
