@@ -145,10 +145,14 @@ def largest_batch(args: argparse.Namespace, task: Any, limits: tuple[int, int]) 
 
 
 def _states(args: argparse.Namespace) -> int:
-    """Tensors of a weight's size that the optimizer holds; in half precision there are weights and gradients in float32
-    as well, unless `--memory-efficient-fp16`."""
-    states = STATES.get(args.optimizer, 2)
-    if not (args.fp16 or args.bf16):
-        return states
-    efficient = args.memory_efficient_fp16 or args.memory_efficient_bf16
-    return 2 * (states if efficient else states + 2)
+    """Tensors of a weight's size that the optimizer and the averaged weights of `--store-ema` take.
+
+    In half precision there are weights and gradients in float32 as well, unless `--memory-efficient-fp16`; what is in
+    float32 counts twice then.
+    """
+    states, half = STATES.get(args.optimizer, 2), args.fp16 or args.bf16
+    if half and not (args.memory_efficient_fp16 or args.memory_efficient_bf16):
+        states += 2
+    wide = 2 if half else 1
+    averaged = 1 + wide * args.ema_fp32 if args.store_ema else 0
+    return wide * states + averaged

@@ -139,6 +139,8 @@ def test_the_largest_batch(given, limits, expected):
         (("--optimizer", "nag"), 1),
         (("--fp16",), 8),  # in units of two bytes: weights, gradients and two states of four
         (("--fp16", "--memory-efficient-fp16"), 4),
+        (("--store-ema",), 3),
+        (("--store-ema", "--ema-fp32", "--fp16"), 11),
     ],
 )
 def test_what_the_optimizer_holds(given, expected):
