@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
+# Rivals in the benchmarks. What memcnn asks for besides (SimpleITK, pathlib2) its network does not use.
+RIVALS := memcnn==1.5.2 revlib==1.7.2
 
 .PHONY: help demo test fast lint clean
 
@@ -12,12 +14,13 @@ help:
 	@echo "make lint   ruff and pyright"
 	@echo "make clean  remove the virtual environment and everything that was made"
 
-# The stamp makes the second call start at once; a changed pyproject.toml sets up again.
-$(SETUP): pyproject.toml
+# The stamp makes the second call start at once; a changed pyproject.toml or Makefile sets up again.
+$(SETUP): pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[vision,data,nlp,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(RIVALS)
 	@touch $(SETUP)
 
 demo: $(SETUP)
