@@ -128,7 +128,11 @@ class ReversibleColumns(nn.Module):
         While gradients are recorded this is the way to compile: `torch.compile` of the whole module leaves the cells
         of columns with another mode than `store` as they are.
         """
-        for cell in self.flat():
+        cells, limits = self.flat(), torch._dynamo.config
+        # Dynamo counts by code, which all cells have in common, and leaves those beyond the limit as they are.
+        for name in ("recompile_limit", "accumulated_recompile_limit"):
+            setattr(limits, name, max(getattr(limits, name), _VERSIONS * len(cells)))
+        for cell in cells:
             cell.compile(*args, dynamic=dynamic, **kwargs)
 
     def extra_repr(self) -> str:
@@ -165,6 +169,10 @@ class ReversibleSequence(ReversibleColumns):
             for t, function in enumerate(functions)
         ]
         super().__init__(wire(len(cells), m, [reads] * m), cells, memory, verify)
+
+
+_VERSIONS = 8
+"""How often a cell may be compiled, for other shapes or without gradients: PyTorch's own limit for one function."""
 
 
 def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]:

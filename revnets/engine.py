@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from revnets.cell import subtract
 from revnets.frame import Memory, couple_plain
@@ -66,6 +67,11 @@ def _run_plain(graph, cells, stem, context, taps):
 def _run_taped(graph, cells, stem, modes, context, taps, verify):
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
+    if stem.is_inference():
+        raise ValueError(
+            "the input was made under torch.inference_mode(), so no gradient can be taken through what reads it; "
+            "clone() it, or make it under torch.no_grad()"
+        )
     tape = Tape(graph, cells, stem, context, verify)
     states: dict[int, Tensor] = {}
     tapped: dict[int, Tensor] = {}
@@ -114,5 +120,5 @@ def _needs_grad(cell: nn.Module, reads: list[Tensor], context: Mapping[str, Any]
     return (
         any(read.requires_grad for read in reads)
         or any(parameter.requires_grad for parameter in cell.parameters())
-        or any(isinstance(value, Tensor) and value.requires_grad for value in context.values())
+        or any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(dict(context)))
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from revnets import lostbits
 from revnets.cell import add, subtract
@@ -33,7 +35,8 @@ class Meta(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Meta:
-        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+        stride = tensor.stride() if tensor.layout is torch.strided else ()  # not every sparse tensor has one
+        return cls(tensor.shape, stride, tensor.dtype)
 
 
 class Held(NamedTuple):
@@ -96,22 +99,29 @@ def couple_forward(name: str, frame: Frame, past: Tensor, update: Tensor, gamma:
     return state
 
 
-class Constant(NamedTuple):
-    """An argument that every cell gets; a tensor is handed to replays without its graph."""
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A tensor among the arguments that every cell gets; it is handed to replays without its graph."""
 
-    value: Any
+    held: Held
     grad: bool
 
     @classmethod
-    def of(cls, value: Any) -> Constant:
-        if isinstance(value, Tensor):
-            return cls(Held.of(value), value.requires_grad)
-        return cls(value, False)
+    def of(cls, value: Any) -> Any:
+        """An argument, or a nest of them (lists, tuples, dicts), with constants in place of its tensors."""
 
-    def fresh(self) -> Any:
-        if isinstance(self.value, Held):
-            return trusted(self.value, "an argument of the cells").detach().requires_grad_(self.grad)
-        return self.value
+        def held(item: Any) -> Any:
+            return cls(Held.of(item), item.requires_grad) if isinstance(item, Tensor) else item
+
+        return tree_map(held, value)
+
+    @classmethod
+    def fresh(cls, value: Any) -> Any:
+        """The argument for a replay."""
+        return tree_map(lambda item: item._tensor() if isinstance(item, cls) else item, value)
+
+    def _tensor(self) -> Tensor:
+        return trusted(self.held, "an argument of the cells").detach().requires_grad_(self.grad)
 
 
 def with_stride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -129,7 +139,7 @@ def is_same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def is_unchanged(state: Tensor, coupled: Tensor, version: int) -> bool:
-    return (state is coupled or state.is_set_to(coupled)) and state._version == version
+    return (state is coupled or is_same_memory(state, coupled)) and state._version == version
 
 
 def trusted(held: Held, name: str) -> Tensor:

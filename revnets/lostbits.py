@@ -74,7 +74,7 @@ def encode(state: Tensor, rebuilt: Tensor, defer: bool | None = None) -> LostBit
         return LostBits(
             packed,
             [
-                difference.new_empty(int(share * state.numel()), dtype=dtype)
+                difference.new_empty(int(share * difference.numel()), dtype=dtype)
                 for share, dtype in zip(shares, dtypes, strict=True)
             ],
         )
@@ -190,4 +190,6 @@ def _unpack(packed: Tensor, numel: int) -> Tensor:
 def bits_of(tensor: Tensor) -> Tensor:
     """The tensor's memory as a flat vector of integers; shares it."""
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    return flat.view(_INTEGER[tensor.element_size()])
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).view(-1)
+    return flat.view(_INTEGER[flat.element_size()])

@@ -1,9 +1,10 @@
 """What a replay must find as the forward found it, so that the same call gives the same numbers.
 
 A cell's output is a function of its reads, its parameters and of a surrounding that Python does not show in the
-call: random number generators, autocast, train/eval flags and buffers. `Surrounding.record` notes it before the
-forward; `Surrounding.restored` brings it back for the replay and puts everything as it was afterwards, so that
-BatchNorm statistics move once a step and the replay draws no fresh random numbers.
+call: random number generators, autocast, the kernels allowed for attention, train/eval flags and buffers.
+`Surrounding.record` notes it before the forward; `Surrounding.restored` brings it back for the replay and puts
+everything as it was afterwards, so that BatchNorm statistics move once a step and the replay draws no fresh random
+numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 
 class Autocast(NamedTuple):
@@ -50,6 +52,12 @@ class Surrounding:
 
     def __init__(self, cell: nn.Module, devices: frozenset[torch.device]):
         self._modules = list(cell.modules())
+        for module in self._modules:
+            if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+                raise ValueError(
+                    f"{type(module).__name__} has no weights before its first input; run the net once under "
+                    "torch.no_grad(), then train it"
+                )
         self._training = [module.training for module in self._modules]
         self._weights = [
             Weight(module, name, tensor, tensor._version, tensor.requires_grad)
@@ -60,6 +68,7 @@ class Surrounding:
         self._devices = devices | {weight.tensor.device for weight in self._weights}
         kinds = sorted({"cpu"} | {device.type for device in self._devices})
         self._autocast = [Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
+        self._attention = _attention_kernels()
         self._rng: dict[torch.device, Tensor] = {}
         self._buffers: dict[tuple[int, str], Tensor] = {}
 
@@ -104,6 +113,7 @@ class Surrounding:
                 kind, enabled, dtype, cache = autocast
                 if autocast != Autocast.now(kind):
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            stack.enter_context(_attention_as(self._attention))
             stack.enter_context(_flags(self._modules, self._training))
             stack.enter_context(self._weights_of_the_forward())
             stack.enter_context(self._buffers_of_the_forward())
@@ -201,6 +211,34 @@ def _flags(modules: list[nn.Module], training: list[bool]) -> Iterator[None]:
     finally:
         for module, flag in zip(modules, now, strict=True):
             module.training = flag
+
+
+_ATTENTION = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+)
+"""What `torch.nn.attention.sdpa_kernel` switches, for the CPU as well; it usually stands around the forward alone."""
+
+
+def _attention_kernels() -> tuple[bool, ...]:
+    return tuple(allowed() for allowed, _ in _ATTENTION)
+
+
+@contextmanager
+def _attention_as(kernels: tuple[bool, ...]) -> Iterator[None]:
+    now = _attention_kernels()
+    if now == kernels:
+        yield
+        return
+    try:
+        for (_, allow), value in zip(_ATTENTION, kernels, strict=True):
+            allow(value)
+        yield
+    finally:
+        for (_, allow), value in zip(_ATTENTION, now, strict=True):
+            allow(value)
 
 
 @contextmanager

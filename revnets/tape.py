@@ -111,7 +111,7 @@ class Tape:
         self.cells = cells
         self.stem = Held.of(stem)
         self.stem_grad = stem.requires_grad
-        self.context = {name: Constant.of(value) for name, value in context.items()}
+        self.context = Constant.of(dict(context))
         self.frames: list[Frame | None] = []
         self.last: dict[int, Held] = {}  # the window at its top, from which it starts
         self.top = -1
@@ -191,6 +191,9 @@ class Tape:
 
     def redeem(self, t: int, k: int) -> Tensor:
         """Honour a ticket: the k-th tensor that cell t saved."""
+        if self.top < 0:
+            name = self.graph.name(t)
+            raise ReplayError(f"cell {name} is asked for what it saved before the forward is over. {_EARLY}")
         frame = self._frame(t)
         with self.lock:
             if k not in frame.saved:
@@ -246,8 +249,7 @@ class Tape:
         couple = None if node.residual is None else partial(self._couple_replay, frame)
         with frame.surrounding.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never), _inside():
             reads = [self._read(read, grad) for read, grad in zip(node.reads, frame.grad_reads, strict=True)]
-            context = {name: constant.fresh() for name, constant in self.context.items()}
-            state = self.cells[node.index](*reads, couple=couple, **context)
+            state = self.cells[node.index](*reads, couple=couple, **Constant.fresh(self.context))
         if self.verifier is not None:
             self.verifier.replayed(node, self._name(node), state)
         if collect:
@@ -316,5 +318,11 @@ def _detached(gamma: Tensor | float) -> Tensor | float:
     return gamma.detach() if isinstance(gamma, Tensor) else gamma
 
 
+_EARLY = (
+    "A backward inside of a cell's forward, and one after a forward that an exception has cut short, need plain "
+    "autograd there: put the cell into `stored` of the columns, or use memory='store'"
+)
+
+
 def _never(_: int) -> Tensor:
-    raise ReplayError("a backward inside of a cell's forward is not supported; use torch.func or memory='store'")
+    raise ReplayError(f"a replay is asked for what it saves before it is over. {_EARLY}")
