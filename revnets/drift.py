@@ -16,18 +16,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from revnets.cell import Cell
 from revnets.frame import Memory
+from revnets.graph import Graph
 from revnets.report import INVERT_LIMIT
-
-if TYPE_CHECKING:
-    from revnets.columns import ReversibleColumns
 
 EVERY = 1000
 """Forwards between two looks at gains that are learned."""
@@ -37,6 +36,18 @@ _FACTOR = 2.0  # fitted to measured curves, see tests/test_drift.py
 
 class DriftWarning(UserWarning):
     """The rounding errors of `invert` are about to spoil the gradient."""
+
+
+class Columns(Protocol):
+    """What is looked at of `revnets.ReversibleColumns`."""
+
+    graph: Graph
+
+    @property
+    def memory(self) -> tuple[Memory, ...]: ...
+    @property
+    def stored(self) -> frozenset[int]: ...
+    def flat(self) -> list[Cell]: ...
 
 
 def predict_drift(
@@ -68,7 +79,7 @@ def predict_drift(
 
 
 @torch._disable_dynamo()  # as torch.compiler.disable, but does not import Dynamo, which takes a second, until it runs
-def watch(columns: ReversibleColumns, x: Tensor) -> None:
+def watch(columns: Columns, x: Tensor) -> None:
     """Warn, once for each setting of `columns.memory`, if the drift is predicted to pass `INVERT_LIMIT`.
 
     Gains are looked at in the first forward and in every thousandth. The host never waits for a GPU: the numbers come
@@ -98,15 +109,15 @@ class _Watch:
     warned: bool = False
 
 
-_watches: WeakKeyDictionary[ReversibleColumns, _Watch] = WeakKeyDictionary()
+_watches: WeakKeyDictionary[Columns, _Watch] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _magnification(columns: ReversibleColumns) -> Tensor:
+def _magnification(columns: Columns) -> Tensor:
     """Mean of gamma^-2 of every column but the first, on the device of the gains."""
-    found = []
-    for column in list(columns.cells)[1:]:
-        gains = [cell.gain() for cell in column if cell.gain is not None] or [1.0]  # type: ignore[union-attr]
+    found, cells, m = [], columns.flat(), columns.graph.m
+    for start in range(m, len(cells), m):
+        gains = [cell.gain() for cell in cells[start : start + m] if cell.gain is not None] or [1.0]
         gains = [getattr(gain, "to_local", lambda gain=gain: gain)() for gain in gains]  # of shards, one's own
         found.append(torch.stack([torch.as_tensor(gain).float().pow(-2).mean() for gain in gains]).nanmean())
     return torch.stack(found) if found else torch.empty(0)
@@ -125,9 +136,7 @@ def _autocast(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _judge(
-    columns: ReversibleColumns, magnification: list[float], dtype: torch.dtype, autocast: torch.dtype | None
-) -> bool:
+def _judge(columns: Columns, magnification: list[float], dtype: torch.dtype, autocast: torch.dtype | None) -> bool:
     """Warn if need be; says whether it was."""
     replayed = {node.column for node in columns.graph.nodes if node.index not in columns.stored}
     modes = [mode if column in replayed else Memory.STORE for column, mode in enumerate(columns.memory)]
