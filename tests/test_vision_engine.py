@@ -12,11 +12,12 @@ from vision_runs import TINY, tiny
 
 from revnets import SpecError, plan
 from revnets.cell import Gain
-from vision import budget
+from vision import budget, parts
 from vision.config import load_config
 from vision.data import load_data
 from vision.engine import Engine
 from vision.order import Key
+from vision.world import World
 
 PLAIN = {
     "mixup": None, "ema": None, "clip_grad": None, "label_smoothing": 0.0, "grad_accum": 1,
@@ -207,9 +208,13 @@ def test_a_budget_is_planned_before_training(engine, batches):
         engine(memory={"budget": "1kB"}, batch_size=24)
 
 
-def test_all_that_a_run_holds_has_room_in_its_budget(engine, monkeypatch):
+def test_all_that_a_run_holds_has_room_in_its_budget(data, monkeypatch):
     """Its own optimizer and the averaged weights by their sizes, gradients all along where they are accumulated."""
-    asked = []
+    asked, model = [], parts.build_model(load_config(tiny("x", **PLAIN)), data)
+
+    def keep(memory, **changes):
+        budget.keep_budget(load_config(tiny("x", **{**PLAIN, **changes}, memory=memory)), model, data, World())
+
     monkeypatch.setattr(budget, "plan", lambda *_, **request: asked.append(request) or plan(*_, **request))
     for changes, states, grad_accum in (
         ({}, 0, 1),  # plain gradient descent, without momentum
@@ -219,9 +224,9 @@ def test_all_that_a_run_holds_has_room_in_its_budget(engine, monkeypatch):
         ({"optimizer": {"name": "adafactor"}}, 0, 1),
         ({"optimizer": {"name": "adahessian"}}, 2, 1),  # its step wants more than a gradient
     ):
-        engine(memory={"budget": "8GiB"}, model={"timm": "test_revcol"}, **changes)
+        keep({"budget": "8GiB"}, **changes)
         assert (asked[-1]["optimizer"], asked[-1]["grad_accum"]) == (states, grad_accum)
-    engine(memory={"budget": "8GiB", "optimizer": "none", "grad_accum": 2})
+    keep({"budget": "8GiB", "optimizer": "none", "grad_accum": 2})
     assert (asked[-1]["optimizer"], asked[-1]["grad_accum"]) == (0, 2)
 
 
