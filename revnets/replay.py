@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 
 class Autocast(NamedTuple):
@@ -53,7 +54,7 @@ class Surrounding:
     def __init__(self, cell: nn.Module, devices: frozenset[torch.device]):
         self._modules = list(cell.modules())
         for module in self._modules:
-            if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            if isinstance(module, LazyModuleMixin) and any(map(is_lazy, module._parameters.values())):
                 raise ValueError(
                     f"{type(module).__name__} has no weights before its first input; run the net once under "
                     "torch.no_grad(), then train it"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from revnets import plan
 from tests.helpers import assert_like_autograd, assert_same, loss_of, step
 from tests.nets import stem_of, token_net
 
@@ -245,6 +246,8 @@ def test_backward_hooks_on_cells():
         assert_same(step(net, stem_of(net), memory, train), expected)
     with pytest.raises(AssertionError):  # the hooks did something
         assert_same(step(net, stem_of(net)), expected)
+    net.flat()[4].register_full_backward_hook(lambda module, into, out: None)  # also where tensors are fake
+    assert plan(net, stem_of(net), modes=("exact",)).modes[0].kept > 0
 
 
 def test_module_hooks():

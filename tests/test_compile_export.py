@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from revnets import ReversibleColumns
 from tests.helpers import assert_near, assert_same, loss_of, step
-from tests.nets import image_net, stem_of, token_net
+from tests.nets import cells_net, image_net, stem_of, token_net, tokens
 
 TAPED = ("recompute", "exact")
 
@@ -80,6 +80,20 @@ def test_a_replay_compiles_nothing():
         loss_of(levels).backward()
         levels = net(stem_of(net))
     assert graphs == compiled_in_forward
+
+
+def test_every_cell_is_compiled_however_many_differ():
+    graphs = 0
+
+    def backend(module, inputs):
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    net = cells_net([nn.Sequential(nn.Linear(6, hidden), nn.Linear(hidden, 6)) for hidden in range(1, 11)])
+    net.compile(backend=backend)
+    net(tokens())
+    assert graphs == 10  # PyTorch stops after 8 versions of one code
 
 
 def test_cells_compiled_by_hand():

@@ -164,6 +164,59 @@ def test_a_second_backward_needs_retain_graph(memory):
         loss.backward()
 
 
+class TakesGradient(nn.Linear):
+    """A backward of its own, as in nets of energies and forces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).tanh()
+        return y + torch.autograd.grad(y.sum(), self.weight, create_graph=True)[0].sum()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_a_backward_inside_of_a_cell(memory):
+    net = sequence(TakesGradient(4, 4), memory)
+    with pytest.raises(ReplayError, match=r"c1\.l0 .* before the forward is over.*memory='store'"):
+        net(torch.randn(3, 4))
+    net.stored = [2]  # as the error says
+    loss_of(net(torch.randn(3, 4))).backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_a_forward_that_was_cut_short(memory):
+    """Some tools read a state by a hook and stop there by an exception."""
+
+    def stop(module, args, state):
+        states.append(state)
+        raise StopIteration
+
+    net, states = sequence(nn.Linear(4, 4), memory), []
+    net.flat()[3].register_forward_hook(stop)
+    with pytest.raises(StopIteration):
+        net(torch.randn(3, 4))
+    with pytest.raises(ReplayError, match=r"before the forward is over.*an exception.*memory='store'"):
+        states[0].sum().backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_lazy_weights(memory):
+    net = sequence(nn.LazyLinear(4), memory)
+    with pytest.raises(ValueError, match=r"LazyLinear has no weights.*torch\.no_grad\(\)"):
+        net(torch.randn(3, 4))
+    with torch.no_grad():
+        net(torch.randn(3, 4))
+    loss_of(net(torch.randn(3, 4))).backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_an_input_of_inference_mode(memory):
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+    net = sequence(nn.Linear(4, 4), memory)
+    with pytest.raises(ValueError, match=r"inference_mode.*clone\(\)"):
+        net(x)
+    loss_of(net(x.clone())).backward()
+
+
 def test_modes_and_taps_are_checked():
     net = token_net(columns=3)
     with pytest.raises(ValueError, match="memory mode 'fast' is unknown; choose store, recompute, invert, exact"):

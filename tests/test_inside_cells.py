@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from revnets import ReplayError, ReversibleColumns, wire
 from revnets.cell import Cell, Gain
+from revnets.tracker import kept_bytes
 from tests.helpers import assert_like_autograd, assert_near, assert_same, loss_of, step
 from tests.nets import BLOCKS, Mlp, cells_net, image_net, stem_of, token_net, tokens
 
@@ -232,6 +235,56 @@ def test_activation_checkpoint_around_the_net():
     assert_like_autograd(net, stem_of(net), train)
 
 
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_sparse_matrices(layout):
+    """As graph nets have them: a product with an adjacency matrix saves that matrix."""
+    dense = torch.eye(5).roll(1, 0)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PyTorch says that CSR is beta
+        matrix = dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()
+
+    class Neighbours(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return torch.tanh(matrix @ self.linear(x))
+
+    net, x = cells_net([Neighbours() for _ in range(6)]), torch.randn(5, 6, requires_grad=True)
+    expected = step(net, x, "store")
+    for memory in TAPED:
+        assert_same(step(net, x, memory), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_states(dtype):
+    def train(net, x):
+        levels = net(x)
+        sum(level.abs().square().sum() for level in levels).backward()
+        return levels
+
+    functions = [nn.Sequential(nn.Linear(6, 6, dtype=dtype), Lambda(torch.tanh)) for _ in range(8)]
+    net, x = cells_net(functions, verify=True), torch.randn(3, 5, 6, dtype=dtype, requires_grad=True)
+    expected = step(net, x, "store", train)
+    for memory in TAPED:
+        assert_same(step(net, x, memory, train), expected)
+
+
+def test_kernels_of_attention_that_were_chosen_for_the_forward():
+    net = token_net(blocks=("attention",))
+
+    def train(net, x):
+        with sdpa_kernel(SDPBackend.MATH):
+            levels = net(x)
+        loss_of(levels).backward()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        return levels
+
+    expected = step(net, stem_of(net), "store", train)
+    for memory in TAPED:
+        assert_same(step(net, stem_of(net), memory, train), expected)
+
+
 def test_one_module_in_two_cells():
     shared = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2))
     functions = [Mlp(6), shared, shared, Mlp(6), shared, Mlp(6), shared]
@@ -291,6 +344,27 @@ def test_arguments_for_every_cell():
         assert_same(step(net, x, memory, train), expected)
     loop = step(net.double(), x.double().detach(), train=lambda net, x: train(net, x, plainly=True))
     assert_near(step(net, x.double().detach(), "exact", train), loop, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", ["store", *TAPED])
+def test_arguments_in_lists(memory):
+    """One mask and one condition for each level: what lies in a nest is looked at as if it were given by itself."""
+
+    class Scaled(nn.Module):
+        def forward(self, x, *, scales):
+            return x * scales["all"][0]
+
+    net = cells_net([Scaled() for _ in range(6)], memory=memory).requires_grad_(False)
+    x, scale = tokens().detach(), torch.rand(6, requires_grad=True)
+    copy = scale.sin()
+    kept = kept_bytes(net, x, scales={"all": [copy]})
+    assert (kept < 3 * x.nbytes) == (memory == "exact")
+    loss = loss_of(net(x, scales={"all": [copy]}))
+    assert torch.autograd.grad(loss, scale, retain_graph=True)[0].abs().sum() > 0
+    with torch.no_grad():
+        copy.zero_()
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+        loss.backward()
 
 
 def test_the_condition_alone_needs_a_gradient():
