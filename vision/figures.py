@@ -46,16 +46,18 @@ def draw_accuracy(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
             axes.plot(*zip(*points, strict=True), color=color, lw=2, label=label)
     if val:
         axes.legend(frameon=False, loc="lower right", fontsize=9)
+        axes.margins(y=0.1)
         best = max(val, key=lambda line: _counting(line, "top1"))
         point = (best["epoch"], _counting(best, "top1"))
         axes.plot(*point, "o", color=BLUE, markersize=5)
+        late = best["epoch"] > val[-1]["epoch"] / 2
         axes.annotate(
             f"best {point[1]:.2f} %",
             point,
-            (0, -14),
+            (5 if late else -5, 8),  # above, where no curve is
             textcoords="offset points",
-            ha="right",
-            va="top",
+            ha="right" if late else "left",
+            va="bottom",
             color=INK,
             fontsize=9.5,
         )
