@@ -82,11 +82,29 @@ def test_pretrained_from_a_state_dict(checkpoint) -> None:
     assert_close(model(image), logits(state, net, image), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_the_file_says_what_it_is_for(checkpoint, tmp_path) -> None:
+    """A classifier for as many classes as the model's stays, though `pretrained_cfg` speaks of 1000 of them."""
+    path, net, state = checkpoint
+    image = torch.randn(2, 3, 64, 64)
+    model = timm.create_model("test_revcol", True, num_classes=11, pretrained_cfg_overlay={"file": str(path)}).eval()
+    assert_close(model(image), logits(state, net, image), atol=1e-5, rtol=1e-5)
+
+    grey = timm.create_model("test_revcol", in_chans=1, num_classes=11).eval()
+    torch.save(grey.state_dict(), tmp_path / "grey.pt")
+    overlay = {"file": str(tmp_path / "grey.pt")}
+    again = timm.create_model("test_revcol", True, in_chans=1, num_classes=11, pretrained_cfg_overlay=overlay).eval()
+    assert torch.equal(again(image[:, :1]), grey(image[:, :1]))
+    colour = timm.create_model("test_revcol", True, features_only=True, pretrained_cfg_overlay=overlay).eval()
+    expected = grey.forward_features(image[:, :1])  # every channel gets a third of the kernel
+    assert_close(colour(image[:, :1].expand(-1, 3, -1, -1))[-1], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_pretrained_of_another_model_is_refused_in_any_case(checkpoint) -> None:
     """Also with another number of classes, where timm itself would load what fits."""
     path, _, _ = checkpoint
     for overlay in ({"file": str(path), "num_classes": 11}, {"file": str(path)}):
-        with pytest.raises(MismatchError, match=r"no test_revcol_huge: (missing|unexpected) subnet"):
+        with pytest.raises(MismatchError, match=r"official\.pth: no test_revcol_huge: (missing|unexpected) subnet"):
             timm.create_model("test_revcol_huge", True, num_classes=5, pretrained_cfg_overlay=overlay)
     with pytest.raises(MismatchError, match="no test_revcol: unexpected subnet3"):
         timm.create_model("test_revcol", True, columns=3, pretrained_cfg_overlay={"file": str(path), "num_classes": 11})

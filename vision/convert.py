@@ -33,7 +33,7 @@ from vision.official import (
     to_ours,
 )
 from vision.supervision import Supervised, SupervisionConfig
-from vision.weights import Weights, classes_in, read, select
+from vision.weights import Weights, channels_in, classes_in, read, select
 
 LAYOUTS = ("classification", "detection", "segmentation")
 """Official layouts that can be written. The last two are the same: tensors below `backbone.`, in `state_dict`."""
@@ -115,11 +115,7 @@ def skeleton(source: Weights, spec: NetSpec) -> tuple[RevCol | Supervised, dict[
     Returns:
         The model, and its `num_classes` and `in_chans`.
     """
-    stem = _official(source).get("stem.0.weight")
-    options = {
-        "num_classes": classes_in(source.tensors),
-        "in_chans": stem.shape[1] if stem is not None and stem.dim() == 4 else 3,
-    }
+    options = {"num_classes": classes_in(source.tensors), "in_chans": channels_in(source.tensors)}
     net = RevCol(spec, options["num_classes"], options["in_chans"], device="meta")
     names = source.tensors
     if options["num_classes"] and any(key.startswith((*HEADS, "cls_blocks.", "decoder_blocks.")) for key in names):

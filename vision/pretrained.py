@@ -12,9 +12,9 @@ from torch import Tensor
 from vision.convert import names_in, ours_of, skeleton
 from vision.kernels import fit_kernels
 from vision.model import RevCol
-from vision.official import HEADS, check
+from vision.official import HEADS, MismatchError, check
 from vision.vit import resized
-from vision.weights import read, select
+from vision.weights import channels_in, classes_in, read, select
 
 _logger = logging.getLogger(__name__)
 
@@ -25,13 +25,21 @@ class LoadableRevCol(RevCol):
     def load_pretrained(self, path: str) -> None:
         """Load a file; timm calls this with what it has downloaded, for it would refuse the official files itself.
 
-        Classifiers and first convolutions of other sizes are adapted, as timm does it.
+        Classifiers and first convolutions of other sizes are adapted, as timm does it; what they are made for is told
+        by the file, whatever `pretrained_cfg` says.
 
         Raises:
             vision.errors.CheckpointError: the file cannot be used, or is of another model.
         """
-        cfg = {**_cfg(self), "state_dict": read(path), "source": ""}
-        load_pretrained(self, cfg, self.num_classes, self.in_chans, checkpoint_filter_fn)
+        content = read(path)
+        tensors = select(content, path=path).tensors
+        cfg = {**_cfg(self), "state_dict": content, "source": ""}
+        cfg["num_classes"] = classes_in(tensors) or self.num_classes
+        cfg["input_size"] = (channels_in(tensors), *cfg["input_size"][1:])
+        try:
+            load_pretrained(self, cfg, self.num_classes, self.in_chans, checkpoint_filter_fn)
+        except MismatchError as error:
+            raise MismatchError(path, error.model, error.problems) from None
 
 
 def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str, Tensor]:

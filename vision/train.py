@@ -117,7 +117,7 @@ class Trainer:
         loss, seconds = sum(losses) / max(len(losses), 1), time.perf_counter() - started
         display.line(_epoch_line(progress.epoch, self.config.epochs, loss, found, seconds))
         if skipped:
-            display.line(f"{skipped} images could not be read and were replaced; see {self.data.unreadable.file}")
+            display.line(f"{skipped} times an image could not be read; see {self.data.unreadable.file}")
 
     def _updates(self, stop: StopSignals, record: Record | None, display: Display) -> None:
         """The updates that this epoch still lacks: all of them, unless the run was resumed in its middle."""

@@ -136,6 +136,12 @@ def classes_in(tensors: Mapping[str, Tensor]) -> int:
     return 1000 if any(key.startswith(("cls", "head.fc")) for key in tensors) else 0
 
 
+def channels_in(tensors: Mapping[str, Tensor]) -> int:
+    """How many channels the images have that the weights of a RevCol are for; 3 if they do not tell."""
+    stems = (tensors.get(key) for key in ("stem.0.weight", "stem.conv.weight"))
+    return next((stem.shape[1] for stem in stems if stem is not None and stem.dim() == 4), 3)
+
+
 def _chosen(content: Mapping[str, Any], weights: str, path: Path | str) -> Mapping[str, Any]:
     if "progress" in content and "ema" in content:  # of `revnets train`
         averaged, raw = content["ema"], content["model"]
