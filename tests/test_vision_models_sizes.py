@@ -157,6 +157,8 @@ def test_what_the_page_shows_runs() -> None:
         (7, 10),
     ]
     assert names["backbone"].feature_info.reduction() == [8, 16, 32]
+    assert [level.shape[1:] for level in names["maps"].values()][::3] == [(256, 56, 80), (256, 7, 10)]
+    assert all(parameter.grad is not None for parameter in names["levels"].parameters())
     shown = re.search(r"sorted\(result\)  # (.*)", PAGE)
     assert shown
     assert [word.strip("' ") for word in shown[1].split(",")] == sorted(names["result"])
