@@ -76,6 +76,7 @@ def _load(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: not a readable checkpoint ({first}). Give one of fairseq-train") from None
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise DataError(f"{path}: has no `model` in it. Give a checkpoint of fairseq-train")
+    model = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(model, dict) or not model or not all(isinstance(value, Tensor) for value in model.values()):
+        raise DataError(f"{path}: has no `model` in it, a mapping to tensors. Give a checkpoint of fairseq-train")
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,7 +14,16 @@ from revnets.registry import register_block
 
 from .attention import KINDS
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_accurate": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "linear": torch.positive,
+}
+"""By the names of fairseq's `--activation-fn`, whose accurate GELU is the approximation by a tanh."""
 
 
 class Dropout(nn.Dropout):
@@ -59,7 +69,7 @@ class TransformerBlock(nn.Module):
         dropout: Rate = 0.1,
         attention_dropout: Rate = 0.0,
         activation_dropout: Rate = 0.0,
-        activation: Literal["relu", "gelu", "silu"] = "relu",
+        activation: Literal["relu", "gelu", "gelu_accurate", "gelu_fast", "silu", "tanh", "linear"] = "relu",
         attention: Literal["standard", "cosine"] = "standard",
         norm: Literal["post", "pre", "res-post"] = "post",
     ):

@@ -40,7 +40,7 @@ def prepare_mt(
     words: Annotated[int | None, typer.Option(help="Largest number of types in the dictionary. (all)")] = None,
     deduplicate: Annotated[
         bool | None,
-        typer.Option(help="Drop repeated pairs, and training pairs that share a sentence with valid or test. (yes)"),
+        typer.Option(help="Drop repeated pairs, and training pairs that share a sentence with a drawn one. (yes)"),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     downloads: Annotated[Path, typer.Option(help="Where archives of a recipe are kept.")] = Path("downloads"),
@@ -131,12 +131,18 @@ def score_mt(
     """
     with reported():
         from .corpus import known_language
-        from .score import named_reference, read_output, read_reference, scores
+        from .score import ALL, named_reference, read_output, read_reference, scores
 
         known_language(language)
         output = read_output(generated)
         lines = read_reference(reference) if reference else named_reference(test_set) if test_set else None
         found = scores(output, language, lines)
+    if output.missing:
+        typer.secho(
+            f"warning: {output.missing} sentences of the data set have no translation, and so no part in BLEU. {ALL}",
+            fg="yellow",
+            err=True,
+        )
     if as_json:
         typer.echo(json.dumps({score.kind: score.value for score in found}))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import re
 import zlib
@@ -133,7 +134,7 @@ def lines_of(path: Path) -> Generator[str]:
     Raises:
         DataError: the file is missing, damaged or no UTF-8.
     """
-    number = 0
+    number, raw = 0, b""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             sgml = ".sgm" in path.suffixes
@@ -150,7 +151,8 @@ def lines_of(path: Path) -> Generator[str]:
     except IsADirectoryError:
         raise DataError(f"{path}: this is a folder. Give the file with the text") from None
     except UnicodeDecodeError:
-        fix = f"iconv -f ISO-8859-1 -t UTF-8 {path.name}"
+        code = "UTF-16" if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "ISO-8859-1"
+        fix = f"iconv -f {code} -t UTF-8 {path.name}"
         raise DataError(f"{path}, line {number}: not UTF-8. Convert it first, for instance with {fix}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip after line {number} ({error}). Get the file again") from None

@@ -17,6 +17,7 @@ MEANINGLESS = {
     "encoder_layerdrop": "a reversible column cannot do without one of its cells. Use --dropout",
     "encoder_layers_to_keep": "a reversible column cannot do without one of its cells. Use fewer --revcol-columns",
     "quant_noise_pq": "the blocks of the columns are not quantised. Leave it out",
+    "quant_noise_scalar": "its modules count their calls, so that a replay would not repeat them. Leave it out",
     "encoder_xformers_att_config": "the columns use scaled_dot_product_attention. Leave it out",
 }
 """Options of fairseq's transformer that this encoder cannot honour, each with the reason."""

@@ -16,16 +16,24 @@ from revnets.errors import nearest
 from .corpus import DataError, lines_of
 from .text import detokenize, join
 
+ALL = "For all sentences, run fairseq-generate with --required-batch-size-multiple 1"
+"""What to do where some were left out (docs/nlp.md)."""
+
 _LINE = re.compile(r"([STHD])-(\d+)\t(.*)")
 
 
 @dataclass(frozen=True)
 class Output:
-    """What fairseq-generate wrote, in the order of the data set: words between spaces, without sub-words."""
+    """What fairseq-generate wrote, in the order of the data set: words between spaces, without sub-words.
+
+    Attributes:
+        missing: how many sentences were left out, as the numbers of the others tell.
+    """
 
     sources: list[str]
     references: list[str]
     hypotheses: list[str]
+    missing: int = 0
 
     def detokenized(self, language: str) -> list[str]:
         """The translations as people write them."""
@@ -61,7 +69,8 @@ def read_output(path: Path) -> Output:
         if missing := hypotheses.keys() - found[kind].keys():
             raise DataError(f"{path}: no {kind}-{min(missing)} for H-{min(missing)}. Was the file cut off?")
     order = sorted(hypotheses)
-    return Output(*([found[kind][number] for number in order] for kind in "STH"))
+    lines = ([found[kind][number] for number in order] for kind in "STH")
+    return Output(*lines, missing=order[-1] + 1 - len(order))
 
 
 def read_reference(path: Path) -> list[str]:
@@ -113,7 +122,7 @@ def scores(output: Output, language: str, reference: Sequence[str] | None = None
     if reference is not None and len(reference) != len(hypotheses):
         raise DataError(
             f"the reference has {len(reference)} lines, but there are {len(hypotheses)} translations. Give the "
-            "reference of the same data set"
+            f"reference of the same data set. {ALL}"
         )
     raw = detokenize(references, language) if reference is None else reference
     kinds = [

@@ -102,6 +102,8 @@ def test_what_cannot_be_averaged_gets_one_line(tmp_path):
     torn.write_bytes(one.read_bytes()[:-200])
     text.write_text("no checkpoint")
     torch.save({"weights": 1}, tmp_path / "plain.pt")
+    torch.save({"model": {"encoder": {"weight": torch.ones(7, 5)}}}, tmp_path / "nested.pt")
+    torch.save({"model": {}}, tmp_path / "empty.pt")
     (tmp_path / "run").mkdir()
     output = tmp_path / "average.pt"
     for paths, said in (
@@ -109,6 +111,8 @@ def test_what_cannot_be_averaged_gets_one_line(tmp_path):
         ([one, torn], r"torn.pt: not a readable checkpoint \(.*\). Give one of fairseq-train"),
         ([one, text], r"text.pt: not a readable checkpoint"),
         ([one, tmp_path / "plain.pt"], r"plain.pt: has no `model` in it"),
+        ([one, tmp_path / "nested.pt"], r"nested.pt: has no `model` in it, a mapping to tensors"),
+        ([tmp_path / "empty.pt"], r"empty.pt: has no `model` in it"),
         ([one, tmp_path / "none.pt"], r"none.pt: there is no such file"),
         ([tmp_path / "run"], r"run: 0 checkpoints of epochs, 10 are wanted. Ask for fewer \(--last\)"),
         ([tmp_path / "none.pt"], r"none.pt: there is no such file. Check the path"),
@@ -198,6 +202,19 @@ def test_score_command(generated, tmp_path):
     assert "2 sentences" in out
     assert f"{numbers['tokenised']:.2f}" in out
     assert "tok:13a" in out
+
+
+def test_sentences_that_were_left_out_are_told(generated):
+    """As `--required-batch-size-multiple 8` leaves out some of a test set; the number on stdout stays a number."""
+    generated.write_text(GENERATED.replace("-1\t", "-3\t"))
+    code, out, err = call("score-mt", generated, "-l", "de", "--json")
+    assert code == 0
+    assert list(json.loads(out)) == ["tokenised", "compound split", "sacreBLEU"]
+    assert err.startswith("warning: 2 sentences of the data set have no translation")
+    assert "--required-batch-size-multiple 1" in err
+    assert err.count("\n") == 1
+    generated.write_text(GENERATED)
+    assert not call("score-mt", generated, "-l", "de", "--json")[2]
 
 
 def test_a_reference_that_sacrebleu_keeps(tmp_path, monkeypatch):

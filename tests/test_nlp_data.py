@@ -56,6 +56,10 @@ GOOD = "one\ntwo\nthree\n"
         ({"a.en": GOOD, "a.de": ""}, "a.de: there is no line in it. Give aligned text"),
         ({"a.en": "", "a.de": ""}, "a.en and {}/a.de: there is no line in it. Give text, one sentence a line"),
         ({"a.en": GOOD, "a.de": "eins\nz\xfcrnt\ndrei\n".encode("latin-1")}, "a.de, line 2: not UTF-8. Convert it"),
+        (
+            {"a.en": GOOD, "a.de": "eins\nzwei\n".encode("utf-16")},
+            "line 1: not UTF-8. Convert it first, for instance with iconv -f UTF-16 -t",
+        ),
         ({"a.en": GOOD, "b.de": None}, "b.de: there is no such file. Check the path"),
         ({"a.tsv": "1\tone\teins\nzwei\n"}, "a.tsv, line 2: 1 field between tabs, two are needed. Give a table"),
         ({"a.tsv": ""}, "a.tsv: there is no line in it"),

@@ -10,9 +10,10 @@ from torch import Tensor
 
 pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 
+from fairseq import utils
 from nlp_helpers import build, options, sample
 
-from nlp.blocks import Dropout
+from nlp.blocks import ACTIVATIONS, Dropout
 from revnets.tracker import kept_bytes
 
 
@@ -52,6 +53,15 @@ def test_architectures_differ_as_documented():
     assert vars(default) | {"arch": ""} == vars(de) | {"arch": ""}
     differ = {key for key, value in vars(fr).items() if vars(de)[key] != value}
     assert (differ, de.dropout, fr.dropout) == ({"arch", "dropout"}, 0.3, 0.1)
+
+
+@pytest.mark.parametrize("name", utils.get_available_activation_fns())
+def test_activations_are_those_of_fairseq(name):
+    x = torch.randn(1009, dtype=torch.float64)
+    ours = build(activation_fn=name).encoder.columns.cells[0][0].function.blocks[0].activation
+    assert ours is ACTIVATIONS[name]
+    theirs = utils.get_activation_fn(name)(x)
+    torch.testing.assert_close(ours(x), theirs, rtol=1e-5, atol=1e-6)  # fairseq computes some in float32
 
 
 def test_decoder_is_that_of_fairseq():

@@ -76,7 +76,8 @@ def write(folder: Path, text: str = NET) -> Path:
         ({"revcol_fusion": "{type: linear, project: [abov]}"}, "fusion.project"),
         ({"revcol_fusion": "convnext"}, "has another resolution"),
         ({"revcol_norm": "post", "encoder_normalize_before": True}, "contradicts --encoder-normalize-before"),
-        ({"activation_fn": "linear"}, 'activation: "linear" is none of the choices'),
+        ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar 0.1: its modules count their calls"),
+        ({"activation_fn": "swish"}, 'activation: "swish" is none of the choices'),
         ({"revcol_spec": "missing.yaml"}, "missing.yaml"),
     ],
 )
