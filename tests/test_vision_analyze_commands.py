@@ -174,3 +174,13 @@ def test_layercam_figure_shows_map_and_image() -> None:
     assert flat.std((0, 1)).max() < 1e-12
     assert bright[0, 0].sum() > flat[0, 0].sum() + 0.5
     assert torch.allclose(torch.tensor(bright[-1, -1]), torch.tensor(flat[-1, -1]))
+
+
+def test_layercam_figure_shows_no_rounding() -> None:
+    """A map of one value, as a top level of 1 x 1 has, tells of no place; enlarging it rounds here and there."""
+    pixels, value = torch.full((32, 32, 1), 0.5), torch.full((1, 1), 0.0123)
+    enlarged = torch.nn.functional.interpolate(value[None, None], (32, 32), mode="bilinear")
+    assert len(enlarged.unique()) > 1
+    shown = layercam_figure(pixels, [[value]], "").axes[1].images[0].get_array()
+    assert shown is not None
+    assert shown.std((0, 1)).max() < 1e-12

@@ -98,9 +98,10 @@ def _bare(axes: Axes) -> None:
 
 def _overlay(grey: np.ndarray, heat: Tensor) -> np.ndarray:
     """A grey image (H, W) under a map (h, w) in colours; where the map is low the image shows."""
-    heat = F.interpolate(heat[None, None].float(), grey.shape, mode="bilinear", align_corners=False)[0, 0]
-    low, high = heat.min(), heat.max()
-    share = ((heat - low) / (high - low) if high > low else torch.zeros_like(heat)).numpy()[..., None]
+    low, high = heat.min(), heat.max()  # before it is enlarged, or a map of one value would show its rounding
+    heat = (heat.float() - low) / (high - low) if high > low else torch.zeros_like(heat).float()
+    heat = F.interpolate(heat[None, None], grey.shape, mode="bilinear", align_corners=False)[0, 0]
+    share = heat.clamp(0, 1).numpy()[..., None]
     colours = colormaps["inferno"](share[..., 0])[..., :3]
     opacity = 0.25 + 0.7 * share
     return (1 - opacity) * grey[..., None] + opacity * colours
