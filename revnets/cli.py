@@ -29,12 +29,16 @@ InputShape = Annotated[
 ]
 
 
-def picture_path(path: Path | None) -> Path | None:
-    """Refuse a suffix that no picture has before any work is done."""
+def picture_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse a suffix that no picture has, and a place for no file, before any work is done."""
     from revnets.draw import FORMATS
+    from revnets.files import check_place
 
-    if path is not None and path.suffix.lower().removeprefix(".") not in FORMATS:
-        raise typer.BadParameter(f"{path}: a picture is saved as .{', .'.join(FORMATS)}; give the file one of these")
+    if path is not None:
+        if path.suffix.lower().removeprefix(".") not in FORMATS:
+            known = ", .".join(FORMATS)
+            raise typer.BadParameter(f"{path}: a picture is saved as .{known}; give the file one of these")
+        check_place(param.opts[0], path)
     return path
 
 

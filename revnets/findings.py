@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv as csv_format
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.progress import Progress
 
 from revnets.cli import picture_path
 from revnets.errors import SpecError
-from revnets.files import replacing
+from revnets.files import check_place, replacing, told_if_unwritable
 from revnets.report import table_of
 
 if TYPE_CHECKING:
@@ -36,14 +35,8 @@ def outputs(png: Path, csv: Path | None) -> tuple[Path, Path]:
     csv = csv or png.with_suffix(".csv")
     if csv == png:
         raise SpecError("command line", "--csv", f"{csv} is the picture already", "Give it another name")
-    for option, path in (("--png", png), ("--csv", csv)):
-        folder = path.parent
-        while not folder.exists():
-            folder = folder.parent
-        if path.is_dir():
-            raise SpecError("command line", option, f"{path} is a folder", "Give the name of a file")
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise SpecError("command line", option, f"{folder} is no folder that can be written to", "Give another")
+    check_place("--png", png)
+    check_place("--csv", csv)
     return png, csv
 
 
@@ -55,12 +48,9 @@ def deliver(figure: Figure, png: Path, rows: Sequence[Mapping[str, Any]], csv: P
     """
     from revnets.draw import save
 
-    try:
+    with told_if_unwritable(png):
         save(figure, png)
         save_csv(rows, csv)
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error})"
-        raise SpecError(str(error.filename or png), "", problem, "Free some space, or give another name") from error
     return f"wrote {png} and {csv}"
 
 

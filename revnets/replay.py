@@ -54,7 +54,7 @@ class Surrounding:
     def __init__(self, cell: nn.Module, devices: frozenset[torch.device]):
         self._modules = list(cell.modules())
         for module in self._modules:
-            if isinstance(module, LazyModuleMixin) and any(map(is_lazy, module._parameters.values())):
+            if isinstance(module, LazyModuleMixin) and any(is_lazy(weight) for weight in module.parameters()):
                 raise ValueError(
                     f"{type(module).__name__} has no weights before its first input; run the net once under "
                     "torch.no_grad(), then train it"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -16,10 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from revnets.audit import audit, find_columns
 from revnets.budget import BudgetSpec
 from revnets.errors import SpecError
+from revnets.files import told_if_unwritable
 from revnets.graph import STEM
 from revnets.models import load_model
 from revnets.net import Net
 from revnets.spec import NetSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def describe(source: str, overrides: Sequence[str], shape: tuple[int, ...] | None, pictures: Sequence[Path]) -> None:
@@ -37,7 +41,8 @@ def describe(source: str, overrides: Sequence[str], shape: tuple[int, ...] | Non
     parts = [("stem", net.stem), ("columns", net.columns), ("head", net.head)]
     counts = ", ".join(f"{name} {_millions(parameters(part))}" for name, part in parts if part is not None)
     console.print(f"parameters {_millions(parameters(net))} ({counts})")
-    console.print(f"multiply-accumulates {macs / 1e9:.3f} G for one sample of {' x '.join(map(str, shape))}")
+    count = f"{macs / 1e9:.3f} G" if macs >= 1e8 else f"{macs / 1e6:.3f} M"
+    console.print(f"multiply-accumulates {count} for one sample of {' x '.join(map(str, shape))}")
     if pictures:
         from revnets import draw
 
@@ -47,8 +52,7 @@ def describe(source: str, overrides: Sequence[str], shape: tuple[int, ...] | Non
         ]
         figure = draw.graph_figure(net.columns.graph, labels)
         for picture in pictures:
-            draw.save(figure, picture)
-            console.print(f"wrote {picture}")
+            _draw(console, figure, picture)
 
 
 def measure(
@@ -72,8 +76,7 @@ def measure(
     if png is not None:
         from revnets import draw
 
-        draw.save(draw.audit_figure(result), png)
-        console.print(f"wrote {png}")
+        _draw(console, draw.audit_figure(result), png)
     return 0 if result.ok else 1
 
 
@@ -109,10 +112,15 @@ def forecast(
     else:
         console.print(plan_table(result))
     if png is not None:
-        from revnets import draw
+        _draw(console, plan_figure(result), png)
 
-        draw.save(plan_figure(result), png)
-        console.print(f"wrote {png}")
+
+def _draw(console: Console, figure: Figure, picture: Path) -> None:
+    from revnets import draw
+
+    with told_if_unwritable(picture):
+        draw.save(figure, picture)
+    console.print(f"wrote {picture}", soft_wrap=True)
 
 
 def _reversible(source: str, overrides: Sequence[str]) -> nn.Module:

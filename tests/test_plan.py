@@ -277,6 +277,27 @@ def test_command(tmp_path):
     assert run(cli.app, ["plan", spec, "--png", "x.gif"]).exit_code == 2
 
 
+@pytest.mark.parametrize("command", [["show", "--svg"], ["plan", "--png"], ["audit", "--png"]])
+def test_pictures_that_cannot_be_written_are_told_in_one_line(command, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "p.svg")
+
+    name, option = command
+    file = tmp_path / "file"
+    file.touch()
+    spec = str(EXAMPLES / "vectors.yaml")
+    for path, problem in ((tmp_path / "d.svg", "is a folder"), (file / "p.svg", "is no folder that can be written to")):
+        (tmp_path / "d.svg").mkdir(exist_ok=True)
+        error = CliRunner().invoke(cli.app, [name, spec, option, str(path)]).exception
+        assert isinstance(error, revnets.SpecError)
+        assert str(error).startswith(f"command line: {option}: ")
+        assert problem in str(error)
+    monkeypatch.setattr("revnets.draw.save", full)
+    error = CliRunner().invoke(cli.app, [name, spec, "columns=2", option, str(tmp_path / "p.svg")]).exception
+    assert isinstance(error, revnets.SpecError)
+    assert "p.svg: cannot be written (No space left on device)" in str(error)
+
+
 def test_the_command_goes_by_the_budget_of_the_yaml():
     def found(*words: str) -> dict[str, Any]:
         spec = str(EXAMPLES / "vectors.yaml")
