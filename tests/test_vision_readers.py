@@ -177,7 +177,7 @@ def test_processes_share_a_validation_stream_evenly(tmp_path):
     assert sorted(label for share in shares for label in share) == [-1, 0, 0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("policy", ["rand-m10-n4-inc1", "v0", "originalr"])
+@pytest.mark.parametrize("policy", ["rand-m10-n4-inc1", "v0", "originalr", "augmix-m10"])
 def test_strong_policies_never_fail(policy):
     """At the highest magnitudes timm posterizes to 0 bits, which Pillow refuses."""
     config = load_config(settings("folder", "x", augment={"auto_augment": policy})).data

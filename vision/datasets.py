@@ -57,7 +57,8 @@ class AugmentConfig(Strict):
     @field_validator("auto_augment")
     @classmethod
     def _policy(cls, text: str | None) -> str | None:
-        if text is not None and text.split("-")[0] not in ("rand", "original", "originalr", "v0", "v0r", "3a"):
+        policies = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+        if text is not None and text.split("-")[0] not in policies:
             raise problem(f"{text!r} is no policy of timm's", "Give for example rand-m9-mstd0.5-inc1")
         return text
 

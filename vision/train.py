@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 
 from revnets.draw import save
+from revnets.errors import SpecError
 from revnets.files import replacing
 from vision import checkpoint, resume
 from vision.checkpoint import Checkpoints
@@ -25,6 +26,8 @@ from vision.progress import Clock, Losses, Outcome, Progress
 from vision.record import LOG, Display, Record, read_log
 from vision.signals import Stopped, StopSignals
 from vision.world import World
+
+CONFIG_HEAD = "# Written by `revnets train` whenever this run starts or goes on.\n"
 
 
 class Trainer:
@@ -180,7 +183,14 @@ class Trainer:
         self._say(f"Resumed {path}: {where}, step {self.progress.step}")
 
     def _write_config(self) -> None:
-        with replacing(self.output / "config.yaml", "w") as file:
+        path = self.output / "config.yaml"
+        if path.exists() and not self.checkpoints.all():
+            with open(path, encoding="utf-8", errors="replace") as file:
+                if file.readline() != CONFIG_HEAD:
+                    problem = f"{path} is not of a run, which writes a file of this name"
+                    raise SpecError("training run", "output", problem, "Rename it, or give another output")
+        with replacing(path, "w") as file:
+            file.write(CONFIG_HEAD)
             yaml.safe_dump({**self.config.plain(), "resume": "auto"}, file, sort_keys=False)
 
     def _say(self, text: str) -> None:
