@@ -48,10 +48,15 @@ class Weight(NamedTuple):
     grad: bool
 
 
+Overwritten = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""By id and version: a buffer that a cell has written, and a copy of what it held at this version."""
+
+
 class Surrounding:
     """The surrounding of one cell's forward. It belongs to the pass, not to the module."""
 
-    def __init__(self, cell: nn.Module, devices: frozenset[torch.device]):
+    def __init__(self, cell: nn.Module, devices: frozenset[torch.device], overwritten: Overwritten):
+        self._overwritten = overwritten
         self._modules = list(cell.modules())
         for module in self._modules:
             if isinstance(module, LazyModuleMixin) and any(is_lazy(weight) for weight in module.parameters()):
@@ -71,16 +76,22 @@ class Surrounding:
         self._autocast = [Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
         self._attention = _attention_kernels()
         self._rng: dict[torch.device, Tensor] = {}
-        self._buffers: dict[tuple[int, str], Tensor] = {}
+        self._written: dict[tuple[int, str], Tensor] = {}  # copies of buffers as they were before
+        self._read: dict[tuple[int, str], tuple[Tensor, int]] = {}  # all other buffers, and their versions
 
     @classmethod
     @contextmanager
-    def record(cls, cell: nn.Module, devices: frozenset[torch.device]) -> Iterator[Surrounding]:
+    def record(
+        cls, cell: nn.Module, devices: frozenset[torch.device], overwritten: Overwritten
+    ) -> Iterator[Surrounding]:
         """Note the surrounding, let the body run the cell, and keep only what the cell changed.
 
         A cell that draws no random number keeps no generator state, one that writes no buffer keeps no buffer.
+
+        Args:
+            overwritten: what cells of this pass have written. A cell before may have read it, and finds it here.
         """
-        self = cls(cell, devices)
+        self = cls(cell, devices, overwritten)
         rng = _rng_states(self._devices)
         before = [
             (index, name, buffer, buffer._version, buffer.detach().clone())
@@ -94,20 +105,30 @@ class Surrounding:
         for index, name, buffer, version, value in before:
             now = self._modules[index]._buffers.get(name)
             if now is None or now is not buffer or now._version != version:
-                self._buffers[index, name] = value
+                self._written[index, name] = value
+                overwritten.setdefault((id(buffer), version), (buffer, value))
+            else:
+                self._read[index, name] = buffer, version
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Run the body as if the forward were just about to start.
 
         Raises:
-            ReplayError: a parameter was changed in place between the forward and its backward.
+            ReplayError: a parameter or a buffer was changed in place between the forward and its backward.
         """
         for weight in self._weights:
             if weight.tensor._version != weight.version:
                 raise ReplayError(
                     f"a parameter of shape {tuple(weight.tensor.shape)} was changed in place (an optimizer step?) "
                     "between the forward and its backward; call backward() before the step"
+                )
+        for (index, name), (buffer, version) in self._read.items():
+            if buffer._version != version and (id(buffer), version) not in self._overwritten:
+                raise ReplayError(
+                    f"the buffer {name} of {type(self._modules[index]).__name__} was changed in place between the "
+                    "forward and its backward; call backward() before. (DDP writes buffers in every forward unless it "
+                    "is given broadcast_buffers=False.)"
                 )
         with ExitStack() as stack:
             for autocast in self._autocast:
@@ -145,7 +166,7 @@ class Surrounding:
 
     @contextmanager
     def _buffers_of_the_forward(self) -> Iterator[None]:
-        """Let the cell see copies: kept ones where the forward wrote, else fresh ones. A shared buffer stays one."""
+        """Let the cell see copies of what the forward saw, functional_call's too. A shared buffer stays one."""
         held = [
             (module._buffers, index, name, buffer)
             for index, module in enumerate(self._modules)
@@ -155,13 +176,23 @@ class Surrounding:
         copies: dict[int, Tensor] = {}
         for buffers, index, name, buffer in held:
             if id(buffer) not in copies:
-                copies[id(buffer)] = self._buffers.get((index, name), buffer.detach()).clone()
+                copies[id(buffer)] = self._copy(index, name, buffer)
             buffers[name] = copies[id(buffer)]
         try:
             yield
         finally:
             for buffers, _, name, buffer in held:
                 buffers[name] = buffer
+
+    def _copy(self, index: int, name: str, now: Tensor) -> Tensor:
+        if (index, name) in self._written:
+            return self._written[index, name].clone()
+        if (index, name) not in self._read:
+            return now.detach().clone()  # the forward itself has made it, such as a cache
+        seen, version = self._read[index, name]
+        if seen._version != version:
+            return self._overwritten[id(seen), version][1].clone()
+        return seen.detach().clone().requires_grad_(seen.requires_grad)
 
 
 class ReplayError(RuntimeError):

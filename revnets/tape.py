@@ -52,7 +52,7 @@ from revnets.frame import (
     with_stride,
 )
 from revnets.graph import STEM, Graph, Node
-from revnets.replay import ReplayError, Surrounding
+from revnets.replay import Overwritten, ReplayError, Surrounding
 from revnets.verify import Verifier
 
 
@@ -112,6 +112,7 @@ class Tape:
         self.stem = Held.of(stem)
         self.stem_grad = stem.requires_grad
         self.context = Constant.of(dict(context))
+        self.overwritten: Overwritten = {}
         self.frames: list[Frame | None] = []
         self.last: dict[int, Held] = {}  # the window at its top, from which it starts
         self.top = -1
@@ -149,7 +150,8 @@ class Tape:
             state = call()
         else:
             devices = frozenset(read.device for read in reads)
-            with Surrounding.record(cell, devices) as frame.surrounding, saved_tensors_hooks(pack, unpack), _inside():
+            recording = Surrounding.record(cell, devices, self.overwritten)
+            with recording as frame.surrounding, saved_tensors_hooks(pack, unpack), _inside():
                 state = call()
         if past is not None and not is_unchanged(state, *coupled[0]):
             raise ReplayError(

@@ -132,6 +132,16 @@ def test_an_optimizer_step_before_the_backward(memory):
 
 
 @pytest.mark.parametrize("memory", TAPED)
+def test_a_buffer_that_was_changed_before_the_backward(memory):
+    """The statistics with which a forward in eval mode computed are moved by one in train mode."""
+    net = token_net(blocks=("batchnorm",), memory=memory)
+    loss = loss_of(net.eval()(stem_of(net)))
+    net.train()(stem_of(net))
+    with pytest.raises(ReplayError, match=r"num_batches_tracked of BatchNorm1d.*call backward\(\) before"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
 def test_an_optimizer_step_between_two_backwards(memory):
     net = token_net(memory=memory)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -125,6 +126,43 @@ def test_batch_norm_in_two_passes():
         return [*first, *second]
 
     assert_like_autograd(net, stem_of(net), train)
+
+
+def test_a_buffer_that_a_later_cell_writes():
+    """Cells that share a module with the counter of calls: each reads it and leaves it to the next to write."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+    class Step(nn.Module):
+        def __init__(self, shared, writes):
+            super().__init__()
+            self.shared, self.writes, self.linear = shared, writes, nn.Linear(6, 6)
+
+        def forward(self, x):
+            if self.writes:
+                self.shared.calls += 1
+            return self.linear(x).tanh() * (1 + self.shared.calls.clone())
+
+    shared = Counts()
+    net = cells_net([Step(shared, writes=t % 3 == 2) for t in range(8)])
+    assert assert_like_autograd(net, tokens()).buffers["cells.0.0.function.shared.calls"] == 2
+
+
+def test_buffers_that_are_passed_in():
+    net = token_net(blocks=("batchnorm",)).eval()
+    others = {name: torch.rand_like(buffer, dtype=torch.float32) + 0.5 for name, buffer in net.named_buffers()}
+
+    def train(net, x):
+        levels = functional_call(net, others, (x,))
+        loss_of(levels).backward()
+        return levels
+
+    expected = step(net, stem_of(net), "store", train)
+    for memory in TAPED:
+        assert_same(step(net, stem_of(net), memory, train), expected)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class Noisy(nn.Module):
 
 
 def record(module: nn.Module):
-    with Surrounding.record(module, NOWHERE) as surrounding:
+    with Surrounding.record(module, NOWHERE, {}) as surrounding:
         result = module()
     return surrounding, result
 
@@ -78,13 +78,13 @@ def test_the_surrounding_comes_back_after_an_error():
 
 def test_only_what_the_cell_changed_is_kept():
     quiet, x = nn.BatchNorm1d(3).eval(), torch.randn(2, 3)
-    with Surrounding.record(quiet, NOWHERE) as surrounding:
+    with Surrounding.record(quiet, NOWHERE, {}) as surrounding:
         quiet(x)
     assert not surrounding._rng
-    assert not surrounding._buffers
+    assert not surrounding._written
     surrounding, _ = record(Noisy())
     assert list(surrounding._rng) == [torch.device("cpu")]
-    assert [name for _, name in surrounding._buffers] == ["calls"]
+    assert [name for _, name in surrounding._written] == ["calls"]
 
 
 def test_a_buffer_that_is_replaced_counts_as_written():
