@@ -144,6 +144,8 @@ def draw_memory(axes: Axes, by_columns: dict[str, list[int]], batch: int) -> Non
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(print(__doc__))
     try:
         sys.exit(main(sys.argv[1:]))
     except (SpecError, TrainingError, CheckpointError, OSError) as error:

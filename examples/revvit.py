@@ -1,6 +1,6 @@
 """RevViT out of a plain transformer block: attention and MLP take turns as F_t in x_t = F_t(x_(t-1)) + x_(t-2).
 
-    python examples/revvit.py
+    python examples/revvit.py                     # --help lists the sizes
 
 Nothing but the two halves of the block is written here; `ReversibleSequence` rebuilds their inputs in backward. The
 script compares gradients with those of ordinary autograd, bit for bit, and what each keeps in memory for backward.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import typer
 from torch import Tensor, nn
 
 from revnets import ReversibleSequence
@@ -63,6 +64,7 @@ def gradients(net: nn.Module, tokens: Tensor) -> list[Tensor]:
 
 
 def main(depth: int = 12, dim: int = 192, heads: int = 3) -> None:
+    """Compare gradients and memory of a reversible transformer with those of ordinary autograd."""
     torch.manual_seed(0)
     functions = halves(depth, dim, heads)
     reversible, plain = ReversibleSequence(functions, m=2), Plain(functions)
@@ -76,4 +78,4 @@ def main(depth: int = 12, dim: int = 192, heads: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

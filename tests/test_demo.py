@@ -34,6 +34,14 @@ def test_demo(tmp_path, monkeypatch, capsys):
             assert Path(path).exists()
 
 
+def test_demo_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert not ended.value.code
+    assert "overrides of vision/configs/digits.yaml" in capsys.readouterr().out
+
+
 def test_demo_says_what_is_wrong(tmp_path):
     command = [sys.executable, str(SCRIPT), f"output={tmp_path / 'demo'}", "epoch=1"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
