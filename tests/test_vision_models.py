@@ -155,6 +155,22 @@ def test_whatever_can_be_trained_in_a_pruned_model_gets_a_gradient(name: str, in
     assert bool(frozen) == (index < 2 and name != "test_revcol_huge")  # level 0 of H reads the top level
 
 
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_pruned_model_knows_what_is_left(name: str, classes: int) -> None:
+    model = create(name).eval()
+    x = images(model)
+    whole = model.forward_intermediates(x, intermediates_only=True)
+    assert model.prune_intermediate_layers([1]) == [1]
+    for ours, theirs in zip(model.forward_intermediates(x, intermediates_only=True), whole[:2], strict=True):
+        assert torch.equal(ours, theirs)
+    if classes:
+        model.reset_classifier(classes, "avg")
+    shapes = {key: (value.shape, value.requires_grad) for key, value in model.named_parameters()}
+    assert {key: (value.shape, value.requires_grad) for key, value in model.twin().named_parameters()} == shapes
+    assert model.prune_intermediate_layers([-2]) == [0]
+    assert len(model.forward_intermediates(x, intermediates_only=True)) == 1
+
+
 @torch.no_grad()
 def test_forward_intermediates(name: str) -> None:
     model = create(name).eval()

@@ -82,10 +82,18 @@ class RevCol(nn.Module):
         """`avg`, `max`, or empty for none."""
         return self.head.global_pool.pool_type
 
+    @property
+    def levels(self) -> int:
+        """Levels of the last column: all, unless they were pruned."""
+        return self.columns.graph.nodes[-1].level + 1
+
     def twin(self) -> RevCol:
         """The same model without values, on the meta device; what is frozen here is frozen there."""
         scalars = {"num_classes": self.num_classes, "in_chans": self.in_chans, "drop_rate": self.drop_rate}
         other = RevCol(self.spec, global_pool=self.global_pool, device="meta", **scalars)
+        if self.levels < other.levels:
+            other.prune_intermediate_layers([self.levels - 1])
+            other.reset_classifier(self.num_classes, self.global_pool)
         for name, parameter in self.named_parameters():
             other.get_parameter(name).requires_grad_(parameter.requires_grad)
         return other
@@ -124,7 +132,7 @@ class RevCol(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r}: choose NCHW or NHWC")
-        take, highest = feature_take_indices(len(self.feature_info), indices)
+        take, highest = feature_take_indices(self.levels, indices)
         columns = shortened(self.columns, highest + 1) if stop_early else self.columns
         kept = columns.graph.nodes[-1].level + 1
         levels = columns(self.stem(x))[-kept:]  # a shortened last column is preceded by the rest of the window
@@ -139,8 +147,8 @@ class RevCol(nn.Module):
         Cells above the highest level of the last column go. Those of earlier columns that no level kept depends on must
         stay in the sequence; they are frozen, so that every parameter that can be trained gets a gradient.
         """
-        take, highest = feature_take_indices(len(self.feature_info), indices)
-        pruned = highest < len(self.feature_info) - 1
+        take, highest = feature_take_indices(self.levels, indices)
+        pruned = highest < self.levels - 1
         if pruned:
             self.columns = shortened(self.columns, highest + 1)
             freeze_idle(self.columns, highest + 1)
