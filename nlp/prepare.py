@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from revnets.files import remove_leftovers
 
 from .choose import DROPPED, SPLITS, choose
-from .corpus import DataError, Pair
+from .corpus import DataError, Pair, named
 from .download import fetch, unpack
 from .recipes import Clean, Recipe
 from .stages import Facts, Stages
@@ -64,7 +64,7 @@ def prepare(
         DataError: one line on what is wrong with the data.
     """
     console = console or Console()
-    stages = Stages(_inputs(recipe))
+    stages = Stages(_inputs(recipe, base))
     if (facts := stages.facts(output)) is not None:
         console.print(f"{output} is there already, made by the same recipe from the same files", soft_wrap=True)
         return facts
@@ -250,9 +250,11 @@ def _reason(clean: Clean | None, pair: Pair) -> str | None:
     return "one side too long for the other" if longer > clean.ratio * shorter else None
 
 
-def _inputs(recipe: Recipe) -> Facts:
+def _inputs(recipe: Recipe, base: Path) -> Facts:
     """The recipe and which files it means; files of equal names, sizes and times are taken to be equal."""
-    texts = (text for text in (*recipe.train, recipe.valid, recipe.test) if isinstance(text, tuple))
-    stamps = {str(path): os.stat(path) for path in chain.from_iterable(texts) if path.exists()}
+    texts = (text for text in (*recipe.train, recipe.valid, recipe.test) if isinstance(text, (str, tuple)))
+    names = (named(text, recipe.codes) if isinstance(text, str) else text for text in texts)
+    paths = (base / name for name in chain.from_iterable(names))
+    stamps = {str(path): os.stat(path) for path in paths if path.exists()}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stamps.items()}
     return {"recipe": recipe.model_dump(mode="json"), "files": files}

@@ -106,12 +106,17 @@ class Recipe(Strict):
     def corpora(self, split: str, folders: Sequence[Path]) -> list[Corpus]:
         """The texts of train, valid or test, as files; none where the split is taken from the training text.
 
+        Args:
+            folders: where their names are looked for: those of archives, then that of the recipe.
+
         Raises:
             DataError: a file is missing.
         """
         texts = self.train if split == "train" else (getattr(self, split),)
         return [
-            Corpus(find(text, folders, self.codes) if isinstance(text, str) else text, self.fields)
+            Corpus(
+                find(text, folders, self.codes) if isinstance(text, str) else _beside(folders[-1], text), self.fields
+            )
             for text in texts
             if isinstance(text, (str, tuple))
         ]
@@ -148,6 +153,10 @@ def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Reci
         raise DataError(f"{' '.join(corpus)}: which languages? Give source and target, such as --languages en-de")
     texts = [[str(Path(name).resolve()) for name in corpus]]
     return load(Recipe, {}, _overrides({**OWN, **given, "train": texts})), Path.cwd()
+
+
+def _beside(folder: Path, names: Sequence[Path]) -> tuple[Path, ...]:
+    return tuple(folder / name for name in names)
 
 
 def _overrides(values: Mapping[str, Any]) -> list[str]:

@@ -181,7 +181,7 @@ def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]
     Raises:
         ValueError: an unknown mode, or a list of another length.
     """
-    values = [value] * columns if isinstance(value, str) else list(value)
+    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value] * columns
     for item in values:
         if item not in list(Memory):
             raise ValueError(f"memory mode {item!r} is unknown; choose {', '.join(Memory)}")

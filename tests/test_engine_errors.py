@@ -231,6 +231,8 @@ def test_modes_and_taps_are_checked():
     net = token_net(columns=3)
     with pytest.raises(ValueError, match="memory mode 'fast' is unknown; choose store, recompute, invert, exact"):
         net.memory = "fast"
+    with pytest.raises(ValueError, match="memory mode None is unknown"):
+        net.memory = None
     with pytest.raises(ValueError, match="2 memory modes for 3 columns"):
         net.memory = ["store", "exact"]
     with pytest.raises(ValueError, match="tap 3: columns are numbered 0 to 2"):

@@ -269,10 +269,29 @@ def test_stages_are_bound_to_their_inputs(tmp_path):
 def test_changed_files_are_noticed(table, tmp_path):
     copy = tmp_path / "copy.tsv.gz"
     copy.write_bytes(table.read_bytes())
-    recipe, _ = read_recipe([str(copy)], OPTIONS)
-    before = Stages(module._inputs(recipe)).key
-    os.utime(copy, ns=(time.time_ns(), time.time_ns() + 1))
-    assert Stages(module._inputs(recipe)).key != before
+    for corpus in own_recipes(copy):
+        recipe, base = read_recipe([str(corpus)], OPTIONS)
+        before = Stages(module._inputs(recipe, base)).key
+        os.utime(copy, ns=(time.time_ns(), time.time_ns() + 1))
+        assert Stages(module._inputs(recipe, base)).key != before, corpus
+
+
+def own_recipes(text: Path) -> list[Path]:
+    """The text itself, and recipes beside it that name it."""
+    recipes = [text.with_name("template.yaml"), text.with_name("paths.yaml")]
+    for path, train in zip(recipes, (text.name, f"[{text.name}]"), strict=True):
+        path.write_text(f"{{languages: en-de, train: [{train}], valid: 11, test: 13}}")
+    return [text, *recipes]
+
+
+def test_a_recipe_names_files_beside_it(table, tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    copy = tmp_path / "text" / "copy.tsv.gz"
+    copy.write_bytes(table.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for corpus in own_recipes(copy):
+        recipe, base = read_recipe([str(corpus)], OPTIONS)
+        assert [found.paths for found in recipe.corpora("train", [base])] == [(copy,)]
 
 
 def test_nothing_left_after_cleaning(table, tmp_path):
