@@ -66,12 +66,21 @@ def test_commands_are_known_and_files_exist():
 
 
 def test_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", TEXT)
-    for page in (ROOT / "docs").glob("*.md"):
-        found = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
-        links += [f"docs/{link}" for link in found if link]
+    links = []
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        found = re.findall(r"\]\((?!https?:)([^)]+)", page.read_text(encoding="utf-8"))
+        links += [(page, *link.partition("#")[::2]) for link in found]
     assert len(links) > 10
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for page, path, heading in links:
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {path}"
+        assert not heading or heading in anchors(target), f"{page.name}: {path}#{heading}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_page_on_training_names_every_key():
