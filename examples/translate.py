@@ -223,7 +223,7 @@ def examples(found: dict[str, Output], sources: Sequence[str], reference: Sequen
 
 
 def figure(trained: Sequence[Run], bleu: dict[str, list[Score]]) -> Figure:
-    """Losses and BLEU against updates; each line is named at its end."""
+    """Losses and BLEU against updates."""
     found = Figure(figsize=(11, 4), layout="constrained", facecolor="white")
     losses, quality = found.subplots(1, 2)
     draw(losses, "Loss (thin: training, with dropout)", "bits a sub-word")
@@ -234,7 +234,8 @@ def figure(trained: Sequence[Run], bleu: dict[str, list[Score]]) -> Figure:
         losses.plot(*run.curve("valid", "nll_loss"), "o-", color=colour, lw=2, markersize=4, label=run.name)
         label = f"{run.name}: test {bleu[run.name][-1].value:.1f}"
         quality.plot(*run.curve("valid", "bleu"), "o-", color=colour, lw=2, markersize=4, label=label)
-    losses.set_ylim(top=min(losses.get_ylim()[1], 10))
+    if losses.get_ylim()[0] < 8:  # what is steep in the beginning would flatten the rest
+        losses.set_ylim(top=min(losses.get_ylim()[1], 10))
     quality.set_ylim(bottom=0)
     for axes in (losses, quality):
         axes.legend(frameon=False, fontsize=9.5, labelcolor="linecolor")
