@@ -93,7 +93,7 @@ class ReversibleColumns(nn.Module):
             A list of m states, or of those among them that no level above has replaced (residuals within a column);
             with taps, the pair (that list, list of tapped states).
         """
-        if Memory.INVERT in self._memory and torch.is_grad_enabled():
+        if Memory.INVERT in self._memory and torch.is_grad_enabled() and not engine.is_transformed():
             drift.watch(self, x)
         ends = [tap_index(self.graph, tap) for tap in taps]
         last, tapped = engine.run(self.graph, self.flat(), x, self._memory, context, ends, self._stored, self.verify)

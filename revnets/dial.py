@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from revnets.audit import find_columns
 from revnets.budget import BudgetSpec, parse_budget
+from revnets.engine import is_transformed
 from revnets.predict import Plan, PlanError, plan_module
 from revnets.replay import outside_of_autocast
 
@@ -46,8 +48,8 @@ def keep_budget(model: nn.Module, budget: BudgetSpec | int | str) -> None:
 @torch._disable_dynamo()  # as torch.compiler.disable, but does not import Dynamo, which takes a second, until it runs
 def _turn(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """The hook: plan if a budget is waiting."""
-    if not (model.training and torch.is_grad_enabled()):
-        return
+    if not (model.training and torch.is_grad_enabled()) or is_transformed():
+        return  # nothing is kept for backward, or all of it
     columns = find_columns(model)
     if columns.budget is None:
         _compare(model, args, kwargs)
@@ -79,7 +81,8 @@ def _plan(model: nn.Module, inputs: tuple[Any, ...], budget: BudgetSpec) -> Plan
             modes=(),
         )
 
-    with outside_of_autocast(), torch.random.fork_rng(devices=[]):
+    unhooked = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # the caller's see no fake tensors
+    with outside_of_autocast(), torch.random.fork_rng(devices=[]), unhooked:
         return _least_of_all_ranks(found) if is_sharded and world > 1 else found()
 
 

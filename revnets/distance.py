@@ -85,6 +85,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def norm(tensor: Tensor) -> float:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
 
 

@@ -40,12 +40,12 @@ def run(
         verify: compare what backward rebuilds with checksums (`revnets/verify.py`).
     """
     modes = [Memory.STORE if node.index in stored else modes[node.column] for node in graph.nodes]
-    if not torch.is_grad_enabled() or all(mode is Memory.STORE for mode in modes) or _is_transformed():
+    if not torch.is_grad_enabled() or all(mode is Memory.STORE for mode in modes) or is_transformed():
         return _run_plain(graph, cells, stem, context, taps)
     return _run_taped(graph, cells, stem, modes, context, taps, verify)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Does something else than autograd's backward look at the operations? Export and torch.func know no hooks."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 

@@ -116,6 +116,18 @@ def test_function_transforms(memory):
         torch.testing.assert_close(per_sample[name][0], single[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory", ["invert", "exact"])
+def test_an_ensemble_by_vmap(memory):
+    """`invert` would look at gains that have no values of their own here."""
+    nets = [token_net(columns=3, memory=memory, seed=seed) for seed in (0, 1)]
+    weights, buffers = torch.func.stack_module_state(nets)
+    x = stem_of(nets[0], grad=False)
+    levels = torch.func.vmap(lambda *state: torch.func.functional_call(nets[0], state, (x,)))(weights, buffers)
+    for index, net in enumerate(nets):
+        for level, expected in zip(levels, net(x), strict=True):
+            torch.testing.assert_close(level[index], expected)
+
+
 @pytest.mark.parametrize("memory", ["store", *TAPED])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # PyTorch's own use of it
 def test_forward_mode(memory):

@@ -161,7 +161,8 @@ def test_a_tape_cannot_be_in_a_compiled_graph():
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
-    model = Model(token_net(columns=3, blocks=("mlp", "batchnorm", "attention"))).eval()
+    memory = ("exact", "invert", "exact")
+    model = Model(token_net(columns=3, blocks=("mlp", "batchnorm", "attention"), memory=memory)).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, (torch.randn(3, 4, 3),), dynamic_shapes=({0: batch},), strict=strict)
     for size in (2, 5):

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import revnets
 from revnets.budget import OPTIMIZERS, BudgetSpec
@@ -101,6 +102,18 @@ def test_neither_eval_nor_inference_plans() -> None:
     assert model.columns.budget is not None
     with pytest.raises(PlanError):
         model.train()(torch.randn(SHAPE))
+
+
+def test_a_first_forward_under_transforms_and_hooks() -> None:
+    """torch.func runs the net plainly, and a checkpoint around the net must not get the simulation's tensors."""
+    model, x = net(budget=between(0.4)), torch.randn(SHAPE)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    grads = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (x,)).square().sum())(weights)
+    assert model.columns.budget is not None
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    assert model.columns.stored
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_fits() -> None:

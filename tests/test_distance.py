@@ -14,6 +14,11 @@ def test_distance_of_known_tensors():
     assert d.relative == 1
 
 
+def test_complex_numbers_are_compared_by_their_parts():
+    d = distance(torch.tensor([3 + 4j, 1j]), torch.tensor([0j, 1j]))
+    assert (d.norm, d.reference_norm, d.largest) == (5, 1, 5)
+
+
 def test_half_precision_is_compared_in_single():
     reference = torch.full((1000,), 1.0, dtype=torch.bfloat16)
     tensor = reference + 2**-7  # one unit in the last place
