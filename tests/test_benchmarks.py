@@ -22,11 +22,15 @@ NEAR = ["memcnn", "revlib", "revlib graph", "revnets invert"]
 SMALL = {"mlp": (3, 7, 16), "conv": (3, 5, 7, 16)}
 
 
-@pytest.fixture(scope="module")
-def peers() -> ModuleType:
+def script(name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        return importlib.import_module("peers")
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def peers() -> ModuleType:
+    return script("peers")
 
 
 @pytest.fixture(autouse=True)
@@ -112,16 +116,21 @@ def test_who_is_missing_is_left_out(peers, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        (["--blocks", "8,7"], "'7': give even numbers"),
-        (["--case", "attention"], "'attention': give mlp or conv"),
-        (["--png", "peers.jpg"], "peers.jpg: give a file name that ends in .png"),
+        ("peers", ["--blocks", "8,7"], "'7': give even numbers"),
+        ("peers", ["--case", "attention"], "'attention': give mlp or conv"),
+        ("peers", ["--png", "peers.jpg"], "peers.jpg: give a file name that ends in .png"),
+        ("step", ["--columns", "4,x"], "'x': give numbers from 1 to 1024"),
+        ("step", ["--shape", "Z"], "'Z': give T or S or B"),
+        ("step", ["--png", "step"], "step: give a file name that ends in .png"),
+        ("drift", ["--columns", "1"], "'1': give numbers from 2 to 1024"),
+        ("drift", ["--png", "drift.jpg"], "drift.jpg: give a file name that ends in .png"),
     ],
 )
-def test_bad_options_are_refused_before_the_work(peers, options, message):
+def test_bad_options_are_refused_before_the_work(name, options, message):
     app = typer.Typer()
-    app.command()(peers.main)
+    app.command()(script(name).main)
     result = CliRunner().invoke(app, options, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert message in result.output

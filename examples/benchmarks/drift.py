@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from commandline import counts, picture
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,21 +27,21 @@ GAINS = (1.0, 0.5, 0.2, 0.05)
 
 
 def main(
-    png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.")] = None,
-    width: Annotated[int, typer.Option(help="Channels of level 0; the paper's RevCol-S has 64.")] = 64,
+    png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.", callback=picture)] = None,
+    width: Annotated[int, typer.Option(help="Channels of level 0; the paper's RevCol-S has 64.", min=1)] = 64,
     columns: Annotated[str, typer.Option(help="Numbers of columns.")] = ",".join(map(str, COLUMNS)),
 ) -> None:
     """Measure the gradient error of `invert` and `exact`, in float32 and under bfloat16 autocast."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", revnets.DriftWarning)  # it is what is measured
-    counts = [int(part) for part in columns.split(",")]
-    cases = [(gain, count, half) for half in (False, True) for gain in GAINS for count in counts]
+    numbers = counts(columns, "--columns", 2)
+    cases = [(gain, count, half) for half in (False, True) for gain in GAINS for count in numbers]
     errors = {case: gradient_errors(*case, width) for case in track(cases, description="measuring", transient=True)}
     console = Console()
     for half in (False, True):
-        console.print(table(errors, counts, half))
+        console.print(table(errors, numbers, half))
     if png is not None:
-        draw(errors, counts, png)
+        draw(errors, numbers, png)
         console.print(f"wrote {png}")
 
 

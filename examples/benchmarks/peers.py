@@ -18,11 +18,12 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import typer
+from commandline import counts, listed, picture
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -30,7 +31,7 @@ from torch import Tensor
 from ways import CASES, REFERENCE, WAYS, Case, Net, installed
 
 from revnets.distance import gradient_distance
-from revnets.draw import FORMATS, save
+from revnets.draw import save
 from revnets.tracker import MemoryTracker
 
 
@@ -121,17 +122,17 @@ def main(
     case: Annotated[str, typer.Option(help=f"Kinds of block, out of {', '.join(CASES)}.")] = ",".join(CASES),
     blocks: Annotated[str, typer.Option(help="Numbers of blocks, even ones: memcnn couples two.")] = "8,16,32",
     rounds: Annotated[int, typer.Option(help="Timed steps of each contender.", min=1)] = 7,
-    png: Annotated[Path | None, typer.Option(help="Draw time against peak into this file (.png, .svg, .pdf).")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw time against peak into this file (.png, .svg, .pdf).", callback=picture)
+    ] = None,
     markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
 ) -> None:
     """Compare this engine with plain autograd, checkpointing, memcnn and revlib on one training step."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # memcnn, in every backward
     warnings.filterwarnings("ignore", r"`torch.cuda.amp", FutureWarning)  # revlib graph
-    kinds = _parsed(case, "--case", {kind: kind for kind in CASES}, " or ".join(CASES))
-    depths = _parsed(blocks, "--blocks", {str(n): n for n in range(2, 1025, 2)}, "even numbers up to 1024")
-    if png is not None and png.suffix.lower().removeprefix(".") not in FORMATS:
-        raise typer.BadParameter(f"{png}: give a file name that ends in .{', .'.join(FORMATS)}", param_hint="--png")
+    kinds = listed(case, "--case", {kind: kind for kind in CASES}, " or ".join(CASES))
+    depths = counts(blocks, "--blocks", 2, step=2)
     console = Console()
     names, missing = installed()
     for package in missing:
@@ -153,13 +154,6 @@ def main(
     if png is not None:
         draw(results, png)
         console.print(f"wrote {png}")
-
-
-def _parsed(text: str, option: str, allowed: dict[str, Any], words: str) -> list[Any]:
-    for word in text.split(","):
-        if word.strip() not in allowed:
-            raise typer.BadParameter(f"{word.strip()!r}: give {words}, separated by commas", param_hint=option)
-    return [allowed[word.strip()] for word in text.split(",")]
 
 
 COLUMNS = ("", "CPU s", "x plain", "kept MB", "peak MB", "gradient error")

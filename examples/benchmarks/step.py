@@ -21,6 +21,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
+from commandline import counts, picture
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -106,17 +107,19 @@ class Contender:
 def main(
     shape: Annotated[str, typer.Option(help=f"Shape of a column, one of {', '.join(SHAPES)}.")] = "T",
     columns: Annotated[str, typer.Option(help="Numbers of columns, e.g. 4,8,16.")] = "8",
-    size: Annotated[int, typer.Option(help="Side of the images.")] = 128,
-    batch: Annotated[int, typer.Option(help="Images a step.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each contender.")] = 5,
-    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.")] = None,
+    size: Annotated[int, typer.Option(help="Side of the images.", min=32)] = 128,
+    batch: Annotated[int, typer.Option(help="Images a step.", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each contender.", min=1)] = 5,
+    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.", callback=picture)] = None,
 ) -> None:
     """Compare the memory modes on one training step."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", revnets.DriftWarning)  # the drift of `invert` is in the table
     console = Console()
     results = {}
-    for count in [int(part) for part in columns.split(",")]:
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"{shape!r}: give {' or '.join(SHAPES)}", param_hint="--shape")
+    for count in counts(columns, "--columns", 1):
         results[count] = measure(shape, count, size, batch, rounds)
         console.print(table(f"RevCol-{shape} columns: {count}, {size} x {size}, batch {batch}", results[count]))
     console.print(f"torch {torch.__version__}, 1 thread of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
