@@ -84,7 +84,7 @@ def test_every_recipe_of_the_paper_is_here():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.colums=3"], r"model: .*colums"),
+        (["model.colums=3"], r"model\.colums: .*no such argument\. Did you mean columns"),
         (["model.num_classes=7"], r"model\.num_classes: gives 7 scores for 1000 classes"),
         (["model.memory=exakt"], r"model\.memory: .*exakt"),
         (["memory=[exact]"], r"memory: .*1 memory modes for 4 columns"),

@@ -116,13 +116,14 @@ def test_a_finished_run_stays_and_can_be_made_longer(tmp_path):
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_file_of_ours_is_not_taken_for_that_of_a_run(tmp_path):
-    mine = tmp_path / "config.yaml"
+@pytest.mark.parametrize("name", ["config.yaml", LOG])
+def test_a_file_of_the_user_is_not_overwritten(tmp_path, name):
+    mine = tmp_path / name
     mine.write_text("base: ../other.yaml  # and why\n")
-    with pytest.raises(SpecError, match=r"output: .*config.yaml is not of a run.*Rename it"):
+    with pytest.raises(SpecError, match=rf"output: .*{name} is not of a run.*Rename it"):
         trainer(tmp_path).fit()
     assert mine.read_text() == "base: ../other.yaml  # and why\n"
-    assert os.listdir(tmp_path) == ["config.yaml"]
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_a_run_is_not_overwritten_nor_continued_as_another(tmp_path):

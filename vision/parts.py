@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -19,10 +20,12 @@ from torch._subclasses import FakeTensorMode
 
 from revnets import ReversibleColumns, SpecError, build
 from revnets.budget import BudgetSpec
+from revnets.errors import nearest
 from vision.config import TimmModel, TrainConfig
 from vision.errors import first_line
 from vision.imageset import ImageData
 from vision.model import RevCol
+from vision.revcol import ARGUMENTS
 from vision.task import SupervisionTask
 from vision.world import World
 
@@ -87,6 +90,12 @@ def _timm_model(model: TimmModel, data: ImageData) -> nn.Module:
     except SpecError as error:
         raise SpecError("training run", f"model.{error.key}", error.problem, error.remedy) from error
     except Exception as error:  # models refuse their arguments in many ways
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown and model.timm in timm.list_models(module="revcol"):
+            remedy = nearest(unknown[1], ARGUMENTS, "It has")
+            raise SpecError(
+                "training run", f"model.{unknown[1]}", f"{model.timm} has no such argument", remedy
+            ) from None
         raise SpecError("training run", "model", f"{model.timm}: {first_line(error)}", "Check its arguments") from error
 
 

@@ -118,6 +118,9 @@ def revise(
 REVISED = ("columns", "dims", "depths", "kernel_size", "drop_path_rate", "memory", "img_size", "patch_size")
 """Arguments of `timm.create_model` that go into the spec."""
 
+ARGUMENTS = (*REVISED, "num_classes", "in_chans", "global_pool", "drop_rate", "head_init_scale")
+"""All that a model of the family is told about itself."""
+
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
     """Build a model of the family; everything that `RevCol` and `revise` take may be given."""

@@ -184,14 +184,22 @@ class Trainer:
 
     def _write_config(self) -> None:
         path = self.output / "config.yaml"
-        if path.exists() and not self.checkpoints.all():
-            with open(path, encoding="utf-8", errors="replace") as file:
-                if file.readline() != CONFIG_HEAD:
-                    problem = f"{path} is not of a run, which writes a file of this name"
-                    raise SpecError("training run", "output", problem, "Rename it, or give another output")
+        if not self.checkpoints.all():
+            self._require_no_files_of_others(path)
         with replacing(path, "w") as file:
             file.write(CONFIG_HEAD)
             yaml.safe_dump({**self.config.plain(), "resume": "auto"}, file, sort_keys=False)
+
+    def _require_no_files_of_others(self, config: Path) -> None:
+        """A run begins in a new folder, or in one where it was killed before its first checkpoint."""
+        if config.exists():
+            with open(config, encoding="utf-8", errors="replace") as file:
+                if file.readline() == CONFIG_HEAD:
+                    return
+        for path in (config, self.output / LOG):
+            if path.exists():
+                problem = f"{path} is not of a run, which writes a file of this name"
+                raise SpecError("training run", "output", problem, "Rename it, or give another output")
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
