@@ -173,7 +173,10 @@ def _with_options(spec: NetSpec, given: Mapping[str, Any]) -> NetSpec:
     data = dump(spec)
     data["levels"] = [defaults | level if level["block"] == "transformer" else level for level in data["levels"]]
     with _beside(given):
-        return load_spec(data)
+        try:
+            return load_spec(data)
+        except SpecError as error:  # all but the options has been checked before
+            raise SpecError("options", error.key, error.problem, error.remedy) from None
 
 
 def _beside(given: Mapping[str, Any]):

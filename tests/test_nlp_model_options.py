@@ -77,7 +77,7 @@ def write(folder: Path, text: str = NET) -> Path:
         ({"revcol_fusion": "convnext"}, "has another resolution"),
         ({"revcol_norm": "post", "encoder_normalize_before": True}, "contradicts --encoder-normalize-before"),
         ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar 0.1: its modules count their calls"),
-        ({"activation_fn": "swish"}, 'activation: "swish" is none of the choices'),
+        ({"activation_fn": "swish"}, 'options: levels.0.activation: "swish" is none of the choices'),
         ({"revcol_spec": "missing.yaml"}, "missing.yaml"),
     ],
 )
