@@ -59,12 +59,15 @@ Modes = Annotated[
 ]
 Columns = Annotated[tuple[int, ...], _some(int, "the number of a column")]
 
+MOST = 10_000
+"""Columns, or blocks of a level. More are a slip of the finger, and would fill the memory before anything is said."""
+
 
 class LevelSpec(Strict):
     """One level of every column: its width, its blocks and, where it differs from the net's, what it reads."""
 
     dim: int = Field(ge=1, examples=[64])
-    depth: int = Field(ge=0, examples=[2])
+    depth: int = Field(ge=0, le=MOST, examples=[2])
     block: str = Field(examples=["convnext"])
     stride: int | None = Field(default=None, ge=1)
     reads: Reads | None = None
@@ -107,7 +110,7 @@ class NetSpec(Strict):
 
     model_config = ConfigDict(title="net")
 
-    columns: int = Field(ge=1, examples=[4])
+    columns: int = Field(ge=1, le=MOST, examples=[4])
     stem: Annotated[PartSpec, part("stem")] = Field(examples=["{type: patchify, patch: 4}"])
     levels: Annotated[tuple[LevelSpec, ...], BeforeValidator(_some_levels)] = Field(
         examples=["[{dim: 64, depth: 2, block: convnext}, ...]"]

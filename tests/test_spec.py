@@ -105,6 +105,8 @@ BAD = [
     Bad("memory: exact", "memory: {budget: 1GiB, optimizer: adm}", "memory.optimizer", '"adm"', "mean adam?"),
     # values out of range
     Bad("columns: 2", "columns: 0", "columns", "0 is too small", "Give at least 1"),
+    Bad("columns: 2", "columns: 10001", "columns", "10001 is too large", "Give at most 10000"),
+    Bad("depth: 1", "depth: 9999999999", "levels.0.depth", "9999999999 is too large", "Give at most 10000"),
     Bad("dim: 8", "dim: -8", "levels.0.dim", "-8 is too small", "Give at least 1"),
     Bad("depth: 1", "depth: -1", "levels.0.depth", "-1 is too small", "Give at least 0"),
     Bad("depth: 1", "depth: 1, stride: 0", "levels.0.stride", "0 is too small", "Give at least 1"),
