@@ -61,6 +61,17 @@ def test_exported_for_any_batch_and_sides(model: vision.RevCol) -> None:
         assert_close(other(x), model(x))
 
 
+@torch.no_grad()
+def test_an_example_of_the_native_size_ties_the_program_to_no_size() -> None:
+    """There position embeddings need no interpolation, which must not become a condition."""
+    model = timm.create_model("test_revcol_vit", num_classes=11, columns=2, depths=(1, 1, 1, 1)).eval()
+    free = {0: Dim("batch"), 2: 16 * Dim("rows"), 3: 16 * Dim("columns")}
+    other = torch.export.export(model, (torch.randn(2, 3, 96, 96),), dynamic_shapes=(free,)).module()
+    for sides in ((96, 96), (64, 112)):
+        x = torch.randn(3, 3, *sides)
+        assert_close(other(x), model(x))
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_onnx_for_any_batch_and_sides(model: vision.RevCol) -> None:

@@ -36,7 +36,8 @@ class PatchEmbed(nn.Module):
 
 def resized(pos_embed: Tensor, height: int, width: int) -> Tensor:
     """Position embeddings (H, W, C) for a grid of another size, by bicubic interpolation."""
-    if pos_embed.shape[:2] == (height, width):
+    is_free = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)  # a program is exported for any size:
+    if not is_free and pos_embed.shape[:2] == (height, width):  # to compare would tie it to this one
         return pos_embed
     grid = pos_embed.permute(2, 0, 1).unsqueeze(0).float()
     grid = F.interpolate(grid, (height, width), mode="bicubic", antialias=True)
