@@ -86,6 +86,22 @@ def test_what_the_official_trainer_saves_is_read(is_zip: bool, tmp_path) -> None
         torch.load(tmp_path / "a.pth")
 
 
+def test_what_others_allow_is_neither_used_nor_lost(tmp_path) -> None:
+    """The package nlp, for one, allows numbers of NumPy, for which there is a stand-in here."""
+    number = np.float64(82.2)
+    others = [np.dtype, type(number.dtype), number.__reduce__()[0]]
+    before = torch.serialization.get_safe_globals()
+    torch.save({"model": {"a": torch.arange(3.0)}, "max_accuracy": number}, tmp_path / "a.pth")
+    torch.serialization.add_safe_globals(others)
+    try:
+        assert torch.load(tmp_path / "a.pth")["max_accuracy"] == number
+        assert read(tmp_path / "a.pth")["max_accuracy"] != number
+        assert set(others) <= set(torch.serialization.get_safe_globals())
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 # --------------------------------------------------------------------------------------------------------- bad files
 
 

@@ -6,7 +6,8 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,19 @@ class Weights(NamedTuple):
     around: tuple[str, ...] = ()
 
 
+@contextmanager
+def _only(allowed: Sequence[tuple[Any, str]]) -> Iterator[None]:
+    """Let files name this and no more. Of two that other packages and we allow under one name, torch takes either."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(allowed))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def read(path: Path | str) -> Any:
     """What a .safetensors file or a file of `torch.save` holds. Nothing in it is executed.
 
@@ -70,7 +84,7 @@ def read(path: Path | str) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(list(STAND_INS)):
+        with _only(STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise CheckpointError(path, "there is no such file", "Check the path") from None
