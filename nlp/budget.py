@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnets.budget import BudgetSpec, parse_budget
+from revnets.engine.replay_context import outside_of_autocast
 from revnets.footprint import simulate
 from revnets.predict import Plan, PlanError, plan_module
-from revnets.replay import outside_of_autocast
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnets.columns import ReversibleColumns
 from revnets.distance import GradientDistance, gradient_distance, norm, same_bits
-from revnets.drift import DriftWarning
-from revnets.frame import Memory
+from revnets.engine.cell_record import Memory
+from revnets.engine.columns import ReversibleColumns
+from revnets.engine.drift import DriftWarning
+from revnets.engine.replay_context import ReplayError, outside_of_autocast
 from revnets.reconstruction import reconstruction
-from revnets.replay import ReplayError, outside_of_autocast
 from revnets.report import Audit, ModeAudit
 from revnets.tracker import MemoryTracker, OpCounter, tensors
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from revnets.graph import STEM, Graph, Node
+from revnets.engine.graph import STEM, Graph, Node
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

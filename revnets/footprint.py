@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from revnets import lostbits
-from revnets.cell import FixedGain, Gain
+from revnets.engine import lost_bits
+from revnets.engine.cell import FixedGain, Gain
 from revnets.tracker import MemoryTracker, OpCounter, tensors
 
 
@@ -48,7 +48,7 @@ def simulate(
         accumulates: gradients of an earlier batch are there already, and the new ones are added to them.
     """
     gamma = typical_gamma(model)
-    with FakeTensorMode() as mode, lostbits.assumed(gamma):
+    with FakeTensorMode() as mode, lost_bits.assumed(gamma):
         model, inputs = fake((model, inputs), mode)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         hooks = [] if keep_gradients else [weight.register_post_accumulate_grad_hook(_drop) for weight in trained]

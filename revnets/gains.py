@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnets import lostbits
 from revnets.audit import find_columns
-from revnets.cell import add, subtract
+from revnets.engine import lost_bits as lostbits
+from revnets.engine.cell import add, subtract
 from revnets.errors import SpecError
 from revnets.models import load_model
 

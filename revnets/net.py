@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from revnets.budget import BudgetSpec
-from revnets.cell import Cell, FixedGain, Gain
-from revnets.columns import ReversibleColumns
 from revnets.config import Source as ConfigSource
 from revnets.dial import keep_budget
+from revnets.engine.cell import Cell, FixedGain, Gain
+from revnets.engine.columns import ReversibleColumns
+from revnets.engine.graph import STEM, Graph, Node
 from revnets.errors import SpecError
 from revnets.fusions import Source
-from revnets.graph import STEM, Graph, Node
 from revnets.registry import find
 from revnets.spec import LevelSpec, NetSpec, load_spec
 

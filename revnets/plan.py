@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revnets.budget import parse_budget
 from revnets.config import Source
-from revnets.frame import Memory
+from revnets.engine.cell_record import Memory
 from revnets.models import load_model
 from revnets.predict import Plan as Plan
 from revnets.predict import PlanError as PlanError

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from revnets.audit import find_columns
 from revnets.budget import OPTIMIZERS, SHARDINGS
-from revnets.columns import ReversibleColumns
+from revnets.engine.cell_record import Memory
+from revnets.engine.columns import ReversibleColumns
 from revnets.footprint import Footprint, simulate
-from revnets.frame import Memory
 from revnets.report import size
 from revnets.selection import Cost, costs_of_cells, order
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnets.columns import ReversibleColumns
 from revnets.distance import Distance, distance, ratio
-from revnets.frame import Memory
-from revnets.graph import STEM
-from revnets.replay import ReplayError
+from revnets.engine.cell_record import Memory
+from revnets.engine.columns import ReversibleColumns
+from revnets.engine.graph import STEM
+from revnets.engine.replay_context import ReplayError
+from revnets.engine.tape import Tape
 from revnets.report import ColumnAudit
-from revnets.tape import Tape
 
 
 def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: int) -> tuple[ColumnAudit, ...]:

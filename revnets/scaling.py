@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.audit import find_columns
-from revnets.drift import DriftWarning
+from revnets.engine.drift import DriftWarning
 from revnets.errors import SpecError
 from revnets.footprint import total
 from revnets.models import load_model

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from revnets.audit import find_columns
+from revnets.engine.cell_record import Memory
 from revnets.footprint import fake, total
-from revnets.frame import Memory
 from revnets.tracker import MemoryTracker, OpCounter
 
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revnets.audit import audit, find_columns
 from revnets.budget import BudgetSpec
+from revnets.engine.graph import STEM
 from revnets.errors import SpecError
 from revnets.files import told_if_unwritable
-from revnets.graph import STEM
 from revnets.models import load_model
 from revnets.net import Net
 from revnets.spec import NetSpec

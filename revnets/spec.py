@@ -10,9 +10,9 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, mod
 
 from revnets.budget import BudgetSpec
 from revnets.config import Source, Strict, load
+from revnets.engine.cell_record import Memory
+from revnets.engine.graph import READS, Graph, ReadError, ReadToken, wire
 from revnets.errors import nearest, problem, show, what
-from revnets.frame import Memory
-from revnets.graph import READS, Graph, ReadError, ReadToken, wire
 from revnets.parts import PartSpec, name_and_options, part
 from revnets.registry import find, options
 

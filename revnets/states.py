@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revnets.columns import ReversibleColumns
+from revnets.engine.columns import ReversibleColumns
 
 
 @contextmanager

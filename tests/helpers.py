@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revnets import engine
-from revnets.columns import ReversibleColumns
-from revnets.graph import STEM
+from revnets.engine import executor
+from revnets.engine.columns import ReversibleColumns
+from revnets.engine.graph import STEM
 
 # --------------------------------------------------------------------------------------- routes to gradients
 
@@ -130,20 +130,20 @@ def assert_like_autograd(net: ReversibleColumns, x: Tensor, train: Train | None 
 
 
 @contextmanager
-def tapes() -> Iterator[list[engine.Tape]]:
+def tapes() -> Iterator[list[executor.Tape]]:
     """Collects every tape that the engine starts."""
-    started: list[engine.Tape] = []
+    started: list[executor.Tape] = []
 
-    class Spy(engine.Tape):
+    class Spy(executor.Tape):
         def __init__(self, *args: Any):
             super().__init__(*args)
             started.append(self)
 
-    original, engine.Tape = engine.Tape, Spy
+    original, executor.Tape = executor.Tape, Spy
     try:
         yield started
     finally:
-        engine.Tape = original
+        executor.Tape = original
 
 
 def rebuilt_states(net: ReversibleColumns, x: Tensor, autocast: torch.dtype | None = None):
@@ -151,7 +151,7 @@ def rebuilt_states(net: ReversibleColumns, x: Tensor, autocast: torch.dtype | No
     indices = range(len(net.graph.nodes))
     torch.manual_seed(3)
     with tapes() as started, torch.autocast("cpu", autocast) if autocast else nullcontext():
-        _, states = engine.run(net.graph, net.flat(), x, net.memory, {}, indices)
+        _, states = executor.run(net.graph, net.flat(), x, net.memory, {}, indices)
     (tape,) = started
     for index in reversed(indices):
         tape.move_to(index)

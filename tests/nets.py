@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revnets.cell import Cell, FixedGain, Gain
-from revnets.columns import ReversibleColumns
-from revnets.graph import STEM, Node, ReadToken, wire
+from revnets.engine.cell import Cell, FixedGain, Gain
+from revnets.engine.columns import ReversibleColumns
+from revnets.engine.graph import STEM, Node, ReadToken, wire
 
 REVCOL = ("below", "above")
 

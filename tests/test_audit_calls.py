@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from revnets.audit import ROUNDS, audit, find_columns
-from revnets.columns import ReversibleSequence
 from revnets.distance import same_bits
+from revnets.engine.columns import ReversibleSequence
 from tests.audit_nets import ConvLevel, Net, by_mode, conv_columns, render, stem_output
 
 # ----------------------------------------------------------------------------------------- nets that are not reversible

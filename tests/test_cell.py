@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnets.cell import Cell, FixedGain, Gain, add, first_state, subtract
+from revnets.engine.cell import Cell, FixedGain, Gain, add, first_state, subtract
 
 
 @pytest.mark.parametrize(

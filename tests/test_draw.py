@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 from revnets.diagram import HEAD, MOST_COLUMNS, MOST_LABELLED, TAIL, WIRES, graph_figure
 from revnets.draw import FORMATS, MODE_COLOURS, audit_figure, save
-from revnets.graph import STEM, Graph, wire
+from revnets.engine.graph import STEM, Graph, wire
 from revnets.report import Audit, ColumnAudit, ModeAudit, size
 
 READS = {

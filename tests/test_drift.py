@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import revnets
-from revnets import DriftWarning, drift, predict_drift
+from revnets import DriftWarning, predict_drift
+from revnets.engine import drift
 from tests.nets import stem_of, token_net
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets import ReplayError, ReversibleSequence
-from revnets.cell import Cell, Gain
+from revnets.engine.cell import Cell, Gain
 from tests.helpers import loss_of
 from tests.nets import stem_of, token_net
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from revnets import graph as graph_module
-from revnets.graph import STEM, Graph, ReadError, wire
+from revnets.engine import graph as graph_module
+from revnets.engine.graph import STEM, Graph, ReadError, wire
 
 
 def reads(graph: Graph) -> list[tuple[int, ...]]:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from revnets.columns import ReversibleColumns, ReversibleSequence
-from revnets.engine import run
+from revnets.engine.columns import ReversibleColumns, ReversibleSequence
+from revnets.engine.executor import run
 from tests.helpers import assert_same, plain, rebuilt_states, step
 from tests.nets import BLOCKS, STEADY, Mlp, stem_of, token_net
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revnets import lostbits
-from revnets.cell import add, subtract
+from revnets.engine import lost_bits
+from revnets.engine.cell import add, subtract
 from tests.helpers import Watch
 
 INTEGER = {
@@ -52,8 +52,8 @@ def pairs_of_bits(draw) -> tuple[Tensor, Tensor]:
 @given(pairs_of_bits(), st.booleans())
 def test_any_state_comes_back_bit_for_bit(pair: tuple[Tensor, Tensor], defer: bool) -> None:
     state, rebuilt = pair
-    lost = lostbits.encode(state, rebuilt.clone(), defer=defer)
-    assert same_bits(lostbits.decode(rebuilt.clone(), lost), state)
+    lost = lost_bits.encode(state, rebuilt.clone(), defer=defer)
+    assert same_bits(lost_bits.decode(rebuilt.clone(), lost), state)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, -0.5, 0.05, 1e-3, float("inf"), float("nan")])
@@ -61,24 +61,24 @@ def test_what_arithmetic_makes_comes_back(gamma: float) -> None:
     state = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1.0, 3e38, float("inf"), -float("inf"), float("nan"), 2.0**-126])
     update = torch.tensor([1.0, -0.0, 1e-45, 3e38, -1.0, 3e38, 1.0, float("inf"), 0.0, 1e30])
     rebuilt = subtract(add(state, update, torch.tensor(gamma)), update, torch.tensor(gamma))
-    lost = lostbits.encode(state, rebuilt.clone())
-    assert same_bits(lostbits.decode(rebuilt, lost), state)
+    lost = lost_bits.encode(state, rebuilt.clone())
+    assert same_bits(lost_bits.decode(rebuilt, lost), state)
 
 
 @pytest.mark.parametrize(("gamma", "limit"), [(1.0, 0.6), (0.5, 0.6), (-0.5, 0.6), (0.2, 0.75), (0.05, 1.15)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_room_per_element(gamma: float, limit: float, dtype: torch.dtype) -> None:
     state, rebuilt = coupled(100_003, gamma, dtype)
-    lost = lostbits.encode(state, rebuilt)
+    lost = lost_bits.encode(state, rebuilt)
     assert lost.nbytes <= limit * state.numel()
 
 
 def test_tiers_hold_only_what_did_not_fit_the_tier_before() -> None:
     steps = torch.tensor([0, 7, -7, 8, -8, 127, -127, 128, -128, 32767, -32768, 2**30, -(2**31)], dtype=torch.int64)
     state = steps.to(torch.int32).view(torch.float32)
-    lost = lostbits.encode(state, torch.zeros(len(steps)))
+    lost = lost_bits.encode(state, torch.zeros(len(steps)))
     assert [tier.numel() for tier in lost.tiers] == [10, 6, 3]
-    assert same_bits(lostbits.decode(torch.zeros(len(steps)), lost), state)
+    assert same_bits(lost_bits.decode(torch.zeros(len(steps)), lost), state)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
@@ -90,8 +90,8 @@ def test_memory_in_any_order(order: tuple[int, ...]) -> None:
     state, rebuilt = (laid_out(flat) for flat in coupled(105, 0.2))
     assert state.shape == (7, 5, 3)
     assert not torch.equal(state, rebuilt)
-    lost = lostbits.encode(state, rebuilt.clone())
-    back = lostbits.decode(rebuilt.clone(), lost)
+    lost = lost_bits.encode(state, rebuilt.clone())
+    back = lost_bits.decode(rebuilt.clone(), lost)
     assert back.stride() == state.stride()
     assert torch.equal(back, state)
 
@@ -99,10 +99,10 @@ def test_memory_in_any_order(order: tuple[int, ...]) -> None:
 def test_deferred_encoding_never_waits_and_equals_the_direct_one() -> None:
     state, rebuilt = coupled(10_007, 0.05)
     with Watch() as watch:
-        late = lostbits.encode(state, rebuilt.clone(), defer=True)
+        late = lost_bits.encode(state, rebuilt.clone(), defer=True)
     assert watch.waits == []
     with Watch() as watch:
-        direct = lostbits.encode(state, rebuilt.clone(), defer=False)
+        direct = lost_bits.encode(state, rebuilt.clone(), defer=False)
     assert watch.waits, "the watch must see the operators that wait"
     assert late.nbytes > direct.nbytes
     late.settle()
@@ -114,21 +114,22 @@ def test_deferred_encoding_never_waits_and_equals_the_direct_one() -> None:
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.2, 0.05])
 def test_expected_shares_are_near_what_is_found(gamma: float) -> None:
     state, rebuilt = coupled(100_003, gamma)
-    lost = lostbits.encode(state, rebuilt)
+    lost = lost_bits.encode(state, rebuilt)
     found = lost.nbytes / state.numel()
-    expected = 0.5 + sum(share * width for share, width in zip(lostbits.expected_shares(gamma), (1, 2, 4), strict=True))
+    shares = zip(lost_bits.expected_shares(gamma), (1, 2, 4), strict=True)
+    expected = 0.5 + sum(share * width for share, width in shares)
     assert expected == pytest.approx(found, rel=0.15)
 
 
 def test_fake_tensors_have_the_expected_size() -> None:
     from torch._subclasses import FakeTensorMode
 
-    with FakeTensorMode(), lostbits.assumed(0.5):
+    with FakeTensorMode(), lost_bits.assumed(0.5):
         state = torch.empty(1009)
-        lost = lostbits.encode(state, torch.empty(1009))
-        assert lostbits.decode(torch.empty(1009), lost).shape == (1009,)
+        lost = lost_bits.encode(state, torch.empty(1009))
+        assert lost_bits.decode(torch.empty(1009), lost).shape == (1009,)
     assert lost.nbytes == 505 + sum(
-        int(share * 1009) * width for share, width in zip(lostbits.expected_shares(0.5), (1, 2, 4), strict=True)
+        int(share * 1009) * width for share, width in zip(lost_bits.expected_shares(0.5), (1, 2, 4), strict=True)
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnets.replay import ReplayError, Surrounding
+from revnets.engine.replay_context import ReplayError, Surrounding
 
 NOWHERE: frozenset[torch.device] = frozenset()
 

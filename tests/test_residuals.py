@@ -12,7 +12,7 @@ from torch import Tensor
 
 import revnets
 from revnets.blocks import ConvNeXtBlock
-from revnets.graph import STEM, ReadError, wire
+from revnets.engine.graph import STEM, ReadError, wire
 from revnets.tracker import MemoryTracker
 
 STAGES = {  # two streams; the second stage has half the resolution and begins without residuals

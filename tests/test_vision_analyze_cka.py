@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from revnets import SpecError, build
-from revnets.graph import STEM
+from revnets.engine.graph import STEM
 from revnets.tracker import MemoryTracker
 from vision import cka as module
 from vision.cka import cka, gram, hsic, rows, similarity

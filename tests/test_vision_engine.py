@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 from vision_runs import TINY, tiny
 
 from revnets import SpecError, plan
-from revnets.cell import Gain
+from revnets.engine.cell import Gain
 from vision import budget, parts
 from vision.config import load_config
 from vision.data import load_data

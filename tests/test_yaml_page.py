@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 import revnets
 from revnets import registry
 from revnets.budget import BudgetSpec
-from revnets.graph import READS
+from revnets.engine.graph import READS
 from revnets.registry import PROVIDED, names, options
 from revnets.spec import GainSpec, LevelSpec, NetSpec
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnets.columns import ReversibleColumns
+from revnets.engine.columns import ReversibleColumns
 from revnets.errors import SpecError
 from revnets.states import observed
 

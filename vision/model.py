@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from revnets import ReversibleColumns, build, keep_budget
 from revnets.blocks import init_weights
 from revnets.budget import BudgetSpec
-from revnets.graph import Graph
+from revnets.engine.graph import Graph
 from revnets.spec import NetSpec
 
 register_notrace_module(ReversibleColumns)  # a leaf for torch.fx, which cannot see through sizes and tapes

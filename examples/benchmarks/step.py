@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revnets
-from revnets.cell import add
-from revnets.graph import STEM
+from revnets.engine.cell import add
+from revnets.engine.graph import STEM
 from revnets.tracker import MemoryTracker
 
 SHAPES = {  # channels of level 0, depths: RevCol, Table 1

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from revnets.cell import Cell
-from revnets.frame import Memory
-from revnets.graph import Graph
+from revnets.engine.cell import Cell
+from revnets.engine.cell_record import Memory
+from revnets.engine.graph import Graph
 from revnets.report import INVERT_LIMIT
 
 EVERY = 1000

@@ -37,9 +37,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnets import lostbits
-from revnets.cell import add, subtract
-from revnets.frame import (
+from revnets.engine import lost_bits
+from revnets.engine.cell import add, subtract
+from revnets.engine.cell_record import (
     Constant,
     Frame,
     Held,
@@ -51,9 +51,9 @@ from revnets.frame import (
     trusted,
     with_stride,
 )
-from revnets.graph import STEM, Graph, Node
-from revnets.replay import Overwritten, ReplayError, Surrounding
-from revnets.verify import Verifier
+from revnets.engine.checksums import Verifier
+from revnets.engine.graph import STEM, Graph, Node
+from revnets.engine.replay_context import Overwritten, ReplayError, Surrounding
 
 
 class Claim:
@@ -272,7 +272,7 @@ class Tape:
                 past = subtract(self._state(frame.node.index), update.detach(), _detached(gamma))
                 past = with_stride(past, frame.past_stride)
                 if frame.lost is not None:
-                    lostbits.decode(past, frame.lost)
+                    lost_bits.decode(past, frame.lost)
             if self.verifier is not None:
                 self.verifier.rebuilt(frame.node, self._name(frame.node), frame.mode, past)
             self.window[residual] = Held.of(past)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from revnets.cell import subtract
-from revnets.frame import Memory, couple_plain
-from revnets.graph import STEM, Graph, Node
-from revnets.tape import Tape, is_inside
+from revnets.engine.cell import subtract
+from revnets.engine.cell_record import Memory, couple_plain
+from revnets.engine.graph import STEM, Graph, Node
+from revnets.engine.tape import Tape, is_inside
 
 
 def run(
@@ -32,12 +32,12 @@ def run(
 
     Args:
         graph: nodes in order, one a cell.
-        cells: modules with the signature of `revnets.cell.Cell.forward`.
+        cells: modules with the signature of `revnets.engine.cell.Cell.forward`.
         stem: what `STEM` reads stand for.
         modes: memory mode of each column.
         context: keyword arguments for every cell, such as a padding mask.
         stored: indices of cells that run in `store`, whatever the mode of their column.
-        verify: compare what backward rebuilds with checksums (`revnets/verify.py`).
+        verify: compare what backward rebuilds with checksums (`revnets/engine/checksums.py`).
     """
     modes = [Memory.STORE if node.index in stored else modes[node.column] for node in graph.nodes]
     if not torch.is_grad_enabled() or all(mode is Memory.STORE for mode in modes) or is_transformed():

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from revnets.frame import Memory
-from revnets.graph import Graph, Node
-from revnets.lostbits import bits_of
-from revnets.replay import ReplayError
+from revnets.engine.cell_record import Memory
+from revnets.engine.graph import Graph, Node
+from revnets.engine.lost_bits import bits_of
+from revnets.engine.replay_context import ReplayError
 
 CAUSES = (
     "Usual causes: a kernel that is not deterministic (torch.use_deterministic_algorithms(True) names it), or a cell "

@@ -8,18 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from revnets import drift, engine
 from revnets.budget import BudgetSpec
-from revnets.cell import Cell, FixedGain
-from revnets.frame import Memory
-from revnets.graph import Graph, ReadToken, wire
+from revnets.engine import drift, executor
+from revnets.engine.cell import Cell, FixedGain
+from revnets.engine.cell_record import Memory
+from revnets.engine.graph import Graph, ReadToken, wire
 
 
 class ReversibleColumns(nn.Module):
     """Cells wired into columns of m levels, trained with next to nothing kept for backward.
 
     Args:
-        graph: which cell reads what, see `revnets.graph.wire`.
+        graph: which cell reads what, see `revnets.engine.graph.wire`.
         cells: one `Cell` per node, in order. `self.cells[c][l]` is the cell at column c, level l.
         memory: `store`, `recompute`, `invert` or `exact`, or one of them per column. It can be changed at any time
             through the attribute `memory`; it is no part of the state dict.
@@ -93,10 +93,10 @@ class ReversibleColumns(nn.Module):
             A list of m states, or of those among them that no level above has replaced (residuals within a column);
             with taps, the pair (that list, list of tapped states).
         """
-        if Memory.INVERT in self._memory and torch.is_grad_enabled() and not engine.is_transformed():
+        if Memory.INVERT in self._memory and torch.is_grad_enabled() and not executor.is_transformed():
             drift.watch(self, x)
         ends = [tap_index(self.graph, tap) for tap in taps]
-        last, tapped = engine.run(self.graph, self.flat(), x, self._memory, context, ends, self._stored, self.verify)
+        last, tapped = executor.run(self.graph, self.flat(), x, self._memory, context, ends, self._stored, self.verify)
         return (last, tapped) if taps else last
 
     def inverse(self, levels: Sequence[Tensor], x: Tensor, **context: Any) -> list[list[Tensor]]:
@@ -117,7 +117,7 @@ class ReversibleColumns(nn.Module):
         expected = len(self.graph.last)
         if len(levels) != expected:
             raise ValueError(f"{len(levels)} states were given; the inverse starts from the last {expected}")
-        return engine.invert(self.graph, self.flat(), levels, x, context)
+        return executor.invert(self.graph, self.flat(), levels, x, context)
 
     def compile(self, *args: Any, dynamic: bool | None = False, **kwargs: Any) -> None:
         """Compile the function of every cell; the arguments are those of `torch.compile`.
@@ -150,7 +150,7 @@ class ReversibleSequence(ReversibleColumns):
         functions: modules F_t, called with their reads in order; a `Cell` is taken as it is.
         m: how far back the residual reaches; RevNet, RevViT and Reformer have m = 2.
         reads: what each F_t reads: offsets k (for x_{t-k}) between 1 and m - 1, or names out of
-            `revnets.graph.READS`. Whoever would read nothing reads the input.
+            `revnets.engine.graph.READS`. Whoever would read nothing reads the input.
         gain: fixed gamma of every residual. For learned gains pass cells of your own.
         memory, verify: as in `ReversibleColumns`.
     """

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from revnets import lostbits
-from revnets.cell import add, subtract
-from revnets.graph import Node
-from revnets.replay import ReplayError, Surrounding
+from revnets.engine import lost_bits
+from revnets.engine.cell import add, subtract
+from revnets.engine.graph import Node
+from revnets.engine.replay_context import ReplayError, Surrounding
 
 
 class Memory(StrEnum):
@@ -62,7 +62,7 @@ class Frame:
         self.node = node
         self.mode = mode
         self.kept: Held | None = None  # x_{t-m}, in store and recompute
-        self.lost: lostbits.LostBits | None = None  # what the inverse misses of it, in exact
+        self.lost: lost_bits.LostBits | None = None  # what the inverse misses of it, in exact
         self.past_stride: tuple[int, ...] = ()
         self.past_grad = False
         self.grad_reads: list[bool] = []
@@ -95,7 +95,7 @@ def couple_forward(name: str, frame: Frame, past: Tensor, update: Tensor, gamma:
     elif frame.mode is Memory.EXACT:
         with torch.no_grad():
             rebuilt = with_stride(subtract(state, update, gamma), past.stride())
-            frame.lost = lostbits.encode(past.detach(), rebuilt)
+            frame.lost = lost_bits.encode(past.detach(), rebuilt)
     return state
 
 
