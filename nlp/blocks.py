@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnets.blocks import Count, Rate
-from revnets.registry import register_block
+from revnets.config.registry import register_block
 
 from .attention import KINDS
 

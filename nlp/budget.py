@@ -19,7 +19,7 @@ from fairseq import criterions
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revnets.budget import BudgetSpec, parse_budget
+from revnets.config.memory_budget import BudgetSpec, parse_budget
 from revnets.engine.replay_context import outside_of_autocast
 from revnets.footprint import simulate
 from revnets.predict import Plan, PlanError, plan_module

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from revnets.errors import nearest
+from revnets.config.errors import nearest
 
 Pair = tuple[str, str]
 """A sentence and its translation."""

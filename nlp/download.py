@@ -19,8 +19,8 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, field_validator
 from rich.progress import Progress, TaskID
 
-from revnets.config import Strict
-from revnets.errors import problem
+from revnets.config.errors import problem
+from revnets.config.loader import Strict
 from revnets.files import TEMPORARY, replacing_folder
 
 from .corpus import DataError

@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     ) from error
 from fairseq.models.transformer import TransformerConfig, TransformerModel, base_architecture
 
-from revnets.budget import BudgetSpec
+from revnets.config.memory_budget import BudgetSpec
 
 from .budget import keep_budget
 from .encoder import RevColEncoder

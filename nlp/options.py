@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from revnets import NetSpec
-from revnets.budget import BudgetSpec
+from revnets.config.memory_budget import BudgetSpec
 
 from .spec import DEFAULTS, encoder_columns, net_spec, read_spec
 

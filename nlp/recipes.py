@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from revnets.config import Strict, load
-from revnets.errors import SpecError, nearest, problem
+from revnets.config.errors import SpecError, nearest, problem
+from revnets.config.loader import Strict, load
 
 from .corpus import Corpus, DataError, Pair, find, languages, named
 from .download import Download

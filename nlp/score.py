@@ -11,7 +11,7 @@ from sacrebleu.dataset import DATASETS
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.utils import get_reference_files
 
-from revnets.errors import nearest
+from revnets.config.errors import nearest
 
 from .corpus import DataError, lines_of
 from .text import detokenize, join

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from revnets import NetSpec, ReversibleColumns, SpecError, build_columns, load_spec
 from revnets.blocks import MLPBlock
+from revnets.config.net_spec import dump
+from revnets.config.registry import importable, register_stem
 from revnets.net import Level
-from revnets.registry import importable, register_stem
-from revnets.spec import dump
 
 from . import blocks as blocks  # registers the block
 

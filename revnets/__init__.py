@@ -4,6 +4,9 @@ from revnets import blocks as blocks  # the built-in parts register themselves
 from revnets import ends as ends
 from revnets import fusions as fusions
 from revnets.audit import Audit, audit
+from revnets.config.errors import SpecError
+from revnets.config.net_spec import NetSpec, load_spec
+from revnets.config.registry import register_block, register_fusion, register_head, register_stem
 from revnets.dial import keep_budget
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.cell_record import Memory
@@ -12,11 +15,8 @@ from revnets.engine.columns import ReversibleColumns, ReversibleSequence
 from revnets.engine.drift import DriftWarning, predict_drift
 from revnets.engine.graph import Graph, Node, wire
 from revnets.engine.replay_context import ReplayError
-from revnets.errors import SpecError
 from revnets.net import Net, build, build_columns
 from revnets.plan import Plan, PlanError, plan
-from revnets.registry import register_block, register_fusion, register_head, register_stem
-from revnets.spec import NetSpec, load_spec
 
 __version__ = "0.1.0"
 

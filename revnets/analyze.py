@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from revnets.cli import InputShape, Overrides, SpecArgument, missing_command, sample_shape
-from revnets.errors import SpecError, nearest
+from revnets.config.errors import SpecError, nearest
 from revnets.findings import Csv, Png, deliver, outputs, print_rows, progress
 
 app = typer.Typer(

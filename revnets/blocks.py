@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from revnets.registry import register_block
+from revnets.config.registry import register_block
 
-# Types of options with their ranges: what a YAML gives is checked against the signature (revnets/parts.py).
+# Types of options with their ranges: what a YAML gives is checked against the signature (revnets/config/components.py).
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(gt=0)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revnets.audit import find_columns
-from revnets.budget import BudgetSpec, parse_budget
+from revnets.config.memory_budget import BudgetSpec, parse_budget
 from revnets.engine.executor import is_transformed
 from revnets.engine.replay_context import outside_of_autocast
 from revnets.predict import Plan, PlanError, plan_module

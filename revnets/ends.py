@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.blocks import EPS, Count, Rate, init_weights
-from revnets.registry import register_head, register_stem
+from revnets.config.registry import register_head, register_stem
 
 
 @register_stem("patchify")

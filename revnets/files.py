@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from revnets.errors import SpecError
+from revnets.config.errors import SpecError
 
 TEMPORARY = ".partial"
 """Suffix of a file that is being written. One that is found later was left by a process that was killed."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from revnets.cli import picture_path
-from revnets.errors import SpecError
+from revnets.config.errors import SpecError
 from revnets.files import check_place, replacing, told_if_unwritable
 from revnets.report import table_of
 

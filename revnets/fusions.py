@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnets.blocks import EPS, conv2d, init_weights
-from revnets.registry import register_fusion
+from revnets.config.registry import register_fusion
 
 
 class Source(NamedTuple):

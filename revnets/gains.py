@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from revnets.audit import find_columns
+from revnets.config.errors import SpecError
 from revnets.engine import lost_bits as lostbits
 from revnets.engine.cell import add, subtract
-from revnets.errors import SpecError
 from revnets.models import load_model
 
 BEST = ("checkpoints/best.pt", "best.pt", "checkpoint_best.pt")

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from revnets.config import Layer, Layers, Source
-from revnets.errors import SpecError
+from revnets.config.errors import SpecError
+from revnets.config.loader import Layer, Layers, Source
+from revnets.config.net_spec import NetSpec
+from revnets.config.registry import PartError, importable, imported
 from revnets.net import build
-from revnets.registry import PartError, importable, imported
-from revnets.spec import NetSpec
 
 GROUP = "revnets.models"
 

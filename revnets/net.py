@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnets.budget import BudgetSpec
-from revnets.config import Source as ConfigSource
+from revnets.config.errors import SpecError
+from revnets.config.loader import Source as ConfigSource
+from revnets.config.memory_budget import BudgetSpec
+from revnets.config.net_spec import LevelSpec, NetSpec, load_spec
+from revnets.config.registry import find
 from revnets.dial import keep_budget
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.errors import SpecError
 from revnets.fusions import Source
-from revnets.registry import find
-from revnets.spec import LevelSpec, NetSpec, load_spec
 
 
 class Level(nn.Module):

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from revnets.budget import parse_budget
-from revnets.config import Source
+from revnets.config.loader import Source
+from revnets.config.memory_budget import parse_budget
+from revnets.config.net_spec import NetSpec
 from revnets.engine.cell_record import Memory
 from revnets.models import load_model
 from revnets.predict import Plan as Plan
 from revnets.predict import PlanError as PlanError
 from revnets.predict import Prediction as Prediction
 from revnets.predict import plan_module
-from revnets.spec import NetSpec
 
 
 def plan(
@@ -38,7 +38,8 @@ def plan(
             spec, or a model's name such as timm's `revcol_tiny` (`revnets.models.load_model`).
         input_shape: shape of one rank's input, batch first; or an example, of which only shape and dtype matter.
         dtype: float32; bfloat16 or float16 mean autocast with float32 weights.
-        optimizer: which states to count, one of `revnets.budget.OPTIMIZERS`, or how many tensors of a weight's size.
+        optimizer: which states to count, one of `revnets.config.memory_budget.OPTIMIZERS`, or how many tensors of a
+            weight's size.
         ranks: processes; with more than one, what `sharding` holds to communicate is counted.
         sharding: `ddp` (replicas), or `fsdp` (`fully_shard` on every cell).
         grad_accum: forward passes per update. With several, gradients of the earlier ones are there all along.

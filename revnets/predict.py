@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.audit import find_columns
-from revnets.budget import OPTIMIZERS, SHARDINGS
+from revnets.config.memory_budget import OPTIMIZERS, SHARDINGS
 from revnets.engine.cell_record import Memory
 from revnets.engine.columns import ReversibleColumns
 from revnets.footprint import Footprint, simulate

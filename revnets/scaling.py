@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from revnets.audit import find_columns
+from revnets.config.errors import SpecError
 from revnets.engine.drift import DriftWarning
-from revnets.errors import SpecError
 from revnets.footprint import total
 from revnets.models import load_model
 from revnets.plan import PlanError, plan

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from revnets.audit import audit, find_columns
-from revnets.budget import BudgetSpec
+from revnets.config.errors import SpecError
+from revnets.config.memory_budget import BudgetSpec
+from revnets.config.net_spec import NetSpec
 from revnets.engine.graph import STEM
-from revnets.errors import SpecError
 from revnets.files import told_if_unwritable
 from revnets.models import load_model
 from revnets.net import Net
-from revnets.spec import NetSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

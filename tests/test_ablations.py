@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import revnets
-from revnets.errors import SpecError
+from revnets.config.errors import SpecError
 from vision.config import CONFIGS, load_config
 from vision.imageset import ImageData
 from vision.parts import build_model

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import Field
 
-from revnets.config import SpecError, Strict, load
+from revnets.config.loader import SpecError, Strict, load
 
 
 class Part(Strict):

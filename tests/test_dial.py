@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revnets
-from revnets.budget import OPTIMIZERS, BudgetSpec
+from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.footprint import total
 from revnets.plan import PlanError, plan
 from revnets.report import size

@@ -14,9 +14,9 @@ from torch.testing import assert_close
 import revnets
 from revnets import FixedGain, Gain
 from revnets.blocks import ConvNeXtBlock, DropPath, ViTBlock
+from revnets.config.net_spec import dump
+from revnets.config.registry import PROVIDED
 from revnets.net import Level, Net
-from revnets.registry import PROVIDED
-from revnets.spec import dump
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -19,7 +19,7 @@ pytest.importorskip("sacremoses")
 from nlp.corpus import DataError
 from nlp.download import Download, fetch, unpack
 from revnets import SpecError
-from revnets.config import load
+from revnets.config.loader import load
 
 CONTENT = random.Random(0).randbytes(300_007)
 DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"

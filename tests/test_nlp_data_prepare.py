@@ -29,7 +29,7 @@ from nlp.prepare import prepare
 from nlp.recipes import RECIPES, Recipe, read_recipe
 from nlp.stages import Stages
 from nlp.text import detokenize, join
-from revnets.config import load
+from revnets.config.loader import load
 
 QUIET = Console(file=io.StringIO())
 

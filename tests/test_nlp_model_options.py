@@ -20,7 +20,7 @@ from nlp.encoder import RevColEncoder
 from nlp.model import RevColTransformerModel
 from nlp.options import MEANINGLESS, add_arguments
 from nlp.spec import DEFAULTS, net_spec
-from revnets.spec import dump
+from revnets.config.net_spec import dump
 
 NET = """
 columns: 3

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import revnets
 from revnets import cli
-from revnets.budget import parse_budget, parse_bytes
+from revnets.config.memory_budget import parse_budget, parse_bytes
 from revnets.footprint import total, typical_gamma
 from revnets.forecast import parts_of, plan_figure, plan_table
 from revnets.plan import PlanError, plan

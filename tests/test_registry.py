@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 import revnets
-from revnets import registry
-from revnets.registry import PartError, find, importable, names, options
+from revnets.config import registry
+from revnets.config.registry import PartError, find, importable, names, options
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import revnets
-from revnets.spec import dump, load_spec
+from revnets.config.net_spec import dump, load_spec
 
 NET = """\
 columns: 2

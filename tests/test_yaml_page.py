@@ -14,11 +14,11 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 import revnets
-from revnets import registry
-from revnets.budget import BudgetSpec
+from revnets.config import registry
+from revnets.config.memory_budget import BudgetSpec
+from revnets.config.net_spec import GainSpec, LevelSpec, NetSpec
+from revnets.config.registry import PROVIDED, names, options
 from revnets.engine.graph import READS
-from revnets.registry import PROVIDED, names, options
-from revnets.spec import GainSpec, LevelSpec, NetSpec
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "yaml.md").read_text()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from revnets import SpecError, plan
-from revnets.budget import OPTIMIZERS, BudgetSpec
+from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.plan import PlanError
 from revnets.tracker import tensors
 from vision.config import TrainConfig

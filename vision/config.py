@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
 
-from revnets.config import Source, Strict, load
+from revnets.config.errors import SpecError, nearest, problem, what
+from revnets.config.loader import Source, Strict, load
+from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from revnets.engine.columns import memory_modes
-from revnets.errors import SpecError, nearest, problem, what
-from revnets.spec import Modes, NetSpec, dump, load_spec
 from vision.datasets import DataConfig, DigitsConfig, ImagesConfig
 from vision.recipe import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
 from vision.supervision import SupervisionConfig

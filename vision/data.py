@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from revnets.errors import SpecError
+from revnets.config.errors import SpecError
 from vision.config import TrainConfig
 from vision.datasets import DigitsConfig, IdxConfig, ImagesConfig
 from vision.imageset import ImageData

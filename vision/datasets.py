@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from revnets.config import Strict, validate
-from revnets.errors import explain, nearest, problem, what
+from revnets.config.errors import explain, nearest, problem, what
+from revnets.config.loader import Strict, validate
 
 Triple = tuple[float, float, float]
 Pair = tuple[float, float]

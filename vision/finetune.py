@@ -11,7 +11,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from revnets.errors import nearest
+from revnets.config.errors import nearest
 from revnets.net import Net
 from vision import checkpoint
 from vision.errors import CheckpointError, first_line

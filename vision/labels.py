@@ -9,7 +9,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
-from revnets.errors import SpecError
+from revnets.config.errors import SpecError
 
 
 @dataclass(frozen=True, slots=True)

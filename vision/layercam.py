@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revnets.config.errors import SpecError
 from revnets.engine.columns import ReversibleColumns
-from revnets.errors import SpecError
 from revnets.states import observed
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from revnets import ReversibleColumns, SpecError, build
-from revnets.budget import BudgetSpec
-from revnets.errors import nearest
+from revnets.config.errors import nearest
+from revnets.config.memory_budget import BudgetSpec
 from vision.config import TimmModel, TrainConfig
 from vision.errors import first_line
 from vision.imageset import ImageData

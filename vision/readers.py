@@ -14,7 +14,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from revnets.errors import SpecError
+from revnets.config.errors import SpecError
 from vision.datasets import ImagesConfig
 from vision.errors import DataError, first_line
 from vision.imageset import ImageData, class_names

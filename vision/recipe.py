@@ -7,8 +7,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from timm.optim import list_optimizers
 
-from revnets.config import Strict
-from revnets.errors import nearest, problem
+from revnets.config.errors import nearest, problem
+from revnets.config.loader import Strict
 
 
 class OptimizerConfig(Strict):

@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from revnets import NetSpec, SpecError, load_spec
-from revnets.spec import dump
+from revnets.config.net_spec import dump
 from vision.family import MODELS as MODELS
 from vision.model import RevCol
 from vision.pretrained import LoadableRevCol, checkpoint_filter_fn

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from revnets.errors import SpecError
+from revnets.config.errors import SpecError
 from vision.datasets import DigitsConfig, IdxConfig, SmallImagesConfig
 from vision.errors import first_line
 from vision.imageset import ImageData

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from revnets import ReversibleColumns, SpecError
-from revnets.errors import nearest
+from revnets.config.errors import nearest
 from vision import checkpoint, parts
 from vision.config import CONFIGS, TrainConfig, load_config
 from vision.data import load_data, val_loader

@@ -21,8 +21,8 @@ from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 
 from revnets import keep_budget
-from revnets.config import Strict
-from revnets.errors import problem
+from revnets.config.errors import problem
+from revnets.config.loader import Strict
 from vision.decoders import decoder
 from vision.model import RevCol, classifier, to_nchw
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from revnets.config.errors import SpecError
 from revnets.draw import save
-from revnets.errors import SpecError
 from revnets.files import replacing
 from vision import checkpoint, resume
 from vision.checkpoint import Checkpoints

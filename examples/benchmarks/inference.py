@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vision  # noqa: F401 (registers the family)
-from revnets.errors import nearest
+from revnets.config.errors import nearest
 
 
 class Contender:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from revnets.budget import BudgetSpec
+from revnets.config.memory_budget import BudgetSpec
 from revnets.engine import drift, executor
 from revnets.engine.cell import Cell, FixedGain
 from revnets.engine.cell_record import Memory

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
-from revnets.config import Strict, validate
-from revnets.errors import explain, nearest, problem, show, what
-from revnets.registry import PROVIDED, PartError, names, options
+from revnets.config.errors import explain, nearest, problem, show, what
+from revnets.config.loader import Strict, validate
+from revnets.config.registry import PROVIDED, PartError, names, options
 
 
 class PartSpec(Strict):

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from revnets.budget import BudgetSpec
-from revnets.config import Source, Strict, load
+from revnets.config.components import PartSpec, name_and_options, part
+from revnets.config.errors import nearest, problem, show, what
+from revnets.config.loader import Source, Strict, load
+from revnets.config.memory_budget import BudgetSpec
+from revnets.config.registry import find, options
 from revnets.engine.cell_record import Memory
 from revnets.engine.graph import READS, Graph, ReadError, ReadToken, wire
-from revnets.errors import nearest, problem, show, what
-from revnets.parts import PartSpec, name_and_options, part
-from revnets.registry import find, options
 
 
 def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:

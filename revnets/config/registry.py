@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from revnets.errors import nearest
+from revnets.config.errors import nearest
 
 Factory = Callable[..., Any]
 T = TypeVar("T", bound=Factory)

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from revnets.errors import EXPONENT, Keys, SpecError, explain, path, show, what
-from revnets.registry import importable
+from revnets.config.errors import EXPONENT, Keys, SpecError, explain, path, show, what
+from revnets.config.registry import importable
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
