@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from revnets.blocks import DropPath
+from revnets.nn.blocks import DropPath
 
 
 class GatedConvBlock(nn.Module):

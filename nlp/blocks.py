@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnets.blocks import Count, Rate
 from revnets.config.registry import register_block
+from revnets.nn.blocks import Count, Rate
 
 from .attention import KINDS
 

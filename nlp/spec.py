@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from revnets import NetSpec, ReversibleColumns, SpecError, build_columns, load_spec
-from revnets.blocks import MLPBlock
 from revnets.config.net_spec import dump
 from revnets.config.registry import importable, register_stem
 from revnets.net import Level
+from revnets.nn.blocks import MLPBlock
 
 from . import blocks as blocks  # registers the block
 

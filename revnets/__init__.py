@@ -1,8 +1,5 @@
 """Reversible columns: any blocks, trained with the gradients of ordinary backprop and a fraction of its memory."""
 
-from revnets import blocks as blocks  # the built-in parts register themselves
-from revnets import ends as ends
-from revnets import fusions as fusions
 from revnets.audit import Audit, audit
 from revnets.config.errors import SpecError
 from revnets.config.net_spec import NetSpec, load_spec
@@ -16,6 +13,9 @@ from revnets.engine.drift import DriftWarning, predict_drift
 from revnets.engine.graph import Graph, Node, wire
 from revnets.engine.replay_context import ReplayError
 from revnets.net import Net, build, build_columns
+from revnets.nn import blocks as blocks  # the built-in parts register themselves
+from revnets.nn import fusions as fusions
+from revnets.nn import stems as stems
 from revnets.plan import Plan, PlanError, plan
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from revnets.dial import keep_budget
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.fusions import Source
+from revnets.nn.fusions import Source
 
 
 class Level(nn.Module):

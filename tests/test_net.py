@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 import revnets
 from revnets import FixedGain, Gain
-from revnets.blocks import ConvNeXtBlock, DropPath, ViTBlock
 from revnets.config.net_spec import dump
 from revnets.config.registry import PROVIDED
 from revnets.net import Level, Net
+from revnets.nn.blocks import ConvNeXtBlock, DropPath, ViTBlock
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import revnets
-from revnets.blocks import Attention, ConvNeXtBlock, DropPath, MLPBlock, ViTBlock
-from revnets.ends import ClassifierHead, LinearStem, PatchifyStem, TokenStem
-from revnets.fusions import ConvNeXtFusion, Down, IdentityFusion, LinearFusion, Project, Source, Up
+from revnets.nn.blocks import Attention, ConvNeXtBlock, DropPath, MLPBlock, ViTBlock
+from revnets.nn.fusions import ConvNeXtFusion, Down, IdentityFusion, LinearFusion, Project, Source, Up
+from revnets.nn.stems import ClassifierHead, LinearStem, PatchifyStem, TokenStem
 from revnets.tracker import OpCounter
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import revnets
-from revnets.blocks import ConvNeXtBlock
 from revnets.engine.graph import STEM, ReadError, wire
+from revnets.nn.blocks import ConvNeXtBlock
 from revnets.tracker import MemoryTracker
 
 STAGES = {  # two streams; the second stage has half the resolution and begins without residuals

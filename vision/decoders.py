@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnets.blocks import EPS, ConvNeXtBlock, init_weights
+from revnets.nn.blocks import EPS, ConvNeXtBlock, init_weights
 
 
 class StagedDecoder(nn.Module):

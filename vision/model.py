@@ -11,10 +11,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from revnets import ReversibleColumns, build, keep_budget
-from revnets.blocks import init_weights
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import NetSpec
 from revnets.engine.graph import Graph
+from revnets.nn.blocks import init_weights
 
 register_notrace_module(ReversibleColumns)  # a leaf for torch.fx, which cannot see through sizes and tapes
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from revnets.blocks import EPS, MLP, Count, DropPath, Rate, Ratio, init_weights
+from revnets.nn.blocks import EPS, MLP, Count, DropPath, Rate, Ratio, init_weights
 
 
 @register_notrace_module

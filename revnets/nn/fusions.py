@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnets.blocks import EPS, conv2d, init_weights
 from revnets.config.registry import register_fusion
+from revnets.nn.blocks import EPS, conv2d, init_weights
 
 
 class Source(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from revnets.blocks import EPS, Count, Rate, init_weights
 from revnets.config.registry import register_head, register_stem
+from revnets.nn.blocks import EPS, Count, Rate, init_weights
 
 
 @register_stem("patchify")

@@ -1,0 +1,1 @@
+"""Building blocks of networks: blocks, fusions, stems and heads, registered by name."""
