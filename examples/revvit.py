@@ -15,7 +15,7 @@ import typer
 from torch import Tensor, nn
 
 from revnets import ReversibleSequence
-from revnets.tracker import kept_bytes
+from revnets.memory.tracker import kept_bytes
 
 
 class Attention(nn.Module):

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnets.config.memory_budget import BudgetSpec, parse_budget
 from revnets.engine.replay_context import outside_of_autocast
-from revnets.footprint import simulate
-from revnets.predict import Plan, PlanError, plan_module
+from revnets.memory.planner import Plan, PlanError, plan_module
+from revnets.memory.simulation import simulate
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ STATES = {"sgd": 1, "nag": 1, "adagrad": 1, "adafactor": 0, "adam": 2, "adamax":
 class TrainingStep(nn.Module):
     """A model with its criterion, from the words of a batch to the loss, as fairseq's trainer runs them.
 
-    Only copies without values are run (`revnets.footprint`).
+    Only copies without values are run (`revnets.memory.simulation`).
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module):

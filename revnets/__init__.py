@@ -4,7 +4,6 @@ from revnets.audit import Audit, audit
 from revnets.config.errors import SpecError
 from revnets.config.net_spec import NetSpec, load_spec
 from revnets.config.registry import register_block, register_fusion, register_head, register_stem
-from revnets.dial import keep_budget
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.cell_record import Memory
 from revnets.engine.checksums import ReconstructionError
@@ -12,6 +11,7 @@ from revnets.engine.columns import ReversibleColumns, ReversibleSequence
 from revnets.engine.drift import DriftWarning, predict_drift
 from revnets.engine.graph import Graph, Node, wire
 from revnets.engine.replay_context import ReplayError
+from revnets.memory.auto_budget import keep_budget
 from revnets.net import Net, build, build_columns
 from revnets.nn import blocks as blocks  # the built-in parts register themselves
 from revnets.nn import fusions as fusions

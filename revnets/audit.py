@@ -25,9 +25,9 @@ from revnets.engine.cell_record import Memory
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.drift import DriftWarning
 from revnets.engine.replay_context import ReplayError, outside_of_autocast
+from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 from revnets.reconstruction import reconstruction
 from revnets.report import Audit, ModeAudit
-from revnets.tracker import MemoryTracker, OpCounter, tensors
 
 MODES = tuple(str(mode) for mode in Memory)
 

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from revnets.predict import Plan, Prediction
+from revnets.memory.planner import Plan, Prediction
 from revnets.report import size
 
 if TYPE_CHECKING:

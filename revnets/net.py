@@ -13,10 +13,10 @@ from revnets.config.loader import Source as ConfigSource
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import LevelSpec, NetSpec, load_spec
 from revnets.config.registry import find
-from revnets.dial import keep_budget
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.graph import STEM, Graph, Node
+from revnets.memory.auto_budget import keep_budget
 from revnets.nn.fusions import Source
 
 

@@ -11,11 +11,11 @@ from revnets.config.loader import Source
 from revnets.config.memory_budget import parse_budget
 from revnets.config.net_spec import NetSpec
 from revnets.engine.cell_record import Memory
+from revnets.memory.planner import Plan as Plan
+from revnets.memory.planner import PlanError as PlanError
+from revnets.memory.planner import Prediction as Prediction
+from revnets.memory.planner import plan_module
 from revnets.models import load_model
-from revnets.predict import Plan as Plan
-from revnets.predict import PlanError as PlanError
-from revnets.predict import Prediction as Prediction
-from revnets.predict import plan_module
 
 
 def plan(

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from revnets.audit import find_columns
 from revnets.config.errors import SpecError
 from revnets.engine.drift import DriftWarning
-from revnets.footprint import total
+from revnets.memory.simulation import total
+from revnets.memory.tracker import MemoryTracker
 from revnets.models import load_model
 from revnets.plan import PlanError, plan
 from revnets.report import size
-from revnets.tracker import MemoryTracker
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import revnets
 from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
-from revnets.footprint import total
+from revnets.memory.simulation import total
+from revnets.memory.tracker import MemoryTracker
 from revnets.plan import PlanError, plan
 from revnets.report import size
-from revnets.tracker import MemoryTracker
 
 NET = {
     "columns": 3,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import revnets
-from revnets.tracker import kept_bytes
+from revnets.memory.tracker import kept_bytes
 from tests.helpers import assert_same, step
 from tests.nets import stem_of, token_net
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import revnets
-from revnets.tracker import kept_bytes
+from revnets.memory.tracker import kept_bytes
 
 FOLDER = Path(__file__).parent.parent / "examples"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))

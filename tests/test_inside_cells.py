@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from revnets import ReplayError, ReversibleColumns, wire
 from revnets.engine.cell import Cell, Gain
-from revnets.tracker import kept_bytes
+from revnets.memory.tracker import kept_bytes
 from tests.helpers import assert_like_autograd, assert_near, assert_same, loss_of, step
 from tests.nets import BLOCKS, Mlp, cells_net, image_net, stem_of, token_net, tokens
 

@@ -19,8 +19,8 @@ from nlp_helpers import USER_DIR, dictionary, sample
 
 from nlp.budget import TrainingStep, _states, footprint, largest_batch
 from nlp.model import RevColTransformerModel
-from revnets.footprint import simulate
-from revnets.tracker import MemoryTracker
+from revnets.memory.simulation import simulate
+from revnets.memory.tracker import MemoryTracker
 
 WORDS = 53
 

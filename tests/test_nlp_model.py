@@ -14,7 +14,7 @@ from fairseq import utils
 from nlp_helpers import build, options, sample
 
 from nlp.blocks import ACTIVATIONS, Dropout
-from revnets.tracker import kept_bytes
+from revnets.memory.tracker import kept_bytes
 
 
 def gradients(

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import revnets
+from revnets.memory.tracker import OpCounter
 from revnets.nn.blocks import Attention, ConvNeXtBlock, DropPath, MLPBlock, ViTBlock
 from revnets.nn.fusions import ConvNeXtFusion, Down, IdentityFusion, LinearFusion, Project, Source, Up
 from revnets.nn.stems import ClassifierHead, LinearStem, PatchifyStem, TokenStem
-from revnets.tracker import OpCounter
 
 
 def randomised(module: nn.Module) -> nn.Module:

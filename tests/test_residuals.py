@@ -12,8 +12,8 @@ from torch import Tensor
 
 import revnets
 from revnets.engine.graph import STEM, ReadError, wire
+from revnets.memory.tracker import MemoryTracker
 from revnets.nn.blocks import ConvNeXtBlock
-from revnets.tracker import MemoryTracker
 
 STAGES = {  # two streams; the second stage has half the resolution and begins without residuals
     "columns": 1,

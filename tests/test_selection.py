@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import revnets
-from revnets.footprint import simulate
-from revnets.selection import WORKING, Cost, costs_of_cells, order
+from revnets.memory.simulation import simulate
+from revnets.memory.store_selection import WORKING, Cost, costs_of_cells, order
 
 NET = {
     "columns": 5,

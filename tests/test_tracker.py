@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from revnets.tracker import MemoryTracker, OpCounter, kept_bytes, peak_bytes, tensors
+from revnets.memory.tracker import MemoryTracker, OpCounter, kept_bytes, peak_bytes, tensors
 
 FLOAT = 4  # bytes
 

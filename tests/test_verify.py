@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import revnets
 from revnets import ReconstructionError, ReversibleSequence
 from revnets.engine.checksums import checksum
-from revnets.tracker import kept_bytes
+from revnets.memory.tracker import kept_bytes
 from tests.helpers import Watch, assert_same, loss_of, step
 from tests.nets import BLOCKS, image_net, stem_of, token_net
 

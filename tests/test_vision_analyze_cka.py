@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revnets import SpecError, build
 from revnets.engine.graph import STEM
-from revnets.tracker import MemoryTracker
+from revnets.memory.tracker import MemoryTracker
 from vision import cka as module
 from vision.cka import cka, gram, hsic, rows, similarity
 

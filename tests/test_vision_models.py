@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import revnets
 import vision
-from revnets.tracker import OpCounter
+from revnets.memory.tracker import OpCounter
 from vision.revcol import MODELS
 
 NAMES = ("test_revcol", "test_revcol_huge", "test_revcol_vit")

@@ -9,8 +9,8 @@ from torch import nn
 
 from revnets import SpecError, plan
 from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
+from revnets.memory.tracker import tensors
 from revnets.plan import PlanError
-from revnets.tracker import tensors
 from vision.config import TrainConfig
 from vision.errors import first_line
 from vision.imageset import ImageData

@@ -32,7 +32,7 @@ from ways import CASES, REFERENCE, WAYS, Case, Net, installed
 
 from revnets.distance import gradient_distance
 from revnets.draw import save
-from revnets.tracker import MemoryTracker
+from revnets.memory.tracker import MemoryTracker
 
 
 class Result(NamedTuple):

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import revnets
 from revnets.engine.cell import add
 from revnets.engine.graph import STEM
-from revnets.tracker import MemoryTracker
+from revnets.memory.tracker import MemoryTracker
 
 SHAPES = {  # channels of level 0, depths: RevCol, Table 1
     "T": (64, (2, 2, 4, 2)),

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from revnets.engine import lost_bits
 from revnets.engine.cell import FixedGain, Gain
-from revnets.tracker import MemoryTracker, OpCounter, tensors
+from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 
 from revnets.audit import find_columns
 from revnets.engine.cell_record import Memory
-from revnets.footprint import fake, total
-from revnets.tracker import MemoryTracker, OpCounter
+from revnets.memory.simulation import fake, total
+from revnets.memory.tracker import MemoryTracker, OpCounter
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from revnets.audit import find_columns
 from revnets.config.memory_budget import BudgetSpec, parse_budget
 from revnets.engine.executor import is_transformed
 from revnets.engine.replay_context import outside_of_autocast
-from revnets.predict import Plan, PlanError, plan_module
+from revnets.memory.planner import Plan, PlanError, plan_module
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def keep_budget(model: nn.Module, budget: BudgetSpec | int | str) -> None:
 
     At the first forward in training mode the step is simulated on fake tensors with the shape, dtype and autocast of
     that forward, as `revnets.plan` does. `columns.memory` and `columns.stored` are set to the least work that fits,
-    and the logger `revnets.dial` says so. Setting `columns.memory` before gives the budget up.
+    and the logger `revnets.memory.auto_budget` says so. Setting `columns.memory` before gives the budget up.
 
     The first input should be the largest. A warning tells of larger ones later.
 

@@ -20,9 +20,9 @@ from revnets.audit import find_columns
 from revnets.config.memory_budget import OPTIMIZERS, SHARDINGS
 from revnets.engine.cell_record import Memory
 from revnets.engine.columns import ReversibleColumns
-from revnets.footprint import Footprint, simulate
+from revnets.memory.simulation import Footprint, simulate
+from revnets.memory.store_selection import Cost, costs_of_cells, order
 from revnets.report import size
-from revnets.selection import Cost, costs_of_cells, order
 
 
 class PlanError(ValueError):
