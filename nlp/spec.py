@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from revnets import NetSpec, ReversibleColumns, SpecError, build_columns, load_spec
 from revnets.config.net_spec import dump
 from revnets.config.registry import importable, register_stem
-from revnets.net import Level
+from revnets.models.net import Level
 from revnets.nn.blocks import MLPBlock
 
 from . import blocks as blocks  # registers the block

@@ -12,11 +12,11 @@ from revnets.engine.drift import DriftWarning, predict_drift
 from revnets.engine.graph import Graph, Node, wire
 from revnets.engine.replay_context import ReplayError
 from revnets.memory.auto_budget import keep_budget
-from revnets.net import Net, build, build_columns
+from revnets.models.net import Net, build, build_columns
+from revnets.models.plan import Plan, PlanError, plan
 from revnets.nn import blocks as blocks  # the built-in parts register themselves
 from revnets.nn import fusions as fusions
 from revnets.nn import stems as stems
-from revnets.plan import Plan, PlanError, plan
 
 __version__ = "0.1.0"
 

@@ -155,7 +155,7 @@ def missing_command(name: str, module: str, error: ImportError):
 def main() -> None:
     """Entry point: every expected mistake is one line on stderr and exit code 2, never a traceback."""
     from revnets.config.errors import SpecError
-    from revnets.plan import PlanError
+    from revnets.models.plan import PlanError
 
     load_commands(next((word for word in sys.argv[1:] if not word.startswith("-")), None))
     try:

@@ -20,7 +20,7 @@ from revnets.audit import find_columns
 from revnets.config.errors import SpecError
 from revnets.engine import lost_bits as lostbits
 from revnets.engine.cell import add, subtract
-from revnets.models import load_model
+from revnets.models.loading import load_model
 
 BEST = ("checkpoints/best.pt", "best.pt", "checkpoint_best.pt")
 """What is meant by the folder of a run: of `revnets train`, of fairseq."""
@@ -58,7 +58,7 @@ def read_gains(source: str, overrides: Sequence[str] = ()) -> list[CellGains]:
 
     Args:
         source: a file of weights (.safetensors, or of `torch.save`: averaged weights are taken if there are any) or the
-            folder of a run, of whatever net; or what `revnets.models.load_model` knows.
+            folder of a run, of whatever net; or what `revnets.models.loading.load_model` knows.
         overrides: of the latter.
 
     Raises:

@@ -15,8 +15,8 @@ from revnets.config.errors import SpecError
 from revnets.engine.drift import DriftWarning
 from revnets.memory.simulation import total
 from revnets.memory.tracker import MemoryTracker
-from revnets.models import load_model
-from revnets.plan import PlanError, plan
+from revnets.models.loading import load_model
+from revnets.models.plan import PlanError, plan
 from revnets.report import size
 
 
@@ -44,7 +44,7 @@ class Point:
 class Step:
     """A training step of nets that differ in their number of columns."""
 
-    source: str  # what `revnets.models.load_model` knows, and takes `columns=`
+    source: str  # what `revnets.models.loading.load_model` knows, and takes `columns=`
     overrides: tuple[str, ...]
     columns: tuple[int, ...]
     modes: tuple[str, ...]

@@ -19,8 +19,8 @@ from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import NetSpec
 from revnets.engine.graph import STEM
 from revnets.files import told_if_unwritable
-from revnets.models import load_model
-from revnets.net import Net
+from revnets.models.loading import load_model
+from revnets.models.net import Net
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ def forecast(
         request: goes to `revnets.plan`; what is None in it is as the budget in the net's YAML says, if there is one.
     """
     from revnets.forecast import plan_figure, plan_table
-    from revnets.plan import plan
+    from revnets.models.plan import plan
 
     with torch.device("meta"):
         net = _reversible(source, overrides)

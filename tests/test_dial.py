@@ -16,7 +16,7 @@ import revnets
 from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.memory.simulation import total
 from revnets.memory.tracker import MemoryTracker
-from revnets.plan import PlanError, plan
+from revnets.models.plan import PlanError, plan
 from revnets.report import size
 
 NET = {

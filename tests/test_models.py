@@ -12,8 +12,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import revnets
-from revnets import cli, models
-from revnets.models import load_model
+from revnets import cli
+from revnets.models import loading
+from revnets.models.loading import load_model
 
 MODULE = """
 import torch
@@ -50,8 +51,8 @@ def zoo(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_modules / "broken_zoo.py").write_text("import a_module_that_is_not_there")
     monkeypatch.chdir(own_modules)
     monkeypatch.syspath_prepend(own_modules)
-    entries = [EntryPoint("broken", "broken_zoo", models.GROUP), EntryPoint("mine", "my_zoo", models.GROUP)]
-    monkeypatch.setattr(models, "entry_points", lambda group: entries if group == models.GROUP else [])
+    entries = [EntryPoint("broken", "broken_zoo", loading.GROUP), EntryPoint("mine", "my_zoo", loading.GROUP)]
+    monkeypatch.setattr(loading, "entry_points", lambda group: entries if group == loading.GROUP else [])
 
 
 @pytest.mark.parametrize("name", ["small_model", "my_zoo:Model"])
@@ -139,7 +140,7 @@ def test_a_wrong_gradient_is_exit_code_1(zoo: None, own_modules: Path) -> None:
 
 def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
-    monkeypatch.setattr(models, "entry_points", lambda group: [EntryPoint("timm", "vision.zoo", group)])
+    monkeypatch.setattr(loading, "entry_points", lambda group: [EntryPoint("timm", "vision.zoo", group)])
     with torch.device("meta"):
         model = load_model("revcol_tiny", ["columns=2", "num_classes=7"])
     assert isinstance(model, nn.Module)
@@ -155,4 +156,4 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_wheel_names_its_models() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert f'[project.entry-points."{models.GROUP}"]\ntimm = "vision.zoo"' in text
+    assert f'[project.entry-points."{loading.GROUP}"]\ntimm = "vision.zoo"' in text

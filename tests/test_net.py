@@ -15,7 +15,7 @@ import revnets
 from revnets import FixedGain, Gain
 from revnets.config.net_spec import dump
 from revnets.config.registry import PROVIDED
-from revnets.net import Level, Net
+from revnets.models.net import Level, Net
 from revnets.nn.blocks import ConvNeXtBlock, DropPath, ViTBlock
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -18,7 +18,7 @@ from revnets.config.memory_budget import parse_budget, parse_bytes
 from revnets.forecast import parts_of, plan_figure, plan_table
 from revnets.memory.simulation import total, typical_gamma
 from revnets.memory.tracker import MemoryTracker, OpCounter
-from revnets.plan import PlanError, plan
+from revnets.models.plan import PlanError, plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NARROW = ["levels.0.dim=16", "levels.1.dim=32", "levels.2.dim=64", "levels.3.dim=128"]  # activations outweigh weights

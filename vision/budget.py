@@ -10,7 +10,7 @@ from torch import nn
 from revnets import SpecError, plan
 from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.memory.tracker import tensors
-from revnets.plan import PlanError
+from revnets.models.plan import PlanError
 from vision.config import TrainConfig
 from vision.errors import first_line
 from vision.imageset import ImageData

@@ -12,7 +12,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from revnets.config.errors import nearest
-from revnets.net import Net
+from revnets.models.net import Net
 from vision import checkpoint
 from vision.errors import CheckpointError, first_line
 from vision.kernels import fit_kernels

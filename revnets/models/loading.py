@@ -19,7 +19,7 @@ from revnets.config.errors import SpecError
 from revnets.config.loader import Layer, Layers, Source
 from revnets.config.net_spec import NetSpec
 from revnets.config.registry import PartError, importable, imported
-from revnets.net import build
+from revnets.models.net import build
 
 GROUP = "revnets.models"
 

@@ -15,7 +15,7 @@ from revnets.memory.planner import Plan as Plan
 from revnets.memory.planner import PlanError as PlanError
 from revnets.memory.planner import Prediction as Prediction
 from revnets.memory.planner import plan_module
-from revnets.models import load_model
+from revnets.models.loading import load_model
 
 
 def plan(
@@ -35,7 +35,7 @@ def plan(
 
     Args:
         model_or_spec: a module with reversible columns (also on the meta device), a YAML file, dict or
-            spec, or a model's name such as timm's `revcol_tiny` (`revnets.models.load_model`).
+            spec, or a model's name such as timm's `revcol_tiny` (`revnets.models.loading.load_model`).
         input_shape: shape of one rank's input, batch first; or an example, of which only shape and dtype matter.
         dtype: float32; bfloat16 or float16 mean autocast with float32 weights.
         optimizer: which states to count, one of `revnets.config.memory_budget.OPTIMIZERS`, or how many tensors of a
