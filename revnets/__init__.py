@@ -1,6 +1,6 @@
 """Reversible columns: any blocks, trained with the gradients of ordinary backprop and a fraction of its memory."""
 
-from revnets.audit import Audit, audit
+from revnets.analysis.audit import Audit, audit
 from revnets.config.errors import SpecError
 from revnets.config.net_spec import NetSpec, load_spec
 from revnets.config.registry import register_block, register_fusion, register_head, register_stem

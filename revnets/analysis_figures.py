@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from revnets.analysis.gains import Bits, CellGains
+from revnets.analysis.memory_scaling import Point
 from revnets.diagram import INK
 from revnets.draw import MODE_COLOURS, unit_of, whole_numbers
-from revnets.gains import Bits, CellGains
-from revnets.scaling import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -47,8 +47,8 @@ def memory(
     """
     from rich.console import Console
 
+    from revnets.analysis.memory_scaling import Step, measured, predicted, table
     from revnets.analysis_figures import memory_figure
-    from revnets.scaling import Step, measured, predicted, table
     from revnets.show import example_shape, parse_dtype
 
     png, csv = outputs(png, csv)
@@ -95,8 +95,8 @@ def gains(
     """
     from rich.console import Console
 
+    from revnets.analysis.gains import lost_bits, read_gains, rows, table
     from revnets.analysis_figures import gains_figure
-    from revnets.gains import lost_bits, read_gains, rows, table
 
     png, csv = outputs(png, csv)
     console, cells = Console(), read_gains(model, overrides or [])

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from revnets.audit import audit, find_columns
+from revnets.analysis.audit import audit, find_columns
 from revnets.config.errors import SpecError
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import NetSpec

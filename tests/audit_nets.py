@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from revnets.analysis.audit_report import Audit
 from revnets.engine.cell import Cell, Gain
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.graph import STEM, wire
-from revnets.report import Audit
 
 DIMS = (5, 7, 11)
 

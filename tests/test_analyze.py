@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 import revnets
 from revnets import SpecError, analyze, findings
+from revnets.analysis.gains import MIN_ABS, CellGains, gains_in, gains_of, lost_bits, read_gains
+from revnets.analysis.memory_scaling import Step, measured, predicted
 from revnets.analysis_figures import gains_figure
-from revnets.gains import MIN_ABS, CellGains, gains_in, gains_of, lost_bits, read_gains
-from revnets.scaling import Step, measured, predicted
 
 SPEC = {
     "columns": 3,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revnets.audit import audit
+from revnets.analysis.audit import audit
+from revnets.analysis.reconstruction import reconstruction
 from revnets.engine.columns import ReversibleColumns, ReversibleSequence
 from revnets.memory.tracker import OpCounter, kept_bytes, peak_bytes
-from revnets.reconstruction import reconstruction
 from tests.audit_nets import DIMS, ConvLevel, Net, by_mode, conv_columns, render, stem_output
 
 TAPED = ("recompute", "invert", "exact")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revnets.audit import ROUNDS, audit, find_columns
-from revnets.distance import same_bits
+from revnets.analysis.audit import ROUNDS, audit, find_columns
+from revnets.analysis.gradient_distance import same_bits
 from revnets.engine.columns import ReversibleSequence
 from tests.audit_nets import ConvLevel, Net, by_mode, conv_columns, render, stem_output
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from revnets.distance import distance, gradient_distance, ratio, same_bits
+from revnets.analysis.gradient_distance import distance, gradient_distance, ratio, same_bits
 
 
 def test_distance_of_known_tensors():

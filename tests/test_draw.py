@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.text import Text
 
+from revnets.analysis.audit_report import Audit, ColumnAudit, ModeAudit, size
 from revnets.diagram import HEAD, MOST_COLUMNS, MOST_LABELLED, TAIL, WIRES, graph_figure
 from revnets.draw import FORMATS, MODE_COLOURS, audit_figure, save
 from revnets.engine.graph import STEM, Graph, wire
-from revnets.report import Audit, ColumnAudit, ModeAudit, size
 
 READS = {
     "revcol": ("below", "above"),

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from revnets.audit import audit
-from revnets.report import duration, size, thinned
+from revnets.analysis.audit import audit
+from revnets.analysis.audit_report import duration, size, thinned
 from tests.audit_nets import by_mode, conv_columns, render, stem_output
 
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from ways import CASES, REFERENCE, WAYS, Case, Net, installed
 
-from revnets.distance import gradient_distance
+from revnets.analysis.gradient_distance import gradient_distance
 from revnets.draw import save
 from revnets.memory.tracker import MemoryTracker
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from revnets.analysis.audit_report import INVERT_LIMIT
 from revnets.engine.cell import Cell
 from revnets.engine.cell_record import Memory
 from revnets.engine.graph import Graph
-from revnets.report import INVERT_LIMIT
 
 EVERY = 1000
 """Forwards between two looks at gains that are learned."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from revnets.audit import find_columns
+from revnets.analysis.audit import find_columns
 from revnets.engine.cell_record import Memory
 from revnets.memory.simulation import fake, total
 from revnets.memory.tracker import MemoryTracker, OpCounter

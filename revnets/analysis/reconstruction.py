@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnets.distance import Distance, distance, ratio
+from revnets.analysis.audit_report import ColumnAudit
+from revnets.analysis.gradient_distance import Distance, distance, ratio
 from revnets.engine.cell_record import Memory
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.graph import STEM
 from revnets.engine.replay_context import ReplayError
 from revnets.engine.tape import Tape
-from revnets.report import ColumnAudit
 
 
 def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: int) -> tuple[ColumnAudit, ...]:

@@ -1,7 +1,7 @@
 """Is it reversible, is the gradient right, what is kept: measured on the model at hand, not promised.
 
 Every number comes from the model's own forward and the engine's own tape, in the surrounding that the model runs in:
-dropout, BatchNorm, autocast and padding masks take part. What the numbers mean is written in `revnets/report.py`.
+dropout, BatchNorm, autocast and padding masks take part. `revnets/analysis/audit_report.py` says what the numbers mean.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnets.distance import GradientDistance, gradient_distance, norm, same_bits
+from revnets.analysis.audit_report import Audit, ModeAudit
+from revnets.analysis.gradient_distance import GradientDistance, gradient_distance, norm, same_bits
+from revnets.analysis.reconstruction import reconstruction
 from revnets.engine.cell_record import Memory
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.drift import DriftWarning
 from revnets.engine.replay_context import ReplayError, outside_of_autocast
 from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
-from revnets.reconstruction import reconstruction
-from revnets.report import Audit, ModeAudit
 
 MODES = tuple(str(mode) for mode in Memory)
 

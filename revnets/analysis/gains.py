@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnets.audit import find_columns
+from revnets.analysis.audit import find_columns
 from revnets.config.errors import SpecError
 from revnets.engine import lost_bits as lostbits
 from revnets.engine.cell import add, subtract

@@ -1,0 +1,1 @@
+"""Analyses of a model: the audit of its gradients, its reconstructions, its gains and how its memory scales."""
