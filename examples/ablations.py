@@ -38,7 +38,7 @@ from proof import (
 from rich.console import Console
 from rich.table import Table
 
-from revnets.draw import save
+from revnets.plotting.audit import save
 from vision.config import CONFIGS
 from vision.data import load_data
 from vision.errors import DataError

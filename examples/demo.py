@@ -25,8 +25,8 @@ from torch import Tensor
 from revnets import DriftWarning, SpecError, build
 from revnets.analysis.audit import audit
 from revnets.analysis.audit_report import Audit, size
-from revnets.draw import MODE_COLOURS, save
 from revnets.memory.tracker import kept_bytes
+from revnets.plotting.audit import MODE_COLOURS, save
 from vision.checkpoint import CheckpointError
 from vision.config import TrainConfig, load_config
 from vision.figures import INK, draw_accuracy, draw_loss, style

@@ -35,7 +35,7 @@ from nlp.corpus import DataError, lines_of
 from nlp.prepare import prepare
 from nlp.recipes import read_recipe
 from nlp.score import Output, Score, read_output, scores
-from revnets.draw import save
+from revnets.plotting.audit import save
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path(os.path.relpath(ROOT / "runs" / "translate"))

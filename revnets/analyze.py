@@ -48,7 +48,7 @@ def memory(
     from rich.console import Console
 
     from revnets.analysis.memory_scaling import Step, measured, predicted, table
-    from revnets.analysis_figures import memory_figure
+    from revnets.plotting.analysis import memory_figure
     from revnets.show import example_shape, parse_dtype
 
     png, csv = outputs(png, csv)
@@ -96,7 +96,7 @@ def gains(
     from rich.console import Console
 
     from revnets.analysis.gains import lost_bits, read_gains, rows, table
-    from revnets.analysis_figures import gains_figure
+    from revnets.plotting.analysis import gains_figure
 
     png, csv = outputs(png, csv)
     console, cells = Console(), read_gains(model, overrides or [])

@@ -46,7 +46,7 @@ def deliver(figure: Figure, png: Path, rows: Sequence[Mapping[str, Any]], csv: P
     Raises:
         revnets.SpecError: one of them cannot be written.
     """
-    from revnets.draw import save
+    from revnets.plotting.audit import save
 
     with told_if_unwritable(png):
         save(figure, png)

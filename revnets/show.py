@@ -44,13 +44,11 @@ def describe(source: str, overrides: Sequence[str], shape: tuple[int, ...] | Non
     count = f"{macs / 1e9:.3f} G" if macs >= 1e8 else f"{macs / 1e6:.3f} M"
     console.print(f"multiply-accumulates {count} for one sample of {' x '.join(map(str, shape))}")
     if pictures:
-        from revnets import draw
-
         labels = [
             f"{level.dim} x {size}\n{level.depth} x {level.block.rpartition(':')[2]}"
             for level, size in zip(net.spec.levels, sizes, strict=True)
         ]
-        figure = draw.graph_figure(net.columns.graph, labels)
+        figure = audit.graph_figure(net.columns.graph, labels)
         for picture in pictures:
             _draw(console, figure, picture)
 
@@ -74,9 +72,7 @@ def measure(
     else:
         console.print(result.table())
     if png is not None:
-        from revnets import draw
-
-        _draw(console, draw.audit_figure(result), png)
+        _draw(console, audit.audit_figure(result), png)
     return 0 if result.ok else 1
 
 
@@ -94,8 +90,8 @@ def forecast(
     Args:
         request: goes to `revnets.plan`; what is None in it is as the budget in the net's YAML says, if there is one.
     """
-    from revnets.forecast import plan_figure, plan_table
     from revnets.models.plan import plan
+    from revnets.plotting.memory_plan import plan_figure, plan_table
 
     with torch.device("meta"):
         net = _reversible(source, overrides)
@@ -116,10 +112,10 @@ def forecast(
 
 
 def _draw(console: Console, figure: Figure, picture: Path) -> None:
-    from revnets import draw
+    from revnets.plotting import audit
 
     with told_if_unwritable(picture):
-        draw.save(figure, picture)
+        audit.save(figure, picture)
     console.print(f"wrote {picture}", soft_wrap=True)
 
 

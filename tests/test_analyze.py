@@ -14,7 +14,7 @@ import revnets
 from revnets import SpecError, analyze, findings
 from revnets.analysis.gains import MIN_ABS, CellGains, gains_in, gains_of, lost_bits, read_gains
 from revnets.analysis.memory_scaling import Step, measured, predicted
-from revnets.analysis_figures import gains_figure
+from revnets.plotting.analysis import gains_figure
 
 SPEC = {
     "columns": 3,

@@ -15,9 +15,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.text import Text
 
 from revnets.analysis.audit_report import Audit, ColumnAudit, ModeAudit, size
-from revnets.diagram import HEAD, MOST_COLUMNS, MOST_LABELLED, TAIL, WIRES, graph_figure
-from revnets.draw import FORMATS, MODE_COLOURS, audit_figure, save
 from revnets.engine.graph import STEM, Graph, wire
+from revnets.plotting.audit import FORMATS, MODE_COLOURS, audit_figure, save
+from revnets.plotting.graph import HEAD, MOST_COLUMNS, MOST_LABELLED, TAIL, WIRES, graph_figure
 
 READS = {
     "revcol": ("below", "above"),
@@ -313,8 +313,6 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path):
 
 
 def test_matplotlib_is_not_imported_before_it_is_needed():
-    code = (
-        "import sys, revnets, revnets.audit, revnets.draw; print('matplotlib' in sys.modules, 'pyplot' in sys.modules)"
-    )
+    code = "import sys, revnets, revnets.plotting.audit; print('matplotlib' in sys.modules, 'pyplot' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False"]

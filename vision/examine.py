@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from revnets import SpecError
-from revnets.draw import FORMATS, save
+from revnets.plotting.audit import FORMATS, save
 from vision import checkpoint, convert, finetune, labels, parts, weights
 from vision.config import TrainConfig, load_config
 from vision.data import load_data, val_loader

@@ -12,8 +12,8 @@ import yaml
 from rich.console import Console
 
 from revnets.config.errors import SpecError
-from revnets.draw import save
 from revnets.files import replacing
+from revnets.plotting.audit import save
 from vision import checkpoint, resume
 from vision.checkpoint import Checkpoints
 from vision.config import TrainConfig

@@ -31,8 +31,8 @@ from torch import Tensor
 from ways import CASES, REFERENCE, WAYS, Case, Net, installed
 
 from revnets.analysis.gradient_distance import gradient_distance
-from revnets.draw import save
 from revnets.memory.tracker import MemoryTracker
+from revnets.plotting.audit import save
 
 
 class Result(NamedTuple):

@@ -11,8 +11,8 @@ import torch
 
 from revnets.analysis.gains import Bits, CellGains
 from revnets.analysis.memory_scaling import Point
-from revnets.diagram import INK
-from revnets.draw import MODE_COLOURS, unit_of, whole_numbers
+from revnets.plotting.audit import MODE_COLOURS, unit_of, whole_numbers
+from revnets.plotting.graph import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,1 @@
+"""Figures in matplotlib and tables in rich."""
