@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.flop_counter import FlopCounterMode
 
 from revnets import SpecError
-from revnets.files import replacing
+from revnets.utils.atomic_files import replacing
 from vision.config import CONFIGS, TrainConfig, load_config
 from vision.data import TrainBatches
 from vision.errors import DataError, TrainingError

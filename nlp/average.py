@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnets.files import replacing
+from revnets.utils.atomic_files import replacing
 
 from .corpus import DataError
 

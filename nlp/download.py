@@ -21,7 +21,7 @@ from rich.progress import Progress, TaskID
 
 from revnets.config.errors import problem
 from revnets.config.loader import Strict
-from revnets.files import TEMPORARY, replacing_folder
+from revnets.utils.atomic_files import TEMPORARY, replacing_folder
 
 from .corpus import DataError
 

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from revnets.files import remove_leftovers
+from revnets.utils.atomic_files import remove_leftovers
 
 from .choose import DROPPED, SPLITS, choose
 from .corpus import DataError, Pair, named

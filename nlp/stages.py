@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from revnets.files import replacing_folder
+from revnets.utils.atomic_files import replacing_folder
 
 NOTE = "prepared.json"
 """In every folder: what it was made from and what was found on the way."""

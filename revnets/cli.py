@@ -31,8 +31,8 @@ InputShape = Annotated[
 
 def picture_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuse a suffix that no picture has, and a place for no file, before any work is done."""
-    from revnets.files import check_place
     from revnets.plotting.audit import FORMATS
+    from revnets.utils.atomic_files import check_place
 
     if path is not None:
         if path.suffix.lower().removeprefix(".") not in FORMATS:

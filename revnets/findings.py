@@ -15,7 +15,7 @@ from rich.progress import Progress
 from revnets.analysis.audit_report import table_of
 from revnets.cli import picture_path
 from revnets.config.errors import SpecError
-from revnets.files import check_place, replacing, told_if_unwritable
+from revnets.utils.atomic_files import check_place, replacing, told_if_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,9 +18,9 @@ from revnets.config.errors import SpecError
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import NetSpec
 from revnets.engine.graph import STEM
-from revnets.files import told_if_unwritable
 from revnets.models.loading import load_model
 from revnets.models.net import Net
+from revnets.utils.atomic_files import told_if_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from revnets.files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
+from revnets.utils.atomic_files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):

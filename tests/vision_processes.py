@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from revnets import files
+from revnets.utils import atomic_files
 from tests.processes import processes
 from vision import engine
 from vision.config import load_config
@@ -24,9 +24,9 @@ MOMENTS = {
     "before an update": (engine.Engine, "update", "before"),
     "before an evaluation": (engine.Engine, "evaluate", "before"),
     "while a checkpoint is written": (torch, "save", "halfway"),
-    "before a file gets its name": (files.os, "replace", "before"),
-    "after a file got its name": (files.os, "replace", "after"),
-    "before the best gets its name": (files.os, "link", "before"),
+    "before a file gets its name": (atomic_files.os, "replace", "before"),
+    "after a file got its name": (atomic_files.os, "replace", "after"),
+    "before the best gets its name": (atomic_files.os, "link", "before"),
     "images that are no numbers": (engine.Engine, "_moved", "poisoned"),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnets.files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
+from revnets.utils.atomic_files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
 from vision.errors import CheckpointError as CheckpointError
 from vision.errors import why_not_written
 from vision.shards import DIVISIBLE, STATE, Piece, copy_into, divided, gathered, read_shards, shard_name

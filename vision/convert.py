@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from revnets import NetSpec, SpecError
-from revnets.files import replacing
+from revnets.utils.atomic_files import replacing
 from vision.errors import CheckpointError, why_not_written
 from vision.family import family, recognise, shape_in, spec_of
 from vision.model import RevCol

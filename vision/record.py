@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from revnets.files import replacing
+from revnets.utils.atomic_files import replacing
 
 LOG = "log.jsonl"
 

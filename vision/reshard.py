@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from revnets.files import replacing_folder
+from revnets.utils.atomic_files import replacing_folder
 from vision.checkpoint import read, save_file
 from vision.errors import CheckpointError, first_line
 from vision.shards import STATE, shard_name, split

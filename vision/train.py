@@ -12,8 +12,8 @@ import yaml
 from rich.console import Console
 
 from revnets.config.errors import SpecError
-from revnets.files import replacing
 from revnets.plotting.audit import save
+from revnets.utils.atomic_files import replacing
 from vision import checkpoint, resume
 from vision.checkpoint import Checkpoints
 from vision.config import TrainConfig

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from revnets.analysis.audit_report import INVERT_LIMIT, Audit, ModeAudit, duration, size
-from revnets.files import replacing
 from revnets.plotting.graph import INK
 from revnets.plotting.graph import graph_figure as graph_figure
+from revnets.utils.atomic_files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
