@@ -41,7 +41,7 @@ from vision.supervision import Supervised
 REPO = Path(__file__).resolve().parents[1]
 ROOT = Path("/usr/share/datasets/fashion-mnist")
 RECIPE = CONFIGS / "fashion.yaml"
-TRAIN = (sys.executable, "-c", "from revnets.cli import main; main()", "train", str(RECIPE))
+TRAIN = (sys.executable, "-c", "from revnets.cli.main import main; main()", "train", str(RECIPE))
 
 # Changes of the recipe: what slows learning down for the sake of a long training is off; images are only mirrored.
 PLAIN = ("data.shift=0", "data.rotate=0", "data.scale=0", "label_smoothing=0", "ema=null")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from revnets.oneline import one_line_errors
+from revnets.cli.errors import one_line_errors
 
 from .folder import user_dir as user_dir
 

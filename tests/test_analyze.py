@@ -11,9 +11,10 @@ import yaml
 from typer.testing import CliRunner
 
 import revnets
-from revnets import SpecError, analyze, findings
+from revnets import SpecError
 from revnets.analysis.gains import MIN_ABS, CellGains, gains_in, gains_of, lost_bits, read_gains
 from revnets.analysis.memory_scaling import Step, measured, predicted
+from revnets.cli import analyze, output
 from revnets.plotting.analysis import gains_figure
 
 SPEC = {
@@ -245,7 +246,7 @@ def test_mistakes_of_gains(file: Path, tmp_path: Path) -> None:
 
 def test_csv_of_a_run_that_fails_to_write_stays_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "numbers.csv"
-    findings.save_csv([{"name": "a,b", "count": 3, "share": 1 / 3}], path)
+    output.save_csv([{"name": "a,b", "count": 3, "share": 1 / 3}], path)
     assert path.read_text() == 'name,count,share\n"a,b",3,0.333333\n'
 
     class Broken:
@@ -253,7 +254,7 @@ def test_csv_of_a_run_that_fails_to_write_stays_as_it_was(tmp_path: Path) -> Non
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        findings.save_csv([{"name": "c"}, {"name": Broken()}], path)
+        output.save_csv([{"name": "c"}, {"name": Broken()}], path)
     assert path.read_text().startswith("name,count,share")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -262,7 +263,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_):
         raise OSError(28, "No space left on device", str(tmp_path / "g.csv"))
 
-    monkeypatch.setattr(findings, "save_csv", full)
+    monkeypatch.setattr(output, "save_csv", full)
     torch.save(trained().state_dict(), tmp_path / "net.pt")
     with pytest.raises(SpecError, match=r"g\.csv: cannot be written \(No space left on device\). Free some space"):
         call("gains", tmp_path / "net.pt", "--png", tmp_path / "g.png")

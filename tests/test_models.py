@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import revnets
-from revnets import cli
+from revnets.cli import main
 from revnets.models import loading
 from revnets.models.loading import load_model
 
@@ -100,13 +100,13 @@ def test_plan_by_name(zoo: None) -> None:
 
 def test_commands_by_name(zoo: None) -> None:
     run = CliRunner().invoke
-    done = run(cli.app, ["audit", "small_model", "depth=8", "--input", "7", "--json"])
+    done = run(main.app, ["audit", "small_model", "depth=8", "--input", "7", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["model"] == "Model"
     assert [(mode["mode"], mode["equal"]) for mode in found["modes"]][-1] == ("exact", True)
     assert all(mode["seconds"] > 0 for mode in found["modes"])
-    done = run(cli.app, ["plan", "my_zoo:Model", "--input", "7", "--batch", "3", "--json"])
+    done = run(main.app, ["plan", "my_zoo:Model", "--input", "7", "--batch", "3", "--json"])
     assert json.loads(done.stdout)["input_shape"] == [3, 7]
     for arguments, text in (
         (
@@ -117,7 +117,7 @@ def test_commands_by_name(zoo: None) -> None:
         (["audit", "small_model", "--input", "8"], r"an input of (8,) does not go through"),
         (["show", "small_model", "--input", "7"], "Model has no spec to show. Give a YAML file, or use audit"),
     ):
-        failed = run(cli.app, arguments)
+        failed = run(main.app, arguments)
         assert isinstance(failed.exception, revnets.SpecError)
         assert text in str(failed.exception)
 
@@ -133,7 +133,7 @@ def test_a_wrong_gradient_is_exit_code_1(zoo: None, own_modules: Path) -> None:
         "def net():\n"
         "    return revnets.ReversibleSequence([Noisy(7, 7) for _ in range(6)])\n"
     )
-    done = CliRunner().invoke(cli.app, ["audit", "spoilt:net", "--input", "7"])
+    done = CliRunner().invoke(main.app, ["audit", "spoilt:net", "--input", "7"])
     assert done.exit_code == 1
     assert "WRONG" in done.output
 
@@ -147,10 +147,10 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.columns.graph.columns == 2
     with pytest.raises(revnets.SpecError, match="Did you mean revcol_tiny"):
         load_model("revcol_tinny")
-    done = CliRunner().invoke(cli.app, ["plan", "test_revcol", "--batch", "2", "--json"])
+    done = CliRunner().invoke(main.app, ["plan", "test_revcol", "--batch", "2", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["input_shape"][:2] == [2, 3]
-    failed = CliRunner().invoke(cli.app, ["audit", "resnet10t", "--input", "3,32,32"])
+    failed = CliRunner().invoke(main.app, ["audit", "resnet10t", "--input", "3,32,32"])
     assert "ResNet must be or contain exactly one ReversibleColumns" in str(failed.exception)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import revnets
-from revnets import cli
+from revnets.cli import main
 from revnets.config.memory_budget import parse_budget, parse_bytes
 from revnets.memory.simulation import total, typical_gamma
 from revnets.memory.tracker import MemoryTracker, OpCounter
@@ -268,13 +268,13 @@ def test_parts_add_up_and_pictures_name_them():
 def test_command(tmp_path):
     run = CliRunner().invoke
     spec, picture = str(EXAMPLES / "vectors.yaml"), tmp_path / "plan.svg"
-    done = run(cli.app, ["plan", spec, "columns=3", "--batch", "5", "--json", "--png", str(picture)])
+    done = run(main.app, ["plan", spec, "columns=3", "--batch", "5", "--json", "--png", str(picture)])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["input_shape"][0] == 5
     assert [row["mode"] for row in found["modes"]] == ["store", "recompute", "invert", "exact"]
     assert picture.read_text().startswith("<?xml")
-    assert run(cli.app, ["plan", spec, "--png", "x.gif"]).exit_code == 2
+    assert run(main.app, ["plan", spec, "--png", "x.gif"]).exit_code == 2
 
 
 @pytest.mark.parametrize("command", [["show", "--svg"], ["plan", "--png"], ["audit", "--png"]])
@@ -288,12 +288,12 @@ def test_pictures_that_cannot_be_written_are_told_in_one_line(command, tmp_path,
     spec = str(EXAMPLES / "vectors.yaml")
     for path, problem in ((tmp_path / "d.svg", "is a folder"), (file / "p.svg", "is no folder that can be written to")):
         (tmp_path / "d.svg").mkdir(exist_ok=True)
-        error = CliRunner().invoke(cli.app, [name, spec, option, str(path)]).exception
+        error = CliRunner().invoke(main.app, [name, spec, option, str(path)]).exception
         assert isinstance(error, revnets.SpecError)
         assert str(error).startswith(f"command line: {option}: ")
         assert problem in str(error)
     monkeypatch.setattr("revnets.plotting.audit.save", full)
-    error = CliRunner().invoke(cli.app, [name, spec, "columns=2", option, str(tmp_path / "p.svg")]).exception
+    error = CliRunner().invoke(main.app, [name, spec, "columns=2", option, str(tmp_path / "p.svg")]).exception
     assert isinstance(error, revnets.SpecError)
     assert "p.svg: cannot be written (No space left on device)" in str(error)
 
@@ -302,7 +302,7 @@ def test_the_command_goes_by_the_budget_of_the_yaml():
     def found(*words: str) -> dict[str, Any]:
         spec = str(EXAMPLES / "vectors.yaml")
         memory = "memory={budget: 1GiB, optimizer: sgd, ranks: 2, grad_accum: 3}"
-        return json.loads(CliRunner().invoke(cli.app, ["plan", spec, memory, "--json", *words]).stdout)
+        return json.loads(CliRunner().invoke(main.app, ["plan", spec, memory, "--json", *words]).stdout)
 
     own, other = found(), found("--optimizer", "adam", "--ranks", "5", "--sharding", "fsdp", "--budget", "2GiB")
     assert (own["ranks"], own["sharding"], own["budget"]) == (2, "ddp", 2**30)

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 import revnets
-from revnets import cli
+from revnets.cli import main
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,13 +52,13 @@ def test_yaml_block_is_a_net():
 def test_commands_are_known_and_files_exist():
     commands = re.findall(r"^    revnets ([\w-]+) (\S+)", TEXT, flags=re.MULTILINE)
     assert {command for command, _ in commands} == {"show", "audit", "plan", "train", "convert", "prepare-mt"}
-    cli.load_commands()
+    main.load_commands()
     for command, file in commands:
         if "/" in file:
             assert (ROOT / file).exists(), file
         elif command == "train":
             assert (ROOT / "vision" / "configs" / f"{file}.yaml").exists(), file
-        assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
+        assert CliRunner().invoke(main.app, [command, "--help"]).exit_code == 0
     targets = re.findall(r"^    make (\w+)", TEXT, flags=re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
     assert targets

@@ -107,7 +107,14 @@ def test_torchrun_and_reshard(tmp_path):
     settings = tiny(tmp_path / "run", epochs=1, grad_accum=1, parallel="fsdp", checkpoint="sharded", device="cpu")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2"]
-    command = [*torchrun, sys.executable, "-c", "from revnets.cli import main; main()", "train", tmp_path / "run.yaml"]
+    command = [
+        *torchrun,
+        sys.executable,
+        "-c",
+        "from revnets.cli.main import main; main()",
+        "train",
+        tmp_path / "run.yaml",
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr

@@ -209,7 +209,7 @@ def test_command_explains_itself() -> None:
 
 
 def test_command_is_installed(tmp_path) -> None:
-    code = "from revnets.cli import main; main()"
+    code = "from revnets.cli.main import main; main()"
     command = [sys.executable, "-c", code, "convert", str(tmp_path / "none.pth"), str(tmp_path / "x.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")

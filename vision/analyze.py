@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from revnets.findings import Csv, Png, deliver, outputs, print_rows, progress
+from revnets.cli.output import Csv, Png, deliver, outputs, print_rows, progress
 from vision.cli import Overrides, reported
 
 Source = Annotated[

@@ -53,7 +53,7 @@ def show(
     png: Annotated[Path | None, typer.Option(help="The same as a PNG file.", callback=picture_path)] = None,
 ) -> None:
     """Show a net: its graph, parameters and multiply-accumulates, as a table and as a picture."""
-    from revnets.show import describe
+    from revnets.cli.show import describe
 
     describe(spec, overrides or [], sample_shape(input_shape), [path for path in (svg, png) if path])
 
@@ -71,7 +71,7 @@ def audit(
 
     Exit code 1 if a gradient is wrong. Every step is taken on random input, with the weights of the initialisation.
     """
-    from revnets.show import measure
+    from revnets.cli.show import measure
 
     raise typer.Exit(measure(spec, overrides or [], sample_shape(input_shape), batch, png, json))
 
@@ -100,7 +100,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
 ) -> None:
     """Predict the memory of a training step in every memory mode, without taking it."""
-    from revnets.show import forecast
+    from revnets.cli.show import forecast
 
     request = {"dtype": dtype, "optimizer": optimizer, "ranks": ranks, "sharding": sharding}
     request |= {"grad_accum": grad_accum, "budget": budget}
@@ -145,7 +145,7 @@ def missing_command(name: str, module: str, error: ImportError):
     """What stands in for a command whose package cannot be imported: it says what to install."""
 
     def command() -> None:
-        extra = module.removeprefix("revnets.").partition(".")[0]
+        extra = module.removeprefix("revnets.cli.").partition(".")[0]
         raise SystemExit(f"revnets {name}: cannot import {module} ({error}). Try: pip install 'revnets[{extra}]'")
 
     command.__doc__ = f"Not available here: {error}."

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from revnets.analysis.audit_report import table_of
-from revnets.cli import picture_path
+from revnets.cli.main import picture_path
 from revnets.config.errors import SpecError
 from revnets.utils.atomic_files import check_place, replacing, told_if_unwritable
 

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from revnets.cli import InputShape, Overrides, SpecArgument, missing_command, sample_shape
+from revnets.cli.main import InputShape, Overrides, SpecArgument, missing_command, sample_shape
+from revnets.cli.output import Csv, Png, deliver, outputs, print_rows, progress
 from revnets.config.errors import SpecError, nearest
-from revnets.findings import Csv, Png, deliver, outputs, print_rows, progress
 
 app = typer.Typer(
     help="Look into a net as the paper's figures do. Each command draws a picture and writes its numbers as CSV.",
@@ -48,8 +48,8 @@ def memory(
     from rich.console import Console
 
     from revnets.analysis.memory_scaling import Step, measured, predicted, table
+    from revnets.cli.show import example_shape, parse_dtype
     from revnets.plotting.analysis import memory_figure
-    from revnets.show import example_shape, parse_dtype
 
     png, csv = outputs(png, csv)
     shape, small = sample_shape(input_shape), sample_shape(measure_input)

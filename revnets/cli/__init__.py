@@ -1,0 +1,1 @@
+"""The command line: `revnets COMMAND`, and the commands of this package."""
