@@ -32,7 +32,7 @@ from vision.config import CONFIGS, TrainConfig, load_config
 from vision.data import TrainBatches
 from vision.errors import DataError, TrainingError
 from vision.imageset import ImageData
-from vision.model import RevCol
+from vision.models.architecture import RevCol
 from vision.parts import build_model
 from vision.record import LOG, read_log
 from vision.small import IDX

@@ -15,7 +15,7 @@ from proofs import QUICK, make_files, rows, said, script, started
 
 from vision.errors import DataError
 from vision.imageset import ImageData
-from vision.model import RevCol
+from vision.models.architecture import RevCol
 from vision.supervision import SupervisionConfig
 from vision.task import SupervisionTask
 

@@ -17,7 +17,7 @@ from vision_official import TEST, TEST_HUGE, Net
 from vision.convert import convert, convert_file, skeleton
 from vision.errors import CheckpointError
 from vision.family import family, recognise, shape_in, spec_of
-from vision.model import RevCol
+from vision.models.architecture import RevCol
 from vision.official import MismatchError, names_of, to_ours
 from vision.supervision import Supervised, SupervisionConfig
 from vision.weights import Weights, read, select

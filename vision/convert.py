@@ -19,7 +19,7 @@ from revnets import NetSpec, SpecError
 from revnets.utils.atomic_files import replacing
 from vision.errors import CheckpointError, why_not_written
 from vision.family import family, recognise, shape_in, spec_of
-from vision.model import RevCol
+from vision.models.architecture import RevCol
 from vision.official import (
     AROUND_BACKBONE,
     BACKBONE,

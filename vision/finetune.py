@@ -16,7 +16,7 @@ from revnets.models.net import Net
 from vision import checkpoint
 from vision.errors import CheckpointError, first_line
 from vision.kernels import fit_kernels
-from vision.model import RevCol
+from vision.models.architecture import RevCol
 from vision.official import MismatchError, check
 from vision.pretrained import checkpoint_filter_fn
 from vision.recipe import PretrainedConfig

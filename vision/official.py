@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vision.errors import CheckpointError
-from vision.model import RevCol
+from vision.models.architecture import RevCol
 from vision.supervision import Supervised
 
 Shape = tuple[int, ...]

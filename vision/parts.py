@@ -24,7 +24,7 @@ from revnets.config.memory_budget import BudgetSpec
 from vision.config import TimmModel, TrainConfig
 from vision.errors import first_line
 from vision.imageset import ImageData
-from vision.model import RevCol
+from vision.models.architecture import RevCol
 from vision.revcol import ARGUMENTS
 from vision.task import SupervisionTask
 from vision.world import World

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vision.convert import names_in, ours_of, skeleton
 from vision.kernels import fit_kernels
-from vision.model import RevCol
+from vision.models.architecture import RevCol
+from vision.models.vit_blocks import resized
 from vision.official import HEADS, MismatchError, check
-from vision.vit import resized
 from vision.weights import channels_in, classes_in, read, select
 
 _logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from revnets import NetSpec, SpecError, load_spec
 from revnets.config.net_spec import dump
 from vision.family import MODELS as MODELS
-from vision.model import RevCol
+from vision.models.architecture import RevCol
 from vision.pretrained import LoadableRevCol, checkpoint_filter_fn
 from vision.pretrained import fit_positions as fit_positions
 

@@ -24,7 +24,7 @@ from revnets import keep_budget
 from revnets.config.errors import problem
 from revnets.config.loader import Strict
 from vision.decoders import decoder
-from vision.model import RevCol, classifier, to_nchw
+from vision.models.architecture import RevCol, classifier, to_nchw
 
 Weights = Annotated[
     float | tuple[float, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)

@@ -11,7 +11,7 @@ from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from vision.model import RevCol
+from vision.models.architecture import RevCol
 from vision.supervision import Outputs, Supervised, SupervisionConfig, reconstruction_loss
 
 

@@ -1,0 +1,1 @@
+"""The RevCol architectures and their blocks."""
