@@ -15,9 +15,9 @@ from revnets.engine.cell import Gain
 from vision import budget, parts
 from vision.config import load_config
 from vision.data import load_data
+from vision.distributed.context import World
 from vision.engine import Engine
 from vision.order import Key
-from vision.world import World
 
 PLAIN = {
     "mixup": None, "ema": None, "clip_grad": None, "label_smoothing": 0.0, "grad_accum": 1,

@@ -18,12 +18,12 @@ from revnets import SpecError
 from vision import checkpoint
 from vision.config import load_config
 from vision.data import TrainBatches, load_data, val_loader
+from vision.distributed.context import World
 from vision.errors import DataError
 from vision.order import Key
 from vision.readers import posterize, train_transform
 from vision.record import LOG, read_log
 from vision.seeds import seeded
-from vision.world import World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything of Hugging Face is imported: nothing is fetched here
 

@@ -16,9 +16,9 @@ from revnets.utils import atomic_files
 from tests.processes import processes
 from vision import engine
 from vision.config import load_config
+from vision.distributed.context import joined
 from vision.errors import EXPECTED
 from vision.train import Trainer
-from vision.world import joined
 
 MOMENTS = {
     "before an update": (engine.Engine, "update", "before"),

@@ -12,10 +12,10 @@ from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.memory.tracker import tensors
 from revnets.models.plan import PlanError
 from vision.config import TrainConfig
+from vision.distributed.context import World
 from vision.errors import first_line
 from vision.imageset import ImageData
 from vision.parts import DTYPES, build_optimizer, columns_of
-from vision.world import World
 
 
 def keep_budget(config: TrainConfig, model: nn.Module, data: ImageData, world: World) -> str | None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from revnets.utils.atomic_files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
+from vision.distributed.context import World
 from vision.errors import CheckpointError as CheckpointError
 from vision.errors import why_not_written
 from vision.shards import DIVISIBLE, STATE, Piece, copy_into, divided, gathered, read_shards, shard_name
 from vision.supervision import Supervised
-from vision.world import World
 
 FORMAT = 2
 """Version of the layout. A reader refuses those that it does not know."""

@@ -36,8 +36,8 @@ def train(
     """
     with reported():
         from vision.config import load_config
+        from vision.distributed.context import joined
         from vision.train import Trainer
-        from vision.world import joined
 
         settings = load_config(config, overrides or [])
         with joined(settings.device) as world:

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from revnets.config.errors import SpecError
 from vision.config import TrainConfig
 from vision.datasets import DigitsConfig, IdxConfig, ImagesConfig
+from vision.distributed.context import World
 from vision.imageset import ImageData
 from vision.order import EpochBatches, Share
 from vision.readers import load_images
 from vision.signals import leave_signals_to_parent
 from vision.small import load_digits, load_idx
 from vision.unreadable import Unreadable
-from vision.world import World
 
 
 def load_data(

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from vision import checkpoint, finetune, parts
 from vision.budget import keep_budget
 from vision.config import TrainConfig
+from vision.distributed.context import World
+from vision.distributed.parallel import distribute, plain, reshard
 from vision.evaluate import Metrics, evaluate
 from vision.imageset import ImageData
-from vision.parallel import distribute, plain, reshard
 from vision.seeds import seed_all
 from vision.shards import like, mapped
-from vision.world import World
 
 
 class Engine:

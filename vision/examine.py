@@ -18,12 +18,12 @@ from vision import checkpoint, convert, finetune, labels, parts, weights
 from vision.config import TrainConfig, load_config
 from vision.data import load_data, val_loader
 from vision.datasets import ImagesConfig
+from vision.distributed.context import World
+from vision.distributed.parallel import plain
 from vision.errors import CheckpointError
 from vision.evaluate import Metrics, evaluate
 from vision.figures import confusion_figure
 from vision.imageset import ImageData
-from vision.parallel import plain
-from vision.world import World
 
 
 @dataclass(frozen=True, slots=True)

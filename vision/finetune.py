@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from revnets.config.errors import nearest
 from revnets.models.net import Net
 from vision import checkpoint
+from vision.distributed.context import World
 from vision.errors import CheckpointError, first_line
 from vision.kernels import fit_kernels
 from vision.models.architecture import RevCol
@@ -21,7 +22,6 @@ from vision.official import MismatchError, check
 from vision.pretrained import checkpoint_filter_fn
 from vision.recipe import PretrainedConfig
 from vision.weights import read, tensors_in
-from vision.world import World
 
 
 def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], world: World | None = None) -> str:

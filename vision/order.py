@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from vision.world import World
+from vision.distributed.context import World
 
 
 class Key(NamedTuple):

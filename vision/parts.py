@@ -22,12 +22,12 @@ from revnets import ReversibleColumns, SpecError, build
 from revnets.config.errors import nearest
 from revnets.config.memory_budget import BudgetSpec
 from vision.config import TimmModel, TrainConfig
+from vision.distributed.context import World
 from vision.errors import first_line
 from vision.imageset import ImageData
 from vision.models.architecture import RevCol
 from vision.revcol import ARGUMENTS
 from vision.task import SupervisionTask
-from vision.world import World
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision.distributed.context import World
 from vision.errors import TrainingError
-from vision.world import World
 
 
 @dataclass

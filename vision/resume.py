@@ -9,8 +9,8 @@ from typing import Any
 from revnets import SpecError
 from vision import checkpoint
 from vision.config import TrainConfig
+from vision.distributed.context import World
 from vision.errors import CheckpointError
-from vision.world import World
 
 FIXED = ("seed", "data", "batch_size", "optimizer", "supervision", "pretrained")
 """Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.

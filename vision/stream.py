@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vision.distributed.context import World
 from vision.errors import DataError, first_line
 from vision.seeds import seeded
 from vision.unreadable import Unreadable
-from vision.world import World
 
 
 class Stream(IterableDataset[tuple[Tensor, int]]):

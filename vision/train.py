@@ -18,6 +18,7 @@ from vision import checkpoint, resume
 from vision.checkpoint import Checkpoints
 from vision.config import TrainConfig
 from vision.data import TrainBatches, load_data, val_loader
+from vision.distributed.context import World
 from vision.engine import Engine
 from vision.errors import TrainingError as TrainingError
 from vision.evaluate import Metrics
@@ -25,7 +26,6 @@ from vision.figures import training_figure
 from vision.progress import Clock, Losses, Outcome, Progress
 from vision.record import LOG, Display, Record, read_log
 from vision.signals import Stopped, StopSignals
-from vision.world import World
 
 CONFIG_HEAD = "# Written by `revnets train` whenever this run starts or goes on.\n"
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from revnets import ReversibleColumns
-from vision.world import World
+from vision.distributed.context import World
 
 
 def distribute(task: TrainingTask, how: str, world: World, device: torch.device) -> None:

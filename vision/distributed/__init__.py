@@ -1,0 +1,1 @@
+"""Processes of a run: ranks, collectives, DDP and FSDP2."""
