@@ -23,7 +23,7 @@ from vision.errors import DataError
 from vision.order import Key
 from vision.readers import posterize, train_transform
 from vision.record import LOG, read_log
-from vision.seeds import seeded
+from vision.utils.seeding import seeded
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything of Hugging Face is imported: nothing is fetched here
 

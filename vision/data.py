@@ -23,9 +23,9 @@ from vision.distributed.context import World
 from vision.imageset import ImageData
 from vision.order import EpochBatches, Share
 from vision.readers import load_images
-from vision.signals import leave_signals_to_parent
 from vision.small import load_digits, load_idx
 from vision.unreadable import Unreadable
+from vision.utils.signals import leave_signals_to_parent
 
 
 def load_data(

@@ -18,8 +18,8 @@ from vision.distributed.context import World
 from vision.distributed.parallel import distribute, plain, reshard
 from vision.evaluate import Metrics, evaluate
 from vision.imageset import ImageData
-from vision.seeds import seed_all
 from vision.shards import like, mapped
+from vision.utils.seeding import seed_all
 
 
 class Engine:

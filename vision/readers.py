@@ -20,9 +20,9 @@ from vision.distributed.context import World
 from vision.errors import DataError, first_line
 from vision.imageset import ImageData, class_names
 from vision.order import Key
-from vision.seeds import seeded
 from vision.stream import Stream
 from vision.unreadable import Unreadable
+from vision.utils.seeding import seeded
 
 RETRIES = 10
 """Unreadable images in a row that are skipped; more mean that something else is wrong."""

@@ -16,8 +16,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vision.distributed.context import World
 from vision.errors import DataError, first_line
-from vision.seeds import seeded
 from vision.unreadable import Unreadable
+from vision.utils.seeding import seeded
 
 
 class Stream(IterableDataset[tuple[Tensor, int]]):

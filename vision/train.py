@@ -25,7 +25,7 @@ from vision.evaluate import Metrics
 from vision.figures import training_figure
 from vision.progress import Clock, Losses, Outcome, Progress
 from vision.record import LOG, Display, Record, read_log
-from vision.signals import Stopped, StopSignals
+from vision.utils.signals import Stopped, StopSignals
 
 CONFIG_HEAD = "# Written by `revnets train` whenever this run starts or goes on.\n"
 

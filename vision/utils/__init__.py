@@ -1,0 +1,1 @@
+"""Small helpers of a run: seeds and signals."""
