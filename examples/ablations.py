@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from revnets.plotting.audit import save
-from vision.config import CONFIGS
+from vision.config.run import CONFIGS
 from vision.data import load_data
 from vision.errors import DataError
 from vision.figures import INK, style

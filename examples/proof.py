@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revnets import SpecError
 from revnets.utils.atomic_files import replacing
-from vision.config import CONFIGS, TrainConfig, load_config
+from vision.config.run import CONFIGS, TrainConfig, load_config
 from vision.data import TrainBatches
 from vision.errors import DataError, TrainingError
 from vision.imageset import ImageData

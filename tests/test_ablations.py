@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import revnets
 from revnets.config.errors import SpecError
-from vision.config import CONFIGS, load_config
+from vision.config.run import CONFIGS, load_config
 from vision.imageset import ImageData
 from vision.parts import build_model
 

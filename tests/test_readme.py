@@ -84,7 +84,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_page_on_training_names_every_key():
-    from vision.config import TrainConfig
+    from vision.config.run import TrainConfig
 
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", page))

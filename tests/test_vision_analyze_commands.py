@@ -16,7 +16,7 @@ from revnets import SpecError
 from vision import analyze
 from vision.analysis_figures import cka_figure, layercam_figure
 from vision.cka import Similarity, similarity
-from vision.config import load_config
+from vision.config.run import load_config
 from vision.layercam import layercam
 from vision.subject import load_subject
 from vision.train import Trainer

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from revnets import SpecError, load_spec
-from vision.config import CONFIGS, load_config
+from vision.config.run import CONFIGS, load_config
 
 NET = {
     "columns": 2,

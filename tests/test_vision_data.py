@@ -12,9 +12,9 @@ from torch.utils.data import default_collate
 from vision_runs import tiny
 
 from revnets import SpecError
-from vision.config import load_config
+from vision.config.data import DigitsConfig
+from vision.config.run import load_config
 from vision.data import TrainBatches, load_data, val_loader
-from vision.datasets import DigitsConfig
 from vision.order import EpochBatches, Key
 from vision.small import RandomAffine
 

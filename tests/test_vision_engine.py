@@ -13,7 +13,7 @@ from vision_runs import TINY, tiny
 from revnets import SpecError, plan
 from revnets.engine.cell import Gain
 from vision import budget, parts
-from vision.config import load_config
+from vision.config.run import load_config
 from vision.data import load_data
 from vision.distributed.context import World
 from vision.engine import Engine

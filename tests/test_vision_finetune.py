@@ -17,13 +17,13 @@ from vision_runs import tiny
 
 from revnets import SpecError
 from vision import checkpoint, finetune, parts
-from vision.config import CONFIGS, load_config
+from vision.config.optimization import PretrainedConfig
+from vision.config.run import CONFIGS, load_config
 from vision.convert import convert_file
 from vision.data import load_data
 from vision.engine import Engine
 from vision.errors import CheckpointError
 from vision.imageset import ImageData
-from vision.recipe import PretrainedConfig
 from vision.train import Trainer
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "finetune").glob("*.yaml"))

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from vision_official import TEST
 from vision_runs import tiny
 
-from vision.config import load_config
+from vision.config.run import load_config
 from vision.data import load_data
 from vision.engine import Engine
 from vision.errors import CheckpointError

@@ -18,7 +18,7 @@ from vision_official import TEST
 
 from revnets import SpecError
 from vision import cli
-from vision.config import load_config
+from vision.config.run import load_config
 from vision.convert import convert_file
 from vision.data import load_data
 from vision.errors import CheckpointError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from revnets import SpecError
-from vision.config import load_config
+from vision.config.run import load_config
 from vision.data import TrainBatches, load_data, val_loader
 
 

@@ -16,7 +16,7 @@ from vision_runs import assert_same
 
 from revnets import SpecError
 from vision import checkpoint
-from vision.config import load_config
+from vision.config.run import load_config
 from vision.data import TrainBatches, load_data, val_loader
 from vision.distributed.context import World
 from vision.errors import DataError

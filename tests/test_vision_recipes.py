@@ -7,8 +7,8 @@ import torch
 
 from revnets import SpecError
 from vision import parts
-from vision.config import CONFIGS, load_config
-from vision.datasets import ImagesConfig
+from vision.config.data import ImagesConfig
+from vision.config.run import CONFIGS, load_config
 from vision.imageset import ImageData
 
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -19,7 +19,7 @@ from vision_runs import assert_same, assert_same_run, tiny
 from revnets import SpecError
 from vision import checkpoint
 from vision.checkpoint import CheckpointError
-from vision.config import load_config
+from vision.config.run import load_config
 from vision.record import LOG, Record, read_log
 from vision.train import Trainer, TrainingError
 

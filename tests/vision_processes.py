@@ -15,7 +15,7 @@ from rich.console import Console
 from revnets.utils import atomic_files
 from tests.processes import processes
 from vision import engine
-from vision.config import load_config
+from vision.config.run import load_config
 from vision.distributed.context import joined
 from vision.errors import EXPECTED
 from vision.train import Trainer

@@ -11,7 +11,7 @@ from revnets import SpecError, plan
 from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.memory.tracker import tensors
 from revnets.models.plan import PlanError
-from vision.config import TrainConfig
+from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import first_line
 from vision.imageset import ImageData

@@ -35,7 +35,7 @@ def train(
     Several processes: torchrun --no-python --nproc-per-node 8 revnets train CONFIG.
     """
     with reported():
-        from vision.config import load_config
+        from vision.config.run import load_config
         from vision.distributed.context import joined
         from vision.train import Trainer
 

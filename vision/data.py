@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from revnets.config.errors import SpecError
-from vision.config import TrainConfig
-from vision.datasets import DigitsConfig, IdxConfig, ImagesConfig
+from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
+from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.imageset import ImageData
 from vision.order import EpochBatches, Share

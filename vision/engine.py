@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vision import checkpoint, finetune, parts
 from vision.budget import keep_budget
-from vision.config import TrainConfig
+from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.distributed.parallel import distribute, plain, reshard
 from vision.evaluate import Metrics, evaluate

@@ -15,9 +15,9 @@ from torch import Tensor
 from revnets import SpecError
 from revnets.plotting.audit import FORMATS, save
 from vision import checkpoint, convert, finetune, labels, parts, weights
-from vision.config import TrainConfig, load_config
+from vision.config.data import ImagesConfig
+from vision.config.run import TrainConfig, load_config
 from vision.data import load_data, val_loader
-from vision.datasets import ImagesConfig
 from vision.distributed.context import World
 from vision.distributed.parallel import plain
 from vision.errors import CheckpointError

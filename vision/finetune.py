@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from revnets.config.errors import nearest
 from revnets.models.net import Net
 from vision import checkpoint
+from vision.config.optimization import PretrainedConfig
 from vision.distributed.context import World
 from vision.errors import CheckpointError, first_line
 from vision.kernels import fit_kernels
 from vision.models.architecture import RevCol
 from vision.official import MismatchError, check
 from vision.pretrained import checkpoint_filter_fn
-from vision.recipe import PretrainedConfig
 from vision.weights import read, tensors_in
 
 

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from revnets import ReversibleColumns, SpecError, build
 from revnets.config.errors import nearest
 from revnets.config.memory_budget import BudgetSpec
-from vision.config import TimmModel, TrainConfig
+from vision.config.run import TimmModel, TrainConfig
 from vision.distributed.context import World
 from vision.errors import first_line
 from vision.imageset import ImageData

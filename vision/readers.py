@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from revnets.config.errors import SpecError
-from vision.datasets import ImagesConfig
+from vision.config.data import ImagesConfig
 from vision.distributed.context import World
 from vision.errors import DataError, first_line
 from vision.imageset import ImageData, class_names

@@ -8,7 +8,7 @@ from typing import Any
 
 from revnets import SpecError
 from vision import checkpoint
-from vision.config import TrainConfig
+from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import CheckpointError
 

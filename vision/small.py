@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from revnets.config.errors import SpecError
-from vision.datasets import DigitsConfig, IdxConfig, SmallImagesConfig
+from vision.config.data import DigitsConfig, IdxConfig, SmallImagesConfig
 from vision.errors import first_line
 from vision.imageset import ImageData
 from vision.order import Key

@@ -16,9 +16,9 @@ from torch.utils.data import Subset
 from revnets import ReversibleColumns, SpecError
 from revnets.config.errors import nearest
 from vision import checkpoint, parts
-from vision.config import CONFIGS, TrainConfig, load_config
+from vision.config.data import ImagesConfig
+from vision.config.run import CONFIGS, TrainConfig, load_config
 from vision.data import load_data, val_loader
-from vision.datasets import ImagesConfig
 from vision.errors import CheckpointError, first_line
 from vision.imageset import ImageData
 from vision.readers import val_transform

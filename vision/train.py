@@ -16,7 +16,7 @@ from revnets.plotting.audit import save
 from revnets.utils.atomic_files import replacing
 from vision import checkpoint, resume
 from vision.checkpoint import Checkpoints
-from vision.config import TrainConfig
+from vision.config.run import TrainConfig
 from vision.data import TrainBatches, load_data, val_loader
 from vision.distributed.context import World
 from vision.engine import Engine

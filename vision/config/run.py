@@ -14,8 +14,8 @@ from revnets.config.errors import SpecError, nearest, problem, what
 from revnets.config.loader import Source, Strict, load
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from revnets.engine.columns import memory_modes
-from vision.datasets import DataConfig, DigitsConfig, ImagesConfig
-from vision.recipe import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
+from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
+from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
 from vision.supervision import SupervisionConfig
 
 CONFIGS = Path(__file__).parent / "configs"
