@@ -40,7 +40,7 @@ from rich.table import Table
 
 from revnets.plotting.audit import save
 from vision.config.run import CONFIGS
-from vision.data import load_data
+from vision.data.loading import load_data
 from vision.errors import DataError
 from vision.figures import INK, style
 

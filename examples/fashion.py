@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from revnets.plotting.audit import save
-from vision.data import load_data
+from vision.data.loading import load_data
 from vision.figures import INK, style
 
 OUTPUT = Path(os.path.relpath(REPO / "runs" / "fashion"))

@@ -29,13 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from revnets import SpecError
 from revnets.utils.atomic_files import replacing
 from vision.config.run import CONFIGS, TrainConfig, load_config
-from vision.data import TrainBatches
+from vision.data.dataset import ImageData
+from vision.data.in_memory import IDX
+from vision.data.loading import TrainBatches
 from vision.errors import DataError, TrainingError
-from vision.imageset import ImageData
 from vision.models.architecture import RevCol
 from vision.parts import build_model
 from vision.record import LOG, read_log
-from vision.small import IDX
 from vision.supervision import Supervised
 
 REPO = Path(__file__).resolve().parents[1]

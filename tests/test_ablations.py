@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import revnets
 from revnets.config.errors import SpecError
 from vision.config.run import CONFIGS, load_config
-from vision.imageset import ImageData
+from vision.data.dataset import ImageData
 from vision.parts import build_model
 
 FOLDER = CONFIGS / "ablations"

@@ -13,8 +13,8 @@ import pytest
 import timm
 from proofs import QUICK, make_files, rows, said, script, started
 
+from vision.data.dataset import ImageData
 from vision.errors import DataError
-from vision.imageset import ImageData
 from vision.models.architecture import RevCol
 from vision.supervision import SupervisionConfig
 from vision.task import SupervisionTask

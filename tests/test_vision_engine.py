@@ -14,10 +14,10 @@ from revnets import SpecError, plan
 from revnets.engine.cell import Gain
 from vision import budget, parts
 from vision.config.run import load_config
-from vision.data import load_data
+from vision.data.loading import load_data
+from vision.data.samplers import Key
 from vision.distributed.context import World
 from vision.engine import Engine
-from vision.order import Key
 
 PLAIN = {
     "mixup": None, "ema": None, "clip_grad": None, "label_smoothing": 0.0, "grad_accum": 1,

@@ -20,10 +20,10 @@ from vision import checkpoint, finetune, parts
 from vision.config.optimization import PretrainedConfig
 from vision.config.run import CONFIGS, load_config
 from vision.convert import convert_file
-from vision.data import load_data
+from vision.data.dataset import ImageData
+from vision.data.loading import load_data
 from vision.engine import Engine
 from vision.errors import CheckpointError
-from vision.imageset import ImageData
 from vision.train import Trainer
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "finetune").glob("*.yaml"))

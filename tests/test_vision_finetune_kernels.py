@@ -13,7 +13,7 @@ from vision_official import TEST
 from vision_runs import tiny
 
 from vision.config.run import load_config
-from vision.data import load_data
+from vision.data.loading import load_data
 from vision.engine import Engine
 from vision.errors import CheckpointError
 from vision.kernels import STD, padded

@@ -20,10 +20,10 @@ from revnets import SpecError
 from vision import cli
 from vision.config.run import load_config
 from vision.convert import convert_file
-from vision.data import load_data
+from vision.data.class_subsets import imagenet_classes, subset
+from vision.data.loading import load_data
 from vision.errors import CheckpointError
 from vision.examine import evaluate_checkpoint
-from vision.labels import imagenet_classes, subset
 from vision.train import Trainer
 
 TENCH, CHIHUAHUA, TEDDY = "n01440764", "n02085620", "n04399382"  # the last is missing in ImageNet-22K

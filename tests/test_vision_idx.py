@@ -10,7 +10,7 @@ import torch
 
 from revnets import SpecError
 from vision.config.run import load_config
-from vision.data import TrainBatches, load_data, val_loader
+from vision.data.loading import TrainBatches, load_data, val_loader
 
 
 def open_data(run):

@@ -17,11 +17,11 @@ from vision_runs import assert_same
 from revnets import SpecError
 from vision import checkpoint
 from vision.config.run import load_config
-from vision.data import TrainBatches, load_data, val_loader
+from vision.data.loading import TrainBatches, load_data, val_loader
+from vision.data.samplers import Key
+from vision.data.timm_readers import posterize, train_transform
 from vision.distributed.context import World
 from vision.errors import DataError
-from vision.order import Key
-from vision.readers import posterize, train_transform
 from vision.record import LOG, read_log
 from vision.utils.seeding import seeded
 

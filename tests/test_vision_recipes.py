@@ -9,7 +9,7 @@ from revnets import SpecError
 from vision import parts
 from vision.config.data import ImagesConfig
 from vision.config.run import CONFIGS, load_config
-from vision.imageset import ImageData
+from vision.data.dataset import ImageData
 
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 

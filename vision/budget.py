@@ -12,9 +12,9 @@ from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.memory.tracker import tensors
 from revnets.models.plan import PlanError
 from vision.config.run import TrainConfig
+from vision.data.dataset import ImageData
 from vision.distributed.context import World
 from vision.errors import first_line
-from vision.imageset import ImageData
 from vision.parts import DTYPES, build_optimizer, columns_of
 
 

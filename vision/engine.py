@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from vision import checkpoint, finetune, parts
 from vision.budget import keep_budget
 from vision.config.run import TrainConfig
+from vision.data.dataset import ImageData
 from vision.distributed.context import World
 from vision.distributed.parallel import distribute, plain, reshard
 from vision.evaluate import Metrics, evaluate
-from vision.imageset import ImageData
 from vision.shards import like, mapped
 from vision.utils.seeding import seed_all
 

@@ -51,7 +51,8 @@ def evaluate(
         loader: images and class numbers; images of class -1 do not count.
         tick: called after every batch; whatever it raises ends the evaluation.
         distributed: every process has its share of the set, and all get the metrics of the whole.
-        subset: from the model's scores to those of the `num_classes` classes of the data (`vision.labels.Subset`).
+        subset: maps the scores of the model to the `num_classes` classes of the data
+            (`vision.data.class_subsets.Subset`).
     """
     stops = model.stops if isinstance(model, Supervised) else [Stop(0, 0.0, 1.0)]
     evaluator = HeadsEvaluator(stops, device=device)

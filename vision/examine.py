@@ -14,16 +14,17 @@ from torch import Tensor
 
 from revnets import SpecError
 from revnets.plotting.audit import FORMATS, save
-from vision import checkpoint, convert, finetune, labels, parts, weights
+from vision import checkpoint, convert, finetune, parts, weights
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
-from vision.data import load_data, val_loader
+from vision.data import class_subsets
+from vision.data.dataset import ImageData
+from vision.data.loading import load_data, val_loader
 from vision.distributed.context import World
 from vision.distributed.parallel import plain
 from vision.errors import CheckpointError
 from vision.evaluate import Metrics, evaluate
 from vision.figures import confusion_figure
-from vision.imageset import ImageData
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def evaluate_checkpoint(
         overrides: of the run's configuration, such as `batch_size=256`.
         png: where to draw the confusion of the weights that count, the averaged ones if there are any.
         recipe: a YAML of a run, or the name of a recipe, with the model and the data of the weights.
-        by_name: the classes of the data are some of the model's, and are matched by name (`vision.labels`).
+        by_name: the classes of the data are some of the model's, and are matched by name (`vision.data.class_subsets`).
 
     Raises:
         vision.checkpoint.CheckpointError: there is no such checkpoint, or it cannot be used.
@@ -138,7 +139,7 @@ def _without_count(config: TrainConfig) -> TrainConfig:
 
 def _known(
     given: Candidate, data: ImageData, by_name: bool, console: Console
-) -> tuple[labels.Subset | None, ImageData]:
+) -> tuple[class_subsets.Subset | None, ImageData]:
     """How scores become those of the classes of the data, and the data as if they had all classes of the model."""
     count = len(given.classes) if given.classes else weights.classes_in(given.sets["raw"][0])
     if not by_name:
@@ -151,8 +152,8 @@ def _known(
             text = f"data.num_classes is {len(data.classes)}, but the data name {named} classes, here the first ones."
             console.print(f"{text} To match them by name, add --subset", style="yellow", soft_wrap=True)
         return None, data
-    known = given.classes or labels.imagenet_classes(count)
-    chosen = labels.subset(known, data.classes)
+    known = given.classes or class_subsets.imagenet_classes(count)
+    chosen = class_subsets.subset(known, data.classes)
     text = f"{len(data.classes) - len(chosen.unknown)} of {len(known)} classes"
     if chosen.unknown:
         names = ", ".join(chosen.unknown[:3]) + ", ..." * (len(chosen.unknown) > 3)

@@ -22,9 +22,9 @@ from revnets import ReversibleColumns, SpecError, build
 from revnets.config.errors import nearest
 from revnets.config.memory_budget import BudgetSpec
 from vision.config.run import TimmModel, TrainConfig
+from vision.data.dataset import ImageData
 from vision.distributed.context import World
 from vision.errors import first_line
-from vision.imageset import ImageData
 from vision.models.architecture import RevCol
 from vision.revcol import ARGUMENTS
 from vision.task import SupervisionTask

@@ -18,10 +18,10 @@ from revnets.config.errors import nearest
 from vision import checkpoint, parts
 from vision.config.data import ImagesConfig
 from vision.config.run import CONFIGS, TrainConfig, load_config
-from vision.data import load_data, val_loader
+from vision.data.dataset import ImageData
+from vision.data.loading import load_data, val_loader
+from vision.data.timm_readers import val_transform
 from vision.errors import CheckpointError, first_line
-from vision.imageset import ImageData
-from vision.readers import val_transform
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from revnets.utils.atomic_files import replacing
 from vision import checkpoint, resume
 from vision.checkpoint import Checkpoints
 from vision.config.run import TrainConfig
-from vision.data import TrainBatches, load_data, val_loader
+from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.distributed.context import World
 from vision.engine import Engine
 from vision.errors import TrainingError as TrainingError

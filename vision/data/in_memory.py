@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 
 from revnets.config.errors import SpecError
 from vision.config.data import DigitsConfig, IdxConfig, SmallImagesConfig
+from vision.data.dataset import ImageData
+from vision.data.samplers import Key
 from vision.errors import first_line
-from vision.imageset import ImageData
-from vision.order import Key
 
 IDX = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 from revnets.config.errors import SpecError
 from vision.config.data import ImagesConfig
+from vision.data.dataset import ImageData, class_names
+from vision.data.samplers import Key
+from vision.data.streaming import Stream
 from vision.distributed.context import World
 from vision.errors import DataError, first_line
-from vision.imageset import ImageData, class_names
-from vision.order import Key
-from vision.stream import Stream
 from vision.unreadable import Unreadable
 from vision.utils.seeding import seeded
 

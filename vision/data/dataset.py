@@ -13,7 +13,7 @@ class ImageData:
     """A training set, a validation set, and what both are made of.
 
     Both are data sets as torch's loaders take them, and know their length. The training set is asked by
-    `vision.order.Key` and the validation set by number, or both are streams.
+    `vision.data.samplers.Key` and the validation set by number, or both are streams.
     """
 
     train: Any

@@ -2,7 +2,7 @@
 
 A sample of the training set is asked for by its key (epoch, index), and draws its augmentation from generators that
 are seeded with (seed, epoch, index). So neither the number of workers, nor the number of processes, nor where a run
-was interrupted makes a difference to any image. (Streams, which have no index, are told about in `vision.stream`.)
+was interrupted makes a difference to any image. (Streams have no index: see `vision.data.streaming`.)
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from revnets.config.errors import SpecError
 from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
 from vision.config.run import TrainConfig
+from vision.data.dataset import ImageData
+from vision.data.in_memory import load_digits, load_idx
+from vision.data.samplers import EpochBatches, Share
+from vision.data.timm_readers import load_images
 from vision.distributed.context import World
-from vision.imageset import ImageData
-from vision.order import EpochBatches, Share
-from vision.readers import load_images
-from vision.small import load_digits, load_idx
 from vision.unreadable import Unreadable
 from vision.utils.signals import leave_signals_to_parent
 

@@ -1,0 +1,1 @@
+"""Image data: readers, samplers, transforms and loaders."""
