@@ -36,7 +36,7 @@ from vision.errors import DataError, TrainingError
 from vision.models.architecture import RevCol
 from vision.parts import build_model
 from vision.record import LOG, read_log
-from vision.supervision import Supervised
+from vision.supervision.supervised import Supervised
 
 REPO = Path(__file__).resolve().parents[1]
 ROOT = Path("/usr/share/datasets/fashion-mnist")

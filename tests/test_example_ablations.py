@@ -10,7 +10,7 @@ from proofs import QUICK, make_files, rows, said, script, started
 
 from vision.data.dataset import ImageData
 from vision.errors import DataError
-from vision.supervision import SupervisionConfig
+from vision.supervision.supervised import SupervisionConfig
 
 DATA = ImageData(None, None, tuple("0123456789"), (1, 32, 32), (0.3,), (0.3,))
 

@@ -16,8 +16,8 @@ from proofs import QUICK, make_files, rows, said, script, started
 from vision.data.dataset import ImageData
 from vision.errors import DataError
 from vision.models.architecture import RevCol
-from vision.supervision import SupervisionConfig
-from vision.task import SupervisionTask
+from vision.supervision.supervised import SupervisionConfig
+from vision.supervision.task import SupervisionTask
 
 ARGUMENTS = ("--seeds", 1, "epochs=4", *QUICK)
 

@@ -19,7 +19,7 @@ from vision.errors import CheckpointError
 from vision.family import family, recognise, shape_in, spec_of
 from vision.models.architecture import RevCol
 from vision.official import MismatchError, names_of, to_ours
-from vision.supervision import Supervised, SupervisionConfig
+from vision.supervision.supervised import Supervised, SupervisionConfig
 from vision.weights import Weights, read, select
 
 SIZES = {

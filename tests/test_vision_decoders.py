@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from vision_tasks import batch, create_task
 
-from vision.decoders import SingleDecoder, StagedDecoder
-from vision.supervision import Supervised, SupervisionConfig, reconstruction_loss
+from vision.supervision.decoders import SingleDecoder, StagedDecoder
+from vision.supervision.supervised import Supervised, SupervisionConfig, reconstruction_loss
 
 
 def test_staged_decoder() -> None:

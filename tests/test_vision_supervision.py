@@ -13,7 +13,7 @@ from timm.models import group_parameters
 from torch.testing import assert_close
 from vision_tasks import CLASSES, batch, create_task
 
-from vision.supervision import HeadsEvaluator, Supervised, SupervisionConfig
+from vision.supervision.supervised import HeadsEvaluator, Supervised, SupervisionConfig
 
 # ------------------------------------------------------------------------------------------------- where heads stand
 

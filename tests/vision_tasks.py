@@ -6,8 +6,8 @@ import timm
 import torch
 from torch import Tensor
 
-from vision.supervision import SupervisionConfig
-from vision.task import SupervisionTask
+from vision.supervision.supervised import SupervisionConfig
+from vision.supervision.task import SupervisionTask
 
 CLASSES = 5
 

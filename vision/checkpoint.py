@@ -18,7 +18,7 @@ from vision.distributed.context import World
 from vision.errors import CheckpointError as CheckpointError
 from vision.errors import why_not_written
 from vision.shards import DIVISIBLE, STATE, Piece, copy_into, divided, gathered, read_shards, shard_name
-from vision.supervision import Supervised
+from vision.supervision.supervised import Supervised
 
 FORMAT = 2
 """Version of the layout. A reader refuses those that it does not know."""

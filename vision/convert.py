@@ -32,7 +32,7 @@ from vision.official import (
     to_official,
     to_ours,
 )
-from vision.supervision import Supervised, SupervisionConfig
+from vision.supervision.supervised import Supervised, SupervisionConfig
 from vision.weights import Weights, channels_in, classes_in, read, select
 
 LAYOUTS = ("classification", "detection", "segmentation")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vision.errors import CheckpointError
 from vision.models.architecture import RevCol
-from vision.supervision import Supervised
+from vision.supervision.supervised import Supervised
 
 Shape = tuple[int, ...]
 

@@ -27,7 +27,7 @@ from vision.distributed.context import World
 from vision.errors import first_line
 from vision.models.architecture import RevCol
 from vision.revcol import ARGUMENTS
-from vision.task import SupervisionTask
+from vision.supervision.task import SupervisionTask
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -16,7 +16,7 @@ from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from revnets.engine.columns import memory_modes
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
 from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
-from vision.supervision import SupervisionConfig
+from vision.supervision.supervised import SupervisionConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 """Recipes that come with the package: `revnets train digits` means `configs/digits.yaml`."""

@@ -12,7 +12,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from vision.models.architecture import RevCol
-from vision.supervision import Outputs, Supervised, SupervisionConfig, reconstruction_loss
+from vision.supervision.supervised import Outputs, Supervised, SupervisionConfig, reconstruction_loss
 
 
 class SupervisionTask(ClassificationTask):

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from revnets import keep_budget
 from revnets.config.errors import problem
 from revnets.config.loader import Strict
-from vision.decoders import decoder
 from vision.models.architecture import RevCol, classifier, to_nchw
+from vision.supervision.decoders import decoder
 
 Weights = Annotated[
     float | tuple[float, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)

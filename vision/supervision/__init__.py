@@ -1,0 +1,1 @@
+"""Intermediate supervision: heads and decoders on the columns, and its training task."""
