@@ -27,7 +27,7 @@ from revnets.analysis.audit import audit
 from revnets.analysis.audit_report import Audit, size
 from revnets.memory.tracker import kept_bytes
 from revnets.plotting.audit import MODE_COLOURS, save
-from vision.checkpoint import CheckpointError
+from vision.checkpoints.manager import CheckpointError
 from vision.config.run import TrainConfig, load_config
 from vision.figures import INK, draw_accuracy, draw_loss, style
 from vision.record import LOG, read_log

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from vision import checkpoint
-from vision.checkpoint import CheckpointError, Checkpoints
-from vision.reshard import reshard
+from vision.checkpoints import manager
+from vision.checkpoints.manager import CheckpointError, Checkpoints
+from vision.checkpoints.reshard import reshard
 
 
 def state(step: int, **changes):
-    empty = dict.fromkeys(checkpoint.KEYS)
-    return {**empty, "format": checkpoint.FORMAT, "progress": {"step": step}, "model": torch.randn(5), **changes}
+    empty = dict.fromkeys(manager.KEYS)
+    return {**empty, "format": manager.FORMAT, "progress": {"step": step}, "model": torch.randn(5), **changes}
 
 
 class Evil:
@@ -35,10 +35,10 @@ def test_the_last_ones_stay_and_the_best_outlives_them(tmp_path):
     states = [state(step) for step in (9, 10, 11, 100)]
     for index, item in enumerate(states):
         run.save(item, best=index == 1)
-    assert [checkpoint.step_of(path) for path in run.all()] == [11, 100]
+    assert [manager.step_of(path) for path in run.all()] == [11, 100]
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "step-0000011.pt", "step-0000100.pt"]
-    assert torch.equal(checkpoint.read(run.best)["model"], states[1]["model"])
-    assert torch.equal(checkpoint.read(run.all()[-1])["model"], states[3]["model"])
+    assert torch.equal(manager.read(run.best)["model"], states[1]["model"])
+    assert torch.equal(manager.read(run.all()[-1])["model"], states[3]["model"])
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.99, 0.9999])
@@ -46,14 +46,14 @@ def test_a_truncated_file(tmp_path, part):
     path = Checkpoints(tmp_path, keep=1).save(state(1, model=torch.randn(10_000)))
     os.truncate(path, int(path.stat().st_size * part))
     with pytest.raises(CheckpointError, match=r"step-0000001\.pt: damaged or cut short\. Use an older"):
-        checkpoint.read(path)
+        manager.read(path)
 
 
 def test_nothing_in_a_file_is_executed(tmp_path):
     trap = tmp_path / "trap"
     torch.save(state(1, config=Evil(trap)), tmp_path / "evil.pt")
     with pytest.raises(CheckpointError, match="more than plain data"):
-        checkpoint.read(tmp_path / "evil.pt")
+        manager.read(tmp_path / "evil.pt")
     assert not trap.exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert trap.exists()  # it would have been
@@ -64,9 +64,7 @@ def test_shards_that_are_missing_foreign_or_malicious(tmp_path):
 
     def shards(name: str) -> Path:
         reshard(step, tmp_path / name, 2)
-        assert torch.equal(
-            checkpoint.read(tmp_path / name)["model"]["weight"], checkpoint.read(step)["model"]["weight"]
-        )
+        assert torch.equal(manager.read(tmp_path / name)["model"]["weight"], manager.read(step)["model"]["weight"])
         return tmp_path / name
 
     (missing := shards("missing")).joinpath("shard-00001-of-00002.pt").unlink()
@@ -83,7 +81,7 @@ def test_shards_that_are_missing_foreign_or_malicious(tmp_path):
         (evil, r"more than plain data"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            checkpoint.read(path)
+            manager.read(path)
     assert not trap.exists()
 
 
@@ -98,7 +96,7 @@ def test_shards_that_are_missing_foreign_or_malicious(tmp_path):
 def test_files_of_other_kinds(tmp_path, content, words):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=words):
-        checkpoint.read(tmp_path / "x.pt")
+        manager.read(tmp_path / "x.pt")
 
 
 def test_paths_that_are_no_files(tmp_path):
@@ -106,7 +104,7 @@ def test_paths_that_are_no_files(tmp_path):
     cases = {"no such file": tmp_path / "no.pt", "folder": tmp_path, "not a checkpoint": tmp_path / "text.pt"}
     for words, path in cases.items():
         with pytest.raises(CheckpointError, match=words) as error:
-            checkpoint.read(path)
+            manager.read(path)
         assert "\n" not in str(error.value)
 
 
@@ -123,7 +121,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "step-0000001.pt"]
-    assert torch.equal(checkpoint.read(run.best)["model"], before["model"])
+    assert torch.equal(manager.read(run.best)["model"], before["model"])
 
 
 def test_a_file_left_by_a_killed_process_goes(tmp_path):
@@ -144,5 +142,5 @@ def test_weights_of_another_model_are_refused_untouched():
     cases["also has extra"].register_parameter("bias", nn.Parameter(torch.zeros(5)))
     for words, other in cases.items():
         with pytest.raises(CheckpointError, match=words):
-            checkpoint.load_weights(model, other.state_dict(), Path("x.pt"))
+            manager.load_weights(model, other.state_dict(), Path("x.pt"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -16,7 +16,8 @@ from vision_official import TEST, Net
 from vision_runs import tiny
 
 from revnets import SpecError
-from vision import checkpoint, finetune, parts
+from vision import finetune, parts
+from vision.checkpoints import manager
 from vision.config.optimization import PretrainedConfig
 from vision.config.run import CONFIGS, load_config
 from vision.convert import convert_file
@@ -257,7 +258,7 @@ def engine(source, **changes) -> Engine:
 def test_a_run_begins_with_another(first):
     """With its folder or its file, its weights or their average; averages begin there too, and heads are fresh."""
     best = first / "checkpoints" / "best.pt"
-    saved = checkpoint.read(best)
+    saved = manager.read(best)
     assert saved["classes"] == [str(digit) for digit in range(10)]
     for source, weights, key in ((first, "ema", "ema"), (best, "raw", "model")):
         mine = engine(source, pretrained={"weights": weights}, supervision={"heads": 2})
@@ -280,7 +281,7 @@ def load_renamed():
 def test_nets_of_the_engine_begin_with_nets(tmp_path):
     saved = Trainer(load_config(tiny(tmp_path / "run", epochs=1))).fit().last
     mine = engine(saved, model=tiny(Path("x"))["model"])
-    assert_close(dict(mine.model.state_dict()), dict(checkpoint.read(saved)["model"]), rtol=0, atol=0)
+    assert_close(dict(mine.model.state_dict()), dict(manager.read(saved)["model"]), rtol=0, atol=0)
     fresh = Engine(load_config(tiny(Path("x"))), load_renamed(), 5)
     new = engine(saved, model=tiny(Path("x"))["model"], pretrained={"head": "new"})
     assert_close(new.model.head.fc.weight, fresh.model.head.fc.weight * 1e-3)

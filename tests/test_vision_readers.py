@@ -15,7 +15,7 @@ from vision_processes import process, said, together
 from vision_runs import assert_same
 
 from revnets import SpecError
-from vision import checkpoint
+from vision.checkpoints import manager
 from vision.config.run import load_config
 from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.data.samplers import Key
@@ -299,6 +299,6 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, root, name, workers, size
     assert together(runs[1], "before an update", update, size=size)[0] == -signal.SIGKILL
     assert set(together(runs[1], size=size)) == {0}, said(runs[1])
     last = f"step-{12 // size:07d}.pt"
-    states = [checkpoint.read(tmp_path / output / "checkpoints" / last) for output in ("whole", "killed")]
+    states = [manager.read(tmp_path / output / "checkpoints" / last) for output in ("whole", "killed")]
     for part in ("model", "ema", "heads", "optimizer", "progress"):
         assert_same(states[1][part], states[0][part], part)

@@ -17,8 +17,8 @@ from vision_processes import process, said
 from vision_runs import assert_same, assert_same_run, tiny
 
 from revnets import SpecError
-from vision import checkpoint
-from vision.checkpoint import CheckpointError
+from vision.checkpoints import manager
+from vision.checkpoints.manager import CheckpointError
 from vision.config.run import load_config
 from vision.record import LOG, Record, read_log
 from vision.train import Trainer, TrainingError
@@ -60,7 +60,7 @@ def test_killed_again_and_again(tmp_path, whole):
         codes.append(process(config, "before an update", 4))
         assert len(codes) < 10
     assert codes[:-1] == [-signal.SIGKILL] * 3  # 3 updates and their checkpoints at a time
-    ours, theirs = (checkpoint.read(folder / "checkpoints" / "step-0000010.pt") for folder in (tmp_path / "run", whole))
+    ours, theirs = (manager.read(folder / "checkpoints" / "step-0000010.pt") for folder in (tmp_path / "run", whole))
     assert_same(ours["model"], theirs["model"], "model")
 
 
@@ -69,7 +69,7 @@ def test_killed_again_and_again(tmp_path, whole):
 def test_stopped_by_a_signal(tmp_path, whole, number, moment, count, step):
     output = tmp_path / "run"
     assert process(tiny(output, save_every=None, keep=3), moment, count, number) == 128 + number
-    assert checkpoint.step_of(checkpoint.Checkpoints(output / "checkpoints", 3).all()[-1]) == step
+    assert manager.step_of(manager.Checkpoints(output / "checkpoints", 3).all()[-1]) == step
     text = said({"output": output})
     assert f"Stopped by {signal.Signals(number).name} in epoch" in text
     command = text.splitlines()[-1].removeprefix("Go on with: revnets train ")
@@ -168,7 +168,7 @@ def test_progress_bar_is_live_on_a_terminal_only(tmp_path):
 
 def test_memory_mode_changes_no_bit(tmp_path):
     runs = [trainer(tmp_path / mode, memory=mode, epochs=1) for mode in ("store", "recompute", "exact")]
-    finals = [checkpoint.read(run.fit().last)["model"] for run in runs]
+    finals = [manager.read(run.fit().last)["model"] for run in runs]
     assert_same(finals[1], finals[0], "recompute")
     assert_same(finals[2], finals[0], "exact")
 
@@ -176,11 +176,11 @@ def test_memory_mode_changes_no_bit(tmp_path):
 def test_float16_run_resumes_with_its_loss_scale(tmp_path):
     config = tiny(tmp_path / "run", amp="float16", keep=9)
     assert process(config) == 0
-    expected = checkpoint.read(tmp_path / "run" / "checkpoints" / "step-0000010.pt")
+    expected = manager.read(tmp_path / "run" / "checkpoints" / "step-0000010.pt")
     assert expected["scaler"]["_growth_tracker"] == 10
     path = tmp_path / "run" / "checkpoints" / "step-0000004.pt"
     assert process({**config, "output": str(tmp_path / "branch"), "resume": str(path)}) == 0
-    resumed = checkpoint.read(tmp_path / "branch" / "checkpoints" / "step-0000010.pt")
+    resumed = manager.read(tmp_path / "branch" / "checkpoints" / "step-0000010.pt")
     assert_same(resumed["model"], expected["model"], "model")
     assert_same(resumed["scaler"], expected["scaler"], "scaler")
 
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     run.engine.update = update
     with pytest.raises(TrainingError, match=r"loss is nan in epoch 1, step 4\. .*step-0000003\.pt.*optimizer\.lr"):
         run.fit()
-    state = checkpoint.read(tmp_path / "checkpoints" / "step-0000003.pt")
+    state = manager.read(tmp_path / "checkpoints" / "step-0000003.pt")
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     assert not (tmp_path / "checkpoints" / "step-0000004.pt").exists()
     assert trainer(tmp_path, epochs=1).fit().last.name == "step-0000005.pt"

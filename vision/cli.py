@@ -81,7 +81,7 @@ def reshard(
 ) -> None:
     """Rewrite a checkpoint of `checkpoint: sharded` as one file, or one file as shards."""
     with reported():
-        from vision import reshard as resharding
+        from vision.checkpoints import reshard as resharding
 
         resharding.reshard(source, target, shards)
     typer.echo(f"wrote {target}")

@@ -11,14 +11,15 @@ import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
-from vision import checkpoint, finetune, parts
+from vision import finetune, parts
 from vision.budget import keep_budget
+from vision.checkpoints import manager
+from vision.checkpoints.sharding import like, mapped
 from vision.config.run import TrainConfig
 from vision.data.dataset import ImageData
 from vision.distributed.context import World
 from vision.distributed.parallel import distribute, plain, reshard
 from vision.evaluate import Metrics, evaluate
-from vision.shards import like, mapped
 from vision.utils.seeding import seed_all
 
 
@@ -147,15 +148,15 @@ class Engine:
             path: where it comes from, for messages.
 
         Raises:
-            vision.checkpoint.CheckpointError: it is the state of another model.
+            vision.checkpoints.manager.CheckpointError: it is the state of another model.
         """
-        checkpoint.load_weights(self.model, state["model"], path)
-        checkpoint.load_heads(plain(self.task.get_trainable_module()), state["heads"], path)
+        manager.load_weights(self.model, state["model"], path)
+        manager.load_heads(plain(self.task.get_trainable_module()), state["heads"], path)
         if self.ema is not None:
             averaged = state["ema"] is not None
-            checkpoint.load_weights(self.ema, state["ema"] if averaged else state["model"], path)
+            manager.load_weights(self.ema, state["ema"] if averaged else state["model"], path)
             heads = state["heads_ema"] if averaged else state["heads"]
-            checkpoint.load_heads(plain(self.task.get_trainable_module(ema=True)), heads, path)
+            manager.load_heads(plain(self.task.get_trainable_module(ema=True)), heads, path)
         self.optimizer.load_state_dict(self._optimizer_state(state["optimizer"]))
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

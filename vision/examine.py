@@ -14,7 +14,8 @@ from torch import Tensor
 
 from revnets import SpecError
 from revnets.plotting.audit import FORMATS, save
-from vision import checkpoint, convert, finetune, parts, weights
+from vision import convert, finetune, parts, weights
+from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
 from vision.data import class_subsets
@@ -63,7 +64,7 @@ def evaluate_checkpoint(
         by_name: the classes of the data are some of the model's, and are matched by name (`vision.data.class_subsets`).
 
     Raises:
-        vision.checkpoint.CheckpointError: there is no such checkpoint, or it cannot be used.
+        vision.checkpoints.manager.CheckpointError: there is no such checkpoint, or it cannot be used.
         revnets.SpecError: an override is wrong, `png` has another suffix than those of pictures, or classes do not fit.
     """
     if png is not None and png.suffix.lower().removeprefix(".") not in FORMATS:
@@ -85,8 +86,8 @@ def evaluate_checkpoint(
     found = {}
     for name, (tensors, heads) in given.sets.items():
         fitting = tensors if given.is_run else finetune.fitted(tensors, model, str(given.path))
-        checkpoint.load_weights(model, fitting, given.path)
-        checkpoint.load_heads(module, heads, given.path)
+        manager.load_weights(model, fitting, given.path)
+        manager.load_heads(module, heads, given.path)
         bar = track(batches, name, console=console, transient=True, disable=not console.is_terminal)
         found[name] = metrics = evaluate(module, bar, len(data.classes), device, autocast, subset=chosen)
         for row in _rows(name, metrics):
@@ -107,11 +108,11 @@ def evaluate_checkpoint(
 
 
 def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
-    path = checkpoint.in_run(path)
+    path = manager.in_run(path)
     if path.suffix in convert.SUFFIXES and path.exists():
         remedy = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
         raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy)
-    state = checkpoint.read(path)
+    state = manager.read(path)
     sets = {
         name: (state[model], state[heads])
         for name, model, heads in (("raw", "model", "heads"), ("ema", "ema", "heads_ema"))

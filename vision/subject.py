@@ -15,7 +15,8 @@ from torch.utils.data import Subset
 
 from revnets import ReversibleColumns, SpecError
 from revnets.config.errors import nearest
-from vision import checkpoint, parts
+from vision import parts
+from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
 from vision.config.run import CONFIGS, TrainConfig, load_config
 from vision.data.dataset import ImageData
@@ -144,8 +145,8 @@ def load_subject(source: str, overrides: Sequence[str] = (), weights: str = "aut
     """
     path, state = Path(source), None
     if path.suffix.lower() not in (".yaml", ".yml") and path.exists():
-        path = checkpoint.in_run(path)
-        state = checkpoint.read(path)
+        path = manager.in_run(path)
+        state = manager.read(path)
         config = load_config(state["config"], overrides)
     elif timm.is_model(source):
         config = load_config({"model": {"timm": source}, "output": "."}, overrides)
@@ -162,7 +163,7 @@ def load_subject(source: str, overrides: Sequence[str] = (), weights: str = "aut
         key = {"raw": "model", "ema": "ema", "auto": "ema" if state["ema"] is not None else "model"}[weights]
         if state[key] is None:
             raise CheckpointError(path, "it holds no averaged weights", "Take those of the model: --weights raw")
-        checkpoint.load_weights(model, state[key], path)
+        manager.load_weights(model, state[key], path)
     columns = parts.columns_of(model)
     if columns is None:
         raise SpecError(source, "", "this model has no reversible columns", "Give one that has, such as revcol_tiny")

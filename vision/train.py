@@ -14,8 +14,8 @@ from rich.console import Console
 from revnets.config.errors import SpecError
 from revnets.plotting.audit import save
 from revnets.utils.atomic_files import replacing
-from vision import checkpoint, resume
-from vision.checkpoint import Checkpoints
+from vision.checkpoints import manager, resume
+from vision.checkpoints.manager import Checkpoints
 from vision.config.run import TrainConfig
 from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.distributed.context import World
@@ -155,8 +155,8 @@ class Trainer:
     def _save(self, best: bool = False) -> Path:
         self._checked_losses()  # what follows a loss that is not finite is no state to keep
         state = {
-            "format": checkpoint.FORMAT,
-            "versions": checkpoint.versions(),
+            "format": manager.FORMAT,
+            "versions": manager.versions(),
             "config": self.config.plain(),
             "world": self.world.size,
             "classes": list(self.data.classes),
@@ -170,7 +170,7 @@ class Trainer:
         path = self.resumed
         if path is None:
             return
-        state = checkpoint.read(path, self.world)
+        state = manager.read(path, self.world)
         resume.require_same_course(self.config, self.world.size, state, path)
         self.engine.load_state(state, path)
         progress: dict[str, Any] = dict(state["progress"])

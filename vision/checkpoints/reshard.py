@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from revnets.utils.atomic_files import replacing_folder
-from vision.checkpoint import read, save_file
+from vision.checkpoints.manager import read, save_file
+from vision.checkpoints.sharding import STATE, shard_name, split
 from vision.errors import CheckpointError, first_line
-from vision.shards import STATE, shard_name, split
 
 
 def reshard(source: Path, target: Path, count: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revnets import SpecError
-from vision import checkpoint
+from vision.checkpoints import manager
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import CheckpointError
@@ -39,8 +39,8 @@ def find(config: TrainConfig, world: World, there: list[Path], say: Callable[[st
         if there:
             raise SpecError(name, "output", f"{config.output} holds a run already ({there[-1].name})", remedy)
         return None
-    state = checkpoint.read(Path(resume), world)
-    if there and checkpoint.step_of(there[-1]) > state["progress"]["step"]:
+    state = manager.read(Path(resume), world)
+    if there and manager.step_of(there[-1]) > state["progress"]["step"]:
         raise SpecError(name, "output", f"{config.output} holds a later checkpoint, {there[-1].name}", remedy)
     return Path(resume)
 
@@ -49,7 +49,7 @@ def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path
     problems = []
     for path in reversed(there):
         try:
-            checkpoint.read(path, world)
+            manager.read(path, world)
         except CheckpointError as error:
             problems.append(error)
             continue

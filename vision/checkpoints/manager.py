@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from revnets.utils.atomic_files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
+from vision.checkpoints.sharding import DIVISIBLE, STATE, Piece, copy_into, divided, gathered, read_shards, shard_name
 from vision.distributed.context import World
 from vision.errors import CheckpointError as CheckpointError
 from vision.errors import why_not_written
-from vision.shards import DIVISIBLE, STATE, Piece, copy_into, divided, gathered, read_shards, shard_name
 from vision.supervision.supervised import Supervised
 
 FORMAT = 2

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: files, shards and resuming."""
