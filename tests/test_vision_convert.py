@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from vision_official import TEST, TEST_HUGE, Net
 
-from vision.convert import convert, convert_file, skeleton
 from vision.errors import CheckpointError
-from vision.family import family, recognise, shape_in, spec_of
 from vision.models.architecture import RevCol
-from vision.official import MismatchError, names_of, to_ours
 from vision.supervision.supervised import Supervised, SupervisionConfig
-from vision.weights import Weights, read, select
+from vision.weights.convert import convert, convert_file, skeleton
+from vision.weights.files import Weights, read, select
+from vision.weights.official_names import MismatchError, names_of, to_ours
+from vision.weights.recognition import family, recognise, shape_in, spec_of
 
 SIZES = {
     "revcol_tiny": Net(4, (64, 128, 256, 512), (2, 2, 4, 2)),

@@ -20,9 +20,9 @@ from vision_official import TEST
 
 from revnets import SpecError
 from vision import cli
-from vision.convert import convert_file
 from vision.errors import CheckpointError
-from vision.weights import read
+from vision.weights.convert import convert_file
+from vision.weights.files import read
 
 # ------------------------------------------------------------------------------------------------- nothing is executed
 

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from vision_official import TEST
 
 from revnets import SpecError
-from vision.convert import convert, convert_file, skeleton
 from vision.errors import CheckpointError
-from vision.family import spec_of
-from vision.official import MismatchError
-from vision.weights import select
+from vision.weights.convert import convert, convert_file, skeleton
+from vision.weights.files import select
+from vision.weights.official_names import MismatchError
+from vision.weights.recognition import spec_of
 
 
 def test_each_name_that_does_not_fit_is_listed(tmp_path, capsys) -> None:

@@ -16,16 +16,17 @@ from vision_official import TEST, Net
 from vision_runs import tiny
 
 from revnets import SpecError
-from vision import finetune, parts
+from vision import parts
 from vision.checkpoints import manager
 from vision.config.optimization import PretrainedConfig
 from vision.config.run import CONFIGS, load_config
-from vision.convert import convert_file
 from vision.data.dataset import ImageData
 from vision.data.loading import load_data
 from vision.engine import Engine
 from vision.errors import CheckpointError
 from vision.train import Trainer
+from vision.weights import finetune
+from vision.weights.convert import convert_file
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "finetune").glob("*.yaml"))
 

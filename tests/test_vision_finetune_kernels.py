@@ -16,9 +16,9 @@ from vision.config.run import load_config
 from vision.data.loading import load_data
 from vision.engine import Engine
 from vision.errors import CheckpointError
-from vision.kernels import STD, padded
-from vision.official import MismatchError
-from vision.weights import read
+from vision.weights.files import read
+from vision.weights.kernel_padding import STD, padded
+from vision.weights.official_names import MismatchError
 
 
 @pytest.mark.parametrize(("size", "target"), [(3, 7), (3, 13), (1, 3), (5, 5)])

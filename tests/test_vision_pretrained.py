@@ -12,9 +12,9 @@ import vision_official as official
 from torch.testing import assert_close
 from vision_official import TEST, Net
 
-from vision.convert import convert_file
-from vision.official import MismatchError
 from vision.revcol import HUGE, RELEASE
+from vision.weights.convert import convert_file
+from vision.weights.official_names import MismatchError
 
 
 @pytest.fixture(params=["supervised", "plain"])

@@ -123,7 +123,7 @@ def convert(
     revnets convert revcol_tiny_1k.pth revcol_tiny.safetensors
     """
     with reported():
-        from vision.convert import convert_file
+        from vision.weights.convert import convert_file
 
         convert_file(source, target, layout, model, weights, heads, allow or [])
 

@@ -11,7 +11,7 @@ import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
-from vision import finetune, parts
+from vision import parts
 from vision.budget import keep_budget
 from vision.checkpoints import manager
 from vision.checkpoints.sharding import like, mapped
@@ -21,6 +21,7 @@ from vision.distributed.context import World
 from vision.distributed.parallel import distribute, plain, reshard
 from vision.evaluate import Metrics, evaluate
 from vision.utils.seeding import seed_all
+from vision.weights import finetune
 
 
 class Engine:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from revnets import SpecError
 from revnets.plotting.audit import FORMATS, save
-from vision import convert, finetune, parts, weights
+from vision import parts
 from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
@@ -26,6 +26,7 @@ from vision.distributed.parallel import plain
 from vision.errors import CheckpointError
 from vision.evaluate import Metrics, evaluate
 from vision.figures import confusion_figure
+from vision.weights import convert, files, finetune
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,9 @@ def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
 def _of_weights(path: Path, recipe: str, overrides: Sequence[str]) -> Candidate:
     config = load_config(recipe, overrides).model_copy(update={"supervision": None})
     content, name = finetune.find(str(path), World())
-    sets = {"raw": weights.tensors_in(content, "raw", path)}
+    sets = {"raw": files.tensors_in(content, "raw", path)}
     with suppress(CheckpointError):  # it has no averaged ones
-        sets["ema"] = weights.tensors_in(content, "ema", path)
+        sets["ema"] = files.tensors_in(content, "ema", path)
     classes = finetune.classes_in(content)
     return Candidate(Path(name), config, {key: (tensors, {}) for key, tensors in sets.items()}, classes, is_run=False)
 
@@ -142,7 +143,7 @@ def _known(
     given: Candidate, data: ImageData, by_name: bool, console: Console
 ) -> tuple[class_subsets.Subset | None, ImageData]:
     """How scores become those of the classes of the data, and the data as if they had all classes of the model."""
-    count = len(given.classes) if given.classes else weights.classes_in(given.sets["raw"][0])
+    count = len(given.classes) if given.classes else files.classes_in(given.sets["raw"][0])
     if not by_name:
         if count and count != len(data.classes):
             problem = f"the weights are for {count} classes, the data have {len(data.classes)}"

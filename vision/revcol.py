@@ -10,10 +10,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from revnets import NetSpec, SpecError, load_spec
 from revnets.config.net_spec import dump
-from vision.family import MODELS as MODELS
 from vision.models.architecture import RevCol
-from vision.pretrained import LoadableRevCol, checkpoint_filter_fn
-from vision.pretrained import fit_positions as fit_positions
+from vision.weights.pretrained import LoadableRevCol, checkpoint_filter_fn
+from vision.weights.pretrained import fit_positions as fit_positions
+from vision.weights.recognition import MODELS as MODELS
 
 RELEASE = "https://github.com/megvii-research/RevCol/releases/download/checkpoint/"
 """Where the authors of the paper published their weights (Apache 2.0), all but the largest."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision.official import BACKBONE, official_name
+from vision.weights.official_names import BACKBONE, official_name
 
 STD = 1e-7
 """Standard deviation of the values around a trained kernel. The outputs stay what they were, the gradients do not."""

@@ -9,12 +9,12 @@ from typing import Any
 from timm.models import load_pretrained
 from torch import Tensor
 
-from vision.convert import names_in, ours_of, skeleton
-from vision.kernels import fit_kernels
 from vision.models.architecture import RevCol
 from vision.models.vit_blocks import resized
-from vision.official import HEADS, MismatchError, check
-from vision.weights import channels_in, classes_in, read, select
+from vision.weights.convert import names_in, ours_of, skeleton
+from vision.weights.files import channels_in, classes_in, read, select
+from vision.weights.kernel_padding import fit_kernels
+from vision.weights.official_names import HEADS, MismatchError, check
 
 _logger = logging.getLogger(__name__)
 

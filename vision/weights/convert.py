@@ -18,9 +18,10 @@ from torch import Tensor
 from revnets import NetSpec, SpecError
 from revnets.utils.atomic_files import replacing
 from vision.errors import CheckpointError, why_not_written
-from vision.family import family, recognise, shape_in, spec_of
 from vision.models.architecture import RevCol
-from vision.official import (
+from vision.supervision.supervised import Supervised, SupervisionConfig
+from vision.weights.files import Weights, channels_in, classes_in, read, select
+from vision.weights.official_names import (
     AROUND_BACKBONE,
     BACKBONE,
     HEADS,
@@ -32,8 +33,7 @@ from vision.official import (
     to_official,
     to_ours,
 )
-from vision.supervision.supervised import Supervised, SupervisionConfig
-from vision.weights import Weights, channels_in, classes_in, read, select
+from vision.weights.recognition import family, recognise, shape_in, spec_of
 
 LAYOUTS = ("classification", "detection", "segmentation")
 """Official layouts that can be written. The last two are the same: tensors below `backbone.`, in `state_dict`."""
@@ -72,7 +72,7 @@ def convert(
     """Rename and reshape the tensors of a file.
 
     Args:
-        source: what `vision.weights.select` gave.
+        source: what `vision.weights.files.select` gave.
         layout: `ours`, or one of `LAYOUTS`.
         model: the name of the model; found out if None.
         heads: keep the classifiers and decoders of intermediate supervision.

@@ -17,18 +17,18 @@ from vision.checkpoints import manager
 from vision.config.optimization import PretrainedConfig
 from vision.distributed.context import World
 from vision.errors import CheckpointError, first_line
-from vision.kernels import fit_kernels
 from vision.models.architecture import RevCol
-from vision.official import MismatchError, check
-from vision.pretrained import checkpoint_filter_fn
-from vision.weights import read, tensors_in
+from vision.weights.files import read, tensors_in
+from vision.weights.kernel_padding import fit_kernels
+from vision.weights.official_names import MismatchError, check
+from vision.weights.pretrained import checkpoint_filter_fn
 
 
 def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], world: World | None = None) -> str:
     """Put pretrained weights into a new model.
 
     Everything but the classifier must be there and fit. Heads of intermediate supervision are left out. Kernels of a
-    RevCol that are smaller than the model's are padded (`vision.kernels`), the first convolution and position
+    RevCol that are smaller than the model's are padded (`vision.weights.kernel_padding`), the first convolution and position
     embeddings are adapted as timm does it.
 
     Args:

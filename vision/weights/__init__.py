@@ -1,0 +1,1 @@
+"""Weights of models: files, the official release, fine-tuning."""
