@@ -42,7 +42,7 @@ from revnets.plotting.audit import save
 from vision.config.run import CONFIGS
 from vision.data.loading import load_data
 from vision.errors import DataError
-from vision.figures import INK, style
+from vision.training.figures import INK, style
 
 OUTPUT = Path(os.path.relpath(REPO / "runs" / "ablations"))
 BUDGET = ("data.train_samples=8000", "batch_size=64", "schedule.warmup_epochs=0.3", "log_every=25", *PLAIN)

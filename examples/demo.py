@@ -29,9 +29,9 @@ from revnets.memory.tracker import kept_bytes
 from revnets.plotting.audit import MODE_COLOURS, save
 from vision.checkpoints.manager import CheckpointError
 from vision.config.run import TrainConfig, load_config
-from vision.figures import INK, draw_accuracy, draw_loss, style
-from vision.record import LOG, read_log
-from vision.train import Trainer, TrainingError
+from vision.training.figures import INK, draw_accuracy, draw_loss, style
+from vision.training.run_log import LOG, read_log
+from vision.training.trainer import Trainer, TrainingError
 
 OUTPUT = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "runs" / "demo"))
 COLUMNS = (2, 4, 8, 12, 16)

@@ -39,7 +39,7 @@ from rich.table import Table
 
 from revnets.plotting.audit import save
 from vision.data.loading import load_data
-from vision.figures import INK, style
+from vision.training.figures import INK, style
 
 OUTPUT = Path(os.path.relpath(REPO / "runs" / "fashion"))
 

@@ -34,9 +34,9 @@ from vision.data.in_memory import IDX
 from vision.data.loading import TrainBatches
 from vision.errors import DataError, TrainingError
 from vision.models.architecture import RevCol
-from vision.parts import build_model
-from vision.record import LOG, read_log
 from vision.supervision.supervised import Supervised
+from vision.training.builders import build_model
+from vision.training.run_log import LOG, read_log
 
 REPO = Path(__file__).resolve().parents[1]
 ROOT = Path("/usr/share/datasets/fashion-mnist")

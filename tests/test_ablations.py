@@ -14,7 +14,7 @@ import revnets
 from revnets.config.errors import SpecError
 from vision.config.run import CONFIGS, load_config
 from vision.data.dataset import ImageData
-from vision.parts import build_model
+from vision.training.builders import build_model
 
 FOLDER = CONFIGS / "ablations"
 PAGE = (Path(__file__).parents[1] / "docs" / "ablations.md").read_text(encoding="utf-8")

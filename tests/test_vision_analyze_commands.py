@@ -19,7 +19,7 @@ from vision.cka import Similarity, similarity
 from vision.config.run import load_config
 from vision.layercam import layercam
 from vision.subject import load_subject
-from vision.train import Trainer
+from vision.training.trainer import Trainer
 
 app = typer.Typer()
 app.command("cka")(analyze.cka)

@@ -15,7 +15,7 @@ from vision.checkpoints import manager
 from vision.checkpoints.reshard import reshard
 from vision.checkpoints.sharding import own_part
 from vision.examine import evaluate_checkpoint
-from vision.record import LOG, read_log
+from vision.training.run_log import LOG, read_log
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 

@@ -12,12 +12,12 @@ from vision_runs import TINY, tiny
 
 from revnets import SpecError, plan
 from revnets.engine.cell import Gain
-from vision import budget, parts
 from vision.config.run import load_config
 from vision.data.loading import load_data
 from vision.data.samplers import Key
 from vision.distributed.context import World
-from vision.engine import Engine
+from vision.training import builders, memory_budget
+from vision.training.train_state import Engine
 
 PLAIN = {
     "mixup": None, "ema": None, "clip_grad": None, "label_smoothing": 0.0, "grad_accum": 1,
@@ -192,7 +192,7 @@ def test_what_is_random_is_a_function_of_the_seed_and_of_the_pass(engine, batche
 
 
 def test_a_budget_is_planned_before_training(engine, batches):
-    free, tight = (engine(memory={"budget": budget}, batch_size=24) for budget in ("8GiB", "200kB"))
+    free, tight = (engine(memory={"budget": memory_budget}, batch_size=24) for memory_budget in ("8GiB", "200kB"))
     assert "store" in free.note
     assert set(free.model.columns.memory) == {"store"}
     assert "store" not in tight.model.columns.memory
@@ -210,12 +210,12 @@ def test_a_budget_is_planned_before_training(engine, batches):
 
 def test_all_that_a_run_holds_has_room_in_its_budget(data, monkeypatch):
     """Its own optimizer and the averaged weights by their sizes, gradients all along where they are accumulated."""
-    asked, model = [], parts.build_model(load_config(tiny("x", **PLAIN)), data)
+    asked, model = [], builders.build_model(load_config(tiny("x", **PLAIN)), data)
 
     def keep(memory, **changes):
-        budget.keep_budget(load_config(tiny("x", **{**PLAIN, **changes}, memory=memory)), model, data, World())
+        memory_budget.keep_budget(load_config(tiny("x", **{**PLAIN, **changes}, memory=memory)), model, data, World())
 
-    monkeypatch.setattr(budget, "plan", lambda *_, **request: asked.append(request) or plan(*_, **request))
+    monkeypatch.setattr(memory_budget, "plan", lambda *_, **request: asked.append(request) or plan(*_, **request))
     for changes, states, grad_accum in (
         ({}, 0, 1),  # plain gradient descent, without momentum
         ({"optimizer": {"name": "adamw"}}, 2, 1),

@@ -16,15 +16,15 @@ from vision_official import TEST, Net
 from vision_runs import tiny
 
 from revnets import SpecError
-from vision import parts
 from vision.checkpoints import manager
 from vision.config.optimization import PretrainedConfig
 from vision.config.run import CONFIGS, load_config
 from vision.data.dataset import ImageData
 from vision.data.loading import load_data
-from vision.engine import Engine
 from vision.errors import CheckpointError
-from vision.train import Trainer
+from vision.training import builders
+from vision.training.train_state import Engine
+from vision.training.trainer import Trainer
 from vision.weights import finetune
 from vision.weights.convert import convert_file
 
@@ -77,9 +77,9 @@ def test_recipe_builds_its_model_for_its_images(recipe, millions):
     side = config.data.img_size
     data = ImageData(None, None, tuple(map(str, range(1000))), (3, side, side), config.data.mean, config.data.std)
     with torch.device("meta"):
-        model = parts.build_model(config, data)
+        model = builders.build_model(config, data)
     assert int(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
-    optimizer = parts.build_optimizer(config, model, 512)
+    optimizer = builders.build_optimizer(config, model, 512)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, model.parameters()))
 
 
@@ -101,8 +101,8 @@ def test_learning_rates_fall_with_the_depth_in_the_grid(size):
     with torch.device("meta"):
         model = timm.create_model(f"revcol_{size}")
     config = load_config("revcol_base_ft_224_in1k", ["optimizer.layer_decay=0.8", "optimizer.weight_decay=0.05"])
-    optimizer = parts.build_optimizer(config, model, 512)
-    parts.build_schedule(config, optimizer, 10, 512)
+    optimizer = builders.build_optimizer(config, model, 512)
+    builders.build_schedule(config, optimizer, 10, 512)
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     depths = [level.depth for level in model.spec.levels]
     for name, parameter in model.named_parameters():
@@ -120,8 +120,8 @@ def test_learning_rates_by_depth_when_supervised():
     with torch.device("meta"):
         model = timm.create_model("test_revcol", num_classes=3)
         data = load_data(load_config(tiny(Path("x"))).data, seed=0)
-        task = parts.build_task(config, model, data, torch.device("meta"))
-    optimizer = parts.build_optimizer(config, task.get_trainable_module(), 512)
+        task = builders.build_task(config, model, data, torch.device("meta"))
+    optimizer = builders.build_optimizer(config, task.get_trainable_module(), 512)
     scale_of = {id(parameter): group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in task.get_trainable_module().named_parameters():
         depth = depth_of(name.removeprefix("model."), [1, 1, 2, 1], 9)

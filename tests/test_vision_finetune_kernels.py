@@ -14,8 +14,8 @@ from vision_runs import tiny
 
 from vision.config.run import load_config
 from vision.data.loading import load_data
-from vision.engine import Engine
 from vision.errors import CheckpointError
+from vision.training.train_state import Engine
 from vision.weights.files import read
 from vision.weights.kernel_padding import STD, padded
 from vision.weights.official_names import MismatchError

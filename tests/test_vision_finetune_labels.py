@@ -23,7 +23,7 @@ from vision.data.class_subsets import imagenet_classes, subset
 from vision.data.loading import load_data
 from vision.errors import CheckpointError
 from vision.examine import evaluate_checkpoint
-from vision.train import Trainer
+from vision.training.trainer import Trainer
 from vision.weights.convert import convert_file
 
 TENCH, CHIHUAHUA, TEDDY = "n01440764", "n02085620", "n04399382"  # the last is missing in ImageNet-22K

@@ -22,7 +22,7 @@ from vision.data.samplers import Key
 from vision.data.timm_readers import posterize, train_transform
 from vision.distributed.context import World
 from vision.errors import DataError
-from vision.record import LOG, read_log
+from vision.training.run_log import LOG, read_log
 from vision.utils.seeding import seeded
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything of Hugging Face is imported: nothing is fetched here

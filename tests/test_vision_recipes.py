@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from revnets import SpecError
-from vision import parts
 from vision.config.data import ImagesConfig
 from vision.config.run import CONFIGS, load_config
 from vision.data.dataset import ImageData
+from vision.training import builders
 
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
@@ -43,9 +43,9 @@ def test_builds_its_model_and_task(recipe):
     config = load_config(recipe)
     data = data_of(config)
     with torch.device("meta"):
-        model = parts.build_model(config, data)
-        task = parts.build_task(config.model_copy(update={"ema": None}), model, data, torch.device("meta"))
-    optimizer = parts.build_optimizer(config, task.get_trainable_module(), 64)
+        model = builders.build_model(config, data)
+        task = builders.build_task(config.model_copy(update={"ema": None}), model, data, torch.device("meta"))
+    optimizer = builders.build_optimizer(config, task.get_trainable_module(), 64)
     groups = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     assert groups == set(task.parameters())
     if recipe in TABLE:
@@ -106,7 +106,7 @@ def test_a_mistake_is_told_in_one_line(overrides, words):
     def build():
         config = load_config("revcol_tiny_in1k", overrides)
         data = data_of(config)
-        parts.build_task(config, parts.build_model(config, data), data, torch.device("meta"))
+        builders.build_task(config, builders.build_model(config, data), data, torch.device("meta"))
 
     with pytest.raises(SpecError, match=words) as error, torch.device("meta"):
         build()
@@ -116,8 +116,8 @@ def test_a_mistake_is_told_in_one_line(overrides, words):
 def test_learning_rates_scale_with_the_images_of_an_update():
     config = load_config("revcol_tiny_in1k")
     parameter = torch.nn.Linear(2, 2)
-    optimizer = parts.build_optimizer(config, parameter, 2048)
-    schedule = parts.build_schedule(config, optimizer, updates_per_epoch=10, images_per_update=2048)
+    optimizer = builders.build_optimizer(config, parameter, 2048)
+    schedule = builders.build_schedule(config, optimizer, updates_per_epoch=10, images_per_update=2048)
     seen = []
     for step in (0, 200, 2999, 3000):
         schedule.step_update(step)
@@ -130,8 +130,8 @@ def test_learning_rates_scale_with_the_images_of_an_update():
 def test_fine_tuning_has_smaller_rates_below():
     config = load_config("revcol_tiny_in1k", ["supervision=null", "optimizer.layer_decay=0.5", "data.img_size=32"])
     with torch.device("meta"):
-        model = parts.build_model(config, data_of(config))
-    optimizer = parts.build_optimizer(config, model, 1024)
+        model = builders.build_model(config, data_of(config))
+    optimizer = builders.build_optimizer(config, model, 1024)
     rates = {id(p): group["lr"] * group.get("lr_scale", 1) for group in optimizer.param_groups for p in group["params"]}
     stem, head = rates[id(model.stem.conv.weight)], rates[id(model.get_classifier().weight)]
     assert head == pytest.approx(1e-3)
@@ -142,8 +142,8 @@ def test_weights_that_a_model_exempts_do_not_decay_when_it_is_supervised():
     config = load_config("revcol_vit_small_in1k", ["supervision={alpha: 0.0}", "ema=null"])
     data = data_of(config)
     with torch.device("meta"):
-        task = parts.build_task(config, parts.build_model(config, data), data, torch.device("meta"))
-    optimizer = parts.build_optimizer(config, task.get_trainable_module(), 1024)
+        task = builders.build_task(config, builders.build_model(config, data), data, torch.device("meta"))
+    optimizer = builders.build_optimizer(config, task.get_trainable_module(), 1024)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     model = task.get_eval_model()
     assert decays[id(model.stem.pos_embed)] == 0

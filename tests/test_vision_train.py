@@ -20,8 +20,8 @@ from revnets import SpecError
 from vision.checkpoints import manager
 from vision.checkpoints.manager import CheckpointError
 from vision.config.run import load_config
-from vision.record import LOG, Record, read_log
-from vision.train import Trainer, TrainingError
+from vision.training.run_log import LOG, Record, read_log
+from vision.training.trainer import Trainer, TrainingError
 
 
 @pytest.fixture(scope="module")

@@ -14,20 +14,20 @@ from rich.console import Console
 
 from revnets.utils import atomic_files
 from tests.processes import processes
-from vision import engine
 from vision.config.run import load_config
 from vision.distributed.context import joined
 from vision.errors import EXPECTED
-from vision.train import Trainer
+from vision.training import train_state
+from vision.training.trainer import Trainer
 
 MOMENTS = {
-    "before an update": (engine.Engine, "update", "before"),
-    "before an evaluation": (engine.Engine, "evaluate", "before"),
+    "before an update": (train_state.Engine, "update", "before"),
+    "before an evaluation": (train_state.Engine, "evaluate", "before"),
     "while a checkpoint is written": (torch, "save", "halfway"),
     "before a file gets its name": (atomic_files.os, "replace", "before"),
     "after a file got its name": (atomic_files.os, "replace", "after"),
     "before the best gets its name": (atomic_files.os, "link", "before"),
-    "images that are no numbers": (engine.Engine, "_moved", "poisoned"),
+    "images that are no numbers": (train_state.Engine, "_moved", "poisoned"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vision.checkpoints import manager
-from vision.record import LOG, read_log
+from vision.training.run_log import LOG, read_log
 
 TINY: dict[str, Any] = {
     "model": {

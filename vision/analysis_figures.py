@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vision.cka import Similarity
-from vision.figures import INK
+from vision.training.figures import INK
 
 MOST_WRITTEN = 20
 """Up to so many columns have their numbers written into the map."""

@@ -37,7 +37,7 @@ def train(
     with reported():
         from vision.config.run import load_config
         from vision.distributed.context import joined
-        from vision.train import Trainer
+        from vision.training.trainer import Trainer
 
         settings = load_config(config, overrides or [])
         with joined(settings.device) as world:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from revnets import SpecError
 from revnets.plotting.audit import FORMATS, save
-from vision import parts
 from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
@@ -24,8 +23,9 @@ from vision.data.loading import load_data, val_loader
 from vision.distributed.context import World
 from vision.distributed.parallel import plain
 from vision.errors import CheckpointError
-from vision.evaluate import Metrics, evaluate
-from vision.figures import confusion_figure
+from vision.training import builders
+from vision.training.evaluation import Metrics, evaluate
+from vision.training.figures import confusion_figure
 from vision.weights import convert, files, finetune
 
 
@@ -72,14 +72,16 @@ def evaluate_checkpoint(
         raise SpecError("command line", "--png", f"{png} is no picture", f"Let it end in .{', .'.join(FORMATS)}")
     console = Console()
     given = _of_run(path, overrides) if recipe is None else _of_weights(path, recipe, overrides)
-    config, device = given.config, parts.choose_device(given.config.device)
+    config, device = given.config, builders.choose_device(given.config.device)
     if by_name and not any(text.strip().startswith("data.num_classes") for text in overrides):
         config = _without_count(config)
     data = load_data(config.data, config.seed)
     chosen, known = _known(given, data, by_name, console)
-    task = parts.build_task(config.model_copy(update={"ema": None}), parts.build_model(config, known), known, device)
+    task = builders.build_task(
+        config.model_copy(update={"ema": None}), builders.build_model(config, known), known, device
+    )
     module, model = plain(task.get_trainable_module()), plain(task.get_eval_model())
-    autocast = parts.build_autocast(config.amp, device)
+    autocast = builders.build_autocast(config.amp, device)
     batches = val_loader(config, data)
     table = Table()
     for heading in ("weights", "top-1 %", "top-5 %", "loss"):

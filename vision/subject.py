@@ -15,7 +15,6 @@ from torch.utils.data import Subset
 
 from revnets import ReversibleColumns, SpecError
 from revnets.config.errors import nearest
-from vision import parts
 from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
 from vision.config.run import CONFIGS, TrainConfig, load_config
@@ -23,6 +22,7 @@ from vision.data.dataset import ImageData
 from vision.data.loading import load_data, val_loader
 from vision.data.timm_readers import val_transform
 from vision.errors import CheckpointError, first_line
+from vision.training import builders
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +157,14 @@ def load_subject(source: str, overrides: Sequence[str] = (), weights: str = "aut
         problem = "neither a checkpoint, the folder of a run, a model of timm's, nor a YAML of a run"
         raise SpecError(source, "", problem, nearest(source, known, "Models with columns are"))
     torch.manual_seed(config.seed)
-    data, device = load_data(config.data, config.seed), parts.choose_device(config.device)
-    model = parts.build_model(config, data)
+    data, device = load_data(config.data, config.seed), builders.choose_device(config.device)
+    model = builders.build_model(config, data)
     if state is not None:
         key = {"raw": "model", "ema": "ema", "auto": "ema" if state["ema"] is not None else "model"}[weights]
         if state[key] is None:
             raise CheckpointError(path, "it holds no averaged weights", "Take those of the model: --weights raw")
         manager.load_weights(model, state[key], path)
-    columns = parts.columns_of(model)
+    columns = builders.columns_of(model)
     if columns is None:
         raise SpecError(source, "", "this model has no reversible columns", "Give one that has, such as revcol_tiny")
     return Subject(source, model.to(device).eval(), columns, data, config, device)

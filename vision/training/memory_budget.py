@@ -15,7 +15,7 @@ from vision.config.run import TrainConfig
 from vision.data.dataset import ImageData
 from vision.distributed.context import World
 from vision.errors import first_line
-from vision.parts import DTYPES, build_optimizer, columns_of
+from vision.training.builders import DTYPES, build_optimizer, columns_of
 
 
 def keep_budget(config: TrainConfig, model: nn.Module, data: ImageData, world: World) -> str | None:

@@ -11,15 +11,15 @@ import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
-from vision import parts
-from vision.budget import keep_budget
 from vision.checkpoints import manager
 from vision.checkpoints.sharding import like, mapped
 from vision.config.run import TrainConfig
 from vision.data.dataset import ImageData
 from vision.distributed.context import World
 from vision.distributed.parallel import distribute, plain, reshard
-from vision.evaluate import Metrics, evaluate
+from vision.training import builders
+from vision.training.evaluation import Metrics, evaluate
+from vision.training.memory_budget import keep_budget
 from vision.utils.seeding import seed_all
 from vision.weights import finetune
 
@@ -47,19 +47,19 @@ class Engine:
         self.num_classes = len(data.classes)
         self.passes = config.grad_accum * self.world.size  # forward passes per update, of all processes
         images = config.batch_size * self.passes
-        self.device = parts.choose_device(config.device, self.world)
+        self.device = builders.choose_device(config.device, self.world)
         seed_all(config.seed)  # the same weights in every process
-        model = parts.build_model(config, data)
+        model = builders.build_model(config, data)
         self.beginning = config.pretrained and finetune.begin(model, config.pretrained, data.classes, self.world)
-        self.task = parts.build_task(config, model, data, self.device)
+        self.task = builders.build_task(config, model, data, self.device)
         self.note = keep_budget(config, plain(self.task.get_trainable_module()), data, self.world)
         if config.compile is not None:
-            parts.compile_cells(self.model, config.compile)
+            builders.compile_cells(self.model, config.compile)
         distribute(self.task, config.parallel, self.world, self.device)
-        self.optimizer = parts.build_optimizer(config, plain(self.task.get_trainable_module()), images)
-        self.schedule = parts.build_schedule(config, self.optimizer, updates_per_epoch, images)
-        self.mixup = parts.build_mixup(config, self.num_classes)
-        self.autocast = parts.build_autocast(config.amp, self.device)
+        self.optimizer = builders.build_optimizer(config, plain(self.task.get_trainable_module()), images)
+        self.schedule = builders.build_schedule(config, self.optimizer, updates_per_epoch, images)
+        self.mixup = builders.build_mixup(config, self.num_classes)
+        self.autocast = builders.build_autocast(config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
 
     @property

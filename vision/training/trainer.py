@@ -19,12 +19,12 @@ from vision.checkpoints.manager import Checkpoints
 from vision.config.run import TrainConfig
 from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.distributed.context import World
-from vision.engine import Engine
 from vision.errors import TrainingError as TrainingError
-from vision.evaluate import Metrics
-from vision.figures import training_figure
-from vision.progress import Clock, Losses, Outcome, Progress
-from vision.record import LOG, Display, Record, read_log
+from vision.training.evaluation import Metrics
+from vision.training.figures import training_figure
+from vision.training.meters import Clock, Losses, Outcome, Progress
+from vision.training.run_log import LOG, Display, Record, read_log
+from vision.training.train_state import Engine
 from vision.utils.signals import Stopped, StopSignals
 
 CONFIG_HEAD = "# Written by `revnets train` whenever this run starts or goes on.\n"

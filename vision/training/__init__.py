@@ -1,0 +1,1 @@
+"""Training: the trainer, its state, evaluation and logs."""
