@@ -12,8 +12,8 @@ from torch import Tensor
 from revnets import SpecError, build
 from revnets.engine.graph import STEM
 from revnets.memory.tracker import MemoryTracker
-from vision import cka as module
-from vision.cka import cka, gram, hsic, rows, similarity
+from vision.analysis import cka as module
+from vision.analysis.cka import cka, gram, hsic, rows, similarity
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

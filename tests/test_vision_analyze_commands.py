@@ -14,11 +14,11 @@ from vision_runs import tiny
 
 from revnets import SpecError
 from vision import analyze
-from vision.analysis_figures import cka_figure, layercam_figure
-from vision.cka import Similarity, similarity
+from vision.analysis.cka import Similarity, similarity
+from vision.analysis.figures import cka_figure, layercam_figure
+from vision.analysis.layercam import layercam
+from vision.analysis.loaded_run import load_subject
 from vision.config.run import load_config
-from vision.layercam import layercam
-from vision.subject import load_subject
 from vision.training.trainer import Trainer
 
 app = typer.Typer()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revnets import Net, SpecError, build
 from revnets.states import observed
-from vision.layercam import layercam, rows
+from vision.analysis.layercam import layercam, rows
 
 
 def small(memory: str | Sequence[str] = "store", **changes) -> Net:

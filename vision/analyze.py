@@ -46,9 +46,9 @@ def cka(
     with reported():
         from rich.console import Console
 
-        from vision.analysis_figures import cka_figure
-        from vision.cka import rows, similarity, table
-        from vision.subject import load_subject
+        from vision.analysis.cka import rows, similarity, table
+        from vision.analysis.figures import cka_figure
+        from vision.analysis.loaded_run import load_subject
 
         png, csv = outputs(png, csv)
         console = Console()
@@ -88,10 +88,10 @@ def layercam(
         import torch
         from rich.console import Console
 
-        from vision.analysis_figures import layercam_figure
-        from vision.layercam import layercam as maps_of
-        from vision.layercam import rows
-        from vision.subject import load_subject
+        from vision.analysis.figures import layercam_figure
+        from vision.analysis.layercam import layercam as maps_of
+        from vision.analysis.layercam import rows
+        from vision.analysis.loaded_run import load_subject
 
         png, csv = outputs(png, csv)
         console = Console()

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vision.cka import Similarity
+from vision.analysis.cka import Similarity
 from vision.training.figures import INK
 
 MOST_WRITTEN = 20

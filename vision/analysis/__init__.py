@@ -1,0 +1,1 @@
+"""Analyses of trained image models: CKA and LayerCAM."""
