@@ -6,6 +6,6 @@ import multiprocessing
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(  # what is not installed is passed over
-    ["torch.distributed.fsdp", "torch.nn.parallel", "vision.training.trainer", "torch.utils.tensorboard", "sklearn.datasets",
-     "sklearn.model_selection", "matplotlib.backends.backend_agg"]
+    ["torch.distributed.fsdp", "torch.nn.parallel", "vision.training.trainer", "torch.utils.tensorboard",
+     "sklearn.datasets", "sklearn.model_selection", "matplotlib.backends.backend_agg"]
 )  # fmt: skip

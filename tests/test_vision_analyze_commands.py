@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from vision_runs import tiny
 
 from revnets import SpecError
-from vision import analyze
 from vision.analysis.cka import Similarity, similarity
 from vision.analysis.figures import cka_figure, layercam_figure
 from vision.analysis.layercam import layercam
 from vision.analysis.loaded_run import load_subject
+from vision.cli import analyze
 from vision.config.run import load_config
 from vision.training.trainer import Trainer
 

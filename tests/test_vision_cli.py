@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from vision_runs import tiny
 
 from revnets import SpecError
-from vision import cli
+from vision.cli import main
 
 app = typer.Typer()
-app.command("train")(cli.train)
-app.command("eval")(cli.evaluate)
-app.command("reshard")(cli.reshard)
+app.command("train")(main.train)
+app.command("eval")(main.evaluate)
+app.command("reshard")(main.reshard)
 
 
 def call(*words) -> tuple[int, str, str]:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from vision_official import TEST
 
 from revnets import SpecError
-from vision import cli
+from vision.cli import main
 from vision.errors import CheckpointError
 from vision.weights.convert import convert_file
 from vision.weights.files import read
@@ -163,7 +163,7 @@ def test_full_disk_leaves_nothing(name: str, tmp_path, request) -> None:
 # ------------------------------------------------------------------------------------------------------- the command
 
 app = typer.Typer()
-app.command("convert")(cli.convert)
+app.command("convert")(main.convert)
 
 
 def call(*words: object) -> tuple[int, str, str]:

@@ -14,7 +14,7 @@ from vision_runs import assert_same, assert_same_run, tiny
 from vision.checkpoints import manager
 from vision.checkpoints.reshard import reshard
 from vision.checkpoints.sharding import own_part
-from vision.examine import evaluate_checkpoint
+from vision.cli.evaluate import evaluate_checkpoint
 from vision.training.run_log import LOG, read_log
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")

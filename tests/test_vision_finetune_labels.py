@@ -17,12 +17,12 @@ from vision_images import folder
 from vision_official import TEST
 
 from revnets import SpecError
-from vision import cli
+from vision.cli import main
+from vision.cli.evaluate import evaluate_checkpoint
 from vision.config.run import load_config
 from vision.data.class_subsets import imagenet_classes, subset
 from vision.data.loading import load_data
 from vision.errors import CheckpointError
-from vision.examine import evaluate_checkpoint
 from vision.training.trainer import Trainer
 from vision.weights.convert import convert_file
 
@@ -113,8 +113,8 @@ def test_official_weights_of_22k_on_images_of_1k(released, ours, tmp_path):
 
 
 app = typer.Typer()
-app.command("train")(cli.train)
-app.command("eval")(cli.evaluate)
+app.command("train")(main.train)
+app.command("eval")(main.evaluate)
 
 
 def call(*words) -> tuple[int, str, str]:

@@ -28,8 +28,8 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
     """Put pretrained weights into a new model.
 
     Everything but the classifier must be there and fit. Heads of intermediate supervision are left out. Kernels of a
-    RevCol that are smaller than the model's are padded (`vision.weights.kernel_padding`), the first convolution and position
-    embeddings are adapted as timm does it.
+    RevCol that are smaller than the model's are padded (`vision.weights.kernel_padding`), the first convolution and
+    position embeddings are adapted as timm does it.
 
     Args:
         classes: of the data, in the order of the model's scores.

@@ -69,7 +69,7 @@ def evaluate(
     revnets eval revcol_base_22k.pth data.root=DIR --config revcol_base_in22k --subset
     """
     with reported():
-        from vision.examine import evaluate_checkpoint
+        from vision.cli.evaluate import evaluate_checkpoint
 
         evaluate_checkpoint(checkpoint, overrides or [], png, config, subset)
 

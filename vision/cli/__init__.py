@@ -1,0 +1,1 @@
+"""Commands of revnets that work on images."""
