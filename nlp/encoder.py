@@ -9,8 +9,8 @@ import torch
 from fairseq.models.transformer import TransformerEncoderBase
 from torch import Tensor, nn
 
-from .attention import Attention
-from .blocks import Dropout
+from .layers.attention import Attention
+from .layers.transformer import Dropout
 from .spec import encoder_columns, float32, net_spec
 
 

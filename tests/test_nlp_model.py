@@ -13,7 +13,7 @@ pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 from fairseq import utils
 from nlp_helpers import build, options, sample
 
-from nlp.blocks import ACTIVATIONS, Dropout
+from nlp.layers.transformer import ACTIVATIONS, Dropout
 from revnets.memory.tracker import kept_bytes
 
 

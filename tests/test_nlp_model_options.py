@@ -15,8 +15,8 @@ pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 from fairseq.models.transformer import TransformerConfig
 from nlp_helpers import build, options, sample
 
-from nlp.blocks import TransformerBlock
 from nlp.encoder import RevColEncoder
+from nlp.layers.transformer import TransformerBlock
 from nlp.model import RevColTransformerModel
 from nlp.options import MEANINGLESS, add_arguments
 from nlp.spec import DEFAULTS, net_spec
