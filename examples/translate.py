@@ -31,9 +31,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nlp.average import average, select
-from nlp.corpus import DataError, lines_of
-from nlp.prepare import prepare
-from nlp.recipes import read_recipe
+from nlp.data.corpus import DataError, lines_of
+from nlp.data.prepare import prepare
+from nlp.data.recipe import read_recipe
 from nlp.score import Output, Score, read_output, scores
 from revnets.plotting.audit import save
 

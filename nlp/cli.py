@@ -71,8 +71,8 @@ def prepare_mt(
         "clean": {"min": min_length, "max": max_length, "ratio": ratio},
     }
     with reported():
-        from .prepare import prepare
-        from .recipes import read_recipe
+        from .data.prepare import prepare
+        from .data.recipe import read_recipe
 
         recipe, base = read_recipe(corpus, given)
         facts = prepare(recipe, output, base, downloads, workers, overwrite)
@@ -130,7 +130,7 @@ def score_mt(
     untokenised text is comparable between all systems.
     """
     with reported():
-        from .corpus import known_language
+        from .data.corpus import known_language
         from .score import ALL, named_reference, read_output, read_reference, scores
 
         known_language(language)
@@ -183,7 +183,7 @@ def _numbers(text: str | None) -> list[int] | None:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    from .corpus import DataError
+    from .data.corpus import DataError
 
     return (DataError,)
 

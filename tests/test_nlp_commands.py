@@ -21,7 +21,7 @@ from fairseq.scoring import bleu
 
 from nlp import cli
 from nlp.average import average, select
-from nlp.corpus import DataError
+from nlp.data.corpus import DataError
 from nlp.score import compound_split, named_reference, read_output, scores
 from revnets import SpecError
 
@@ -275,14 +275,14 @@ def test_mistakes_on_the_command_line(generated, tmp_path, words, said):
 
 def test_a_missing_requirement_is_named(generated, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacremoses", None)
-    for name in ("nlp.text", "nlp.score"):
+    for name in ("nlp.data.tokenization", "nlp.score"):
         monkeypatch.delitem(sys.modules, name)
     code, _, err = call("score-mt", generated, "-l", "de")
     assert (code, err) == (1, "error: sacremoses is not installed. Try: pip install 'revnets[nlp]'\n")
 
 
 def test_fairseq_is_missed_before_the_work_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr("nlp.prepare.find_spec", lambda name: None)
+    monkeypatch.setattr("nlp.data.prepare.find_spec", lambda name: None)
     (tmp_path / "one").write_text("one\n")
     code, _, err = call("prepare-mt", tmp_path / "one", tmp_path / "one", "-l", "en-de", "-o", tmp_path / "bin")
     assert code == 1

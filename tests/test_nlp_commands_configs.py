@@ -19,7 +19,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from typer.testing import CliRunner
 
 from nlp import cli
-from nlp.recipes import RECIPES, read_recipe
+from nlp.data.recipe import RECIPES, read_recipe
 
 CONFIGS = RECIPES.parent
 COMMANDS = ("revnets", "fairseq-train", "fairseq-generate")

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("fairseq")
 
-from nlp.choose import DROPPED, SPLITS, choose
-from nlp.corpus import LANGUAGES, Corpus, DataError, find, languages, lines_of
-from nlp.recipes import RECIPES, Recipe, read_recipe
-from nlp.text import MARK, detokenize, join, learn, ordered, split, tokenize
+from nlp.data.corpus import LANGUAGES, Corpus, DataError, find, languages, lines_of
+from nlp.data.recipe import RECIPES, Recipe, read_recipe
+from nlp.data.splits import DROPPED, SPLITS, choose
+from nlp.data.tokenization import MARK, detokenize, join, learn, ordered, split, tokenize
 from revnets import SpecError
 
 

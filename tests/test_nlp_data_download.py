@@ -16,8 +16,8 @@ from rich.progress import Progress
 
 pytest.importorskip("sacremoses")
 
-from nlp.corpus import DataError
-from nlp.download import Download, fetch, unpack
+from nlp.data.corpus import DataError
+from nlp.data.download import Download, fetch, unpack
 from revnets import SpecError
 from revnets.config.loader import load
 

@@ -21,14 +21,14 @@ pytest.importorskip("fairseq")
 from fairseq.data import Dictionary, data_utils
 from rich.console import Console
 
-from nlp import prepare as module
-from nlp import text
-from nlp.choose import SPLITS
-from nlp.corpus import DataError, lines_of
-from nlp.prepare import prepare
-from nlp.recipes import RECIPES, Recipe, read_recipe
-from nlp.stages import Stages
-from nlp.text import detokenize, join
+from nlp.data import prepare as module
+from nlp.data import tokenization
+from nlp.data.corpus import DataError, lines_of
+from nlp.data.prepare import prepare
+from nlp.data.recipe import RECIPES, Recipe, read_recipe
+from nlp.data.resumable_steps import Stages
+from nlp.data.splits import SPLITS
+from nlp.data.tokenization import detokenize, join
 from revnets.config.loader import load
 
 QUIET = Console(file=io.StringIO())
@@ -101,7 +101,7 @@ def test_the_dictionary_is_joined(made):
 
 def test_two_processes_give_the_same(made, table, tmp_path, monkeypatch):
     output, facts, recipe = made
-    monkeypatch.setattr(text, "FEW", 0)
+    monkeypatch.setattr(tokenization, "FEW", 0)
     assert prepare(recipe, tmp_path / "bin", workers=2, console=QUIET) == facts
     for path in output.glob("*.*"):
         if path.suffix not in (".log", ".json"):
@@ -123,7 +123,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from nlp import prepare as module
-from nlp.recipes import read_recipe
+from nlp.data.recipe import read_recipe
 
 steps, stage = module._Steps, sys.argv[3]
 before = getattr(steps, stage)
@@ -278,10 +278,10 @@ def test_changed_files_are_noticed(table, tmp_path):
 
 def own_recipes(text: Path) -> list[Path]:
     """The text itself, and recipes beside it that name it."""
-    recipes = [text.with_name("template.yaml"), text.with_name("paths.yaml")]
-    for path, train in zip(recipes, (text.name, f"[{text.name}]"), strict=True):
+    recipes = [tokenization.with_name("template.yaml"), tokenization.with_name("paths.yaml")]
+    for path, train in zip(recipes, (tokenization.name, f"[{tokenization.name}]"), strict=True):
         path.write_text(f"{{languages: en-de, train: [{train}], valid: 11, test: 13}}")
-    return [text, *recipes]
+    return [tokenization, *recipes]
 
 
 def test_a_recipe_names_files_beside_it(table, tmp_path, monkeypatch):

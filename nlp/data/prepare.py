@@ -22,12 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from revnets.utils.atomic_files import remove_leftovers
 
-from .choose import DROPPED, SPLITS, choose
 from .corpus import DataError, Pair, named
 from .download import fetch, unpack
-from .recipes import Clean, Recipe
-from .stages import Facts, Stages
-from .text import blocks, learn, ordered, split, tokenize
+from .recipe import Clean, Recipe
+from .resumable_steps import Facts, Stages
+from .splits import DROPPED, SPLITS, choose
+from .tokenization import blocks, learn, ordered, split, tokenize
 
 
 class Row(NamedTuple):

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from .corpus import DataError, Pair
-from .recipes import Every, Recipe
-from .stages import Facts
+from .recipe import Every, Recipe
+from .resumable_steps import Facts
 
 SPLITS = ("train", "valid", "test")
 DROPPED, TRAIN, VALID = -1, 0, 1
