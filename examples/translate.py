@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nlp.average import average, select
 from nlp.data.corpus import DataError, lines_of
 from nlp.data.prepare import prepare
 from nlp.data.recipe import read_recipe
-from nlp.score import Output, Score, read_output, scores
+from nlp.evaluation.bleu import Output, Score, read_output, scores
+from nlp.evaluation.checkpoint_averaging import average, select
 from revnets.plotting.audit import save
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -98,7 +98,7 @@ def average_checkpoints(
     with reported():
         from rich.progress import track
 
-        from .average import average, select
+        from .evaluation.checkpoint_averaging import average, select
 
         paths = checkpoints
         if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix != ".pt"):
@@ -131,7 +131,7 @@ def score_mt(
     """
     with reported():
         from .data.corpus import known_language
-        from .score import ALL, named_reference, read_output, read_reference, scores
+        from .evaluation.bleu import ALL, named_reference, read_output, read_reference, scores
 
         known_language(language)
         output = read_output(generated)

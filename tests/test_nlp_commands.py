@@ -20,9 +20,9 @@ from fairseq.data import Dictionary
 from fairseq.scoring import bleu
 
 from nlp import cli
-from nlp.average import average, select
 from nlp.data.corpus import DataError
-from nlp.score import compound_split, named_reference, read_output, scores
+from nlp.evaluation.bleu import compound_split, named_reference, read_output, scores
+from nlp.evaluation.checkpoint_averaging import average, select
 from revnets import SpecError
 
 app = typer.Typer()
@@ -275,7 +275,7 @@ def test_mistakes_on_the_command_line(generated, tmp_path, words, said):
 
 def test_a_missing_requirement_is_named(generated, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacremoses", None)
-    for name in ("nlp.data.tokenization", "nlp.score"):
+    for name in ("nlp.data.tokenization", "nlp.evaluation.bleu"):
         monkeypatch.delitem(sys.modules, name)
     code, _, err = call("score-mt", generated, "-l", "de")
     assert (code, err) == (1, "error: sacremoses is not installed. Try: pip install 'revnets[nlp]'\n")

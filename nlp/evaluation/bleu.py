@@ -13,8 +13,8 @@ from sacrebleu.utils import get_reference_files
 
 from revnets.config.errors import nearest
 
-from .data.corpus import DataError, lines_of
-from .data.tokenization import detokenize, join
+from ..data.corpus import DataError, lines_of
+from ..data.tokenization import detokenize, join
 
 ALL = "For all sentences, run fairseq-generate with --required-batch-size-multiple 1"
 """What to do where some were left out (docs/nlp.md)."""

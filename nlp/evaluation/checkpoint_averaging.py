@@ -13,7 +13,7 @@ from torch import Tensor
 
 from revnets.utils.atomic_files import replacing
 
-from .data.corpus import DataError
+from ..data.corpus import DataError
 
 
 def select(folder: Path, last: int, updates: bool = False) -> list[Path]:

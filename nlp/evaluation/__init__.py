@@ -1,0 +1,1 @@
+"""Averaged checkpoints and BLEU."""
