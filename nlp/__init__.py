@@ -1,7 +1,8 @@
 """RevCol-Transformer for fairseq: `fairseq-train DATA --user-dir nlp --arch revcol_transformer ...` (docs/nlp.md).
 
 fairseq imports this folder when it is named by `--user-dir`, and the model becomes known to it. To import the folder
-without fairseq, as the commands for data do, stays cheap: fairseq takes seconds. `import nlp.model` does both.
+without fairseq, as the commands for data do, stays cheap: fairseq takes seconds.
+`import nlp.models.revcol_transformer` does both.
 
 Modules here import each other by relative names, because a wheel installs the folder as `revnets_nlp`: a top-level
 package `nlp` would be in the way of everybody's own.
@@ -30,4 +31,4 @@ torch.serialization.add_safe_globals(
 )
 
 if "fairseq" in sys.modules:
-    from . import model as model
+    from .models import revcol_transformer as revcol_transformer

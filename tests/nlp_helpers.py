@@ -18,7 +18,7 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from torch import Tensor
 
-from nlp.model import RevColTransformerModel
+from nlp.models.revcol_transformer import RevColTransformerModel
 
 WORDS = 30
 

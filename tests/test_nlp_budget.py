@@ -17,8 +17,8 @@ from fairseq import criterions
 from fairseq import options as fairseq_options
 from nlp_helpers import USER_DIR, dictionary, sample
 
-from nlp.budget import TrainingStep, _states, footprint, largest_batch
-from nlp.model import RevColTransformerModel
+from nlp.models.memory_budget import TrainingStep, _states, footprint, largest_batch
+from nlp.models.revcol_transformer import RevColTransformerModel
 from revnets.memory.simulation import simulate
 from revnets.memory.tracker import MemoryTracker
 
@@ -72,7 +72,7 @@ def run(budget: str, caplog: pytest.LogCaptureFixture, *given: str) -> tuple[Rev
     args = command_line("--revcol-memory", f"{{budget: {budget}}}", "--max-tokens", "124", *given)
     torch.manual_seed(0)
     model = RevColTransformerModel.build_model(args, task(*[(31, 30), (7, 31)] * 4))
-    with caplog.at_level(logging.INFO, logger="nlp.budget"):
+    with caplog.at_level(logging.INFO, logger="nlp.models.memory_budget"):
         model.eval()(**sample((11, 7)))
         assert not caplog.messages  # nothing to plan without a step
         model.train()(**sample((11, 7)))

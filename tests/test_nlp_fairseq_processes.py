@@ -147,9 +147,9 @@ class Hide(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Hide())
-import nlp.spec
-nlp.spec.encoder_columns(nlp.spec.net_spec({"encoder_embed_dim": 8}), 8)
-import nlp.model
+import nlp.models.encoder_spec
+nlp.models.encoder_spec.encoder_columns(nlp.models.encoder_spec.net_spec({"encoder_embed_dim": 8}), 8)
+import nlp.models.revcol_transformer
 """
 
 

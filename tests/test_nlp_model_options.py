@@ -15,11 +15,11 @@ pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 from fairseq.models.transformer import TransformerConfig
 from nlp_helpers import build, options, sample
 
-from nlp.encoder import RevColEncoder
 from nlp.layers.transformer import TransformerBlock
-from nlp.model import RevColTransformerModel
-from nlp.options import MEANINGLESS, add_arguments
-from nlp.spec import DEFAULTS, net_spec
+from nlp.models.arguments import MEANINGLESS, add_arguments
+from nlp.models.encoder import RevColEncoder
+from nlp.models.encoder_spec import DEFAULTS, net_spec
+from nlp.models.revcol_transformer import RevColTransformerModel
 from revnets.config.net_spec import dump
 
 NET = """

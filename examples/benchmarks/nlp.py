@@ -91,7 +91,7 @@ class Contender:
 
     def peak(self) -> int:
         """Bytes of a training step of the largest batch, as `--revcol-memory '{budget: ...}'` counts them."""
-        from nlp.budget import footprint
+        from nlp.models.memory_budget import footprint
 
         return footprint(self.model, self.cfg.model, self.task)
 

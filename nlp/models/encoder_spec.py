@@ -17,7 +17,7 @@ from revnets.config.registry import importable, register_stem
 from revnets.models.net import Level
 from revnets.nn.blocks import MLPBlock
 
-from .layers import transformer as transformer  # registers the block
+from ..layers import transformer as transformer  # registers the block
 
 DEFAULTS = {
     "revcol_columns": 4,

@@ -9,9 +9,9 @@ import torch
 from fairseq.models.transformer import TransformerEncoderBase
 from torch import Tensor, nn
 
-from .layers.attention import Attention
-from .layers.transformer import Dropout
-from .spec import encoder_columns, float32, net_spec
+from ..layers.attention import Attention
+from ..layers.transformer import Dropout
+from .encoder_spec import encoder_columns, float32, net_spec
 
 
 class RevColEncoder(TransformerEncoderBase):
@@ -21,7 +21,7 @@ class RevColEncoder(TransformerEncoderBase):
     weights are in half precision (--fp16, --bf16).
 
     Args:
-        cfg: fairseq's `TransformerConfig` with the options of `nlp.options`.
+        cfg: fairseq's `TransformerConfig` with the options of `nlp.models.arguments`.
     """
 
     def __init__(self, cfg: Any, dictionary: Any, embed_tokens: nn.Embedding):

@@ -11,7 +11,7 @@ import torch
 from revnets import NetSpec
 from revnets.config.memory_budget import BudgetSpec
 
-from .spec import DEFAULTS, encoder_columns, net_spec, read_spec
+from .encoder_spec import DEFAULTS, encoder_columns, net_spec, read_spec
 
 MEANINGLESS = {
     "encoder_layerdrop": "a reversible column cannot do without one of its cells. Use --dropout",

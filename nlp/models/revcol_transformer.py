@@ -20,9 +20,9 @@ from fairseq.models.transformer import TransformerConfig, TransformerModel, base
 
 from revnets.config.memory_budget import BudgetSpec
 
-from .budget import keep_budget
+from .arguments import add_arguments, refuse_meaningless, settle
 from .encoder import RevColEncoder
-from .options import add_arguments, refuse_meaningless, settle
+from .memory_budget import keep_budget
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""RevCol-Transformer as models of fairseq."""
