@@ -15,7 +15,7 @@ from revnets.config.loader import Strict, load
 from .corpus import Corpus, DataError, Pair, find, languages, named
 from .download import Download
 
-RECIPES = Path(__file__).parent / "configs" / "data"
+RECIPES = Path(__file__).parents[1] / "configs" / "data"
 """Recipes that come along: `revnets prepare-mt wmt16_en_de` means `configs/data/wmt16_en_de.yaml`."""
 
 Text = str | tuple[Path, ...]

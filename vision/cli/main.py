@@ -15,7 +15,7 @@ Overrides = Annotated[
 ]
 
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = ", ".join(path.stem for path in (*sorted(CONFIGS.glob("*.yaml")), *sorted(CONFIGS.glob("finetune/*.yaml"))))
 
 

@@ -18,7 +18,7 @@ from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
 from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
 from vision.supervision.supervised import SupervisionConfig
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 """Recipes that come with the package: `revnets train digits` means `configs/digits.yaml`."""
 
 FOLDERS = (CONFIGS, CONFIGS / "finetune")

@@ -14,7 +14,7 @@ from torch import Tensor
 from revnets import NetSpec, load_spec
 from vision.errors import CheckpointError
 
-MODELS = Path(__file__).parent / "configs" / "models"
+MODELS = Path(__file__).parents[1] / "configs" / "models"
 """A YAML for each model; `revnets.build` makes the same net from it."""
 
 _BLOCK = re.compile(r"subnet(\d+)\.level(\d+)\.blocks\.(\d+)\.dwconv\.weight")
