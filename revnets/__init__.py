@@ -5,12 +5,11 @@ from revnets.config.errors import SpecError
 from revnets.config.net_spec import NetSpec, load_spec
 from revnets.config.registry import register_block, register_fusion, register_head, register_stem
 from revnets.engine.cell import Cell, FixedGain, Gain
-from revnets.engine.cell_record import Memory
-from revnets.engine.checksums import ReconstructionError
 from revnets.engine.columns import ReversibleColumns, ReversibleSequence
 from revnets.engine.drift import DriftWarning, predict_drift
+from revnets.engine.errors import ReconstructionError, ReplayError
 from revnets.engine.graph import Graph, Node, wire
-from revnets.engine.replay_context import ReplayError
+from revnets.engine.memory_mode import Memory
 from revnets.memory.auto_budget import keep_budget
 from revnets.models.net import Net, build, build_columns
 from revnets.models.plan import Plan, PlanError, plan

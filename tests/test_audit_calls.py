@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revnets.analysis.audit import ROUNDS, audit, find_columns
+from revnets.analysis.audit import ROUNDS, audit
 from revnets.analysis.gradient_distance import same_bits
-from revnets.engine.columns import ReversibleSequence
+from revnets.engine.columns import ReversibleSequence, find_columns
 from tests.audit_nets import ConvLevel, Net, by_mode, conv_columns, render, stem_output
 
 # ----------------------------------------------------------------------------------------- nets that are not reversible

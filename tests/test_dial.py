@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revnets
-from revnets.analysis.audit_report import size
 from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.memory.simulation import total
 from revnets.memory.tracker import MemoryTracker
 from revnets.models.plan import PlanError, plan
+from revnets.utils.format import size
 
 NET = {
     "columns": 3,

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.text import Text
 
-from revnets.analysis.audit_report import Audit, ColumnAudit, ModeAudit, size
+from revnets.analysis.audit_report import Audit, ColumnAudit, ModeAudit
 from revnets.engine.graph import STEM, Graph, wire
 from revnets.plotting.audit import FORMATS, MODE_COLOURS, audit_figure, save
 from revnets.plotting.graph import HEAD, MOST_COLUMNS, MOST_LABELLED, TAIL, WIRES, graph_figure
+from revnets.utils.format import size
 
 READS = {
     "revcol": ("below", "above"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from revnets.engine.replay_context import ReplayError, Surrounding
+from revnets.engine.errors import ReplayError
+from revnets.engine.replay_context import Surrounding
 
 NOWHERE: frozenset[torch.device] = frozenset()
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from revnets.analysis.audit import audit
-from revnets.analysis.audit_report import duration, size, thinned
+from revnets.utils.format import duration, size, thinned
 from tests.audit_nets import by_mode, conv_columns, render, stem_output
 
 

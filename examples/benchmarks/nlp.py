@@ -30,8 +30,8 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from revnets.analysis.audit_report import table_of
 from revnets.memory.tracker import kept_bytes
+from revnets.utils.format import table_of
 
 NLP = Path(__file__).parents[2] / "nlp"
 TYPES = 6000  # of words; about a fifth of a WMT vocabulary

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from revnets.analysis.audit_report import Audit, ModeAudit
 from revnets.analysis.gradient_distance import GradientDistance, gradient_distance, norm, same_bits
 from revnets.analysis.reconstruction import reconstruction
-from revnets.engine.cell_record import Memory
-from revnets.engine.columns import ReversibleColumns
+from revnets.engine.autocast import outside_of_autocast
+from revnets.engine.columns import ReversibleColumns, find_columns
 from revnets.engine.drift import DriftWarning
-from revnets.engine.replay_context import ReplayError, outside_of_autocast
+from revnets.engine.errors import ReplayError
+from revnets.engine.memory_mode import Memory
 from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 
 MODES = tuple(str(mode) for mode in Memory)
@@ -103,22 +104,6 @@ def audit(
         tell("reconstruction")
         rebuilt = reconstruction(columns, forward, seed)
     return Audit(type(model).__name__, columns.graph.m, rebuilt, tuple(results), noise)
-
-
-def find_columns(model: nn.Module) -> ReversibleColumns:
-    """The reversible columns of a model: itself, its `.columns`, or the only ones among its submodules.
-
-    Raises:
-        ValueError: there are none, or several.
-    """
-    for candidate in (model, getattr(model, "columns", None)):
-        if isinstance(candidate, ReversibleColumns):
-            return candidate
-    found = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleColumns)}
-    if len(found) != 1:
-        places = f"several, at {', '.join(found)}: pass one of them" if found else "none"
-        raise ValueError(f"{type(model).__name__} must be or contain exactly one ReversibleColumns; it has {places}")
-    return next(iter(found.values()))
 
 
 Gradients = dict[str, Tensor | None]

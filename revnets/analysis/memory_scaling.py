@@ -10,14 +10,14 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from revnets.analysis.audit import find_columns
-from revnets.analysis.audit_report import size
 from revnets.config.errors import SpecError
+from revnets.engine.columns import find_columns
 from revnets.engine.drift import DriftWarning
 from revnets.memory.simulation import total
 from revnets.memory.tracker import MemoryTracker
 from revnets.models.loading import load_model
 from revnets.models.plan import PlanError, plan
+from revnets.utils.format import size
 
 
 @dataclass(frozen=True, slots=True)

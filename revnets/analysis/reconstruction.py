@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from revnets.analysis.audit_report import ColumnAudit
 from revnets.analysis.gradient_distance import Distance, distance, ratio
-from revnets.engine.cell_record import Memory
 from revnets.engine.columns import ReversibleColumns
+from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM
-from revnets.engine.replay_context import ReplayError
+from revnets.engine.memory_mode import Memory
 from revnets.engine.tape import Tape
 
 

@@ -121,7 +121,7 @@ def _counts(text: str, option: str) -> tuple[int, ...]:
 
 
 def _modes(text: str) -> tuple[str, ...]:
-    from revnets.engine.cell_record import Memory
+    from revnets.engine.memory_mode import Memory
 
     modes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for mode in modes:

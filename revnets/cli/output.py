@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from revnets.analysis.audit_report import table_of
 from revnets.cli.main import picture_path
 from revnets.config.errors import SpecError
 from revnets.utils.atomic_files import check_place, replacing, told_if_unwritable
+from revnets.utils.format import table_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

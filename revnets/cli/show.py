@@ -13,10 +13,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from revnets.analysis.audit import audit, find_columns
+from revnets.analysis.audit import audit
 from revnets.config.errors import SpecError
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import NetSpec
+from revnets.engine.columns import find_columns
 from revnets.engine.graph import STEM
 from revnets.models.loading import load_model
 from revnets.models.net import Net

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from revnets.config.errors import nearest, problem, show, what
 from revnets.config.loader import Strict
-from revnets.engine.cell_record import Memory
+from revnets.engine.memory_mode import Memory
 
 OPTIMIZERS = {"none": 0, "sgd": 1, "lion": 1, "adam": 2, "adamw": 2}
 """Tensors of a parameter's size that an optimizer holds; sgd with momentum."""

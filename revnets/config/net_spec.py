@@ -13,8 +13,8 @@ from revnets.config.errors import nearest, problem, show, what
 from revnets.config.loader import Source, Strict, load
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.registry import find, options
-from revnets.engine.cell_record import Memory
 from revnets.engine.graph import READS, Graph, ReadError, ReadToken, wire
+from revnets.engine.memory_mode import Memory
 
 
 def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:

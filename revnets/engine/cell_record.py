@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +12,10 @@ from torch.utils._pytree import tree_map
 
 from revnets.engine import lost_bits
 from revnets.engine.cell import add, subtract
+from revnets.engine.errors import ReplayError
 from revnets.engine.graph import Node
-from revnets.engine.replay_context import ReplayError, Surrounding
-
-
-class Memory(StrEnum):
-    """How the state x_{t-m}, which cell t replaces, comes back in backward."""
-
-    STORE = "store"  # autograd keeps it, and all that the cell saves: no replay
-    RECOMPUTE = "recompute"  # the tape keeps it; the cell is replayed
-    INVERT = "invert"  # rebuilt by the inverse alone; rounding errors add up
-    EXACT = "exact"  # rebuilt by the inverse and the lost bits, bit for bit
+from revnets.engine.memory_mode import Memory
+from revnets.engine.replay_context import Surrounding
 
 
 class Meta(NamedTuple):

@@ -11,19 +11,15 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from revnets.engine.cell_record import Memory
+from revnets.engine.errors import ReconstructionError
 from revnets.engine.graph import Graph, Node
 from revnets.engine.lost_bits import bits_of
-from revnets.engine.replay_context import ReplayError
+from revnets.engine.memory_mode import Memory
 
 CAUSES = (
     "Usual causes: a kernel that is not deterministic (torch.use_deterministic_algorithms(True) names it), or a cell "
     "with a hidden state: a cache, a counter, random numbers of Python or NumPy"
 )
-
-
-class ReconstructionError(ReplayError):
-    """A state of the backward is not, bit for bit, that of the forward."""
 
 
 class Verifier:

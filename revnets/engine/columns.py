@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from revnets.config.memory_budget import BudgetSpec
 from revnets.engine import drift, executor
 from revnets.engine.cell import Cell, FixedGain
-from revnets.engine.cell_record import Memory
 from revnets.engine.graph import Graph, ReadToken, wire
+from revnets.engine.memory_mode import Memory, memory_modes
+
+if TYPE_CHECKING:
+    from revnets.config.memory_budget import BudgetSpec
 
 
 class ReversibleColumns(nn.Module):
@@ -175,21 +177,6 @@ _VERSIONS = 8
 """How often a cell may be compiled, for other shapes or without gradients: PyTorch's own limit for one function."""
 
 
-def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]:
-    """One memory mode per column, from one for all or a list.
-
-    Raises:
-        ValueError: an unknown mode, or a list of another length.
-    """
-    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value] * columns
-    for item in values:
-        if item not in list(Memory):
-            raise ValueError(f"memory mode {item!r} is unknown; choose {', '.join(Memory)}")
-    if len(values) != columns:
-        raise ValueError(f"{len(values)} memory modes for {columns} columns; give one for all or one per column")
-    return tuple(Memory(item) for item in values)
-
-
 def tap_index(graph: Graph, column: int) -> int:
     """The state that a tap at this column hands out: its last level.
 
@@ -199,3 +186,19 @@ def tap_index(graph: Graph, column: int) -> int:
     if isinstance(column, bool) or not 0 <= column < graph.columns:
         raise ValueError(f"tap {column!r}: columns are numbered 0 to {graph.columns - 1}")
     return min((column + 1) * graph.m, len(graph.nodes)) - 1
+
+
+def find_columns(model: nn.Module) -> ReversibleColumns:
+    """The reversible columns of a model: itself, its `.columns`, or the only ones among its submodules.
+
+    Raises:
+        ValueError: there are none, or several.
+    """
+    for candidate in (model, getattr(model, "columns", None)):
+        if isinstance(candidate, ReversibleColumns):
+            return candidate
+    found = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleColumns)}
+    if len(found) != 1:
+        places = f"several, at {', '.join(found)}: pass one of them" if found else "none"
+        raise ValueError(f"{type(model).__name__} must be or contain exactly one ReversibleColumns; it has {places}")
+    return next(iter(found.values()))

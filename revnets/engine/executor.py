@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from revnets.engine.cell import subtract
-from revnets.engine.cell_record import Memory, couple_plain
+from revnets.engine.cell_record import couple_plain
 from revnets.engine.graph import STEM, Graph, Node
+from revnets.engine.memory_mode import Memory
 from revnets.engine.tape import Tape, is_inside
 
 

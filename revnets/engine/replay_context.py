@@ -10,7 +10,7 @@ numbers.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, cast
 
@@ -19,23 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-
-class Autocast(NamedTuple):
-    """Autocast of one device type. It is thread-local, and backward may run in another thread."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-    cache: bool
-
-    @classmethod
-    def now(cls, device_type: str) -> Autocast:
-        return cls(
-            device_type,
-            torch.is_autocast_enabled(device_type),
-            torch.get_autocast_dtype(device_type),
-            torch.is_autocast_cache_enabled(),
-        )
+from revnets.engine.autocast import Autocast
+from revnets.engine.errors import ReplayError
 
 
 class Weight(NamedTuple):
@@ -193,41 +178,6 @@ class Surrounding:
         if seen._version != version:
             return self._overwritten[id(seen), version][1].clone()
         return seen.detach().clone().requires_grad_(seen.requires_grad)
-
-
-class ReplayError(RuntimeError):
-    """A replay that cannot give, or did not give, what the forward gave."""
-
-
-@contextmanager
-def outside_of_autocast() -> Iterator[Callable[[], ExitStack]]:
-    """Leave the caller's autocast regions; yields what enters one like them.
-
-    Backward runs outside, as in a training loop, and weights that were cast for the forward are dropped in time.
-    """
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = ["cpu", *([accelerator.type] if accelerator else [])]
-    found = [Autocast.now(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
-    depth = torch.autocast_increment_nesting()
-
-    def region() -> ExitStack:
-        stack = ExitStack()
-        for kind, enabled, dtype, cache in found:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-        return stack
-
-    for _ in range(depth):
-        torch.autocast_decrement_nesting()
-    for autocast in found:
-        torch.set_autocast_enabled(autocast.device_type, False)
-    torch.clear_autocast_cache()
-    try:
-        yield region
-    finally:
-        for autocast in found:
-            torch.set_autocast_enabled(autocast.device_type, True)
-        for _ in range(depth - 1):
-            torch.autocast_increment_nesting()
 
 
 @contextmanager

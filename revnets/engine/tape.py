@@ -43,7 +43,6 @@ from revnets.engine.cell_record import (
     Constant,
     Frame,
     Held,
-    Memory,
     Meta,
     couple_forward,
     is_same_memory,
@@ -52,8 +51,10 @@ from revnets.engine.cell_record import (
     with_stride,
 )
 from revnets.engine.checksums import Verifier
+from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.engine.replay_context import Overwritten, ReplayError, Surrounding
+from revnets.engine.memory_mode import Memory
+from revnets.engine.replay_context import Overwritten, Surrounding
 
 
 class Claim:

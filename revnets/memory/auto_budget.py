@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnets.analysis.audit import find_columns
 from revnets.config.memory_budget import BudgetSpec, parse_budget
+from revnets.engine.autocast import outside_of_autocast
+from revnets.engine.columns import find_columns
 from revnets.engine.executor import is_transformed
-from revnets.engine.replay_context import outside_of_autocast
 from revnets.memory.planner import Plan, PlanError, plan_module
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def keep_budget(model: nn.Module, budget: BudgetSpec | int | str) -> None:
     The first input should be the largest. A warning tells of larger ones later.
 
     Args:
-        model: contains reversible columns, see `revnets.analysis.audit.find_columns`; its forward is the one looked at.
+        model: contains reversible columns, see `revnets.engine.columns.find_columns`; its forward is the one looked at.
         budget: bytes, text such as `24GiB`, a memory mode, whose peak is meant, or a `BudgetSpec`.
 
     Raises:

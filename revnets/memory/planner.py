@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnets.analysis.audit import find_columns
-from revnets.analysis.audit_report import size
 from revnets.config.memory_budget import OPTIMIZERS, SHARDINGS
-from revnets.engine.cell_record import Memory
-from revnets.engine.columns import ReversibleColumns
+from revnets.engine.columns import ReversibleColumns, find_columns
+from revnets.engine.memory_mode import Memory
 from revnets.memory.simulation import Footprint, simulate
 from revnets.memory.store_selection import Cost, costs_of_cells, order
+from revnets.utils.format import size
 
 
 class PlanError(ValueError):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from revnets.analysis.audit import find_columns
-from revnets.engine.cell_record import Memory
+from revnets.engine.columns import find_columns
+from revnets.engine.memory_mode import Memory
 from revnets.memory.simulation import fake, total
 from revnets.memory.tracker import MemoryTracker, OpCounter
 

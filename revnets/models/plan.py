@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from revnets.config.loader import Source
 from revnets.config.memory_budget import parse_budget
 from revnets.config.net_spec import NetSpec
-from revnets.engine.cell_record import Memory
+from revnets.engine.memory_mode import Memory
 from revnets.memory.planner import Plan as Plan
 from revnets.memory.planner import PlanError as PlanError
 from revnets.memory.planner import Prediction as Prediction

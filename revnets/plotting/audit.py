@@ -12,10 +12,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revnets.analysis.audit_report import INVERT_LIMIT, Audit, ModeAudit, duration, size
+from revnets.analysis.audit_report import Audit, ModeAudit
+from revnets.engine.drift import INVERT_LIMIT
 from revnets.plotting.graph import INK
 from revnets.plotting.graph import graph_figure as graph_figure
 from revnets.utils.atomic_files import replacing
+from revnets.utils.format import duration, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

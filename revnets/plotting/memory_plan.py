@@ -8,8 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from revnets.analysis.audit_report import size
 from revnets.memory.planner import Plan, Prediction
+from revnets.utils.format import size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

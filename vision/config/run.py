@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serial
 from revnets.config.errors import SpecError, nearest, problem, what
 from revnets.config.loader import Source, Strict, load
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
-from revnets.engine.columns import memory_modes
+from revnets.engine.memory_mode import memory_modes
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
 from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
 from vision.supervision.supervised import SupervisionConfig
