@@ -26,7 +26,7 @@ from revnets import DriftWarning, SpecError, build
 from revnets.analysis.audit import audit
 from revnets.analysis.audit_report import Audit
 from revnets.memory.tracker import kept_bytes
-from revnets.plotting.audit import MODE_COLOURS, save
+from revnets.plotting.style import MODE_COLOURS, save
 from revnets.utils.format import size
 from vision.checkpoints.manager import CheckpointError
 from vision.config.run import TrainConfig, load_config

@@ -37,7 +37,7 @@ from proof import (
 from rich.console import Console
 from rich.table import Table
 
-from revnets.plotting.audit import save
+from revnets.plotting.style import save
 from vision.data.loading import load_data
 from vision.training.figures import INK, style
 

@@ -35,7 +35,7 @@ from nlp.data.prepare import prepare
 from nlp.data.recipe import read_recipe
 from nlp.evaluation.bleu import Output, Score, read_output, scores
 from nlp.evaluation.checkpoint_averaging import average, select
-from revnets.plotting.audit import save
+from revnets.plotting.style import save
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path(os.path.relpath(ROOT / "runs" / "translate"))

@@ -16,8 +16,9 @@ from matplotlib.text import Text
 
 from revnets.analysis.audit_report import Audit, ColumnAudit, ModeAudit
 from revnets.engine.graph import STEM, Graph, wire
-from revnets.plotting.audit import FORMATS, MODE_COLOURS, audit_figure, save
+from revnets.plotting.audit import audit_figure
 from revnets.plotting.graph import HEAD, MOST_COLUMNS, MOST_LABELLED, TAIL, WIRES, graph_figure
+from revnets.plotting.style import FORMATS, MODE_COLOURS, save
 from revnets.utils.format import size
 
 READS = {

@@ -18,7 +18,8 @@ import revnets
 from revnets.memory.tracker import OpCounter
 from revnets.nn.blocks import Attention, ConvNeXtBlock, DropPath, MLPBlock, ViTBlock
 from revnets.nn.fusions import ConvNeXtFusion, Down, IdentityFusion, LinearFusion, Project, Source, Up
-from revnets.nn.stems import ClassifierHead, LinearStem, PatchifyStem, TokenStem
+from revnets.nn.heads import ClassifierHead
+from revnets.nn.stems import LinearStem, PatchifyStem, TokenStem
 
 
 def randomised(module: nn.Module) -> nn.Module:

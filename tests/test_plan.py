@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 import revnets
 from revnets.cli import main
+from revnets.cli.plan import plan_table
 from revnets.config.memory_budget import parse_budget, parse_bytes
 from revnets.memory.simulation import total, typical_gamma
 from revnets.memory.tracker import MemoryTracker, OpCounter
 from revnets.models.plan import PlanError, plan
-from revnets.plotting.memory_plan import parts_of, plan_figure, plan_table
+from revnets.plotting.memory_plan import parts_of, plan_figure
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NARROW = ["levels.0.dim=16", "levels.1.dim=32", "levels.2.dim=64", "levels.3.dim=128"]  # activations outweigh weights
@@ -292,7 +293,7 @@ def test_pictures_that_cannot_be_written_are_told_in_one_line(command, tmp_path,
         assert isinstance(error, revnets.SpecError)
         assert str(error).startswith(f"command line: {option}: ")
         assert problem in str(error)
-    monkeypatch.setattr("revnets.plotting.audit.save", full)
+    monkeypatch.setattr("revnets.plotting.style.save", full)
     error = CliRunner().invoke(main.app, [name, spec, "columns=2", option, str(tmp_path / "p.svg")]).exception
     assert isinstance(error, revnets.SpecError)
     assert "p.svg: cannot be written (No space left on device)" in str(error)

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from revnets.plotting.audit import FORMATS
+from revnets.plotting.style import FORMATS
 
 
 def listed(text: str, option: str, allowed: Mapping[str, Any], words: str) -> list[Any]:

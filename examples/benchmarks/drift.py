@@ -95,7 +95,7 @@ def table(errors: dict[tuple[float, int, bool], tuple[float, float]], counts: li
 def draw(errors: dict[tuple[float, int, bool], tuple[float, float]], counts: list[int], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from revnets.plotting.audit import save
+    from revnets.plotting.style import save
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)

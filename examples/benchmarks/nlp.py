@@ -248,7 +248,7 @@ def draw(speed: dict[str, Row], memory: dict[int, dict[str, int]], path: Path) -
     """Tokens a second, and bytes kept against the number of columns."""
     from matplotlib.figure import Figure
 
-    from revnets.plotting.audit import save
+    from revnets.plotting.style import save
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -32,7 +32,7 @@ from ways import CASES, REFERENCE, WAYS, Case, Net, installed
 
 from revnets.analysis.gradient_distance import gradient_distance
 from revnets.memory.tracker import MemoryTracker
-from revnets.plotting.audit import save
+from revnets.plotting.style import save
 
 
 class Result(NamedTuple):

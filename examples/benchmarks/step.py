@@ -176,7 +176,7 @@ def draw(results: dict[int, dict[str, tuple[float, int, int, float]]], path: Pat
     """Time, bytes kept and peak against the number of columns."""
     from matplotlib.figure import Figure
 
-    from revnets.plotting.audit import save
+    from revnets.plotting.style import save
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)

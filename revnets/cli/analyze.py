@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from revnets.cli.main import InputShape, Overrides, SpecArgument, missing_command, sample_shape
+from revnets.cli.options import InputShape, Overrides, SpecArgument, sample_shape
 from revnets.cli.output import Csv, Png, deliver, outputs, print_rows, progress
+from revnets.cli.plugins import missing_command
 from revnets.config.errors import SpecError, nearest
 
 app = typer.Typer(
@@ -48,7 +49,7 @@ def memory(
     from rich.console import Console
 
     from revnets.analysis.memory_scaling import Step, measured, predicted, table
-    from revnets.cli.show import example_shape, parse_dtype
+    from revnets.cli.common import example_shape, parse_dtype
     from revnets.plotting.analysis import memory_figure
 
     png, csv = outputs(png, csv)

@@ -10,6 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from revnets.cli.options import InputShape, Overrides, SpecArgument, picture_path, sample_shape
+from revnets.cli.plugins import missing_command
+
 app = typer.Typer(
     name="revnets",
     help="Reversible column nets: look at them, measure them, train them.",
@@ -17,29 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_MODEL = "YAML file of a net (docs/yaml.md), name of a model (timm's, as revcol_tiny), or package.module:function."
-SpecArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, e.g. columns=8 levels.2.depth=6", show_default=False)
-]
-InputShape = Annotated[
-    str | None,
-    typer.Option("--input", help="Shape of one sample, e.g. 3,224,224 (images), 197,768 (tokens) or 64 (vectors)."),
-]
-
-
-def picture_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Refuse a suffix that no picture has, and a place for no file, before any work is done."""
-    from revnets.plotting.audit import FORMATS
-    from revnets.utils.atomic_files import check_place
-
-    if path is not None:
-        if path.suffix.lower().removeprefix(".") not in FORMATS:
-            known = ", .".join(FORMATS)
-            raise typer.BadParameter(f"{path}: a picture is saved as .{known}; give the file one of these")
-        check_place(param.opts[0], path)
-    return path
 
 
 @app.command()
@@ -71,7 +51,7 @@ def audit(
 
     Exit code 1 if a gradient is wrong. Every step is taken on random input, with the weights of the initialisation.
     """
-    from revnets.cli.show import measure
+    from revnets.cli.audit import measure
 
     raise typer.Exit(measure(spec, overrides or [], sample_shape(input_shape), batch, png, json))
 
@@ -100,25 +80,11 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
 ) -> None:
     """Predict the memory of a training step in every memory mode, without taking it."""
-    from revnets.cli.show import forecast
+    from revnets.cli.plan import forecast
 
     request = {"dtype": dtype, "optimizer": optimizer, "ranks": ranks, "sharding": sharding}
     request |= {"grad_accum": grad_accum, "budget": budget}
     forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json)
-
-
-def sample_shape(text: str | None) -> tuple[int, ...] | None:
-    """The shape that `--input` names; an axis is set off by a comma or an x."""
-    if text is None:
-        return None
-    try:
-        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        problem = f"{text!r} is no shape; give positive whole numbers such as 3,224,224"
-        raise typer.BadParameter(problem, param_hint="--input")
-    return shape
 
 
 def load_commands(wanted: str | None = None) -> None:
@@ -139,17 +105,6 @@ def load_commands(wanted: str | None = None) -> None:
             app.add_typer(command, name=entry.name)
         else:
             app.command(name=entry.name)(command)
-
-
-def missing_command(name: str, module: str, error: ImportError):
-    """What stands in for a command whose package cannot be imported: it says what to install."""
-
-    def command() -> None:
-        extra = module.removeprefix("revnets.cli.").partition(".")[0]
-        raise SystemExit(f"revnets {name}: cannot import {module} ({error}). Try: pip install 'revnets[{extra}]'")
-
-    command.__doc__ = f"Not available here: {error}."
-    return command
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv as csv_format
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from revnets.cli.main import picture_path
+from revnets.cli.options import picture_path
 from revnets.config.errors import SpecError
-from revnets.utils.atomic_files import check_place, replacing, told_if_unwritable
+from revnets.utils.atomic_files import replacing
 from revnets.utils.format import table_of
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def deliver(figure: Figure, png: Path, rows: Sequence[Mapping[str, Any]], csv: P
     Raises:
         revnets.SpecError: one of them cannot be written.
     """
-    from revnets.plotting.audit import save
+    from revnets.plotting.style import save
 
     with told_if_unwritable(png):
         save(figure, png)
@@ -79,3 +80,28 @@ def progress(console: Console, total: int | None) -> Iterator[tuple[Callable[[st
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)
+
+
+def check_place(option: str, path: Path) -> None:
+    """Look at where a command is to write a file, before any work is done.
+
+    Raises:
+        revnets.SpecError: a file could not be written there; names the option that asks for it.
+    """
+    if path.is_dir():
+        raise SpecError("command line", option, f"{path} is a folder", "Give the name of a file")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise SpecError("command line", option, f"{folder} is no folder that can be written to", "Give another")
+
+
+@contextmanager
+def told_if_unwritable(path: Path) -> Iterator[None]:
+    """Turn what the system says against a file, such as `path`, into a `SpecError`."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error})"
+        raise SpecError(str(error.filename or path), "", problem, "Free some space, or give another name") from error

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from rich.console import Console
@@ -13,18 +12,15 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from revnets.analysis.audit import audit
+from revnets.cli.common import example_shape, input_error, write_figure
 from revnets.config.errors import SpecError
-from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import NetSpec
-from revnets.engine.columns import find_columns
 from revnets.engine.graph import STEM
 from revnets.models.loading import load_model
 from revnets.models.net import Net
-from revnets.utils.atomic_files import told_if_unwritable
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 def describe(source: str, overrides: Sequence[str], shape: tuple[int, ...] | None, pictures: Sequence[Path]) -> None:
@@ -45,110 +41,15 @@ def describe(source: str, overrides: Sequence[str], shape: tuple[int, ...] | Non
     count = f"{macs / 1e9:.3f} G" if macs >= 1e8 else f"{macs / 1e6:.3f} M"
     console.print(f"multiply-accumulates {count} for one sample of {' x '.join(map(str, shape))}")
     if pictures:
+        from revnets.plotting.graph import graph_figure
+
         labels = [
             f"{level.dim} x {size}\n{level.depth} x {level.block.rpartition(':')[2]}"
             for level, size in zip(net.spec.levels, sizes, strict=True)
         ]
-        figure = audit.graph_figure(net.columns.graph, labels)
+        figure = graph_figure(net.columns.graph, labels)
         for picture in pictures:
-            _draw(console, figure, picture)
-
-
-def measure(
-    source: str, overrides: Sequence[str], shape: tuple[int, ...] | None, batch: int, png: Path | None, json: bool
-) -> int:
-    """Audit a freshly initialised net on random input; returns the exit code."""
-    torch.manual_seed(0)
-    net = _reversible(source, overrides)
-    shape = shape or example_shape(net, source)
-    console = Console(stderr=json)
-    with console.status("measuring ...") as status:
-        try:
-            x = torch.randn(batch, *shape)
-            result = audit(net, x, progress=lambda what: status.update(f"measuring {what} ..."))
-        except (RuntimeError, ValueError) as error:
-            raise _unfit(source, shape, error) from error
-    if json:
-        print(json_format.dumps(result.to_dict(), indent=2))
-    else:
-        console.print(result.table())
-    if png is not None:
-        _draw(console, audit.audit_figure(result), png)
-    return 0 if result.ok else 1
-
-
-def forecast(
-    source: str,
-    overrides: Sequence[str],
-    shape: tuple[int, ...] | None,
-    batch: int,
-    request: dict[str, Any],
-    png: Path | None,
-    json: bool,
-) -> None:
-    """Plan a training step of a net that is never built.
-
-    Args:
-        request: goes to `revnets.plan`; what is None in it is as the budget in the net's YAML says, if there is one.
-    """
-    from revnets.models.plan import plan
-    from revnets.plotting.memory_plan import plan_figure, plan_table
-
-    with torch.device("meta"):
-        net = _reversible(source, overrides)
-    shape = shape or example_shape(net, source)
-    console = Console(stderr=json)
-    with console.status("simulating ...") as status:
-        memory = getattr(getattr(net, "spec", None), "memory", None)
-        own = memory.model_dump() if isinstance(memory, BudgetSpec) else {}
-        given = {**request, "dtype": parse_dtype(request["dtype"])}
-        request = {key: value for one in (own, given) for key, value in one.items() if value is not None}
-        result = plan(net, (batch, *shape), progress=lambda what: status.update(f"simulating {what} ..."), **request)
-    if json:
-        print(json_format.dumps(result.to_dict(), indent=2))
-    else:
-        console.print(plan_table(result))
-    if png is not None:
-        _draw(console, plan_figure(result), png)
-
-
-def _draw(console: Console, figure: Figure, picture: Path) -> None:
-    from revnets.plotting import audit
-
-    with told_if_unwritable(picture):
-        audit.save(figure, picture)
-    console.print(f"wrote {picture}", soft_wrap=True)
-
-
-def _reversible(source: str, overrides: Sequence[str]) -> nn.Module:
-    """The model that a command is about, if it is one for it."""
-    net = load_model(source, overrides)
-    try:
-        find_columns(net)
-    except ValueError as error:
-        raise SpecError(source, "", str(error)) from None
-    return net
-
-
-def _unfit(source: str, shape: tuple[int, ...], error: Exception) -> SpecError:
-    reason = str(error).splitlines()[0]
-    return SpecError(source, "", f"an input of {shape} does not go through ({reason})", "Give --input")
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """A floating point type by its name."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise SpecError("command line", "--dtype", f"unknown dtype (value {name})", f"Choose {', '.join(known)}")
-    return known[name]
-
-
-def example_shape(net: nn.Module, source: str) -> tuple[int, ...]:
-    """A shape of one sample that the model's stem says it takes."""
-    shape = getattr(getattr(net, "stem", None), "example_shape", None)
-    if shape is None:
-        raise SpecError(source, "stem", "does not say what shape it takes", "Give --input, e.g. --input 3,224,224")
-    return tuple(shape)
+            write_figure(console, figure, picture)
 
 
 def parameters(module: nn.Module | None) -> int:
@@ -167,7 +68,7 @@ def _walk(net: Net, shape: tuple[int, ...], source: str) -> tuple[int, list[str]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(torch.empty(1, *shape, device="meta"))
     except (RuntimeError, ValueError) as error:
-        raise _unfit(source, shape, error) from error
+        raise input_error(source, shape, error) from error
     finally:
         for hook in hooks:
             hook.remove()

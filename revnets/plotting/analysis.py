@@ -11,8 +11,7 @@ import torch
 
 from revnets.analysis.gains import Bits, CellGains
 from revnets.analysis.memory_scaling import Point
-from revnets.plotting.audit import MODE_COLOURS, unit_of, whole_numbers
-from revnets.plotting.graph import INK
+from revnets.plotting.style import INK, MODE_COLOURS, unit_of, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

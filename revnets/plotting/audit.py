@@ -7,42 +7,18 @@ first figure. Colours are those of Okabe and Ito, which colour-blind people can 
 from __future__ import annotations
 
 import math
-import os
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from revnets.analysis.audit_report import Audit, ModeAudit
 from revnets.engine.drift import INVERT_LIMIT
-from revnets.plotting.graph import INK
 from revnets.plotting.graph import graph_figure as graph_figure
-from revnets.utils.atomic_files import replacing
+from revnets.plotting.style import INK, MODE_COLOURS, unit_of, whole_numbers
 from revnets.utils.format import duration, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-FORMATS = ("png", "svg", "pdf")
-MODE_COLOURS = {"store": "#767676", "recompute": "#56B4E9", "invert": "#D55E00", "exact": "#009E73"}
-
-
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure in the format that the suffix names. The file appears complete or not at all.
-
-    Raises:
-        ValueError: the suffix is none of .png, .svg and .pdf.
-    """
-    import matplotlib
-
-    path = Path(path)
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise ValueError(f"{path}: a picture is saved as .{', .'.join(FORMATS)}; give the file one of these suffixes")
-    # No dates and no random ids: the same figure gives the same file. Whole fonts in PDF, as publishers ask for.
-    date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with replacing(path) as file, matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "revnets"}):
-        figure.savefig(file, format=kind, dpi=200, metadata=date)
 
 
 def audit_figure(audit: Audit) -> Figure:
@@ -162,13 +138,6 @@ def _note(axes: Axes, row: int, text: str) -> None:
     axes.annotate(text, (0, row - 0.3), (3, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Let the ticks of an x-axis be whole numbers."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
 def _nothing(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=INK)
     axes.set(xticks=[], yticks=[])
@@ -193,11 +162,3 @@ def _logarithmic(axes: Axes, which: str, errors: list[float]) -> float:
 def _shown(error: float, top: float) -> float:
     """What is not finite goes to the end of the axis."""
     return min(error, top) if math.isfinite(error) else top
-
-
-def unit_of(largest: int) -> tuple[int, str]:
-    """Bytes of the unit in which an axis up to this number is read best, and its name."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if largest >= unit:
-            return unit, name
-    return 1, "bytes"

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from revnets.engine.graph import STEM, Graph, Node
+from revnets.plotting.style import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,6 @@ WIRES = {
     "skip": ("#E69F00", r"adds $\gamma$ times a state of its own column"),
     "stem": ("#767676", "reads the stem"),
 }
-INK = "#222222"
 
 MOST_COLUMNS = 12
 """More columns than this are drawn as the first `HEAD`, an ellipsis and the last `TAIL`."""

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
 from revnets.memory.planner import Plan, Prediction
 from revnets.utils.format import size
 
@@ -35,26 +31,6 @@ def parts_of(prediction: Prediction) -> dict[str, int]:
     if rest < 0:  # the peak comes before the last gradients do
         found["gradients"] += rest
     return {**found, "activations": max(rest, 0)}
-
-
-def plan_table(plan: Plan) -> Group:
-    """The plan as tables and a sentence."""
-    where = "one process" if plan.ranks == 1 else f"each of {plan.ranks} processes ({plan.sharding})"
-    title = f"Memory of a training step, {where}, input {' x '.join(map(str, plan.input_shape))}, {plan.dtype}"
-    table = Table(title=title, title_justify="left")
-    for name in ("memory", "weights", "gradients", "optimizer", "kept", "peak", "work"):
-        table.add_column(name, justify="left" if name == "memory" else "right")
-    rows = [*plan.modes, plan.chosen] if plan.chosen and plan.chosen not in plan.modes else plan.modes
-    for row in rows:
-        fits = plan.budget is None or row.peak <= plan.budget
-        table.add_row(
-            row.name,
-            *(size(count) for count in (row.parameters, row.gradients, row.optimizer, row.kept)),
-            Text(size(row.peak), "" if plan.budget is None else "green" if fits else "red"),
-            f"{row.extra:.2f}x",
-            style="bold" if row == plan.chosen else "",
-        )
-    return Group(table, *([Text(plan.sentence)] if plan.chosen else []))
 
 
 def plan_figure(plan: Plan) -> Figure:

@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from revnets.config.errors import SpecError
-
 TEMPORARY = ".partial"
 """Suffix of a file that is being written. One that is found later was left by a process that was killed."""
 
@@ -34,31 +32,6 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         _take_name(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # after a success it has its name and is not found here
-
-
-def check_place(option: str, path: Path) -> None:
-    """Look at where a command is to write a file, before any work is done.
-
-    Raises:
-        revnets.SpecError: a file could not be written there; names the option that asks for it.
-    """
-    if path.is_dir():
-        raise SpecError("command line", option, f"{path} is a folder", "Give the name of a file")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise SpecError("command line", option, f"{folder} is no folder that can be written to", "Give another")
-
-
-@contextmanager
-def told_if_unwritable(path: Path) -> Iterator[None]:
-    """Turn what the system says against a file, such as `path`, into a `SpecError`."""
-    try:
-        yield
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error})"
-        raise SpecError(str(error.filename or path), "", problem, "Free some space, or give another name") from error
 
 
 def link(source: Path, target: Path) -> None:

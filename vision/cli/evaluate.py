@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from revnets import SpecError
-from revnets.plotting.audit import FORMATS, save
+from revnets.plotting.style import FORMATS, save
 from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from revnets.config.errors import SpecError
-from revnets.plotting.audit import save
+from revnets.plotting.style import save
 from revnets.utils.atomic_files import replacing
 from vision.checkpoints import manager, resume
 from vision.checkpoints.manager import Checkpoints

@@ -1,0 +1,60 @@
+"""What the commands show, audit and plan share: the model, its input and the figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from revnets.cli.output import told_if_unwritable
+from revnets.config.errors import SpecError
+from revnets.engine.columns import find_columns
+from revnets.models.loading import load_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_figure(console: Console, figure: Figure, picture: Path) -> None:
+    """Save a figure and print its path."""
+    from revnets.plotting.style import save
+
+    with told_if_unwritable(picture):
+        save(figure, picture)
+    console.print(f"wrote {picture}", soft_wrap=True)
+
+
+def reversible_model(source: str, overrides: Sequence[str]) -> nn.Module:
+    """The model that a command is about, if it is one for it."""
+    net = load_model(source, overrides)
+    try:
+        find_columns(net)
+    except ValueError as error:
+        raise SpecError(source, "", str(error)) from None
+    return net
+
+
+def input_error(source: str, shape: tuple[int, ...], error: Exception) -> SpecError:
+    """The error for an input that the model does not take."""
+    reason = str(error).splitlines()[0]
+    return SpecError(source, "", f"an input of {shape} does not go through ({reason})", "Give --input")
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """A floating point type by its name."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise SpecError("command line", "--dtype", f"unknown dtype (value {name})", f"Choose {', '.join(known)}")
+    return known[name]
+
+
+def example_shape(net: nn.Module, source: str) -> tuple[int, ...]:
+    """A shape of one sample that the model's stem says it takes."""
+    shape = getattr(getattr(net, "stem", None), "example_shape", None)
+    if shape is None:
+        raise SpecError(source, "stem", "does not say what shape it takes", "Give --input, e.g. --input 3,224,224")
+    return tuple(shape)

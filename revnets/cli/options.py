@@ -1,0 +1,54 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MODEL = "YAML file of a net (docs/yaml.md), name of a model (timm's, as revcol_tiny), or package.module:function."
+
+
+SpecArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, e.g. columns=8 levels.2.depth=6", show_default=False)
+]
+
+
+InputShape = Annotated[
+    str | None,
+    typer.Option("--input", help="Shape of one sample, e.g. 3,224,224 (images), 197,768 (tokens) or 64 (vectors)."),
+]
+
+
+def sample_shape(text: str | None) -> tuple[int, ...] | None:
+    """The shape that `--input` names; an axis is set off by a comma or an x."""
+    if text is None:
+        return None
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        problem = f"{text!r} is no shape; give positive whole numbers such as 3,224,224"
+        raise typer.BadParameter(problem, param_hint="--input")
+    return shape
+
+
+def picture_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse a suffix that no picture has, and a place for no file, before any work is done."""
+    from revnets.plotting.style import FORMATS
+
+    pass
+
+    from revnets.cli.output import check_place
+
+    if path is not None:
+        if path.suffix.lower().removeprefix(".") not in FORMATS:
+            known = ", .".join(FORMATS)
+            raise typer.BadParameter(f"{path}: a picture is saved as .{known}; give the file one of these")
+        check_place(param.opts[0], path)
+    return path

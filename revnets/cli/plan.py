@@ -1,0 +1,73 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from revnets.cli.common import example_shape, parse_dtype, reversible_model, write_figure
+from revnets.config.memory_budget import BudgetSpec
+from revnets.memory.planner import Plan
+from revnets.utils.format import size
+
+
+def forecast(
+    source: str,
+    overrides: Sequence[str],
+    shape: tuple[int, ...] | None,
+    batch: int,
+    request: dict[str, Any],
+    png: Path | None,
+    json: bool,
+) -> None:
+    """Plan a training step of a net that is never built.
+
+    Args:
+        request: goes to `revnets.plan`; what is None in it is as the budget in the net's YAML says, if there is one.
+    """
+    from revnets.models.plan import plan
+    from revnets.plotting.memory_plan import plan_figure
+
+    with torch.device("meta"):
+        net = reversible_model(source, overrides)
+    shape = shape or example_shape(net, source)
+    console = Console(stderr=json)
+    with console.status("simulating ...") as status:
+        memory = getattr(getattr(net, "spec", None), "memory", None)
+        own = memory.model_dump() if isinstance(memory, BudgetSpec) else {}
+        given = {**request, "dtype": parse_dtype(request["dtype"])}
+        request = {key: value for one in (own, given) for key, value in one.items() if value is not None}
+        result = plan(net, (batch, *shape), progress=lambda what: status.update(f"simulating {what} ..."), **request)
+    if json:
+        print(json_format.dumps(result.to_dict(), indent=2))
+    else:
+        console.print(plan_table(result))
+    if png is not None:
+        write_figure(console, plan_figure(result), png)
+
+
+def plan_table(plan: Plan) -> Group:
+    """The plan as tables and a sentence."""
+    where = "one process" if plan.ranks == 1 else f"each of {plan.ranks} processes ({plan.sharding})"
+    title = f"Memory of a training step, {where}, input {' x '.join(map(str, plan.input_shape))}, {plan.dtype}"
+    table = Table(title=title, title_justify="left")
+    for name in ("memory", "weights", "gradients", "optimizer", "kept", "peak", "work"):
+        table.add_column(name, justify="left" if name == "memory" else "right")
+    rows = [*plan.modes, plan.chosen] if plan.chosen and plan.chosen not in plan.modes else plan.modes
+    for row in rows:
+        fits = plan.budget is None or row.peak <= plan.budget
+        table.add_row(
+            row.name,
+            *(size(count) for count in (row.parameters, row.gradients, row.optimizer, row.kept)),
+            Text(size(row.peak), "" if plan.budget is None else "green" if fits else "red"),
+            f"{row.extra:.2f}x",
+            style="bold" if row == plan.chosen else "",
+        )
+    return Group(table, *([Text(plan.sentence)] if plan.chosen else []))
