@@ -39,9 +39,9 @@ from rich.console import Console
 from rich.table import Table
 
 from revnets.plotting.style import save
-from vision.config.run import CONFIGS
 from vision.data.loading import load_data
 from vision.errors import DataError
+from vision.paths import CONFIGS
 from vision.training.figures import INK, style
 
 OUTPUT = Path(os.path.relpath(REPO / "runs" / "ablations"))

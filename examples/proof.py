@@ -28,12 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revnets import SpecError
 from revnets.utils.atomic_files import replacing
-from vision.config.run import CONFIGS, TrainConfig, load_config
+from vision.config.run import TrainConfig, load_config
 from vision.data.dataset import ImageData
 from vision.data.in_memory import IDX
 from vision.data.loading import TrainBatches
 from vision.errors import DataError, TrainingError
 from vision.models.architecture import RevCol
+from vision.paths import CONFIGS
 from vision.supervision.supervised import Supervised
 from vision.training.builders import build_model
 from vision.training.run_log import LOG, read_log

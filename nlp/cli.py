@@ -12,7 +12,7 @@ import typer
 
 from revnets.cli.errors import one_line_errors
 
-from .folder import user_dir as user_dir
+pass
 
 
 def prepare_mt(
@@ -189,3 +189,11 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 reported = partial(one_line_errors, _errors, extra="nlp")
+
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def user_dir() -> None:
+    """Print the folder to give to fairseq: --user-dir "$(revnets user-dir)"."""
+    typer.echo(FOLDER)

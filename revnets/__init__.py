@@ -13,9 +13,7 @@ from revnets.engine.memory_mode import Memory
 from revnets.memory.auto_budget import keep_budget
 from revnets.models.net import Net, build, build_columns
 from revnets.models.plan import Plan, PlanError, plan
-from revnets.nn import blocks as blocks  # the built-in parts register themselves
-from revnets.nn import fusions as fusions
-from revnets.nn import stems as stems
+from revnets.nn import blocks as blocks
 
 __version__ = "0.1.0"
 

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import revnets
 from revnets.config.errors import SpecError
-from vision.config.run import CONFIGS, load_config
+from vision.config.run import load_config
 from vision.data.dataset import ImageData
+from vision.paths import CONFIGS
 from vision.training.builders import build_model
 
 FOLDER = CONFIGS / "ablations"

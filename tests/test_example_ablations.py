@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 from proofs import QUICK, make_files, rows, said, script, started
 
+from vision.config.supervision import SupervisionConfig
 from vision.data.dataset import ImageData
 from vision.errors import DataError
-from vision.supervision.supervised import SupervisionConfig
 
 DATA = ImageData(None, None, tuple("0123456789"), (1, 32, 32), (0.3,), (0.3,))
 

@@ -13,10 +13,10 @@ import pytest
 import timm
 from proofs import QUICK, make_files, rows, said, script, started
 
+from vision.config.supervision import SupervisionConfig
 from vision.data.dataset import ImageData
 from vision.errors import DataError
 from vision.models.architecture import RevCol
-from vision.supervision.supervised import SupervisionConfig
 from vision.supervision.task import SupervisionTask
 
 ARGUMENTS = ("--seeds", 1, "epochs=4", *QUICK)

@@ -100,7 +100,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PROGRAM = """
 import json, sys
 from fairseq_cli import train
-from revnets_nlp.folder import FOLDER
+from revnets_nlp.cli import FOLDER
 sys.argv[1:] = [part.replace("FOLDER", str(FOLDER)) for part in sys.argv[1:]]
 train.cli_main()
 import nlp  # the user's own

@@ -10,7 +10,7 @@ from test_vision_analyze_cka import states_by_hand
 from torch import Tensor
 
 from revnets import Net, SpecError, build
-from revnets.states import observed
+from revnets.engine.columns import observed
 from vision.analysis.layercam import layercam, rows
 
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from revnets import SpecError, load_spec
-from vision.config.run import CONFIGS, load_config
+from vision.config.run import load_config
+from vision.paths import CONFIGS
 
 NET = {
     "columns": 2,

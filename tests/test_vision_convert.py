@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from vision_official import TEST, TEST_HUGE, Net
 
+from vision.config.supervision import SupervisionConfig
 from vision.errors import CheckpointError
 from vision.models.architecture import RevCol
-from vision.supervision.supervised import Supervised, SupervisionConfig
+from vision.supervision.supervised import Supervised
 from vision.weights.convert import convert, convert_file, skeleton
 from vision.weights.files import Weights, read, select
 from vision.weights.official_names import MismatchError, names_of, to_ours

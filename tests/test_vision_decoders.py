@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from vision_tasks import batch, create_task
 
+from vision.config.supervision import SupervisionConfig
 from vision.supervision.decoders import SingleDecoder, StagedDecoder
-from vision.supervision.supervised import Supervised, SupervisionConfig, reconstruction_loss
+from vision.supervision.supervised import Supervised, reconstruction_loss
 
 
 def test_staged_decoder() -> None:

@@ -18,10 +18,11 @@ from vision_runs import tiny
 from revnets import SpecError
 from vision.checkpoints import manager
 from vision.config.optimization import PretrainedConfig
-from vision.config.run import CONFIGS, load_config
+from vision.config.run import load_config
 from vision.data.dataset import ImageData
 from vision.data.loading import load_data
 from vision.errors import CheckpointError
+from vision.paths import CONFIGS
 from vision.training import builders
 from vision.training.train_state import Engine
 from vision.training.trainer import Trainer

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import revnets
 import vision
+from vision.config.supervision import SupervisionConfig
 from vision.revcol import MODELS, REVISED
-from vision.supervision.supervised import Supervised, SupervisionConfig
+from vision.supervision.supervised import Supervised
 
 FAMILY = {
     # millions of parameters, G multiply-accumulates at 224, and with the heads of ImageNet-1K and 22K: Table 1 of the

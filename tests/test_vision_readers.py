@@ -19,7 +19,7 @@ from vision.checkpoints import manager
 from vision.config.run import load_config
 from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.data.samplers import Key
-from vision.data.timm_readers import posterize, train_transform
+from vision.data.transforms import posterize, train_transform
 from vision.distributed.context import World
 from vision.errors import DataError
 from vision.training.run_log import LOG, read_log

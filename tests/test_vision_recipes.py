@@ -7,8 +7,9 @@ import torch
 
 from revnets import SpecError
 from vision.config.data import ImagesConfig
-from vision.config.run import CONFIGS, load_config
+from vision.config.run import load_config
 from vision.data.dataset import ImageData
+from vision.paths import CONFIGS
 from vision.training import builders
 
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -13,7 +13,8 @@ from timm.models import group_parameters
 from torch.testing import assert_close
 from vision_tasks import CLASSES, batch, create_task
 
-from vision.supervision.supervised import HeadsEvaluator, Supervised, SupervisionConfig
+from vision.config.supervision import SupervisionConfig
+from vision.supervision.supervised import HeadsEvaluator, Supervised
 
 # ------------------------------------------------------------------------------------------------- where heads stand
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 
 from revnets import NetSpec, SpecError, load_spec
 from revnets.config.net_spec import dump
 from vision.models.architecture import RevCol
+from vision.paths import MODELS as MODELS
 from vision.weights.pretrained import LoadableRevCol, checkpoint_filter_fn
 from vision.weights.pretrained import fit_positions as fit_positions
-from vision.weights.recognition import MODELS as MODELS
 
 RELEASE = "https://github.com/megvii-research/RevCol/releases/download/checkpoint/"
 """Where the authors of the paper published their weights (Apache 2.0), all but the largest."""
@@ -219,3 +221,13 @@ def test_revcol_huge(pretrained: bool = False, **kwargs: Any) -> RevCol:  # noqa
 def test_revcol_vit(pretrained: bool = False, **kwargs: Any) -> RevCol:  # noqa: PT028 (no test)
     """A toy of the isotropic kind, for tests."""
     return _create("test_revcol_vit", pretrained, **kwargs)
+
+
+def names() -> list[str]:
+    """Every model that timm knows; those without reversible columns are told so."""
+    return timm.list_models()
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """A model with the weights of its initialisation; the options are those of `timm.create_model`."""
+    return timm.create_model(name, **options)

@@ -1,1 +1,6 @@
-"""Building blocks of networks: blocks, fusions, stems and heads, registered by name."""
+"""Components of networks: blocks, fusions, stems and heads. Importing this package registers them by name."""
+
+from revnets.nn import blocks as blocks
+from revnets.nn import fusions as fusions
+from revnets.nn import heads as heads
+from revnets.nn import stems as stems

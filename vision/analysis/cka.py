@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.config.errors import SpecError
-from revnets.engine.columns import ReversibleColumns
-from revnets.states import observed
+from revnets.engine.columns import ReversibleColumns, observed
 
 LEAST = 4
 """Samples that the unbiased estimator needs."""

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.config.errors import SpecError
-from revnets.engine.columns import ReversibleColumns
-from revnets.states import observed
+from revnets.engine.columns import ReversibleColumns, observed
 
 
 class LayerCam(NamedTuple):

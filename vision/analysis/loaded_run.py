@@ -17,11 +17,12 @@ from revnets import ReversibleColumns, SpecError
 from revnets.config.errors import nearest
 from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
-from vision.config.run import CONFIGS, TrainConfig, load_config
+from vision.config.run import TrainConfig, load_config
 from vision.data.dataset import ImageData
 from vision.data.loading import load_data, val_loader
-from vision.data.timm_readers import val_transform
+from vision.data.transforms import val_transform
 from vision.errors import CheckpointError, first_line
+from vision.paths import CONFIGS
 from vision.training import builders
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from revnets.cli.output import Csv, Png, deliver, outputs, print_rows, progress
-from vision.cli.main import Overrides, reported
+from vision.cli.common import Overrides, reported
 
 Source = Annotated[
     str,

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from revnets.cli.errors import one_line_errors
+from vision.cli.common import Overrides, reported
+from vision.paths import CONFIGS
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key.path=value, e.g. epochs=5 model.columns=8", show_default=False)
-]
-
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = ", ".join(path.stem for path in (*sorted(CONFIGS.glob("*.yaml")), *sorted(CONFIGS.glob("finetune/*.yaml"))))
 
 
@@ -126,12 +120,3 @@ def convert(
         from vision.weights.convert import convert_file
 
         convert_file(source, target, layout, model, weights, heads, allow or [])
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    from vision.errors import EXPECTED
-
-    return EXPECTED
-
-
-reported = partial(one_line_errors, _errors)

@@ -16,13 +16,8 @@ from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from revnets.engine.memory_mode import memory_modes
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
 from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
-from vision.supervision.supervised import SupervisionConfig
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-"""Recipes that come with the package: `revnets train digits` means `configs/digits.yaml`."""
-
-FOLDERS = (CONFIGS, CONFIGS / "finetune")
-"""Where recipes are looked for by their names."""
+from vision.config.supervision import SupervisionConfig
+from vision.paths import FOLDERS
 
 
 class TimmModel(BaseModel):

@@ -1,11 +1,46 @@
-"""What a data set is to a run."""
+"""The data of a run: a training set, a validation set, and the images that cannot be read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from vision.unreadable import Unreadable
+from vision.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What happens with images that cannot be read.
+
+    Attributes:
+        file: gets a line for each; every process of a run has its own. Workers append to it, so it counts for all.
+        policy: `skip` or `stop`.
+    """
+
+    file: Path | None = None
+    policy: str = "skip"
+
+    def note(self, what: str, error: BaseException | str) -> None:
+        """Write one down.
+
+        Raises:
+            DataError: the policy is to stop.
+        """
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if self.policy == "stop":
+            remedy = "Mend or remove it, or let data.unreadable be skip"
+            raise DataError(f"{what}: cannot be read ({reason.rstrip('.')}). {remedy}")
+        if self.file is not None:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(f"{what}: {reason}\n")
+
+    def count(self) -> int:
+        """How many have been written down so far."""
+        if self.file is None or not self.file.exists():
+            return 0
+        with open(self.file, "rb") as file:
+            return sum(1 for _ in file)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from revnets.config.errors import SpecError
 from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
 from vision.config.run import TrainConfig
-from vision.data.dataset import ImageData
+from vision.data.dataset import ImageData, Unreadable
 from vision.data.in_memory import load_digits, load_idx
 from vision.data.samplers import EpochBatches, Share
 from vision.data.timm_readers import load_images
 from vision.distributed.context import World
-from vision.unreadable import Unreadable
 from vision.utils.signals import leave_signals_to_parent
 
 

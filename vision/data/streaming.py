@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vision.data.dataset import Unreadable
 from vision.distributed.context import World
 from vision.errors import DataError, first_line
-from vision.unreadable import Unreadable
 from vision.utils.seeding import seeded
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import auto_augment, create_transform
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -16,20 +14,18 @@ from torch.utils.data import Dataset
 
 from revnets.config.errors import SpecError
 from vision.config.data import ImagesConfig
-from vision.data.dataset import ImageData, class_names
+from vision.data.dataset import ImageData, Unreadable, class_names
 from vision.data.samplers import Key
 from vision.data.streaming import Stream
+from vision.data.transforms import Transform, train_transform, val_transform
 from vision.distributed.context import World
 from vision.errors import DataError, first_line
-from vision.unreadable import Unreadable
 from vision.utils.seeding import seeded
 
 RETRIES = 10
 """Unreadable images in a row that are skipped; more mean that something else is wrong."""
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: World) -> ImageData:
@@ -55,35 +51,6 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
         val = Images(val_reader, val_transform(config), unreadable)
     shape = (3, config.img_size, config.img_size)
     return ImageData(train, val, classes, shape, config.mean, config.std, unreadable)
-
-
-def train_transform(config: ImagesConfig) -> Transform:
-    """timm's transform for training."""
-    augment = config.augment.model_dump()
-    transform: Any = create_transform(config.img_size, is_training=True, mean=config.mean, std=config.std, **augment)
-    for step in transform.transforms:
-        policies = [getattr(step, "ops", ()), *getattr(step, "policy", ())]  # of RandAugment, of AutoAugment
-        for operation in (operation for operations in policies for operation in operations):
-            if operation.aug_fn is auto_augment.posterize:
-                operation.aug_fn = posterize
-    return transform
-
-
-def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """timm's, also for no bits at all: strong policies ask for that, and Pillow 13 refuses what used to give black."""
-    return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else image.point(lambda _: 0)
-
-
-def val_transform(config: ImagesConfig) -> Transform:
-    """timm's transform for validation."""
-    return create_transform(
-        config.img_size,
-        mean=config.mean,
-        std=config.std,
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-        crop_mode=config.crop_mode,
-    )  # pyright: ignore[reportReturnType]
 
 
 class Images(Dataset[tuple[Tensor, int]]):

@@ -11,8 +11,9 @@ from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
+from vision.config.supervision import SupervisionConfig
 from vision.models.architecture import RevCol
-from vision.supervision.supervised import Outputs, Supervised, SupervisionConfig, reconstruction_loss
+from vision.supervision.supervised import Outputs, Supervised, reconstruction_loss
 
 
 class SupervisionTask(ClassificationTask):

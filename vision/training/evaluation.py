@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vision.supervision.supervised import HeadsEvaluator, Outputs, Stop, Supervised
+from vision.config.supervision import Stop
+from vision.supervision.supervised import HeadsEvaluator, Outputs, Supervised
 
 CONFUSIBLE = 1000
 """Up to so many classes it is counted which is taken for which; for 21841 the table would take 4 GB."""

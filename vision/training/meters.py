@@ -5,39 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vision.distributed.context import World
 from vision.errors import TrainingError
-
-
-@dataclass
-class Progress:
-    """How far a run has come. Its order of samples and its random numbers are functions of this and of the seed."""
-
-    epoch: int = 0  # epochs that are trained and evaluated
-    step: int = 0  # updates
-    best: float = -1.0  # top-1 of the best checkpoint, of the averaged weights where they are kept
-    best_step: int = -1  # which checkpoint that is
-
-    def plain(self, losses: Losses) -> dict[str, Any]:
-        """As part of a checkpoint."""
-        return {**asdict(self), "losses": torch.tensor(losses.checked, dtype=torch.float64)}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended."""
-
-    last: Path | None  # the last checkpoint
-    best: Path | None  # the best one
-    top1: float  # its accuracy, percent; -1 if no epoch was finished
-    signal: int | None = None  # what stopped the run before its end
 
 
 class Losses:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 
@@ -22,7 +24,7 @@ from vision.distributed.context import World
 from vision.errors import TrainingError as TrainingError
 from vision.training.evaluation import Metrics
 from vision.training.figures import training_figure
-from vision.training.meters import Clock, Losses, Outcome, Progress
+from vision.training.meters import Clock, Losses
 from vision.training.run_log import LOG, Display, Record, read_log
 from vision.training.train_state import Engine
 from vision.utils.signals import Stopped, StopSignals
@@ -222,3 +224,27 @@ def _epoch_line(epoch: int, epochs: int, loss: float, found: dict[str, Metrics],
     val = list(found.values())[-1].loss
     place = f"{epoch:{len(str(epochs))}}/{epochs}"
     return f"epoch {place}  loss {loss:.4f}  val loss {val:.4f}  top-1 {scores}  {seconds:.1f} s"
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Its order of samples and its random numbers are functions of this and of the seed."""
+
+    epoch: int = 0  # epochs that are trained and evaluated
+    step: int = 0  # updates
+    best: float = -1.0  # top-1 of the best checkpoint, of the averaged weights where they are kept
+    best_step: int = -1  # which checkpoint that is
+
+    def plain(self, losses: Losses) -> dict[str, Any]:
+        """As part of a checkpoint."""
+        return {**asdict(self), "losses": torch.tensor(losses.checked, dtype=torch.float64)}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    last: Path | None  # the last checkpoint
+    best: Path | None  # the best one
+    top1: float  # its accuracy, percent; -1 if no epoch was finished
+    signal: int | None = None  # what stopped the run before its end

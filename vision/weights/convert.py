@@ -17,9 +17,10 @@ from torch import Tensor
 
 from revnets import NetSpec, SpecError
 from revnets.utils.atomic_files import replacing
+from vision.config.supervision import SupervisionConfig
 from vision.errors import CheckpointError, why_not_written
 from vision.models.architecture import RevCol
-from vision.supervision.supervised import Supervised, SupervisionConfig
+from vision.supervision.supervised import Supervised
 from vision.weights.files import Weights, channels_in, classes_in, read, select
 from vision.weights.official_names import (
     AROUND_BACKBONE,

@@ -7,15 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from torch import Tensor
 
 from revnets import NetSpec, load_spec
 from vision.errors import CheckpointError
-
-MODELS = Path(__file__).parents[1] / "configs" / "models"
-"""A YAML for each model; `revnets.build` makes the same net from it."""
+from vision.paths import MODELS
 
 _BLOCK = re.compile(r"subnet(\d+)\.level(\d+)\.blocks\.(\d+)\.dwconv\.weight")
 

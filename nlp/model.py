@@ -1,0 +1,3 @@
+"""Former path of `nlp.models.revcol_transformer`."""
+
+from .models.revcol_transformer import RevColTransformerModel as RevColTransformerModel

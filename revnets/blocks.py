@@ -1,0 +1,3 @@
+"""Former path of `revnets.nn.blocks`."""
+
+from revnets.nn.blocks import *  # noqa: F403
