@@ -30,7 +30,7 @@ from revnets.engine.memory_mode import Memory
 EVERY = 1000
 """Forwards between two looks at gains that are learned."""
 
-_FACTOR = 2.0  # fitted to measured curves, see tests/test_drift.py
+_FACTOR = 2.0  # fitted to measured curves, see tests/revnets/engine/test_drift.py
 
 
 class DriftWarning(UserWarning):

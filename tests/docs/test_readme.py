@@ -1,0 +1,96 @@
+"""What the README shows runs, in order, as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import revnets
+from revnets.cli import main
+from tests.support.paths import ROOT
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+
+
+def test_python_blocks_run():
+    first, second, third = blocks("python")
+    names: dict = {}
+    exec(first, names)
+    net, states = names["model"], names["states"]
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert len(states) == 6
+    for level, state in zip(names["levels"], states[0], strict=True):
+        assert torch.equal(level, state)
+    exec(second, names)
+    assert len(names["net"].flat()) == 12
+    exec(third, names)
+    assert names["model"].columns.graph.columns == 6
+
+
+def test_yaml_block_is_a_net():
+    (text,) = blocks("yaml")
+    with torch.device("meta"):
+        net = revnets.build(yaml.safe_load(text))
+    assert net(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 10)
+
+
+def test_commands_are_known_and_files_exist():
+    commands = re.findall(r"^    revnets ([\w-]+) (\S+)", TEXT, flags=re.MULTILINE)
+    assert {command for command, _ in commands} == {"show", "audit", "plan", "train", "convert", "prepare-mt"}
+    main.load_commands()
+    for command, file in commands:
+        if "/" in file:
+            assert (ROOT / file).exists(), file
+        elif command == "train":
+            assert (ROOT / "vision" / "configs" / f"{file}.yaml").exists(), file
+        assert CliRunner().invoke(main.app, [command, "--help"]).exit_code == 0
+    targets = re.findall(r"^    make (\w+)", TEXT, flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets
+    assert all(f"\n{target}: " in makefile for target in targets)
+
+
+def test_links_lead_somewhere():
+    links = []
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        found = re.findall(r"\]\((?!https?:)([^)]+)", page.read_text(encoding="utf-8"))
+        links += [(page, *link.partition("#")[::2]) for link in found]
+    assert len(links) > 10
+    for page, path, heading in links:
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {path}"
+        assert not heading or heading in anchors(target), f"{page.name}: {path}#{heading}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_page_on_training_names_every_key():
+    from vision.config.run import TrainConfig
+
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", page))
+    assert named >= set(TrainConfig.model_fields)
+    for part in ("data", "optimizer", "schedule"):
+        assert named >= set(type(TrainConfig.model_fields[part].default).model_fields)
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    values = yaml.safe_load(text)
+    assert TrainConfig.model_validate(values).optimizer.lr == 1e-3

@@ -1,0 +1,82 @@
+"""`examples/ablations.py` on made-up images in idx format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.support.fashion_mnist import QUICK, make_files, rows, said, script, started
+from vision.config.supervision import SupervisionConfig
+from vision.data.dataset import ImageData
+from vision.errors import DataError
+
+DATA = ImageData(None, None, tuple("0123456789"), (1, 32, 32), (0.3,), (0.3,))
+
+
+@pytest.fixture
+def ablations(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script(monkeypatch, "ablations")
+
+
+@pytest.fixture
+def proof(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script(monkeypatch, "proof")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_tables_share_a_model_and_nothing_is_trained_again(tmp_path: Path) -> None:
+    root = make_files(tmp_path)
+    words = ("--root", root, "--output", tmp_path / "run", "--tables", "7,6", "--seeds", 1, "--epochs", 4, *QUICK)
+    text = said(started("ablations", *words))
+    found = [line.split("│")[2].strip() for line in text.splitlines() if "│" in line]
+    assert found == ["multi-branch", "RevNet", "RevCol", "RevCol", "RevCol, supervised"]
+    folders = {path.parent.name: path for path in (tmp_path / "run").glob("*/train.log")}
+    assert folders.keys() == {"multi-branch-0", "revnet-0", "revcol-0", "revcol-supervised-0"}
+    logs = {name: path.read_text() for name, path in folders.items()}
+    picture = tmp_path / "run" / "ablations.png"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+    lines = said(started("ablations", *words, "--markdown")).splitlines()
+    assert {name: path.read_text() for name, path in folders.items()} == logs
+    assert lines[0] == "| table | model | parameters | MACs | accuracy, % | CPU minutes |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[1] for row in cells] == found
+    assert [row[0] for row in cells] == ["6", "6", "6", "7", "7"]
+    assert cells[2][2:] == cells[3][2:]
+    error = said(started("ablations", "--tables", "8", "--output", tmp_path / "other"), 1)
+    assert error == "error: --tables '8': give some of 5, 6, 7, as in --tables 5,7\n"
+    assert not (tmp_path / "other").exists()
+    for row in cells:
+        assert float(row[4]) > 30  # a guess is right in 10 %
+    assert rows(text)["7"][3] == cells[3][4]
+
+
+def test_models_of_a_table_are_of_equal_size(ablations: ModuleType, proof: ModuleType, tmp_path: Path) -> None:
+    runs = {name: proof.planned(ablations.MODELS, name, 0, ablations.BUDGET, tmp_path) for name in ablations.MODELS}
+    sizes = {name: proof.size_of(run.config, DATA) for name, run in runs.items()}
+    for ablation in ablations.TABLES.values():
+        of_table = {name: sizes[name] for name in ablation.models}
+        proof.require_equal(of_table, **ablations.EQUAL)
+        macs = [size.macs for size in of_table.values()]
+        assert max(macs) <= 1.02 * min(macs)
+        unequal = {**of_table, "RevCol": sizes["RevCol"]._replace(macs=2 * sizes["RevCol"].macs)}
+        with pytest.raises(DataError, match="equal macs within 2%"):
+            proof.require_equal(unequal, **ablations.EQUAL)
+    assert {name for ablation in ablations.TABLES.values() for name in ablation.models} == set(ablations.MODELS)
+    supervised = {name for name, run in runs.items() if run.config.supervision == SupervisionConfig()}
+    assert supervised == {"RevCol, supervised"}
+    for name in ("fashion_multi_branch", "fashion_revnet"):
+        text = (ablations.CONFIGS / "ablations" / f"{name}.yaml").read_text()
+        size = sizes["RevNet" if "revnet" in name else "multi-branch"]
+        assert f"{size.parameters:,}" in text
+        assert f"{size.macs:,}" in text
+
+
+@pytest.mark.parametrize("tables", ["4", "5,8", "", "five"])
+def test_tables_that_do_not_exist(ablations: ModuleType, tables: str) -> None:
+    with pytest.raises(DataError, match=f"--tables '{tables}': give some of 5, 6, 7"):
+        ablations.choose(tables)
+    assert list(ablations.choose("7, 5")) == ["5", "7"]

@@ -1,0 +1,50 @@
+"""`make demo`, cut down to one epoch of nets of two and three columns."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+SCRIPT = ROOT / "examples" / "demo.py"
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    demo = runpy.run_path(str(SCRIPT))["main"]
+    output = tmp_path / "demo"
+    short = ("epochs=1", "schedule.warmup_epochs=0.5", "batch_size=144")
+    for columns, factor in ((2, 5), (3, 8)):  # the second call begins afresh, although its net is another one
+        assert demo([*short, f"output={output}", f"model.columns={columns}"]) == 0
+        said = capsys.readouterr().out
+        assert f"{columns} reversible columns" in said
+        assert "Resumed" not in said
+        assert float(re.search(r"validation accuracy\W+([\d.]+) %", said)[1]) > 20  # a guess is right in 10 %
+        assert float(re.search(r"ratio\W+([\d.]+) times less", said)[1]) > factor
+        assert "equal bit for bit" in said
+        assert (output / "demo.png").read_bytes()[:4] == b"\x89PNG"
+        for path in re.findall(r"(?:picture|best weights) +(\S+)", said):
+            assert Path(path).exists()
+
+
+def test_demo_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert not ended.value.code
+    assert "overrides of vision/configs/digits.yaml" in capsys.readouterr().out
+
+
+def test_demo_says_what_is_wrong(tmp_path):
+    command = [sys.executable, str(SCRIPT), f"output={tmp_path / 'demo'}", "epoch=1"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 1
+    assert result.stderr == "error: command line: epoch: unknown key (value 1). Did you mean epochs?\n"

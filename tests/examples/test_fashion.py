@@ -1,0 +1,126 @@
+"""`examples/fashion.py` on made-up images in idx format: trained, stopped, gone on with, and compared for real."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+import pytest
+import timm
+
+from tests.support.fashion_mnist import QUICK, make_files, rows, said, script, started
+from vision.config.supervision import SupervisionConfig
+from vision.data.dataset import ImageData
+from vision.errors import DataError
+from vision.models.architecture import RevCol
+from vision.supervision.task import SupervisionTask
+
+ARGUMENTS = ("--seeds", 1, "epochs=4", *QUICK)
+
+
+@pytest.fixture
+def fashion(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script(monkeypatch, "fashion")
+
+
+@pytest.fixture
+def proof(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script(monkeypatch, "proof")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("fashion-mnist"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    words = ("--root", files, "--output", output, *ARGUMENTS)
+    process = started("fashion", *words)
+    while not list(output.glob("*/checkpoints/step-*.pt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    with pytest.raises(DataError, match="are still going on"), proof.locked(output):
+        pass
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in said(process, 128 + signal.SIGTERM)
+
+    text = said(started("fashion", *words))
+    found = rows(text)
+    assert list(found) == ["ConvNeXt", "RevCol", "RevCol, supervised"]
+    for _, _, _, accuracy, minutes in found.values():
+        assert float(accuracy.removesuffix(" %")) > 60  # a guess is right in 10 %
+        assert float(minutes) > 0
+    logs = {path: path.read_text() for path in output.glob("*/train.log")}
+    assert len(logs) == 3
+    assert any("Stopped by SIGTERM" in log and "Resumed" in log for log in logs.values())
+    picture = output / "fashion.png"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+    picture.unlink()
+    assert rows(said(started("fashion", *words))) == found  # what is finished is shown again, and not run again
+    assert {path: path.read_text() for path in output.glob("*/train.log")} == logs
+    assert picture.exists()
+    with pytest.raises(DataError, match=r"convnext-0 holds a run with other settings\. Give the same ones again"):
+        proof.planned(fashion.MODELS, "ConvNeXt", 0, ["epochs=6"], output)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told_in_a_line(files: Path, tmp_path: Path) -> None:
+    words = ("--root", files, "--output", tmp_path, *ARGUMENTS, "optimizer.lr=1e30")
+    text = said(started("fashion", *words), 1)
+    assert re.fullmatch(
+        r"error: \w+, seed 0 ended with code 1: error: the loss is nan in epoch 1, .*train\.log\n", text
+    )
+
+
+def test_without_data(tmp_path: Path) -> None:
+    text = said(started("fashion", "--root", tmp_path, "--output", tmp_path / "run"), 1)
+    assert text == (
+        f"error: {tmp_path} has no train-images-idx3-ubyte.gz. Install Debian's package dataset-fashion-mnist (apt-get "
+        "install dataset-fashion-mnist), or put the four idx files into a folder and give it with --root\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_are_of_equal_size_and_of_the_same_blocks(
+    fashion: ModuleType, proof: ModuleType, tmp_path: Path
+) -> None:
+    data = ImageData(None, None, tuple("0123456789"), (1, 32, 32), (0.3,), (0.3,))
+    runs = [proof.planned(fashion.MODELS, name, 0, fashion.BUDGET, tmp_path) for name in fashion.MODELS]
+    sizes = {run.model: proof.size_of(run.config, data) for run in runs}
+    proof.require_equal(sizes, parameters=fashion.EQUAL, macs=fashion.EQUAL)
+    for kind in ("parameters", "macs"):
+        values = [getattr(size, kind) for size in sizes.values()]
+        assert max(values) <= 1.02 * min(values)
+    nets: dict[str, RevCol] = {}
+    for run in runs:
+        nets[run.model] = cast(RevCol, timm.create_model("test_revcol", in_chans=1, **run.config.model.options))
+        nets[run.model].reset_classifier(10)
+    for name, net in nets.items():
+        assert sizes[name].parameters == sum(weight.numel() for weight in net.parameters())
+    blocks = {
+        name: {type(module) for module in net.modules() if "Block" in type(module).__name__}
+        for name, net in nets.items()
+    }
+    assert len(blocks["RevCol"]) == 1
+    assert blocks["ConvNeXt"] == blocks["RevCol"]
+    assert [net.columns.graph.columns for net in nets.values()] == [1, 4, 4]
+    assert [run.config.supervision for run in runs] == [None, None, SupervisionConfig()]
+    task = SupervisionTask(nets["RevCol, supervised"], SupervisionConfig(), mean=(0.3,), std=(0.3,), verbose=False)
+    assert sizes["RevCol, supervised"].with_heads == sum(weight.numel() for weight in task.parameters())
+
+    sizes["RevCol"] = sizes["RevCol"]._replace(macs=int(1.03 * sizes["RevCol"].macs))
+    with pytest.raises(DataError, match="equal macs within 2%"):
+        proof.require_equal(sizes, parameters=fashion.EQUAL, macs=fashion.EQUAL)
+
+
+def test_mean_and_standard_deviation(proof: ModuleType) -> None:
+    assert proof.spread([87.0, 90.0, 93.0], 2) == "90.00 ± 3.00"
+    assert proof.spread([87.0], 1) == "87.0"

@@ -1,0 +1,171 @@
+"""A memory budget in fairseq's training: planned for the largest batch, as a step of model and criterion takes it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
+
+from fairseq import criterions
+from fairseq import options as fairseq_options
+
+from nlp.models.memory_budget import TrainingStep, _states, footprint, largest_batch
+from nlp.models.revcol_transformer import RevColTransformerModel
+from revnets.memory.simulation import simulate
+from revnets.memory.tracker import MemoryTracker
+from tests.support.fairseq import USER_DIR, dictionary, sample
+
+WORDS = 53
+
+
+def command_line(*given: str) -> argparse.Namespace:
+    """All options of `fairseq-train`."""
+    words = ["data", "--user-dir", str(USER_DIR), "--arch", "revcol_transformer_tiny", "--share-all-embeddings"]
+    words += ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1", "--optimizer", "adam"]
+    return fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser(), [*words, *given])
+
+
+class Text(list):
+    """The sizes of a training text: pairs of lengths."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.array(self)
+
+
+def task(*sizes: tuple[int, int]) -> Any:
+    words = dictionary(WORDS)
+    return SimpleNamespace(source_dictionary=words, target_dictionary=words, dataset=lambda name: Text(sizes))
+
+
+def step_and_batch(memory: str) -> tuple[TrainingStep, tuple[torch.Tensor, ...]]:
+    args = command_line("--revcol-memory", memory, "--dropout", "0.1")
+    torch.manual_seed(0)
+    model = RevColTransformerModel.build_model(args, task())
+    inputs = sample((31, 29, 17, 11), WORDS)
+    batch = (*inputs.values(), inputs["prev_output_tokens"].clone())
+    return TrainingStep(model, criterions.build_criterion(args, task())), batch
+
+
+@pytest.mark.parametrize(("memory", "accumulates"), [("store", False), ("exact", True)])
+def test_a_step_takes_what_is_predicted(memory, accumulates):
+    step, batch = step_and_batch(memory)
+    predicted = simulate(step, batch, accumulates=accumulates)
+    if accumulates:
+        step(*batch).backward()
+    with MemoryTracker() as tracker:
+        tracker.register(step)
+        step(*batch).backward()
+    assert all(parameter.grad is not None for parameter in step.parameters())
+    assert abs(predicted.peak / tracker.peak - 1) < 0.02
+
+
+def run(budget: str, caplog: pytest.LogCaptureFixture, *given: str) -> tuple[RevColTransformerModel, str]:
+    """A model after its first training forward, on a batch as large as the text allows, and what was logged."""
+    args = command_line("--revcol-memory", f"{{budget: {budget}}}", "--max-tokens", "124", *given)
+    torch.manual_seed(0)
+    model = RevColTransformerModel.build_model(args, task(*[(31, 30), (7, 31)] * 4))
+    with caplog.at_level(logging.INFO, logger="nlp.models.memory_budget"):
+        model.eval()(**sample((11, 7)))
+        assert not caplog.messages  # nothing to plan without a step
+        model.train()(**sample((11, 7)))
+    return model, caplog.messages[-1]
+
+
+@pytest.fixture(scope="module")
+def most() -> int:
+    """Bytes of a step in `store` with that batch."""
+    args = command_line("--revcol-memory", "store", "--max-tokens", "124")
+    text = task(*[(31, 30), (7, 31)] * 4)
+    return footprint(RevColTransformerModel.build_model(args, text), args, text)
+
+
+def test_what_fits_is_kept(caplog, most):
+    model, said = run(str(most - 1), caplog)
+    columns = model.encoder.columns
+    assert said.startswith("memory for 4 sentences of 31 words: Chosen for ")
+    assert set(columns.memory) == {"exact", "recompute"}
+    assert 0 < len(columns.stored) < 8
+    assert columns.budget is None
+    caplog.clear()
+    model(**sample((13, 5)))
+    assert not caplog.messages  # it is planned once
+
+
+def test_everything_is_stored_where_there_is_room(caplog, most):
+    model, said = run(str(most), caplog)
+    assert set(model.encoder.columns.memory) == {"store"}
+    assert "no extra work" in said
+
+
+def test_the_peak_of_exact_always_fits(caplog):
+    model, _ = run("exact", caplog)
+    assert "exact" in model.encoder.columns.memory
+
+
+def test_too_small_a_budget_ends_the_command_with_one_line(caplog):
+    with pytest.raises(SystemExit) as caught:
+        run("1MB", caplog)
+    assert str(caught.value).startswith("--revcol-memory {budget: 1MB}: nothing fits 977 KiB: the smallest peak is")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "limits", "expected"),
+    [
+        (("--max-tokens", "100"), (1024, 1024), (3, 33)),  # in sentences a little longer than the longest
+        (("--max-tokens", "20"), (1024, 1024), (1, 31)),  # a sentence must go through
+        (("--max-tokens", "100", "--batch-size", "2"), (1024, 1024), (2, 31)),
+        (("--batch-size", "5"), (1024, 1024), (5, 31)),
+        (("--max-tokens", "100000"), (1024, 1024), (8, 31)),  # all there is
+        (("--max-tokens", "100"), (20, 1024), (5, 20)),
+    ],
+)
+def test_the_largest_batch(given, limits, expected):
+    assert largest_batch(command_line(*given), task(*[(31, 7), (5, 9)] * 4), limits) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((), 2),
+        (("--optimizer", "nag"), 1),
+        (("--fp16",), 8),  # in units of two bytes: weights, gradients and two states of four
+        (("--fp16", "--memory-efficient-fp16"), 4),
+        (("--store-ema",), 3),
+        (("--store-ema", "--ema-fp32", "--fp16"), 11),
+    ],
+)
+def test_what_the_optimizer_holds(given, expected):
+    assert _states(command_line(*given)) == expected
+
+
+def test_gradients_of_earlier_batches_need_room():
+    """At the peak of this step, the start of backward, there are none yet without `--update-freq`."""
+    text = task(*[(31, 30)] * 40)
+    args = command_line("--revcol-memory", "store", "--max-tokens", "1240")
+    model = RevColTransformerModel.build_model(args, text)
+    once = footprint(model, args, text)
+    several = footprint(model, command_line("--max-tokens", "1240", "--update-freq", "3"), text)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert 0.8 * weights < several - once < 1.2 * weights
+
+
+def test_stored_cells_give_the_same_gradients():
+    found = []
+    for stored in ("0", "3"):
+        args = command_line("--revcol-stored", stored, "--dropout", "0.2")
+        torch.manual_seed(0)
+        model = RevColTransformerModel.build_model(args, task())
+        assert len(model.encoder.columns.stored) == int(stored)
+        torch.manual_seed(1)
+        model(**sample())[0].square().mean().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*found, rtol=0, atol=0)

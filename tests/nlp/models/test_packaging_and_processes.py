@@ -1,0 +1,163 @@
+"""What needs processes of its own: the installed commands, two workers, a wheel beside a user's own package `nlp`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
+
+from tests.support.fairseq import QUICK, TINY, USER_DIR, load, preprocess, train
+
+pytestmark = pytest.mark.slow
+
+ROOT = USER_DIR.parent
+BIN = Path(sys.executable).parent
+SHORT = ("--max-tokens", "300", "--disable-validation", "--dropout", "0.0", "--max-update", "3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return preprocess(tmp_path_factory.mktemp("corpus"), pairs=400)
+
+
+def start(*command: object, cwd: Path = ROOT, path: str = "") -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def test_two_workers_train_as_one_with_two_batches_an_update(data, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [
+        start(
+            *(BIN / "fairseq-train", data, "--user-dir", "nlp", "--save-dir", tmp_path / "two", *TINY, *QUICK, *SHORT),
+            *("--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-world-size", 2),
+            *("--distributed-rank", rank, "--distributed-no-spawn", "--distributed-backend", "gloo"),
+            *("--ddp-backend", "legacy_ddp"),
+        )
+        for rank in range(2)
+    ]
+    train(data, tmp_path / "one", *SHORT, "--update-freq", "2")
+    for code, output in [finish(worker) for worker in workers]:
+        assert code == 0, output
+    one, two = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+
+
+def test_a_forgotten_user_dir(data, tmp_path):
+    """What fairseq says then is quoted in docs/nlp.md, with what to do."""
+    train(data, tmp_path, *SHORT)
+    commands = [
+        start(BIN / "fairseq-train", data, *TINY, "--cpu"),
+        start(BIN / "fairseq-generate", data, "--path", tmp_path / "checkpoint_last.pt", "--cpu"),
+    ]
+    page = (ROOT / "docs" / "nlp.md").read_text()
+    for command, said in zip(commands, ("invalid choice: 'revcol_transformer", "argparse.Namespace"), strict=True):
+        code, output = finish(command)
+        assert code != 0
+        assert said in output
+        assert said in page
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this checkout, unpacked as an installer would."""
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel")
+    folder = tmp_path_factory.mktemp("wheel")
+    code, output = finish(start(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder))
+    assert code == 0, output
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
+
+
+PROGRAM = """
+import json, sys
+from fairseq_cli import train
+from revnets_nlp.cli import FOLDER
+sys.argv[1:] = [part.replace("FOLDER", str(FOLDER)) for part in sys.argv[1:]]
+train.cli_main()
+import nlp  # the user's own
+names = [name for name in sys.modules if name.endswith(".encoder")]
+print(json.dumps({"encoders": names, "folder": str(FOLDER), "mine": nlp.MINE}))
+"""
+
+
+def test_a_wheel_works_beside_a_package_nlp_of_the_user(site, data, tmp_path):
+    (tmp_path / "nlp").mkdir()
+    (tmp_path / "nlp" / "__init__.py").write_text("MINE = True\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    arguments = (data, "--user-dir", "FOLDER", "--save-dir", tmp_path / "saved", *TINY, *QUICK, *SHORT)
+    code, output = finish(start(sys.executable, "program.py", *arguments, cwd=tmp_path, path=str(site)))
+    assert code == 0, output
+    found = json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1])
+    ours = [name for name in found["encoders"] if name.split(".")[0] in ("nlp", "revnets_nlp")]
+    assert ours == ["revnets_nlp.encoder"]
+    assert found["folder"] == str(site / "revnets_nlp")
+    assert found["mine"] is True
+    assert load(tmp_path / "saved" / "checkpoint_last.pt")["cfg"]["model"].revcol_columns == 2
+
+
+def test_the_wheel_holds_what_a_checkout_holds(site):
+    code, listed = finish(start("git", "ls-files", "nlp"))
+    if code:
+        pytest.skip("not a git checkout")
+    names = {name.removeprefix("nlp/") for name in listed.split()}
+    assert names <= {str(path.relative_to(site / "revnets_nlp")) for path in (site / "revnets_nlp").rglob("*")}
+    assert not (site / "nlp").exists()
+
+
+def test_the_folder_is_printed():
+    code, output = finish(start(BIN / "revnets", "user-dir"))
+    assert (code, output.strip()) == (0, str(USER_DIR))
+
+
+WITHOUT = """
+import importlib.abc, sys
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "fairseq":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+import nlp.models.encoder_spec
+nlp.models.encoder_spec.encoder_columns(nlp.models.encoder_spec.net_spec({"encoder_embed_dim": 8}), 8)
+import nlp.models.revcol_transformer
+"""
+
+
+def test_without_fairseq_columns_can_be_built_and_the_model_says_what_to_install():
+    code, output = finish(start(sys.executable, "-c", WITHOUT))
+    assert code == 1
+    assert (
+        output.strip()
+        .splitlines()[-1]
+        .startswith("ModuleNotFoundError: the translation model needs fairseq: pip install")
+    )

@@ -1,0 +1,112 @@
+"""What `exact` promises: the gradients of `store` at any depth, for little more than half a byte an element."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import revnets
+from revnets.memory.tracker import kept_bytes
+from tests.support.gradients import assert_same, step
+from tests.support.networks import stem_of, token_net
+
+DEPTHS = (1, 2, 3, 4, 7, 13, 32, 63, 64)
+
+
+def same_gradients(columns: int, gamma: float, blocks: tuple[str, ...], autocast: torch.dtype | None) -> None:
+    net = token_net(m=2, columns=columns, gamma=gamma, blocks=blocks, seed=columns)
+    x = stem_of(net)
+    assert_same(step(net, x, "exact", autocast=autocast), step(net, x, "store", autocast=autocast))
+
+
+@pytest.mark.parametrize("columns", DEPTHS)
+@pytest.mark.parametrize(("gamma", "autocast"), [(0.5, None), (0.05, None), (0.5, torch.bfloat16)])
+def test_gradients_at_every_depth(columns: int, gamma: float, autocast: torch.dtype | None) -> None:
+    same_gradients(columns, gamma, ("mlp",), autocast)
+
+
+@given(
+    columns=st.sampled_from([depth for depth in range(1, 65) if depth not in DEPTHS]),
+    gamma=st.sampled_from([1.0, -0.7, 0.5, 0.2, 1e-3]),
+    blocks=st.sampled_from([("mlp",), ("conv", "dropout"), ("attention",)]),
+    autocast=st.sampled_from([None, torch.bfloat16]),
+)
+@settings(max_examples=20)
+def test_gradients_at_other_depths(columns, gamma, blocks, autocast) -> None:
+    same_gradients(columns, gamma, blocks, autocast)
+
+
+# ------------------------------------------------------------------------------------ bytes that the lost bits take
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    datasets = pytest.importorskip("sklearn.datasets")
+    found = datasets.load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    return F.interpolate(images, size=16), torch.tensor(found.target)
+
+
+def digits_net(gamma: float) -> revnets.Net:
+    torch.manual_seed(0)
+    return revnets.build(
+        {
+            "columns": 4,
+            "stem": {"type": "patchify", "patch": 2, "in_chans": 1},
+            "levels": [{"dim": 16 * 2**level, "depth": 1, "block": "convnext"} for level in range(3)],
+            "gain": {"init": gamma},
+            "head": {"type": "classifier", "num_classes": 10},
+        }
+    )
+
+
+def bytes_per_element(net: revnets.Net, images: Tensor, half: bool) -> float:
+    """What `exact` holds between forward and backward, and `invert` does not, over the elements that it rebuilds."""
+    kept = {}
+    for mode in ("invert", "exact"):
+        net.columns.memory = mode
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):  # each with weights that are cast afresh
+            kept[mode] = kept_bytes(net, images)
+    with torch.no_grad():
+        levels = net.columns(net.stem(images))
+    rebuilt = (net.spec.columns - 1) * sum(level.numel() for level in levels)
+    return (kept["exact"] - kept["invert"]) / rebuilt
+
+
+LIMITS = pytest.mark.parametrize(("gamma", "limit"), [(0.5, 0.6), (0.05, 1.15)])
+HALF = pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+
+
+@LIMITS
+@HALF
+@pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
+def test_lost_bits_at_random_initialisation(gamma: float, limit: float, half: bool) -> None:
+    assert 0.5 <= bytes_per_element(digits_net(gamma), digits()[0][:64], half) <= limit
+
+
+@pytest.mark.slow
+@LIMITS
+@HALF
+@pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
+def test_lost_bits_after_training(gamma: float, limit: float, half: bool) -> None:
+    images, labels = digits()
+    net = digits_net(gamma)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
+    losses = []
+    for count in range(150):
+        batch = torch.randint(len(images), (32,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = F.cross_entropy(net(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if count % 50 == 49:
+            assert 0.5 <= bytes_per_element(net, images[:64], half) <= limit
+    assert sum(losses[-20:]) < 0.4 * sum(losses[:20])  # it has learned something

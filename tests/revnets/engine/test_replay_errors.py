@@ -1,0 +1,241 @@
+"""Cells and calls that cannot be replayed are errors, and these name the cell."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from revnets import ReplayError, ReversibleSequence
+from revnets.engine.cell import Cell, Gain
+from tests.support.gradients import loss_of
+from tests.support.networks import stem_of, token_net
+
+MODES = ("store", "recompute", "invert", "exact")
+TAPED = ("recompute", "exact")
+
+
+class Fickle(nn.Module):
+    """Does something else in every second call."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.ways = itertools.cycle([first, second])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return next(self.ways)(self.linear(x))
+
+
+def sequence(cell: nn.Module, memory: str = "exact") -> ReversibleSequence:
+    """Plain cells around cell c1.l0."""
+    gain = Gain(4)
+    return ReversibleSequence(
+        [nn.Linear(4, 4), nn.Linear(4, 4), Cell(cell, gain), nn.Linear(4, 4), nn.Linear(4, 4)], memory=memory
+    )
+
+
+@pytest.mark.parametrize("memory", TAPED)
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (torch.sigmoid, lambda x: torch.sigmoid(torch.tanh(x)), "saved .* tensors in its forward and .* in its replay"),
+        (lambda x: torch.sigmoid(x), lambda x: torch.sigmoid(x[:1]).expand(3, 4), r"saved tensor \d+ was"),
+        (lambda x: torch.sigmoid(x), lambda x: torch.sigmoid(x.t().contiguous().t()), r"saved tensor \d+ was"),
+        (lambda x: torch.sigmoid(x), lambda x: torch.sigmoid(x.double()).float(), r"saved tensor \d+ was"),
+    ],
+    ids=["number", "shape", "stride", "dtype"],
+)
+def test_a_replay_that_differs_names_the_cell(memory, first, second, message):
+    net = sequence(Fickle(first, second), memory)
+    loss = loss_of(net(torch.randn(3, 4)))
+    with pytest.raises(ReplayError, match=rf"(?s)c1\.l0.*{message}.*Usual causes"):
+        loss.backward()
+
+
+class Writes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_a_cell_must_not_change_its_reads(memory):
+    net = sequence(Writes(), memory)
+    with pytest.raises(ReplayError, match=r"c1\.l0.*in place"):
+        net(torch.randn(3, 4))
+
+
+class SpoilsItsOwn(nn.Module):
+    """Changes in place what autograd needs: an error in ordinary autograd, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid().mul_(2)
+
+
+@pytest.mark.parametrize("memory", [*TAPED, "store"])
+def test_a_cell_that_spoils_what_it_saved(memory):
+    loss = loss_of(sequence(SpoilsItsOwn(), memory)(torch.randn(3, 4, requires_grad=True)))
+    message = "modified by an inplace operation" if memory == "store" else r"c1\.l0.*in place"
+    with pytest.raises(RuntimeError, match=message):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_an_update_of_another_shape(memory):
+    with pytest.raises(ValueError, match=r"c1\.l0.*\(3, 5\).*\(3, 4\)"):
+        sequence(nn.Linear(4, 5), memory)(torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"c1\.l0.*\(3, 1\).*\(3, 4\)"):
+        sequence(nn.Linear(4, 1), memory)(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("hook", [lambda module, args, state: state * 2, lambda module, args, state: state.mul_(2)])
+@pytest.mark.parametrize("memory", TAPED)
+def test_a_hook_behind_the_coupling(memory, hook):
+    net = token_net(memory=memory)
+    net.cells[1][1].register_forward_hook(hook)
+    with pytest.raises(ReplayError, match=r"c1\.l1.*hook `cell.function` instead"):
+        net(stem_of(net))
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_an_output_that_was_changed_in_place(memory):
+    net = token_net(memory=memory)
+    levels = net(stem_of(net))
+    loss = loss_of(levels)
+    with torch.no_grad():
+        levels[1].mul_(2)
+    with pytest.raises(ReplayError, match=r"c3\.l1 was changed in place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_an_input_that_was_changed_in_place(memory):
+    net = token_net(memory=memory)
+    x = stem_of(net, grad=False)
+    loss = loss_of(net(x))
+    x.mul_(2)
+    with pytest.raises(ReplayError, match="the stem was changed in place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_an_optimizer_step_before_the_backward(memory):
+    net = token_net(memory=memory)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    loss_of(net(stem_of(net))).backward()
+    loss = loss_of(net(stem_of(net)))
+    optimizer.step()
+    with pytest.raises(ReplayError, match=r"optimizer step.*backward\(\) before the step"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_a_buffer_that_was_changed_before_the_backward(memory):
+    """The statistics with which a forward in eval mode computed are moved by one in train mode."""
+    net = token_net(blocks=("batchnorm",), memory=memory)
+    loss = loss_of(net.eval()(stem_of(net)))
+    net.train()(stem_of(net))
+    with pytest.raises(ReplayError, match=r"num_batches_tracked of BatchNorm1d.*call backward\(\) before"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_an_optimizer_step_between_two_backwards(memory):
+    net = token_net(memory=memory)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    levels = net(stem_of(net))
+    loss_of(levels[-1:]).backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises((ReplayError, RuntimeError), match=r"changed in place|modified by an inplace operation"):
+        loss_of(levels).backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_an_optimizer_step_while_a_cell_is_half_done(memory):
+    net = token_net(memory=memory).requires_grad_(False)
+    net.flat()[-1].requires_grad_(True)  # no other cell is replayed and could notice
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    loss = loss_of(net(stem_of(net, grad=False)))
+    net.flat()[-1].gain.weight.grad = torch.autograd.grad(loss, net.flat()[-1].gain.weight, retain_graph=True)[0]
+    net.flat()[-1].function.block[1].weight.grad = torch.ones_like(net.flat()[-1].function.block[1].weight)
+    optimizer.step()
+    with pytest.raises((ReplayError, RuntimeError), match="changed in place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_a_second_backward_needs_retain_graph(memory):
+    net = token_net(memory=memory)
+    loss = loss_of(net(stem_of(net)))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+class TakesGradient(nn.Linear):
+    """A backward of its own, as in nets of energies and forces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).tanh()
+        return y + torch.autograd.grad(y.sum(), self.weight, create_graph=True)[0].sum()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_a_backward_inside_of_a_cell(memory):
+    net = sequence(TakesGradient(4, 4), memory)
+    with pytest.raises(ReplayError, match=r"c1\.l0 .* before the forward is over.*memory='store'"):
+        net(torch.randn(3, 4))
+    net.stored = [2]  # as the error says
+    loss_of(net(torch.randn(3, 4))).backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_a_forward_that_was_cut_short(memory):
+    """Some tools read a state by a hook and stop there by an exception."""
+
+    def stop(module, args, state):
+        states.append(state)
+        raise StopIteration
+
+    net, states = sequence(nn.Linear(4, 4), memory), []
+    net.flat()[3].register_forward_hook(stop)
+    with pytest.raises(StopIteration):
+        net(torch.randn(3, 4))
+    with pytest.raises(ReplayError, match=r"before the forward is over.*an exception.*memory='store'"):
+        states[0].sum().backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_lazy_weights(memory):
+    net = sequence(nn.LazyLinear(4), memory)
+    with pytest.raises(ValueError, match=r"LazyLinear has no weights.*torch\.no_grad\(\)"):
+        net(torch.randn(3, 4))
+    with torch.no_grad():
+        net(torch.randn(3, 4))
+    loss_of(net(torch.randn(3, 4))).backward()
+
+
+@pytest.mark.parametrize("memory", TAPED)
+def test_an_input_of_inference_mode(memory):
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+    net = sequence(nn.Linear(4, 4), memory)
+    with pytest.raises(ValueError, match=r"inference_mode.*clone\(\)"):
+        net(x)
+    loss_of(net(x.clone())).backward()
+
+
+def test_modes_and_taps_are_checked():
+    net = token_net(columns=3)
+    with pytest.raises(ValueError, match="memory mode 'fast' is unknown; choose store, recompute, invert, exact"):
+        net.memory = "fast"
+    with pytest.raises(ValueError, match="memory mode None is unknown"):
+        net.memory = None
+    with pytest.raises(ValueError, match="2 memory modes for 3 columns"):
+        net.memory = ["store", "exact"]
+    with pytest.raises(ValueError, match="tap 3: columns are numbered 0 to 2"):
+        net(stem_of(net), taps=[3])
+    with pytest.raises(ValueError, match="2 states were given; the inverse starts from the last 3"):
+        net.inverse(net(stem_of(net))[:2], stem_of(net))

@@ -1,0 +1,312 @@
+"""Plans: what fake tensors predict is what real ones take, and a budget is kept."""
+
+from __future__ import annotations
+
+import json
+import resource
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import revnets
+from revnets.cli import main
+from revnets.cli.plan import plan_table
+from revnets.config.memory_budget import parse_budget, parse_bytes
+from revnets.memory.simulation import total, typical_gamma
+from revnets.memory.tracker import MemoryTracker, OpCounter
+from revnets.models.plan import PlanError, plan
+from revnets.plotting.memory_plan import parts_of, plan_figure
+from tests.support.paths import ROOT
+
+EXAMPLES = ROOT / "examples"
+NARROW = ["levels.0.dim=16", "levels.1.dim=32", "levels.2.dim=64", "levels.3.dim=128"]  # activations outweigh weights
+CASES = [  # net, overrides, input shape
+    ("revcol_tiny.yaml", ["columns=3"], (3, 3, 64, 64)),
+    ("revcol_tiny.yaml", ["columns=2", "gain.init=0.2"], (2, 3, 96, 64)),
+    ("revcol_small.yaml", ["columns=3", "taps=[1]", "drop_path=0.1"], (2, 3, 64, 64)),
+    (
+        "huge_reads.yaml",
+        ["columns=3", "levels.0.dim=24", "levels.1.dim=48", "levels.2.dim=96", "levels.3.dim=192"],
+        (2, 3, 64, 64),
+    ),
+    ("mixed.yaml", ["columns=2"], (2, 3, 64, 64)),
+    ("vit.yaml", ["columns=2"], None),
+    ("revnet.yaml", ["columns=5"], (2, 3, 32, 32)),
+    ("eq2.yaml", ["columns=3"], None),
+    ("vectors.yaml", [], None),
+]
+
+
+def built(name: str, overrides: list[str], shape: tuple[int, ...] | None) -> tuple[revnets.Net, tuple[int, ...]]:
+    torch.manual_seed(0)
+    net = revnets.build(EXAMPLES / name, overrides)
+    return net, shape or (2, *net.stem.example_shape)
+
+
+def measured(net: revnets.Net, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+    """Bytes kept and at the peak of one real step, weights included."""
+    x = torch.randn(shape)
+    with MemoryTracker() as tracker:
+        tracker.register(net)
+        static = tracker.live
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = total(net(x))
+        kept = tracker.live - static
+        loss.backward()
+    for parameter in net.parameters():
+        parameter.grad = None
+    return kept, tracker.peak
+
+
+@pytest.mark.parametrize(("name", "overrides", "shape"), CASES)
+def test_predicted_memory_is_what_a_step_takes(name, overrides, shape):
+    net, shape = built(name, overrides, shape)
+    for row in plan(net, shape, optimizer="none").modes:
+        net.columns.memory = row.mode
+        kept, peak = measured(net, shape)
+        assert row.peak == pytest.approx(peak, rel=0.03)
+        assert row.kept == pytest.approx(kept, rel=0.03)
+
+
+def flops(net: revnets.Net, shape: tuple[int, ...]) -> int:
+    with OpCounter() as counter:
+        torch.autograd.grad(total(net(torch.randn(shape))), list(net.parameters()))
+    return counter.flops
+
+
+def test_under_autocast_and_with_stored_cells():
+    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (8, 3, 64, 64))
+    net.columns.stored = 5
+    _, peak = measured(net, shape, torch.bfloat16)
+    least = plan(net, shape, dtype=torch.bfloat16, optimizer="none", modes=("exact",)).modes[0]
+    chosen = plan(net, shape, dtype=torch.bfloat16, optimizer="none", modes=(), budget=int(1.015 * peak)).chosen
+    assert least.peak < peak
+    assert chosen is not None
+    assert len(chosen.stored) >= 5
+    assert chosen.peak == pytest.approx(peak, rel=0.03)
+
+
+def test_planning_leaves_the_model_as_it_was():
+    net, shape = built("vectors.yaml", [], None)
+    net.columns.memory = ["invert"] + ["store"] * (net.columns.graph.columns - 1)
+    before = net.columns.memory
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    plan(net, shape, budget="1GiB")
+    assert net.columns.memory == before
+    assert not net.columns.stored
+    assert all(parameter.grad is None for parameter in net.parameters())
+    torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
+
+
+def test_a_spec_is_planned_without_being_built():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row = plan(EXAMPLES / "huge_reads.yaml", (1, 3, 64, 64), modes=("store",)).modes[0]
+    assert row.parameters == 4 * 2_157_594_760  # 8.6 GB that were never there
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: a gigabyte
+
+
+@pytest.mark.slow
+def test_ten_budgets_are_kept_and_more_memory_means_less_work():
+    shallow = [f"levels.{level}.depth=1" for level in range(4)]
+    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW, *shallow], (8, 3, 64, 64))
+    rows = {row.mode: row for row in plan(net, shape, optimizer="none").modes}
+    least, most = int(1.01 * rows["exact"].peak) + 1, rows["store"].peak
+    work = []
+    for step in range(10):
+        budget = least + (most - least) * step // 9
+        plan(net, shape, optimizer="none", modes=(), budget=budget).apply(net)
+        _, peak = measured(net, shape)
+        assert peak <= budget
+        work.append(flops(net, shape))
+    assert work == sorted(work, reverse=True)
+    assert work[-1] == rows["store"].flops
+    assert len(set(work)) >= 6
+
+
+@pytest.mark.parametrize("mode", ["exact", "recompute"])
+def test_what_can_be_stored_without_a_higher_peak(mode):
+    """Gradients take their room only as backward goes; until then stored cells can have it."""
+    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (1, 3, 32, 32))
+    net.columns.memory = mode
+    _, limit = measured(net, shape)
+    chosen = plan(net, shape, optimizer="none", modes=(), budget=mode)
+    chosen.apply(net)
+    _, peak = measured(net, shape)
+    assert peak <= 1.003 * limit  # lost bits are predicted, and they are a small part
+    work = flops(net, shape)
+    net.columns.stored = 1  # of the last cell this is so anyway
+    assert work < flops(net, shape)
+
+
+def test_room_that_is_left_goes_to_states():
+    """Few activations beside many weights: states cost no peak, and gradients are the same bits."""
+    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (1, 3, 32, 32))
+    found = plan(net, shape, optimizer="none", modes=("exact",), budget="exact")
+    assert found.chosen is not None
+    assert found.chosen.recomputed
+    assert set(found.chosen.recomputed) <= {1, 2}  # the first column has no states before it
+    assert found.chosen.peak <= found.modes[0].peak
+    found.apply(net)
+    assert [str(mode) for mode in net.columns.memory] == found.chosen.memory(3)
+    x = torch.randn(shape)
+    torch.manual_seed(0)  # of drop path
+    planned = torch.autograd.grad(total(net(x)), list(net.parameters()))
+    net.columns.memory, net.columns.stored = "store", 0
+    torch.manual_seed(0)
+    plain = torch.autograd.grad(total(net(x)), list(net.parameters()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(planned, plain, strict=True))
+
+
+def test_gradients_of_earlier_forwards_are_there_all_along():
+    """Then they leave no room to cells that are stored, and a budget is kept all the same."""
+    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (1, 3, 32, 32))
+    once, several = (plan(net, shape, optimizer="none", modes=(), budget="exact", grad_accum=n) for n in (1, 2))
+    assert once.chosen is not None
+    assert several.chosen is not None
+    assert len(several.chosen.stored) < len(once.chosen.stored)
+    several.apply(net)
+    x = torch.randn(shape)
+    total(net(x)).backward()
+    with MemoryTracker() as tracker:
+        tracker.register(net)
+        total(net(x)).backward()
+    assert abs(several.chosen.peak / tracker.peak - 1) < 0.03
+    with pytest.raises(PlanError, match="grad_accum 0: an update takes at least one forward pass"):
+        plan(net, shape, grad_accum=0)
+
+
+def test_other_ranks_and_the_optimizer():
+    net, shape = built("vectors.yaml", [], None)
+    weights = sum(parameter.nbytes for parameter in net.parameters())
+    one = plan(net, shape, optimizer="adamw", modes=("exact",)).modes[0]
+    bare = plan(net, shape, optimizer="none", modes=("exact",)).modes[0]
+    ddp = plan(net, shape, optimizer="adamw", ranks=4, modes=("exact",)).modes[0]
+    fsdp = plan(net, shape, optimizer="adamw", ranks=4, sharding="fsdp", modes=("exact",)).modes[0]
+    assert one.peak - bare.peak == 2 * weights
+    assert ddp.peak - one.peak == weights
+    assert fsdp.optimizer == -(-2 * weights // 4)
+    assert fsdp.peak < one.peak
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"budget": "10KiB"}, "nothing fits 10.0 KiB: the smallest peak is .* shard them over more ranks"),
+        ({"budget": "lots"}, "'lots' is no amount of memory; write a number of bytes, or for example 24GiB"),
+        ({"optimizer": "adamm"}, "optimizer 'adamm' is unknown; choose none, sgd"),
+        ({"sharding": "zero"}, "sharding 'zero' is unknown; choose ddp, fsdp"),
+        ({"ranks": 0}, "ranks 0: at least one process trains"),
+    ],
+)
+def test_what_cannot_be_planned(arguments, text):
+    with pytest.raises(PlanError, match=text):
+        plan(EXAMPLES / "vectors.yaml", (2, 64), **arguments)
+
+
+def test_an_input_that_does_not_fit():
+    with pytest.raises(PlanError, match=r"an input of \(2, 17\) does not go through the net"):
+        plan(EXAMPLES / "vectors.yaml", (2, 17))
+    with pytest.raises(PlanError, match=r"\(2, 3, 64, 64\) does not go through the net \(.* img_size 224\)"):
+        plan(EXAMPLES / "vit.yaml", (2, 3, 64, 64))
+
+
+def test_too_large_a_batch_is_told_apart_from_too_large_a_net():
+    net, shape = built("revcol_tiny.yaml", ["columns=2"], (8, 3, 96, 96))
+    with pytest.raises(PlanError, match=r"each of the 8 samples takes about .* lower the batch"):
+        plan(net, shape, optimizer="none", budget=sum(p.nbytes for p in net.parameters()) * 2 + 2**20)
+
+
+def test_apply_needs_a_choice():
+    net, shape = built("vectors.yaml", [], None)
+    with pytest.raises(PlanError, match="pass budget="):
+        plan(net, shape).apply(net)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1", 1), (7, 7), ("10B", 10), ("2KiB", 2048), ("2 kb", 2000), ("1.5GiB", 3 * 2**29), ("3tb", 3 * 10**12)],
+)
+def test_amounts_of_memory(text, count):
+    assert parse_bytes(text) == count
+
+
+def test_a_mode_can_stand_for_its_peak():
+    assert parse_budget("exact") == "exact"
+    assert parse_budget("2KiB") == 2048
+    with pytest.raises(ValueError, match=r"'exactly' is no amount of memory.*or store, recompute, invert, exact"):
+        parse_budget("exactly")
+
+
+@pytest.mark.parametrize("text", ["", "-1GiB", "0", "1.2.3GB", "GiB", "1GX", "nan", "inf", "1e400"])
+def test_no_amounts_of_memory(text):
+    with pytest.raises(ValueError, match="is no amount of memory"):
+        parse_bytes(text)
+
+
+def test_typical_gamma():
+    assert typical_gamma(nn.ModuleList([revnets.Gain(3, 0.2), revnets.Gain(3, -0.4), revnets.Gain(3, 0.9)])) == (
+        pytest.approx(0.4)
+    )
+    with torch.device("meta"):
+        assert typical_gamma(revnets.Gain(3, 0.3)) == 0.3
+    assert typical_gamma(revnets.FixedGain(1.0)) == 1.0
+
+
+def test_parts_add_up_and_pictures_name_them():
+    net, shape = built("vectors.yaml", [], None)
+    found = plan(net, shape, budget="1GiB", ranks=2)
+    for row in found.modes:
+        assert sum(parts_of(row).values()) == row.peak
+    figure = plan_figure(found)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"parameters", "optimizer", "communication", "budget"} <= set(labels)
+    assert plan_table(found)
+
+
+def test_command(tmp_path):
+    run = CliRunner().invoke
+    spec, picture = str(EXAMPLES / "vectors.yaml"), tmp_path / "plan.svg"
+    done = run(main.app, ["plan", spec, "columns=3", "--batch", "5", "--json", "--png", str(picture)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["input_shape"][0] == 5
+    assert [row["mode"] for row in found["modes"]] == ["store", "recompute", "invert", "exact"]
+    assert picture.read_text().startswith("<?xml")
+    assert run(main.app, ["plan", spec, "--png", "x.gif"]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["show", "--svg"], ["plan", "--png"], ["audit", "--png"]])
+def test_pictures_that_cannot_be_written_are_told_in_one_line(command, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "p.svg")
+
+    name, option = command
+    file = tmp_path / "file"
+    file.touch()
+    spec = str(EXAMPLES / "vectors.yaml")
+    for path, problem in ((tmp_path / "d.svg", "is a folder"), (file / "p.svg", "is no folder that can be written to")):
+        (tmp_path / "d.svg").mkdir(exist_ok=True)
+        error = CliRunner().invoke(main.app, [name, spec, option, str(path)]).exception
+        assert isinstance(error, revnets.SpecError)
+        assert str(error).startswith(f"command line: {option}: ")
+        assert problem in str(error)
+    monkeypatch.setattr("revnets.plotting.style.save", full)
+    error = CliRunner().invoke(main.app, [name, spec, "columns=2", option, str(tmp_path / "p.svg")]).exception
+    assert isinstance(error, revnets.SpecError)
+    assert "p.svg: cannot be written (No space left on device)" in str(error)
+
+
+def test_the_command_goes_by_the_budget_of_the_yaml():
+    def found(*words: str) -> dict[str, Any]:
+        spec = str(EXAMPLES / "vectors.yaml")
+        memory = "memory={budget: 1GiB, optimizer: sgd, ranks: 2, grad_accum: 3}"
+        return json.loads(CliRunner().invoke(main.app, ["plan", spec, memory, "--json", *words]).stdout)
+
+    own, other = found(), found("--optimizer", "adam", "--ranks", "5", "--sharding", "fsdp", "--budget", "2GiB")
+    assert (own["ranks"], own["sharding"], own["budget"]) == (2, "ddp", 2**30)
+    assert own["modes"][0]["optimizer"] == own["modes"][0]["gradients"]
+    assert (other["ranks"], other["sharding"], other["budget"]) == (5, "fsdp", 2**31)
+    assert other["modes"][0]["optimizer"] >= 2 * other["modes"][0]["gradients"] - 2

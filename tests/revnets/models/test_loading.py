@@ -1,0 +1,160 @@
+"""plan, audit and show take the names of models that other packages know, and import paths."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import revnets
+from revnets.cli import main
+from revnets.models import loading
+from revnets.models.loading import load_model
+from tests.support.paths import ROOT
+
+MODULE = """
+import torch
+from torch import nn
+import revnets
+
+
+class Model(nn.Module):
+    def __init__(self, depth=4, bias=True):
+        super().__init__()
+        self.body = revnets.ReversibleSequence([nn.Linear(7, 7, bias=bias) for _ in range(depth)])
+
+    def forward(self, x):
+        return self.body(x)[-1]
+
+
+def names():
+    return ["small_model", "plain_model"]
+
+
+def create(name, **options):
+    return Model(**options) if name == "small_model" else nn.Linear(7, 7)
+
+
+def number():
+    return 5
+"""
+
+
+@pytest.fixture
+def zoo(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with two models, and one whose requirements are missing."""
+    (own_modules / "my_zoo.py").write_text(MODULE)
+    (own_modules / "broken_zoo.py").write_text("import a_module_that_is_not_there")
+    monkeypatch.chdir(own_modules)
+    monkeypatch.syspath_prepend(own_modules)
+    entries = [EntryPoint("broken", "broken_zoo", loading.GROUP), EntryPoint("mine", "my_zoo", loading.GROUP)]
+    monkeypatch.setattr(loading, "entry_points", lambda group: entries if group == loading.GROUP else [])
+
+
+@pytest.mark.parametrize("name", ["small_model", "my_zoo:Model"])
+def test_a_name_and_an_import_path(zoo: None, name: str) -> None:
+    model = load_model(name, ["depth=6", "bias=false"])
+    assert [parameter.shape for parameter in model.parameters()] == [(7, 7)] * 6
+
+
+def test_all_other_sources_go_to_build(tmp_path: Path) -> None:
+    data = {"columns": 2, "stem": "patchify", "levels": [{"dim": 8, "depth": 1, "block": "convnext"}] * 2}
+    (tmp_path / "net.yaml").write_text(json.dumps(data))
+    for source in (data, revnets.load_spec(data), tmp_path / "net.yaml", str(tmp_path / "net.yaml")):
+        model = load_model(source, ["columns=3"])
+        assert isinstance(model, revnets.Net)
+        assert model.spec.columns == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "text"),
+    [
+        (
+            "smal_model",
+            [],
+            r"smal_model: there is neither such a file nor such a model \(.*broken.*\). Did you mean small",
+        ),
+        ("xyz", [], r"Give a YAML file, a model's name or package.module:function"),
+        ("small_model", ["dept=3"], r"small_model: TypeError: .*'dept'. Check its options"),
+        ("small_model", ["depth"], "command line: depth: an override has the form"),
+        ("my_zoo:Modl", [], 'module my_zoo has no "Modl". Did you mean Model'),
+        ("no_zoo:Model", [], "there is no module no_zoo"),
+        ("my_zoo:number", [], "my_zoo:number: gives a int. It must give a torch.nn.Module"),
+        ("net.yml", [], "net.yml: there is no such file"),
+    ],
+)
+def test_what_cannot_be_loaded(zoo: None, name: str, overrides: list[str], text: str) -> None:
+    with pytest.raises(revnets.SpecError, match=text) as caught:
+        load_model(name, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_plan_by_name(zoo: None) -> None:
+    found = revnets.plan("small_model", (11, 7), modes=("exact",))
+    assert found.modes[0].parameters == 4 * 4 * (49 + 7)
+
+
+def test_commands_by_name(zoo: None) -> None:
+    run = CliRunner().invoke
+    done = run(main.app, ["audit", "small_model", "depth=8", "--input", "7", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["model"] == "Model"
+    assert [(mode["mode"], mode["equal"]) for mode in found["modes"]][-1] == ("exact", True)
+    assert all(mode["seconds"] > 0 for mode in found["modes"])
+    done = run(main.app, ["plan", "my_zoo:Model", "--input", "7", "--batch", "3", "--json"])
+    assert json.loads(done.stdout)["input_shape"] == [3, 7]
+    for arguments, text in (
+        (
+            ["audit", "plain_model", "--input", "7"],
+            "Linear must be or contain exactly one ReversibleColumns; it has none",
+        ),
+        (["audit", "small_model"], "does not say what shape it takes. Give --input"),
+        (["audit", "small_model", "--input", "8"], r"an input of (8,) does not go through"),
+        (["show", "small_model", "--input", "7"], "Model has no spec to show. Give a YAML file, or use audit"),
+    ):
+        failed = run(main.app, arguments)
+        assert isinstance(failed.exception, revnets.SpecError)
+        assert text in str(failed.exception)
+
+
+def test_a_wrong_gradient_is_exit_code_1(zoo: None, own_modules: Path) -> None:
+    (own_modules / "spoilt.py").write_text(
+        "import torch, revnets\n"
+        "class Noisy(torch.nn.Linear):\n"
+        "    calls = 0\n"
+        "    def forward(self, x):\n"
+        "        Noisy.calls += 1\n"
+        "        return super().forward(x) * Noisy.calls\n"
+        "def net():\n"
+        "    return revnets.ReversibleSequence([Noisy(7, 7) for _ in range(6)])\n"
+    )
+    done = CliRunner().invoke(main.app, ["audit", "spoilt:net", "--input", "7"])
+    assert done.exit_code == 1
+    assert "WRONG" in done.output
+
+
+def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    monkeypatch.setattr(loading, "entry_points", lambda group: [EntryPoint("timm", "vision.zoo", group)])
+    with torch.device("meta"):
+        model = load_model("revcol_tiny", ["columns=2", "num_classes=7"])
+    assert isinstance(model, nn.Module)
+    assert model.columns.graph.columns == 2
+    with pytest.raises(revnets.SpecError, match="Did you mean revcol_tiny"):
+        load_model("revcol_tinny")
+    done = CliRunner().invoke(main.app, ["plan", "test_revcol", "--batch", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["input_shape"][:2] == [2, 3]
+    failed = CliRunner().invoke(main.app, ["audit", "resnet10t", "--input", "3,32,32"])
+    assert "ResNet must be or contain exactly one ReversibleColumns" in str(failed.exception)
+
+
+def test_the_wheel_names_its_models() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'[project.entry-points."{loading.GROUP}"]\ntimm = "vision.zoo"' in text

@@ -1,0 +1,56 @@
+"""What the tests of the proofs on Fashion-MNIST share: made-up images in idx format, and the scripts run for real."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.support.paths import ROOT
+from tests.vision.data.test_idx import idx
+
+QUICK = ("batch_size=32", "data.train_samples=320", "schedule.warmup_epochs=0.5")
+
+
+def script(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    """A script of examples/ as a module."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module(name)
+
+
+def make_files(root: Path) -> Path:
+    """Ten classes, each a pattern of its own under noise: easy, but nothing that an untrained net could tell."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 2, (10, 7, 7), generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    for name, count in (("train", 320), ("t10k", 100)):
+        labels = torch.randperm(count, generator=generator) % 10
+        noise = torch.randint(0, 80, (count, 28, 28), generator=generator)
+        idx(root, f"{name}-images-idx3-ubyte", (170 * patterns[labels] + noise).byte(), zipped=name == "train")
+        idx(root, f"{name}-labels-idx1-ubyte", labels.byte(), zipped=name == "t10k")
+    return root
+
+
+def started(name: str, *words: object) -> subprocess.Popen[str]:
+    """A script of examples/ at work."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def said(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What it prints until it ends with that code: all, or of an error its line."""
+    out, errors = process.communicate(timeout=280)
+    assert process.returncode == code, errors
+    return errors if code == 1 else out
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The cells of the table, by what stands first in a row."""
+    cells = [[cell.strip() for cell in line.strip("│\n").split("│")] for line in text.splitlines() if "│" in line]
+    return {name: rest for name, *rest in cells}

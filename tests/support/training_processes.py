@@ -1,0 +1,126 @@
+"""Runs in processes of their own, alone or two together over gloo, which can be killed at chosen moments."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from revnets.utils import atomic_files
+from tests.support.multiprocess import processes
+from vision.config.run import load_config
+from vision.distributed.context import joined
+from vision.errors import EXPECTED
+from vision.training import train_state
+from vision.training.trainer import Trainer
+
+MOMENTS = {
+    "before an update": (train_state.Engine, "update", "before"),
+    "before an evaluation": (train_state.Engine, "evaluate", "before"),
+    "while a checkpoint is written": (torch, "save", "halfway"),
+    "before a file gets its name": (atomic_files.os, "replace", "before"),
+    "after a file got its name": (atomic_files.os, "replace", "after"),
+    "before the best gets its name": (atomic_files.os, "link", "before"),
+    "images that are no numbers": (train_state.Engine, "_moved", "poisoned"),
+}
+
+
+def process(config: dict[str, Any], moment: str = "", count: int = 0, number: int = signal.SIGKILL) -> int:
+    """The exit code of a run of one process; at the `count`-th occurrence of a moment it gets a signal."""
+    return together(config, moment, count, number, size=1)[0]
+
+
+def together(
+    config: dict[str, Any],
+    moment: str = "",
+    count: int = 0,
+    number: int = signal.SIGKILL,
+    size: int = 2,
+    victim: int = 0,
+    limit: int | None = None,
+) -> list[int]:
+    """The exit codes of a run of several processes.
+
+    Args:
+        moment, count, number: at the `count`-th occurrence of a moment `victim` gets this signal, or bad images.
+        limit: bytes that `victim` can write to a file.
+    """
+    port = _free_port() if size > 1 else 0
+    children = []
+    for rank in range(size):
+        what = (moment, count, number, limit) if rank == victim else ("", 0, 0, None)
+        children.append(processes.Process(target=_run, args=(config, rank, size, port, *what)))
+        children[-1].start()
+    for child in children:
+        child.join(240)
+        if child.exitcode is None:
+            for other in children:
+                other.kill()
+            raise AssertionError("the run hangs")
+    return [child.exitcode for child in children]
+
+
+def said(config: dict[str, Any]) -> str:
+    """All that a run has printed, errors at the end."""
+    return Path(config["output"]).with_suffix(".txt").read_text()
+
+
+def _run(
+    config: dict[str, Any], rank: int, size: int, port: int, moment: str, count: int, number: int, limit: int | None
+) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    if moment:
+        _arm(moment, count, number)
+    if limit is not None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with open(Path(config["output"]).with_suffix(".txt" if rank == 0 else f".{rank}.txt"), "a") as file:
+        try:
+            with joined("cpu") as world:
+                outcome = Trainer(load_config(config), Console(file=file, width=200), world).fit()
+        except EXPECTED as error:
+            file.write(f"error: {error}\n")
+            file.flush()
+            os._exit(3)  # the others may be gone
+        except Exception:
+            file.write(traceback.format_exc())
+            file.flush()
+            os._exit(4)
+    raise SystemExit(0 if outcome.signal is None else 128 + outcome.signal)
+
+
+def _arm(moment: str, count: int, number: int) -> None:
+    owner, name, when = MOMENTS[moment]
+    original, calls = getattr(owner, name), iter(range(1, 10_000))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) != count:
+            return original(*args, **kwargs)
+        if when == "poisoned":
+            images, labels = original(*args, **kwargs)
+            return torch.full_like(images, torch.nan), labels
+        if when == "halfway":
+            args[1].write(b"half of a checkpoint")
+            args[1].flush()
+        result = original(*args, **kwargs) if when == "after" else None
+        os.kill(os.getpid(), number)
+        return original(*args, **kwargs) if when == "before" else result
+
+    setattr(owner, name, interrupted)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,186 @@
+"""The commands `revnets analyze cka` and `layercam` on a run and on names: files, options and mistakes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from revnets import SpecError
+from tests.support.training_runs import tiny
+from vision.analysis.cka import Similarity, similarity
+from vision.analysis.figures import cka_figure, layercam_figure
+from vision.analysis.layercam import layercam
+from vision.analysis.loaded_run import load_subject
+from vision.cli import analyze
+from vision.config.run import load_config
+from vision.training.trainer import Trainer
+
+app = typer.Typer()
+app.command("cka")(analyze.cka)
+app.command("layercam")(analyze.layercam)
+
+
+def call(*words) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+    if isinstance(result.exception, SpecError):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path) as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("analyze") / "run"
+    Trainer(load_config(tiny(folder, epochs=1))).fit()
+    return folder
+
+
+def test_cka_of_a_run(run: Path, tmp_path: Path) -> None:
+    png = tmp_path / "cka.png"
+    code, out, _ = call("cka", run, "--batch", 30, "--batches", 2, "--png", png)
+    assert code == 0
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert f"wrote {png} and {tmp_path / 'cka.csv'}" in out
+    assert "CKA by level, over 60 images in batches of 30" in out
+    rows = table(tmp_path / "cka.csv")
+    assert [(row["column"], row["level"]) for row in rows] == [(c, l) for c in "012" for l in "01"]  # noqa: E741
+    subject = load_subject(str(run))
+    order = torch.randperm(360, generator=torch.Generator().manual_seed(1))[:60]  # by the seed of the run
+    images, labels = (torch.stack(parts) for parts in zip(*(subject.data.val[int(i)] for i in order), strict=True))
+    batches = zip(images.split(30), labels.split(30), strict=True)
+    wanted = similarity(subject.model, subject.columns, batches)
+    assert [float(row["labels"]) for row in rows] == pytest.approx(wanted.labels.flatten().tolist(), rel=1e-4)
+    assert [float(row["images"]) for row in rows] == pytest.approx(wanted.images.flatten().tolist(), rel=1e-4)
+
+
+def test_batches_of_a_subject(run: Path) -> None:
+    subject = load_subject(str(run))
+    assert subject.divided(512, 3) == (360, 1)
+    assert subject.divided(100, 0) == (100, 4)
+    assert subject.divided(100, 2) == (100, 2)
+    first, *_ = subject.batches(7, 2, shuffled=False)
+    assert torch.equal(first[0], torch.stack([subject.data.val[index][0] for index in range(7)]))
+    whole = list(subject.batches(100, None, shuffled=True))
+    assert [len(labels) for _, labels in whole] == [100, 100, 100, 60]
+    assert torch.cat([labels for _, labels in whole]).bincount().tolist() == subject.data.val.labels.bincount().tolist()
+
+
+def test_weights_of_a_run_and_of_its_average(run: Path) -> None:
+    raw, ema, auto = (load_subject(str(run), weights=kind).model.state_dict() for kind in ("raw", "ema", "auto"))
+    assert all(torch.equal(ema[name], auto[name]) for name in ema)
+    assert not torch.equal(raw["stem.conv.weight"], ema["stem.conv.weight"])
+
+
+def test_layercam_of_a_run_in_every_memory_mode(run: Path, tmp_path: Path) -> None:
+    written = {}
+    for mode in ("store", "exact"):
+        png = tmp_path / f"{mode}.png"
+        code, out, _ = call("layercam", run, "--index", 5, "--png", png, f"memory={mode}")
+        assert code == 0
+        assert png.read_bytes()[:4] == b"\x89PNG"
+        written[mode] = (tmp_path / f"{mode}.csv").read_text()
+    assert written["store"] == written["exact"]
+    subject = load_subject(str(run))
+    image, label = subject.image(5)
+    found = layercam(subject.model, subject.columns, image)
+    assert f"true: {subject.data.classes[label]}" in out
+    assert f"predicted: {subject.data.classes[int(found.classes)]}" in out
+    rows = table(tmp_path / "exact.csv")
+    values = torch.tensor([float(row["value"]) for row in rows])
+    torch.testing.assert_close(values, torch.cat([of_state.flatten() for of_state in found.maps]), rtol=1e-4, atol=1e-7)
+
+
+def test_layercam_of_another_picture_and_another_class(run: Path, tmp_path: Path) -> None:
+    """The picture of a digit gives what the digit itself gives."""
+    subject = load_subject(str(run))
+    pixels = subject.pixels(subject.data.val[3][0])[..., 0]
+    Image.fromarray((pixels * 255).round().byte().numpy()).save(tmp_path / "digit.png")
+    torch.testing.assert_close(subject.image_of(tmp_path / "digit.png")[0], subject.data.val[3][0], atol=0.01, rtol=0)
+    code, out, _ = call(
+        "layercam", run, "--image", tmp_path / "digit.png", "--class", "7", "--png", tmp_path / "map.png"
+    )
+    assert code == 0
+    assert "true:" not in out
+    assert "looked for: 7" in out or "predicted: 7" in out
+
+
+def test_a_name_of_timm(tmp_path: Path) -> None:
+    code, _, _ = call(
+        "cka", "test_revcol", "data.img_size=32", "model.columns=2", "--batch", 16, "--png", tmp_path / "cka.png"
+    )
+    assert code == 0
+    assert len(table(tmp_path / "cka.csv")) == 8
+    subject, again = (load_subject("test_revcol", ["data.img_size=32", "model.columns=2", "seed=3"]) for _ in range(2))
+    assert torch.equal(subject.model.stem.conv.weight, again.model.stem.conv.weight)
+    assert not subject.model.training
+    assert load_subject("digits").columns.graph.columns == 4  # a recipe
+
+
+def test_mistakes(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    for words, said in (
+        (("cka", "revcol_tinny"), "revcol_tinny: neither a checkpoint, .* Did you mean revcol_tiny"),
+        (("cka", "test_resnet"), "test_resnet: this model has no reversible columns"),
+        (("cka", run, "batch_sise=3"), "batch_sise: unknown key"),
+        (("cka", "test_revcol", "model.num_classes=3"), "gives 3 scores for 10 classes"),
+        (("layercam", run, "--index", 360), "--index: the validation set has no image 360; it has 360"),
+        (("layercam", run, "--class", "eleven"), "--class: there is no class 'eleven'. There are 0, 1, 2"),
+        (("layercam", run, "--image", tmp_path / "no.jpg"), "--image: .*no.jpg cannot be read .No such file"),
+        (("layercam", run, "--image", tmp_path / "text.jpg"), "--image: .*text.jpg cannot be read .cannot identify"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            call(*words, "--png", tmp_path / "x.png")
+    for words, said in (
+        (("cka", tmp_path / "empty"), "holds no checkpoints"),
+        (("cka", tmp_path / "text.jpg"), "not a checkpoint"),
+    ):
+        code, out, err = call(*words, "--png", tmp_path / "x.png")
+        assert (code, err.count("\n"), "Traceback" in out + err) == (1, 1, False)
+        assert said in err
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_figures_of_many_columns_and_of_what_is_not_defined() -> None:
+    values = torch.full((33, 4), 0.3, dtype=torch.float64)
+    values[-1, 3] = torch.nan
+    left, right, _ = cka_figure(Similarity(values, values, 9)).axes
+    assert not left.texts
+    assert left.get_xlim() == right.get_xlim() == (-0.5, 32.5)
+    few = cka_figure(Similarity(values[-2:], values[-2:], 9)).axes[0]
+    assert [text.get_text() for text in few.texts] == [".30"] * 7
+
+
+def test_layercam_figure_shows_map_and_image() -> None:
+    """Where a map is high its colour prevails, where it is low the image; a map of zeros changes nothing."""
+    pixels = torch.full((8, 8, 1), 0.5)
+    peak = torch.zeros(4, 4)
+    peak[0, 0] = 2.0
+    figure = layercam_figure(pixels, [[peak, torch.zeros(2, 2)], [peak]], "a digit")
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert [picture.shape[:2] for picture in shown] == [(8, 8)] * 4
+    flat, bright = shown[1], shown[3]  # level 1 stands above level 0
+    assert flat.std((0, 1)).max() < 1e-12
+    assert bright[0, 0].sum() > flat[0, 0].sum() + 0.5
+    assert torch.allclose(torch.tensor(bright[-1, -1]), torch.tensor(flat[-1, -1]))
+
+
+def test_layercam_figure_shows_no_rounding() -> None:
+    """A map of one value, as a top level of 1 x 1 has, tells of no place; enlarging it rounds here and there."""
+    pixels, value = torch.full((32, 32, 1), 0.5), torch.full((1, 1), 0.0123)
+    enlarged = torch.nn.functional.interpolate(value[None, None], (32, 32), mode="bilinear")
+    assert len(enlarged.unique()) > 1
+    shown = layercam_figure(pixels, [[value]], "").axes[1].images[0].get_array()
+    assert shown is not None
+    assert shown.std((0, 1)).max() < 1e-12
