@@ -12,7 +12,8 @@ import revnets
 from revnets import ReconstructionError, ReversibleSequence
 from revnets.engine.checksums import checksum
 from revnets.memory.tracker import kept_bytes
-from tests.support.gradients import Watch, assert_same, loss_of, step
+from tests.support.counters import Watch
+from tests.support.gradients import assert_same, loss_of, step
 from tests.support.networks import BLOCKS, image_net, stem_of, token_net
 
 TAPED = ("recompute", "invert", "exact")

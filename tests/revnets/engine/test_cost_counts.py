@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from revnets import ReplayError, ReversibleColumns, ReversibleSequence
-from tests.support.gradients import Kept, Matmuls, loss_of, tapes
+from tests.support.counters import Kept, Matmuls
+from tests.support.gradients import loss_of, tapes
 from tests.support.networks import image_net, stem_of, token_net
 
 TAPED = ("recompute", "invert", "exact")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from revnets.engine import lost_bits
 from revnets.engine.cell import add, subtract
-from tests.support.gradients import Watch
+from tests.support.counters import Watch
 
 INTEGER = {
     torch.float64: torch.int64,
