@@ -24,7 +24,7 @@ $(SETUP): pyproject.toml Makefile
 	@touch $(SETUP)
 
 demo: $(SETUP)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/quickstart/demo.py
 
 test: $(SETUP)
 	$(BIN)/python -m pytest

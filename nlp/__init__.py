@@ -1,4 +1,6 @@
-"""RevCol-Transformer for fairseq: `fairseq-train DATA --user-dir nlp --arch revcol_transformer ...` (docs/nlp.md).
+"""RevCol-Transformer for fairseq: `fairseq-train DATA --user-dir nlp --arch revcol_transformer ...`.
+
+The guide is docs/guides/translation-model.md.
 
 fairseq imports this folder when it is named by `--user-dir`, and the model becomes known to it. To import the folder
 without fairseq, as the commands for data do, stays cheap: fairseq takes seconds.

@@ -1,6 +1,6 @@
 """How the plain inverse drifts: gradient error against plain autograd, over columns and gamma.
 
-    .venv/bin/python examples/benchmarks/drift.py --png docs/drift.png
+    .venv/bin/python examples/benchmarks/drift.py --png docs/assets/drift.png
 
 RevCol-S-shaped columns at random initialisation, batch 1, 64 x 64 images, one thread. `invert` rebuilds every state
 by the inverse alone, as the paper describes; `exact` also adds the lost bits back.
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
-from commandline import counts, picture
+from _cli import counts, picture
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -17,7 +17,7 @@ from ..data.corpus import DataError, lines_of
 from ..data.tokenization import detokenize, join
 
 ALL = "For all sentences, run fairseq-generate with --required-batch-size-multiple 1"
-"""What to do where some were left out (docs/nlp.md)."""
+"""What to do where some were left out (docs/guides/translation-model.md)."""
 
 _LINE = re.compile(r"([STHD])-(\d+)\t(.*)")
 

@@ -32,7 +32,7 @@ def add_arguments(parser: Any) -> None:
 
     add("--revcol-columns", "columns of the encoder", type=_count, metavar="N")
     add("--revcol-blocks", "transformer blocks of each level of a column", type=_counts, metavar="N,N,...")
-    add("--revcol-fusion", "how a level joins what it reads, as in docs/yaml.md", metavar="YAML")
+    add("--revcol-fusion", "how a level joins what it reads, as in docs/reference/yaml.md", metavar="YAML")
     add(
         "--revcol-attention",
         "by dot products, or by the cosines of Swin Transformer V2",
@@ -53,7 +53,7 @@ def add_arguments(parser: Any) -> None:
     add("--revcol-stored", "cells that keep everything, counted from the end", type=_number, metavar="N")
     add(
         "--revcol-spec",
-        "YAML file of columns and blocks (docs/nlp.md); other options that are given change what it says",
+        "YAML file of columns and blocks (docs/guides/translation-model.md); options that are given override it",
         metavar="FILE",
     )
 

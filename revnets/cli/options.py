@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-_MODEL = "YAML file of a net (docs/yaml.md), name of a model (timm's, as revcol_tiny), or package.module:function."
+_MODEL = "YAML file of a net (docs/reference/yaml.md), name of a timm model (revcol_tiny), or package.module:function."
 
 
 SpecArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]

@@ -146,9 +146,10 @@ def _read(file: Path, seen: tuple[Path, ...]) -> tuple[list[Layer], list[Path]]:
     except RecursionError:
         raise SpecError(name, "", "not valid YAML: brackets nested too deep", "Close them") from None
     if data is None:
-        raise SpecError(name, "", "the file is empty", "Write `key: value` lines (docs/yaml.md)")
+        raise SpecError(name, "", "the file is empty", "Write `key: value` lines (docs/reference/yaml.md)")
     if not isinstance(data, dict):
-        raise SpecError(name, "", f"no keys with values: {what(data)}", "Write `key: value` lines (docs/yaml.md)")
+        remedy = "Write `key: value` lines (docs/reference/yaml.md)"
+        raise SpecError(name, "", f"no keys with values: {what(data)}", remedy)
     return _with_bases(Layer(name, data), file.parent, (*seen, file.resolve()))
 
 

@@ -106,7 +106,7 @@ class GainSpec(Strict):
 
 
 class NetSpec(Strict):
-    """A whole net. Only `columns`, `stem` and `levels` are required; docs/yaml.md describes every key."""
+    """A whole net. Only `columns`, `stem` and `levels` are required; docs/reference/yaml.md describes every key."""
 
     model_config = ConfigDict(title="net")
 
@@ -172,7 +172,7 @@ class NetSpec(Strict):
         try:
             self.graph()
         except ReadError as error:
-            raise problem(str(error), "See docs/yaml.md on residuals", "reads") from None
+            raise problem(str(error), "See docs/reference/yaml.md on residuals", "reads") from None
 
     def reductions(self) -> list[int]:
         """By how much the resolution of each level is reduced against the stem's output, per side."""

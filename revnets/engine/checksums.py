@@ -2,7 +2,8 @@
 
 Three things may come back otherwise: a state that is rebuilt, because its cell's F_t is another one in the replay; the
 state that a replay gives, where nothing was rebuilt (`recompute`, the first column); and, in `invert`, every state a
-little, from rounding. The latter is no mistake: states that come from `invert` are not compared (docs/drift.md).
+little, from rounding. The latter is no mistake: states that come from `invert` are not compared
+(docs/concepts/numerical-drift.md).
 """
 
 from __future__ import annotations

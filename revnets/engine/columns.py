@@ -106,8 +106,8 @@ class ReversibleColumns(nn.Module):
     def inverse(self, levels: Sequence[Tensor], x: Tensor, **context: Any) -> list[list[Tensor]]:
         """The states of every column, last column first, from the states of the last one. No forward is needed.
 
-        It is the plain inverse: rounding errors grow from column to column (docs/drift.md), and a cell that draws
-        random numbers cannot be undone, so call `eval()` first.
+        It is the plain inverse: rounding errors grow from column to column (docs/concepts/numerical-drift.md), and a
+        cell that draws random numbers cannot be undone, so call `eval()` first.
 
         Args:
             levels: the states that `forward` returned.

@@ -1,4 +1,4 @@
-"""Predicts how far the gradients of `invert` drift, and warns before they are wrong (docs/drift.md).
+"""Predicts how far the gradients of `invert` drift, and warns before they are wrong (docs/concepts/numerical-drift.md).
 
 Rebuilding a column divides rounding errors by gamma, level by level, and the columns before it magnify what has come
 so far by g, the mean of 1 / gamma^2: once 1 / gamma by the division, and once more because the neighbours of a wrong

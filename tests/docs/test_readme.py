@@ -67,7 +67,7 @@ def test_commands_are_known_and_files_exist():
 
 def test_links_lead_somewhere():
     links = []
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         found = re.findall(r"\]\((?!https?:)([^)]+)", page.read_text(encoding="utf-8"))
         links += [(page, *link.partition("#")[::2]) for link in found]
     assert len(links) > 10
@@ -86,7 +86,7 @@ def anchors(page: Path) -> set[str]:
 def test_page_on_training_names_every_key():
     from vision.config.run import TrainConfig
 
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/guides/training.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", page))
     assert named >= set(TrainConfig.model_fields)
     for part in ("data", "optimizer", "schedule"):

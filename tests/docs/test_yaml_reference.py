@@ -1,4 +1,4 @@
-"""docs/yaml.md names every key, part and option with its default, and what it shows works."""
+"""docs/reference/yaml.md names every key, part and option with its default, and what it shows works."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from revnets.config.registry import PROVIDED, names, options
 from revnets.engine.graph import READS
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "yaml.md").read_text()
+PAGE = (ROOT / "docs/reference/yaml.md").read_text()
 
 
 def section(title: str) -> str:
@@ -105,7 +105,7 @@ def page(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if heading := re.match(r"# (\w+\.py)\n", text):
             (own_modules / heading[1]).write_text(text)
     (own_modules / "net.yaml").write_text(fenced("yaml")[0])
-    shutil.copy(ROOT / "examples" / "revcol_tiny.yaml", own_modules)
+    shutil.copy(ROOT / "examples/configs/revcol_tiny.yaml", own_modules)
     monkeypatch.chdir(own_modules)
     return own_modules
 

@@ -1,4 +1,4 @@
-"""`examples/ablations.py` on made-up images in idx format."""
+"""`examples/experiments/ablations.py` on made-up images in idx format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ablations(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def proof(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return script(monkeypatch, "proof")
+    return script(monkeypatch, "seed_runner")
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def peers() -> ModuleType:
-    return script("peers")
+    return script("reversible_libraries")
 
 
 @pytest.fixture(autouse=True)
@@ -119,12 +119,12 @@ def test_who_is_missing_is_left_out(peers, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("peers", ["--blocks", "8,7"], "'7': give even numbers"),
-        ("peers", ["--case", "attention"], "'attention': give mlp or conv"),
-        ("peers", ["--png", "peers.jpg"], "peers.jpg: give a file name that ends in .png"),
-        ("step", ["--columns", "4,x"], "'x': give numbers from 1 to 1024"),
-        ("step", ["--shape", "Z"], "'Z': give T or S or B"),
-        ("step", ["--png", "step"], "step: give a file name that ends in .png"),
+        ("reversible_libraries", ["--blocks", "8,7"], "'7': give even numbers"),
+        ("reversible_libraries", ["--case", "attention"], "'attention': give mlp or conv"),
+        ("reversible_libraries", ["--png", "peers.jpg"], "peers.jpg: give a file name that ends in .png"),
+        ("training_step", ["--columns", "4,x"], "'x': give numbers from 1 to 1024"),
+        ("training_step", ["--shape", "Z"], "'Z': give T or S or B"),
+        ("training_step", ["--png", "step"], "step: give a file name that ends in .png"),
         ("drift", ["--columns", "1"], "'1': give numbers from 2 to 1024"),
         ("drift", ["--png", "drift.jpg"], "drift.jpg: give a file name that ends in .png"),
     ],

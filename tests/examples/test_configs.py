@@ -12,7 +12,7 @@ import revnets
 from revnets.memory.tracker import kept_bytes
 from tests.support.paths import ROOT
 
-FOLDER = ROOT / "examples"
+FOLDER = ROOT / "examples/configs"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 SMALLER = {
@@ -87,7 +87,7 @@ def test_revnet_keeps_nothing_for_more_columns() -> None:
 
 
 def test_revvit_script(capsys: pytest.CaptureFixture[str]) -> None:
-    module = runpy.run_path(str(FOLDER / "revvit.py"))
+    module = runpy.run_path(str(ROOT / "examples/quickstart/revvit.py"))
     module["main"](depth=3, dim=24, heads=3)
     out = capsys.readouterr().out
     assert "equal bit for bit" in out
@@ -96,7 +96,7 @@ def test_revvit_script(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_revvit_script_notices_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = runpy.run_path(str(FOLDER / "revvit.py"))
+    module = runpy.run_path(str(ROOT / "examples/quickstart/revvit.py"))
     add = module["Plain"].forward
 
     def wrong(self, x: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-SCRIPT = ROOT / "examples" / "demo.py"
+SCRIPT = ROOT / "examples/quickstart/demo.py"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`examples/fashion.py` on made-up images in idx format: trained, stopped, gone on with, and compared for real."""
+"""`examples/experiments/fashion_mnist.py` on generated idx files: training, interruption, resuming and comparison."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ARGUMENTS = ("--seeds", 1, "epochs=4", *QUICK)
 
 @pytest.fixture
 def fashion(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return script(monkeypatch, "fashion")
+    return script(monkeypatch, "fashion_mnist")
 
 
 @pytest.fixture
 def proof(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return script(monkeypatch, "proof")
+    return script(monkeypatch, "seed_runner")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     words = ("--root", files, "--output", output, *ARGUMENTS)
-    process = started("fashion", *words)
+    process = started("fashion_mnist", *words)
     while not list(output.glob("*/checkpoints/step-*.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -51,7 +51,7 @@ def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, 
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in said(process, 128 + signal.SIGTERM)
 
-    text = said(started("fashion", *words))
+    text = said(started("fashion_mnist", *words))
     found = rows(text)
     assert list(found) == ["ConvNeXt", "RevCol", "RevCol, supervised"]
     for _, _, _, accuracy, minutes in found.values():
@@ -64,7 +64,7 @@ def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, 
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
     picture.unlink()
-    assert rows(said(started("fashion", *words))) == found  # what is finished is shown again, and not run again
+    assert rows(said(started("fashion_mnist", *words))) == found  # what is finished is shown again, and not run again
     assert {path: path.read_text() for path in output.glob("*/train.log")} == logs
     assert picture.exists()
     with pytest.raises(DataError, match=r"convnext-0 holds a run with other settings\. Give the same ones again"):
@@ -74,14 +74,14 @@ def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, 
 @pytest.mark.slow
 def test_a_run_that_fails_is_told_in_a_line(files: Path, tmp_path: Path) -> None:
     words = ("--root", files, "--output", tmp_path, *ARGUMENTS, "optimizer.lr=1e30")
-    text = said(started("fashion", *words), 1)
+    text = said(started("fashion_mnist", *words), 1)
     assert re.fullmatch(
         r"error: \w+, seed 0 ended with code 1: error: the loss is nan in epoch 1, .*train\.log\n", text
     )
 
 
 def test_without_data(tmp_path: Path) -> None:
-    text = said(started("fashion", "--root", tmp_path, "--output", tmp_path / "run"), 1)
+    text = said(started("fashion_mnist", "--root", tmp_path, "--output", tmp_path / "run"), 1)
     assert text == (
         f"error: {tmp_path} has no train-images-idx3-ubyte.gz. Install Debian's package dataset-fashion-mnist (apt-get "
         "install dataset-fashion-mnist), or put the four idx files into a folder and give it with --root\n"

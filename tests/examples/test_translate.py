@@ -1,4 +1,4 @@
-"""`examples/translate.py` from raw text to the picture, cut down to a few verses and updates."""
+"""`examples/experiments/translate.py` from raw text to the picture, cut down to a few verses and updates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 pytest.importorskip("fairseq")
 
-SCRIPT = ROOT / "examples" / "translate.py"
+SCRIPT = ROOT / "examples/experiments/translate.py"
 
 
 @pytest.fixture

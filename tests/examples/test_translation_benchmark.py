@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def benchmark():
-    path = ROOT / "examples" / "benchmarks" / "nlp.py"
+    path = ROOT / "examples/benchmarks/translation.py"
     spec = importlib.util.spec_from_file_location("benchmark_of_translation", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -20,7 +20,7 @@ QUICK = ("batch_size=32", "data.train_samples=320", "schedule.warmup_epochs=0.5"
 
 def script(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
     """A script of examples/ as a module."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples/experiments")
     return importlib.import_module(name)
 
 
@@ -39,7 +39,7 @@ def make_files(root: Path) -> Path:
 def started(name: str, *words: object) -> subprocess.Popen[str]:
     """A script of examples/ at work."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, words)]
+    command = [sys.executable, str(ROOT / "examples/experiments" / f"{name}.py"), *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -112,7 +112,7 @@ def convert(
     Every name in the file is accounted for: what is missing, unexpected or of
     another shape is listed, and nothing is written unless --allow names it.
     Files are read without running what they hold. Of a detector or segmenter
-    only the backbone is taken. docs/weights.md tells more.
+    only the backbone is taken. docs/guides/pretrained-weights.md tells more.
 
     revnets convert revcol_tiny_1k.pth revcol_tiny.safetensors
     """

@@ -120,7 +120,7 @@ class TrainConfig(Strict):
             try:
                 memory_modes(self.memory, self.model.columns)
             except ValueError as error:
-                raise problem(str(error), "See docs/yaml.md", "memory") from None
+                raise problem(str(error), "See docs/reference/yaml.md", "memory") from None
         if self.checkpoint == "sharded" and self.parallel != "fsdp":
             raise problem("only fsdp has shards", "Set parallel: fsdp, or checkpoint: full", "checkpoint")
         if self.clip_mode == "agc" and self.parallel == "fsdp":

@@ -65,7 +65,7 @@ def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
         try:
             columns.memory = config.memory
         except ValueError as error:
-            raise SpecError("training run", "memory", str(error), "See docs/yaml.md") from None
+            raise SpecError("training run", "memory", str(error), "See docs/reference/yaml.md") from None
     model.eval()  # dropout would draw random numbers, BatchNorm would take the zeros into its statistics
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -122,7 +122,7 @@ def build_task(config: TrainConfig, model: nn.Module, data: ImageData, device: t
                 model, config.supervision, None, loss, data.mean, data.std, device=device, verbose=False
             )
         except ValueError as error:
-            raise SpecError("training run", "supervision", first_line(error), "See docs/training.md") from None
+            raise SpecError("training run", "supervision", first_line(error), "See docs/guides/training.md") from None
         task.trainable_module.to(device)
     else:
         problem = f"{type(model).__name__} has no reversible columns"

@@ -95,7 +95,8 @@ def _fetched(name: str) -> dict[str, Tensor]:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # no network, no room, no such file any more
         problem = f"cannot be fetched ({first_line(error)})"
-        raise CheckpointError(name, problem, "Fetch the file yourself, docs/weights.md names it, and give it") from None
+        remedy = "Download the file that docs/guides/pretrained-weights.md names, and give its path"
+        raise CheckpointError(name, problem, remedy) from None
 
 
 def fitted(given: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:

@@ -78,5 +78,5 @@ def recognise(found: Shape | None, path: object = "weights") -> str:
         if shape_of(spec, found.kernel_size) == found:
             return name
     text = f"{found.columns} columns of widths {found.dims} and depths {found.depths}"
-    remedy = "Say which it should be, as in --model revcol_tiny; other shapes are for Python (docs/training.md)"
+    remedy = "Say which it should be, as in --model revcol_tiny; other shapes are for Python (docs/guides/training.md)"
     raise CheckpointError(str(path), f"no model of the family has {text}", remedy)

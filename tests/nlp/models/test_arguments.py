@@ -211,9 +211,9 @@ def test_blocks_of_the_levels_cannot_be_given_twice(tmp_path):
         options("revcol_transformer", revcol_spec=str(write(tmp_path)), revcol_blocks="1,1")
 
 
-# ---------------------------------------------------------------------------------------------------------- docs/nlp.md
+# ---------------------------------------------------------------------------------- docs/guides/translation-model.md
 
-PAGE = (ROOT / "docs" / "nlp.md").read_text()
+PAGE = (ROOT / "docs/guides/translation-model.md").read_text()
 
 
 def test_the_page_names_every_option_with_its_default():

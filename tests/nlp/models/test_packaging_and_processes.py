@@ -71,13 +71,13 @@ def test_two_workers_train_as_one_with_two_batches_an_update(data, tmp_path):
 
 
 def test_a_forgotten_user_dir(data, tmp_path):
-    """What fairseq says then is quoted in docs/nlp.md, with what to do."""
+    """What fairseq says then is quoted in docs/guides/translation-model.md, with what to do."""
     train(data, tmp_path, *SHORT)
     commands = [
         start(BIN / "fairseq-train", data, *TINY, "--cpu"),
         start(BIN / "fairseq-generate", data, "--path", tmp_path / "checkpoint_last.pt", "--cpu"),
     ]
-    page = (ROOT / "docs" / "nlp.md").read_text()
+    page = (ROOT / "docs/guides/translation-model.md").read_text()
     for command, said in zip(commands, ("invalid choice: 'revcol_transformer", "argparse.Namespace"), strict=True):
         code, output = finish(command)
         assert code != 0

@@ -182,7 +182,7 @@ def test_lost_bits(gamma: float) -> None:
     found = lost_bits(torch.full((7,), gamma, dtype=torch.float64))
     assert found.expected == pytest.approx(found.kept, rel=0.15 if gamma > MIN_ABS else 0.35)
     assert found.entropy < found.kept
-    if gamma in (0.5, 0.05):  # as docs/drift.md says
+    if gamma in (0.5, 0.05):  # as docs/concepts/numerical-drift.md says
         assert found.kept == pytest.approx({0.5: 4.4, 0.05: 7.3}[gamma], abs=0.1)
         assert found.entropy == pytest.approx({0.5: 2.6, 0.05: 5.8}[gamma], abs=0.2)
 

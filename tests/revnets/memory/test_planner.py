@@ -21,7 +21,7 @@ from revnets.models.plan import PlanError, plan
 from revnets.plotting.memory_plan import parts_of, plan_figure
 from tests.support.paths import ROOT
 
-EXAMPLES = ROOT / "examples"
+EXAMPLES = ROOT / "examples/configs"
 NARROW = ["levels.0.dim=16", "levels.1.dim=32", "levels.2.dim=64", "levels.3.dim=128"]  # activations outweigh weights
 CASES = [  # net, overrides, input shape
     ("revcol_tiny.yaml", ["columns=3"], (3, 3, 64, 64)),

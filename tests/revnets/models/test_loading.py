@@ -141,7 +141,7 @@ def test_a_wrong_gradient_is_exit_code_1(zoo: None, own_modules: Path) -> None:
 
 def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
-    monkeypatch.setattr(loading, "entry_points", lambda group: [EntryPoint("timm", "vision.zoo", group)])
+    monkeypatch.setattr(loading, "entry_points", lambda group: [EntryPoint("timm", "vision.revcol", group)])
     with torch.device("meta"):
         model = load_model("revcol_tiny", ["columns=2", "num_classes=7"])
     assert isinstance(model, nn.Module)
@@ -157,4 +157,4 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_wheel_names_its_models() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    assert f'[project.entry-points."{loading.GROUP}"]\ntimm = "vision.zoo"' in text
+    assert f'[project.entry-points."{loading.GROUP}"]\ntimm = "vision.revcol"' in text

@@ -19,7 +19,7 @@ from revnets.models.net import Level, Net
 from revnets.nn.blocks import ConvNeXtBlock, DropPath, ViTBlock
 from tests.support.paths import ROOT
 
-EXAMPLES = ROOT / "examples"
+EXAMPLES = ROOT / "examples/configs"
 
 
 def spec(**changes: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vision.paths import CONFIGS
 from vision.training.builders import build_model
 
 FOLDER = CONFIGS / "ablations"
-PAGE = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/results/ablations.md").read_text(encoding="utf-8")
 
 SIZES = {  # M parameters and G multiply-accumulates at 224, here; and what the paper prints
     "columns_1": (28.33, 4.37, "28", "4.4"),

@@ -131,8 +131,8 @@ def test_every_model_has_a_yaml() -> None:
 
 # ------------------------------------------------------------------------------------------------ the page on vision
 
-PAGES = ROOT / "docs"
-PAGE = (PAGES / "vision.md").read_text(encoding="utf-8")
+PAGES = ROOT / "docs/guides"
+PAGE = (PAGES / "image-models.md").read_text(encoding="utf-8")
 
 
 def test_the_page_lists_every_model_with_its_size() -> None:

@@ -137,7 +137,7 @@ def test_released_urls(name: str) -> None:
 
 
 def test_page_lists_the_releases() -> None:
-    page = (ROOT / "docs" / "weights.md").read_text()
+    page = (ROOT / "docs/guides/pretrained-weights.md").read_text()
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `revcol")
     ]

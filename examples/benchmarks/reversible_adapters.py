@@ -1,0 +1,166 @@
+"""A RevNet (m = 2, gamma = 1), and the ways to train it that `reversible_libraries.py` compares.
+
+x_t = F_t(x_{t-1}) + x_{t-2}; both streams start as the stem's output. All ways share
+stem, blocks, head and batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import revnets
+
+Streams = tuple[Tensor, Tensor]
+Trunk = Callable[[Tensor], Streams]
+"""The stem's output -> the last two states (x_{T-2}, x_{T-1})."""
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+class Convolutions(nn.Sequential):
+    """The residual function of a pre-activation RevNet (Gomez et al., 2017) on images (B, H, W, C)."""
+
+    def __init__(self, dim: int):
+        norms = [nn.GroupNorm(8, dim) for _ in range(2)]
+        convs = [nn.Conv2d(dim, dim, 3, padding=1, bias=False) for _ in range(2)]
+        super().__init__(norms[0], nn.ReLU(), convs[0], norms[1], nn.ReLU(), convs[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Mlp(nn.Sequential):
+    """LayerNorm and a two-layer perceptron on tokens (B, N, C)."""
+
+    def __init__(self, dim: int):
+        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+
+class Case(NamedTuple):
+    """A kind of block and the shape of its states; channels are the last axis."""
+
+    block: Callable[[int], nn.Module]
+    shape: tuple[int, ...]
+    words: str
+
+
+CASES = {
+    "mlp": Case(Mlp, (16, 196, 192), "LayerNorm-Linear-GELU-Linear"),
+    "conv": Case(Convolutions, (8, 32, 32, 64), "2 x (GroupNorm-ReLU-Conv 3x3)"),
+}
+
+
+class Net(nn.Module):
+    """Stem, blocks and head; how the blocks are run is up to the trunk."""
+
+    def __init__(self, block: Callable[[int], nn.Module], depth: int, dim: int, patch: int = 48, classes: int = 100):
+        super().__init__()
+        self.stem = nn.Linear(patch, dim)
+        self.blocks = nn.ModuleList(block(dim) for _ in range(depth))
+        self.head = nn.Linear(dim, classes)
+
+    def logits(self, trunk: Trunk, patches: Tensor) -> Tensor:
+        one, other = trunk(self.stem(patches))
+        return self.head((one + other).flatten(1, -2).mean(1))
+
+
+# ------------------------------------------------------------------------------------------------ who trains it
+
+
+def plain(blocks: nn.ModuleList) -> Trunk:
+    """Ordinary autograd."""
+
+    def trunk(x: Tensor) -> Streams:
+        before, now = x, x
+        for block in blocks:
+            before, now = now, block(now) + before
+        return before, now
+
+    return trunk
+
+
+def checkpointed(blocks: nn.ModuleList) -> Trunk:
+    """`torch.utils.checkpoint` around every block."""
+
+    def trunk(x: Tensor) -> Streams:
+        before, now = x, x
+        for block in blocks:
+            before, now = now, checkpoint(block, now, use_reentrant=False) + before
+        return before, now
+
+    return trunk
+
+
+def ours(memory: str) -> Callable[[nn.ModuleList], Trunk]:
+    def make(blocks: nn.ModuleList) -> Trunk:
+        # Two identities: both streams start as the stem's output.
+        columns = revnets.ReversibleSequence([nn.Identity(), nn.Identity(), *blocks], m=2, memory=memory)
+        return lambda x: tuple(columns(x))
+
+    return make
+
+
+# The peers take both streams in one tensor and split it. Stacked along the batch axis a split is a view, so this is
+# the cheapest way for them; a split of channels would cost copies.
+
+
+def memcnn(blocks: nn.ModuleList) -> Trunk:
+    """An `InvertibleModuleWrapper` around each pair of blocks, as its documentation shows."""
+    library = _import("memcnn")
+    pairs = nn.Sequential(
+        *(
+            library.InvertibleModuleWrapper(library.AdditiveCoupling(Fm=f, Gm=g, split_dim=0))
+            for f, g in zip(blocks[::2], blocks[1::2], strict=True)
+        )
+    )
+    return lambda x: tuple(pairs(torch.cat((x, x))).chunk(2))
+
+
+def revlib(mode: str) -> Callable[[nn.ModuleList], Trunk]:
+    def make(blocks: nn.ModuleList) -> Trunk:
+        library = _import("revlib")
+        net = library.ReversibleSequential(*blocks, split_dim=0, memory_mode=library.MemoryModes[mode])
+        return lambda x: tuple(net(torch.cat((x, x))).chunk(2))
+
+    return make
+
+
+def _import(package: str) -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # memcnn is older than torch.amp, and says so
+        return importlib.import_module(package)
+
+
+class Way(NamedTuple):
+    """One way to train the same blocks."""
+
+    make: Callable[[nn.ModuleList], Trunk]
+    package: str | None = None  # what has to be installed from PyPI
+
+
+WAYS = {
+    "plain autograd": Way(plain),
+    "torch checkpoint": Way(checkpointed),
+    "memcnn": Way(memcnn, "memcnn"),
+    "revlib": Way(revlib("autograd_function"), "revlib"),  # its default, and its fastest
+    "revlib graph": Way(revlib("autograd_graph"), "revlib"),
+    **{f"revnets {memory}": Way(ours(memory)) for memory in ("store", "recompute", "invert", "exact")},
+}
+REFERENCE = "plain autograd"
+"""Whose gradients are the measure of the others."""
+
+
+def installed() -> tuple[list[str], list[str]]:
+    """Names of the ways that can be run here, and the packages that are missing for the others."""
+    missing = {way.package for way in WAYS.values() if way.package and importlib.util.find_spec(way.package) is None}
+    return [name for name, way in WAYS.items() if way.package not in missing], sorted(missing)

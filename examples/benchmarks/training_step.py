@@ -1,0 +1,196 @@
+"""One training step of RevCol-T-shaped columns in every memory mode, against checkpointing each column.
+
+    .venv/bin/python examples/benchmarks/training_step.py                    # 8 columns, 128 x 128, batch 8
+    .venv/bin/python examples/benchmarks/training_step.py --columns 4,16 --png out/training_step.png
+
+Prints CPU seconds (user and system, medians of interleaved rounds, one thread), bytes kept between forward and
+backward, the highest number of bytes alive at once, and the gradient error against plain autograd, all of one run.
+`exact, planned` is `exact` under a budget equal to its own peak (docs/guides/memory-planning.md): it stores
+what costs no more than that peak.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+import warnings
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from _cli import counts, picture
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import revnets
+from revnets.engine.cell import add
+from revnets.engine.graph import STEM
+from revnets.memory.tracker import MemoryTracker
+
+SHAPES = {  # channels of level 0, depths: RevCol, Table 1
+    "T": (64, (2, 2, 4, 2)),
+    "S": (64, (2, 2, 4, 2)),
+    "B": (72, (1, 1, 3, 2)),
+}
+
+
+class CheckpointedColumns(nn.Module):
+    """The rival: the same cells under plain autograd, with `torch.utils.checkpoint` around every column."""
+
+    def __init__(self, columns: revnets.ReversibleColumns):
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        graph, states = self.columns.graph, []
+        for column, cells in enumerate(self.columns.cells):
+            nodes = graph.nodes[column * graph.m : (column + 1) * graph.m]
+            states = checkpoint(self._column, nodes, cells, x, *states, use_reentrant=False, preserve_rng_state=True)
+        return states
+
+    def _column(self, nodes, cells, x: Tensor, *before: Tensor) -> list[Tensor]:
+        states = dict(zip(range(nodes[0].index - len(before), nodes[0].index), before, strict=True))
+        for node, cell in zip(nodes, cells, strict=True):
+            couple = None if node.residual is None else partial(add, states[node.residual])
+            reads = [x if read == STEM else states[read] for read in node.reads]
+            states[node.index] = cell(*reads, couple=couple)
+        return [states[node.index] for node in nodes]
+
+
+PLANNED = "exact, planned"
+
+
+class Contender:
+    """One way to train the same weights."""
+
+    def __init__(self, name: str, net: revnets.Net, images: Tensor, labels: Tensor):
+        self.name, self.net, self.images, self.labels = name, net, images, labels
+        self.columns = CheckpointedColumns(net.columns) if name == "checkpoint" else net.columns
+        self.seconds: list[float] = []
+
+    def step(self) -> list[Tensor]:
+        loss = self._forward()
+        return list(torch.autograd.grad(loss, list(self.net.parameters())))
+
+    def timed(self) -> None:
+        start = time.process_time()
+        self.step()
+        self.seconds.append(time.process_time() - start)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes kept between forward and backward, and the peak, without the gradients' own bytes in the former."""
+        with MemoryTracker() as tracker:
+            loss = self._forward()
+            kept = tracker.live
+            torch.autograd.grad(loss, list(self.net.parameters()))
+        return kept, tracker.peak
+
+    @cached_property
+    def plan(self) -> revnets.Plan:
+        return revnets.plan(self.net, self.images, optimizer="none", modes=(), budget="exact")
+
+    def _forward(self) -> Tensor:
+        if self.name == PLANNED:
+            self.plan.apply(self.net)
+        elif self.name != "checkpoint":
+            self.net.columns.memory, self.net.columns.stored = self.name, 0
+        levels = self.columns(self.net.stem(self.images))
+        return F.cross_entropy(self.net.head(levels), self.labels)
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"Shape of a column, one of {', '.join(SHAPES)}.")] = "T",
+    columns: Annotated[str, typer.Option(help="Numbers of columns, e.g. 4,8,16.")] = "8",
+    size: Annotated[int, typer.Option(help="Side of the images.", min=32)] = 128,
+    batch: Annotated[int, typer.Option(help="Images a step.", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each contender.", min=1)] = 5,
+    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.", callback=picture)] = None,
+) -> None:
+    """Compare the memory modes on one training step."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", revnets.DriftWarning)  # the drift of `invert` is in the table
+    console = Console()
+    results = {}
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"{shape!r}: give {' or '.join(SHAPES)}", param_hint="--shape")
+    for count in counts(columns, "--columns", 1):
+        results[count] = measure(shape, count, size, batch, rounds)
+        console.print(table(f"RevCol-{shape} columns: {count}, {size} x {size}, batch {batch}", results[count]))
+    console.print(f"torch {torch.__version__}, 1 thread of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    if png is not None:
+        draw(results, png)
+        console.print(f"wrote {png}")
+
+
+def measure(shape: str, count: int, size: int, batch: int, rounds: int) -> dict[str, tuple[float, int, int, float]]:
+    """For each contender: median CPU seconds, bytes kept, peak bytes, gradient error."""
+    width, depths = SHAPES[shape]
+    torch.manual_seed(0)
+    net = revnets.build(
+        {
+            "columns": count,
+            "stem": {"type": "patchify"},
+            "levels": [{"dim": width * 2**i, "depth": depth, "block": "convnext"} for i, depth in enumerate(depths)],
+            "head": {"type": "classifier", "num_classes": 1000},
+        }
+    )
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    names = ("store", "recompute", "invert", "exact", PLANNED, "checkpoint")
+    contenders = [Contender(name, net, images, labels) for name in names]
+    reference = contenders[0].step()
+    errors = [error(contender.step(), reference) for contender in contenders]
+    memory = [contender.memory() for contender in contenders]
+    for _ in track(range(rounds), description=f"{count} columns", transient=True):
+        for contender in contenders:
+            contender.timed()
+    return {
+        contender.name: (statistics.median(contender.seconds), *memory[i], errors[i])
+        for i, contender in enumerate(contenders)
+    }
+
+
+def error(gradients: list[Tensor], reference: list[Tensor]) -> float:
+    """Relative L2 error over all parameters; 0 only if every bit is the same."""
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(gradients, reference, strict=True))
+    return (difference / sum(float(b.double().square().sum()) for b in reference)) ** 0.5
+
+
+def table(title: str, result: dict[str, tuple[float, int, int, float]]) -> Table:
+    rows = Table(title=title, title_justify="left")
+    for name in ("mode", "CPU s", "x store", "kept MB", "peak MB", "gradient error"):
+        rows.add_column(name, justify="left" if name == "mode" else "right")
+    base = result["store"][0]
+    for name, (seconds, kept, peak, wrong) in result.items():
+        verdict = "[green]bit for bit" if wrong == 0 else f"[{'yellow' if wrong < 0.01 else 'red'}]{wrong:.1e}"
+        rows.add_row(name, f"{seconds:.2f}", f"{seconds / base:.3f}", f"{kept / 1e6:.1f}", f"{peak / 1e6:.1f}", verdict)
+    return rows
+
+
+def draw(results: dict[int, dict[str, tuple[float, int, int, float]]], path: Path) -> None:
+    """Time, bytes kept and peak against the number of columns."""
+    from matplotlib.figure import Figure
+
+    from revnets.plotting.style import save
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for index, (axis, title) in enumerate(zip(axes, ("CPU seconds a step", "kept MB", "peak MB"), strict=True)):
+        for name in next(iter(results.values())):
+            values = [result[name][index] / (1 if index == 0 else 1e6) for result in results.values()]
+            axis.plot(list(results), values, marker="o", label=name)
+        axis.set(title=title, xlabel="columns", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

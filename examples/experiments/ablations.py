@@ -1,0 +1,206 @@
+"""The ablations of the paper (Tables 5 to 7), small: Fashion-MNIST, three seeds, nets of equal multiply-accumulates.
+
+    apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any folder with the four idx files: --root
+    python examples/experiments/ablations.py                  # all of it: 12 minutes of one CPU core
+    python examples/experiments/ablations.py --tables 7 --seeds 1 --epochs 1 --output runs/quick
+
+Table 5 divides one net into 1, 2, 4 or 8 columns. Table 6 holds RevCol against branches that exchange everything
+without a reversible connection, as in HRNet, and against one column with RevNet's. Table 7 is RevCol with and without
+intermediate supervision. Models that stand in two tables are trained once. The same command again goes on where the
+last one was stopped. Everything is in runs/ablations.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from seed_runner import (
+    PLAIN,
+    REPO,
+    ROOT,
+    Run,
+    Size,
+    compare,
+    planned,
+    require_equal,
+    require_files,
+    run_as_script,
+    size_of,
+    spread,
+)
+
+from revnets.plotting.style import save
+from vision.data.loading import load_data
+from vision.errors import DataError
+from vision.paths import CONFIGS
+from vision.training.figures import INK, style
+
+OUTPUT = Path(os.path.relpath(REPO / "runs" / "ablations"))
+BUDGET = ("data.train_samples=8000", "batch_size=64", "schedule.warmup_epochs=0.3", "log_every=25", *PLAIN)
+"""What is changed in the recipe `fashion`, for all: 125 updates of 64 images an epoch."""
+
+MEMORY = "memory=store"  # all modes have equal gradients, and in so small a net this one is the fastest
+
+
+def columns(count: int, dims: Sequence[int], depths: Sequence[int]) -> str:
+    """A RevCol of any shape."""
+    return f"model={{timm: test_revcol, columns: {count}, dims: {list(dims)}, depths: {list(depths)}}}"
+
+
+REVCOL = columns(4, (16, 32, 64, 128), (1, 1, 1, 1))
+MODELS = {
+    "1 column": (columns(1, (24, 48, 96, 192), (2, 2, 2, 2)),),
+    "2 columns": (columns(2, (16, 32, 64, 128), (1, 2, 4, 2)),),
+    "RevCol": (REVCOL,),
+    "8 columns": (columns(8, (12, 20, 48, 88), (1, 1, 1, 1)),),
+    "multi-branch": (f"model={CONFIGS / 'ablations' / 'fashion_multi_branch.yaml'}",),
+    "RevNet": (f"model={CONFIGS / 'ablations' / 'fashion_revnet.yaml'}",),
+    "RevCol, supervised": (REVCOL, "supervision={}"),  # with the weights of the paper
+}
+
+
+class Ablation(NamedTuple):
+    """A table of the paper."""
+
+    title: str
+    models: tuple[str, ...]
+
+
+TABLES = {
+    "5": Ablation("Columns", ("1 column", "2 columns", "RevCol", "8 columns")),
+    "6": Ablation("Connections", ("multi-branch", "RevNet", "RevCol")),
+    "7": Ablation("Supervision", ("RevCol", "RevCol, supervised")),
+}
+COLOURS = {"RevCol": "#0072B2", "RevCol, supervised": "#009E73", "multi-branch": "#D55E00", "RevNet": "#CC79A7"}
+EQUAL = {"parameters": 0.06, "macs": 0.02}
+"""By how much the models of a table may differ."""
+
+
+def main(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="For all runs, key.path=value: optimizer.lr=2e-3", show_default=False)
+    ] = None,
+    tables: Annotated[str, typer.Option(help="Which of the tables 5, 6 and 7.")] = "5,6,7",
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs of every model.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 2,
+    root: Annotated[Path, typer.Option(help="Folder with the four idx files, gzipped or not.")] = ROOT,
+    output: Annotated[Path, typer.Option(help="Folder of all runs.")] = OUTPUT,
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs side by side, one thread each.")] = 1,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+) -> None:
+    """Train the small-scale analogue of the paper's ablations, Tables 5 to 7, on Fashion-MNIST, and compare."""
+    console = Console(stderr=markdown)
+    chosen = choose(tables)
+    require_files(root)
+    words = [*BUDGET, f"epochs={epochs}", MEMORY, f"data.root={root.resolve()}", *(overrides or [])]
+    names = list(dict.fromkeys(name for ablation in chosen.values() for name in ablation.models))
+    runs = [planned(MODELS, name, seed, words, output) for seed in range(seeds) for name in names]
+    data = load_data(runs[0].config.data, seed=0)
+    sizes = {run.model: size_of(run.config, data) for run in runs}
+    for ablation in chosen.values():
+        require_equal({name: sizes[name] for name in ablation.models}, **EQUAL)
+    compare(runs, data, jobs, output, console)
+    if markdown:
+        print("\n".join(in_markdown(chosen, runs, sizes)))
+    else:
+        console.print(summary(chosen, runs, sizes))
+    picture = output / "ablations.png"
+    save(figure(chosen, runs), picture)
+    console.print(f"picture {picture}", highlight=False, soft_wrap=True)
+
+
+def choose(tables: str) -> dict[str, Ablation]:
+    """The tables by their numbers, `5,7`.
+
+    Raises:
+        DataError: there is no such table.
+    """
+    numbers = [number.strip() for number in tables.split(",") if number.strip()]
+    unknown = [number for number in numbers if number not in TABLES]
+    if unknown or not numbers:
+        raise DataError(f"--tables {tables!r}: give some of {', '.join(TABLES)}, as in --tables 5,7")
+    return {number: TABLES[number] for number in TABLES if number in numbers}
+
+
+def rows(ablation: Ablation, runs: Sequence[Run], sizes: Mapping[str, Size]) -> list[tuple[str, ...]]:
+    """Of each model: name, parameters, multiply-accumulates, accuracy, and what one run took."""
+    found = []
+    for name in ablation.models:
+        of_model = [run for run in runs if run.model == name]
+        found.append(
+            (
+                name,
+                f"{sizes[name].parameters:,}",
+                f"{sizes[name].macs:,}",
+                spread(accuracies(of_model), 2),
+                spread([run.state()["cpu_seconds"] / 60 for run in of_model], 1),
+            )
+        )
+    return found
+
+
+def accuracies(runs: Sequence[Run]) -> list[float]:
+    """In percent, after the last epoch, of each run."""
+    return [run.curve()[1][-1] for run in runs]
+
+
+HEADINGS = ("parameters", "MACs", "accuracy, %", "CPU minutes")
+
+
+def summary(chosen: Mapping[str, Ablation], runs: Sequence[Run], sizes: Mapping[str, Size]) -> Table:
+    """All tables, for a terminal."""
+    seeds = len({run.seed for run in runs})
+    table = Table(title=f"Fashion-MNIST, {runs[0].config.epochs} epochs, {seeds} runs of each", title_justify="left")
+    for heading in ("table", "model", *HEADINGS):
+        table.add_column(heading, justify="left" if heading in ("table", "model") else "right")
+    for number, ablation in chosen.items():
+        for index, row in enumerate(rows(ablation, runs, sizes)):
+            end = index == len(ablation.models) - 1
+            table.add_row("" if index else number, *row, end_section=end)
+    table.caption = "mean ± standard deviation over seeds, of all test images after the last epoch; minutes of one run"
+    return table
+
+
+def in_markdown(chosen: Mapping[str, Ablation], runs: Sequence[Run], sizes: Mapping[str, Size]) -> list[str]:
+    """The lines of all tables as one."""
+    lines = [f"| table | model | {' | '.join(HEADINGS)} |", "| --- | --- |" + " --- |" * len(HEADINGS)]
+    for number, ablation in chosen.items():
+        lines += [f"| {number} | {' | '.join(row)} |" for row in rows(ablation, runs, sizes)]
+    return lines
+
+
+def figure(chosen: Mapping[str, Ablation], runs: Sequence[Run]) -> Figure:
+    """A panel a table: what each seed came to (dots), and their mean."""
+    found = Figure(figsize=(3.2 + 2.9 * len(chosen), 4), layout="constrained", facecolor="white")
+    widths = [len(ablation.models) + 0.6 for ablation in chosen.values()]
+    panels = found.subplots(1, len(chosen), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axes, (number, ablation) in zip(panels, chosen.items(), strict=True):
+        _panel(axes, f"Table {number}: {ablation.title.lower()}", ablation, runs)
+    panels[0].set_ylabel("test accuracy, %")
+    return found
+
+
+def _panel(axes: Axes, title: str, ablation: Ablation, runs: Sequence[Run]) -> None:
+    style(axes, "", "")
+    for place, name in enumerate(ablation.models):
+        last = accuracies([run for run in runs if run.model == name])
+        mean, colour = statistics.mean(last), COLOURS.get(name, "#767676")
+        axes.plot([place] * len(last), last, "o", color=colour, markersize=5, alpha=0.7)
+        axes.plot([place - 0.18, place + 0.18], [mean] * 2, color=colour, lw=2)
+        axes.annotate(f"{mean:.2f}", (place + 0.22, mean), va="center", color=colour, fontsize=9.5, fontweight="bold")
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
+    axes.set_xticks(range(len(ablation.models)), [name.replace(", ", ",\n") for name in ablation.models])
+    axes.set_xlim(-0.4, len(ablation.models) - 0.2)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
