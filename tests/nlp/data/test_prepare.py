@@ -278,10 +278,10 @@ def test_changed_files_are_noticed(table, tmp_path):
 
 def own_recipes(text: Path) -> list[Path]:
     """The text itself, and recipes beside it that name it."""
-    recipes = [tokenization.with_name("template.yaml"), tokenization.with_name("paths.yaml")]
-    for path, train in zip(recipes, (tokenization.name, f"[{tokenization.name}]"), strict=True):
+    recipes = [text.with_name("template.yaml"), text.with_name("paths.yaml")]
+    for path, train in zip(recipes, (text.name, f"[{text.name}]"), strict=True):
         path.write_text(f"{{languages: en-de, train: [{train}], valid: 11, test: 13}}")
-    return [tokenization, *recipes]
+    return [text, *recipes]
 
 
 def test_a_recipe_names_files_beside_it(table, tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ def test_what_is_random_is_a_function_of_the_seed_and_of_the_pass(engine, batche
 
 
 def test_a_budget_is_planned_before_training(engine, batches):
-    free, tight = (engine(memory={"budget": memory_budget}, batch_size=24) for memory_budget in ("8GiB", "200kB"))
+    free, tight = (engine(memory={"budget": budget}, batch_size=24) for budget in ("8GiB", "200kB"))
     assert "store" in free.note
     assert set(free.model.columns.memory) == {"store"}
     assert "store" not in tight.model.columns.memory

@@ -210,7 +210,11 @@ def test_what_cannot_be_begun_with_is_told_in_one_line(tmp_path, monkeypatch):
         (path, {"model": "test_revcol_huge"}, r"official\.pth: not the weights of test_revcol_huge: .* more\. Give"),
         (path, wider, r"official\.pth: not the weights of test_revcol: missing subnet4.* more"),
         (path, {"model": "test_resnet"}, r"official\.pth: not the weights of test_resnet: missing conv1"),
-        ("revcol_base.in22k", {}, r"revcol_base\.in22k: cannot be fetched \(Network is unreachable\)\. Fetch the file"),
+        (
+            "revcol_base.in22k",
+            {},
+            r"revcol_base\.in22k: cannot be fetched \(Network is unreachable\)\. Download the file",
+        ),
     ):
         with pytest.raises(CheckpointError, match=words) as error:
             begun(source, **options)
