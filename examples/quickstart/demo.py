@@ -30,7 +30,8 @@ from revnets.plotting.style import MODE_COLOURS, save
 from revnets.utils.format import size
 from vision.checkpoints.manager import CheckpointError
 from vision.config.run import TrainConfig, load_config
-from vision.training.figures import INK, draw_accuracy, draw_loss, style
+from vision.tasks.classification import Classification
+from vision.training.figures import INK, draw_loss, draw_metric, style
 from vision.training.run_log import LOG, read_log
 from vision.training.trainer import Trainer, TrainingError
 
@@ -61,7 +62,7 @@ def main(overrides: Sequence[str]) -> int:
     with console.status("measuring what is kept for backward ..."):
         found = measure(trainer, images, labels)
         by_columns = kept_by_columns(config, images)
-    console.print(summary(trainer, found, outcome.top1, seconds))
+    console.print(summary(trainer, found, outcome.score, seconds))
     picture = output / "demo.png"
     save(demo_figure(output, by_columns, len(images)), picture)
     console.print(f"picture      {picture}", f"best weights {outcome.best}", sep="\n", highlight=False, soft_wrap=True)
@@ -70,11 +71,11 @@ def main(overrides: Sequence[str]) -> int:
 
 def measure(trainer: Trainer, images: Tensor, labels: Tensor) -> Audit:
     """One training step of the trained net in `store` and in `exact`, with the loss that it was trained with."""
-    task = trainer.engine.task.train()
-    device = trainer.engine.device
+    task = trainer.state.training_task.train()
+    device = trainer.state.device
     labels = labels.to(device)
     return audit(
-        trainer.engine.model,
+        trainer.state.model,
         images.to(device),
         modes=("store", "exact"),
         loss=lambda scores: task.criterion(scores, labels),
@@ -96,11 +97,11 @@ def kept_by_columns(config: TrainConfig, images: Tensor) -> dict[str, list[int]]
 def summary(trainer: Trainer, found: Audit, top1: float, seconds: float) -> Table:
     """What the demo is for, in a few lines."""
     store, exact = (next(mode for mode in found.modes if mode.mode == name) for name in ("store", "exact"))
-    parameters = [parameter.numel() for parameter in trainer.engine.model.parameters()]
+    parameters = [parameter.numel() for parameter in trainer.state.model.parameters()]
     equal = "[green]equal bit for bit[/green]" if exact.equal else f"[red]differ by {exact.gradient_error:.1e}[/red]"
     table = Table(show_header=False)
     table.add_row("validation accuracy", f"[bold]{top1:.2f} %[/bold] of {len(trainer.data.val)} images, best epoch")
-    table.add_row("trained in", f"{seconds:.0f} s on {trainer.engine.device.type}")
+    table.add_row("trained in", f"{seconds:.0f} s on {trainer.state.device.type}")
     table.add_row("parameters", f"{sum(parameters):,}")
     table.add_row("kept for backward, store", f"{size(store.kept_bytes)} for a batch of {trainer.config.batch_size}")
     table.add_row("kept for backward, exact", f"[bold]{size(exact.kept_bytes)}[/bold]")
@@ -115,7 +116,7 @@ def demo_figure(output: Path, by_columns: dict[str, list[int]], batch: int) -> F
     figure = Figure(figsize=(13, 4), layout="constrained", facecolor="white")
     loss, accuracy, memory = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     draw_loss(loss, log)
-    draw_accuracy(accuracy, log)
+    draw_metric(accuracy, log, *Classification.curves())
     draw_memory(memory, by_columns, batch)
     for axes, title in ((loss, "Loss"), (accuracy, "Accuracy"), (memory, "Memory kept for backward")):
         axes.set_title(title, loc="left", color=INK, fontsize=11)

@@ -21,13 +21,13 @@ from vision.training import train_state
 from vision.training.trainer import Trainer
 
 MOMENTS = {
-    "before an update": (train_state.Engine, "update", "before"),
-    "before an evaluation": (train_state.Engine, "evaluate", "before"),
+    "before an update": (train_state.TrainState, "update", "before"),
+    "before an evaluation": (train_state.TrainState, "evaluate", "before"),
     "while a checkpoint is written": (torch, "save", "halfway"),
     "before a file gets its name": (atomic_files.os, "replace", "before"),
     "after a file got its name": (atomic_files.os, "replace", "after"),
     "before the best gets its name": (atomic_files.os, "link", "before"),
-    "images that are no numbers": (train_state.Engine, "_moved", "poisoned"),
+    "images that are no numbers": (train_state.TrainState, "_moved", "poisoned"),
 }
 
 

@@ -18,7 +18,6 @@ from vision.checkpoints.sharding import DIVISIBLE, STATE, Piece, copy_into, divi
 from vision.distributed.context import World
 from vision.errors import CheckpointError as CheckpointError
 from vision.errors import why_not_written
-from vision.supervision.supervised import Supervised
 
 FORMAT = 2
 """Version of the layout. A reader refuses those that it does not know."""
@@ -229,14 +228,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor | Piece], path: 
     _fill(model.state_dict(), weights, path)
 
 
-def load_heads(module: nn.Module, weights: Mapping[str, Tensor | Piece], path: Path) -> None:
-    """Put weights into the heads at the columns of a model, if it has such.
+def load_heads(heads: Mapping[str, Tensor], weights: Mapping[str, Tensor | Piece], path: Path) -> None:
+    """Put weights into what trains beside a model (`timm.task.TrainingTask.get_task_state`), such as heads.
 
     Raises:
         CheckpointError: they are those of other heads.
     """
-    heads = module.state_dict() if isinstance(module, Supervised) else {}
-    _fill({name: tensor for name, tensor in heads.items() if not name.startswith("model.")}, weights, path)
+    _fill(heads, weights, path)
 
 
 def _fill(own: Mapping[str, Tensor], weights: Mapping[str, Tensor | Piece], path: Path) -> None:

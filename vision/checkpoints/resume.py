@@ -12,11 +12,14 @@ from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import CheckpointError
 
-FIXED = ("seed", "data", "batch_size", "optimizer", "supervision", "pretrained")
+FIXED = ("task", "seed", "data", "batch_size", "optimizer", "supervision", "pretrained")
 """Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.
 
 Of the optimizer the learning rate is free, since the schedule sets it.
 """
+
+OLDEST = {"task": "classification"}
+"""Values of keys that older checkpoints do not have."""
 
 
 def find(config: TrainConfig, world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
@@ -76,7 +79,7 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
     """
     new, old = config.plain(), state["config"]
     for key in FIXED:
-        ours, theirs = new[key], old.get(key)
+        ours, theirs = new[key], old.get(key, OLDEST.get(key))
         if key == "optimizer":
             ours, theirs = {**ours, "lr": None}, {**theirs, "lr": None}
         if ours != theirs:

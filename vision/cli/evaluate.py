@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from revnets import SpecError
@@ -19,12 +20,13 @@ from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
 from vision.data import class_subsets
 from vision.data.dataset import ImageData
-from vision.data.loading import load_data, val_loader
 from vision.distributed.context import World
 from vision.distributed.parallel import plain
 from vision.errors import CheckpointError
+from vision.tasks.base import create_task, scalars
+from vision.tasks.classification import AccuracyEvaluator, Classification, ClassificationMetrics
 from vision.training import builders
-from vision.training.evaluation import Metrics, evaluate
+from vision.training.evaluation import evaluate
 from vision.training.figures import confusion_figure
 from vision.weights import convert, files, finetune
 
@@ -53,7 +55,7 @@ def evaluate_checkpoint(
     png: Path | None = None,
     recipe: str | None = None,
     by_name: bool = False,
-) -> dict[str, Metrics]:
+) -> dict[str, Any]:
     """Print the metrics of every set of weights that a checkpoint holds.
 
     Args:
@@ -75,30 +77,41 @@ def evaluate_checkpoint(
     config, device = given.config, builders.choose_device(given.config.device)
     if by_name and not any(text.strip().startswith("data.num_classes") for text in overrides):
         config = _without_count(config)
-    data = load_data(config.data, config.seed)
-    chosen, known = _known(given, data, by_name, console)
-    task = builders.build_task(
-        config.model_copy(update={"ema": None}), builders.build_model(config, known), known, device
+    task = create_task(config)
+    if not isinstance(task, Classification):
+        _refuse_classes(config, png, by_name)
+    data = task.load_data()
+    chosen, known = _known(given, data, by_name, console) if isinstance(task, Classification) else (None, data)
+    training_task = builders.build_task(
+        config.model_copy(update={"ema": None}), task.build_model(known), known, device, task
     )
-    module, model = plain(task.get_trainable_module()), plain(task.get_eval_model())
+    module, model = plain(training_task.get_trainable_module()), plain(training_task.get_eval_model())
     autocast = builders.build_autocast(config.amp, device)
-    batches = val_loader(config, data)
-    table = Table()
-    for heading in ("weights", "top-1 %", "top-5 %", "loss"):
-        table.add_column(heading, justify="left" if heading == "weights" else "right")
+    batches = cast(Sequence[Any], task.val_batches(data, World()))
     found = {}
     for name, (tensors, heads) in given.sets.items():
         fitting = tensors if given.is_run else finetune.fitted(tensors, model, str(given.path))
         manager.load_weights(model, fitting, given.path)
-        manager.load_heads(module, heads, given.path)
+        manager.load_heads(training_task.get_task_state(), heads, given.path)
         bar = track(batches, name, console=console, transient=True, disable=not console.is_terminal)
-        found[name] = metrics = evaluate(module, bar, len(data.classes), device, autocast, subset=chosen)
-        for row in _rows(name, metrics):
-            table.add_row(*row)
+        evaluator = task.evaluator(module, data, device)
+        if isinstance(evaluator, AccuracyEvaluator):
+            evaluator.subset = chosen
+        found[name] = evaluate(task, module, bar, evaluator, device, autocast)
     counting = list(found.values())[-1]
+    if not isinstance(counting, ClassificationMetrics):
+        console.print(str(given.path), soft_wrap=True, highlight=False, markup=False)
+        console.print(_table({name: scalars(metrics) for name, metrics in found.items()}))
+        return found
     unread = max(0, len(data.val) - counting.images)  # a stream may not know its length
     text = f"{given.path}, {counting.images} images" + (f"; {unread} more cannot be read" if unread else "")
     console.print(text, soft_wrap=True, highlight=False, markup=False)
+    table = Table()
+    for heading in ("weights", "top-1 %", "top-5 %", "loss"):
+        table.add_column(heading, justify="left" if heading == "weights" else "right")
+    for name, metrics in found.items():
+        for row in _rows(name, metrics):
+            table.add_row(*row)
     console.print(table)
     if png is not None:
         if counting.confusion is None:
@@ -166,7 +179,24 @@ def _known(
     return chosen, replace(data, classes=known)
 
 
-def _rows(name: str, metrics: Metrics) -> Iterator[tuple[str, str, str, str]]:
+def _refuse_classes(config: TrainConfig, png: Path | None, by_name: bool) -> None:
+    """Options that are about classes need a task that has some."""
+    for option, given in (("--png", png is not None), ("--subset", by_name)):
+        if given:
+            problem = f"the task {config.task_and_options[0]} has no classes"
+            raise SpecError("command line", option, problem, "Leave it out")
+
+
+def _table(found: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row for each set of weights, a column for each metric."""
+    names = list(dict.fromkeys(name for metrics in found.values() for name in metrics))
+    table = Table("weights", *(Column(name, justify="right") for name in names))
+    for weights, metrics in found.items():
+        table.add_row(weights, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
+    return table
+
+
+def _rows(name: str, metrics: ClassificationMetrics) -> Iterator[tuple[str, str, str, str]]:
     """A row for each head at an earlier column, and one for the model's own."""
     columns = [key.removeprefix("top1_") for key in metrics.heads if key.startswith("top1_")]
     for column in columns:

@@ -39,7 +39,7 @@ def train(
     if outcome.signal is not None:
         raise typer.Exit(128 + outcome.signal)
     if world.is_main:
-        typer.echo(f"best top-1 {outcome.top1:.2f} %, {outcome.best or outcome.last}")
+        typer.echo(f"best {outcome.text}, {outcome.best or outcome.last}")
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serial
 from revnets.config.errors import SpecError, nearest, problem, what
 from revnets.config.loader import Source, Strict, load
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
+from revnets.config.registry import PartError, imported
 from revnets.engine.memory_mode import memory_modes
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
 from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
@@ -53,6 +54,28 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
+TASKS = {"classification": "vision.tasks.classification:Classification"}
+"""Import paths of the tasks that have a name."""
+
+
+def _task(value: Any) -> Any:
+    name = value.get("type") if isinstance(value, dict) else value
+    if not isinstance(name, str):
+        remedy = f"Give {', '.join(TASKS)}, package.module:Class, or {{type: package.module:Class, option: value}}"
+        raise problem(what(value), remedy)
+    if name in TASKS:
+        return value
+    if ":" not in name:
+        raise problem(
+            f"there is no task {name!r}", nearest(name, list(TASKS), "Give package.module:Class, or choose among")
+        )
+    try:
+        imported("task", name)
+    except PartError as error:
+        raise problem(error.problem, error.remedy) from None
+    return value
+
+
 class TrainConfig(Strict):
     """A whole training run. Only `model` and `output` are required."""
 
@@ -61,6 +84,8 @@ class TrainConfig(Strict):
     # keys of a net, the path of its YAML, or {timm: name, argument: value, ...}
     model: Annotated[NetSpec | TimmModel | str, BeforeValidator(_model)] = Field(examples=["net.yaml"])
     output: str = Field(examples=["runs/mine"], min_length=1)  # folder of this run
+    # what is learned: a name out of TASKS or package.module:Class, or {type: name, option: value, ...}
+    task: Annotated[str | dict[str, Any], BeforeValidator(_task)] = "classification"
     data: DataConfig = DigitsConfig()
     pretrained: PretrainedConfig | None = None  # what a new run begins with instead of random weights
     memory: Modes | None = None  # memory mode of the columns, one per column, or {budget: 24GiB}
@@ -142,6 +167,14 @@ class TrainConfig(Strict):
         if not isinstance(self.model, NetSpec):
             raise TypeError(f"model {self.model!r} is no spec; paths are read by load_config")
         return self.model if self.memory is None else self.model.model_copy(update={"memory": self.memory})
+
+    @property
+    def task_and_options(self) -> tuple[str, dict[str, Any]]:
+        """What is learned: the name or import path of the task, and its options."""
+        if isinstance(self.task, str):
+            return self.task, {}
+        options = dict(self.task)
+        return options.pop("type"), options
 
     @property
     def batch_is_stream(self) -> bool:

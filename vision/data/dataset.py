@@ -44,6 +44,19 @@ class Unreadable:
 
 
 @dataclass(frozen=True, slots=True)
+class DataSplits:
+    """The data of a run: what the trainer looks at. A task may give any object with these attributes.
+
+    Both sets are data sets as torch's loaders take them. The training set knows its length and is asked by
+    `vision.data.samplers.Key`, the validation set by number; or both are streams.
+    """
+
+    train: Any
+    val: Any
+    unreadable: Unreadable = field(default_factory=Unreadable)
+
+
+@dataclass(frozen=True, slots=True)
 class ImageData:
     """A training set, a validation set, and what both are made of.
 

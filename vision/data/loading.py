@@ -7,24 +7,25 @@ was interrupted makes a difference to any image. (Streams have no index: see `vi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from revnets.config.errors import SpecError
 from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
 from vision.config.run import TrainConfig
-from vision.data.dataset import ImageData, Unreadable
+from vision.data.dataset import DataSplits, ImageData, Unreadable
 from vision.data.in_memory import load_digits, load_idx
-from vision.data.samplers import EpochBatches, Share
+from vision.data.samplers import EpochBatches, Share, without_class
 from vision.data.timm_readers import load_images
 from vision.distributed.context import World
 from vision.utils.signals import leave_signals_to_parent
+
+Collate = Callable[[list[Any]], Any]
 
 
 def load_data(
@@ -54,12 +55,19 @@ class TrainBatches:
         config: of the run.
         data: what it trains on.
         world: the processes of the run.
+        collate: makes a batch of samples; torch's by default.
 
     Raises:
         revnets.SpecError: the set does not fill one update.
     """
 
-    def __init__(self, config: TrainConfig, data: ImageData, world: World | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageData | DataSplits,
+        world: World | None = None,
+        collate: Collate = default_collate,
+    ):
         world = world or World()
         self.accum = config.grad_accum
         try:
@@ -69,16 +77,16 @@ class TrainBatches:
         except ValueError as error:
             raise SpecError("training run", "batch_size", str(error), "Lower batch_size or grad_accum") from None
         self.stream: Any = data.train if config.batch_is_stream else None
-        options = {"batch_size": config.batch_size} if self.stream else {"batch_sampler": self.order}
-        self.loader = _loader(data.train, config, **options)
+        options: dict[str, Any] = {"batch_size": config.batch_size} if self.stream else {"batch_sampler": self.order}
+        self.loader = _loader(data.train, config, collate, **options)
 
     @property
     def updates(self) -> int:
         """Updates of an epoch."""
         return self.order.updates
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, C, H, W) and class numbers (B,), from update `start` of the epoch on."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Batches from update `start` of the epoch on: for `ImageData`, images (B, C, H, W) and class numbers (B,)."""
         if self.stream is None:
             self.order.begin(epoch, start)
             return iter(self.loader)
@@ -86,13 +94,24 @@ class TrainBatches:
         return islice(self.loader, start * self.accum, self.updates * self.accum)
 
 
-def val_loader(config: TrainConfig, data: ImageData, world: World | None = None) -> DataLoader:
-    """The validation set's loader: this process's share, padded to equal length with images of the class -1."""
-    val = data.val if config.batch_is_stream else Share(data.val, world or World())
-    return _loader(val, config, batch_size=config.batch_size)
+def val_loader(
+    config: TrainConfig,
+    data: ImageData | DataSplits,
+    world: World | None = None,
+    collate: Collate = default_collate,
+    padding: Callable[[Any], Any] = without_class,
+) -> DataLoader:
+    """The validation set's loader: this process's share, padded to equal length with samples that do not count.
+
+    Args:
+        collate: makes a batch of samples; torch's by default.
+        padding: makes a sample that does not count from one that does; by default an image of the class -1.
+    """
+    val = data.val if config.batch_is_stream else Share(data.val, world or World(), padding)
+    return _loader(val, config, collate, batch_size=config.batch_size)
 
 
-def _loader(dataset: Dataset, config: TrainConfig, **options: Any) -> DataLoader:
+def _loader(dataset: Dataset, config: TrainConfig, collate: Collate, **options: Any) -> DataLoader:
     # A loader draws a number for its workers at the start of every epoch; from the global generator that would make
     # the numbers that the model draws depend on how often a run was interrupted.
     generator = torch.Generator().manual_seed(config.seed)
@@ -102,6 +121,7 @@ def _loader(dataset: Dataset, config: TrainConfig, **options: Any) -> DataLoader
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
         generator=generator,
+        collate_fn=collate,
         worker_init_fn=leave_signals_to_parent,
         **options,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -59,23 +59,26 @@ class EpochBatches(Sampler[list[Key]]):
             yield [Key(epoch, index) for index in order[first : first + size].tolist()]
 
 
-class Share(Dataset[tuple[Tensor, int]]):
+class Share(Dataset[Any]):
     """A process's share of a validation set: every `world.size`-th sample.
 
     All shares are equally long, since processes that share their weights must all make the same forward passes. What
-    is missing is filled up with the last sample, of class -1, which no evaluation counts.
+    is missing is filled up with the last sample, changed by `padding` into one that no evaluation counts.
     """
 
-    def __init__(self, whole: Dataset, world: World):
-        self.whole, self.world = whole, world
+    def __init__(self, whole: Dataset, world: World, padding: Callable[[Any], Any]):
+        self.whole, self.world, self.padding = whole, world, padding
         self.length = len(cast(Sized, whole))
 
     def __len__(self) -> int:
         return -(-self.length // self.world.size)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int | Tensor]:
+    def __getitem__(self, number: int) -> Any:
         index = number * self.world.size + self.world.rank
-        if index < self.length:
-            return self.whole[index]
-        image, label = self.whole[self.length - 1]
-        return image, torch.full_like(label, -1) if isinstance(label, Tensor) else -1
+        return self.whole[index] if index < self.length else self.padding(self.whole[self.length - 1])
+
+
+def without_class(sample: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """The same image with the class -1, which no evaluation counts."""
+    image, label = sample
+    return image, torch.full_like(label, -1) if isinstance(label, Tensor) else -1

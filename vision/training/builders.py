@@ -1,33 +1,25 @@
-"""From a configuration to the parts of a run: model, task, optimizer, schedule, mixup, autocast. Most are timm's."""
+"""From a configuration to the parts of a run: model, task, optimizer, schedule, autocast. Most are timm's."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
-import timm
 import torch
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, TrainingTask
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from timm.task import TrainingTask
+from torch import nn
 
-from revnets import ReversibleColumns, SpecError, build
-from revnets.config.errors import nearest
-from revnets.config.memory_budget import BudgetSpec
-from vision.config.run import TimmModel, TrainConfig
-from vision.data.dataset import ImageData
+from revnets import SpecError
+from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import first_line
-from vision.models.architecture import RevCol
-from vision.revcol import ARGUMENTS
-from vision.supervision.task import SupervisionTask
+from vision.models.creation import columns_of as columns_of
+from vision.tasks.base import Task, create_task
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,85 +43,33 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
     return torch.device(name)
 
 
-def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
-    """The model, checked against the data that it will see; nothing is computed for that.
+def build_model(config: TrainConfig, data: Any) -> nn.Module:
+    """The model of a run as its task builds it, checked against the data.
 
     Raises:
-        revnets.SpecError: it cannot be built, does not take these images, or has another number of classes.
+        revnets.SpecError: it cannot be built, or does not fit the data.
     """
-    model = _timm_model(config.model, data) if isinstance(config.model, TimmModel) else build(config.net)
-    columns = columns_of(model)
-    if config.memory is not None and not isinstance(config.memory, BudgetSpec):
-        if columns is None:
-            raise SpecError("training run", "memory", "this model has no reversible columns", "Remove the key")
-        try:
-            columns.memory = config.memory
-        except ValueError as error:
-            raise SpecError("training run", "memory", str(error), "See docs/reference/yaml.md") from None
-    model.eval()  # dropout would draw random numbers, BatchNorm would take the zeros into its statistics
-    try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            output = model(torch.zeros(1, *data.shape, device=next(model.parameters()).device))
-    except RuntimeError as error:
-        shape = " x ".join(str(size) for size in data.shape)
-        problem = f"does not take images of {shape} ({first_line(error)})"
-        raise SpecError("training run", "model", problem, "Change its stem, or data") from error
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise SpecError("training run", "model", "does not return class scores alone", "Give it a head and no taps")
-    if output.shape[1] != len(data.classes):
-        problem = f"gives {output.shape[-1]} scores for {len(data.classes)} classes"
-        key = "model.num_classes" if isinstance(config.model, TimmModel) else "model.head"
-        raise SpecError("training run", key, problem, f"Set num_classes: {len(data.classes)}")
-    return model.train()
+    return create_task(config).build_model(data)
 
 
-def _timm_model(model: TimmModel, data: ImageData) -> nn.Module:
-    options = {"num_classes": len(data.classes), "in_chans": data.shape[0], **model.options}
-    try:
-        return timm.create_model(model.timm, **options)
-    except SpecError as error:
-        raise SpecError("training run", f"model.{error.key}", error.problem, error.remedy) from error
-    except Exception as error:  # models refuse their arguments in many ways
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown and model.timm in timm.list_models(module="revcol"):
-            remedy = nearest(unknown[1], ARGUMENTS, "It has")
-            raise SpecError(
-                "training run", f"model.{unknown[1]}", f"{model.timm} has no such argument", remedy
-            ) from None
-        raise SpecError("training run", "model", f"{model.timm}: {first_line(error)}", "Check its arguments") from error
+def build_task(
+    config: TrainConfig, model: nn.Module, data: Any, device: torch.device, task: Task | None = None
+) -> TrainingTask:
+    """timm's task around the model of a run, on the device, and with averaged weights.
 
-
-def columns_of(model: nn.Module) -> ReversibleColumns | None:
-    """The reversible columns of a model, if it has any."""
-    return next((module for module in model.modules() if isinstance(module, ReversibleColumns)), None)
-
-
-def build_task(config: TrainConfig, model: nn.Module, data: ImageData, device: torch.device) -> TrainingTask:
-    """The model with its loss, with heads at its columns if it is supervised there, and with averaged weights.
+    Args:
+        task: of the run; made from the configuration if None.
 
     Raises:
-        revnets.SpecError: the model cannot be supervised.
+        revnets.SpecError: the model does not serve the task.
     """
-    loss = {"smoothing": config.label_smoothing, "soft_targets": config.mixup is not None}
     model = model.to(device)
     if config.channels_last and config.parallel != "fsdp":  # which wants kernels in rows; images lead the way anyhow
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if config.supervision is None:
-        task = ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
-    elif isinstance(model, RevCol):
-        try:
-            task = SupervisionTask(
-                model, config.supervision, None, loss, data.mean, data.std, device=device, verbose=False
-            )
-        except ValueError as error:
-            raise SpecError("training run", "supervision", first_line(error), "See docs/guides/training.md") from None
-        task.trainable_module.to(device)
-    else:
-        problem = f"{type(model).__name__} has no reversible columns"
-        raise SpecError("training run", "supervision", problem, "Give one of the family, as in {timm: revcol_tiny}")
+    training_task = (task or create_task(config)).training_task(model, data, device)
     if config.ema is not None:
-        task.setup_ema(decay=config.ema.decay, use_warmup=config.ema.warmup)
-    return task
+        training_task.setup_ema(decay=config.ema.decay, use_warmup=config.ema.warmup)
+    return training_task
 
 
 def compile_cells(model: nn.Module, backend: str) -> None:
@@ -187,14 +127,6 @@ def build_schedule(
     )
     assert schedule is not None
     return schedule
-
-
-def build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, which also smooth the labels."""
-    if config.mixup is None:
-        return None
-    options = config.mixup.model_dump()
-    return Mixup(**options, label_smoothing=config.label_smoothing, num_classes=num_classes)
 
 
 def build_autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:

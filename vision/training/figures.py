@@ -3,61 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from vision.tasks.base import Curve
+
 INK, MUTED, GRID = "#222222", "#8a9099", "#e4e6ea"
 BLUE, GREY = "#0072B2", "#9aa1ab"
 
 
-def training_figure(log: Sequence[dict[str, Any]]) -> Figure:
-    """Loss and accuracy of a run, from the lines of its log."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def training_figure(log: Sequence[dict[str, Any]], curves: Sequence[Curve]) -> Figure:
+    """The loss of a run and the metrics of its task, from the lines of its log."""
+    figure = Figure(figsize=(4.5 * (1 + len(curves)), 3.6), layout="constrained")
+    left, *others = figure.subplots(1, 1 + len(curves), squeeze=False)[0]
     draw_loss(left, log)
-    draw_accuracy(right, log)
+    for axes, curve in zip(others, curves, strict=True):
+        draw_metric(axes, log, curve)
     return figure
 
 
 def draw_loss(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
-    """Training and validation loss by epoch."""
+    """Training loss by epoch, and validation loss if the task has one."""
     train, val = _of(log, "train"), _of(log, "eval")
     per_epoch = val[-1]["step"] / val[-1]["epoch"] if val else 1
     style(axes, "epoch", "loss")
     axes.plot([line["step"] / per_epoch for line in train], [line["loss"] for line in train], color=GREY, lw=1.2)
-    axes.plot([line["epoch"] for line in val], [_counting(line, "loss") for line in val], color=BLUE, lw=2)
-    axes.set_ylim(bottom=0)
+    with_loss = [line for line in val if "raw_loss" in line]
+    points = [_counting(line, "loss") for line in with_loss]
+    axes.plot([line["epoch"] for line in with_loss], points, color=BLUE, lw=2)
+    if min([*points, *(line["loss"] for line in train)], default=0) >= 0:
+        axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.legend(axes.lines, ["training, augmented", "validation"], frameon=False, fontsize=9)
 
 
-def draw_accuracy(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
-    """Validation accuracy by epoch, of the weights and of their average."""
+def draw_metric(axes: Axes, log: Sequence[dict[str, Any]], curve: Curve) -> None:
+    """A metric of the validation set by epoch, of the weights and of their average; its best value is marked."""
     val = _of(log, "eval")
-    style(axes, "epoch", "validation top-1, %")
+    style(axes, "epoch", curve.axis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     for name, label, color in (("raw", "weights", GREY), ("ema", "averaged weights", BLUE)):
-        points = [(line["epoch"], line[f"{name}_top1"]) for line in val if f"{name}_top1" in line]
+        key = f"{name}_{curve.metric}"
+        points = [(line["epoch"], line[key]) for line in val if key in line]
         if points:  # a run that was resumed with `ema` has averages from there on
             axes.plot(*zip(*points, strict=True), color=color, lw=2, label=label)
     if val:
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
+        is_max = curve.mode == "max"
+        axes.legend(frameon=False, loc="lower right" if is_max else "upper right", fontsize=9)
         axes.margins(y=0.1)
-        best = max(val, key=lambda line: _counting(line, "top1"))
-        point = (best["epoch"], _counting(best, "top1"))
+        best = (max if is_max else min)(val, key=lambda line: _counting(line, curve.metric))
+        point = (best["epoch"], _counting(best, curve.metric))
         axes.plot(*point, "o", color=BLUE, markersize=5)
         late = best["epoch"] > val[-1]["epoch"] / 2
         axes.annotate(
-            f"best {point[1]:.2f} %",
+            f"best {curve.text(point[1])}",
             point,
-            (5 if late else -5, 8),  # above, where no curve is
+            (5 if late else -5, 8 if is_max else -8),  # above or below, where no curve is
             textcoords="offset points",
             ha="right" if late else "left",
-            va="bottom",
+            va="bottom" if is_max else "top",
             color=INK,
             fontsize=9.5,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,16 +13,19 @@ from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.memory.tracker import tensors
 from revnets.models.plan import PlanError
 from vision.config.run import TrainConfig
-from vision.data.dataset import ImageData
 from vision.distributed.context import World
 from vision.errors import first_line
 from vision.training.builders import DTYPES, build_optimizer, columns_of
 
 
-def keep_budget(config: TrainConfig, model: nn.Module, data: ImageData, world: World) -> str | None:
+def keep_budget(config: TrainConfig, model: nn.Module, shape: Sequence[int] | None, world: World) -> str | None:
     """Choose the memory mode under a budget, if the run has one; returns a sentence about the choice.
 
     It is done before weights are divided, for the shape of the training batch.
+
+    Args:
+        shape: of one sample; None if they have several.
+        world: the processes of the run.
 
     Raises:
         revnets.SpecError: nothing fits.
@@ -30,12 +34,15 @@ def keep_budget(config: TrainConfig, model: nn.Module, data: ImageData, world: W
     budget = config.memory if isinstance(config.memory, BudgetSpec) else columns.budget if columns else None
     if not isinstance(budget, BudgetSpec) or columns is None:
         return None
+    if shape is None:
+        problem = "samples of this task have no shape for which memory could be planned"
+        raise SpecError("training run", "memory.budget", problem, "Give the memory mode of the columns")
     own = "optimizer" not in budget.model_fields_set
     states = optimizer_states(config, next(model.parameters()).device) if own else OPTIMIZERS[budget.optimizer]
     try:
         chosen = plan(
             model,
-            (config.batch_size, *data.shape),
+            (config.batch_size, *shape),
             dtype=DTYPES.get(config.amp, torch.float32),
             optimizer=states + (config.ema is not None),
             ranks=budget.ranks or world.size,

@@ -58,13 +58,17 @@ class Losses:
 
 
 class Clock:
-    """Images per second since it was last asked."""
+    """Samples per second since it was last asked.
 
-    def __init__(self) -> None:
-        self.images, self._since = 0, time.perf_counter()
+    Args:
+        samples: how many there have been so far.
+    """
 
-    def rate(self) -> float:
+    def __init__(self, samples: int = 0) -> None:
+        self._before, self._since = samples, time.perf_counter()
+
+    def rate(self, samples: int) -> float:
         now = time.perf_counter()
-        rate = self.images / (now - self._since)
-        self.images, self._since = 0, now
+        rate = (samples - self._before) / (now - self._since)
+        self._before, self._since = samples, now
         return rate

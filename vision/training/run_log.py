@@ -23,7 +23,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]  # a whole line ends with a newline
 
 
-class Record:
+class RunLogger:
     """Log and TensorBoard of one run.
 
     Args:
@@ -52,14 +52,14 @@ class Record:
         self._log.close()
         self._tensorboard.close()
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class Display:
+class ProgressDisplay:
     """A live progress bar on a terminal, and a line per epoch everywhere."""
 
     def __init__(self, console: Console, epochs: int, updates: int):
@@ -80,10 +80,9 @@ class Display:
         """Show that `step` updates are done, in the epoch of that number (from 0)."""
         self._progress.update(self._bar, completed=step, description=f"epoch {epoch + 1}/{self.epochs}")
 
-    def note(self, loss: float, top1: float, lr: float, rate: float) -> None:
-        """Show the newest numbers; `top1`, in percent, is negative before the first validation."""
-        accuracy = f"{top1:.1f} %  " if top1 >= 0 else ""
-        self._progress.update(self._bar, note=f"loss {loss:.3f}  {accuracy}lr {lr:.0e}  {rate:.0f} img/s")
+    def note(self, loss: float, score: str, lr: float, rate: str) -> None:
+        """Show the newest numbers; `score`, of the last validation, is empty before the first one."""
+        self._progress.update(self._bar, note=f"loss {loss:.3f}  {score and f'{score}  '}lr {lr:.0e}  {rate}")
 
     def validating(self) -> None:
         self._progress.update(self._bar, description="validating")
@@ -92,7 +91,7 @@ class Display:
         """Print above the bar."""
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ProgressDisplay:
         self._progress.start()
         return self
 

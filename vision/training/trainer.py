@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,13 @@ from revnets.utils.atomic_files import replacing
 from vision.checkpoints import manager, resume
 from vision.checkpoints.manager import Checkpoints
 from vision.config.run import TrainConfig
-from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.distributed.context import World
 from vision.errors import TrainingError as TrainingError
-from vision.training.evaluation import Metrics
+from vision.tasks.base import create_task, scalars
 from vision.training.figures import training_figure
 from vision.training.meters import Clock, Losses
-from vision.training.run_log import LOG, Display, Record, read_log
-from vision.training.train_state import Engine
+from vision.training.run_log import LOG, ProgressDisplay, RunLogger, read_log
+from vision.training.train_state import TrainState
 from vision.utils.signals import Stopped, StopSignals
 
 CONFIG_HEAD = "# Written by `revnets train` whenever this run starts or goes on.\n"
@@ -51,17 +51,18 @@ class Trainer:
         self.console = (console or Console()) if self.world.is_main else Console(quiet=True)
         self.output = Path(config.output)
         notes = self.output / ("unreadable.txt" if self.world.is_main else f"unreadable-{self.world.rank}.txt")
-        self.data = load_data(config.data, config.seed, notes, self.world)
-        self.batches = TrainBatches(config, self.data, self.world)
-        self.val_batches = val_loader(config, self.data, self.world)
+        self.task = create_task(config)
+        self.data = self.task.load_data(notes, self.world)
+        self.batches = self.task.train_batches(self.data, self.world)
+        self.val_batches = self.task.val_batches(self.data, self.world)
         sharded = config.checkpoint == "sharded" and self.world.size > 1
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep, sharded, self.world)
         # The main process decides from which file the run goes on; then pretrained weights are not needed any more.
         self.resumed = self.world.by_main(lambda: resume.find(config, self.world, self.checkpoints.all(), self._warn))
         anew = config if self.resumed is None else config.model_copy(update={"pretrained": None})
-        self.engine = Engine(anew, self.data, self.batches.updates, self.world)
+        self.state = TrainState(anew, self.data, self.batches.updates, self.world, self.task)
         self.progress, self.losses = Progress(), Losses(self.world)
-        self.top1 = -1.0  # of the last validation, percent
+        self.score: float | None = None  # of the last validation
 
     def fit(self) -> Outcome:
         """Train to the end, or until SIGTERM or Ctrl-C; either way the state is saved.
@@ -74,14 +75,14 @@ class Trainer:
         """
         self._resume()
         self.world.by_main(self._write_config)
-        if self.engine.beginning:
-            self._say(f"Begins with {self.engine.beginning}")
-        if self.engine.note:
-            self._say(f"Memory: {self.engine.note}")
-        with StopSignals(self.world) as stop, self._reporting() as (record, display):
+        if self.state.beginning:
+            self._say(f"Begins with {self.state.beginning}")
+        if self.state.note:
+            self._say(f"Memory: {self.state.note}")
+        with StopSignals(self.world) as stop, self._reporting() as (logger, display):
             try:
                 while self.progress.epoch < self.config.epochs:
-                    self._epoch(stop, record, display)
+                    self._epoch(stop, logger, display)
             except Stopped as stopped:
                 path, step = self._save(), self.progress.step
                 where = f"in epoch {self.progress.epoch + 1}, step {step}"
@@ -89,61 +90,61 @@ class Trainer:
                 display.line(f"Go on with: revnets train {self.output / 'config.yaml'}")
                 return self._outcome(stopped.signal)
         if self.world.is_main:
-            save(training_figure(read_log(self.output / LOG)), self.output / "curves.png")
+            save(training_figure(read_log(self.output / LOG), self.task.curves()), self.output / "curves.png")
         return self._outcome()
 
     @contextmanager
-    def _reporting(self) -> Iterator[tuple[Record | None, Display]]:
-        display = Display(self.console, self.config.epochs, self.batches.updates)
+    def _reporting(self) -> Iterator[tuple[RunLogger | None, ProgressDisplay]]:
+        display = ProgressDisplay(self.console, self.config.epochs, self.batches.updates)
         if not self.world.is_main:
             yield None, display
             return
-        with Record(self.output, self.progress.step) as record, display:
-            yield record, display
+        with RunLogger(self.output, self.progress.step) as logger, display:
+            yield logger, display
 
-    def _epoch(self, stop: StopSignals, record: Record | None, display: Display) -> None:
+    def _epoch(self, stop: StopSignals, logger: RunLogger | None, display: ProgressDisplay) -> None:
         started, progress, unread = time.perf_counter(), self.progress, self.data.unreadable.count()
-        self._updates(stop, record, display)
+        self._updates(stop, logger, display)
         display.validating()
-        found = self.engine.evaluate(self.val_batches, stop.check)
+        found = {name: scalars(metrics) for name, metrics in self.state.evaluate(self.val_batches, stop.check).items()}
         losses = self._checked_losses()
         skipped = self.world.sum(self.data.unreadable.count() - unread)
 
         progress.epoch += 1
         self.losses.begin()
-        values = {f"{name}_{key}": value for name, metrics in found.items() for key, value in metrics.scalars().items()}
-        if record:
-            record.write("eval", progress.epoch, progress.step, values | ({"unreadable": skipped} if skipped else {}))
-        self.top1 = list(found.values())[-1].top1
-        better = self.top1 > progress.best
+        values = {f"{name}_{key}": value for name, metrics in found.items() for key, value in metrics.items()}
+        if logger:
+            logger.write("eval", progress.epoch, progress.step, values | ({"unreadable": skipped} if skipped else {}))
+        self.score = score = self.task.score(found)
+        is_first = progress.best_step < 0 and not math.isnan(score)
+        better = is_first or self.task.is_better(score, progress.best)
         if better:
-            progress.best, progress.best_step = self.top1, progress.step
+            progress.best, progress.best_step = score, progress.step
         self._save(better)
         loss, seconds = sum(losses) / max(len(losses), 1), time.perf_counter() - started
-        display.line(_epoch_line(progress.epoch, self.config.epochs, loss, found, seconds))
+        place = f"{progress.epoch:{len(str(self.config.epochs))}}/{self.config.epochs}"
+        display.line(f"epoch {place}  loss {loss:.4f}  {self.task.summary(found)}  {seconds:.1f} s")
         if skipped:
             display.line(f"{skipped} times an image could not be read; see {self.data.unreadable.file}")
 
-    def _updates(self, stop: StopSignals, record: Record | None, display: Display) -> None:
+    def _updates(self, stop: StopSignals, logger: RunLogger | None, display: ProgressDisplay) -> None:
         """The updates that this epoch still lacks: all of them, unless the run was resumed in its middle."""
         config, progress, updates = self.config, self.progress, self.batches.updates
         begun = progress.epoch * updates
-        self.engine.task.train()
-        batches, clock = self.batches.epoch(progress.epoch, progress.step - begun), Clock()
+        self.state.training_task.train()
+        batches, clock = self.batches.epoch(progress.epoch, progress.step - begun), Clock(self.state.samples)
         for done in range(progress.step - begun + 1, updates + 1):
-            self.losses.add(self.engine.update(batches, progress.step + 1))
+            self.losses.add(self.state.update(batches, progress.step + 1))
             progress.step += 1
-            clock.images += config.batch_size * self.engine.passes
             if done % config.log_every == 0 or done == updates:
                 window = self._checked_losses()[-(done % config.log_every or config.log_every) :]
-                values = {
-                    "loss": sum(window) / len(window),
-                    "lr": self.engine.lr,
-                    "images_per_second": clock.rate(),
-                }
-                if record:
-                    record.write("train", progress.epoch + 1, progress.step, values)
-                display.note(values["loss"], self.top1, values["lr"], values["images_per_second"])
+                unit, short = self.task.samples
+                rate = clock.rate(self.state.samples) * self.world.size
+                values = {"loss": sum(window) / len(window), "lr": self.state.lr, f"{unit}_per_second": rate}
+                if logger:
+                    logger.write("train", progress.epoch + 1, progress.step, values)
+                score = "" if self.score is None else self.task.text(self.score, self.task.digits - 1)
+                display.note(values["loss"], score, values["lr"], f"{rate:.0f} {short}/s")
             display.training(progress.epoch, progress.step)
             if config.save_every and progress.step % config.save_every == 0:
                 self._save()
@@ -161,9 +162,9 @@ class Trainer:
             "versions": manager.versions(),
             "config": self.config.plain(),
             "world": self.world.size,
-            "classes": list(self.data.classes),
+            **self.task.metadata(self.data),
             "progress": self.progress.plain(self.losses),
-            **self.engine.state(),
+            **self.state.state(),
         }
         return self.checkpoints.save(state, best)
 
@@ -174,7 +175,7 @@ class Trainer:
             return
         state = manager.read(path, self.world)
         resume.require_same_course(self.config, self.world.size, state, path)
-        self.engine.load_state(state, path)
+        self.state.load_state(state, path)
         progress: dict[str, Any] = dict(state["progress"])
         self.losses.begin(progress.pop("losses"))
         self.progress = Progress(**progress)
@@ -214,16 +215,10 @@ class Trainer:
         return Outcome(
             last=saved[-1] if saved else None,
             best=best if best.exists() else None,
-            top1=self.progress.best,
+            score=self.progress.best,
+            text=f"{self.task.name()} {self.task.text(self.progress.best)}",
             signal=signal,
         )
-
-
-def _epoch_line(epoch: int, epochs: int, loss: float, found: dict[str, Metrics], seconds: float) -> str:
-    scores = "  ".join(f"{name} {metrics.top1:.2f} %" for name, metrics in found.items())
-    val = list(found.values())[-1].loss
-    place = f"{epoch:{len(str(epochs))}}/{epochs}"
-    return f"epoch {place}  loss {loss:.4f}  val loss {val:.4f}  top-1 {scores}  {seconds:.1f} s"
 
 
 @dataclass
@@ -232,8 +227,8 @@ class Progress:
 
     epoch: int = 0  # epochs that are trained and evaluated
     step: int = 0  # updates
-    best: float = -1.0  # top-1 of the best checkpoint, of the averaged weights where they are kept
-    best_step: int = -1  # which checkpoint that is
+    best: float = -1.0  # monitored metric of the best checkpoint, of the averaged weights where they are kept
+    best_step: int = -1  # which checkpoint that is; -1: there is none yet
 
     def plain(self, losses: Losses) -> dict[str, Any]:
         """As part of a checkpoint."""
@@ -246,5 +241,6 @@ class Outcome:
 
     last: Path | None  # the last checkpoint
     best: Path | None  # the best one
-    top1: float  # its accuracy, percent; -1 if no epoch was finished
+    score: float  # its monitored metric; -1 if no epoch was finished
+    text: str  # the same with name and unit
     signal: int | None = None  # what stopped the run before its end

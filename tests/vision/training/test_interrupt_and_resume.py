@@ -20,7 +20,7 @@ from tests.support.training_runs import assert_same, assert_same_run, tiny
 from vision.checkpoints import manager
 from vision.checkpoints.manager import CheckpointError
 from vision.config.run import load_config
-from vision.training.run_log import LOG, Record, read_log
+from vision.training.run_log import LOG, RunLogger, read_log
 from vision.training.trainer import Trainer, TrainingError
 
 
@@ -187,14 +187,14 @@ def test_float16_run_resumes_with_its_loss_scale(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     run = trainer(tmp_path, epochs=1, save_every=1, log_every=5)
-    original = run.engine.update
+    original = run.state.update
 
     def update(batches, step):
         if step == 4:  # as a broken image would
             batches = ((images.fill_(float("nan")), labels) for images, labels in batches)
         return original(batches, step)
 
-    run.engine.update = update
+    run.state.update = update
     with pytest.raises(TrainingError, match=r"loss is nan in epoch 1, step 4\. .*step-0000003\.pt.*optimizer\.lr"):
         run.fit()
     state = manager.read(tmp_path / "checkpoints" / "step-0000003.pt")
@@ -204,14 +204,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
 
 
 def test_log_drops_what_comes_again_and_what_was_cut_short(tmp_path):
-    with Record(tmp_path, 0) as record:
+    with RunLogger(tmp_path, 0) as logger:
         for step in (3, 6, 9):
-            record.write("train", 1, step, {"loss": float(step)})
+            logger.write("train", 1, step, {"loss": float(step)})
     with open(tmp_path / LOG, "a") as file:
         file.write('{"kind": "train", "ep')
     assert [line["step"] for line in read_log(tmp_path / LOG)] == [3, 6, 9]
-    with Record(tmp_path, 6) as record:
-        record.write("train", 1, 7, {"loss": 0.5})
+    with RunLogger(tmp_path, 6) as logger:
+        logger.write("train", 1, 7, {"loss": 0.5})
     lines = (tmp_path / LOG).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 6, 7]
     assert json.loads(lines[-1]) == {"kind": "train", "epoch": 1, "step": 7, "loss": 0.5}
@@ -246,4 +246,4 @@ def test_a_second_signal_does_what_it_always_does():
 @pytest.mark.slow
 def test_the_digits_recipe_reads_digits(tmp_path):
     outcome = Trainer(load_config("digits", [f"output={tmp_path / 'run'}", "epochs=5"])).fit()
-    assert outcome.top1 >= 90  # 98 to 99 after its 20 epochs
+    assert outcome.score >= 90  # 98 to 99 after its 20 epochs

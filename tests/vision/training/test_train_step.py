@@ -17,7 +17,7 @@ from vision.data.loading import load_data
 from vision.data.samplers import Key
 from vision.distributed.context import World
 from vision.training import builders, memory_budget
-from vision.training.train_state import Engine
+from vision.training.train_state import TrainState
 
 PLAIN = {
     "mixup": None, "ema": None, "clip_grad": None, "label_smoothing": 0.0, "grad_accum": 1,
@@ -46,7 +46,7 @@ def batches(data):
 def engine(data):
     def make(updates_per_epoch=5, **changes):
         torch.manual_seed(0)
-        return Engine(load_config(tiny("x", **{**PLAIN, **changes})), data, updates_per_epoch)
+        return TrainState(load_config(tiny("x", **{**PLAIN, **changes})), data, updates_per_epoch)
 
     return make
 
@@ -128,14 +128,14 @@ def test_loss(engine, smoothing, mixed):
     images = torch.randn(6, 1, 8, 8)
     if not mixed:
         expected = F.cross_entropy(scores, labels, label_smoothing=smoothing)
-        torch.testing.assert_close(mine.task.criterion(scores, labels), expected)
+        torch.testing.assert_close(mine.training_task.criterion(scores, labels), expected)
         return
     original = images.clone()
-    mixed_images, soft = mine.mixup(images, labels)
+    mixed_images, soft = mine.augment((images, labels))
     part = ((mixed_images - original.flip(0)) / (original - original.flip(0)))[0, 0, 0, 0]
     hard = part * F.one_hot(labels, 10) + (1 - part) * F.one_hot(labels.flip(0), 10)
     expected = F.cross_entropy(scores, hard.float(), label_smoothing=smoothing)
-    torch.testing.assert_close(mine.task.criterion(scores, soft), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine.training_task.criterion(scores, soft), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("amp", "tolerance"), [("bfloat16", 0.02), ("float16", 0.003)])
@@ -213,7 +213,7 @@ def test_all_that_a_run_holds_has_room_in_its_budget(data, monkeypatch):
     asked, model = [], builders.build_model(load_config(tiny("x", **PLAIN)), data)
 
     def keep(memory, **changes):
-        memory_budget.keep_budget(load_config(tiny("x", **{**PLAIN, **changes}, memory=memory)), model, data, World())
+        memory_budget.keep_budget(load_config(tiny("x", **{**PLAIN, **changes}, memory=memory)), model, data.shape, World())
 
     monkeypatch.setattr(memory_budget, "plan", lambda *_, **request: asked.append(request) or plan(*_, **request))
     for changes, states, grad_accum in (
@@ -235,7 +235,7 @@ def test_evaluation_is_that_of_the_weights_and_of_their_average(engine, batches,
     for step, batch in enumerate(batches(3, 24), 1):
         mine.update(iter([batch]), step)
     images, labels = default_collate([data.val[index] for index in range(7)])
-    mine.task.train()
+    mine.training_task.train()
     ticks = []
     found = mine.evaluate([(images[:4], labels[:4]), (images[4:], labels[4:])], lambda: ticks.append(1))
     assert len(ticks) == 4

@@ -24,7 +24,7 @@ from vision.data.loading import load_data
 from vision.errors import CheckpointError
 from vision.paths import CONFIGS
 from vision.training import builders
-from vision.training.train_state import Engine
+from vision.training.train_state import TrainState
 from vision.training.trainer import Trainer
 from vision.weights import finetune
 from vision.weights.convert import convert_file
@@ -255,10 +255,10 @@ MODEL = {"timm": "test_revcol", "patch_size": 2, "dims": [3, 4, 5, 6], "columns"
 DATA = {"name": "digits", "img_size": 8}
 
 
-def engine(source, **changes) -> Engine:
+def engine(source, **changes) -> TrainState:
     data = load_data(load_config(tiny(Path("x"), data=DATA)).data, seed=0)
     start = {"pretrained": {"source": str(source), **changes.pop("pretrained", {})}, "model": MODEL, **changes}
-    return Engine(load_config(tiny(Path("x"), **start)), data, 5)
+    return TrainState(load_config(tiny(Path("x"), **start)), data, 5)
 
 
 def test_a_run_begins_with_another(first):
@@ -271,7 +271,7 @@ def test_a_run_begins_with_another(first):
         for model in (mine.model, mine.ema):
             assert_close(dict(model.state_dict()), dict(saved[key]), rtol=0, atol=0)
         assert mine.beginning == f"{weights} weights of {best} and its classifier"
-    named = Engine(
+    named = TrainState(
         load_config(tiny(Path("x"), model=MODEL, pretrained={"source": str(first)})),
         load_renamed(),
         5,
@@ -288,7 +288,7 @@ def test_nets_of_the_engine_begin_with_nets(tmp_path):
     saved = Trainer(load_config(tiny(tmp_path / "run", epochs=1))).fit().last
     mine = engine(saved, model=tiny(Path("x"))["model"])
     assert_close(dict(mine.model.state_dict()), dict(manager.read(saved)["model"]), rtol=0, atol=0)
-    fresh = Engine(load_config(tiny(Path("x"))), load_renamed(), 5)
+    fresh = TrainState(load_config(tiny(Path("x"))), load_renamed(), 5)
     new = engine(saved, model=tiny(Path("x"))["model"], pretrained={"head": "new"})
     assert_close(new.model.head.fc.weight, fresh.model.head.fc.weight * 1e-3)
     deeper = {**tiny(Path("x"))["model"], "columns": 2}

@@ -15,7 +15,7 @@ from tests.support.training_runs import tiny
 from vision.config.run import load_config
 from vision.data.loading import load_data
 from vision.errors import CheckpointError
-from vision.training.train_state import Engine
+from vision.training.train_state import TrainState
 from vision.weights.files import read
 from vision.weights.kernel_padding import STD, padded
 from vision.weights.official_names import MismatchError
@@ -78,7 +78,7 @@ def test_a_run_begins_with_padded_kernels(tmp_path):
     data = load_data(load_config(tiny(tmp_path, data={"name": "digits", "img_size": 32})).data, seed=0)
     model = {"timm": "test_revcol", "kernel_size": 7}
     config = load_config(tiny(tmp_path, model=model, pretrained={"source": str(path)}, ema=None, mixup=None))
-    engines = [Engine(config, data, 5) for _ in range(2)]
+    engines = [TrainState(config, data, 5) for _ in range(2)]
     assert "kernels of 3 in the middle of 7" in engines[0].beginning
     found, again = (
         engine.model.state_dict()["columns.cells.1.2.function.blocks.1.dwconv.weight"] for engine in engines
@@ -88,7 +88,7 @@ def test_a_run_begins_with_padded_kernels(tmp_path):
     assert torch.equal(found, again)
     smaller = load_config(tiny(tmp_path, model={**model, "kernel_size": 1}, pretrained={"source": str(path)}))
     with pytest.raises(CheckpointError, match=r"not the weights of test_revcol: misshapen .*3, 3\), not .*1, 1\)"):
-        Engine(smaller, data, 5)
+        TrainState(smaller, data, 5)
 
 
 def test_larger_kernels_than_the_models_are_refused_by_timm_as_well(released, tmp_path):

@@ -1,0 +1,5 @@
+"""What a run learns: `Task`, and its implementations."""
+
+from vision.tasks.base import Batches, Curve, Evaluator, LossTask, Metrics, Task, create_task, scalars
+
+__all__ = ["Batches", "Curve", "Evaluator", "LossTask", "Metrics", "Task", "create_task", "scalars"]

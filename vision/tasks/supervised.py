@@ -1,0 +1,72 @@
+"""Image classification with intermediate supervision: losses and accuracies at some columns (section 2.3, D.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+from revnets.config.errors import SpecError
+from vision.config.supervision import Stop
+from vision.data.dataset import ImageData
+from vision.errors import first_line
+from vision.models.architecture import RevCol
+from vision.supervision.supervised import HeadsEvaluator, Outputs, Supervised
+from vision.supervision.task import SupervisionTask
+from vision.tasks.classification import AccuracyEvaluator, Classification
+
+
+class SupervisedClassification(Classification):
+    """Classification of a run with the key `supervision`."""
+
+    uses = Classification.uses | {"supervision"}
+
+    def training_task(self, model: nn.Module, data: ImageData, device: torch.device) -> TrainingTask:
+        """The model with heads at its columns, and the compound loss.
+
+        Raises:
+            revnets.SpecError: the model cannot be supervised.
+        """
+        if not isinstance(model, RevCol):
+            problem = f"{type(model).__name__} has no reversible columns"
+            raise SpecError("training run", "supervision", problem, "Give one of the family, as in {timm: revcol_tiny}")
+        options = {"device": device, "verbose": False}
+        try:
+            task = SupervisionTask(
+                model, self.config.supervision, None, self.criterion_options, data.mean, data.std, **options
+            )
+        except ValueError as error:
+            raise SpecError("training run", "supervision", first_line(error), "See docs/guides/training.md") from None
+        task.trainable_module.to(device)
+        return task
+
+    def evaluator(self, model: nn.Module, data: ImageData, device: torch.device) -> HeadsAccuracyEvaluator:
+        return HeadsAccuracyEvaluator(cast(Supervised, model).stops, len(data.classes), device)
+
+
+class HeadsAccuracyEvaluator(AccuracyEvaluator):
+    """The accuracy of every head; that of the last one is the model's.
+
+    Args:
+        stops: the heads.
+        num_classes, device, subset: as for `AccuracyEvaluator`.
+    """
+
+    def __init__(
+        self,
+        stops: Sequence[Stop],
+        num_classes: int,
+        device: torch.device,
+        subset: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__(num_classes, device, subset)
+        self.evaluator = HeadsEvaluator(stops, device=device)
+
+    def counted(self, output: Outputs, counts: Tensor) -> Outputs:
+        return Outputs({column: self.chosen(scores[counts]) for column, scores in output.logits.items()}, {})
+
+    def final(self, output: Outputs) -> Tensor:
+        return output.logits[max(output.logits)]
