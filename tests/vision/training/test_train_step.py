@@ -213,7 +213,9 @@ def test_all_that_a_run_holds_has_room_in_its_budget(data, monkeypatch):
     asked, model = [], builders.build_model(load_config(tiny("x", **PLAIN)), data)
 
     def keep(memory, **changes):
-        memory_budget.keep_budget(load_config(tiny("x", **{**PLAIN, **changes}, memory=memory)), model, data.shape, World())
+        memory_budget.keep_budget(
+            load_config(tiny("x", **{**PLAIN, **changes}, memory=memory)), model, data.shape, World()
+        )
 
     monkeypatch.setattr(memory_budget, "plan", lambda *_, **request: asked.append(request) or plan(*_, **request))
     for changes, states, grad_accum in (
