@@ -18,7 +18,7 @@ FIXED = ("task", "seed", "data", "batch_size", "optimizer", "supervision", "pret
 Of the optimizer the learning rate is free, since the schedule sets it.
 """
 
-OLDEST = {"task": "classification"}
+IMPLIED = {"task": "classification"}
 """Values of keys that older checkpoints do not have."""
 
 
@@ -79,7 +79,7 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
     """
     new, old = config.plain(), state["config"]
     for key in FIXED:
-        ours, theirs = new[key], old.get(key, OLDEST.get(key))
+        ours, theirs = new[key], old.get(key, IMPLIED.get(key))
         if key == "optimizer":
             ours, theirs = {**ours, "lr": None}, {**theirs, "lr": None}
         if ours != theirs:

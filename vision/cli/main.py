@@ -19,7 +19,7 @@ def train(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Train a net for image classification, or go on with a run that was interrupted.
+    """Train a model, by default for image classification, or go on with an interrupted run.
 
     Everything goes into the folder `output`: checkpoints/, log.jsonl,
     tensorboard/, curves.png and config.yaml. The same command again goes on
