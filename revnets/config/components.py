@@ -32,7 +32,9 @@ def part(kind: str) -> BeforeValidator:
         elif isinstance(value, dict):
             name, checked = name_and_options(kind, value, "type", ("type",))
         else:
-            raise problem(what(value), f"Give a name, or {{type: name, ...}} with the options of the {kind}")
+            raise problem(
+                what(value), f"Give a name, or {{type: name, ...}} with the options of the {kind}", code="wrong-type"
+            )
         return {"type": name, "options": checked}
 
     return BeforeValidator(split)
@@ -49,21 +51,25 @@ def name_and_options(
     """
     if key not in given:
         for other in get_close_matches(key, given, n=1):
-            raise problem(f"unknown key (value {show(given[other])})", f"Did you mean {key}?", other)
-        raise problem("this key is missing", f"Add it, as in `{key}: {names(kind)[0]}`", key)
+            raise problem(
+                f"unknown key (value {show(given[other])})", f"Did you mean {key}?", other, code="unknown-key"
+            )
+        raise problem("this key is missing", f"Add it, as in `{key}: {names(kind)[0]}`", key, code="missing-key")
     name = given[key]
     if not isinstance(name, str):
-        raise problem(what(name), f"Give the name of a {kind}, or package.module:Class", key)
+        raise problem(what(name), f"Give the name of a {kind}, or package.module:Class", key, code="wrong-type")
     try:
         allowed = options(kind, name)
     except PartError as error:
-        raise problem(error.problem, error.remedy, *(() if short else (key,))) from None
+        raise problem(error.problem, error.remedy, *(() if short else (key,)), code=error.code) from None
     checked = {}
     for option, value in given.items():
         if option in reserved:
             continue
         if option in PROVIDED[kind]:
-            raise problem(f'{kind} "{name}" is given {option} from the levels', "Remove the key", option)
+            raise problem(
+                f'{kind} "{name}" is given {option} from the levels', "Remove the key", option, code="reserved-key"
+            )
         if option in allowed:
             checked[option] = _typed(option, value, allowed[option])
         elif "**" in allowed:
@@ -71,13 +77,15 @@ def name_and_options(
         else:
             known = [*reserved, *allowed]
             text = f'unknown key: {kind} "{name}" has no such option (value {show(value)})'
-            raise problem(text, nearest(option, known, "Known keys are"), option)
+            raise problem(text, nearest(option, known, "Known keys are"), option, code="unknown-key")
     for option, parameter in allowed.items():
         if option != "**" and parameter.default is inspect.Parameter.empty and option not in checked:
             if option in reserved:
                 text = f'the argument {option} of {kind} "{name}" has the name of a key'
-                raise problem(text, "Rename the argument in its code", key)
-            raise problem(f'{kind} "{name}" needs this option', f"Add it, as in `{option}: ...`", option)
+                raise problem(text, "Rename the argument in its code", key, code="name-clash")
+            raise problem(
+                f'{kind} "{name}" needs this option', f"Add it, as in `{option}: ...`", option, code="missing-key"
+            )
     return name, checked
 
 
@@ -92,4 +100,4 @@ def _typed(option: str, value: Any, parameter: inspect.Parameter) -> Any:
         complaint = explain(error, value)
     except (PydanticUserError, TypeError, NameError):  # a type that pydantic has no check for
         return value
-    raise problem(complaint.problem, complaint.remedy, option, *complaint.keys)
+    raise problem(complaint.problem, complaint.remedy, option, *complaint.keys, code=complaint.code)

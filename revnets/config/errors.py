@@ -14,16 +14,55 @@ from pydantic_core import PydanticCustomError
 Keys = tuple[str | int, ...]
 
 
-class SpecError(ValueError):
-    """Something in a configuration cannot be used: names the file, the key path, the value and the remedy."""
+class ConfigError(ValueError):
+    """Something that the user gave cannot be used: names the file, the key path, the value and what to do.
 
-    def __init__(self, source: str, key: str, problem: str, remedy: str = ""):
-        self.source, self.key, self.problem, self.remedy = source, _line(key), _line(problem), _line(remedy)
+    Attributes:
+        source: the file, or where else the value was given, such as "command line".
+        key: the key path in it, such as "levels.0.dim", or the option, such as "--png"; empty for the whole source.
+        message: what is wrong, on one line; also `problem`.
+        hint: what to do about it, on one line, or empty; also `remedy`.
+        code: the kind of error, one of `revnets.config.error_codes.CODES`. Unlike the words, it does not change.
+    """
+
+    def __init__(self, source: str, key: str, message: str, hint: str = "", code: str = "invalid-value"):
+        self.source, self.key, self.message, self.hint = source, _line(key), _line(message), _line(hint)
+        self.code = code
         where = f"{source}: {self.key}" if self.key else source
-        super().__init__(f"{where}: {self.problem}{'.' if remedy else ''} {self.remedy}".rstrip())
+        super().__init__(f"{where}: {self.message}{'.' if hint else ''} {self.hint}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
-        return SpecError, (self.source, self.key, self.problem, self.remedy)
+        return ConfigError, (self.source, self.key, self.message, self.hint, self.code)
+
+    @property
+    def problem(self) -> str:
+        return self.message
+
+    @property
+    def remedy(self) -> str:
+        return self.hint
+
+
+SpecError = ConfigError
+"""The name under which errors in the specification of a net are known."""
+
+
+def option_error(option: str, message: str, hint: str = "", code: str = "invalid-value") -> ConfigError:
+    """The error for an option or argument of a command, such as `--png`."""
+    return ConfigError("command line", option, message, hint, code)
+
+
+class ArgumentError(ValueError):
+    """An argument of a Python call, such as an option of a component, cannot be used.
+
+    Attributes:
+        key: the name of the argument.
+        code: the kind of error, as in `ConfigError`.
+    """
+
+    def __init__(self, message: str, key: str = "", code: str = "invalid-value"):
+        super().__init__(message)
+        self.key, self.code = key, code
 
 
 class Complaint(NamedTuple):
@@ -32,11 +71,12 @@ class Complaint(NamedTuple):
     keys: Keys
     problem: str
     remedy: str
+    code: str = "invalid-value"
 
 
-def problem(text: str, remedy: str, *keys: str | int) -> PydanticCustomError:
+def problem(text: str, remedy: str, *keys: str | int, code: str = "invalid-value") -> PydanticCustomError:
     """What a validator raises: a problem at `keys` below its own place, and what to do about it."""
-    return PydanticCustomError("spec", "{problem}", {"problem": text, "remedy": remedy, "keys": keys})
+    return PydanticCustomError("spec", "{problem}", {"problem": text, "remedy": remedy, "keys": keys, "code": code})
 
 
 def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = None) -> Complaint:
@@ -54,27 +94,32 @@ def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = N
     value, context = first["input"], first.get("ctx", {})
     match first["type"]:
         case "spec":
-            return Complaint((*keys, *context["keys"]), context["problem"], context["remedy"])
+            return Complaint((*keys, *context["keys"]), context["problem"], context["remedy"], context["code"])
         case "extra_forbidden":
             known = _field(model, keys[:-1])[0]
-            return Complaint(keys, f"unknown key (value {show(value)})", nearest(keys[-1], known, "Known keys are"))
+            remedy = nearest(keys[-1], known, "Known keys are")
+            return Complaint(keys, f"unknown key (value {show(value)})", remedy, code="unknown-key")
         case "missing" if isinstance(keys[-1], int):
-            return Complaint(keys[:-1], f"the list is too short ({keys[-1]} given)", "Give one value more")
+            text = f"the list is too short ({keys[-1]} given)"
+            return Complaint(keys[:-1], text, "Give one value more", code="wrong-length")
         case "missing":
             example = _field(model, keys)[1]
-            return Complaint(keys, "this key is missing", f"Add it, as in `{keys[-1]}: {example or '...'}`")
+            remedy = f"Add it, as in `{keys[-1]}: {example or '...'}`"
+            return Complaint(keys, "this key is missing", remedy, code="missing-key")
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             word, bound = _BOUNDS[first["type"]]
-            return Complaint(keys, f"{show(value)} is too {word}", f"Give {bound} {next(iter(context.values()))}")
+            remedy = f"Give {bound} {next(iter(context.values()))}"
+            return Complaint(keys, f"{show(value)} is too {word}", remedy, code="out-of-range")
         case "literal_error" | "enum":
-            return Complaint(keys, f"{show(value)} is none of the choices", f"Choose {context['expected']}")
+            remedy = f"Choose {context['expected']}"
+            return Complaint(keys, f"{show(value)} is none of the choices", remedy, code="unknown-choice")
         case kind if kind in _WANTED:
             kinds = {item["type"] for place, item in inside if place == keys and item["type"] in _WANTED}
             wanted = list(dict.fromkeys(_WANTED[kind] for kind in _WANTED if kind in kinds))
-            text, remedy = _wrong_type(value, wanted)
+            text, remedy, code = _wrong_type(value, wanted)
             example = _field(model, keys)[1] if wanted == ["a mapping"] else None
-            return Complaint(keys, text, f"{remedy}, as in `{keys[-1]}: {example}`" if example else remedy)
-    return Complaint(keys, f"{show(value)}: {first['msg'][0].lower()}{first['msg'][1:]}", "")
+            return Complaint(keys, text, f"{remedy}, as in `{keys[-1]}: {example}`" if example else remedy, code)
+    return Complaint(keys, f"{show(value)}: {first['msg'][0].lower()}{first['msg'][1:]}", "", code="invalid-value")
 
 
 _BOUNDS = {
@@ -105,16 +150,17 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 """A number in scientific notation that YAML 1.1 takes for text unless it has a dot and a signed exponent."""
 
 
-def _wrong_type(value: Any, wanted: list[str]) -> tuple[str, str]:
+def _wrong_type(value: Any, wanted: list[str]) -> tuple[str, str, str]:
+    """Problem, remedy and code."""
     if isinstance(value, str) and {"a number", "a whole number"} & set(wanted):
         if EXPONENT.fullmatch(value):
             mantissa, exponent = re.split("[eE]", value)
             dot, sign = "" if "." in mantissa else ".0", "" if exponent[0] in "+-" else "+"
             better = f"{mantissa}{dot}e{sign}{exponent}" if "a number" in wanted else f"{float(value):.0f}"
-            return f"YAML reads {value} as text, not as a number", f"Write {better}"
+            return f"YAML reads {value} as text, not as a number", f"Write {better}", "number-as-text"
         if re.fullmatch(r"[-+]?\d+(\.\d+)?", value):
-            return f"{show(value)} is text", f"Give {' or '.join(wanted)}, without quotes"
-    return what(value), f"Give {' or '.join(wanted)}"
+            return f"{show(value)} is text", f"Give {' or '.join(wanted)}, without quotes", "number-as-text"
+    return what(value), f"Give {' or '.join(wanted)}", "wrong-type"
 
 
 def nearest(word: Any, known: Iterable[str], otherwise: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from revnets.config.errors import EXPONENT, Keys, SpecError, explain, path, show, what
+from revnets.config.errors import EXPONENT, Keys, SpecError, explain, option_error, path, show, what
 from revnets.config.registry import importable
 
 M = TypeVar("M", bound=BaseModel)
@@ -64,11 +64,19 @@ class Layers:
         place_text, equals, value_text = text.partition("=")
         keys = [key.strip() for key in place_text.split(".")]
         if not equals or not all(keys):
-            raise SpecError(name, text, "an override has the form key.path=value", "For example levels.2.depth=6")
+            raise SpecError(
+                name,
+                text,
+                "an override has the form key.path=value",
+                "For example levels.2.depth=6",
+                code="invalid-override",
+            )
         try:
             value = yaml.load(value_text, _CommandLineLoader)
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise SpecError(name, place_text, f"{show(value_text)} is not a YAML value", "Put it in quotes") from None
+            raise SpecError(
+                name, place_text, f"{show(value_text)} is not a YAML value", "Put it in quotes", code="invalid-syntax"
+            ) from None
         value = _plain(name, tuple(keys), value, ())
         place: Any = self.data
         found: Keys = ()
@@ -109,8 +117,8 @@ def load(model: type[M], source: Source, overrides: Sequence[str] = ()) -> M:
         try:
             return validate(TypeAdapter(model), config.data)
         except ValidationError as error:
-            keys, problem, remedy = explain(error, config.data, model)
-            raise SpecError(config.origin(keys), path(keys), problem, remedy) from None
+            keys, problem, remedy, code = explain(error, config.data, model)
+            raise SpecError(config.origin(keys), path(keys), problem, remedy, code) from None
 
 
 def validate(adapter: TypeAdapter[T], data: Any) -> T:
@@ -131,25 +139,33 @@ def _read(file: Path, seen: tuple[Path, ...]) -> tuple[list[Layer], list[Path]]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError(name, "", "there is no such file", _similar(file)) from None
+        raise SpecError(name, "", "there is no such file", _similar(file), code="missing-file") from None
     except IsADirectoryError:
-        raise SpecError(name, "", "this is a folder", "Give a YAML file inside of it") from None
+        raise SpecError(name, "", "this is a folder", "Give a YAML file inside of it", code="not-a-file") from None
     except UnicodeDecodeError as error:
-        raise SpecError(name, "", f"not UTF-8 text (byte {error.start})", "Save it as UTF-8 YAML") from None
+        raise SpecError(
+            name, "", f"not UTF-8 text (byte {error.start})", "Save it as UTF-8 YAML", code="invalid-encoding"
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise SpecError(name, "", f"cannot be read ({reason})", "Check path and permissions") from None
+        raise SpecError(
+            name, "", f"cannot be read ({reason})", "Check path and permissions", code="unreadable-file"
+        ) from None
     try:
         data = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise SpecError(name, "", *_syntax(error)) from None
+        raise SpecError(name, "", *_syntax(error), code="invalid-syntax") from None
     except RecursionError:
-        raise SpecError(name, "", "not valid YAML: brackets nested too deep", "Close them") from None
+        raise SpecError(
+            name, "", "not valid YAML: brackets nested too deep", "Close them", code="invalid-syntax"
+        ) from None
     if data is None:
-        raise SpecError(name, "", "the file is empty", "Write `key: value` lines (docs/reference/yaml.md)")
+        raise SpecError(
+            name, "", "the file is empty", "Write `key: value` lines (docs/reference/yaml.md)", code="empty-file"
+        )
     if not isinstance(data, dict):
         remedy = "Write `key: value` lines (docs/reference/yaml.md)"
-        raise SpecError(name, "", f"no keys with values: {what(data)}", remedy)
+        raise SpecError(name, "", f"no keys with values: {what(data)}", remedy, code="wrong-format")
     return _with_bases(Layer(name, data), file.parent, (*seen, file.resolve()))
 
 
@@ -158,7 +174,9 @@ def _with_bases(layer: Layer, folder: Path, seen: tuple[Path, ...]) -> tuple[lis
         return [layer], [folder.resolve()]
     base = layer.pop("base")
     if not isinstance(base, str):
-        raise SpecError(layer.name, "base", what(base), "Give the path of one YAML file, relative to this one")
+        raise SpecError(
+            layer.name, "base", what(base), "Give the path of one YAML file, relative to this one", code="wrong-type"
+        )
     file = folder / base
     try:
         absolute, there = file.resolve(), file.exists()
@@ -166,9 +184,15 @@ def _with_bases(layer: Layer, folder: Path, seen: tuple[Path, ...]) -> tuple[lis
         absolute, there = file, False
     if absolute in seen:
         circle = " -> ".join(item.name for item in (*seen[seen.index(absolute) :], file))
-        raise SpecError(layer.name, "base", f"the files are based on each other ({circle})", "Break the circle")
+        raise SpecError(
+            layer.name,
+            "base",
+            f"the files are based on each other ({circle})",
+            "Break the circle",
+            code="circular-reference",
+        )
     if not there:
-        raise SpecError(layer.name, "base", f"there is no file {file}", _similar(file))
+        raise SpecError(layer.name, "base", f"there is no file {file}", _similar(file), code="missing-file")
     layers, folders = _read(file, seen)
     return [*layers, layer], [folder.resolve(), *folders]
 
@@ -232,20 +256,22 @@ def _index(place: Any, key: str, found: Keys) -> str | int:
     if isinstance(place, list):
         wrong = f"{path(found)} is a list of {len(place)}, it has no item {key}"
         remedy = f"Use 0 to {len(place) - 1}" if place else remedy
-    raise SpecError("command line", path((*found, key)), wrong, remedy)
+    raise option_error(path((*found, key)), wrong, remedy, code="invalid-override")
 
 
 def _plain(name: str, keys: Keys, value: Any, around: tuple[int, ...]) -> Any:
     """A copy out of fresh dicts and lists; refuses what no configuration can mean."""
     if id(value) in around:
-        raise SpecError(name, path(keys), "the value contains itself", "Write it out")
+        raise SpecError(name, path(keys), "the value contains itself", "Write it out", code="circular-reference")
     if isinstance(value, float) and not math.isfinite(value):
-        raise SpecError(name, path(keys), f"{value} is not a finite number", "Give a finite one")
+        raise SpecError(name, path(keys), f"{value} is not a finite number", "Give a finite one", code="not-finite")
     around = (*around, id(value))
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise SpecError(name, path(keys), f"the key {what(key)}, not text", "Use text as keys")
+                raise SpecError(
+                    name, path(keys), f"the key {what(key)}, not text", "Use text as keys", code="wrong-type"
+                )
         return {key: _plain(name, (*keys, key), item, around) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(name, (*keys, index), item, around) for index, item in enumerate(value)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from revnets.config.errors import nearest, problem, show, what
+from revnets.config.errors import ArgumentError, nearest, problem, show, what
 from revnets.config.loader import Strict
 from revnets.engine.memory_mode import Memory
 
@@ -30,7 +30,7 @@ def parse_budget(value: int | str) -> int | Memory:
     try:
         return parse_bytes(value)
     except ValueError as error:
-        raise ValueError(f"{error}, or {', '.join(Memory)} for the peak of that memory mode") from None
+        raise ArgumentError(f"{error}, or {', '.join(Memory)} for the peak of that memory mode", "budget") from None
 
 
 def parse_bytes(value: int | str) -> int:
@@ -48,7 +48,9 @@ def parse_bytes(value: int | str) -> int:
     except (ValueError, KeyError):
         number, scale = 0.0, 1
     if not 1 <= number * scale < float("inf"):
-        raise ValueError(f"{value!r} is no amount of memory; write a number of bytes, or for example 24GiB or 800MB")
+        raise ArgumentError(
+            f"{value!r} is no amount of memory; write a number of bytes, or for example 24GiB or 800MB", "budget"
+        )
     return int(number * scale)
 
 
@@ -64,7 +66,7 @@ _REMEDY = "Give a number of bytes, text such as 24GiB, or a memory mode, whose p
 
 def _amount(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise problem(what(value), _REMEDY)
+        raise problem(what(value), _REMEDY, code="wrong-type")
     try:
         parse_budget(value)
     except ValueError:
@@ -75,7 +77,9 @@ def _amount(value: Any) -> Any:
 def _among(*known: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         if value is not None and value not in known:
-            raise problem(f"{show(value)} is none of the choices", nearest(value, known, "Choose among"))
+            raise problem(
+                f"{show(value)} is none of the choices", nearest(value, known, "Choose among"), code="unknown-choice"
+            )
         return value
 
     return BeforeValidator(check)

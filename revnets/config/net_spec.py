@@ -26,7 +26,7 @@ def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:
         items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         for item in items:
             if isinstance(item, bool) or not isinstance(item, kind):
-                raise problem(what(item), f"Give {wanted}, or a list of such")
+                raise problem(what(item), f"Give {wanted}, or a list of such", code="wrong-type")
         return items
 
     return BeforeValidator(check)
@@ -39,15 +39,17 @@ def _modes(value: Any) -> Any:
     for mode in given if isinstance(given, tuple) else (given,):
         if not isinstance(mode, str):
             remedy = f"Give {', '.join(Memory)}, a list of one per column, or {{budget: 24GiB}}"
-            raise problem(what(mode), remedy)
+            raise problem(what(mode), remedy, code="wrong-type")
         if mode not in list(Memory):
-            raise problem(f"{show(mode)} is not a memory mode", nearest(mode, Memory, "Choose among"))
+            raise problem(
+                f"{show(mode)} is not a memory mode", nearest(mode, Memory, "Choose among"), code="unknown-choice"
+            )
     return given
 
 
 def _some_levels(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
-        raise problem(what(value), "Give a list with the levels of a column")
+        raise problem(what(value), "Give a list with the levels of a column", code="wrong-type")
     return tuple(value)
 
 
@@ -80,7 +82,7 @@ class LevelSpec(Strict):
         if not isinstance(value, dict):
             if isinstance(value, cls):
                 return value
-            raise problem(what(value), "Give a mapping, as in {dim: 64, depth: 2, block: convnext}")
+            raise problem(what(value), "Give a mapping, as in {dim: 64, depth: 2, block: convnext}", code="wrong-type")
         level = {key: item for key, item in value.items() if key in LEVEL_KEYS}
         _, options = name_and_options("block", value, "block", LEVEL_KEYS)
         return {**level, "options": options}
@@ -101,7 +103,7 @@ class GainSpec(Strict):
     def _bounded(self) -> Self:
         if abs(self.init) < self.min_abs:
             remedy = f"Give at least {self.min_abs} or at most -{self.min_abs}, or lower min_abs"
-            raise problem(f"{self.init} is nearer to 0 than min_abs", remedy, "init")
+            raise problem(f"{self.init} is nearer to 0 than min_abs", remedy, "init", code="out-of-range")
         return self
 
 
@@ -129,7 +131,12 @@ class NetSpec(Strict):
     def _consistent(self) -> Self:
         m = len(self.levels)
         if m < 2:
-            raise problem(f"a column of {m} level{'s' * (m != 1)} cannot be reversed", "Give at least 2", "levels")
+            raise problem(
+                f"a column of {m} level{'s' * (m != 1)} cannot be reversed",
+                "Give at least 2",
+                "levels",
+                code="wrong-length",
+            )
         _check_reads(self.reads, m, "reads")
         for index, level in enumerate(self.levels):
             if level.reads is not None:
@@ -138,12 +145,16 @@ class NetSpec(Strict):
         for tap in self.taps:
             if not 0 <= tap < self.columns:
                 last = self.columns - 1
-                raise problem(f"there is no column {tap}", f"Columns are numbered from 0 to {last}", "taps")
+                raise problem(
+                    f"there is no column {tap}", f"Columns are numbered from 0 to {last}", "taps", code="out-of-range"
+                )
         if isinstance(self.memory, tuple) and len(self.memory) != self.columns:
             text = f"{len(self.memory)} modes for {self.columns} columns"
-            raise problem(text, "Give one for all, or one per column", "memory")
+            raise problem(text, "Give one for all, or one per column", "memory", code="wrong-length")
         if self.drop_path and not any(_takes_drop_path(level) for level in self.levels):
-            raise problem(f"no block takes the rate {self.drop_path}", "Remove the key", "drop_path")
+            raise problem(
+                f"no block takes the rate {self.drop_path}", "Remove the key", "drop_path", code="conflicting-values"
+            )
         return self
 
     def graph(self) -> Graph:
@@ -162,17 +173,24 @@ class NetSpec(Strict):
         for index, back in enumerate(self.residuals()):
             place = ("residual",) if self.levels[index].residual is None else ("levels", index, "residual")
             if back > m:
-                raise problem(f"{back} is more than the {m} levels of a column", f"Give at most {m}; 0: none", *place)
+                raise problem(
+                    f"{back} is more than the {m} levels of a column",
+                    f"Give at most {m}; 0: none",
+                    *place,
+                    code="out-of-range",
+                )
             other = shapes[(index - back) % m]
             if (index >= back or self.columns > 1) and other != shapes[index]:
                 (dim, reduction), (dim_here, reduction_here) = other, shapes[index]
                 text = f"the residual {back} states back is {dim} channels at 1/{reduction} of the stem's sides, "
                 text += f"and this level {dim_here} at 1/{reduction_here}"
-                raise problem(text, "Give 0 here: no residual", "levels", index, "residual")
+                raise problem(text, "Give 0 here: no residual", "levels", index, "residual", code="shape-mismatch")
         try:
             self.graph()
         except ReadError as error:
-            raise problem(str(error), "See docs/reference/yaml.md on residuals", "reads") from None
+            raise problem(
+                str(error), "See docs/reference/yaml.md on residuals", "reads", code="conflicting-values"
+            ) from None
 
     def reductions(self) -> list[int]:
         """By how much the resolution of each level is reduced against the stem's output, per side."""
@@ -225,15 +243,17 @@ def dump(spec: NetSpec) -> dict[str, Any]:
 
 def _check_reads(reads: Sequence[ReadToken], m: int, *place: str | int) -> None:
     if not reads:
-        raise problem("the list is empty", f"Give some of {', '.join(READS)}", *place)
+        raise problem("the list is empty", f"Give some of {', '.join(READS)}", *place, code="wrong-length")
     for read in reads:
         if isinstance(read, str) and read not in READS:
-            raise problem(f'"{read}" is not a read', nearest(read, READS, "Choose among"), *place)
+            raise problem(
+                f'"{read}" is not a read', nearest(read, READS, "Choose among"), *place, code="unknown-choice"
+            )
         try:
             wire(m, m, [[read]] * m)
         except ReadError:
             text = f"offset {read} reaches out of the window of {m} levels"
-            raise problem(text, f"Give 1 to {m - 1}" if m > 2 else "Give 1", *place) from None
+            raise problem(text, f"Give 1 to {m - 1}" if m > 2 else "Give 1", *place, code="out-of-range") from None
 
 
 def _takes_drop_path(level: LevelSpec) -> bool:

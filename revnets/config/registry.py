@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from revnets.config.errors import nearest
+from revnets.config.errors import ArgumentError, nearest
 
 Factory = Callable[..., Any]
 T = TypeVar("T", bound=Factory)
@@ -32,22 +32,26 @@ _REGISTRY: dict[str, dict[str, Factory]] = {kind: {} for kind in PROVIDED}
 
 
 class PartError(ValueError):
-    """A name that stands for no part. `remedy` says what to do."""
+    """A name that stands for no part. `remedy` says what to do, `code` is the kind of error."""
 
-    def __init__(self, problem: str, remedy: str):
+    def __init__(self, problem: str, remedy: str, code: str):
         super().__init__(f"{problem}. {remedy}")
-        self.problem, self.remedy = problem, remedy
+        self.problem, self.remedy, self.code = problem, remedy, code
 
 
 def _register(kind: str, name: str) -> Callable[[T], T]:
     if ":" in name:
-        raise ValueError(f"{name!r}: the colon is kept for package.module:Class")
+        raise ArgumentError(f"{name!r}: the colon is kept for package.module:Class", "name")
 
     def decorate(factory: T) -> T:
         known = _REGISTRY[kind].get(name)
         # A module that is run again (notebooks, autoreload) may replace its own parts, but nobody else's.
         if known is not None and (known.__module__, known.__qualname__) != (factory.__module__, factory.__qualname__):
-            raise ValueError(f"{kind} {name!r} is registered already, by {known.__module__}.{known.__qualname__}")
+            raise ArgumentError(
+                f"{kind} {name!r} is registered already, by {known.__module__}.{known.__qualname__}",
+                "name",
+                code="name-clash",
+            )
         _REGISTRY[kind][name] = factory
         return factory
 
@@ -91,8 +95,14 @@ def find(kind: str, name: str) -> Factory:
         return imported(kind, name)
     problem = f'there is no {kind} "{name}"'
     if "." in name:
-        raise PartError(problem, f"For a class of your own, write a colon before it: {':'.join(name.rsplit('.', 1))}")
-    raise PartError(problem, nearest(name, names(kind), "Give package.module:Class, or choose among"))
+        raise PartError(
+            problem,
+            f"For a class of your own, write a colon before it: {':'.join(name.rsplit('.', 1))}",
+            code="unknown-component",
+        )
+    raise PartError(
+        problem, nearest(name, names(kind), "Give package.module:Class, or choose among"), code="unknown-component"
+    )
 
 
 def options(kind: str, name: str) -> dict[str, inspect.Parameter]:
@@ -108,7 +118,9 @@ def options(kind: str, name: str) -> dict[str, inspect.Parameter]:
         try:
             signature = inspect.signature(factory)
         except ValueError:
-            raise PartError(f'{kind} "{name}" does not say what arguments it takes', "Wrap it in a class") from None
+            raise PartError(
+                f'{kind} "{name}" does not say what arguments it takes', "Wrap it in a class", code="invalid-component"
+            ) from None
     parameters = list(signature.parameters.values())
     others = dict([("**", item) for item in parameters if item.kind is item.VAR_KEYWORD])
     named = {item.name: item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
@@ -117,6 +129,7 @@ def options(kind: str, name: str) -> dict[str, inspect.Parameter]:
             raise PartError(
                 f'{kind} "{name}" does not take the argument `{argument}`, which every {kind} is given',
                 f"Add {argument} to its arguments",
+                code="invalid-component",
             )
     return {name: item for name, item in named.items() if name not in PROVIDED[kind]} | others
 
@@ -155,6 +168,7 @@ def imported(kind: str, name: str) -> Factory:
         raise PartError(
             f'{kind} "{name}": there is no module {error.name}',
             "Check its spelling, and that it lies beside the file, in the working directory or on PYTHONPATH",
+            code="missing-module",
         ) from error
     except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
         raise _failed(kind, name, error) from error
@@ -165,11 +179,13 @@ def imported(kind: str, name: str) -> Factory:
         raise PartError(
             f'{kind} "{name}": module {module_name} has no "{attribute}"',
             nearest(attribute, public, "It has") if public else "It has no classes at all",
+            code="unknown-component",
         )
     if not callable(factory):
         raise PartError(
             f'{kind} "{name}": {attribute} is of type {type(factory).__name__}, not a class',
             nearest(attribute, public, "Classes and functions of the module are") if public else "Name a class",
+            code="invalid-component",
         )
     return factory
 
@@ -180,6 +196,7 @@ def _failed(kind: str, name: str, error: BaseException) -> PartError:
     return PartError(
         f'{kind} "{name}": importing the module fails with {type(error).__name__}: {error}{where}',
         "Make `import` of it work first",
+        code="import-failed",
     )
 
 
@@ -194,5 +211,6 @@ def _check_place(kind: str, name: str, module: ModuleType) -> None:
                     raise PartError(
                         f'{kind} "{name}": another module {top} is loaded already ({loaded or "built in"})',
                         f"Rename {file}",
+                        code="name-clash",
                     )
                 return
