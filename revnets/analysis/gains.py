@@ -68,11 +68,19 @@ def read_gains(source: str, overrides: Sequence[str] = ()) -> list[CellGains]:
     if path.suffix.lower() in (".yaml", ".yml") or not path.exists():
         gains = gains_of(load_model(source, overrides), source)
     elif overrides:
-        raise SpecError(source, "", f"weights take no options, such as {overrides[0]}", "Leave them out")
+        raise SpecError(
+            source, "", f"weights take no options, such as {overrides[0]}", "Leave them out", code="invalid-override"
+        )
     else:
         gains = gains_in(_content(_file(path)))
     if not gains:
-        raise SpecError(source, "", "it has no gains: no cells past a first column", "Give a net of several columns")
+        raise SpecError(
+            source,
+            "",
+            "it has no gains: no cells past a first column",
+            "Give a net of several columns",
+            code="no-columns",
+        )
     return gains
 
 
@@ -85,7 +93,7 @@ def gains_of(model: nn.Module, name: str = "model") -> list[CellGains]:
     try:
         columns = find_columns(model)
     except ValueError as error:
-        raise SpecError(name, "", str(error)) from None
+        raise SpecError(name, "", str(error), code="no-columns") from None
     found = []
     for node, cell in zip(columns.graph.nodes, columns.flat(), strict=True):
         if cell.gain is not None:
@@ -162,7 +170,9 @@ def _file(path: Path) -> Path:
     for name in BEST:
         if (path / name).is_file():
             return path / name
-    raise SpecError(str(path), "", f"this folder has none of {', '.join(BEST)}", "Give a file of weights")
+    raise SpecError(
+        str(path), "", f"this folder has none of {', '.join(BEST)}", "Give a file of weights", code="missing-file"
+    )
 
 
 def _content(path: Path) -> Any:
@@ -174,14 +184,18 @@ def _content(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
-        raise SpecError(str(path), "", "safetensors is not installed", "pip install safetensors") from None
+        raise SpecError(
+            str(path), "", "safetensors is not installed", "pip install safetensors", code="missing-dependency"
+        ) from None
     except PermissionError:
-        raise SpecError(str(path), "", "may not be read", "Check its permissions") from None
+        raise SpecError(str(path), "", "may not be read", "Check its permissions", code="unreadable-file") from None
     except pickle.UnpicklingError:  # its text recommends to execute the file
         problem, remedy = (
             "not a file of weights, or it holds more than plain data",
             "revnets convert reads official files",
         )
-        raise SpecError(str(path), "", problem, remedy) from None
+        raise SpecError(str(path), "", problem, remedy, code="wrong-format") from None
     except Exception as error:  # a damaged file may raise anything
-        raise SpecError(str(path), "", "damaged, cut short, or no file of weights", "Check the file") from error
+        raise SpecError(
+            str(path), "", "damaged, cut short, or no file of weights", "Check the file", code="damaged-file"
+        ) from error

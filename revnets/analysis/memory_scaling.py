@@ -120,14 +120,16 @@ def step_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) 
 def _unfit(step: Step, error: BaseException) -> SpecError:
     reason = str(error).splitlines()[0].removesuffix(".")
     problem = f"an input of {step.shape} does not go through ({reason})"
-    return SpecError(step.source, "", problem, "Give --input, and --measure-input for the small step")
+    return SpecError(
+        step.source, "", problem, "Give --input, and --measure-input for the small step", code="input-rejected"
+    )
 
 
 def _require_columns(model: nn.Module, source: str) -> None:
     try:
         find_columns(model)
     except ValueError as error:
-        raise SpecError(source, "", str(error)) from None
+        raise SpecError(source, "", str(error), code="no-columns") from None
 
 
 def table(points: Sequence[Point]) -> list[dict[str, str]]:

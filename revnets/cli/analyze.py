@@ -12,7 +12,7 @@ import typer
 from revnets.cli.options import InputShape, Overrides, SpecArgument, sample_shape
 from revnets.cli.output import Csv, Png, deliver, outputs, print_rows, progress
 from revnets.cli.plugins import missing_command
-from revnets.config.errors import SpecError, nearest
+from revnets.config.errors import nearest, option_error
 
 app = typer.Typer(
     help="Look into a net as the paper's figures do. Each command draws a picture and writes its numbers as CSV.",
@@ -117,7 +117,9 @@ def _counts(text: str, option: str) -> tuple[int, ...]:
     except ValueError:
         counts = ()
     if not counts or counts[0] < 1:
-        raise SpecError("command line", option, f"{text!r} is no list of positive whole numbers", "Give e.g. 1,2,4,8")
+        raise option_error(
+            option, f"{text!r} is no list of positive whole numbers", "Give e.g. 1,2,4,8", code="wrong-type"
+        )
     return counts
 
 
@@ -128,7 +130,7 @@ def _modes(text: str) -> tuple[str, ...]:
     for mode in modes:
         if mode not in list(Memory):
             remedy = nearest(mode, Memory, "Choose among")
-            raise SpecError("command line", "--modes", f"memory mode {mode!r} is unknown", remedy)
+            raise option_error("--modes", f"memory mode {mode!r} is unknown", remedy, code="unknown-choice")
     return modes
 
 

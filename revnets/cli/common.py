@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from revnets.cli.output import told_if_unwritable
-from revnets.config.errors import SpecError
+from revnets.config.errors import SpecError, option_error
 from revnets.engine.columns import find_columns
 from revnets.models.loading import load_model
 
@@ -34,21 +34,25 @@ def reversible_model(source: str, overrides: Sequence[str]) -> nn.Module:
     try:
         find_columns(net)
     except ValueError as error:
-        raise SpecError(source, "", str(error)) from None
+        raise SpecError(source, "", str(error), code="no-columns") from None
     return net
 
 
 def input_error(source: str, shape: tuple[int, ...], error: Exception) -> SpecError:
     """The error for an input that the model does not take."""
     reason = str(error).splitlines()[0]
-    return SpecError(source, "", f"an input of {shape} does not go through ({reason})", "Give --input")
+    return SpecError(
+        source, "", f"an input of {shape} does not go through ({reason})", "Give --input", code="input-rejected"
+    )
 
 
 def parse_dtype(name: str) -> torch.dtype:
     """A floating point type by its name."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise SpecError("command line", "--dtype", f"unknown dtype (value {name})", f"Choose {', '.join(known)}")
+        raise option_error(
+            "--dtype", f"unknown dtype (value {name})", f"Choose {', '.join(known)}", code="unknown-choice"
+        )
     return known[name]
 
 
@@ -56,5 +60,11 @@ def example_shape(net: nn.Module, source: str) -> tuple[int, ...]:
     """A shape of one sample that the model's stem says it takes."""
     shape = getattr(getattr(net, "stem", None), "example_shape", None)
     if shape is None:
-        raise SpecError(source, "stem", "does not say what shape it takes", "Give --input, e.g. --input 3,224,224")
+        raise SpecError(
+            source,
+            "stem",
+            "does not say what shape it takes",
+            "Give --input, e.g. --input 3,224,224",
+            code="missing-shape",
+        )
     return tuple(shape)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from revnets.cli.options import picture_path
-from revnets.config.errors import SpecError
+from revnets.config.errors import SpecError, option_error
 from revnets.utils.atomic_files import replacing
 from revnets.utils.format import table_of
 
@@ -35,7 +35,7 @@ def outputs(png: Path, csv: Path | None) -> tuple[Path, Path]:
     """
     csv = csv or png.with_suffix(".csv")
     if csv == png:
-        raise SpecError("command line", "--csv", f"{csv} is the picture already", "Give it another name")
+        raise option_error("--csv", f"{csv} is the picture already", "Give it another name", code="name-clash")
     check_place("--png", png)
     check_place("--csv", csv)
     return png, csv
@@ -89,12 +89,14 @@ def check_place(option: str, path: Path) -> None:
         revnets.SpecError: a file could not be written there; names the option that asks for it.
     """
     if path.is_dir():
-        raise SpecError("command line", option, f"{path} is a folder", "Give the name of a file")
+        raise option_error(option, f"{path} is a folder", "Give the name of a file", code="not-a-file")
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise SpecError("command line", option, f"{folder} is no folder that can be written to", "Give another")
+        raise option_error(
+            option, f"{folder} is no folder that can be written to", "Give another", code="unwritable-file"
+        )
 
 
 @contextmanager
@@ -104,4 +106,6 @@ def told_if_unwritable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error})"
-        raise SpecError(str(error.filename or path), "", problem, "Free some space, or give another name") from error
+        raise SpecError(
+            str(error.filename or path), "", problem, "Free some space, or give another name", code="unwritable-file"
+        ) from error

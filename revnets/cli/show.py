@@ -28,7 +28,9 @@ def describe(source: str, overrides: Sequence[str], shape: tuple[int, ...] | Non
     with torch.device("meta"):
         net = load_model(source, overrides)
     if not isinstance(getattr(net, "spec", None), NetSpec):
-        raise SpecError(source, "", f"{type(net).__name__} has no spec to show", "Give a YAML file, or use audit")
+        raise SpecError(
+            source, "", f"{type(net).__name__} has no spec to show", "Give a YAML file, or use audit", code="no-spec"
+        )
     net = cast(Net, net)  # or a model with the same parts
     shape = shape or example_shape(net, source)
     macs, sizes = _walk(net, shape, source)

@@ -92,7 +92,9 @@ def _whole(model: nn.Module) -> nn.Module:
     if twin is None:
         raise PlanError(
             f"the weights of {type(model).__name__} are sharded already, so its step cannot be simulated; before "
-            "fully_shard, call revnets.plan(model, input_shape, ranks=..., sharding='fsdp', budget=...).apply(model)"
+            "fully_shard, call revnets.plan(model, input_shape, ranks=..., sharding='fsdp', budget=...).apply(model)",
+            "model",
+            code="weights-sharded",
         )
     return twin()
 

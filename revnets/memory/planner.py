@@ -25,7 +25,16 @@ from revnets.utils.format import size
 
 
 class PlanError(ValueError):
-    """No plan: the request makes no sense, or nothing fits the budget."""
+    """No plan: the request makes no sense, or nothing fits the budget.
+
+    Attributes:
+        key: the argument that it is about.
+        code: the kind of error, one of `revnets.config.error_codes.CODES`.
+    """
+
+    def __init__(self, message: str, key: str = "", code: str = "invalid-value"):
+        super().__init__(message)
+        self.key, self.code = key, code
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,11 @@ class Plan:
     def apply(self, model: nn.Module) -> None:
         """Set the chosen memory mode on a model."""
         if self.chosen is None:
-            raise PlanError("this plan was made without a budget and has chosen nothing; pass budget=")
+            raise PlanError(
+                "this plan was made without a budget and has chosen nothing; pass budget=",
+                "budget",
+                code="missing-budget",
+            )
         columns = find_columns(model)
         columns.memory, columns.stored = self.chosen.memory(columns.graph.columns), self.chosen.stored
 
@@ -169,7 +182,9 @@ class _Predictor:
             found = simulate(self.model, self.inputs, self.dtype, not self.run.sharded, self.run.accumulates)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise PlanError(f"an input of {self.shape} does not go through the net ({reason})") from error
+            raise PlanError(
+                f"an input of {self.shape} does not go through the net ({reason})", "input_shape", code="input-rejected"
+            ) from error
         flops = base.flops if base else found.flops
         ways = {"mode": mode, "stored": tuple(sorted(stored)), "recomputed": tuple(sorted(recomputed))}
         return self._of_one_rank(found, ways, found.flops / max(flops, 1))
@@ -238,7 +253,9 @@ def _choose(predictor: _Predictor, base: Prediction, budget: int, spare: float =
             else f"each of the {batch} samples takes about {size(sample)}; lower the batch, use bfloat16, or shard"
         )
         smallest = size(int((1 + spare) * least.peak))
-        raise PlanError(f"nothing fits {size(budget)}: the smallest peak is {smallest}. Of it, {turn}")
+        raise PlanError(
+            f"nothing fits {size(budget)}: the smallest peak is {smallest}. Of it, {turn}", "budget", code="over-budget"
+        )
     cells = order(predictor.costs())
     best = _most(len(cells) - 1, least, fits, lambda n: predictor.predict("exact", base, cells[:n]))
     stored, columns = best.stored, range(predictor.columns.graph.columns)
@@ -262,10 +279,16 @@ def _most(
 
 def _check(optimizer: str | int, ranks: int, sharding: str, grad_accum: int) -> None:
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
-        raise PlanError(f"optimizer {optimizer!r} is unknown; choose {', '.join(OPTIMIZERS)}")
+        raise PlanError(
+            f"optimizer {optimizer!r} is unknown; choose {', '.join(OPTIMIZERS)}", "optimizer", code="unknown-choice"
+        )
     if sharding not in SHARDINGS:
-        raise PlanError(f"sharding {sharding!r} is unknown; choose {', '.join(SHARDINGS)}")
+        raise PlanError(
+            f"sharding {sharding!r} is unknown; choose {', '.join(SHARDINGS)}", "sharding", code="unknown-choice"
+        )
     if ranks < 1:
-        raise PlanError(f"ranks {ranks}: at least one process trains")
+        raise PlanError(f"ranks {ranks}: at least one process trains", "ranks", code="out-of-range")
     if grad_accum < 1:
-        raise PlanError(f"grad_accum {grad_accum}: an update takes at least one forward pass")
+        raise PlanError(
+            f"grad_accum {grad_accum}: an update takes at least one forward pass", "grad_accum", code="out-of-range"
+        )

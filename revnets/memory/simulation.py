@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from revnets.config.errors import ArgumentError
 from revnets.engine import lost_bits
 from revnets.engine.cell import FixedGain, Gain
 from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
@@ -76,7 +77,11 @@ def total(outputs: Any) -> Tensor:
     """A scalar that every differentiable output takes part in."""
     terms = [tensor.float().mean() for tensor in tensors(outputs) if tensor.requires_grad]
     if not terms:
-        raise ValueError("no output of the model requires a gradient, so there is no training step to look at")
+        raise ArgumentError(
+            "no output of the model requires a gradient, so there is no training step to look at",
+            "model",
+            code="no-gradient",
+        )
     return torch.stack(terms).sum()
 
 

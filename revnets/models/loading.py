@@ -54,7 +54,7 @@ def load_model(source: Source | NetSpec, overrides: Sequence[str] = ()) -> nn.Mo
             try:
                 return _called(name, imported("model", name), options)
             except PartError as error:
-                raise SpecError(name, "", error.problem, error.remedy) from error
+                raise SpecError(name, "", error.problem, error.remedy, error.code) from error
     zoos, missing = _zoos()
     for zoo in zoos:
         if name in zoo.names():
@@ -63,7 +63,7 @@ def load_model(source: Source | NetSpec, overrides: Sequence[str] = ()) -> nn.Mo
     near = get_close_matches(name, known, n=1)
     remedy = f"Did you mean {near[0]}?" if near else "Give a YAML file, a model's name or package.module:function"
     reason = f" (names of {', '.join(missing)} are not available)" if missing else ""
-    raise SpecError(name, "", f"there is neither such a file nor such a model{reason}", remedy)
+    raise SpecError(name, "", f"there is neither such a file nor such a model{reason}", remedy, code="unknown-model")
 
 
 def _zoos() -> tuple[list[Zoo], list[str]]:
@@ -91,7 +91,11 @@ def _called(name: str, factory: Any, options: dict[str, Any]) -> nn.Module:
         raise
     except Exception as error:  # whatever a model's code may raise
         said = next(iter(str(error).splitlines()), "")
-        raise SpecError(name, "", f"{type(error).__name__}: {said}", "Check its options") from error
+        raise SpecError(
+            name, "", f"{type(error).__name__}: {said}", "Check its options", code="component-failed"
+        ) from error
     if not isinstance(model, nn.Module):
-        raise SpecError(name, "", f"gives a {type(model).__name__}", "It must give a torch.nn.Module")
+        raise SpecError(
+            name, "", f"gives a {type(model).__name__}", "It must give a torch.nn.Module", code="invalid-component"
+        )
     return model

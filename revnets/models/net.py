@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnets.config.errors import SpecError
+from revnets.config.errors import ArgumentError, SpecError
 from revnets.config.loader import Source as ConfigSource
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import LevelSpec, NetSpec, load_spec
@@ -160,7 +160,14 @@ def _part(source: str, key: str, kind: str, name: str, **arguments: Any) -> nn.M
         said = next(iter(str(error).splitlines()), "")
         if not isinstance(error, ValueError):
             said = f"{type(error).__name__}: {said}"
-        raise SpecError(source, key, f"{who}: {said}") from error
+        code = error.code if isinstance(error, ArgumentError) else "component-failed"
+        raise SpecError(source, key, f"{who}: {said}", code=code) from error
     if not isinstance(part, nn.Module):
-        raise SpecError(source, key, f"{who} gives a {type(part).__name__}", "It must give a torch.nn.Module")
+        raise SpecError(
+            source,
+            key,
+            f"{who} gives a {type(part).__name__}",
+            "It must give a torch.nn.Module",
+            code="invalid-component",
+        )
     return part

@@ -51,7 +51,7 @@ def plan(
     try:
         limit = None if budget is None else parse_budget(budget)
     except ValueError as error:
-        raise PlanError(f"budget {error}") from None
+        raise PlanError(f"budget {error}", "budget") from None
     if isinstance(model_or_spec, nn.Module):
         model = model_or_spec
     else:

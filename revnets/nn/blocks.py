@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from revnets.config.errors import ArgumentError
 from revnets.config.registry import register_block
 
 # Types of options with their ranges: what a YAML gives is checked against the signature (revnets/config/components.py).
@@ -42,7 +43,7 @@ class DropPath(nn.Module):
     def __init__(self, rate: float = 0.0):
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"drop_path {rate}: a rate lies in [0, 1)")
+            raise ArgumentError(f"drop_path {rate}: a rate lies in [0, 1)", "drop_path", code="out-of-range")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +104,9 @@ class ConvNeXtBlock(nn.Module):
     ):
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size {kernel_size} would change the size of the image. Give an odd number")
+            raise ArgumentError(
+                f"kernel_size {kernel_size} would change the size of the image. Give an odd number", "kernel_size"
+            )
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.mlp = MLP(dim, expand * dim)
@@ -125,7 +128,11 @@ class Attention(nn.Module):
         if dim % heads:
             fits = sorted((count for count in range(1, dim + 1) if dim % count == 0), key=lambda n: abs(n - heads))[:3]
             near = ", ".join(str(count) for count in sorted(fits))
-            raise ValueError(f"{dim} channels do not divide into {heads} heads. Give another dim, or heads {near}")
+            raise ArgumentError(
+                f"{dim} channels do not divide into {heads} heads. Give another dim, or heads {near}",
+                "heads",
+                code="not-divisible",
+            )
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -154,7 +161,11 @@ class ViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 3:
-            raise ValueError(f"attention needs positions, (B, N, C) or (B, H, W, C), but the state is {tuple(x.shape)}")
+            raise ArgumentError(
+                f"attention needs positions, (B, N, C) or (B, H, W, C), but the state is {tuple(x.shape)}",
+                "x",
+                code="shape-mismatch",
+            )
         tokens = x.flatten(1, -2)
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
         tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revnets.config.errors import ArgumentError
 from revnets.config.registry import register_fusion
 from revnets.nn.blocks import EPS, conv2d, init_weights
 
@@ -105,9 +106,11 @@ class ConvNeXtFusion(nn.Module):
             return sum_up(path(read) for path, read in zip(self.paths, reads, strict=True))
         for read in reads:
             if read.dim() != 4:
-                raise ValueError(
+                raise ArgumentError(
                     f"fusion convnext resamples images (B, H, W, C), but a read has shape {tuple(read.shape)}. For "
-                    "vectors and tokens choose fusion linear"
+                    "vectors and tokens choose fusion linear",
+                    "reads",
+                    code="shape-mismatch",
                 )
         outs = [path(read) for path, read in zip(self.paths, reads, strict=True)]
         h = min(out.shape[1] for out in outs)  # upsampling a rounded-up size overshoots
@@ -152,9 +155,11 @@ class IdentityFusion(nn.Module):
         _same_resolution(reduction, sources)
         for source in sources:
             if source.dim != dim:
-                raise ValueError(
+                raise ArgumentError(
                     f"it adds reads as they are, but one has {source.dim} channels and the level {dim}. "
-                    "Choose fusion linear, or equal dims"
+                    "Choose fusion linear, or equal dims",
+                    "sources",
+                    code="shape-mismatch",
                 )
 
     def forward(self, *reads: Tensor) -> Tensor:
@@ -173,7 +178,9 @@ def sum_up(terms: Iterable[Tensor]) -> Tensor:
 def _same_resolution(reduction: int, sources: list[Source]) -> None:
     for source in sources:
         if source.reduction != reduction:
-            raise ValueError(
+            raise ArgumentError(
                 f"it joins levels of one resolution, but reads 1/{source.reduction} into 1/{reduction} of the stem's. "
-                "Choose fusion convnext, or stride 1 at every level"
+                "Choose fusion convnext, or stride 1 at every level",
+                "sources",
+                code="shape-mismatch",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from revnets.config.errors import ArgumentError
 from revnets.config.registry import register_stem
 from revnets.nn.blocks import EPS, Count, init_weights
 
@@ -39,7 +40,11 @@ class TokenStem(nn.Module):
     def __init__(self, dim: int, img_size: Count, in_chans: Count = 3, patch: Count = 16):
         super().__init__()
         if img_size % patch:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch {patch}. Change one of them")
+            raise ArgumentError(
+                f"img_size {img_size} is not a multiple of patch {patch}. Change one of them",
+                "img_size",
+                code="not-divisible",
+            )
         self.img_size = img_size
         self.example_shape = (in_chans, img_size, img_size)
         self.conv = nn.Conv2d(in_chans, dim, patch, stride=patch)
@@ -50,8 +55,10 @@ class TokenStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != (self.img_size, self.img_size):
             height, width = x.shape[-2:]
-            raise ValueError(
-                f"images of {height} x {width}, but the position embeddings are for img_size {self.img_size}"
+            raise ArgumentError(
+                f"images of {height} x {width}, but the position embeddings are for img_size {self.img_size}",
+                "img_size",
+                code="shape-mismatch",
             )
         return self.conv(x).flatten(2).transpose(1, 2) + self.pos_embed
 
