@@ -138,6 +138,7 @@ def trusted(held: Held, name: str) -> Tensor:
     if held.tensor._version != held.version:
         raise ReplayError(
             f"{name} was changed in place after the forward (version {held.tensor._version}, expected {held.version}), "
-            "so backward cannot use it. Work on a copy: tensor.clone()"
+            "so backward cannot use it. Work on a copy: tensor.clone()",
+            code="changed-in-place",
         )
     return held.tensor

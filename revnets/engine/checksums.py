@@ -44,14 +44,18 @@ class Verifier:
         elif self._differs(node.residual, past):
             raise ReconstructionError(
                 f"the state of {self._place(node.residual)} comes back with other bits than it had. It was rebuilt by "
-                f"{name}, at {self._place(node.index)}, whose replay computes something else than its forward. {CAUSES}"
+                f"{name}, at {self._place(node.index)}, whose replay computes something else than its forward. "
+                f"{CAUSES}",
+                cell=self.graph.name(node.index),
             )
 
     def replayed(self, node: Node, name: str, state: Tensor) -> None:
         """x_t, as the replay of cell t computes it again."""
         if node.residual not in self.drifted and not self._has_drifted(node) and self._differs(node.index, state):
             raise ReconstructionError(
-                f"{name}, at {self._place(node.index)}, gives another state in its replay than in its forward. {CAUSES}"
+                f"{name}, at {self._place(node.index)}, gives another state in its replay than in its forward. "
+                f"{CAUSES}",
+                cell=self.graph.name(node.index),
             )
 
     def _has_drifted(self, node: Node) -> bool:

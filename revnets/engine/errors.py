@@ -4,8 +4,20 @@ from __future__ import annotations
 
 
 class ReplayError(RuntimeError):
-    """A replay that cannot give, or did not give, what the forward gave."""
+    """A replay that cannot give, or did not give, what the forward gave.
+
+    Attributes:
+        code: the kind of error, a short name that does not change with the words.
+        cell: the name of the cell that it is about, such as "c1.l0", if it is about one.
+    """
+
+    def __init__(self, message: str = "", *, code: str = "replay-mismatch", cell: str | None = None):
+        super().__init__(message)
+        self.code, self.cell = code, cell
 
 
 class ReconstructionError(ReplayError):
     """A state of the backward is not, bit for bit, that of the forward."""
+
+    def __init__(self, message: str = "", *, code: str = "state-mismatch", cell: str | None = None):
+        super().__init__(message, code=code, cell=cell)

@@ -106,14 +106,16 @@ class Surrounding:
             if weight.tensor._version != weight.version:
                 raise ReplayError(
                     f"a parameter of shape {tuple(weight.tensor.shape)} was changed in place (an optimizer step?) "
-                    "between the forward and its backward; call backward() before the step"
+                    "between the forward and its backward; call backward() before the step",
+                    code="changed-in-place",
                 )
         for (index, name), (buffer, version) in self._read.items():
             if buffer._version != version and (id(buffer), version) not in self._overwritten:
                 raise ReplayError(
                     f"the buffer {name} of {type(self._modules[index]).__name__} was changed in place between the "
                     "forward and its backward; call backward() before. (DDP writes buffers in every forward unless it "
-                    "is given broadcast_buffers=False.)"
+                    "is given broadcast_buffers=False.)",
+                    code="changed-in-place",
                 )
         with ExitStack() as stack:
             for autocast in self._autocast:

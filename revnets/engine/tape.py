@@ -157,12 +157,16 @@ class Tape:
         if past is not None and not is_unchanged(state, *coupled[0]):
             raise ReplayError(
                 f"{self._name(node)} does not return the state that its coupling made; a forward hook on the cell, "
-                "perhaps? What lies behind the coupling cannot be inverted: hook `cell.function` instead"
+                "perhaps? What lies behind the coupling cannot be inverted: hook `cell.function` instead",
+                code="output-changed",
+                cell=self.graph.name(node.index),
             )
         if [read._version for read in reads] != versions:
             raise ReplayError(
                 f"{self._name(node)} changed one of its reads in place; other cells still need that state. "
-                "Work on a copy, or use the out-of-place operation"
+                "Work on a copy, or use the out-of-place operation",
+                code="changed-in-place",
+                cell=self.graph.name(node.index),
             )
         self.frames.append(frame)
         self._settle(node)
@@ -196,7 +200,11 @@ class Tape:
         """Honour a ticket: the k-th tensor that cell t saved."""
         if self.top < 0:
             name = self.graph.name(t)
-            raise ReplayError(f"cell {name} is asked for what it saved before the forward is over. {_EARLY}")
+            raise ReplayError(
+                f"cell {name} is asked for what it saved before the forward is over. {_EARLY}",
+                code="early-replay",
+                cell=name,
+            )
         frame = self._frame(t)
         with self.lock:
             if k not in frame.saved:
@@ -301,19 +309,23 @@ class Tape:
         if len(saved) != len(frame.metas):
             raise ReplayError(
                 f"{self._name(frame.node)} saved {len(frame.metas)} tensors in its forward and {len(saved)} in its "
-                f"replay. {causes}"
+                f"replay. {causes}",
+                cell=self.graph.name(frame.node.index),
             )
         for k, (held, meta) in enumerate(zip(saved, frame.metas, strict=True)):
             now = Meta.of(held.tensor)
             if now != meta:
                 raise ReplayError(
                     f"{self._name(frame.node)}: saved tensor {k} was {tuple(meta)} in the forward and is {tuple(now)} "
-                    f"in the replay. {causes}"
+                    f"in the replay. {causes}",
+                    cell=self.graph.name(frame.node.index),
                 )
             if held.tensor._version != held.version:
                 raise ReplayError(
                     f"{self._name(frame.node)}: saved tensor {k} of shape {tuple(now.shape)} is needed for the "
-                    "gradient, but the cell changes it in place later on. Use the out-of-place operation"
+                    "gradient, but the cell changes it in place later on. Use the out-of-place operation",
+                    code="changed-in-place",
+                    cell=self.graph.name(frame.node.index),
                 )
 
 
@@ -328,4 +340,4 @@ _EARLY = (
 
 
 def _never(_: int) -> Tensor:
-    raise ReplayError(f"a replay is asked for what it saves before it is over. {_EARLY}")
+    raise ReplayError(f"a replay is asked for what it saves before it is over. {_EARLY}", code="early-replay")
