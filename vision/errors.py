@@ -5,27 +5,61 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from revnets.config.errors import ConfigError
+
+
+def run_error(key: str, message: str, hint: str = "", code: str = "invalid-value") -> ConfigError:
+    """The error for a key of a training run that only fails when the run is set up, such as `data.root`."""
+    return ConfigError("training run", key, message, hint, code)
+
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; says where, what is safe, and what to try."""
+    """A run that cannot go on; says where, what is safe, and what to try. `code` is the kind of error."""
+
+    def __init__(self, message: str, code: str):
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
+        return TrainingError, (str(self), self.code)
 
 
 class DataError(RuntimeError):
     """Data that cannot be read. A loader's worker hands it on with its traceback before the line that counts."""
+
+    code = "unreadable-data"  # the only one: workers hand on nothing but the text
 
     def __init__(self, text: str):
         super().__init__(text.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used: names the file, what is wrong, and what to do."""
+    """A checkpoint that cannot be written, read or used: names the file, what is wrong, and what to do.
 
-    def __init__(self, path: Path | str, problem: str, remedy: str):
-        self.path, self.problem, self.remedy = path, problem, remedy
-        super().__init__(f"{path}: {problem}. {remedy}")
+    Attributes:
+        path: the file; also `source`.
+        message, hint: what is wrong and what to do; also `problem` and `remedy`.
+        code: the kind of error, one of `revnets.config.error_codes.CODES`.
+    """
+
+    def __init__(self, path: Path | str, message: str, hint: str, code: str = "wrong-format"):
+        self.path, self.message, self.hint, self.code = path, message, hint, code
+        super().__init__(f"{path}: {message}. {hint}")
 
     def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
-        return CheckpointError, (self.path, self.problem, self.remedy)
+        return CheckpointError, (self.path, self.message, self.hint, self.code)
+
+    @property
+    def source(self) -> str:
+        return str(self.path)
+
+    @property
+    def problem(self) -> str:
+        return self.message
+
+    @property
+    def remedy(self) -> str:
+        return self.hint
 
 
 EXPECTED = (TrainingError, DataError, CheckpointError)

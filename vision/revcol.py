@@ -11,6 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from revnets import NetSpec, SpecError, load_spec
+from revnets.config.errors import ArgumentError
 from revnets.config.net_spec import dump
 from vision.models.architecture import RevCol
 from vision.paths import MODELS as MODELS
@@ -104,7 +105,11 @@ def revise(
     for key, values in (("dim", dims), ("depth", depths)):
         if values is not None:
             if len(values) != len(data["levels"]):
-                raise ValueError(f"{key}s = {list(values)}: give {len(data['levels'])} values, one a level")
+                raise ArgumentError(
+                    f"{key}s = {list(values)}: give {len(data['levels'])} values, one a level",
+                    f"{key}s",
+                    code="wrong-length",
+                )
             for level, value in zip(data["levels"], values, strict=True):
                 level[key] = value
     if kernel_size is not None:
@@ -142,7 +147,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
             **kwargs,
         )
     except SpecError as error:
-        raise SpecError(variant, error.key, error.problem, error.remedy) from None
+        raise SpecError(variant, error.key, error.problem, error.remedy, error.code) from None
 
 
 @register_model

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnets.config.errors import SpecError
+from revnets.config.errors import option_error
 from revnets.engine.columns import ReversibleColumns, observed
 
 LEAST = 4
@@ -46,10 +46,10 @@ class Similarity(NamedTuple):
         """
         if self.samples < LEAST:
             problem = f"{self.samples} images can be read in the batches, and HSIC needs {LEAST}"
-            raise SpecError("command line", "--batch", problem, "Give more")
+            raise option_error("--batch", problem, "Give more", code="too-few-samples")
         if self.labels.isnan().all():
             problem = f"all {self.samples} images are of one class, so labels explain nothing"
-            raise SpecError("command line", "--batch", problem, "Give more, or --shuffle")
+            raise option_error("--batch", problem, "Give more, or --shuffle", code="too-few-samples")
 
 
 @torch.no_grad()

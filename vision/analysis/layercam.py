@@ -52,7 +52,7 @@ def layercam(model: nn.Module, columns: ReversibleColumns, images: Tensor, class
         score = scores.gather(1, chosen[:, None]).sum()
     for shape in (tuple(state.shape) for state in states if state.ndim != 4):
         problem = f"it has states of shape {shape}, and maps need images (B, H, W, C)"
-        raise SpecError(type(model).__name__, "", problem, "Give a net whose levels are images")
+        raise SpecError(type(model).__name__, "", problem, "Give a net whose levels are images", code="shape-mismatch")
     gradients = torch.autograd.grad(score, states, allow_unused=True)
     maps = [
         torch.zeros_like(state[..., 0]) if gradient is None else (gradient.relu() * state.detach()).sum(-1).relu()

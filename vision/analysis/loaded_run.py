@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from revnets import ReversibleColumns, SpecError
-from revnets.config.errors import nearest
+from revnets.config.errors import nearest, option_error
 from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
@@ -77,7 +77,9 @@ class Subject:
             return classes.index(name)
         if name.isdecimal() and int(name) < len(classes):
             return int(name)
-        raise SpecError("command line", "--class", f"there is no class {name!r}", nearest(name, classes, "There are"))
+        raise option_error(
+            "--class", f"there is no class {name!r}", nearest(name, classes, "There are"), code="unknown-choice"
+        )
 
     def caption(self, scores: Tensor, shown: int, true: int | None) -> str:
         """What is predicted with scores (num_classes,), which class is `shown`, and which is right if that is known."""
@@ -100,10 +102,10 @@ class Subject:
             found = self.data.val[index] if index < len(self.data.val) else None
         if found is None:
             problem = f"the validation set has no image {index}; it has {len(self.data.val)}, from 0 on"
-            raise SpecError("command line", "--index", problem, "Give a lower number")
+            raise option_error("--index", problem, "Give a lower number", code="out-of-range")
         image, label = found
         if int(label) < 0:
-            raise SpecError("command line", "--index", f"image {index} cannot be read", "Give another")
+            raise option_error("--index", f"image {index} cannot be read", "Give another", code="unreadable-data")
         return image[None].to(self.device), int(label)
 
     def image_of(self, path: Path) -> Tensor:
@@ -116,7 +118,9 @@ class Subject:
             picture = Image.open(path).convert("RGB" if self.data.shape[0] == 3 else "L")
         except (OSError, SyntaxError, ValueError) as error:
             problem = f"{path} cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
-            raise SpecError("command line", "--image", problem, "Give a picture such as a .jpg or .png") from None
+            raise option_error(
+                "--image", problem, "Give a picture such as a .jpg or .png", code="unreadable-file"
+            ) from None
         if isinstance(self.config.data, ImagesConfig):
             image = val_transform(self.config.data)(picture)
         else:
@@ -156,16 +160,24 @@ def load_subject(source: str, overrides: Sequence[str] = (), weights: str = "aut
     else:
         known = [*timm.list_models("*revcol*"), *(file.stem for file in CONFIGS.glob("*.yaml"))]
         problem = "neither a checkpoint, the folder of a run, a model of timm's, nor a YAML of a run"
-        raise SpecError(source, "", problem, nearest(source, known, "Models with columns are"))
+        raise SpecError(source, "", problem, nearest(source, known, "Models with columns are"), code="unknown-model")
     torch.manual_seed(config.seed)
     data, device = load_data(config.data, config.seed), builders.choose_device(config.device)
     model = builders.build_model(config, data)
     if state is not None:
         key = {"raw": "model", "ema": "ema", "auto": "ema" if state["ema"] is not None else "model"}[weights]
         if state[key] is None:
-            raise CheckpointError(path, "it holds no averaged weights", "Take those of the model: --weights raw")
+            raise CheckpointError(
+                path, "it holds no averaged weights", "Take those of the model: --weights raw", code="missing-weights"
+            )
         manager.load_weights(model, state[key], path)
     columns = builders.columns_of(model)
     if columns is None:
-        raise SpecError(source, "", "this model has no reversible columns", "Give one that has, such as revcol_tiny")
+        raise SpecError(
+            source,
+            "",
+            "this model has no reversible columns",
+            "Give one that has, such as revcol_tiny",
+            code="no-columns",
+        )
     return Subject(source, model.to(device).eval(), columns, data, config, device)

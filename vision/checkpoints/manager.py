@@ -118,7 +118,9 @@ class Checkpoints:
             before = self.all()
             kept = f"{before[-1]} is intact" if before else "there is none before it"
             problem = f"cannot be written ({why_not_written(error)}); {kept}"
-            raise CheckpointError(path, problem, "Free some space, then go on with resume=auto") from error
+            raise CheckpointError(
+                path, problem, "Free some space, then go on with resume=auto", code="unwritable-file"
+            ) from error
 
     def _tidy(self, path: Path, best: bool) -> None:
         remove_leftovers(self.folder)
@@ -160,7 +162,7 @@ def in_run(path: Path) -> Path:
     for candidate in (run.best, *reversed(run.all())):
         if candidate.exists():
             return candidate
-    raise CheckpointError(path, "this folder holds no checkpoints", "Give a run, or a checkpoint")
+    raise CheckpointError(path, "this folder holds no checkpoints", "Give a run, or a checkpoint", code="missing-file")
 
 
 def step_of(path: Path) -> int:
@@ -183,7 +185,10 @@ def read(path: Path, world: World | None = None) -> dict[str, Any]:
     if path.is_dir():
         if not (path / STATE).exists():
             raise CheckpointError(
-                path, f"this folder has no {STATE}", "Give a checkpoint, a .pt file or a step-N folder"
+                path,
+                f"this folder has no {STATE}",
+                "Give a checkpoint, a .pt file or a step-N folder",
+                code="missing-file",
             )
         try:
             state = read_shards(
@@ -192,13 +197,15 @@ def read(path: Path, world: World | None = None) -> dict[str, Any]:
         except (KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(path, "its shards do not belong together", "Use an older checkpoint") from None
+            raise CheckpointError(
+                path, "its shards do not belong together", "Use an older checkpoint", code="damaged-file"
+            ) from None
     else:
         state = _load(path, mmap=world.size > 1)
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
     if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
         text = f"layout {state['format']}, but this version reads {FORMAT}"
-        raise CheckpointError(path, text, "Use the version of revnets that wrote it")
+        raise CheckpointError(path, text, "Use the version of revnets that wrote it", code="version-mismatch")
     if missing:
         problem = f"not a checkpoint of a training run: {', '.join(missing)} missing"
         raise CheckpointError(path, problem, "Use a file that `revnets train` wrote")
@@ -209,14 +216,14 @@ def _load(path: Path, mmap: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
-        raise CheckpointError(path, "there is no such file", "Check the path") from None
+        raise CheckpointError(path, "there is no such file", "Check the path", code="missing-file") from None
     except PermissionError:
-        raise CheckpointError(path, "may not be read", "Check its permissions") from None
+        raise CheckpointError(path, "may not be read", "Check its permissions", code="unreadable-file") from None
     except pickle.UnpicklingError:  # its text recommends to execute the file
         problem = "not a checkpoint, or it holds more than plain data"
         raise CheckpointError(path, problem, "Use a file that `revnets train` wrote") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError):
-        raise CheckpointError(path, "damaged or cut short", "Use an older checkpoint") from None
+        raise CheckpointError(path, "damaged or cut short", "Use an older checkpoint", code="damaged-file") from None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor | Piece], path: Path) -> None:
@@ -242,12 +249,12 @@ def _fill(own: Mapping[str, Tensor], weights: Mapping[str, Tensor | Piece], path
     for name, tensor in own.items():
         given = weights.get(name)
         if given is None:
-            raise CheckpointError(path, f"of another model: it lacks {name}", remedy)
+            raise CheckpointError(path, f"of another model: it lacks {name}", remedy, code="weights-mismatch")
         if given.shape != tensor.shape:
             problem = f"of another model: {name} has the shape {tuple(given.shape)}, not {tuple(tensor.shape)}"
-            raise CheckpointError(path, problem, remedy)
+            raise CheckpointError(path, problem, remedy, code="weights-mismatch")
     if extra := sorted(set(weights) - set(own)):
-        raise CheckpointError(path, f"of another model: it also has {extra[0]}", remedy)
+        raise CheckpointError(path, f"of another model: it also has {extra[0]}", remedy, code="weights-mismatch")
     for name, tensor in own.items():
         copy_into(tensor, weights[name])
 

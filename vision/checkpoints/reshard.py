@@ -23,7 +23,7 @@ def reshard(source: Path, target: Path, count: int) -> None:
     """
     state = read(source)
     if target.exists():
-        raise CheckpointError(target, "exists already", "Give a new path")
+        raise CheckpointError(target, "exists already", "Give a new path", code="file-exists")
     try:
         if not count:
             save_file(target, state)
@@ -35,4 +35,6 @@ def reshard(source: Path, target: Path, count: int) -> None:
             save_file(folder / STATE, {**rest, "shards": count})
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         problem = f"cannot be written ({first_line(error)}); {source} is untouched"
-        raise CheckpointError(target, problem, "Free some space, or give another path") from error
+        raise CheckpointError(
+            target, problem, "Free some space, or give another path", code="unwritable-file"
+        ) from error

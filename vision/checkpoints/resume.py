@@ -10,7 +10,7 @@ from revnets import SpecError
 from vision.checkpoints import manager
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
-from vision.errors import CheckpointError
+from vision.errors import CheckpointError, run_error
 
 FIXED = ("task", "seed", "data", "batch_size", "optimizer", "supervision", "pretrained")
 """Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.
@@ -40,11 +40,15 @@ def find(config: TrainConfig, world: World, there: list[Path], say: Callable[[st
     remedy = "Use resume=auto to go on with it, or another output"
     if resume == "none":
         if there:
-            raise SpecError(name, "output", f"{config.output} holds a run already ({there[-1].name})", remedy)
+            raise SpecError(
+                name, "output", f"{config.output} holds a run already ({there[-1].name})", remedy, code="run-exists"
+            )
         return None
     state = manager.read(Path(resume), world)
     if there and manager.step_of(there[-1]) > state["progress"]["step"]:
-        raise SpecError(name, "output", f"{config.output} holds a later checkpoint, {there[-1].name}", remedy)
+        raise SpecError(
+            name, "output", f"{config.output} holds a later checkpoint, {there[-1].name}", remedy, code="run-exists"
+        )
     return Path(resume)
 
 
@@ -61,7 +65,9 @@ def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path
         return path
     if len(problems) > 1:
         problem = f"{problems[0].problem}; none of the {len(problems)} checkpoints here can be read"
-        raise CheckpointError(there[-1], problem, "Give another output, or resume a copy kept elsewhere")
+        raise CheckpointError(
+            there[-1], problem, "Give another output, or resume a copy kept elsewhere", code=problems[0].code
+        )
     if problems:
         raise problems[0]
     return None
@@ -98,7 +104,7 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
 
 def _refuse(key: str, ours: Any, theirs: Any, path: Path) -> None:
     problem = f"{ours}, but the run of {path} has {theirs}"
-    raise SpecError("training run", key, problem, "Resume it with that, or give another output")
+    raise run_error(key, problem, "Resume it with that, or give another output", code="settings-differ")
 
 
 def _first_difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:

@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Column, Table
 from torch import Tensor
 
-from revnets import SpecError
+from revnets.config.errors import option_error
 from revnets.plotting.style import FORMATS, save
 from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
@@ -71,7 +71,9 @@ def evaluate_checkpoint(
         revnets.SpecError: an override is wrong, `png` has another suffix than those of pictures, or classes do not fit.
     """
     if png is not None and png.suffix.lower().removeprefix(".") not in FORMATS:
-        raise SpecError("command line", "--png", f"{png} is no picture", f"Let it end in .{', .'.join(FORMATS)}")
+        raise option_error(
+            "--png", f"{png} is no picture", f"Let it end in .{', .'.join(FORMATS)}", code="unknown-suffix"
+        )
     console = Console()
     given = _of_run(path, overrides) if recipe is None else _of_weights(path, recipe, overrides)
     config, device = given.config, builders.choose_device(given.config.device)
@@ -115,8 +117,8 @@ def evaluate_checkpoint(
     console.print(table)
     if png is not None:
         if counting.confusion is None:
-            raise SpecError(
-                "command line", "--png", f"{len(data.classes)} classes are too many to draw", "Leave it out"
+            raise option_error(
+                "--png", f"{len(data.classes)} classes are too many to draw", "Leave it out", code="out-of-range"
             )
         save(confusion_figure(counting.confusion, data.classes), png)
         console.print(f"wrote {png}", soft_wrap=True, highlight=False, markup=False)
@@ -127,7 +129,7 @@ def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
     path = manager.in_run(path)
     if path.suffix in convert.SUFFIXES and path.exists():
         remedy = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
-        raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy)
+        raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy, code="missing-config")
     state = manager.read(path)
     sets = {
         name: (state[model], state[heads])
@@ -163,7 +165,7 @@ def _known(
         if count and count != len(data.classes):
             problem = f"the weights are for {count} classes, the data have {len(data.classes)}"
             remedy = "If these are some of the model's, add --subset, which matches them by name"
-            raise SpecError("command line", "--subset", problem, remedy)
+            raise option_error("--subset", problem, remedy, code="class-mismatch")
         named = sum(not name.isdecimal() for name in data.classes)
         if 0 < named < len(data.classes):
             text = f"data.num_classes is {len(data.classes)}, but the data name {named} classes, here the first ones."

@@ -59,7 +59,9 @@ class AugmentConfig(Strict):
     def _policy(cls, text: str | None) -> str | None:
         policies = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
         if text is not None and text.split("-")[0] not in policies:
-            raise problem(f"{text!r} is no policy of timm's", "Give for example rand-m9-mstd0.5-inc1")
+            raise problem(
+                f"{text!r} is no policy of timm's", "Give for example rand-m9-mstd0.5-inc1", code="invalid-syntax"
+            )
         return text
 
 
@@ -108,13 +110,18 @@ class ImagesConfig(Strict):
         ):
             return name + "/" * (name == "wds")
         known = ["digits", "idx", *READERS]
-        raise problem(f"there is no data set or reader {name!r}", nearest(name, known, "There are"))
+        raise problem(
+            f"there is no data set or reader {name!r}", nearest(name, known, "There are"), code="unknown-choice"
+        )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.root is None and self.name in ("folder", "tar", "wds/"):
             raise problem(
-                "this key is missing", "Give the folder of the data, as in `data.root=/data/imagenet`", "root"
+                "this key is missing",
+                "Give the folder of the data, as in `data.root=/data/imagenet`",
+                "root",
+                code="missing-key",
             )
         return self
 
@@ -124,13 +131,13 @@ def _by_name(value: Any) -> Any:
     if isinstance(value, Strict):
         return value
     if not isinstance(value, dict):
-        raise problem(what(value), "Give a mapping, as in {name: folder, root: /data/imagenet}")
+        raise problem(what(value), "Give a mapping, as in {name: folder, root: /data/imagenet}", code="wrong-type")
     kind = {"digits": DigitsConfig, "idx": IdxConfig}.get(value.get("name", "digits"), ImagesConfig)
     try:
         return validate(TypeAdapter(kind), value)
     except ValidationError as error:
         complaint = explain(error, value, kind)
-    raise problem(complaint.problem, complaint.remedy, *complaint.keys)
+    raise problem(complaint.problem, complaint.remedy, *complaint.keys, code=complaint.code)
 
 
 DataConfig = Annotated[DigitsConfig | IdxConfig | ImagesConfig, BeforeValidator(_by_name)]

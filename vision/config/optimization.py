@@ -27,7 +27,7 @@ class OptimizerConfig(Strict):
     def _known(cls, name: str) -> str:
         known = [str(item) for item in list_optimizers()]
         if name.lower() not in known:
-            raise problem(f"timm has no optimizer {name!r}", nearest(name, known, "It has"))
+            raise problem(f"timm has no optimizer {name!r}", nearest(name, known, "It has"), code="unknown-choice")
         return name
 
     def lr_factor(self, images: int) -> float:
@@ -72,5 +72,9 @@ class MixupConfig(Strict):
     @model_validator(mode="after")
     def _mixes(self) -> Self:
         if self.mixup_alpha == self.cutmix_alpha == 0:
-            raise problem("neither mixup nor cutmix is on", "Give mixup_alpha or cutmix_alpha, or write mixup: null")
+            raise problem(
+                "neither mixup nor cutmix is on",
+                "Give mixup_alpha or cutmix_alpha, or write mixup: null",
+                code="missing-key",
+            )
         return self

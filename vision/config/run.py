@@ -34,7 +34,9 @@ class TimmModel(BaseModel):
         import timm
 
         if not timm.is_model(name):
-            raise problem(f"timm has no model {name!r}", nearest(name, timm.list_models(), "It has"))
+            raise problem(
+                f"timm has no model {name!r}", nearest(name, timm.list_models(), "It has"), code="unknown-model"
+            )
         return name
 
     @property
@@ -46,7 +48,7 @@ def _model(value: Any) -> Any:
     if not isinstance(value, dict) or "timm" not in value:
         return value
     if not isinstance(value["timm"], str):
-        raise problem(what(value["timm"]), "Give the name of a model, such as revcol_tiny", "timm")
+        raise problem(what(value["timm"]), "Give the name of a model, such as revcol_tiny", "timm", code="wrong-type")
     return TimmModel(**value)
 
 
@@ -120,14 +122,18 @@ class TrainConfig(Strict):
             if name != "auto":
                 torch.device(name)
         except RuntimeError:
-            raise problem(f"torch has no device {name!r}", "Give auto, cpu, cuda, cuda:1, ...") from None
+            raise problem(
+                f"torch has no device {name!r}", "Give auto, cpu, cuda, cuda:1, ...", code="unknown-choice"
+            ) from None
         return name
 
     @field_validator("compile")
     @classmethod
     def _is_backend(cls, name: str | None) -> str | None:
         if name is not None and name not in (known := torch.compiler.list_backends(exclude_tags=())):
-            raise problem(f"torch.compile has no backend {name!r}", nearest(name, known, "It has"))
+            raise problem(
+                f"torch.compile has no backend {name!r}", nearest(name, known, "It has"), code="unknown-choice"
+            )
         return name
 
     @model_validator(mode="after")
@@ -138,21 +144,42 @@ class TrainConfig(Strict):
                 "Give fewer, a part of one such as 0.5 will do",
                 "schedule",
                 "warmup_epochs",
+                code="conflicting-values",
             )
         if self.mixup and self.batch_size % 2:
-            raise problem(f"mixup pairs images, and {self.batch_size} is odd", "Give an even number", "batch_size")
+            raise problem(
+                f"mixup pairs images, and {self.batch_size} is odd",
+                "Give an even number",
+                "batch_size",
+                code="conflicting-values",
+            )
         if isinstance(self.memory, (str, tuple)) and isinstance(self.model, NetSpec):
             try:
                 memory_modes(self.memory, self.model.columns)
             except ValueError as error:
-                raise problem(str(error), "See docs/reference/yaml.md", "memory") from None
+                raise problem(str(error), "See docs/reference/yaml.md", "memory", code="conflicting-values") from None
         if self.checkpoint == "sharded" and self.parallel != "fsdp":
-            raise problem("only fsdp has shards", "Set parallel: fsdp, or checkpoint: full", "checkpoint")
+            raise problem(
+                "only fsdp has shards",
+                "Set parallel: fsdp, or checkpoint: full",
+                "checkpoint",
+                code="conflicting-values",
+            )
         if self.clip_mode == "agc" and self.parallel == "fsdp":
-            raise problem("agc needs whole weights, and fsdp divides them", "Give norm or value", "clip_mode")
+            raise problem(
+                "agc needs whole weights, and fsdp divides them",
+                "Give norm or value",
+                "clip_mode",
+                code="conflicting-values",
+            )
         if self.supervision is not None and not isinstance(self.model, TimmModel):
             remedy = "Give one of the family, as in {timm: revcol_tiny}"
-            raise problem("only models of timm's registry have heads at their columns", remedy, "supervision")
+            raise problem(
+                "only models of timm's registry have heads at their columns",
+                remedy,
+                "supervision",
+                code="conflicting-values",
+            )
         return self
 
     @field_serializer("model")
@@ -228,5 +255,5 @@ def _file_of(path: Path) -> Path:
         return path
     if str(path) not in recipes:
         remedy = nearest(str(path), sorted(recipes), "Recipes are")
-        raise SpecError(str(path), "", "there is no such file or recipe", remedy)
+        raise SpecError(str(path), "", "there is no such file or recipe", remedy, code="missing-file")
     return recipes[str(path)]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from revnets.config.errors import problem
+from revnets.config.errors import ArgumentError, problem
 from revnets.config.loader import Strict
 
 Weights = Annotated[
@@ -54,11 +54,21 @@ class SupervisionConfig(Strict):
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 0:
-                raise problem(f"{value} has a weight below 0", "Give weights of at least 0", name)
+                raise problem(f"{value} has a weight below 0", "Give weights of at least 0", name, code="out-of-range")
             if isinstance(value, tuple) and len(value) != self.heads:
-                raise problem(f"{len(value)} weights for {self.heads} heads", "Give one number, or one a head", name)
+                raise problem(
+                    f"{len(value)} weights for {self.heads} heads",
+                    "Give one number, or one a head",
+                    name,
+                    code="wrong-length",
+                )
         if isinstance(self.beta, tuple) and self.beta[-1] == 0:
-            raise problem("the last weight is 0, so nothing would train the model's classifier", "Give more", "beta")
+            raise problem(
+                "the last weight is 0, so nothing would train the model's classifier",
+                "Give more",
+                "beta",
+                code="out-of-range",
+            )
         return self
 
     def stops(self, columns: int) -> list[Stop]:
@@ -77,6 +87,10 @@ class SupervisionConfig(Strict):
         if not isinstance(betas, tuple):
             betas = *(betas * RISES[self.schedule]((head + 1) / heads) for head in range(heads - 1)), 1.0
         if not len(alphas) == len(betas) == heads:
-            raise ValueError(f"weights for {self.heads} heads, but the net has {columns} columns. Give one number")
+            raise ArgumentError(
+                f"weights for {self.heads} heads, but the net has {columns} columns. Give one number",
+                "heads",
+                code="wrong-length",
+            )
         ends = [(2 * columns * (head + 1) + heads) // (2 * heads) for head in range(heads)]
         return [Stop(end - 1, alpha, beta) for end, alpha, beta in zip(ends, alphas, betas, strict=True)]

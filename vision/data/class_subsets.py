@@ -9,7 +9,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
-from revnets.config.errors import SpecError
+from revnets.config.errors import option_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,9 @@ def subset(known: Sequence[str], classes: Sequence[str]) -> Subset:
     index = [places.get(name, -1) for name in classes]
     if max(index, default=-1) < 0:
         problem = f"the model knows none of the classes of the data, such as {classes[0]}; it knows {known[0]}, ..."
-        raise SpecError("command line", "--subset", problem, "Name the folders of the data as the model's classes")
+        raise option_error(
+            "--subset", problem, "Name the folders of the data as the model's classes", code="class-mismatch"
+        )
     unknown = tuple(name for name, place in zip(classes, index, strict=True) if place < 0)
     return Subset(torch.tensor(index), unknown)
 
@@ -63,5 +65,5 @@ def imagenet_classes(count: int) -> tuple[str, ...]:
     name = infer_imagenet_subset({"num_classes": count})
     if name is None:
         problem = f"the weights have scores for {count} classes and no names of them, and no variant of ImageNet has so"
-        raise SpecError("command line", "--subset", f"{problem} many", "Give a checkpoint of revnets train")
+        raise option_error("--subset", f"{problem} many", "Give a checkpoint of revnets train", code="class-mismatch")
     return tuple(ImageNetInfo(name).label_names())

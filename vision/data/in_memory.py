@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from revnets.config.errors import SpecError
 from vision.config.data import DigitsConfig, IdxConfig, SmallImagesConfig
 from vision.data.dataset import ImageData
 from vision.data.samplers import Key
 from vision.data.transforms import RandomAffine, scaled
-from vision.errors import first_line
+from vision.errors import first_line, run_error
 
 IDX = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -56,12 +55,16 @@ def load_idx(config: IdxConfig, seed: int) -> ImageData:
         images, labels = read_idx(Path(config.root), images_name, 3), read_idx(Path(config.root), labels_name, 1)
         if len(images) != len(labels):
             problem = f"{images_name} has {len(images)} images, {labels_name} {len(labels)} labels"
-            raise SpecError("training run", "data.root", f"{config.root}: {problem}", "Give files of one data set")
+            raise run_error(
+                "data.root", f"{config.root}: {problem}", "Give files of one data set", code="misaligned-data"
+            )
         found[part] = (_resized(images[:, None], config.img_size), labels.long())
     count = int(max(labels.max() for _, labels in found.values())) + 1
     names = config.classes or tuple(str(number) for number in range(count))
     if len(names) < count:
-        raise SpecError("training run", "data.classes", f"{len(names)} names for {count} classes", "Name every class")
+        raise run_error(
+            "data.classes", f"{len(names)} names for {count} classes", "Name every class", code="wrong-length"
+        )
     images, labels = (tensor[: config.train_samples] for tensor in found["train"])
     return _data(config, seed, (images, labels), found["val"], names)
 
@@ -75,7 +78,7 @@ def read_idx(folder: Path, name: str, axes: int) -> Tensor:
     path = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
     if path is None:
         problem = f"{folder} has no {name}, gzipped or not"
-        raise SpecError("training run", "data.root", problem, "Give the folder with the four idx files")
+        raise run_error("data.root", problem, "Give the folder with the four idx files", code="missing-file")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, *sizes = struct.unpack_from(f">{1 + axes}i", data)
@@ -83,7 +86,9 @@ def read_idx(folder: Path, name: str, axes: int) -> Tensor:
             raise ValueError(f"no idx file of bytes with {axes} axes")
         return torch.from_numpy(np.frombuffer(data, np.uint8, math.prod(sizes), 4 * (1 + axes)).reshape(sizes).copy())
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise SpecError("training run", "data.root", f"{path}: {first_line(error)}", "Fetch the file again") from None
+        raise run_error(
+            "data.root", f"{path}: {first_line(error)}", "Fetch the file again", code="damaged-file"
+        ) from None
 
 
 def _resized(images: Tensor, side: int) -> Tensor:

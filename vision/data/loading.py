@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from revnets.config.errors import SpecError
 from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
 from vision.config.run import TrainConfig
 from vision.data.dataset import DataSplits, ImageData, Unreadable
@@ -23,6 +22,7 @@ from vision.data.in_memory import load_digits, load_idx
 from vision.data.samplers import EpochBatches, Share, without_class
 from vision.data.timm_readers import load_images
 from vision.distributed.context import World
+from vision.errors import run_error
 from vision.utils.signals import leave_signals_to_parent
 
 Collate = Callable[[list[Any]], Any]
@@ -75,7 +75,9 @@ class TrainBatches:
                 len(data.train), config.batch_size, self.accum, config.seed, world.rank, world.size
             )
         except ValueError as error:
-            raise SpecError("training run", "batch_size", str(error), "Lower batch_size or grad_accum") from None
+            raise run_error(
+                "batch_size", str(error), "Lower batch_size or grad_accum", code="too-few-samples"
+            ) from None
         self.stream: Any = data.train if config.batch_is_stream else None
         options: dict[str, Any] = {"batch_size": config.batch_size} if self.stream else {"batch_sampler": self.order}
         self.loader = _loader(data.train, config, collate, **options)

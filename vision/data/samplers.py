@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from revnets.config.errors import ArgumentError
 from vision.distributed.context import World
 
 
@@ -41,7 +42,11 @@ class EpochBatches(Sampler[list[Key]]):
         self.rank, self.world_size = rank, world_size
         self.updates = length // (batch_size * accum * world_size)
         if self.updates == 0:
-            raise ValueError(f"{length} samples do not fill one update of {batch_size * accum * world_size}")
+            raise ArgumentError(
+                f"{length} samples do not fill one update of {batch_size * accum * world_size}",
+                "length",
+                code="too-few-samples",
+            )
         self.epoch, self.start = 0, 0
 
     def begin(self, epoch: int, start: int = 0) -> None:

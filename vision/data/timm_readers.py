@@ -19,7 +19,7 @@ from vision.data.samplers import Key
 from vision.data.streaming import Stream
 from vision.data.transforms import Transform, train_transform, val_transform
 from vision.distributed.context import World
-from vision.errors import DataError, first_line
+from vision.errors import DataError, first_line, run_error
 from vision.utils.seeding import seeded
 
 RETRIES = 10
@@ -43,7 +43,9 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
         found, others = class_to_idx(reader), class_to_idx(val_reader)
         if strange := sorted(set(others) - set(found)):
             problem = f"the class {strange[0]} of {config.val_split} does not occur in {config.train_split}"
-            raise SpecError("training run", "data.root", problem, "Give both splits the same classes, or a class_map")
+            raise run_error(
+                "data.root", problem, "Give both splits the same classes, or a class_map", code="class-mismatch"
+            )
         if others != found and config.class_map is None:  # numbers are given in the order of names
             val_reader = _reader(config, "val", seed, found)
         classes = _classes(config, found)
@@ -113,13 +115,13 @@ def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int
         return create_reader(config.name, root=config.root, split=split, **given)
     except ImportError as error:
         problem = f"{config.name} needs a package ({error})"
-        raise SpecError("training run", "data.name", problem, "pip install 'revnets[data]'") from None
+        raise run_error("data.name", problem, "pip install 'revnets[data]'", code="missing-dependency") from None
     except SpecError:
         raise
     except Exception as error:  # readers raise whatever they like: AssertionError, RuntimeError, ValueError
         where = f"{config.name} {config.root or ''} {split}".replace("  ", " ")
         remedy = "Check root, splits and keys" + ", or set train_samples and val_samples" * config.is_stream
-        raise SpecError("training run", "data", f"{where}: {first_line(error)}", remedy) from error
+        raise run_error("data", f"{where}: {first_line(error)}", remedy, code="unreadable-data") from error
 
 
 def split_path(root: Path, split: str, kind: str = "folder") -> Path:
@@ -135,13 +137,13 @@ def split_path(root: Path, split: str, kind: str = "folder") -> Path:
     if path is None:
         there = ", ".join(sorted(item.name for item in root.iterdir())[:8]) or "nothing"
         problem = f"{root} has no {' or '.join(names)}; it holds {there}"
-        raise SpecError(
-            "training run", "data.root", problem, "Let it hold one folder per split, or set train_split, val_split"
+        raise run_error(
+            "data.root", problem, "Let it hold one folder per split, or set train_split, val_split", code="missing-file"
         )
     endings = {".tar"} if kind == "tar" else set(get_img_extensions(as_set=True))
     if path.is_dir() and not any(item.suffix.lower() in endings for item in path.rglob("*")):
-        raise SpecError(
-            "training run", "data.root", f"{path} holds no {'tars' if kind == 'tar' else 'images'}", "Check it"
+        raise run_error(
+            "data.root", f"{path} holds no {'tars' if kind == 'tar' else 'images'}", "Check it", code="empty-data"
         )
     return path
 
@@ -155,13 +157,13 @@ def _classes(config: ImagesConfig, found: dict[str, int]) -> tuple[str, ...]:
     known = max(found.values(), default=-1) + 1
     if config.num_classes is None and not known:
         problem = f"{config.name} does not tell how many classes there are"
-        raise SpecError("training run", "data.num_classes", problem, "Set it")
+        raise run_error("data.num_classes", problem, "Set it", code="missing-key")
     if config.num_classes is not None and config.num_classes < known:
         problem = f"{config.num_classes}, but the data have {known} classes"
-        raise SpecError("training run", "data.num_classes", problem, f"Set it to {known} or leave it out")
+        raise run_error("data.num_classes", problem, f"Set it to {known} or leave it out", code="class-mismatch")
     return class_names(found, config.num_classes)
 
 
 def _require_folder(root: Path) -> None:
     if not root.is_dir():
-        raise SpecError("training run", "data.root", f"there is no folder {root}", "Check the path")
+        raise run_error("data.root", f"there is no folder {root}", "Check the path", code="missing-file")

@@ -110,7 +110,9 @@ def joined(device: str = "auto") -> Iterator[World]:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
             problem = f"process {world.rank} has lost another of this run; if that one says no reason, it was killed"
-            raise TrainingError(f"{problem}. Start the run again: it goes on from its last checkpoint") from error
+            raise TrainingError(
+                f"{problem}. Start the run again: it goes on from its last checkpoint", code="process-lost"
+            ) from error
         raise
     finally:
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from revnets import ReversibleColumns, build, keep_budget
+from revnets.config.errors import ArgumentError
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import NetSpec
 from revnets.engine.graph import Graph
@@ -131,7 +132,7 @@ class RevCol(nn.Module):
             intermediates_only: return only the list of levels.
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt!r}: choose NCHW or NHWC")
+            raise ArgumentError(f"output_fmt {output_fmt!r}: choose NCHW or NHWC", "output_fmt", code="unknown-choice")
         take, highest = feature_take_indices(self.levels, indices)
         columns = shortened(self.columns, highest + 1) if stop_early else self.columns
         kept = columns.graph.nodes[-1].level + 1

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from revnets.config.errors import ArgumentError
 from revnets.nn.blocks import EPS, MLP, Count, DropPath, Rate, Ratio, init_weights
 
 
@@ -22,7 +23,11 @@ class PatchEmbed(nn.Module):
     def __init__(self, dim: int, img_size: Count = 224, in_chans: Count = 3, patch: Count = 16):
         super().__init__()
         if img_size % patch:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch {patch}. Change one of them")
+            raise ArgumentError(
+                f"img_size {img_size} is not a multiple of patch {patch}. Change one of them",
+                "img_size",
+                code="not-divisible",
+            )
         self.example_shape = (in_chans, img_size, img_size)
         self.conv = nn.Conv2d(in_chans, dim, patch, stride=patch)
         self.pos_embed = nn.Parameter(torch.empty(img_size // patch, img_size // patch, dim))
@@ -53,7 +58,11 @@ class CosineAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"{dim} channels do not divide into {heads} heads. Give another dim, or other heads")
+            raise ArgumentError(
+                f"{dim} channels do not divide into {heads} heads. Give another dim, or other heads",
+                "heads",
+                code="not-divisible",
+            )
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)

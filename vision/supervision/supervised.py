@@ -19,6 +19,7 @@ from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 
 from revnets import keep_budget
+from revnets.config.errors import ArgumentError
 from vision.config.supervision import Stop, SupervisionConfig
 from vision.models.architecture import RevCol, classifier, to_nchw
 from vision.supervision.decoders import decoder
@@ -47,7 +48,7 @@ class Supervised(nn.Module):
     def __init__(self, model: RevCol, config: SupervisionConfig):
         super().__init__()
         if model.num_classes == 0:
-            raise ValueError("a model without classifier cannot be supervised; give num_classes")
+            raise ArgumentError("a model without classifier cannot be supervised; give num_classes", "num_classes")
         self.model, self.config = model, config
         self.stops = config.stops(model.columns.graph.columns)
         dims = [info["num_chs"] for info in model.feature_info]

@@ -11,6 +11,7 @@ from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
+from revnets.config.errors import ArgumentError
 from vision.config.supervision import SupervisionConfig
 from vision.models.architecture import RevCol
 from vision.supervision.supervised import Outputs, Supervised, reconstruction_loss
@@ -51,7 +52,11 @@ class SupervisionTask(ClassificationTask):
         self.std: Tensor
         for name, values in (("mean", mean or cfg["mean"]), ("std", std or cfg["std"])):
             if len(values) not in (1, model.in_chans):
-                raise ValueError(f"{name} has {len(values)} values for images of {model.in_chans} channels")
+                raise ArgumentError(
+                    f"{name} has {len(values)} values for images of {model.in_chans} channels",
+                    name,
+                    code="wrong-length",
+                )
             self.register_buffer(name, torch.tensor(values, device=device).view(-1, 1, 1), persistent=False)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch import nn
 
-from revnets import SpecError
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import first_line
@@ -37,8 +36,8 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise SpecError(
-            "training run", "device", f"{name} cannot be used ({first_line(error)})", "Give auto or cpu"
+        raise run_error(
+            "device", f"{name} cannot be used ({first_line(error)})", "Give auto or cpu", code="unusable-device"
         ) from None
     return torch.device(name)
 
@@ -96,8 +95,11 @@ def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: in
     }
     if given.layer_decay is not None:
         if not hasattr(model, "group_matcher"):
-            raise SpecError(
-                "training run", "optimizer.layer_decay", "this model has no order of layers", "Take one of timm's"
+            raise run_error(
+                "optimizer.layer_decay",
+                "this model has no order of layers",
+                "Take one of timm's",
+                code="conflicting-values",
             )
         options["layer_decay"] = given.layer_decay
     lr = given.lr * given.lr_factor(images_per_update)
@@ -107,7 +109,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: in
         )
     except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
         problem = f"{given.name} refuses ({error})"
-        raise SpecError("training run", "optimizer.options", problem, "See timm.optim") from error
+        raise run_error("optimizer.options", problem, "See timm.optim", code="component-failed") from error
 
 
 def build_schedule(

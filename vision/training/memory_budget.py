@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from revnets import SpecError, plan
+from revnets import plan
 from revnets.config.memory_budget import OPTIMIZERS, BudgetSpec
 from revnets.memory.tracker import tensors
 from revnets.models.plan import PlanError
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
-from vision.errors import first_line
+from vision.errors import first_line, run_error
 from vision.training.builders import DTYPES, build_optimizer, columns_of
 
 
@@ -52,7 +52,9 @@ def keep_budget(config: TrainConfig, model: nn.Module, shape: Sequence[int] | No
             modes=(),
         )
     except PlanError as error:
-        raise SpecError("training run", "memory.budget", first_line(error), "Lower batch_size, or give more") from None
+        raise run_error(
+            "memory.budget", first_line(error), "Lower batch_size, or give more", code="over-budget"
+        ) from None
     chosen.apply(model)
     return chosen.sentence
 

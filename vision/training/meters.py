@@ -52,7 +52,8 @@ class Losses:
                     safe = f"The last good state is {good[-1]}" if good else "Nothing was saved before it"
                     raise TrainingError(
                         f"the loss is {loss} in epoch {epoch + 1}, step {step - len(fresh) + index + 1}. {safe}. "
-                        "Lower optimizer.lr, set clip_grad, or train with amp: off"
+                        "Lower optimizer.lr, set clip_grad, or train with amp: off",
+                        code="loss-not-finite",
                     )
         return self.checked
 

@@ -14,7 +14,6 @@ import torch
 import yaml
 from rich.console import Console
 
-from revnets.config.errors import SpecError
 from revnets.plotting.style import save
 from revnets.utils.atomic_files import replacing
 from vision.checkpoints import manager, resume
@@ -22,6 +21,7 @@ from vision.checkpoints.manager import Checkpoints
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import TrainingError as TrainingError
+from vision.errors import run_error
 from vision.tasks.base import create_task, scalars
 from vision.training.figures import training_figure
 from vision.training.meters import Clock, Losses
@@ -202,7 +202,7 @@ class Trainer:
         for path in (config, self.output / LOG):
             if path.exists():
                 problem = f"{path} is not of a run, which writes a file of this name"
-                raise SpecError("training run", "output", problem, "Rename it, or give another output")
+                raise run_error("output", problem, "Rename it, or give another output", code="name-clash")
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from revnets import NetSpec, SpecError
+from revnets import NetSpec
+from revnets.config.errors import option_error
 from revnets.utils.atomic_files import replacing
 from vision.config.supervision import SupervisionConfig
 from vision.errors import CheckpointError, why_not_written
@@ -91,7 +92,7 @@ def convert(
     shape = shape_in(_official(source))
     name = model or recognise(shape, path)
     if name not in family():
-        raise SpecError("command line", "--model", f"no {name!r}", f"Choose one of {', '.join(family())}")
+        raise option_error("--model", f"no {name!r}", f"Choose one of {', '.join(family())}", code="unknown-choice")
     kernel_size = shape.kernel_size if shape else 3
     net, options = skeleton(source, spec_of(name, kernel_size))
     names = names_in(source, net)
@@ -198,13 +199,15 @@ def convert_file(
     kind = SUFFIXES.get(target.suffix)
     if kind is None:
         text = "Let it end in .safetensors (our layout) or .pth (the official one)"
-        raise SpecError("command line", "TARGET", f"{target} has no known suffix", text)
+        raise option_error("TARGET", f"{target} has no known suffix", text, code="unknown-suffix")
     if target.exists():
-        raise CheckpointError(target, "exists already", "Give a new path")
+        raise CheckpointError(target, "exists already", "Give a new path", code="file-exists")
     with errors.status(f"reading {source}"):
         found = select(read(source), weights, source)
     if kind == "official" and found.layout != "ours":
-        raise CheckpointError(source, "is in the official layout already", "Let TARGET end in .safetensors")
+        raise CheckpointError(
+            source, "is in the official layout already", "Let TARGET end in .safetensors", code="wrong-format"
+        )
     try:
         done = convert(found, layout if kind == "official" else "ours", model, heads, allow, source)
     except MismatchError as error:
@@ -239,7 +242,9 @@ def write(target: Path, done: Converted, layout: str = "classification", weights
                 torch.save(_wrapped(tensors, layout), file)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer turns a full disk into a RuntimeError
         problem = f"cannot be written ({why_not_written(error)})"
-        raise CheckpointError(target, problem, "Free some space, or give another path") from error
+        raise CheckpointError(
+            target, problem, "Free some space, or give another path", code="unwritable-file"
+        ) from error
 
 
 def _alone(tensor: Tensor) -> Tensor:

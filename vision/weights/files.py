@@ -87,17 +87,23 @@ def read(path: Path | str) -> Any:
         with _only(STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
-        raise CheckpointError(path, "there is no such file", "Check the path") from None
+        raise CheckpointError(path, "there is no such file", "Check the path", code="missing-file") from None
     except IsADirectoryError:
-        raise CheckpointError(path, "is a folder", "Give a file; revnets reshard makes one of shards") from None
+        raise CheckpointError(
+            path, "is a folder", "Give a file; revnets reshard makes one of shards", code="not-a-file"
+        ) from None
     except PermissionError:
-        raise CheckpointError(path, "may not be read", "Check its permissions") from None
+        raise CheckpointError(path, "may not be read", "Check its permissions", code="unreadable-file") from None
     except pickle.UnpicklingError as error:  # its text recommends to execute the file
         match = re.search(r"GLOBAL (\S+)", str(error))
         problem = f"it names {match[1]}, which no weights need" if match else "not a checkpoint, or not plain data"
-        raise CheckpointError(path, f"refused, {problem}", "Get the file from those who made it") from None
+        raise CheckpointError(
+            path, f"refused, {problem}", "Get the file from those who made it", code="unsafe-file"
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError, SafetensorError):
-        raise CheckpointError(path, "damaged, cut short, or no file of weights", "Fetch the file again") from None
+        raise CheckpointError(
+            path, "damaged, cut short, or no file of weights", "Fetch the file again", code="damaged-file"
+        ) from None
 
 
 def select(content: Any, weights: str = "raw", path: Path | str = "weights") -> Weights:
@@ -121,7 +127,7 @@ def select(content: Any, weights: str = "raw", path: Path | str = "weights") -> 
         return Weights(state, "backbone" if is_headless else "classification")
     if any(name.startswith("columns.cells.") for name in state):
         return Weights(state, "ours")
-    raise CheckpointError(path, "it holds no columns of RevCol", "Give a checkpoint of RevCol")
+    raise CheckpointError(path, "it holds no columns of RevCol", "Give a checkpoint of RevCol", code="missing-weights")
 
 
 def tensors_in(content: Any, weights: str = "raw", path: Path | str = "weights") -> dict[str, Tensor]:
@@ -165,7 +171,9 @@ def _chosen(content: Mapping[str, Any], weights: str, path: Path | str) -> Mappi
         averaged = content.get("state_dict_ema")
         raw = content.get("model", content.get("state_dict", content))
     if weights == "ema" and not averaged:
-        raise CheckpointError(path, "it holds no averaged weights", "Take those of the model: raw")
+        raise CheckpointError(
+            path, "it holds no averaged weights", "Take those of the model: raw", code="missing-weights"
+        )
     state = averaged if weights == "ema" else raw
     if not isinstance(state, Mapping):
         raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")

@@ -77,7 +77,7 @@ def find(source: str, world: World) -> tuple[Mapping[str, Any], str]:
         return _fetched(source), source
     else:
         remedy = nearest(source, timm.list_pretrained("revcol*"), "Give a file, the folder of a run, or a name:")
-        raise CheckpointError(source, "there is no such file", remedy)
+        raise CheckpointError(source, "there is no such file", remedy, code="missing-file")
     if not isinstance(content, Mapping):
         raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
     return content, str(path)
@@ -96,7 +96,7 @@ def _fetched(name: str) -> dict[str, Tensor]:
     except Exception as error:  # no network, no room, no such file any more
         problem = f"cannot be fetched ({first_line(error)})"
         remedy = "Download the file that docs/guides/pretrained-weights.md names, and give its path"
-        raise CheckpointError(name, problem, remedy) from None
+        raise CheckpointError(name, problem, remedy, code="download-failed") from None
 
 
 def fitted(given: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:
@@ -120,9 +120,11 @@ def fitted(given: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str
     except MismatchError as error:
         first, more = error.problems[0], len(error.problems) - 1
         problem = f"not the weights of {name_of(model)}: {first}" + (f", and {more} more" if more else "")
-        raise CheckpointError(path, problem, "Give a file of this model, or set `model` to that of the file") from None
+        raise CheckpointError(
+            path, problem, "Give a file of this model, or set `model` to that of the file", code="weights-mismatch"
+        ) from None
     except CheckpointError as error:
-        raise CheckpointError(path, error.problem, error.remedy) from None
+        raise CheckpointError(path, error.problem, error.remedy, error.code) from None
     return state
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revnets.config.errors import ArgumentError
 from vision.weights.official_names import BACKBONE, official_name
 
 STD = 1e-7
@@ -28,7 +29,9 @@ def padded(weight: Tensor, size: int, std: float = STD) -> Tensor:
     """
     margin, odd = divmod(size - weight.shape[-1], 2)
     if margin < 0 or odd:
-        raise ValueError(f"a kernel of {weight.shape[-1]} has no place in the middle of one of {size}")
+        raise ArgumentError(
+            f"a kernel of {weight.shape[-1]} has no place in the middle of one of {size}", "size", code="shape-mismatch"
+        )
     inside = F.pad(torch.ones_like(weight, dtype=torch.bool), [margin] * 4)
     noise = torch.randn(inside.shape, device=weight.device).mul_(std).to(weight.dtype)
     return torch.where(inside, F.pad(weight, [margin] * 4), noise)

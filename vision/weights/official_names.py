@@ -106,7 +106,10 @@ class MismatchError(CheckpointError):
         self.model, self.problems = model, tuple(problems)
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         super().__init__(
-            str(path), f"no {model}: {shown}", "Names that may differ can be allowed: revnets convert --allow"
+            str(path),
+            f"no {model}: {shown}",
+            "Names that may differ can be allowed: revnets convert --allow",
+            code="weights-mismatch",
         )
 
     def __reduce__(self):

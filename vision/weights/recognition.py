@@ -73,10 +73,10 @@ def recognise(found: Shape | None, path: object = "weights") -> str:
     """
     if found is None:
         problem = "it has no ConvNeXt blocks at every level, which all official models have"
-        raise CheckpointError(str(path), problem, "Give weights of a convolutional RevCol")
+        raise CheckpointError(str(path), problem, "Give weights of a convolutional RevCol", code="unknown-model")
     for name, spec in family().items():
         if shape_of(spec, found.kernel_size) == found:
             return name
     text = f"{found.columns} columns of widths {found.dims} and depths {found.depths}"
     remedy = "Say which it should be, as in --model revcol_tiny; other shapes are for Python (docs/guides/training.md)"
-    raise CheckpointError(str(path), f"no model of the family has {text}", remedy)
+    raise CheckpointError(str(path), f"no model of the family has {text}", remedy, code="unknown-model")
