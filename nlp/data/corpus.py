@@ -29,7 +29,14 @@ LANGUAGES = frozenset(_CODES.split())
 
 
 class DataError(ValueError):
-    """Data cannot be used. The message is one line: what was given, what is wrong with it and what to do."""
+    """Data cannot be used. The message is one line: what was given, what is wrong with it and what to do.
+
+    `code` is the kind of error, one of `revnets.config.error_codes.CODES`.
+    """
+
+    def __init__(self, message: str, code: str = "invalid-value"):
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,9 @@ class Corpus:
     def __post_init__(self) -> None:
         if len(self.paths) not in (1, 2):
             names = ", ".join(map(str, self.paths)) or "nothing"
-            raise DataError(f"{names}: a corpus is one table, or two files of which line i translates line i")
+            raise DataError(
+                f"{names}: a corpus is one table, or two files of which line i translates line i", code="wrong-length"
+            )
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.paths))
@@ -64,7 +73,7 @@ class Corpus:
             empty = False
             yield pair
         if empty:
-            raise DataError(f"{self}: there is no line in it. Give text, one sentence a line")
+            raise DataError(f"{self}: there is no line in it. Give text, one sentence a line", code="empty-file")
 
     def _aligned(self) -> Iterator[Pair]:
         with ExitStack() as stack:
@@ -74,12 +83,16 @@ class Corpus:
             for number, (left, right) in enumerate(zip_longest(*streams), 1):
                 if left is None or right is None:
                     if number == 1:
-                        raise DataError(f"{self.paths[left is not None]}: there is no line in it. Give aligned text")
+                        raise DataError(
+                            f"{self.paths[left is not None]}: there is no line in it. Give aligned text",
+                            code="empty-file",
+                        )
                     short, long = self.paths if left is None else self.paths[::-1]
                     total = number + sum(1 for _ in streams[self.paths.index(long)])
                     raise DataError(
                         f"{short} has {number - 1} lines and {long} has {total}: line i of one must translate line i "
-                        "of the other. Give files that were aligned"
+                        "of the other. Give files that were aligned",
+                        code="misaligned-data",
                     )
                 yield left, right
 
@@ -92,7 +105,8 @@ class Corpus:
                 wanted = f"fields {left} and {right} are" if self.fields else "two are"
                 found = f"{len(row)} field{'s' * (len(row) > 1)} between tabs"
                 raise DataError(
-                    f"{path}, line {number}: {found}, {wanted} needed. Give a table, two files, or other --fields"
+                    f"{path}, line {number}: {found}, {wanted} needed. Give a table, two files, or other --fields",
+                    code="wrong-format",
                 )
             yield row[left - 1], row[right - 1]
 
@@ -105,7 +119,7 @@ def languages(text: str) -> Pair:
     """
     codes = text.split("-")
     if len(codes) != 2 or codes[0] == codes[1]:
-        raise DataError(f"languages {text!r}: give source and target, such as en-de")
+        raise DataError(f"languages {text!r}: give source and target, such as en-de", code="invalid-syntax")
     for code in codes:
         known_language(code)
     return codes[0], codes[1]
@@ -119,7 +133,7 @@ def known_language(code: str) -> str:
     """
     if code not in LANGUAGES:
         remedy = nearest(code, sorted(LANGUAGES), "Give a code of ISO 639-1, such as en or de; known are")
-        raise DataError(f"language {code!r} is not known. {remedy}")
+        raise DataError(f"language {code!r} is not known. {remedy}", code="unknown-choice")
     return code
 
 
@@ -147,15 +161,19 @@ def lines_of(path: Path) -> Generator[str]:
                 elif found := SEGMENT.search(line):
                     yield found[1]
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file. Check the path") from None
+        raise DataError(f"{path}: there is no such file. Check the path", code="missing-file") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: this is a folder. Give the file with the text") from None
+        raise DataError(f"{path}: this is a folder. Give the file with the text", code="not-a-file") from None
     except UnicodeDecodeError:
         code = "UTF-16" if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "ISO-8859-1"
         fix = f"iconv -f {code} -t UTF-8 {path.name}"
-        raise DataError(f"{path}, line {number}: not UTF-8. Convert it first, for instance with {fix}") from None
+        raise DataError(
+            f"{path}, line {number}: not UTF-8. Convert it first, for instance with {fix}", code="invalid-encoding"
+        ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged gzip after line {number} ({error}). Get the file again") from None
+        raise DataError(
+            f"{path}: damaged gzip after line {number} ({error}). Get the file again", code="damaged-file"
+        ) from None
 
 
 def named(template: str, codes: Pair) -> tuple[Path, ...]:
@@ -175,6 +193,9 @@ def find(template: str, folders: Sequence[Path], codes: Pair) -> tuple[Path, ...
         path = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if path is None:
             places = ", ".join(map(str, folders))
-            raise DataError(f"{name}: there is no such file in {places}. Check the name, and that the archive is whole")
+            raise DataError(
+                f"{name}: there is no such file in {places}. Check the name, and that the archive is whole",
+                code="missing-file",
+            )
         found.append(path)
     return tuple(found)

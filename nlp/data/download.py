@@ -60,7 +60,7 @@ class Download(Strict):
             algorithm, _, digest = text.partition(":")
             if len(digest) != DIGITS.get(algorithm) or not re.fullmatch("[0-9a-f]+", digest):
                 remedy = "Give " + ", ".join(f"{name}:<{count} digits>" for name, count in DIGITS.items())
-                raise problem(f"{text!r} is no checksum", remedy)
+                raise problem(f"{text!r} is no checksum", remedy, code="invalid-syntax")
         return text
 
     @property
@@ -91,7 +91,8 @@ def fetch(item: Download, folder: Path, progress: Progress, attempts: int = 5, w
                 if final or (isinstance(error, urllib.error.HTTPError) and error.code < 500):
                     reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
                     raise DataError(
-                        f"{item.url}: {reason}. Run the command again to go on, or put the file at {path} by hand"
+                        f"{item.url}: {reason}. Run the command again to go on, or put the file at {path} by hand",
+                        code="download-failed",
                     ) from error
                 time.sleep(wait * 2**attempt)
         _check(item, partial, progress, task)
@@ -117,7 +118,8 @@ def _receive(item: Download, partial: Path, progress: Progress, task: TaskID) ->
         if "text/html" in response.headers.get("Content-Type", "") and not item.file.endswith((".html", ".htm")):
             raise DataError(
                 f"{item.url}: the server sends a web page instead of {item.file}. Open the address in a browser, and "
-                f"put the file at {partial.with_name(item.file)}"
+                f"put the file at {partial.with_name(item.file)}",
+                code="download-failed",
             )
         if have and response.status != http.HTTPStatus.PARTIAL_CONTENT:
             have = 0  # the server starts from the beginning
@@ -147,7 +149,10 @@ def _check(item: Download, path: Path, progress: Progress, task: TaskID) -> None
     wrong, right = (found, item.checksum) if found != item.checksum else (f"{size} bytes", f"{item.size} bytes")
     if path.name != item.file:  # a partial file can only be made from the beginning; one put there by hand stays
         path.unlink()
-    raise DataError(f"{path.with_name(item.file)}: has {wrong}, the recipe says {right}. Delete it and run again")
+    raise DataError(
+        f"{path.with_name(item.file)}: has {wrong}, the recipe says {right}. Delete it and run again",
+        code="checksum-mismatch",
+    )
 
 
 def unpack(archive: Path, folder: Path, progress: Progress) -> Path:
@@ -167,7 +172,8 @@ def unpack(archive: Path, folder: Path, progress: Progress) -> Path:
         except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
             raise DataError(
-                f"{archive}: no archive that can be unpacked ({reason}). Delete it and run again"
+                f"{archive}: no archive that can be unpacked ({reason}). Delete it and run again",
+                code="damaged-file",
             ) from error
         progress.update(task, completed=archive.stat().st_size)
     return target

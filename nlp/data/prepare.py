@@ -69,9 +69,15 @@ def prepare(
         console.print(f"{output} is there already, made by the same recipe from the same files", soft_wrap=True)
         return facts
     if output.exists() and not overwrite:
-        raise DataError(f"{output} is there, made in another way. Give another --output, or --overwrite to replace it")
+        raise DataError(
+            f"{output} is there, made in another way. Give another --output, or --overwrite to replace it",
+            code="settings-differ",
+        )
     if find_spec("fairseq_cli") is None:  # it comes last, and the other steps can take hours
-        raise DataError("fairseq is not installed, which binarises the text. Try: pip install 'revnets[nlp]'")
+        raise DataError(
+            "fairseq is not installed, which binarises the text. Try: pip install 'revnets[nlp]'",
+            code="missing-dependency",
+        )
     work = output.with_name(output.name + ".work")
     remove_leftovers(work)
     remove_leftovers(output.parent, output.name)
@@ -155,7 +161,9 @@ class _Steps:
                 self.progress.advance(task, len(block))
         if missing := [name for name in SPLITS if not kept[name]]:
             why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-            raise DataError(f"no pair is left for {missing[0]}: {why}. Allow longer sentences, or other ratios")
+            raise DataError(
+                f"no pair is left for {missing[0]}: {why}. Allow longer sentences, or other ratios", code="empty-data"
+            )
         self.progress.update(task, total=kept.total() + dropped.total())
         return dict(dropped | kept)
 
@@ -173,7 +181,9 @@ class _Steps:
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
         if done.returncode:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise DataError(f"fairseq-preprocess failed: {''.join(last)}. All that it said is in {log}")
+            raise DataError(
+                f"fairseq-preprocess failed: {''.join(last)}. All that it said is in {log}", code="process-failed"
+            )
         if self.recipe.merges is not None:
             shutil.copy(self.work / "codes" / "codes", folder)
         if self.recipe.tokenize:

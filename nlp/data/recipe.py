@@ -38,7 +38,7 @@ class Clean(Strict):
     @model_validator(mode="after")
     def _possible(self) -> Clean:
         if self.min > self.max:
-            raise problem(f"min {self.min} is more than max {self.max}", "Swap them", "min")
+            raise problem(f"min {self.min} is more than max {self.max}", "Swap them", "min", code="conflicting-values")
         return self
 
 
@@ -83,20 +83,23 @@ class Recipe(Strict):
         try:
             languages(text)
         except DataError as error:
-            raise problem(*str(error).split(". ", 1)) if ". " in str(error) else problem(str(error), "") from None
+            text, _, remedy = str(error).partition(". ")
+            raise problem(text, remedy, code=error.code) from None
         return text
 
     @field_validator("valid", "test")
     @classmethod
     def _some(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
-            raise problem(f"{value} pairs are too few", "Draw at least 1")
+            raise problem(f"{value} pairs are too few", "Draw at least 1", code="out-of-range")
         return value
 
     @model_validator(mode="after")
     def _one_every(self) -> Recipe:
         if isinstance(self.test, Every):
-            raise problem("only `valid` can be every n-th pair", "Give a text, or a number of pairs", "test")
+            raise problem(
+                "only `valid` can be every n-th pair", "Give a text, or a number of pairs", "test", code="wrong-type"
+            )
         return self
 
     @property
@@ -148,9 +151,14 @@ def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Reci
         return load(Recipe, path, _overrides(given)), path.resolve().parent
     if len(corpus) == 1 and not Path(corpus[0]).suffix and not Path(corpus[0]).exists():
         known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-        raise SpecError(corpus[0], "", "neither a file nor a recipe", nearest(corpus[0], known, "Recipes are"))
+        raise SpecError(
+            corpus[0], "", "neither a file nor a recipe", nearest(corpus[0], known, "Recipes are"), code="missing-file"
+        )
     if "languages" not in given:
-        raise DataError(f"{' '.join(corpus)}: which languages? Give source and target, such as --languages en-de")
+        raise DataError(
+            f"{' '.join(corpus)}: which languages? Give source and target, such as --languages en-de",
+            code="missing-key",
+        )
     texts = [[str(Path(name).resolve()) for name in corpus]]
     return load(Recipe, {}, _overrides({**OWN, **given, "train": texts})), Path.cwd()
 

@@ -47,12 +47,16 @@ def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
         numbers = np.arange(1, len(chosen) + 1)  # counted as awk does, over everything that was read
         chosen[(numbers % recipe.valid.every == 0) & (chosen == TRAIN)] = VALID
         if not (chosen == VALID).any():
-            raise DataError(f"no pair is the {recipe.valid.every}th of {len(chosen)}. Give a smaller valid.every")
+            raise DataError(
+                f"no pair is the {recipe.valid.every}th of {len(chosen)}. Give a smaller valid.every",
+                code="too-few-samples",
+            )
     free = np.flatnonzero(chosen == TRAIN).tolist()
     if sum(wanted.values()) >= len(free):
         asked = " and ".join(f"{count} pairs for {name}" for name, count in wanted.items()) or "pairs for train"
         raise DataError(
-            f"{asked} are asked for, but there are only {len(free)} in all. Give more text, or ask for less"
+            f"{asked} are asked for, but there are only {len(free)} in all. Give more text, or ask for less",
+            code="too-few-samples",
         )
     drawn = iter(random.Random(recipe.seed).sample(free, sum(wanted.values())))
     for name, count in wanted.items():
@@ -63,7 +67,7 @@ def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
         like = [np.isin(side, np.array(side)[held]) for side in (source, target)]
         facts["like one held out"] = _drop(chosen, (like[0] | like[1]) & (chosen == TRAIN))
     if not (chosen == TRAIN).any():
-        raise DataError(f"nothing is left for train out of {len(chosen)} pairs. Give more text")
+        raise DataError(f"nothing is left for train out of {len(chosen)} pairs. Give more text", code="too-few-samples")
     return chosen, facts
 
 

@@ -126,7 +126,8 @@ def ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Ite
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise DataError(
-                f"one of {workers} processes was killed, perhaps for want of memory. Try fewer (--workers)"
+                f"one of {workers} processes was killed, perhaps for want of memory. Try fewer (--workers)",
+                code="process-lost",
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -64,10 +64,15 @@ def read_output(path: Path) -> Output:
             found[match[1]].setdefault(int(match[2]), join(words))
     hypotheses = found["H"]
     if not hypotheses:
-        raise DataError(f"{path}: has no line that begins with H-. Give what fairseq-generate wrote, without --quiet")
+        raise DataError(
+            f"{path}: has no line that begins with H-. Give what fairseq-generate wrote, without --quiet",
+            code="wrong-format",
+        )
     for kind in "ST":
         if missing := hypotheses.keys() - found[kind].keys():
-            raise DataError(f"{path}: no {kind}-{min(missing)} for H-{min(missing)}. Was the file cut off?")
+            raise DataError(
+                f"{path}: no {kind}-{min(missing)} for H-{min(missing)}. Was the file cut off?", code="damaged-file"
+            )
     order = sorted(hypotheses)
     lines = ([found[kind][number] for number in order] for kind in "STH")
     return Output(*lines, missing=order[-1] + 1 - len(order))
@@ -90,14 +95,20 @@ def named_reference(name: str) -> list[str]:
     """
     test_set, _, pair = name.partition(":")
     if test_set not in DATASETS:
-        raise DataError(f"test set {test_set!r} is not known. {nearest(test_set, DATASETS, 'sacrebleu has')}")
+        raise DataError(
+            f"test set {test_set!r} is not known. {nearest(test_set, DATASETS, 'sacrebleu has')}", code="unknown-choice"
+        )
     if pair not in DATASETS[test_set].langpairs:
         pairs = nearest(pair, DATASETS[test_set].langpairs, "It has")
-        raise DataError(f"test set {test_set} has no languages {pair!r}. {pairs}; write {test_set}:en-de")
+        raise DataError(
+            f"test set {test_set} has no languages {pair!r}. {pairs}; write {test_set}:en-de", code="unknown-choice"
+        )
     try:
         return list(lines_of(Path(get_reference_files(test_set, pair)[0])))
     except (OSError, SystemExit) as error:
-        raise DataError(f"{name}: sacrebleu cannot download it ({error}). Give --reference instead") from error
+        raise DataError(
+            f"{name}: sacrebleu cannot download it ({error}). Give --reference instead", code="download-failed"
+        ) from error
 
 
 def compound_split(lines: Iterable[str]) -> list[str]:
@@ -122,7 +133,8 @@ def scores(output: Output, language: str, reference: Sequence[str] | None = None
     if reference is not None and len(reference) != len(hypotheses):
         raise DataError(
             f"the reference has {len(reference)} lines, but there are {len(hypotheses)} translations. Give the "
-            f"reference of the same data set. {ALL}"
+            f"reference of the same data set. {ALL}",
+            code="misaligned-data",
         )
     raw = detokenize(references, language) if reference is None else reference
     kinds = [

@@ -24,13 +24,14 @@ def select(folder: Path, last: int, updates: bool = False) -> list[Path]:
     """
     pattern = re.compile(r"checkpoint_\d+_(\d+)\.pt" if updates else r"checkpoint(\d+)\.pt")
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder. Give the --save-dir of a run")
+        raise DataError(f"{folder}: there is no such folder. Give the --save-dir of a run", code="missing-file")
     found = {int(match[1]): path for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
     if len(found) < last:
         kind, keep = ("update", "--save-interval-updates") if updates else ("epoch", "--keep-last-epochs")
         raise DataError(
             f"{folder}: {len(found)} checkpoints of {kind}s, {last} are wanted. Ask for fewer (--last), or train with "
-            f"other {keep}"
+            f"other {keep}",
+            code="missing-file",
         )
     return [found[number] for number in sorted(found)[-last:]]
 
@@ -52,7 +53,9 @@ def average(paths: Iterable[Path], output: Path) -> None:
         model = state["model"]
         if total and (other := _shapes(model) ^ _shapes(total)):
             name, shape = min(other)
-            raise DataError(f"{path}: {name} {shape} is not in all of them. Average checkpoints of one run")
+            raise DataError(
+                f"{path}: {name} {shape} is not in all of them. Average checkpoints of one run", code="weights-mismatch"
+            )
         for name, tensor in model.items():
             double = tensor.double()
             total[name] = total[name] + double if name in total else double
@@ -72,11 +75,16 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # options: allowed in nlp/__init__.py
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file. Check the path") from None
+        raise DataError(f"{path}: there is no such file. Check the path", code="missing-file") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path}: not a readable checkpoint ({first}). Give one of fairseq-train") from None
+        raise DataError(
+            f"{path}: not a readable checkpoint ({first}). Give one of fairseq-train", code="damaged-file"
+        ) from None
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(model, dict) or not model or not all(isinstance(value, Tensor) for value in model.values()):
-        raise DataError(f"{path}: has no `model` in it, a mapping to tensors. Give a checkpoint of fairseq-train")
+        raise DataError(
+            f"{path}: has no `model` in it, a mapping to tensors. Give a checkpoint of fairseq-train",
+            code="wrong-format",
+        )
     return state

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revnets.config.errors import ArgumentError
+
 MAX_LOGIT_SCALE = math.log(100)
 """Bound of the learned log-scale of cosine attention (Liu et al., 2022, Swin Transformer V2, section 3.3)."""
 
@@ -28,7 +30,11 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float = 0.0):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"{dim} channels do not divide into {heads} heads. Give a number of heads that divides")
+            raise ArgumentError(
+                f"{dim} channels do not divide into {heads} heads. Give a number of heads that divides",
+                "heads",
+                code="not-divisible",
+            )
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)

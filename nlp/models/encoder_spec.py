@@ -138,13 +138,16 @@ def _masked(block: nn.Module, key: str, name: str) -> nn.Module:
         key,
         f"{type(block).__name__} takes no padding_mask, so that sentences would see their padding",
         "Give its forward the argument padding_mask=None: (B, T), True at padding, None if there is none",
+        code="invalid-component",
     )
 
 
 def _check(spec: NetSpec, dim: int, name: str) -> None:
     if spec.head is not None or spec.taps:
         key = "taps" if spec.head is None else "head"
-        raise SpecError(name, key, "the decoder reads the last column's last level", "Remove the key")
+        raise SpecError(
+            name, key, "the decoder reads the last column's last level", "Remove the key", code="reserved-key"
+        )
     for index in (0, len(spec.levels) - 1):
         if spec.levels[index].dim != dim:
             raise SpecError(
@@ -152,9 +155,12 @@ def _check(spec: NetSpec, dim: int, name: str) -> None:
                 f"levels.{index}.dim",
                 f"{spec.levels[index].dim} channels, but words and the decoder's attention have {dim}",
                 f"Give {dim}, or another --encoder-embed-dim",
+                code="shape-mismatch",
             )
     if any(reduction != 1 for reduction in spec.reductions()):
-        raise SpecError(name, "levels", "a level has another resolution than the words", "Give no stride")
+        raise SpecError(
+            name, "levels", "a level has another resolution than the words", "Give no stride", code="shape-mismatch"
+        )
 
 
 def _overrides(given: Mapping[str, Any]) -> list[str]:
@@ -176,7 +182,7 @@ def _with_options(spec: NetSpec, given: Mapping[str, Any]) -> NetSpec:
         try:
             return load_spec(data)
         except SpecError as error:  # all but the options has been checked before
-            raise SpecError("options", error.key, error.problem, error.remedy) from None
+            raise SpecError("options", error.key, error.problem, error.remedy, error.code) from None
 
 
 def _beside(given: Mapping[str, Any]):
