@@ -10,7 +10,10 @@ from typing import Any, Literal
 import pytest
 from pydantic import Field
 
+import revnets
+from revnets.config.errors import ConfigError, option_error
 from revnets.config.loader import SpecError, Strict, load
+from tests.support.errors import raises_error
 
 
 class Part(Strict):
@@ -41,10 +44,10 @@ def write(tmp_path: Path):
     return write
 
 
-def fails(source: Any, *overrides: str) -> SpecError:
-    with pytest.raises(SpecError) as caught:
-        load(Settings, source, overrides)
-    assert "\n" not in str(caught.value)
+def fails(given: Any, *overrides: str, **about: Any) -> SpecError:
+    """The error of loading; `about` is what `raises_error` compares."""
+    with raises_error(**about) as caught:
+        load(Settings, given, overrides)
     return caught.value
 
 
@@ -52,65 +55,63 @@ def fails(source: Any, *overrides: str) -> SpecError:
 
 
 @pytest.mark.parametrize(
-    ("text", "problem", "remedy"),
+    ("text", "code", "names"),
     [
-        ("", "the file is empty", "Write `key: value` lines"),
-        ("# columns: 4\n", "the file is empty", "Write `key: value` lines"),
-        ("---\n", "the file is empty", "Write `key: value` lines"),
-        ("- name\n- part\n", 'no keys with values: ["name", "part"] is a list', "Write `key: value` lines"),
-        ("name", 'no keys with values: "name" is text', "Write `key: value` lines"),
-        ("7", "no keys with values: 7 is a whole number", "Write `key: value` lines"),
-        ("name: one\npart: {size: 1\n", "not valid YAML in line 3, column 1", "Correct that line"),
-        ("name: one\n\tpart: 1\n", "not valid YAML in line 2, column 1", "Correct that line"),
-        ("name: one: two\n", "not valid YAML in line 1, column 10: mapping values are not allowed here", "Correct"),
-        ("name: 'one\n", "found unexpected end of stream", "Correct"),
-        ("name: one\nname: two\n", "in line 2, column 1: the key name is given twice", "Correct that line"),
-        ("name: one\npart: {size: 1, size: 1}\n", "in line 2, column 17: the key size is given twice", "Correct"),
-        ("name: one\n1: two\n", "in line 2, column 1: the key 1 is a whole number, not text", "Correct that line"),
-        ("name: one\non: two\n", "the key true is a yes/no value, not text; put it in quotes", "Correct that line"),
-        ("name: one\nnull: two\n", "line 2, column 1: the key no value is given (null), not text", "Correct that line"),
-        ("name: one\n? [a, b]\n: two\n", 'the key ["a", "b"] is a list, not text', "Correct that line"),
-        ("name: one\n---\nname: two\n", "expected a single document in the stream but found another", "Correct"),
-        ("name: *one\n", "found undefined alias 'one'", "Correct that line"),
-        ("name: !!python/object:os.system one\n", "could not determine a constructor", "Correct that line"),
-        ("name: !!binary aGVsbG8=\n", "could not determine a constructor", "Correct that line"),
-        ("name: 0b_\n", "not valid YAML: invalid literal for int()", "Correct it"),
-        ("name: one\x00\n", "unacceptable character #x0000", "Correct it"),
-        ("name: one\nfree: " + 3000 * "[" + "\n", "brackets nested too deep", "Close them"),
-        (b"name: \xff\xfe", "not UTF-8 text (byte 6)", "Save it as UTF-8"),
-        ("name: one\n".encode("utf-16"), "not UTF-8 text (byte 0)", "Save it as UTF-8"),
+        ("", "empty-file", "docs/reference/yaml.md"),
+        ("# columns: 4\n", "empty-file", "docs/reference/yaml.md"),
+        ("---\n", "empty-file", "docs/reference/yaml.md"),
+        ("- name\n- part\n", "wrong-format", '["name", "part"]'),
+        ("name", "wrong-format", '"name"'),
+        ("7", "wrong-format", ": 7 "),
+        ("name: one\npart: {size: 1\n", "invalid-syntax", "line 3, column 1"),
+        ("name: one\n\tpart: 1\n", "invalid-syntax", "line 2, column 1"),
+        ("name: one: two\n", "invalid-syntax", "line 1, column 10"),
+        ("name: 'one\n", "invalid-syntax", "end of stream"),
+        ("name: one\nname: two\n", "invalid-syntax", ["line 2, column 1", "key name "]),
+        ("name: one\npart: {size: 1, size: 1}\n", "invalid-syntax", ["line 2, column 17", "key size "]),
+        ("name: one\n1: two\n", "invalid-syntax", ["line 2, column 1", "key 1 "]),
+        ("name: one\non: two\n", "invalid-syntax", ["line 2, column 1", "key true ", "in quotes"]),
+        ("name: one\nnull: two\n", "invalid-syntax", ["line 2, column 1", "(null)"]),
+        ("name: one\n? [a, b]\n: two\n", "invalid-syntax", 'key ["a", "b"]'),
+        ("name: one\n---\nname: two\n", "invalid-syntax", "single document"),
+        ("name: *one\n", "invalid-syntax", "alias 'one'"),
+        ("name: !!python/object:os.system one\n", "invalid-syntax", "constructor"),
+        ("name: !!binary aGVsbG8=\n", "invalid-syntax", "constructor"),
+        ("name: 0b_\n", "invalid-syntax", "int()"),
+        ("name: one\x00\n", "invalid-syntax", "#x0000"),
+        ("name: one\nfree: " + 3000 * "[" + "\n", "invalid-syntax", "brackets"),
+        (b"name: \xff\xfe", "invalid-encoding", ["UTF-8", "byte 6"]),
+        ("name: one\n".encode("utf-16"), "invalid-encoding", ["UTF-8", "byte 0"]),
     ],
-)  # fmt: skip
-def test_a_file_that_is_no_configuration(write, text: str | bytes, problem: str, remedy: str) -> None:
+)
+def test_a_file_that_is_no_configuration(write, text: str | bytes, code: str, names: str | list[str]) -> None:
     file = write("settings.yaml", text)
-    error = fails(file)
+    error = fails(file, code=code, key="", source=file, names=names)
     assert str(error).startswith(f"{file}: ")
-    assert problem in error.problem
-    assert remedy in error.remedy
+    assert error.hint
 
 
 def test_a_file_that_cannot_be_read(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write("settings.yaml", "name: one")
-    error = fails(tmp_path / "setings.yaml")
-    assert "no such file" in error.problem
-    assert error.remedy == f"Did you mean {file}?"
-    assert fails(tmp_path / "other" / "thing.yaml").remedy == "Check the path"
-    assert "this is a folder" in fails(tmp_path).problem
-    assert "File name too long" in fails(tmp_path / (300 * "x")).problem
-    assert "null byte" in fails("settings\0.yaml").problem
+    missing, elsewhere = tmp_path / "setings.yaml", tmp_path / "other" / "thing.yaml"
+    assert fails(missing, code="missing-file", source=missing).hint == f"Did you mean {file}?"
+    assert "?" not in fails(elsewhere, code="missing-file", source=elsewhere).hint
+    fails(tmp_path, code="not-a-file", source=tmp_path)
+    fails(tmp_path / (300 * "x"), code="unreadable-file", names="File name too long")
+    fails("settings\0.yaml", code="unreadable-file", names="null byte")
 
     def refuse(*_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert "cannot be read (Permission denied)" in fails(file).problem
+    fails(file, code="unreadable-file", source=file, names="Permission denied")
 
 
 def test_values_that_no_model_can_mean(write) -> None:
-    assert fails(write("a.yaml", "name: one\nfree: {x: [1.0, -.inf]}")).key == "free.x.1"
-    assert "contains itself" in fails(write("b.yaml", "name: one\nfree: &loop {x: *loop}")).problem
-    assert "the key 1 is a whole number" in fails({"name": "one", "free": {1: 2}}).problem
-    assert fails({"name": "one", "free": {"x": float("nan")}}).key == "free.x"
+    fails(write("a.yaml", "name: one\nfree: {x: [1.0, -.inf]}"), code="not-finite", key="free.x.1", names="-inf")
+    fails(write("b.yaml", "name: one\nfree: &loop {x: *loop}"), code="circular-reference", key="free.x")
+    fails({"name": "one", "free": {1: 2}}, code="wrong-type", key="free", names="key 1 ")
+    fails({"name": "one", "free": {"x": float("nan")}}, code="not-finite", key="free.x", names="nan")
 
 
 def test_dates_are_text(write) -> None:
@@ -159,39 +160,39 @@ def test_base_alone_and_base_of_a_dict(write, monkeypatch: pytest.MonkeyPatch) -
 def test_mistakes_are_reported_where_they_stand(write) -> None:
     base = write("base.yaml", "name: one\npart: {size: 0, rate: 0}\nmode: fast\nfree: 3")
     file = write("top.yaml", "base: base.yaml\npart: {rate: 1}\nfree: {}")
-    assert fails(file).source == str(base)
-    assert fails(file, "part.size=0").source == "command line"
-    assert fails(file, "part.size=1", "mode=quick").source == "command line"
-    assert fails(file, "part={rate: x}").source == "command line"
-    assert fails(write("mine.yaml", "base: base.yaml\npart: {size: 1, rat: 1}")).source.endswith("mine.yaml")
-    assert fails(write("none.yaml", "mode: fast")).key == "name"
-    assert fails(write("none.yaml", "mode: fast")).source.endswith("none.yaml")
-    assert fails({"name": "one", "mode": 1}).source == "dict"
+    fails(file, code="out-of-range", source=base)
+    fails(file, "part.size=0", code="out-of-range", source="command line")
+    fails(file, "part.size=1", "mode=quick", code="unknown-choice", source="command line")
+    fails(file, "part={rate: x}", code="wrong-type", source="command line")
+    mine = write("mine.yaml", "base: base.yaml\npart: {size: 1, rat: 1}")
+    fails(mine, code="unknown-key", source=mine)
+    none = write("none.yaml", "mode: fast")
+    fails(none, code="missing-key", key="name", source=none)
+    fails({"name": "one", "mode": 1}, code="unknown-choice", source="dict")
 
 
 @pytest.mark.parametrize(
-    ("base", "problem", "remedy"),
+    ("base", "code", "key", "names"),
     [
-        ("5", "5 is a whole number", "Give the path of one YAML file"),
-        ("[a.yaml, b.yaml]", '["a.yaml", "b.yaml"] is a list', "Give the path of one YAML file"),
-        ("", "no value is given (null)", "Give the path of one YAML file"),
-        ("missing/x.yaml", "there is no file", "Check the path"),
-        ("brokn.yaml", "there is no file", "broken.yaml?"),
-        ("top.yaml", "based on each other (top.yaml -> top.yaml)", "Break the circle"),
-        ("one.yaml", "based on each other (top.yaml -> one.yaml -> two.yaml -> top.yaml)", "Break the circle"),
-        ("loop.yaml", "based on each other (loop.yaml -> loop.yaml)", "Break the circle"),
-        (".", "this is a folder", "Give a YAML file inside"),
-        ("broken.yaml", "not valid YAML", "Correct"),
-        ('"\\0"', "there is no file", "Check the path"),
+        ("5", "wrong-type", "base", ": 5 "),
+        ("[a.yaml, b.yaml]", "wrong-type", "base", '["a.yaml", "b.yaml"]'),
+        ("", "wrong-type", "base", "(null)"),
+        ("missing/x.yaml", "missing-file", "base", "missing/x.yaml"),
+        ("brokn.yaml", "missing-file", "base", ["brokn.yaml", "broken.yaml?"]),
+        ("top.yaml", "circular-reference", "base", "(top.yaml -> top.yaml)"),
+        ("one.yaml", "circular-reference", "base", "(top.yaml -> one.yaml -> two.yaml -> top.yaml)"),
+        ("loop.yaml", "circular-reference", "base", "(loop.yaml -> loop.yaml)"),
+        (".", "not-a-file", "", ()),
+        ("broken.yaml", "invalid-syntax", "", "broken.yaml: "),
+        ('"\\0"', "missing-file", "base", ()),
     ],
 )
-def test_bad_bases(write, base: str, problem: str, remedy: str) -> None:
+def test_bad_bases(write, base: str, code: str, key: str, names: str | list[str]) -> None:
     write("one.yaml", "base: two.yaml")
     write("two.yaml", "base: ./top.yaml")
     write("loop.yaml", "base: ../" + os.path.basename(write("broken.yaml", "{").parent) + "/loop.yaml")
-    error = fails(write("top.yaml", f"name: one\nbase: {base}"))
-    assert problem in error.problem
-    assert remedy in error.remedy
+    error = fails(write("top.yaml", f"name: one\nbase: {base}"), code=code, key=key, names=names)
+    assert error.hint
 
 
 # -------------------------------------------------------------------------------------------------------- overrides
@@ -213,62 +214,70 @@ def test_overrides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "key", "problem", "remedy"),
+    ("override", "code", "key", "names"),
     [
-        ("name", "name", "an override has the form key.path=value", "levels.2.depth=6"),
-        ("=3", "=3", "an override has the form key.path=value", "levels.2.depth=6"),
-        ("part..size=3", "part..size=3", "an override has the form key.path=value", "levels.2.depth=6"),
-        ("items.2.size=3", "items.2", "items is a list of 2, it has no item 2", "Use 0 to 1"),
-        ("items.-1.size=3", "items.-1", "it has no item -1", "Use 0 to 1"),
-        ("items.²=3", "items.²", "it has no item ²", "Use 0 to 1"),
-        ("items.size=3", "items.size", "it has no item size", "Use 0 to 1"),
-        ("name.size=3", "name.size", 'name holds no keys: "one" is text', "Set name as a whole"),
-        ("pair.0=3", "pair.0", "pair holds no keys: no value is given", "Set pair as a whole"),
-        ("free.none.0=3", "free.none.0", "it has no item 0", "Set free.none as a whole"),
-        ("name=[1, 2", "name", '"[1, 2" is not a YAML value', "Put it in quotes"),
-        ("name={a: 1, a: 2}", "name", "is not a YAML value", "Put it in quotes"),
-        ("part.size=0", "part.size", "0 is too small", "Give at least 1"),
-        ("part.size=1e3", "part.size", "1000.0 is a decimal number", "Give a whole number"),
-        ("part.rate=.nan", "part.rate", "nan is not a finite number", "Give a finite one"),
-        ("part.sizes=3", "part.sizes", "unknown key (value 3)", "Did you mean size?"),
-        ("parts.size=3", "parts", 'unknown key (value {"size": 3})', "Did you mean part?"),
-        ("name=", "name", "no value is given (null)", "Give text"),
+        ("name", "invalid-override", "name", "levels.2.depth=6"),
+        ("=3", "invalid-override", "=3", "levels.2.depth=6"),
+        ("part..size=3", "invalid-override", "part..size=3", "levels.2.depth=6"),
+        ("items.2.size=3", "invalid-override", "items.2", ["list of 2", "item 2", "0 to 1"]),
+        ("items.-1.size=3", "invalid-override", "items.-1", ["item -1", "0 to 1"]),
+        ("items.²=3", "invalid-override", "items.²", ["item ²", "0 to 1"]),
+        ("items.size=3", "invalid-override", "items.size", ["item size", "0 to 1"]),
+        ("name.size=3", "invalid-override", "name.size", ['"one"', "name as a whole"]),
+        ("pair.0=3", "invalid-override", "pair.0", ["(null)", "pair as a whole"]),
+        ("free.none.0=3", "invalid-override", "free.none.0", ["item 0", "free.none as a whole"]),
+        ("name=[1, 2", "invalid-syntax", "name", ['"[1, 2"', "quotes"]),
+        ("name={a: 1, a: 2}", "invalid-syntax", "name", "quotes"),
+        ("part.size=0", "out-of-range", "part.size", ["0", "at least 1"]),
+        ("part.size=1e3", "wrong-type", "part.size", "1000.0"),
+        ("part.rate=.nan", "not-finite", "part.rate", "nan"),
+        ("part.sizes=3", "unknown-key", "part.sizes", ["value 3", "Did you mean size?"]),
+        ("parts.size=3", "unknown-key", "parts", ['value {"size": 3}', "Did you mean part?"]),
+        ("name=", "wrong-type", "name", "(null)"),
     ],
 )
-def test_bad_overrides(override: str, key: str, problem: str, remedy: str) -> None:
+def test_bad_overrides(override: str, code: str, key: str, names: str | list[str]) -> None:
     data = {"name": "one", "items": [{}, {}], "pair": None, "free": {"none": []}}
-    error = fails(data, override)
-    assert (error.source, error.key) == ("command line", key)
-    assert problem in error.problem
-    assert remedy in error.remedy
+    error = fails(data, override, code=code, key=key, source="command line", names=names)
+    assert error.hint
 
 
 # ----------------------------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "problem", "remedy"),
+    ("changes", "code", "key", "names"),
     [
-        ({"pair": "x"}, "pair", '"x" is text', "Give a whole number or a list"),
-        ({"pair": [1, "x"]}, "pair.1", '"x" is text', "Give a whole number"),
-        ({"pair": [1]}, "pair", "the list is too short (1 given)", "Give one value more"),
-        ({"mode": "quick"}, "mode", '"quick" is none of the choices', "Choose 'slow' or 'fast'"),
-        ({"items": [{"rate": "1e-3"}]}, "items.0.rate", "YAML reads 1e-3 as text", "Write 1.0e-3"),
-        ({"items": [{"size": "1e3"}]}, "items.0.size", "YAML reads 1e3 as text", "Write 1000"),
-        ({"items": [{"type": "x" * 100}, 3]}, "items.1", "3 is a whole number", "Give a mapping"),
-        ({"name": ["x" * 100]}, "name", '["' + "x" * 55 + "... is a list", "Give text"),
-        ({"name": object}, "name", "is of type type", "Give text"),
-        ({"zebra": 1, "name": 3}, "zebra", "unknown key", "Known keys are name, part, items, pair, mode, free"),
+        ({"pair": "x"}, "wrong-type", "pair", ['"x"', "a whole number or a list"]),
+        ({"pair": [1, "x"]}, "wrong-type", "pair.1", ['"x"', "a whole number"]),
+        ({"pair": [1]}, "wrong-length", "pair", "1"),
+        ({"mode": "quick"}, "unknown-choice", "mode", ['"quick"', "'slow' or 'fast'"]),
+        ({"items": [{"rate": "1e-3"}]}, "number-as-text", "items.0.rate", ["1e-3", "1.0e-3"]),
+        ({"items": [{"size": "1e3"}]}, "number-as-text", "items.0.size", ["1e3", "1000"]),
+        ({"items": [{"type": "x" * 100}, 3]}, "wrong-type", "items.1", ["3", "mapping"]),
+        ({"name": ["x" * 100]}, "wrong-type", "name", '["' + "x" * 55 + "... is a list"),
+        ({"name": object}, "wrong-type", "name", "type type"),
+        ({"zebra": 1, "name": 3}, "unknown-key", "zebra", "name, part, items, pair, mode, free"),
     ],
 )
-def test_words_for_wrong_values(changes: dict[str, Any], key: str, problem: str, remedy: str) -> None:
-    error = fails({"name": "one"} | changes)
-    assert error.key == key
-    assert problem in error.problem
-    assert remedy in error.remedy
+def test_what_wrong_values_are_called(changes: dict[str, Any], code: str, key: str, names: str | list[str]) -> None:
+    error = fails({"name": "one"} | changes, code=code, key=key, source="dict", names=names)
+    assert error.hint
 
 
 def test_errors_cross_process_borders() -> None:
-    error = fails({"name": 3})
+    error = fails({"name": 3}, code="wrong-type", key="name")
     copy = pickle.loads(pickle.dumps(error))
-    assert (str(copy), copy.key, copy.remedy) == (str(error), error.key, error.remedy)
+    for name in ("source", "key", "message", "hint", "code"):
+        assert getattr(copy, name) == getattr(error, name)
+    assert str(copy) == str(error)
+
+
+def test_problem_and_remedy_are_other_names_of_message_and_hint() -> None:
+    error = fails({"name": 3}, code="wrong-type")
+    assert (error.problem, error.remedy) == (error.message, error.hint)
+
+
+def test_spec_errors_are_errors_of_the_configuration() -> None:
+    assert issubclass(revnets.SpecError, ConfigError)
+    assert isinstance(option_error("--png", "no picture", code="unknown-suffix"), revnets.SpecError)
