@@ -15,7 +15,15 @@ from revnets.config.errors import ConfigError
 
 
 @contextmanager
-def raises_error(
+def raises_error(expected: type[Exception] = ConfigError, **about: Any) -> Iterator[pytest.ExceptionInfo[Any]]:
+    """Like `pytest.raises`, for an error about which `assert_error` holds."""
+    with pytest.raises(expected) as caught:
+        yield caught
+    assert_error(caught.value, expected, **about)
+
+
+def assert_error(
+    error: Any,
     expected: type[Exception] = ConfigError,
     *,
     code: str,
@@ -23,16 +31,14 @@ def raises_error(
     source: object = None,
     cell: str | None = None,
     names: str | Sequence[str] = (),
-) -> Iterator[pytest.ExceptionInfo[Any]]:
-    """Like `pytest.raises`, for an error that has one line of text and exactly these attributes.
+) -> None:
+    """An error is of this type, has one line of text and these attributes.
 
     Args:
-        code, key, source, cell: attributes of the error; those that are None are not looked at, but for the code.
+        code, key, source, cell: attributes of the error; `None` for one that is not compared.
         names: what the text must name in particular, such as a file, a value or a suggestion.
     """
-    with pytest.raises(expected) as caught:
-        yield caught
-    error: Any = caught.value
+    assert isinstance(error, expected), repr(error)
     given = {"code": code, "key": key, "source": None if source is None else str(source), "cell": cell}
     wanted = {name: value for name, value in given.items() if value is not None}
     assert {name: getattr(error, name) for name in wanted} == wanted, str(error)
