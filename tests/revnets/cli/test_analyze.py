@@ -102,7 +102,7 @@ def test_memory_command(file: Path, tmp_path: Path) -> None:
             ("--input", "1,32,32", "--measure-input", "2,16,16", "--columns", "1", "--measure-columns", "1"),
             "input-rejected",
             "",
-            ["(1, 2, 16, 16)", "--measure-input"],
+            ["(2, 16, 16)", "--measure-input"],
         ),
     ],
 )

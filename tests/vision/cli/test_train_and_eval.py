@@ -13,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from revnets import SpecError
+from tests.support.errors import raises_error
 from tests.support.training_runs import tiny
 from vision.cli import main
 
@@ -63,7 +64,7 @@ def test_eval_shows_both_sets_of_weights(run, tmp_path):
 
 
 def test_eval_refuses_what_is_no_picture_before_it_works(run, tmp_path):
-    with pytest.raises(SpecError, match=r"--png: .*x\.jpg.*\.png, \.svg, \.pdf"):
+    with raises_error(code="unknown-suffix", source="command line", key="--png", names=["x.jpg", ".png, .svg, .pdf"]):
         call("eval", run, "--png", tmp_path / "x.jpg")
 
 
@@ -71,26 +72,26 @@ def test_mistakes_are_one_line_and_exit_code_1(run, tmp_path):
     cut = tmp_path / "cut.pt"
     cut.write_bytes((run / "checkpoints" / "best.pt").read_bytes()[:1000])
     (tmp_path / "file").touch()
-    for words, said in (
-        (("eval", tmp_path), "holds no checkpoints"),
-        (("eval", tmp_path / "no.pt"), "no such file"),
-        (("eval", cut), "damaged or cut short"),
-        (("train", run / "config.yaml", f"resume={cut}"), "damaged or cut short"),
-        (("train", run / "config.yaml", "model.columns=2"), "of another model"),
-        (("train", run / "config.yaml", f"output={tmp_path / 'file' / 'run'}"), "Not a directory"),
+    for words, named in (
+        (("eval", tmp_path), tmp_path),
+        (("eval", tmp_path / "no.pt"), tmp_path / "no.pt"),
+        (("eval", cut), cut),
+        (("train", run / "config.yaml", f"resume={cut}"), cut),
+        (("train", run / "config.yaml", "model.columns=2"), "columns.cells.2.0"),
+        (("train", run / "config.yaml", f"output={tmp_path / 'file' / 'run'}"), tmp_path / "file"),
     ):
         code, out, err = call(*words)
         assert code == 1
-        assert said in err
+        assert str(named) in err
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert "Traceback" not in out + err
 
 
 def test_mistakes_in_a_configuration_go_to_the_main_program(run):
-    with pytest.raises(SpecError, match="epoch: unknown key"):
+    with raises_error(code="unknown-key", key="epoch", source="command line"):
         call("train", run / "config.yaml", "epoch=3")
-    with pytest.raises(SpecError, match="batch_sise: unknown key"):
+    with raises_error(code="unknown-key", key="batch_sise", source="command line"):
         call("eval", run, "batch_sise=3")
 
 
@@ -124,4 +125,4 @@ def test_torchrun_and_reshard(tmp_path):
     outputs = [call("eval", path)[1].splitlines()[1:] for path in (tmp_path / "run", tmp_path / "whole.pt")]
     assert outputs[0] == outputs[1]
     code, _, err = call("reshard", tmp_path / "run" / "checkpoints" / "best", tmp_path / "whole.pt")
-    assert (code, "exists already" in err) == (1, True)
+    assert (code, str(tmp_path / "whole.pt") in err) == (1, True)

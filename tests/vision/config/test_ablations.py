@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import revnets
-from revnets.config.errors import SpecError
+from tests.support.errors import raises_error
 from tests.support.paths import ROOT
 from vision.config.run import load_config
 from vision.data.dataset import ImageData
@@ -107,5 +107,5 @@ def test_the_small_ones_are_wired_like_the_large_ones(name: str) -> None:
 
 
 def test_supervision_asks_for_a_model_of_the_registry() -> None:
-    with pytest.raises(SpecError, match=r"supervision: only models of timm's registry have heads"):
+    with raises_error(code="conflicting-values", key="supervision", names="timm"):
         load_config("revcol_tiny_in1k", [f"model={FOLDER / 'columns_8.yaml'}"])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
-from revnets import SpecError
+from tests.support.errors import raises_error
 from tests.support.training_runs import tiny
 from vision.config.data import DigitsConfig
 from vision.config.run import load_config
@@ -49,7 +48,7 @@ def test_batches_of_an_epoch(length, batch_size, accum, world_size, epoch, data)
 
     updates = length // (batch_size * accum * world_size)
     if updates == 0:
-        with pytest.raises(ValueError, match="do not fill"):
+        with raises_error(ValueError, code="too-few-samples", names=str(length)):
             batches()
         return
     ranks = [batches(rank) for rank in range(world_size)]
@@ -139,5 +138,5 @@ def test_loaders_leave_the_global_generator_alone(tmp_path):
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     config = load_config(tiny(tmp_path, batch_size=720, grad_accum=2))
-    with pytest.raises(SpecError, match=r"batch_size.*1437.*1440"):
+    with raises_error(code="too-few-samples", key="batch_size", source="training run", names=["1437", "1440"]):
         TrainBatches(config, load_data(config.data, config.seed))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.support import official_reference as official
+from tests.support.errors import raises_error
 from tests.support.official_reference import TEST, TEST_HUGE, Net
 from vision.config.supervision import SupervisionConfig
 from vision.errors import CheckpointError
@@ -225,7 +226,7 @@ def test_raw_or_averaged(tmp_path) -> None:
         done = convert_file(path, tmp_path / f"{weights}.safetensors", weights=weights)
         assert torch.equal(done.tensors["head.fc.weight"], state["cls.classifier.1.weight"])
     path = official.save_classification(tmp_path / "without.pth", raw)
-    with pytest.raises(CheckpointError, match="no averaged weights"):
+    with raises_error(CheckpointError, code="missing-weights", source=path):
         convert_file(path, tmp_path / "x.safetensors", weights="ema")
 
 
@@ -254,13 +255,13 @@ def test_checkpoint_of_a_training_run(tmp_path) -> None:
         assert_close(official.forward(state, TEST, image)[0][0], model.eval()(image), atol=1e-5, rtol=1e-5)
         done = convert_file(tmp_path / "run.pt", tmp_path / f"{weights}.safetensors", weights=weights)
         assert_close(load_file(tmp_path / f"{weights}.safetensors"), dict(model.state_dict()), atol=0, rtol=0)
-    with pytest.raises(MismatchError, match="classifiers"):
+    with raises_error(MismatchError, code="weights-mismatch", names="classifiers"):
         convert_file(tmp_path / "run.pt", tmp_path / "heads.pth", heads=True)
 
 
 def test_isotropic_models_have_no_official_names(tmp_path) -> None:
     save_file(timm.create_model("test_revcol_vit").state_dict(), tmp_path / "vit.safetensors")
-    with pytest.raises(CheckpointError, match="no ConvNeXt blocks"):
+    with raises_error(CheckpointError, code="unknown-model", names="ConvNeXt"):
         convert_file(tmp_path / "vit.safetensors", tmp_path / "vit.pth")
 
 

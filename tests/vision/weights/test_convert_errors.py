@@ -9,8 +9,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from revnets import SpecError
 from tests.support import official_reference as official
+from tests.support.errors import raises_error
 from tests.support.official_reference import TEST
 from vision.errors import CheckpointError
 from vision.weights.convert import convert, convert_file, skeleton
@@ -33,7 +33,7 @@ def test_each_name_that_does_not_fit_is_listed(tmp_path, capsys) -> None:
         "misshapen subnet0.alpha3: (64,), not (1, 64, 1, 1)",
         "unexpected ema_something",
     }
-    with pytest.raises(MismatchError, match=r"no test_revcol: .*and 2 more") as caught:
+    with raises_error(MismatchError, code="weights-mismatch", source=path, names=["test_revcol", "2 more"]) as caught:
         convert_file(path, tmp_path / "ours.safetensors")
     assert set(caught.value.problems) == problems
     assert set(capsys.readouterr().err.splitlines()) == problems
@@ -79,30 +79,32 @@ def test_decoder_that_is_cut_short() -> None:
 
 def test_unknown_shape_needs_a_model(tmp_path) -> None:
     path = official.save_classification(tmp_path / "a.pth", official.random_state(replace(TEST, columns=5)))
-    with pytest.raises(CheckpointError, match=r"no model of the family has 5 columns of widths \(8, 16, 32, 64\)"):
+    with raises_error(CheckpointError, code="unknown-model", source=path, names=["5 columns", "(8, 16, 32, 64)"]):
         convert_file(path, tmp_path / "ours.safetensors")
-    with pytest.raises(MismatchError, match="unexpected subnet4"):
+    with raises_error(MismatchError, code="weights-mismatch", source=path, names="unexpected subnet4"):
         convert_file(path, tmp_path / "ours.safetensors", model="test_revcol")
-    with pytest.raises(MismatchError, match=r"no revcol_tiny: misshapen stem\.0\.weight"):
+    with raises_error(
+        MismatchError, code="weights-mismatch", source=path, names=["revcol_tiny", "misshapen stem.0.weight"]
+    ):
         convert_file(path, tmp_path / "ours.safetensors", model="revcol_tiny")
-    with pytest.raises(SpecError, match=r"--model.*no 'revcol_vit_base'.*revcol_base, "):
+    with raises_error(code="unknown-choice", key="--model", names=["'revcol_vit_base'", "revcol_base, "]):
         convert_file(path, tmp_path / "ours.safetensors", model="revcol_vit_base")
 
 
 @pytest.mark.parametrize(
-    ("content", "match"),
+    ("content", "code", "names"),
     [
-        ([1, 2], "not a dict of weights"),
-        ({"model": 3}, "not a dict of weights"),
-        ({"model": {"subnet0.alpha0": "text"}}, "'subnet0.alpha0' is no tensor"),
-        ({"fc.weight": torch.ones(2)}, "no columns of RevCol"),
-        ({}, "no columns of RevCol"),
-        ({"model": {"subnet0.alpha0": torch.ones(1)}}, "no ConvNeXt blocks at every level"),
+        ([1, 2], "wrong-format", "dict"),
+        ({"model": 3}, "wrong-format", "dict"),
+        ({"model": {"subnet0.alpha0": "text"}}, "wrong-format", "'subnet0.alpha0'"),
+        ({"fc.weight": torch.ones(2)}, "missing-weights", ()),
+        ({}, "missing-weights", ()),
+        ({"model": {"subnet0.alpha0": torch.ones(1)}}, "unknown-model", "ConvNeXt"),
     ],
 )
-def test_files_of_something_else(content, match: str, tmp_path) -> None:
+def test_files_of_something_else(content, code: str, names, tmp_path) -> None:
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=match):
+    with raises_error(CheckpointError, code=code, source=tmp_path / "a.pth", names=names):
         convert_file(tmp_path / "a.pth", tmp_path / "ours.safetensors")
 
 

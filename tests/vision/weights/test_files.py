@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from revnets import SpecError
 from tests.support import official_reference as official
+from tests.support.errors import raises_error
 from tests.support.official_reference import TEST
 from vision.cli import main
 from vision.errors import CheckpointError
@@ -50,11 +51,11 @@ def test_malicious_file_is_refused(function, name: str, where: str, is_zip: bool
     content = {"model": official.random_state(TEST), "optimizer": {}, "config": None}
     content[where] = {"deep": [Runs(function, *args)]}
     torch.save(content, tmp_path / "bad.pth", _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(CheckpointError, match=rf"refused, it names \S*{name}\S*, which no weights need") as caught:
-        convert_file(tmp_path / "bad.pth", tmp_path / "ours.safetensors")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="refused"):
-        timm.create_model("test_revcol", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "bad.pth")})
+    bad = tmp_path / "bad.pth"
+    with raises_error(CheckpointError, code="unsafe-file", source=bad, names=name):
+        convert_file(bad, tmp_path / "ours.safetensors")
+    with raises_error(CheckpointError, code="unsafe-file", source=bad):
+        timm.create_model("test_revcol", pretrained=True, pretrained_cfg_overlay={"file": str(bad)})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pth"]
 
 
@@ -113,8 +114,10 @@ def test_damaged_files(name: str, keep: int, tmp_path) -> None:
         convert_file(source, tmp_path / "good.safetensors")
         source = tmp_path / "good.safetensors"
     (tmp_path / name).write_bytes(source.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"damaged|refused|not plain data"):
+    with pytest.raises(CheckpointError) as caught:
         convert_file(tmp_path / name, tmp_path / "ours.safetensors")
+    assert caught.value.code in ("damaged-file", "unsafe-file")  # the first bytes alone may be another pickle
+    assert caught.value.path == tmp_path / name
 
 
 def test_wrong_paths(tmp_path) -> None:
@@ -123,17 +126,21 @@ def test_wrong_paths(tmp_path) -> None:
     (tmp_path / "text.pth").write_text("no weights\n")
     (tmp_path / "there.safetensors").write_text("precious")
     target = tmp_path / "ours.safetensors"
-    for path, words in (("none.pth", "no such file"), ("none.safetensors", "no such file"), ("folder", "a folder")):
-        with pytest.raises(CheckpointError, match=words):
-            convert_file(tmp_path / path, target)
-    with pytest.raises(CheckpointError, match=r"damaged|not a checkpoint"):
-        convert_file(tmp_path / "text.pth", target)
-    with pytest.raises(CheckpointError, match="exists already"):
-        convert_file(source, tmp_path / "there.safetensors")
+    for name, code in (
+        ("none.pth", "missing-file"),
+        ("none.safetensors", "missing-file"),
+        ("folder", "not-a-file"),
+        ("text.pth", "unsafe-file"),
+    ):
+        with raises_error(CheckpointError, code=code, source=tmp_path / name):
+            convert_file(tmp_path / name, target)
+    there = tmp_path / "there.safetensors"
+    with raises_error(CheckpointError, code="file-exists", source=there):
+        convert_file(source, there)
     assert (tmp_path / "there.safetensors").read_text() == "precious"
-    with pytest.raises(CheckpointError, match="is in the official layout already"):
+    with raises_error(CheckpointError, code="wrong-format", source=source, names="official"):
         convert_file(source, tmp_path / "again.pth")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with raises_error(CheckpointError, code="unwritable-file", source=tmp_path / "text.pth" / "ours.safetensors"):
         convert_file(source, tmp_path / "text.pth" / "ours.safetensors")
 
 
@@ -154,9 +161,8 @@ def test_full_disk_leaves_nothing(name: str, tmp_path, request) -> None:
         source.unlink()
         source = tmp_path / "good.safetensors"
     request.getfixturevalue("small_disk")
-    with pytest.raises(CheckpointError, match=r"cannot be written \(.*\)\. Free some space") as caught:
+    with raises_error(CheckpointError, code="unwritable-file", source=tmp_path / name):
         convert_file(source, tmp_path / name)
-    assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
@@ -197,7 +203,7 @@ def test_command_lists_what_does_not_fit(tmp_path) -> None:
 
 
 def test_command_knows_what_it_can_write(tmp_path) -> None:
-    with pytest.raises(SpecError, match=r"x\.bin has no known suffix\. Let it end in \.safetensors"):
+    with raises_error(code="unknown-suffix", key="TARGET", names=["x.bin", ".safetensors"]):
         call(tmp_path / "official.pth", tmp_path / "x.bin")
 
 
@@ -213,4 +219,5 @@ def test_command_is_installed(tmp_path) -> None:
     command = [sys.executable, "-c", code, "convert", str(tmp_path / "none.pth"), str(tmp_path / "x.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"error: {tmp_path / 'none.pth'}: there is no such file. Check the path\n"
+    assert done.stderr.startswith(f"error: {tmp_path / 'none.pth'}: ")
+    assert done.stderr.count("\n") == 1

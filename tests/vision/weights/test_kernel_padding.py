@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.support import official_reference as official
+from tests.support.errors import raises_error
 from tests.support.official_reference import TEST
 from tests.support.training_runs import tiny
 from vision.config.run import load_config
@@ -41,7 +42,7 @@ def test_the_middle_is_bit_for_bit_and_around_it_is_noise(size, target):
 
 @pytest.mark.parametrize(("size", "target"), [(7, 3), (3, 4)])
 def test_kernels_that_have_no_place_in_the_middle(size, target):
-    with pytest.raises(ValueError, match=f"a kernel of {size} has no place in the middle of one of {target}"):
+    with raises_error(ValueError, code="shape-mismatch", key="size", names=[f"kernel of {size}", f"of {target}"]):
         padded(torch.zeros(2, 1, size, size), target)
 
 
@@ -87,7 +88,7 @@ def test_a_run_begins_with_padded_kernels(tmp_path):
     assert 0 < found[..., 0, :].abs().max() < 1e-6
     assert torch.equal(found, again)
     smaller = load_config(tiny(tmp_path, model={**model, "kernel_size": 1}, pretrained={"source": str(path)}))
-    with pytest.raises(CheckpointError, match=r"not the weights of test_revcol: misshapen .*3, 3\), not .*1, 1\)"):
+    with raises_error(CheckpointError, code="weights-mismatch", names=["test_revcol", "3, 3), not", "1, 1)"]):
         TrainState(smaller, data, 5)
 
 
@@ -97,6 +98,6 @@ def test_larger_kernels_than_the_models_are_refused_by_timm_as_well(released, tm
     torch.save(large.state_dict(), tmp_path / "large.pth")
     assert read(tmp_path / "large.pth")
     overlay = {"file": str(tmp_path / "large.pth"), "num_classes": 11}
-    with pytest.raises(MismatchError, match="misshapen"):
+    with raises_error(MismatchError, code="weights-mismatch", names="misshapen"):
         timm.create_model("test_revcol", pretrained=True, num_classes=11, pretrained_cfg_overlay=overlay)
     assert path.exists()

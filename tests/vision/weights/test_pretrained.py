@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.support import official_reference as official
+from tests.support.errors import raises_error
 from tests.support.official_reference import TEST, Net
 from tests.support.paths import ROOT
 from vision.revcol import HUGE, RELEASE
@@ -105,9 +106,9 @@ def test_pretrained_of_another_model_is_refused_in_any_case(checkpoint) -> None:
     """Also with another number of classes, where timm itself would load what fits."""
     path, _, _ = checkpoint
     for overlay in ({"file": str(path), "num_classes": 11}, {"file": str(path)}):
-        with pytest.raises(MismatchError, match=r"official\.pth: no test_revcol_huge: (missing|unexpected) subnet"):
+        with raises_error(MismatchError, code="weights-mismatch", source=path, names=["test_revcol_huge", " subnet"]):
             timm.create_model("test_revcol_huge", True, num_classes=5, pretrained_cfg_overlay=overlay)
-    with pytest.raises(MismatchError, match="no test_revcol: unexpected subnet3"):
+    with raises_error(MismatchError, code="weights-mismatch", names=["test_revcol", "unexpected subnet3"]):
         timm.create_model("test_revcol", True, columns=3, pretrained_cfg_overlay={"file": str(path), "num_classes": 11})
 
 
