@@ -1,0 +1,264 @@
+"""The wording of errors, each raised for real, as tests/golden/messages.txt has it.
+
+Other tests check codes and keys. After a change of wording:
+
+    python -m pytest -n 0 tests/golden --update-golden
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import revnets
+from revnets.cli import output
+from revnets.cli.common import parse_dtype, reversible_model
+from revnets.config.errors import ConfigError
+from revnets.config.registry import find
+from revnets.models.loading import load_model
+from revnets.nn.blocks import ConvNeXtBlock, DropPath, ViTBlock
+from revnets.nn.stems import TokenStem
+from tests.support.spec_mistakes import GOOD, MISTAKES
+
+GOLDEN = Path(__file__).parent / "messages.txt"
+NET = {
+    "columns": 2,
+    "stem": {"type": "linear", "in_dim": 64},
+    "levels": [{"dim": 8, "depth": 1, "block": "mlp"}] * 2,
+    "fusion": "linear",
+}
+
+Case = tuple[str, Callable[[], Any]]
+
+
+def entry(title: str, action: Callable[[], Any], folder: Path) -> str:
+    """What an action raises: its title, class and code, and below it the message with `folder` left out."""
+    with pytest.raises(Exception) as caught:
+        action()
+    error: Any = caught.value
+    assert hasattr(error, "code"), f"{title}: {error!r}"
+    text = str(error).replace(f"{folder}/", "").replace(str(folder), "FOLDER")
+    kind = "ConfigError" if isinstance(error, ConfigError) else type(error).__name__
+    return f"{title} [{kind} {error.code}]\n    {text}\n"
+
+
+def spec_cases(folder: Path) -> list[Case]:
+    """The mistakes that a YAML of a net can hold."""
+    cases: list[Case] = []
+    for number, mistake in enumerate(MISTAKES):
+        if "TypeError" in mistake.names:  # the words are those of PyTorch
+            continue
+        file = folder / str(number) / "net.yaml"
+        file.parent.mkdir()
+        file.write_text(mistake.text)
+        new = mistake.new.strip().replace("\n", " ") or "-"
+        old = mistake.old.strip().splitlines()[0]
+        cases.append((f"spec: {old} -> {new}", lambda file=file: revnets.build(os.path.relpath(file.resolve()))))
+    return cases
+
+
+def file_cases() -> list[Case]:
+    """Files and overrides that the loader refuses; in the working directory."""
+    texts: dict[str, str | bytes] = {
+        "empty.yaml": "",
+        "list.yaml": "- name\n",
+        "open.yaml": "columns: {\n",
+        "tab.yaml": "columns: 2\n\tstem: 1\n",
+        "twice.yaml": "columns: 2\ncolumns: 3\n",
+        "number.yaml": "1: two\n",
+        "tag.yaml": "columns: !!binary aGVsbG8=\n",
+        "latin.yaml": b"columns: \xff\n",
+        "nan.yaml": "columns: .nan\n",
+        "loop.yaml": "gain: &loop {x: *loop}\n",
+        "self.yaml": "base: self.yaml\n",
+        "based.yaml": "base: nt.yaml\n",
+        "bases.yaml": "base: [a.yaml, b.yaml]\n",
+        "net.yaml": GOOD,
+    }
+    for name, text in texts.items():
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    names = [*(name for name in texts if name != "net.yaml"), "nets.yaml", "elsewhere/missing.yaml", "."]
+    cases: list[Case] = [(f"file: {name}", lambda name=name: revnets.build(name)) for name in names]
+    for text in ("columns", "levels.9.dim=3", "columns.x=3", "columns=[1, 2", "columns=", "colums=3", "columns=1e3"):
+        cases.append((f"override: {text}", lambda text=text: revnets.build("net.yaml", [text])))
+    return cases
+
+
+def model_cases() -> list[Case]:
+    """Models, components and plans."""
+    net = revnets.build(NET)
+    return [
+        ("model: no such name", lambda: load_model("xyz.unknown")),
+        ("model: no such module", lambda: load_model("no_such_module:make")),
+        ("model: refuses its options", lambda: load_model("torch.nn:Linear", ["in_features=3"])),
+        ("model: not a module", lambda: load_model("builtins:dict")),
+        ("model: no columns", lambda: reversible_model("torch.nn:Identity", [])),
+        ("component: no such name", lambda: find("block", "convnest")),
+        ("component: name taken", lambda: revnets.register_block("mlp")(nn.Identity)),
+        ("component: colon in a name", lambda: revnets.register_block("my:block")),
+        ("block: drop_path", lambda: DropPath(1.0)),
+        ("block: kernel_size", lambda: ConvNeXtBlock(8, kernel_size=4)),
+        ("block: heads", lambda: ViTBlock(12, heads=5)),
+        ("block: vectors", lambda: ViTBlock(8, heads=2)(torch.ones(2, 8))),
+        ("stem: img_size", lambda: TokenStem(6, img_size=9, patch=4)),
+        ("stem: other images", lambda: TokenStem(6, img_size=8, patch=4)(torch.ones(1, 3, 12, 8))),
+        ("plan: nothing fits", lambda: revnets.plan(NET, (2, 64), budget="1KiB")),
+        ("plan: no amount", lambda: revnets.plan(NET, (2, 64), budget="lots")),
+        ("plan: optimizer", lambda: revnets.plan(NET, (2, 64), optimizer="adamm")),
+        ("plan: sharding", lambda: revnets.plan(NET, (2, 64), sharding="zero")),
+        ("plan: ranks", lambda: revnets.plan(NET, (2, 64), ranks=0)),
+        ("plan: grad_accum", lambda: revnets.plan(NET, (2, 64), grad_accum=0)),
+        ("plan: without a budget", lambda: revnets.plan(net, (2, 64)).apply(net)),
+    ]
+
+
+class Counting(nn.Module):
+    """Another function at each call."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return (x * self.weight).tanh() if self.calls == 1 else x * self.weight
+
+
+def _in_place(memory: str) -> None:
+    """An optimizer step between the forward and its backward."""
+    net = revnets.ReversibleSequence([nn.Linear(4, 4) for _ in range(4)], memory=memory)
+    loss = net(torch.ones(2, 4))[-1].sum()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1)
+    loss.backward()
+
+
+def _unlike() -> None:
+    """Cells whose replay is not their forward."""
+    net = revnets.ReversibleSequence([Counting() for _ in range(4)], memory="exact")
+    net(torch.ones(2, 4))[-1].sum().backward()
+
+
+def engine_cases() -> list[Case]:
+    """Replays that cannot be trusted."""
+    return [("replay: a weight changed in place", lambda: _in_place("exact")), ("replay: another path", _unlike)]
+
+
+def command_cases() -> list[Case]:
+    """Options of commands, in the working directory."""
+    Path("folder").mkdir()
+    Path("file").touch()
+    return [
+        ("command: dtype", lambda: parse_dtype("int8")),
+        ("command: a folder", lambda: output.check_place("--png", Path("folder"))),
+        ("command: below a file", lambda: output.check_place("--png", Path("file/x.png"))),
+        ("command: one name for two", lambda: output.outputs(Path("m.png"), Path("m.png"))),
+    ]
+
+
+def vision_cases(folder: Path) -> list[Case]:
+    """Runs, data, checkpoints and weights."""
+    from vision.checkpoints import manager
+    from vision.config.data import IdxConfig
+    from vision.config.run import load_config
+    from vision.data.in_memory import load_idx
+    from vision.weights.files import read, select
+
+    run = {"model": str(folder / "net.yaml"), "output": "run"}
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"format": 99}, folder / "new.pt")
+    torch.save({"model": print}, folder / "code.pt")
+    (folder / "text.pt").write_text("no weights\n")
+    (folder / "cut.pt").write_bytes((folder / "list.pt").read_bytes()[:200])
+    digits = {"model": {"timm": "test_revcol"}, "output": "run"}
+    overrides = [
+        "epoch=3",
+        "optimizer.name=adamww",
+        "optimizer.lr=0",
+        "schedule.warmup_epochs=30",
+        "mixup={prob: 0.5}",
+        "data.name=mnist",
+        "device=gpu",
+        "compile=inductr",
+        "checkpoint=sharded",
+        "model.timm=revcol_tinny",
+    ]
+    return [
+        *((f"run: {text}", lambda text=text: load_config(digits, [text])) for text in overrides),
+        ("run: an odd batch", lambda: load_config(digits, ["batch_size=7", "mixup.mixup_alpha=0.8"])),
+        ("run: no such recipe", lambda: load_config("digit")),
+        ("run: supervision", lambda: load_config(run, ["supervision={heads: 2}"])),
+        ("data: no idx files", lambda: load_idx(IdxConfig(name="idx", root=str(folder)), 0)),
+        ("checkpoint: missing", lambda: manager.read(folder / "no.pt")),
+        ("checkpoint: of something else", lambda: manager.read(folder / "list.pt")),
+        ("checkpoint: another layout", lambda: manager.read(folder / "new.pt")),
+        ("checkpoint: more than data", lambda: manager.read(folder / "code.pt")),
+        ("checkpoint: cut short", lambda: manager.read(folder / "cut.pt")),
+        ("weights: missing", lambda: read(folder / "no.pt")),
+        ("weights: a folder", lambda: read(folder)),
+        ("weights: refused", lambda: read(folder / "code.pt")),
+        ("weights: text", lambda: read(folder / "text.pt")),
+        ("weights: of something else", lambda: select({"fc.weight": torch.ones(2)})),
+        ("weights: no average", lambda: select({"model": {"subnet0.alpha0": torch.ones(1)}}, "ema")),
+    ]
+
+
+def nlp_cases() -> list[Case]:
+    """Text and its recipes, in the working directory."""
+    from nlp.data.corpus import Corpus, languages
+    from nlp.data.recipe import read_recipe
+
+    Path("a.en").write_text("one\ntwo\n")
+    Path("a.de").write_text("eins\n")
+    Path("empty.de").write_text("")
+    Path("latin.de").write_bytes(b"z\xfcrnt\nzwei\n")
+    Path("a.tsv").write_text("one field\n")
+
+    def pairs(*names: str) -> list[Any]:
+        return list(Corpus(tuple(Path(name) for name in names)).pairs())
+
+    return [
+        ("text: lines", lambda: pairs("a.en", "a.de")),
+        ("text: empty", lambda: pairs("a.en", "empty.de")),
+        ("text: encoding", lambda: pairs("a.en", "latin.de")),
+        ("text: missing", lambda: pairs("a.en", "b.de")),
+        ("text: fields", lambda: pairs("a.tsv")),
+        ("text: three files", lambda: pairs("a.en", "a.de", "a.fr")),
+        ("languages: form", lambda: languages("ende")),
+        ("languages: unknown", lambda: languages("en-xx")),
+        ("recipe: unknown", lambda: read_recipe(["wmt16_en_dd"], {})),
+        ("recipe: no languages", lambda: read_recipe(["a.tsv"], {})),
+        ("recipe: no pairs", lambda: read_recipe(["a.tsv"], {"languages": "en-de", "valid": 0})),
+    ]
+
+
+def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.chdir(tmp_path)
+    cases = [
+        *spec_cases(tmp_path),
+        *file_cases(),
+        *model_cases(),
+        *engine_cases(),
+        *command_cases(),
+        *vision_cases(tmp_path),
+        *nlp_cases(),
+    ]
+    entries = []
+    for title, action in cases:
+        text = entry(title, action, tmp_path)
+        for number in range(len(MISTAKES)):  # each mistake has a folder of its own
+            text = text.replace(f"    {number}/net.yaml", "    net.yaml")
+        entries.append(text)
+    found = "\n".join(entries)
+    if request.config.getoption("--update-golden"):
+        GOLDEN.write_text(found, encoding="utf-8")
+    assert found == GOLDEN.read_text(encoding="utf-8")
