@@ -1,7 +1,7 @@
 """Reversible columns: any blocks, trained with the gradients of ordinary backprop and a fraction of its memory."""
 
 from revnets.analysis.audit import Audit, audit
-from revnets.config.errors import SpecError
+from revnets.config.errors import ConfigError, SpecError
 from revnets.config.net_spec import NetSpec, load_spec
 from revnets.config.registry import register_block, register_fusion, register_head, register_stem
 from revnets.engine.cell import Cell, FixedGain, Gain
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Audit",
     "Cell",
+    "ConfigError",
     "DriftWarning",
     "FixedGain",
     "Gain",

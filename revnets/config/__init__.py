@@ -1,6 +1,6 @@
 """Networks as data: the YAML loader, the registry of components and the specification that checks them."""
 
-from revnets.config.errors import SpecError
+from revnets.config.errors import ConfigError, SpecError
 from revnets.config.loader import Strict, load
 
-__all__ = ["SpecError", "Strict", "load"]
+__all__ = ["ConfigError", "SpecError", "Strict", "load"]
