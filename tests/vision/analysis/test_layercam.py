@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from revnets import Net, SpecError, build
+from revnets import Net, build
 from revnets.engine.columns import observed
+from tests.support.errors import raises_error
 from tests.vision.analysis.test_cka import states_by_hand
 from vision.analysis.layercam import layercam, rows
 
@@ -123,5 +124,5 @@ def test_states_that_are_no_images_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return net(x)[-1]
 
-    with pytest.raises(SpecError, match=r"Top: it has states of shape \(2, 4\), and maps need images"):
+    with raises_error(code="shape-mismatch", source="Top", names="(2, 4)"):
         layercam(Top(), net.columns, torch.randn(2, 4))

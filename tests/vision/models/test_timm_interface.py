@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import revnets
 import vision
 from revnets.memory.tracker import OpCounter
+from tests.support.errors import raises_error
 from tests.support.paths import ROOT
 from vision.revcol import MODELS
 
@@ -183,7 +184,7 @@ def test_forward_intermediates(name: str) -> None:
     early, some = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
     assert torch.equal(early, levels[1])
     assert all(torch.equal(a, b) for a, b in zip(some, levels[:2], strict=True))
-    with pytest.raises(ValueError, match="choose NCHW or NHWC"):
+    with raises_error(ValueError, code="unknown-choice", key="output_fmt", names=["'NLC'", "NCHW or NHWC"]):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
@@ -227,16 +228,16 @@ def test_kernel_size_dims_and_depths() -> None:
     assert kernels == {(5, 5)}
     assert [info["num_chs"] for info in model.feature_info] == [4, 6, 10, 12]
     assert [len(cell.function.blocks) for cell in model.columns.cells[1]] == [0, 1, 0, 2]
-    with pytest.raises(ValueError, match=r"dims = \[4, 6\]: give 4 values, one a level"):
+    with raises_error(ValueError, code="wrong-length", key="dims", names=["[4, 6]", "4 values"]):
         create("test_revcol", dims=(4, 6))
-    for name, options, message in (
-        ("test_revcol_vit", {"kernel_size": 5}, "levels.0.kernel_size: unknown key"),
-        ("test_revcol", {"img_size": 64}, "stem.img_size: unknown key"),
-        ("test_revcol", {"kernel_size": 4}, 'levels.0: block "convnext": kernel_size 4 would change'),
-        ("test_revcol", {"columns": 0}, "columns: 0 is too small. Give at least 1"),
-        ("test_revcol", {"memory": "exat"}, "memory: .* Did you mean exact?"),
+    for name, options, code, key, names in (
+        ("test_revcol_vit", {"kernel_size": 5}, "unknown-key", "levels.0.kernel_size", "5"),
+        ("test_revcol", {"img_size": 64}, "unknown-key", "stem.img_size", "64"),
+        ("test_revcol", {"kernel_size": 4}, "invalid-value", "levels.0", "kernel_size 4"),
+        ("test_revcol", {"columns": 0}, "out-of-range", "columns", ["0", "at least 1"]),
+        ("test_revcol", {"memory": "exat"}, "unknown-choice", "memory", "Did you mean exact?"),
     ):
-        with pytest.raises(revnets.SpecError, match=f"^{name}: {message}"):
+        with raises_error(code=code, source=name, key=key, names=names):
             create(name, **options)
 
 
@@ -249,7 +250,7 @@ def test_size_of_images_of_the_isotropic_models() -> None:
     x = torch.randn(1, 3, 128, 128)
     assert_close(small.eval()(x), large.eval()(x))  # either way the same interpolation
     assert small(torch.randn(1, 3, 97, 50)).shape == (1, 11)
-    with pytest.raises(revnets.SpecError, match="img_size 100 is not a multiple of patch 16"):
+    with raises_error(code="not-divisible", source="test_revcol_vit", names=["img_size 100", "patch 16"]):
         create("test_revcol_vit", img_size=100)
 
 

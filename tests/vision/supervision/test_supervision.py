@@ -12,6 +12,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models import group_parameters
 from torch.testing import assert_close
 
+from tests.support.errors import raises_error
 from tests.support.supervision_tasks import CLASSES, batch, create_task
 from vision.config.supervision import SupervisionConfig
 from vision.supervision.supervised import HeadsEvaluator, Supervised
@@ -71,11 +72,11 @@ def test_wrong_configurations(options: dict, message: str) -> None:
 
 
 def test_what_does_not_fit_the_model() -> None:
-    with pytest.raises(ValueError, match="weights for 4 heads, but the net has 2 columns"):
+    with raises_error(ValueError, code="wrong-length", key="heads", names=["4 heads", "2 columns"]):
         create_task(2, config=SupervisionConfig(alpha=[3, 2, 1, 0]))
-    with pytest.raises(ValueError, match="a model without classifier"):
+    with raises_error(ValueError, code="invalid-value", key="num_classes"):
         Supervised(timm.create_model("test_revcol", num_classes=0), SupervisionConfig())
-    with pytest.raises(ValueError, match="mean has 3 values for images of 5 channels"):
+    with raises_error(ValueError, code="wrong-length", key="mean", names=["3 values", "5 channels"]):
         create_task(in_chans=5)
     assert create_task(in_chans=5, mean=[0.5], std=[0.5])(torch.randn(2, 5, 32, 32), torch.tensor([0, 1]))["loss"] > 0
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.errors import raises_error
 from tests.support.training_processes import process, said, together
 from tests.support.training_runs import assert_same, assert_same_run, tiny
 from vision.checkpoints import manager
@@ -139,7 +140,7 @@ def test_shards_and_whole_files_become_one_another(tmp_path, whole):
         ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (tmp_path / "again", shards))
         assert {key: value for key, value in ours.items() if key in theirs}.keys() == theirs.keys()
         assert_same({key: ours[key] for key in theirs}, theirs, name)
-    with pytest.raises(manager.CheckpointError, match=r"whole\.pt: exists already"):
+    with raises_error(manager.CheckpointError, code="file-exists", source=tmp_path / "whole.pt"):
         reshard(shards, tmp_path / "whole.pt", 0)
 
 
