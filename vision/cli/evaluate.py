@@ -186,7 +186,7 @@ def _refuse_classes(config: TrainConfig, png: Path | None, by_name: bool) -> Non
     for option, given in (("--png", png is not None), ("--subset", by_name)):
         if given:
             problem = f"the task {config.task_and_options[0]} has no classes"
-            raise SpecError("command line", option, problem, "Leave it out")
+            raise option_error(option, problem, "Leave it out")
 
 
 def _table(found: Mapping[str, Mapping[str, float]]) -> Table:

@@ -15,7 +15,7 @@ from revnets import ReversibleColumns, SpecError, build
 from revnets.config.errors import nearest
 from revnets.config.memory_budget import BudgetSpec
 from vision.config.run import TimmModel, TrainConfig
-from vision.errors import first_line
+from vision.errors import first_line, run_error
 from vision.revcol import ARGUMENTS
 
 
@@ -32,11 +32,11 @@ def create_model(config: TrainConfig, **defaults: Any) -> nn.Module:
     if config.memory is not None and not isinstance(config.memory, BudgetSpec):
         columns = columns_of(model)
         if columns is None:
-            raise SpecError("training run", "memory", "this model has no reversible columns", "Remove the key")
+            raise run_error("memory", "this model has no reversible columns", "Remove the key", code="no-columns")
         try:
             columns.memory = config.memory
         except ValueError as error:
-            raise SpecError("training run", "memory", str(error), "See docs/reference/yaml.md") from None
+            raise run_error("memory", str(error), "See docs/reference/yaml.md", code="conflicting-values") from None
     return model.train()
 
 
@@ -54,7 +54,7 @@ def fake_output(model: nn.Module, shape: Sequence[int]) -> Any:
     except RuntimeError as error:
         sizes = " x ".join(str(size) for size in shape)
         problem = f"does not take images of {sizes} ({first_line(error)})"
-        raise SpecError("training run", "model", problem, "Change its stem, or data") from error
+        raise run_error("model", problem, "Change its stem, or data", code="input-rejected") from error
     finally:
         model.train(was_training)
 
@@ -63,15 +63,17 @@ def _timm_model(model: TimmModel, defaults: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(model.timm, **{**defaults, **model.options})
     except SpecError as error:
-        raise SpecError("training run", f"model.{error.key}", error.problem, error.remedy) from error
+        raise run_error(f"model.{error.key}", error.problem, error.remedy, error.code) from error
     except Exception as error:  # models refuse their arguments in many ways
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown and model.timm in timm.list_models(module="revcol"):
             remedy = nearest(unknown[1], ARGUMENTS, "It has")
-            raise SpecError(
-                "training run", f"model.{unknown[1]}", f"{model.timm} has no such argument", remedy
+            raise run_error(
+                f"model.{unknown[1]}", f"{model.timm} has no such argument", remedy, code="unknown-key"
             ) from None
-        raise SpecError("training run", "model", f"{model.timm}: {first_line(error)}", "Check its arguments") from error
+        raise run_error(
+            "model", f"{model.timm}: {first_line(error)}", "Check its arguments", code="component-failed"
+        ) from error
 
 
 def columns_of(model: nn.Module) -> ReversibleColumns | None:

@@ -21,7 +21,7 @@ from revnets.config.registry import PartError, imported
 from vision.config.run import TASKS, TrainConfig
 from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.distributed.context import World
-from vision.errors import first_line
+from vision.errors import first_line, run_error
 from vision.models.creation import create_model
 
 
@@ -139,7 +139,7 @@ class Task:
         """
         if world.size > 1 and type(self).padding is Task.padding:
             problem = f"{type(self).__name__} has no padding, which several processes need for validation"
-            raise SpecError("training run", "task", problem, "Write the method, or train with one process")
+            raise run_error("task", problem, "Write the method, or train with one process")
         return val_loader(self.config, data, world, self.collate, self.padding)
 
     def to_device(self, batch: Any, device: torch.device, layout: torch.memory_format = torch.preserve_format) -> Any:
@@ -262,7 +262,7 @@ class Task:
         last = list(found.values())[-1]
         if self.monitor not in last:
             problem = f"{type(self).__name__} monitors {self.monitor}, which its evaluator does not give"
-            raise SpecError("training run", "task", problem, nearest(self.monitor, list(last), "It gives"))
+            raise run_error("task", problem, nearest(self.monitor, list(last), "It gives"), code="unknown-choice")
         return last[self.monitor]
 
     def is_better(self, value: float, best: float) -> bool:
@@ -325,20 +325,20 @@ def create_task(config: TrainConfig) -> Task:
     try:
         kind = imported("task", path)
     except PartError as error:
-        raise SpecError("training run", "task", error.problem, error.remedy) from None
+        raise run_error("task", error.problem, error.remedy, error.code) from None
     if not (inspect.isclass(kind) and issubclass(kind, Task)):
-        raise SpecError("training run", "task", f"{name} is no task", "Derive it from vision.tasks.Task")
+        raise run_error("task", f"{name} is no task", "Derive it from vision.tasks.Task", code="invalid-component")
     _check_options(kind, name, options)
     for key in (key for key in OPTIONAL if key not in kind.uses):
         if getattr(config, key) != TrainConfig.model_fields[key].default:
-            raise SpecError("training run", key, f"the task {name} does not use it", "Remove the key")
+            raise run_error(key, f"the task {name} does not use it", "Remove the key", code="reserved-key")
     try:
         return kind(config, **options)
     except (TypeError, ValueError) as error:
         if isinstance(error, SpecError):
             raise
-        raise SpecError(
-            "training run", "task", f"{name} refuses its options ({first_line(error)})", "Change them"
+        raise run_error(
+            "task", f"{name} refuses its options ({first_line(error)})", "Change them", code="component-failed"
         ) from error
 
 
@@ -348,8 +348,8 @@ def _check_options(kind: type[Task], name: str, options: Mapping[str, Any]) -> N
     if len(known) == len(parameters):
         for key in (key for key in options if key not in known):
             remedy = nearest(key, known, "It takes") if known else "Remove it"
-            raise SpecError("training run", f"task.{key}", f"{name} has no such option", remedy)
+            raise run_error(f"task.{key}", f"{name} has no such option", remedy, code="unknown-key")
     for item in parameters:
         is_required = item.default is item.empty and item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)
         if is_required and item.name not in options:
-            raise SpecError("training run", f"task.{item.name}", f"{name} needs this option", "Give it")
+            raise run_error(f"task.{item.name}", f"{name} needs this option", "Give it", code="missing-key")

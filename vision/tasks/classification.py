@@ -13,11 +13,11 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 
-from revnets.config.errors import SpecError
 from vision.config.run import TimmModel
 from vision.data.dataset import ImageData
 from vision.data.samplers import without_class
 from vision.distributed.context import World
+from vision.errors import run_error
 from vision.models.creation import create_model, fake_output
 from vision.tasks.base import Task
 
@@ -48,11 +48,13 @@ class Classification(Task):
         model = create_model(self.config, num_classes=len(data.classes), in_chans=data.shape[0])
         output = fake_output(model, data.shape)
         if not isinstance(output, Tensor) or output.ndim != 2:
-            raise SpecError("training run", "model", "does not return class scores alone", "Give it a head and no taps")
+            raise run_error(
+                "model", "does not return class scores alone", "Give it a head and no taps", code="shape-mismatch"
+            )
         if output.shape[1] != len(data.classes):
             problem = f"gives {output.shape[-1]} scores for {len(data.classes)} classes"
             key = "model.num_classes" if isinstance(self.config.model, TimmModel) else "model.head"
-            raise SpecError("training run", key, problem, f"Set num_classes: {len(data.classes)}")
+            raise run_error(key, problem, f"Set num_classes: {len(data.classes)}", code="class-mismatch")
         return model
 
     def begin(self, model: nn.Module, data: ImageData, world: World) -> str:

@@ -9,10 +9,9 @@ import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from revnets.config.errors import SpecError
 from vision.config.supervision import Stop
 from vision.data.dataset import ImageData
-from vision.errors import first_line
+from vision.errors import first_line, run_error
 from vision.models.architecture import RevCol
 from vision.supervision.supervised import HeadsEvaluator, Outputs, Supervised
 from vision.supervision.task import SupervisionTask
@@ -32,14 +31,18 @@ class SupervisedClassification(Classification):
         """
         if not isinstance(model, RevCol):
             problem = f"{type(model).__name__} has no reversible columns"
-            raise SpecError("training run", "supervision", problem, "Give one of the family, as in {timm: revcol_tiny}")
+            raise run_error(
+                "supervision", problem, "Give one of the family, as in {timm: revcol_tiny}", code="no-columns"
+            )
         options = {"device": device, "verbose": False}
         try:
             task = SupervisionTask(
                 model, self.config.supervision, None, self.criterion_options, data.mean, data.std, **options
             )
         except ValueError as error:
-            raise SpecError("training run", "supervision", first_line(error), "See docs/guides/training.md") from None
+            raise run_error(
+                "supervision", first_line(error), "See docs/guides/training.md", code="conflicting-values"
+            ) from None
         task.trainable_module.to(device)
         return task
 

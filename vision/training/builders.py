@@ -16,7 +16,7 @@ from torch import nn
 
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
-from vision.errors import first_line
+from vision.errors import first_line, run_error
 from vision.models.creation import columns_of as columns_of
 from vision.tasks.base import Task, create_task
 

@@ -36,7 +36,7 @@ def keep_budget(config: TrainConfig, model: nn.Module, shape: Sequence[int] | No
         return None
     if shape is None:
         problem = "samples of this task have no shape for which memory could be planned"
-        raise SpecError("training run", "memory.budget", problem, "Give the memory mode of the columns")
+        raise run_error("memory.budget", problem, "Give the memory mode of the columns", code="no-columns")
     own = "optimizer" not in budget.model_fields_set
     states = optimizer_states(config, next(model.parameters()).device) if own else OPTIMIZERS[budget.optimizer]
     try:
