@@ -1,0 +1,26 @@
+"""Errors of all parts keep code, key and cell when they go to another process."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from revnets import PlanError, ReconstructionError, ReplayError
+from revnets.config.errors import ArgumentError
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ArgumentError("12 channels do not divide into 5 heads", "heads", code="not-divisible"),
+        PlanError("nothing fits", "budget", code="over-budget"),
+        ReplayError("changed in place", code="changed-in-place", cell="c1.l0"),
+        ReconstructionError("other bits", cell="c1.l0"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_pickled_errors_are_the_same(error: Exception) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+    assert vars(copy)["code"]
