@@ -72,7 +72,7 @@ class _Affirmative(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def keep_budget(model: Any, budget: BudgetSpec, args: argparse.Namespace, task: Any) -> None:
+def plan_encoder_memory(model: Any, budget: BudgetSpec, args: argparse.Namespace, task: Any) -> None:
     """Plan at the first training forward, when the text is loaded; the logger of this module tells what was chosen.
 
     Args:

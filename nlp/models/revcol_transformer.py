@@ -22,7 +22,7 @@ from revnets.config.memory_budget import BudgetSpec
 
 from .arguments import add_arguments, refuse_meaningless, settle
 from .encoder import RevColEncoder
-from .memory_budget import keep_budget
+from .memory_budget import plan_encoder_memory
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class RevColTransformerModel(TransformerModel):
         model = super().build_model(args, task)
         columns, memory = model.encoder.columns, model.encoder.spec.memory
         if isinstance(memory, BudgetSpec):
-            keep_budget(model, memory, args, task)
+            plan_encoder_memory(model, memory, args, task)
         logger.info(
             "%d reversible columns of %d levels, memory %s; generate, interactive and validate need --user-dir, too",
             columns.graph.columns,

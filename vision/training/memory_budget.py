@@ -18,7 +18,7 @@ from vision.errors import first_line, run_error
 from vision.training.builders import DTYPES, build_optimizer, columns_of
 
 
-def keep_budget(config: TrainConfig, model: nn.Module, shape: Sequence[int] | None, world: World) -> str | None:
+def plan_run_memory(config: TrainConfig, model: nn.Module, shape: Sequence[int] | None, world: World) -> str | None:
     """Choose the memory mode under a budget, if the run has one; returns a sentence about the choice.
 
     It is done before weights are divided, for the shape of the training batch.

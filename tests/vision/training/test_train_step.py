@@ -214,7 +214,7 @@ def test_all_that_a_run_holds_has_room_in_its_budget(data, monkeypatch):
     asked, model = [], builders.build_model(load_config(tiny("x", **PLAIN)), data)
 
     def keep(memory, **changes):
-        memory_budget.keep_budget(
+        memory_budget.plan_run_memory(
             load_config(tiny("x", **{**PLAIN, **changes}, memory=memory)), model, data.shape, World()
         )
 
