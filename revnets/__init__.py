@@ -9,7 +9,7 @@ from revnets.engine.columns import ReversibleColumns, ReversibleSequence
 from revnets.engine.drift import DriftWarning, predict_drift
 from revnets.engine.errors import ReconstructionError, ReplayError
 from revnets.engine.graph import Graph, Node, wire
-from revnets.engine.memory_mode import Memory
+from revnets.engine.memory_mode import Memory, MemoryPolicy
 from revnets.memory.auto_budget import keep_budget
 from revnets.models.net import Net, build, build_columns
 from revnets.models.plan import Plan, PlanError, plan
@@ -26,6 +26,7 @@ __all__ = [
     "Gain",
     "Graph",
     "Memory",
+    "MemoryPolicy",
     "Net",
     "NetSpec",
     "Node",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,7 @@ from torch import Tensor, nn
 from revnets.engine import drift, executor
 from revnets.engine.cell import Cell, FixedGain
 from revnets.engine.graph import Graph, ReadToken, wire
-from revnets.engine.memory_mode import Memory, memory_modes
-
-if TYPE_CHECKING:
-    from revnets.config.memory_budget import BudgetSpec
+from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes, stored_cells
 
 
 class ReversibleColumns(nn.Module):
@@ -30,6 +28,9 @@ class ReversibleColumns(nn.Module):
         verify: keep a checksum of every state and compare it with the state that backward rebuilds; raises a
             `ReconstructionError` there if they differ. For debugging: on a GPU, backward then waits for every cell.
             It can be switched at any time through the attribute `verify`.
+
+    Attributes:
+        policy: memory modes, stored cells, `verify` and a pending budget, as one immutable `MemoryPolicy`.
     """
 
     def __init__(
@@ -45,19 +46,72 @@ class ReversibleColumns(nn.Module):
         self.cells = nn.ModuleList(
             nn.ModuleList(cells[start : start + graph.m]) for start in range(0, len(cells), graph.m)
         )
-        self.memory = memory
-        self.stored = 0
-        self.verify = verify
+        self._policy = MemoryPolicy(memory_modes(memory, graph.columns), verify=verify)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_policy" not in state:  # pickled before there was a policy
+            state = dict(state)
+            fields = [state.pop(name) for name in ("_memory", "_stored", "verify", "budget")]
+            state["_policy"] = MemoryPolicy(*fields)
+        super().__setstate__(state)
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """What is kept for backward.
+
+        Raises:
+            ValueError: (when set) another number of modes than columns, or a stored cell that does not exist.
+        """
+        return self._policy
+
+    @policy.setter
+    def policy(self, value: MemoryPolicy) -> None:
+        memory_modes(value.modes, self.graph.columns)
+        stored_cells(value.stored, len(self.graph.nodes))
+        self._policy = value
+
+    @contextmanager
+    def using(
+        self,
+        policy: MemoryPolicy | None = None,
+        *,
+        modes: str | Sequence[str] | None = None,
+        stored: int | Iterable[int] | None = None,
+        verify: bool | None = None,
+    ) -> Iterator[MemoryPolicy]:
+        """Run a `with` block under another policy; the present one returns at its end, also after an exception.
+
+        Args:
+            policy: the other policy; by default the present one with the changes below.
+            modes: as for the attribute `memory`. A pending budget is not planned inside of the block.
+            stored: as for the attribute `stored`.
+            verify: as for the attribute `verify`.
+
+        Raises:
+            ValueError: as the attributes do.
+        """
+        found = self._policy
+        try:
+            if policy is not None:
+                self.policy = policy
+            if modes is not None:
+                self.memory = modes
+            if stored is not None:
+                self.stored = stored
+            if verify is not None:
+                self.verify = verify
+            yield self._policy
+        finally:
+            self._policy = found
 
     @property
     def memory(self) -> tuple[Memory, ...]:
-        """The memory mode of each column."""
-        return self._memory
+        """The memory mode of each column. Set it to one mode for all or to one per column; a pending budget ends."""
+        return self._policy.modes
 
     @memory.setter
     def memory(self, value: str | Sequence[str]) -> None:
-        self._memory = memory_modes(value, self.graph.columns)
-        self.budget: BudgetSpec | None = None  # one that waits for the first forward, see `revnets.keep_budget`
+        self._policy = replace(self._policy, modes=memory_modes(value, self.graph.columns), budget=None)
 
     @property
     def stored(self) -> frozenset[int]:
@@ -66,19 +120,29 @@ class ReversibleColumns(nn.Module):
         Set it to their indices, or to a number of cells counted from the end. `revnets.plan` finds those that save the
         most work under a budget.
         """
-        return self._stored
+        return self._policy.stored
 
     @stored.setter
     def stored(self, value: int | Iterable[int]) -> None:
-        total = len(self.graph.nodes)
-        if isinstance(value, int):
-            if not 0 <= value <= total:
-                raise ValueError(f"stored = {value}: give a number of cells, 0 to {total}, or their indices")
-            value = range(total - value, total)
-        stored = frozenset(value)
-        if not stored <= set(range(total)):
-            raise ValueError(f"stored: there is no cell {min(stored - set(range(total)))}; they are 0 to {total - 1}")
-        self._stored = stored
+        self._policy = replace(self._policy, stored=stored_cells(value, len(self.graph.nodes)))
+
+    @property
+    def verify(self) -> bool:
+        """Compare what backward rebuilds with checksums of the forward."""
+        return self._policy.verify
+
+    @verify.setter
+    def verify(self, value: bool) -> None:
+        self._policy = replace(self._policy, verify=value)
+
+    @property
+    def budget(self) -> Budget | None:
+        """A memory budget that is pending until the first training forward of the model, see `revnets.keep_budget`."""
+        return self._policy.budget
+
+    @budget.setter
+    def budget(self, value: Budget | None) -> None:
+        self._policy = replace(self._policy, budget=value)
 
     def flat(self) -> list[Cell]:
         """All cells in the order in which they run."""
@@ -97,10 +161,12 @@ class ReversibleColumns(nn.Module):
             A list of m states, or of those among them that no level above has replaced (residuals within a column);
             with taps, the pair (that list, list of tapped states).
         """
-        if Memory.INVERT in self._memory and torch.is_grad_enabled() and not executor.is_transformed():
+        policy = self._policy
+        if Memory.INVERT in policy.modes and torch.is_grad_enabled() and not executor.is_transformed():
             drift.watch(self, x)
         ends = [tap_index(self.graph, tap) for tap in taps]
-        last, tapped = executor.run(self.graph, self.flat(), x, self._memory, context, ends, self._stored, self.verify)
+        cells = self.flat()
+        last, tapped = executor.run(self.graph, cells, x, policy.modes, context, ends, policy.stored, policy.verify)
         return (last, tapped) if taps else last
 
     def inverse(self, levels: Sequence[Tensor], x: Tensor, **context: Any) -> list[list[Tensor]]:
@@ -140,7 +206,7 @@ class ReversibleColumns(nn.Module):
             cell.compile(*args, dynamic=dynamic, **kwargs)
 
     def extra_repr(self) -> str:
-        modes = {str(mode) for mode in self._memory}
+        modes = {str(mode) for mode in self.memory}
         return f"m={self.graph.m}, columns={self.graph.columns}, memory={'/'.join(sorted(modes))}"
 
 

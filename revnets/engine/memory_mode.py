@@ -1,9 +1,11 @@
-"""Which activations a cell keeps for backward."""
+"""Which activations a net keeps for backward: the memory mode of each column, and the policy of all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 
 class Memory(StrEnum):
@@ -13,6 +15,40 @@ class Memory(StrEnum):
     RECOMPUTE = "recompute"  # the tape keeps it; the cell is replayed
     INVERT = "invert"  # rebuilt by the inverse alone; rounding errors add up
     EXACT = "exact"  # rebuilt by the inverse and the lost bits, bit for bit
+
+
+class Budget(Protocol):
+    """A memory budget, as the engine carries it; `revnets.config.memory_budget.BudgetSpec` is one."""
+
+    @property
+    def budget(self) -> int | str: ...
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def grad_accum(self) -> int: ...
+    @property
+    def ranks(self) -> int | None: ...
+    @property
+    def sharding(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPolicy:
+    """What reversible columns keep for backward. It is immutable; `dataclasses.replace` makes another one.
+
+    Raises:
+        ValueError: an unknown memory mode.
+    """
+
+    modes: tuple[Memory, ...]  # one per column
+    stored: frozenset[int] = frozenset()  # indices of cells that keep all they save, whatever their column's mode
+    verify: bool = False  # compare what backward rebuilds with checksums of the forward
+    budget: Budget | None = None  # pending until the first training forward of the model, see `revnets.keep_budget`
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.modes, tuple) or not all(isinstance(mode, Memory) for mode in self.modes):
+            object.__setattr__(self, "modes", memory_modes(list(self.modes), len(self.modes)))
+        object.__setattr__(self, "stored", frozenset(self.stored))
 
 
 def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]:
@@ -28,3 +64,19 @@ def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]
     if len(values) != columns:
         raise ValueError(f"{len(values)} memory modes for {columns} columns; give one for all or one per column")
     return tuple(Memory(item) for item in values)
+
+
+def stored_cells(value: int | Iterable[int], cells: int) -> frozenset[int]:
+    """Indices of stored cells, from the indices or from a number of cells counted from the end.
+
+    Raises:
+        ValueError: there are fewer cells, or none of that index.
+    """
+    if isinstance(value, int):
+        if not 0 <= value <= cells:
+            raise ValueError(f"stored = {value}: give a number of cells, 0 to {cells}, or their indices")
+        value = range(cells - value, cells)
+    stored = frozenset(value)
+    if not stored <= set(range(cells)):
+        raise ValueError(f"stored: there is no cell {min(stored - set(range(cells)))}; they are 0 to {cells - 1}")
+    return stored

@@ -1,0 +1,129 @@
+"""The memory policy of columns: one immutable value, and what sets, restores, copies and pickles it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+
+from revnets import Memory, MemoryPolicy, ReversibleColumns
+from revnets.config.memory_budget import BudgetSpec
+from tests.support.networks import token_net
+
+BUDGET = BudgetSpec(budget="24GiB", optimizer="sgd")
+
+
+def columns(count: int = 3) -> ReversibleColumns:
+    torch.manual_seed(0)
+    return token_net(columns=count)
+
+
+def with_policy() -> tuple[ReversibleColumns, MemoryPolicy]:
+    """Columns in which every field of the policy differs from its default."""
+    net = columns()
+    policy = MemoryPolicy((Memory.RECOMPUTE, Memory.EXACT, Memory.STORE), frozenset({1, 4}), True, BUDGET)
+    net.policy = policy
+    return net, policy
+
+
+def test_the_attributes_are_those_of_the_policy() -> None:
+    net, policy = with_policy()
+    assert (net.memory, net.stored, net.verify, net.budget) == (policy.modes, policy.stored, policy.verify, BUDGET)
+
+
+def test_it_is_immutable() -> None:
+    net, _ = with_policy()
+    with pytest.raises(FrozenInstanceError):
+        net.policy.verify = False  # type: ignore[misc]
+
+
+def test_fields_are_brought_to_their_types() -> None:
+    policy = MemoryPolicy(["exact", "store"], [3, 1, 3])  # type: ignore[arg-type]
+    assert policy == MemoryPolicy((Memory.EXACT, Memory.STORE), frozenset({1, 3}))
+    assert all(type(mode) is Memory for mode in policy.modes)
+    with pytest.raises(ValueError, match="memory mode 'most' is unknown"):
+        MemoryPolicy(("most",))  # type: ignore[arg-type]
+
+
+def test_setting_the_memory_ends_a_pending_budget() -> None:
+    net, policy = with_policy()
+    net.memory = "invert"
+    assert net.policy == replace(policy, modes=(Memory.INVERT,) * 3, budget=None)
+
+
+def test_setting_the_rest_changes_that_alone() -> None:
+    net, policy = with_policy()
+    net.stored, net.verify = 2, False
+    total = len(net.graph.nodes)
+    assert net.policy == replace(policy, stored=frozenset({total - 2, total - 1}), verify=False)
+    net.budget = None
+    assert net.policy == replace(policy, stored=net.stored, verify=False, budget=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modes": (Memory.EXACT,) * 2}, "2 memory modes for 3 columns"),
+        ({"stored": frozenset({99})}, "there is no cell 99"),
+    ],
+)
+def test_a_policy_of_other_columns_is_refused(changes, message) -> None:
+    net, policy = with_policy()
+    with pytest.raises(ValueError, match=message):
+        net.policy = replace(policy, **changes)
+    assert net.policy is policy
+
+
+def test_using_restores_the_whole_policy() -> None:
+    net, policy = with_policy()
+    with net.using(modes="store", stored=0, verify=False) as inside:
+        assert inside == net.policy == MemoryPolicy((Memory.STORE,) * 3)
+        net.memory = "invert"
+    assert net.policy is policy
+
+
+def test_using_restores_after_an_exception() -> None:
+    net, policy = with_policy()
+    with pytest.raises(KeyError), net.using(modes="store"):
+        raise KeyError
+    with pytest.raises(ValueError, match="there is no cell 99"), net.using(modes="store", stored=[99]):
+        pass
+    assert net.policy is policy
+
+
+def test_using_takes_a_whole_policy() -> None:
+    net, policy = with_policy()
+    other = replace(policy, budget=None, verify=False)
+    with net.using(other, stored=[2]):
+        assert net.policy == replace(other, stored=frozenset({2}))
+    assert net.policy is policy
+
+
+def saved(net: ReversibleColumns) -> ReversibleColumns:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), saved])
+def test_copies_have_the_whole_policy_and_set_their_own(copied) -> None:
+    net, policy = with_policy()
+    other = copied(net)
+    assert other.policy == policy
+    other.memory = "store"
+    assert net.policy is policy
+
+
+def test_pickles_of_four_attributes_load() -> None:
+    net, policy = with_policy()
+    state = {name: value for name, value in vars(net).items() if name != "_policy"}
+    state |= {"_memory": policy.modes, "_stored": policy.stored, "verify": True, "budget": BUDGET}
+    other = ReversibleColumns.__new__(ReversibleColumns)
+    other.__setstate__(state)
+    assert other.policy == policy
+    assert not {"_memory", "_stored", "verify", "budget"} & vars(other).keys()
