@@ -47,7 +47,7 @@ def audit(
 ) -> Audit:
     """Measure reconstruction, gradients and memory of a model with reversible columns.
 
-    Everything is left as it was: parameters, `.grad`, buffers, generators, memory modes. The pass runs under the
+    Everything is left as it was: parameters, `.grad`, buffers, generators, memory policy. The pass runs under the
     training flags and the autocast it finds: call `train()` or `eval()` before. Gradients are taken with
     `torch.autograd.grad`, so hooks that wait for `.grad` do not fire.
 
@@ -270,9 +270,7 @@ def _bytes_by_column(columns: ReversibleColumns, tracker: MemoryTracker) -> Iter
 
 @contextmanager
 def _left_as_found(model: nn.Module, columns: ReversibleColumns) -> Iterator[Callable[[], None]]:
-    """Put buffers, generators and memory modes back at the end; yields what puts the buffers back in between."""
-    memory, stored, budget = columns.memory, columns.stored, columns.budget
-    columns.stored = ()  # a plan in force would be part of every mode
+    """Put buffers, generators and the memory policy back at the end; yields what puts the buffers back in between."""
     found = [
         (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
@@ -288,9 +286,9 @@ def _left_as_found(model: nn.Module, columns: ReversibleColumns) -> Iterator[Cal
 
     accelerator = torch.accelerator.current_accelerator()
     kind = accelerator.type if accelerator else "cuda"
-    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind):
+    generators = torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind)
+    with generators, columns.using(stored=0):  # a plan in force would be part of every mode
         try:
             yield restore
         finally:
             restore()
-            columns.memory, columns.stored, columns.budget = memory, stored, budget

@@ -95,12 +95,11 @@ def measured(step: Step, tell: Callable[[str], None] = lambda _: None) -> Iterat
         tell(f"measuring {count} column{'s' * (count > 1)}, {mode}")
         torch.manual_seed(0)
         model = step.model(count)
-        columns = find_columns(model)
-        columns.memory, columns.stored = mode, 0
-        try:
-            found = step_bytes(model, torch.randn(step.batch, *step.shape), step.dtype)
-        except (RuntimeError, ValueError) as error:
-            raise _unfit(step, error) from error
+        with find_columns(model).using(modes=mode, stored=0):
+            try:
+                found = step_bytes(model, torch.randn(step.batch, *step.shape), step.dtype)
+            except (RuntimeError, ValueError) as error:
+                raise _unfit(step, error) from error
         yield step.point("measured", mode, count, *found)
 
 

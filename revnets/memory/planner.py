@@ -131,15 +131,15 @@ def plan_module(
     _check(optimizer, ranks, sharding, grad_accum)
     states = optimizer if isinstance(optimizer, int) else OPTIMIZERS[optimizer]
     run = _Run(states, ranks, ranks > 1 and sharding == "fsdp", grad_accum > 1)
-    with _Predictor(model, inputs, dtype, run, progress or (lambda _: None)) as predictor:
-        base = predictor.predict("store")
-        rows = tuple(base if mode == "store" else predictor.predict(str(mode), base) for mode in modes)
-        limit, chosen = None, None
-        if isinstance(budget, Memory):
-            limit = predictor.predict(budget, base).peak
-            chosen = _choose(predictor, base, limit, spare=0.0)  # one prediction against another: both err alike
-        elif budget is not None:
-            limit, chosen = budget, _choose(predictor, base, budget)
+    predictor = _Predictor(model, inputs, dtype, run, progress or (lambda _: None))
+    base = predictor.predict("store")
+    rows = tuple(base if mode == "store" else predictor.predict(str(mode), base) for mode in modes)
+    limit, chosen = None, None
+    if isinstance(budget, Memory):
+        limit = predictor.predict(budget, base).peak
+        chosen = _choose(predictor, base, limit, spare=0.0)  # one prediction against another: both err alike
+    elif budget is not None:
+        limit, chosen = budget, _choose(predictor, base, budget)
     return Plan(predictor.shape, str(dtype).removeprefix("torch."), ranks, sharding, rows, limit, chosen)
 
 
@@ -153,20 +153,13 @@ class _Run(NamedTuple):
 
 
 class _Predictor:
-    """Simulates steps of one model; its memory modes are put back at the end."""
+    """Simulates steps of one model, each under a memory policy of its own."""
 
     def __init__(self, model, inputs, dtype, run: _Run, progress):
         self.model, self.inputs, self.dtype, self.run, self.progress = model, inputs, dtype, run, progress
         self.columns: ReversibleColumns = find_columns(model)
         self.cells = len(self.columns.graph.nodes)
         self.shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
-
-    def __enter__(self) -> _Predictor:
-        self._found = self.columns.memory, self.columns.stored, self.columns.budget
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.columns.memory, self.columns.stored, self.columns.budget = self._found
 
     def predict(
         self,
@@ -176,10 +169,10 @@ class _Predictor:
         recomputed: Collection[int] = (),
     ) -> Prediction:
         self.progress(_name(mode, stored, recomputed))
-        self.columns.memory = _memory(mode, recomputed, self.columns.graph.columns)
-        self.columns.stored = stored
+        modes = _memory(mode, recomputed, self.columns.graph.columns)
         try:
-            found = simulate(self.model, self.inputs, self.dtype, not self.run.sharded, self.run.accumulates)
+            with self.columns.using(modes=modes, stored=stored):
+                found = simulate(self.model, self.inputs, self.dtype, not self.run.sharded, self.run.accumulates)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise PlanError(
