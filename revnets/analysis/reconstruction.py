@@ -34,7 +34,7 @@ def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: in
 
     def probe(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not found:
-            context = {name: value for name, value in kwargs.items() if name not in ("x", "taps")}
+            context = {name: value for name, value in kwargs.items() if name not in ("x", "taps", "stop")}
             found.append(_compare(columns, args[0] if args else kwargs["x"], context, seed))
 
     handle = columns.register_forward_pre_hook(probe, with_kwargs=True)

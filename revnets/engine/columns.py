@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,8 @@ class ReversibleColumns(nn.Module):
     Attributes:
         policy: memory modes, stored cells, `verify` and a pending budget, as one immutable `MemoryPolicy`.
     """
+
+    _warned_of: Budget | None = None
 
     def __init__(
         self, graph: Graph, cells: Sequence[Cell], memory: str | Sequence[str] = "exact", verify: bool = False
@@ -148,26 +151,52 @@ class ReversibleColumns(nn.Module):
         """All cells in the order in which they run."""
         return [cell for column in self.cells for cell in cast(Iterable[Cell], column)]
 
-    def forward(self, x: Tensor, *, taps: Sequence[int] = (), **context: Any) -> Any:
+    def forward(self, x: Tensor, *, taps: Sequence[int] = (), stop: int | None = None, **context: Any) -> Any:
         """The last column's states, level 0 first.
+
+        In training, a memory budget that is still pending here is warned of: whatever was called is not an entry of
+        the model that plans it, and the columns run in their present memory modes.
 
         Args:
             x: the stem's output; channels are the last axis.
             taps: columns whose last level is handed out as well. A tapped state stays alive as long as its caller
                 holds it.
+            stop: index of the first cell that is left out, and with it all later ones; by default all cells run.
             context: keyword arguments for the function of every cell, such as a padding mask.
 
         Returns:
             A list of m states, or of those among them that no level above has replaced (residuals within a column);
             with taps, the pair (that list, list of tapped states).
+
+        Raises:
+            ValueError: there is no such tap or cell.
         """
-        policy = self._policy
+        policy, graph, cells = self._policy, self.graph, self.flat()
+        if stop is not None:
+            graph, cells = _first(graph, stop), cells[:stop]
+        if policy.budget is not None and self.training and torch.is_grad_enabled() and not executor.is_transformed():
+            _warn_of_pending(self, policy.budget)
         if Memory.INVERT in policy.modes and torch.is_grad_enabled() and not executor.is_transformed():
             drift.watch(self, x)
-        ends = [tap_index(self.graph, tap) for tap in taps]
-        cells = self.flat()
-        last, tapped = executor.run(self.graph, cells, x, policy.modes, context, ends, policy.stored, policy.verify)
+        ends = [tap_index(graph, tap) for tap in taps]
+        last, tapped = executor.run(graph, cells, x, policy.modes, context, ends, policy.stored, policy.verify)
         return (last, tapped) if taps else last
+
+    def truncated(self, length: int) -> ReversibleColumns:
+        """The first `length` cells as columns that share them, under the same policy.
+
+        Stored cells that are left out leave the policy as well; a pending budget stays pending.
+
+        Raises:
+            ValueError: there is no cell left, or there are not so many.
+        """
+        graph = _first(self.graph, length)
+        result = ReversibleColumns(graph, self.flat()[:length])
+        for module in (result, result.cells, *result.cells):  # the flags of the cells are their own
+            module.training = self.training
+        stored = frozenset(index for index in self.stored if index < length)
+        result.policy = replace(self._policy, modes=self.memory[: graph.columns], stored=stored)
+        return result
 
     def inverse(self, levels: Sequence[Tensor], x: Tensor, **context: Any) -> list[list[Tensor]]:
         """The states of every column, last column first, from the states of the last one. No forward is needed.
@@ -243,6 +272,28 @@ class ReversibleSequence(ReversibleColumns):
 
 _VERSIONS = 8
 """How often a cell may be compiled, for other shapes or without gradients: PyTorch's own limit for one function."""
+
+
+def _first(graph: Graph, length: int) -> Graph:
+    total = len(graph.nodes)
+    if not 1 <= length <= total:
+        raise ValueError(f"the first {length} cells: there are {total}, and at least one must run")
+    return graph if length == total else Graph(graph.m, graph.nodes[:length])
+
+
+@torch._disable_dynamo()
+def _warn_of_pending(columns: ReversibleColumns, budget: Budget) -> None:
+    """Warn, once for each budget, that nothing has planned it. Gradients are right without a plan, so nothing fails."""
+    if columns._warned_of is budget:
+        return
+    columns._warned_of = budget
+    warnings.warn(
+        f"the memory budget {budget.budget} is still pending in a training forward of the columns, which run in "
+        f"{'/'.join(dict.fromkeys(columns.memory))} without a plan: the model around them was not called as model(x). "
+        "Call it so, pass the module that you do call to revnets.keep_budget, or plan before: "
+        "revnets.plan(model, shape, budget=...).apply(model)",
+        stacklevel=3,
+    )
 
 
 def tap_index(graph: Graph, column: int) -> int:

@@ -6,8 +6,9 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,23 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revnets.config.memory_budget import BudgetSpec, parse_budget
 from revnets.engine.autocast import outside_of_autocast
-from revnets.engine.columns import find_columns
+from revnets.engine.columns import ReversibleColumns, find_columns
 from revnets.engine.executor import is_transformed
+from revnets.engine.memory_mode import Budget
 from revnets.memory.planner import Plan, PlanError, plan_module
 
 logger = logging.getLogger(__name__)
 
 
-def keep_budget(model: nn.Module, budget: BudgetSpec | int | str) -> None:
+def keep_budget(model: nn.Module, budget: Budget | int | str) -> None:
     """Let a model choose memory modes that keep a training step under a budget, once it knows its input.
 
     At the first forward in training mode the step is simulated on fake tensors with the shape, dtype and autocast of
     that forward, as `revnets.plan` does. `columns.memory` and `columns.stored` are set to the least work that fits,
     and the logger `revnets.memory.auto_budget` says so. Setting `columns.memory` before gives the budget up.
+
+    The plan is made when the model itself is called, or a method of it that `plan_on_call` decorates. Where neither
+    is, the columns warn that the budget is still pending.
 
     The first input should be the largest. A warning tells of larger ones later.
 
@@ -37,40 +42,93 @@ def keep_budget(model: nn.Module, budget: BudgetSpec | int | str) -> None:
 
     Raises:
         ValueError: the budget is no amount of memory.
-        PlanError: at the first forward, if nothing fits; says what the least is, and which dial to turn.
+        PlanError: at the first forward, if nothing fits; says what the least is, and what to change.
     """
-    spec = budget if isinstance(budget, BudgetSpec) else BudgetSpec(budget=parse_budget(budget))
+    spec = BudgetSpec(budget=parse_budget(budget)) if isinstance(budget, int | str) else budget
     find_columns(model).budget = spec
-    if _turn not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_turn, with_kwargs=True)
+    if _before_call not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before_call, with_kwargs=True)
+
+
+Host = TypeVar("Host", bound=nn.Module)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def plan_on_call(
+    method: Callable[Concatenate[Host, Arguments], Result],
+) -> Callable[Concatenate[Host, Arguments], Result]:
+    """Decorate a method of a model through which it is trained as well, such as timm's `forward_features`.
+
+    A pending budget is planned there as at a call of the model itself, for the step that this method begins.
+    """
+    name = method.__name__
+
+    @wraps(method)
+    def entry(model: Host, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if model.training and torch.is_grad_enabled() and _concerns(model, name):
+            _prepare(model, name, args, kwargs)
+        return method(model, *args, **kwargs)
+
+    return entry
+
+
+def _concerns(model: nn.Module, entry: str) -> bool:
+    """Is there a plan to make at this entry, or to compare with? Cheap, for it is traced by compilers."""
+    return find_columns(model).budget is not None or getattr(model, "_planned_entry", None) == entry
+
+
+def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """The hook: plan for the forward."""
+    _prepare(model, "forward", args, kwargs)
 
 
 @torch._disable_dynamo()  # as torch.compiler.disable, but does not import Dynamo, which takes a second, until it runs
-def _turn(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """The hook: plan if a budget is waiting."""
+def _prepare(model: nn.Module, entry: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Plan for a call of the method `entry` if a budget is pending."""
     if not (model.training and torch.is_grad_enabled()) or is_transformed():
         return  # nothing is kept for backward, or all of it
     columns = find_columns(model)
     if columns.budget is None:
-        _compare(model, args, kwargs)
+        if getattr(model, "_planned_entry", entry) == entry:  # others are called inside of it, or do with less
+            _compare(model, args, kwargs)
         return
-    inputs = inspect.signature(model.forward).bind(*args, **kwargs).args
-    plan = _plan(model, inputs, columns.budget)
+    if any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
+        return  # a symbolic trace computes nothing
+    inputs = inspect.signature(getattr(model, entry)).bind(*args, **kwargs).args
+    plan = _plan(model, entry, inputs, columns.budget)
     plan.apply(model)
     model.memory_plan = plan  # type: ignore[assignment]  # a plain attribute, as on any module
+    model._planned_entry = entry  # type: ignore[assignment]
     if not _is_distributed() or torch.distributed.get_rank() == 0:
         logger.warning("input %s, %s: %s", " x ".join(map(str, plan.input_shape)), plan.dtype, plan.sentence)
 
 
-def _plan(model: nn.Module, inputs: tuple[Any, ...], budget: BudgetSpec) -> Plan:
+class _Entry(nn.Module):
+    """A model whose forward is another method of it."""
+
+    def __init__(self, model: nn.Module, method: str):
+        super().__init__()
+        self.model, self.method = model, method
+
+    @property
+    def columns(self) -> ReversibleColumns:
+        return find_columns(self.model)
+
+    def forward(self, *inputs: Any) -> Any:
+        return getattr(self.model, self.method)(*inputs)
+
+
+def _plan(model: nn.Module, entry: str, inputs: tuple[Any, ...], budget: Budget) -> Plan:
     device = next(model.parameters()).device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
     world = torch.distributed.get_world_size() if _is_distributed() else 1
 
     def found() -> Plan:
+        whole = _whole(model) if is_sharded else model
         return plan_module(
-            _whole(model) if is_sharded else model,
+            whole if entry == "forward" else _Entry(whole, entry),
             inputs,
             dtype=dtype,
             optimizer=budget.optimizer,

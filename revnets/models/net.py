@@ -112,7 +112,8 @@ def build(source: ConfigSource | NetSpec, overrides: Sequence[str] = ()) -> Net:
 def build_columns(spec: NetSpec, name: str = "spec") -> ReversibleColumns:
     """Only the columns of a net, for hosts that bring a stem and a head of their own.
 
-    A budget is left to the host: `revnets.keep_budget(host, spec.memory)`. Until then the columns run in `exact`.
+    A budget is left to the host: `revnets.keep_budget(host, spec.memory)`. Until then the columns run in `exact`, and
+    warn in training that it is pending.
 
     Args:
         name: of the spec, for error messages.
@@ -129,8 +130,11 @@ def build_columns(spec: NetSpec, name: str = "spec") -> ReversibleColumns:
         fusion = _part(name, "fusion", "fusion", spec.fusion.type, **given, **spec.fusion.options)
         blocks = [_block(name, node.level, level, rate) for rate in rates[node.level]]
         cells.append(Cell(Level(fusion, blocks, level.dim, graph.name(node.index)), _gain(spec, node, level.dim)))
-    memory = "exact" if isinstance(spec.memory, BudgetSpec) else spec.memory
-    return ReversibleColumns(graph, cells, memory, spec.verify)
+    if not isinstance(spec.memory, BudgetSpec):
+        return ReversibleColumns(graph, cells, spec.memory, spec.verify)
+    columns = ReversibleColumns(graph, cells, "exact", spec.verify)
+    columns.budget = spec.memory
+    return columns
 
 
 def _source(spec: NetSpec, graph: Graph, node: Node, read: int, reductions: list[int]) -> Source:

@@ -14,7 +14,7 @@ from revnets import ReversibleColumns, build, keep_budget
 from revnets.config.errors import ArgumentError
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import NetSpec
-from revnets.engine.graph import Graph
+from revnets.memory.auto_budget import plan_on_call
 from revnets.nn.blocks import init_weights
 
 register_notrace_module(ReversibleColumns)  # a leaf for torch.fx, which cannot see through sizes and tapes
@@ -101,6 +101,7 @@ class RevCol(nn.Module):
 
     # --------------------------------------------------------------------------------------------------- forward
 
+    @plan_on_call
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the top level of the last column, (B, num_features, H / 32, W / 32)."""
         return to_nchw(self.columns(self.stem(x))[-1])
@@ -112,6 +113,7 @@ class RevCol(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    @plan_on_call
     def forward_intermediates(
         self,
         x: Tensor,
@@ -134,9 +136,9 @@ class RevCol(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ArgumentError(f"output_fmt {output_fmt!r}: choose NCHW or NHWC", "output_fmt", code="unknown-choice")
         take, highest = feature_take_indices(self.levels, indices)
-        columns = shortened(self.columns, highest + 1) if stop_early else self.columns
-        kept = columns.graph.nodes[-1].level + 1
-        levels = columns(self.stem(x))[-kept:]  # a shortened last column is preceded by the rest of the window
+        kept = highest + 1 if stop_early else self.levels
+        stop = len(self.columns.graph.nodes) - self.levels + kept
+        levels = self.columns(self.stem(x), stop=stop)[-kept:]  # before them comes the rest of the window
         out = [levels[index] if output_fmt == "NHWC" else to_nchw(levels[index]) for index in take]
         return out if intermediates_only else (to_nchw(levels[-1]), out)
 
@@ -151,7 +153,7 @@ class RevCol(nn.Module):
         take, highest = feature_take_indices(self.levels, indices)
         pruned = highest < self.levels - 1
         if pruned:
-            self.columns = shortened(self.columns, highest + 1)
+            self.columns = self.columns.truncated(len(self.columns.graph.nodes) - self.levels + highest + 1)
             freeze_idle(self.columns, highest + 1)
             self.num_features = self.head_hidden_size = self.feature_info[highest]["num_chs"]
         if prune_head or pruned:
@@ -228,15 +230,6 @@ def classifier(dim: int, num_classes: int, global_pool: str = "avg", drop_rate: 
 def to_nchw(x: Tensor) -> Tensor:
     """(B, H, W, C) as (B, C, H, W): a view, in channels_last memory."""
     return x.permute(0, 3, 1, 2)
-
-
-def shortened(columns: ReversibleColumns, levels: int) -> ReversibleColumns:
-    """The same cells without the last column's upper ones; `levels` of it are left."""
-    graph = columns.graph
-    length = (graph.columns - 1) * graph.m + levels
-    result = ReversibleColumns(Graph(graph.m, graph.nodes[:length]), columns.flat()[:length], columns.memory)
-    result.stored = [index for index in columns.stored if index < length]
-    return result
 
 
 def freeze_idle(columns: ReversibleColumns, levels: int) -> None:
