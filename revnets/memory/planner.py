@@ -1,4 +1,5 @@
-"""Predicts what a training step of a module takes, and turns two dials until the step fits a budget.
+"""Predicts what a training step of a module takes, and chooses stored cells and recomputed columns that fit a memory
+budget.
 
 First, some cells keep everything (`ReversibleColumns.stored`): each saves its own replay in backward and costs its
 activations until backward comes to it. `selection.py` says in which order cells are worth it. Then, where there is room

@@ -46,7 +46,7 @@ def plan(
         budget: bytes, text such as `24GiB`, or a memory mode, whose peak is meant; `Plan.chosen` is the choice.
 
     Raises:
-        PlanError: nothing fits the budget (the message says what the least is and which dial to turn).
+        PlanError: nothing fits the budget (the message says what the least is and what to change).
     """
     try:
         limit = None if budget is None else parse_budget(budget)
