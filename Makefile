@@ -11,7 +11,7 @@ help:
 	@echo "make demo   train a reversible column net on real images (about two minutes) and show what it saved"
 	@echo "make test   run the whole suite"
 	@echo "make fast   run the suite without the tests marked slow"
-	@echo "make lint   ruff and pyright"
+	@echo "make lint   ruff, pyright and import-linter"
 	@echo "make clean  remove the virtual environment and everything that was made"
 
 # The stamp makes the second call start at once; a changed pyproject.toml or Makefile sets up again.
@@ -33,7 +33,7 @@ fast: $(SETUP)
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(SETUP)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnets.config.memory_budget import BudgetSpec, parse_budget
-from revnets.engine.autocast import outside_of_autocast
+from revnets.memory import outside_of_autocast
 from revnets.memory.planner import Plan, PlanError, plan_module
 from revnets.memory.simulation import simulate
 

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revnets import ReversibleColumns
+from revnets.analysis import observed
 from revnets.config.errors import option_error
-from revnets.engine.columns import ReversibleColumns, observed
 
 LEAST = 4
 """Samples that the unbiased estimator needs."""

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnets.config.errors import SpecError
-from revnets.engine.columns import ReversibleColumns, observed
+from revnets import ReversibleColumns, SpecError
+from revnets.analysis import observed
 
 
 class LayerCam(NamedTuple):

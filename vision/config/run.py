@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
 
+from revnets.config import memory_modes
 from revnets.config.errors import SpecError, nearest, problem, what
 from revnets.config.loader import Source, Strict, load
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from revnets.config.registry import PartError, imported
-from revnets.engine.memory_mode import memory_modes
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
 from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
 from vision.config.supervision import SupervisionConfig
