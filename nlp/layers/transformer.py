@@ -35,16 +35,16 @@ class Dropout(nn.Dropout):
 
     retain_dropout = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.p == 0 or not (self.training or self.retain_dropout):
-            return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.dropout(x, self.p)
+            return input
+        if input.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(input, self.p)
         dropped = min(max(round(self.p * 2**16), 1), 2**16 - 1)
-        numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        numbers = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         highest = dropped - 2**15 - 1  # of the numbers that drop; a comparison would take five times as long as this
-        kept = numbers[: x.numel()].view(x.shape).clamp_(highest, highest + 1).sub_(highest)
-        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+        kept = numbers[: input.numel()].view(input.shape).clamp_(highest, highest + 1).sub_(highest)
+        return input * kept.to(input.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 @register_block("transformer")

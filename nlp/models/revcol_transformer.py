@@ -65,10 +65,20 @@ class RevColTransformerModel(TransformerModel):
         src_lengths: Tensor,
         prev_output_tokens: Tensor,
         return_all_hiddens: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+        features_only: bool = False,
+        alignment_layer: int | None = None,
+        alignment_heads: int | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
         """As in fairseq, but hidden states are handed out only if asked for: by default it would keep them all."""
-        return super().forward(src_tokens, src_lengths, prev_output_tokens, return_all_hiddens, **kwargs)
+        return super().forward(
+            src_tokens,
+            src_lengths,
+            prev_output_tokens,
+            return_all_hiddens,
+            features_only,
+            alignment_layer,
+            alignment_heads,
+        )
 
 
 Architecture = Callable[[argparse.Namespace], None]

@@ -19,6 +19,9 @@ from revnets.engine.graph import STEM, Graph, Node
 from revnets.memory.auto_budget import keep_budget
 from revnets.nn.fusions import Source
 
+NetOutput = Tensor | list[Tensor] | tuple[Tensor | list[Tensor], list[Tensor]]
+"""What a net gives: with a head its result, without one the last column's states; with taps a pair (that, taps)."""
+
 
 class Level(nn.Module):
     """F_t: a fusion of the reads, then blocks.
@@ -76,7 +79,7 @@ class Net(nn.Module):
         if isinstance(spec.memory, BudgetSpec):
             keep_budget(self, spec.memory)
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> NetOutput:
         x = self.stem(x)
         if self.spec.taps:
             levels, tapped = self.columns(x, taps=self.spec.taps)

@@ -18,7 +18,7 @@ class Key(NamedTuple):
     """Which sample, and in which epoch: each has its own augmentation."""
 
     epoch: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody searches a key
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -78,9 +78,9 @@ class Share(Dataset[Any]):
     def __len__(self) -> int:
         return -(-self.length // self.world.size)
 
-    def __getitem__(self, number: int) -> Any:
-        index = number * self.world.size + self.world.rank
-        return self.whole[index] if index < self.length else self.padding(self.whole[self.length - 1])
+    def __getitem__(self, index: int) -> Any:
+        sample = index * self.world.size + self.world.rank
+        return self.whole[sample] if sample < self.length else self.padding(self.whole[self.length - 1])
 
 
 def without_class(sample: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
