@@ -98,11 +98,11 @@ def average_checkpoints(
     with reported():
         from rich.progress import track
 
-        from .evaluation.checkpoint_averaging import average, select
+        from .evaluation.checkpoint_averaging import average, select_checkpoints
 
         paths = checkpoints
         if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix != ".pt"):
-            paths = select(paths[0], last, updates)
+            paths = select_checkpoints(paths[0], last, updates)
         average(track(paths, "average", transient=True), output)
     typer.echo(f"{output}: the average of {', '.join(path.name for path in paths)}")
 
@@ -183,9 +183,9 @@ def _numbers(text: str | None) -> list[int] | None:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    from .data.corpus import DataError
+    from .data.corpus import TranslationError
 
-    return (DataError,)
+    return (TranslationError,)
 
 
 reported = partial(one_line_errors, _errors, extra="nlp")

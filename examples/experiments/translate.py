@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nlp.data.corpus import DataError, lines_of
+from nlp.data.corpus import TranslationError, lines_of
 from nlp.data.prepare import prepare
 from nlp.data.recipe import read_recipe
 from nlp.evaluation.bleu import Output, Score, read_output, scores
-from nlp.evaluation.checkpoint_averaging import average, select
+from nlp.evaluation.checkpoint_averaging import average, select_checkpoints
 from revnets.plotting.style import save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ class Run:
         """Whether it is done.
 
         Raises:
-            DataError: it failed.
+            TranslationError: it failed.
         """
         if self.seconds is None:
             pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
@@ -91,7 +91,7 @@ class Run:
                 self.seconds = usage.ru_utime + usage.ru_stime
                 if self.process.returncode:
                     last = self.said().strip().splitlines()[-1:]
-                    raise DataError(f"{self.name} failed: {''.join(last)}. All that it said is in {self.text}")
+                    raise TranslationError(f"{self.name} failed: {''.join(last)}. All that it said is in {self.text}")
         return self.seconds is not None
 
     def said(self) -> str:
@@ -117,7 +117,7 @@ def main(
     """
     console = Console()
     if output.exists() and not any((output / name).exists() for name in ("data/prepared.json", "data.work")):
-        raise DataError(f"{output} is there and is not of this script. Give another --output")
+        raise TranslationError(f"{output} is there and is not of this script. Give another --output")
     shutil.rmtree(output, ignore_errors=True)
     recipe, base = read_recipe([str(CORPUS)], DATA)
     facts = prepare(recipe, output / "data", base, workers=2, console=console)
@@ -134,7 +134,10 @@ def main(
     }
     trained = side_by_side(console, "train", commands, output, updates)
     for name in MODELS:
-        average(select(folder(output, name), min(points, AVERAGED), updates=True), folder(output, name) / "average.pt")
+        average(
+            select_checkpoints(folder(output, name), min(points, AVERAGED), updates=True),
+            folder(output, name) / "average.pt",
+        )
     commands = {
         name: ["generate", "--path", str(folder(output, name) / "average.pt"), *SEARCH.split()] for name in MODELS
     }
@@ -261,5 +264,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: no child is left alone
     try:
         app()
-    except (DataError, OSError) as error:
+    except (TranslationError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -28,7 +28,7 @@ _CODES = """
 LANGUAGES = frozenset(_CODES.split())
 
 
-class DataError(ValueError):
+class TranslationError(ValueError):
     """Data cannot be used. The message is one line: what was given, what is wrong with it and what to do.
 
     `code` is the kind of error, one of `revnets.config.error_codes.CODES`.
@@ -37,6 +37,10 @@ class DataError(ValueError):
     def __init__(self, message: str, code: str = "invalid-value"):
         super().__init__(message)
         self.code = code
+
+
+DataError = TranslationError
+"""The former name."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Corpus:
     def __post_init__(self) -> None:
         if len(self.paths) not in (1, 2):
             names = ", ".join(map(str, self.paths)) or "nothing"
-            raise DataError(
+            raise TranslationError(
                 f"{names}: a corpus is one table, or two files of which line i translates line i", code="wrong-length"
             )
 
@@ -66,14 +70,14 @@ class Corpus:
         """All pairs in order, without line ends. Fields are taken as they are, the empty ones too.
 
         Raises:
-            DataError: a file is missing, empty, damaged, no UTF-8, or the two do not have equally many lines.
+            TranslationError: a file is missing, empty, damaged, no UTF-8, or the two do not have equally many lines.
         """
         empty = True
         for pair in self._aligned() if len(self.paths) == 2 else self._table():
             empty = False
             yield pair
         if empty:
-            raise DataError(f"{self}: there is no line in it. Give text, one sentence a line", code="empty-file")
+            raise TranslationError(f"{self}: there is no line in it. Give text, one sentence a line", code="empty-file")
 
     def _aligned(self) -> Iterator[Pair]:
         with ExitStack() as stack:
@@ -83,13 +87,13 @@ class Corpus:
             for number, (left, right) in enumerate(zip_longest(*streams), 1):
                 if left is None or right is None:
                     if number == 1:
-                        raise DataError(
+                        raise TranslationError(
                             f"{self.paths[left is not None]}: there is no line in it. Give aligned text",
                             code="empty-file",
                         )
                     short, long = self.paths if left is None else self.paths[::-1]
                     total = number + sum(1 for _ in streams[self.paths.index(long)])
-                    raise DataError(
+                    raise TranslationError(
                         f"{short} has {number - 1} lines and {long} has {total}: line i of one must translate line i "
                         "of the other. Give files that were aligned",
                         code="misaligned-data",
@@ -104,7 +108,7 @@ class Corpus:
             if min(left, right) < 1 or max(left, right) > len(row):
                 wanted = f"fields {left} and {right} are" if self.fields else "two are"
                 found = f"{len(row)} field{'s' * (len(row) > 1)} between tabs"
-                raise DataError(
+                raise TranslationError(
                     f"{path}, line {number}: {found}, {wanted} needed. Give a table, two files, or other --fields",
                     code="wrong-format",
                 )
@@ -115,11 +119,11 @@ def languages(text: str) -> Pair:
     """Read a pair of languages such as `en-de`.
 
     Raises:
-        DataError: not two different codes of languages.
+        TranslationError: not two different codes of languages.
     """
     codes = text.split("-")
     if len(codes) != 2 or codes[0] == codes[1]:
-        raise DataError(f"languages {text!r}: give source and target, such as en-de", code="invalid-syntax")
+        raise TranslationError(f"languages {text!r}: give source and target, such as en-de", code="invalid-syntax")
     for code in codes:
         known_language(code)
     return codes[0], codes[1]
@@ -129,11 +133,11 @@ def known_language(code: str) -> str:
     """The code itself.
 
     Raises:
-        DataError: no language has it.
+        TranslationError: no language has it.
     """
     if code not in LANGUAGES:
         remedy = nearest(code, sorted(LANGUAGES), "Give a code of ISO 639-1, such as en or de; known are")
-        raise DataError(f"language {code!r} is not known. {remedy}", code="unknown-choice")
+        raise TranslationError(f"language {code!r} is not known. {remedy}", code="unknown-choice")
     return code
 
 
@@ -146,7 +150,7 @@ def lines_of(path: Path) -> Generator[str]:
     Other separators of Unicode would shift one side against the other.
 
     Raises:
-        DataError: the file is missing, damaged or no UTF-8.
+        TranslationError: the file is missing, damaged or no UTF-8.
     """
     number, raw = 0, b""
     try:
@@ -161,17 +165,17 @@ def lines_of(path: Path) -> Generator[str]:
                 elif found := SEGMENT.search(line):
                     yield found[1]
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file. Check the path", code="missing-file") from None
+        raise TranslationError(f"{path}: there is no such file. Check the path", code="missing-file") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: this is a folder. Give the file with the text", code="not-a-file") from None
+        raise TranslationError(f"{path}: this is a folder. Give the file with the text", code="not-a-file") from None
     except UnicodeDecodeError:
         code = "UTF-16" if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "ISO-8859-1"
         fix = f"iconv -f {code} -t UTF-8 {path.name}"
-        raise DataError(
+        raise TranslationError(
             f"{path}, line {number}: not UTF-8. Convert it first, for instance with {fix}", code="invalid-encoding"
         ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
+        raise TranslationError(
             f"{path}: damaged gzip after line {number} ({error}). Get the file again", code="damaged-file"
         ) from None
 
@@ -182,18 +186,18 @@ def named(template: str, codes: Pair) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(Path(template.replace("{lang}", code).replace("{role}", role)) for code, role in roles))
 
 
-def find(template: str, folders: Sequence[Path], codes: Pair) -> tuple[Path, ...]:
+def find_files(template: str, folders: Sequence[Path], codes: Pair) -> tuple[Path, ...]:
     """The files that a template means, each in the first of the folders that has it.
 
     Raises:
-        DataError: none of the folders has a file.
+        TranslationError: none of the folders has a file.
     """
     found = []
     for name in named(template, codes):
         path = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if path is None:
             places = ", ".join(map(str, folders))
-            raise DataError(
+            raise TranslationError(
                 f"{name}: there is no such file in {places}. Check the name, and that the archive is whole",
                 code="missing-file",
             )

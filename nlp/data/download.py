@@ -23,7 +23,7 @@ from revnets.config.errors import problem
 from revnets.config.loader import Strict
 from revnets.utils.atomic_files import TEMPORARY, replacing_folder
 
-from .corpus import DataError
+from .corpus import TranslationError
 
 BLOCK = 1 << 20
 DIGITS = {"md5": 32, "sha1": 40, "sha256": 64}
@@ -75,7 +75,7 @@ def fetch(item: Download, folder: Path, progress: Progress, attempts: int = 5, w
     later one.
 
     Raises:
-        DataError: it cannot be had, or is not what the recipe names.
+        TranslationError: it cannot be had, or is not what the recipe names.
     """
     path = folder / item.file
     task = progress.add_task(item.file, total=item.size)
@@ -90,7 +90,7 @@ def fetch(item: Download, folder: Path, progress: Progress, attempts: int = 5, w
                 final = attempt + 1 == attempts or item.url.startswith("file:")
                 if final or (isinstance(error, urllib.error.HTTPError) and error.code < 500):
                     reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-                    raise DataError(
+                    raise TranslationError(
                         f"{item.url}: {reason}. Run the command again to go on, or put the file at {path} by hand",
                         code="download-failed",
                     ) from error
@@ -116,7 +116,7 @@ def _receive(item: Download, partial: Path, progress: Progress, task: TaskID) ->
         raise
     with response:
         if "text/html" in response.headers.get("Content-Type", "") and not item.file.endswith((".html", ".htm")):
-            raise DataError(
+            raise TranslationError(
                 f"{item.url}: the server sends a web page instead of {item.file}. Open the address in a browser, and "
                 f"put the file at {partial.with_name(item.file)}",
                 code="download-failed",
@@ -149,17 +149,17 @@ def _check(item: Download, path: Path, progress: Progress, task: TaskID) -> None
     wrong, right = (found, item.checksum) if found != item.checksum else (f"{size} bytes", f"{item.size} bytes")
     if path.name != item.file:  # a partial file can only be made from the beginning; one put there by hand stays
         path.unlink()
-    raise DataError(
+    raise TranslationError(
         f"{path.with_name(item.file)}: has {wrong}, the recipe says {right}. Delete it and run again",
         code="checksum-mismatch",
     )
 
 
-def unpack(archive: Path, folder: Path, progress: Progress) -> Path:
+def extract_archive(archive: Path, folder: Path, progress: Progress) -> Path:
     """Unpack a tar archive, compressed or not, into a folder that appears when it is complete.
 
     Raises:
-        DataError: the archive is damaged, or would write outside of the folder.
+        TranslationError: the archive is damaged, or would write outside of the folder.
     """
     target = folder / archive.name
     if not target.exists():
@@ -171,7 +171,7 @@ def unpack(archive: Path, folder: Path, progress: Progress) -> Path:
                     progress.update(task, completed=file.tell())
         except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
-            raise DataError(
+            raise TranslationError(
                 f"{archive}: no archive that can be unpacked ({reason}). Delete it and run again",
                 code="damaged-file",
             ) from error

@@ -22,15 +22,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from revnets.utils.atomic_files import remove_leftovers
 
-from .corpus import DataError, Pair, named
-from .download import fetch, unpack
+from .corpus import Pair, TranslationError, named
+from .download import extract_archive, fetch
 from .recipe import Clean, Recipe
 from .resumable_steps import Facts, Stages
 from .splits import DROPPED, SPLITS, choose
-from .tokenization import blocks, learn, ordered, split, tokenize
+from .tokenization import blocks, learn, ordered, segment, tokenize
 
 
-class Row(NamedTuple):
+class SentencePair(NamedTuple):
     """A pair on its way, and as it was read."""
 
     split: str
@@ -61,7 +61,7 @@ def prepare(
         Counts of pairs and types, and why pairs were dropped.
 
     Raises:
-        DataError: one line on what is wrong with the data.
+        TranslationError: one line on what is wrong with the data.
     """
     console = console or Console()
     stages = Stages(_inputs(recipe, base))
@@ -69,12 +69,12 @@ def prepare(
         console.print(f"{output} is there already, made by the same recipe from the same files", soft_wrap=True)
         return facts
     if output.exists() and not overwrite:
-        raise DataError(
+        raise TranslationError(
             f"{output} is there, made in another way. Give another --output, or --overwrite to replace it",
             code="settings-differ",
         )
     if find_spec("fairseq_cli") is None:  # it comes last, and the other steps can take hours
-        raise DataError(
+        raise TranslationError(
             "fairseq is not installed, which binarises the text. Try: pip install 'revnets[nlp]'",
             code="missing-dependency",
         )
@@ -85,7 +85,7 @@ def prepare(
     try:
         with Progress(*columns, console=console) as progress:
             archives = [fetch(item, downloads, progress) for item in recipe.downloads]
-            folders = [unpack(archive, work, progress) for archive in archives]
+            folders = [extract_archive(archive, work, progress) for archive in archives]
             steps = _Steps(recipe, (*folders, base), work, workers, progress)
             facts = stages.run(work / "chosen", steps.choose)
             stages.run(work / "tokens", steps.tokenize)
@@ -123,8 +123,8 @@ class _Steps:
         chosen = np.load(self.work / "chosen" / "chosen.npy").tolist()
         task = self.progress.add_task("tokenise", total=len(chosen))
         taken = zip(chosen, self._read("train", task), strict=True)
-        train = (Row(SPLITS[index], pair, pair) for index, pair in taken if index != DROPPED)
-        given = (Row(name, pair, pair) for name in SPLITS[1:] for pair in self._read(name))
+        train = (SentencePair(SPLITS[index], pair, pair) for index, pair in taken if index != DROPPED)
+        given = (SentencePair(name, pair, pair) for name in SPLITS[1:] for pair in self._read(name))
         work = partial(_tokenize, codes=self.recipe.codes, dashes=self.recipe.aggressive_dashes)
         with _Writer(folder, self.recipe.codes) as writer:
             for rows, normalize in ((train, True), (given, self.recipe.normalize == "all")):
@@ -161,7 +161,7 @@ class _Steps:
                 self.progress.advance(task, len(block))
         if missing := [name for name in SPLITS if not kept[name]]:
             why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-            raise DataError(
+            raise TranslationError(
                 f"no pair is left for {missing[0]}: {why}. Allow longer sentences, or other ratios", code="empty-data"
             )
         self.progress.update(task, total=kept.total() + dropped.total())
@@ -181,7 +181,7 @@ class _Steps:
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
         if done.returncode:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise DataError(
+            raise TranslationError(
                 f"fairseq-preprocess failed: {''.join(last)}. All that it said is in {log}", code="process-failed"
             )
         if self.recipe.merges is not None:
@@ -208,7 +208,7 @@ class _Writer(ExitStack):
         self.folder, self.codes = folder, codes
         self.files: dict[str, list[IO[str]]] = {}
 
-    def write(self, row: Row) -> None:
+    def write(self, row: SentencePair) -> None:
         if row.split not in self.files:
             paths = _paths(self.folder, row.split, self.codes)
             opened = [open(path, "w", encoding="utf-8") for path in paths]  # noqa: SIM115, the stack closes them
@@ -223,9 +223,9 @@ def _paths(folder: Path, name: str, codes: Pair) -> list[Path]:
     return [folder / f"{kind}{name}.{code}" for kind in kinds for code in codes]
 
 
-def _rows(folder: Path, name: str, codes: Pair) -> Iterator[Row]:
+def _rows(folder: Path, name: str, codes: Pair) -> Iterator[SentencePair]:
     for lines in zip(*map(_lines, _paths(folder, name, codes)), strict=True):
-        yield Row(name, lines[:2], lines[-2:])
+        yield SentencePair(name, lines[:2], lines[-2:])
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -234,17 +234,17 @@ def _lines(path: Path) -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def _same(rows: list[Row]) -> list[Row]:
+def _same(rows: list[SentencePair]) -> list[SentencePair]:
     return rows
 
 
-def _tokenize(rows: list[Row], codes: Pair, normalize: bool, dashes: bool) -> list[Row]:
+def _tokenize(rows: list[SentencePair], codes: Pair, normalize: bool, dashes: bool) -> list[SentencePair]:
     texts = [tokenize([row.pair[side] for row in rows], code, normalize, dashes) for side, code in enumerate(codes)]
     return [row._replace(pair=pair) for row, pair in zip(rows, zip(*texts, strict=True), strict=True)]
 
 
-def _split(rows: list[Row], codes: Path) -> list[Row]:
-    texts = [split([row.pair[side] for row in rows], codes) for side in range(2)]
+def _split(rows: list[SentencePair], codes: Path) -> list[SentencePair]:
+    texts = [segment([row.pair[side] for row in rows], codes) for side in range(2)]
     return [row._replace(pair=pair) for row, pair in zip(rows, zip(*texts, strict=True), strict=True)]
 
 

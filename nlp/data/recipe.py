@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from revnets.config.errors import SpecError, nearest, problem
 from revnets.config.loader import Strict, load
 
-from .corpus import Corpus, DataError, Pair, find, languages, named
+from .corpus import Corpus, Pair, TranslationError, find_files, languages, named
 from .download import Download
 
 RECIPES = Path(__file__).parents[1] / "configs" / "data"
@@ -82,7 +82,7 @@ class Recipe(Strict):
     def _known(cls, text: str) -> str:
         try:
             languages(text)
-        except DataError as error:
+        except TranslationError as error:
             text, _, remedy = str(error).partition(". ")
             raise problem(text, remedy, code=error.code) from None
         return text
@@ -113,12 +113,13 @@ class Recipe(Strict):
             folders: where their names are looked for: those of archives, then that of the recipe.
 
         Raises:
-            DataError: a file is missing.
+            TranslationError: a file is missing.
         """
         texts = self.train if split == "train" else (getattr(self, split),)
         return [
             Corpus(
-                find(text, folders, self.codes) if isinstance(text, str) else _beside(folders[-1], text), self.fields
+                find_files(text, folders, self.codes) if isinstance(text, str) else _beside(folders[-1], text),
+                self.fields,
             )
             for text in texts
             if isinstance(text, (str, tuple))
@@ -137,7 +138,7 @@ def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Reci
         options: values for keys of the recipe; None where nothing was given.
 
     Raises:
-        DataError: text without its languages.
+        TranslationError: text without its languages.
         SpecError: there is no such recipe, or something in it is wrong.
     """
     given = {key: value for key, value in options.items() if value not in (None, {})}
@@ -155,7 +156,7 @@ def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Reci
             corpus[0], "", "neither a file nor a recipe", nearest(corpus[0], known, "Recipes are"), code="missing-file"
         )
     if "languages" not in given:
-        raise DataError(
+        raise TranslationError(
             f"{' '.join(corpus)}: which languages? Give source and target, such as --languages en-de",
             code="missing-key",
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .corpus import DataError, Pair
+from .corpus import Pair, TranslationError
 from .recipe import Every, Recipe
 from .resumable_steps import Facts
 
@@ -27,7 +27,7 @@ def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
         One int8 a pair, DROPPED or an index of SPLITS, and how many were dropped for which reason.
 
     Raises:
-        DataError: too few pairs.
+        TranslationError: too few pairs.
     """
     choice, source, target, both = array("b"), array("q"), array("q"), array("q")
     wanted = {name: count for name in SPLITS if isinstance(count := getattr(recipe, name), int)}
@@ -47,14 +47,14 @@ def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
         numbers = np.arange(1, len(chosen) + 1)  # counted as awk does, over everything that was read
         chosen[(numbers % recipe.valid.every == 0) & (chosen == TRAIN)] = VALID
         if not (chosen == VALID).any():
-            raise DataError(
+            raise TranslationError(
                 f"no pair is the {recipe.valid.every}th of {len(chosen)}. Give a smaller valid.every",
                 code="too-few-samples",
             )
     free = np.flatnonzero(chosen == TRAIN).tolist()
     if sum(wanted.values()) >= len(free):
         asked = " and ".join(f"{count} pairs for {name}" for name, count in wanted.items()) or "pairs for train"
-        raise DataError(
+        raise TranslationError(
             f"{asked} are asked for, but there are only {len(free)} in all. Give more text, or ask for less",
             code="too-few-samples",
         )
@@ -67,7 +67,9 @@ def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
         like = [np.isin(side, np.array(side)[held]) for side in (source, target)]
         facts["like one held out"] = _drop(chosen, (like[0] | like[1]) & (chosen == TRAIN))
     if not (chosen == TRAIN).any():
-        raise DataError(f"nothing is left for train out of {len(chosen)} pairs. Give more text", code="too-few-samples")
+        raise TranslationError(
+            f"nothing is left for train out of {len(chosen)} pairs. Give more text", code="too-few-samples"
+        )
     return chosen, facts
 
 

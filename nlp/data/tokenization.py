@@ -19,7 +19,7 @@ from sacremoses import MosesDetokenizer, MosesPunctNormalizer, MosesTokenizer
 from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
 
-from .corpus import DataError
+from .corpus import TranslationError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -86,7 +86,7 @@ def learn(lines: Iterable[str], merges: int, codes: Path, merged: Callable[[], o
     return learnt
 
 
-def split(lines: Sequence[str], codes: Path) -> list[str]:
+def segment(lines: Sequence[str], codes: Path) -> list[str]:
     """Sub-words between spaces."""
     bpe = _bpe(codes, codes.stat().st_mtime_ns)
     return [bpe.process_line(line) for line in lines]
@@ -125,7 +125,7 @@ def ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Ite
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
-            raise DataError(
+            raise TranslationError(
                 f"one of {workers} processes was killed, perhaps for want of memory. Try fewer (--workers)",
                 code="process-lost",
             ) from error

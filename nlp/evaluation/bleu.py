@@ -13,7 +13,7 @@ from sacrebleu.utils import get_reference_files
 
 from revnets.config.errors import nearest
 
-from ..data.corpus import DataError, lines_of
+from ..data.corpus import TranslationError, lines_of
 from ..data.tokenization import detokenize, join
 
 ALL = "For all sentences, run fairseq-generate with --required-batch-size-multiple 1"
@@ -55,7 +55,7 @@ def read_output(path: Path) -> Output:
     Of several hypotheses (--nbest) the first, which is the best, is taken.
 
     Raises:
-        DataError: the file cannot be read, or has no such lines, or not all of them.
+        TranslationError: the file cannot be read, or has no such lines, or not all of them.
     """
     found: dict[str, dict[int, str]] = {kind: {} for kind in "STH"}
     for line in lines_of(path):
@@ -64,13 +64,13 @@ def read_output(path: Path) -> Output:
             found[match[1]].setdefault(int(match[2]), join(words))
     hypotheses = found["H"]
     if not hypotheses:
-        raise DataError(
+        raise TranslationError(
             f"{path}: has no line that begins with H-. Give what fairseq-generate wrote, without --quiet",
             code="wrong-format",
         )
     for kind in "ST":
         if missing := hypotheses.keys() - found[kind].keys():
-            raise DataError(
+            raise TranslationError(
                 f"{path}: no {kind}-{min(missing)} for H-{min(missing)}. Was the file cut off?", code="damaged-file"
             )
     order = sorted(hypotheses)
@@ -82,7 +82,7 @@ def read_reference(path: Path) -> list[str]:
     """The sentences of a file.
 
     Raises:
-        DataError: it is missing, empty or no UTF-8.
+        TranslationError: it is missing, empty or no UTF-8.
     """
     return list(lines_of(path))
 
@@ -91,22 +91,22 @@ def named_reference(name: str) -> list[str]:
     """The reference of a test set that sacrebleu knows, such as `wmt14/full:en-de`. It is downloaded once.
 
     Raises:
-        DataError: there is no such test set or pair of languages, or it cannot be downloaded.
+        TranslationError: there is no such test set or pair of languages, or it cannot be downloaded.
     """
     test_set, _, pair = name.partition(":")
     if test_set not in DATASETS:
-        raise DataError(
+        raise TranslationError(
             f"test set {test_set!r} is not known. {nearest(test_set, DATASETS, 'sacrebleu has')}", code="unknown-choice"
         )
     if pair not in DATASETS[test_set].langpairs:
         pairs = nearest(pair, DATASETS[test_set].langpairs, "It has")
-        raise DataError(
+        raise TranslationError(
             f"test set {test_set} has no languages {pair!r}. {pairs}; write {test_set}:en-de", code="unknown-choice"
         )
     try:
         return list(lines_of(Path(get_reference_files(test_set, pair)[0])))
     except (OSError, SystemExit) as error:
-        raise DataError(
+        raise TranslationError(
             f"{name}: sacrebleu cannot download it ({error}). Give --reference instead", code="download-failed"
         ) from error
 
@@ -127,11 +127,11 @@ def scores(output: Output, language: str, reference: Sequence[str] | None = None
         reference: sentences as people wrote them; without it, the detokenised tokens of the data set.
 
     Raises:
-        DataError: the reference has another number of lines.
+        TranslationError: the reference has another number of lines.
     """
     references, hypotheses = output.references, output.hypotheses
     if reference is not None and len(reference) != len(hypotheses):
-        raise DataError(
+        raise TranslationError(
             f"the reference has {len(reference)} lines, but there are {len(hypotheses)} translations. Give the "
             f"reference of the same data set. {ALL}",
             code="misaligned-data",

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from revnets.utils.atomic_files import replacing
 
-from ..data.corpus import DataError
+from ..data.corpus import TranslationError
 
 
-def select(folder: Path, last: int, updates: bool = False) -> list[Path]:
+def select_checkpoints(folder: Path, last: int, updates: bool = False) -> list[Path]:
     """The newest checkpoints of a run: of its last epochs (checkpoint7.pt), or updates (checkpoint_2_4000.pt).
 
     Raises:
-        DataError: there are fewer.
+        TranslationError: there are fewer.
     """
     pattern = re.compile(r"checkpoint_\d+_(\d+)\.pt" if updates else r"checkpoint(\d+)\.pt")
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder. Give the --save-dir of a run", code="missing-file")
+        raise TranslationError(f"{folder}: there is no such folder. Give the --save-dir of a run", code="missing-file")
     found = {int(match[1]): path for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
     if len(found) < last:
         kind, keep = ("update", "--save-interval-updates") if updates else ("epoch", "--keep-last-epochs")
-        raise DataError(
+        raise TranslationError(
             f"{folder}: {len(found)} checkpoints of {kind}s, {last} are wanted. Ask for fewer (--last), or train with "
             f"other {keep}",
             code="missing-file",
@@ -43,7 +43,7 @@ def average(paths: Iterable[Path], output: Path) -> None:
     optimizer's state is dropped: it belongs to no average.
 
     Raises:
-        DataError: a file is no checkpoint, or has other weights than the rest.
+        TranslationError: a file is no checkpoint, or has other weights than the rest.
     """
     total: dict[str, Tensor] = {}
     state: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def average(paths: Iterable[Path], output: Path) -> None:
         model = state["model"]
         if total and (other := _shapes(model) ^ _shapes(total)):
             name, shape = min(other)
-            raise DataError(
+            raise TranslationError(
                 f"{path}: {name} {shape} is not in all of them. Average checkpoints of one run", code="weights-mismatch"
             )
         for name, tensor in model.items():
@@ -75,15 +75,15 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # options: allowed in nlp/__init__.py
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file. Check the path", code="missing-file") from None
+        raise TranslationError(f"{path}: there is no such file. Check the path", code="missing-file") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
+        raise TranslationError(
             f"{path}: not a readable checkpoint ({first}). Give one of fairseq-train", code="damaged-file"
         ) from None
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(model, dict) or not model or not all(isinstance(value, Tensor) for value in model.values()):
-        raise DataError(
+        raise TranslationError(
             f"{path}: has no `model` in it, a mapping to tensors. Give a checkpoint of fairseq-train",
             code="wrong-format",
         )

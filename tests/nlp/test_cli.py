@@ -22,9 +22,9 @@ from fairseq.data import Dictionary
 from fairseq.scoring import bleu
 
 from nlp import cli
-from nlp.data.corpus import DataError
+from nlp.data.corpus import TranslationError
 from nlp.evaluation.bleu import compound_split, named_reference, read_output, scores
-from nlp.evaluation.checkpoint_averaging import average, select
+from nlp.evaluation.checkpoint_averaging import average, select_checkpoints
 from revnets import SpecError
 
 app = typer.Typer()
@@ -90,8 +90,11 @@ def test_the_newest_are_chosen_by_number(tmp_path):
         "checkpoint_best",
     ):
         checkpoint(tmp_path / f"{name}.pt", 1)
-    assert [path.stem for path in select(tmp_path, 2)] == ["checkpoint9", "checkpoint10"]
-    assert [path.stem for path in select(tmp_path, 2, updates=True)] == ["checkpoint_1_500", "checkpoint_2_1500"]
+    assert [path.stem for path in select_checkpoints(tmp_path, 2)] == ["checkpoint9", "checkpoint10"]
+    assert [path.stem for path in select_checkpoints(tmp_path, 2, updates=True)] == [
+        "checkpoint_1_500",
+        "checkpoint_2_1500",
+    ]
     code, out, _ = call("average-checkpoints", tmp_path, "--last", 3, "-o", tmp_path / "a.pt")
     assert code == 0
     assert "a.pt: the average of checkpoint2.pt, checkpoint9.pt, checkpoint10.pt" in out
@@ -232,9 +235,9 @@ def test_a_reference_that_sacrebleu_keeps(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{field} one\n{field} zwei\n")
     assert named_reference("wmt14/full:en-de") == ["ref one", "ref zwei"]
-    with raises_error(DataError, code="unknown-choice", names=["'wmt14full'", "Did you mean wmt14/full?"]):
+    with raises_error(TranslationError, code="unknown-choice", names=["'wmt14full'", "Did you mean wmt14/full?"]):
         named_reference("wmt14full:en-de")
-    with raises_error(DataError, code="unknown-choice", names=["wmt14/full", "'de'", "wmt14/full:en-de"]):
+    with raises_error(TranslationError, code="unknown-choice", names=["wmt14/full", "'de'", "wmt14/full:en-de"]):
         named_reference("wmt14/full:de")
 
 

@@ -22,7 +22,7 @@ IMPLIED = {"task": "classification"}
 """Values of keys that older checkpoints do not have."""
 
 
-def find(config: TrainConfig, world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
+def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
     """The checkpoint that a run goes on from; None for a new run.
 
     Args:

@@ -136,16 +136,16 @@ def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
         for name, model, heads in (("raw", "model", "heads"), ("ema", "ema", "heads_ema"))
         if state[model] is not None
     }
-    return Candidate(path, load_config(state["config"], overrides), sets, finetune.classes_in(state), is_run=True)
+    return Candidate(path, load_config(state["config"], overrides), sets, finetune.class_names_in(state), is_run=True)
 
 
 def _of_weights(path: Path, recipe: str, overrides: Sequence[str]) -> Candidate:
     config = load_config(recipe, overrides).model_copy(update={"supervision": None})
-    content, name = finetune.find(str(path), World())
+    content, name = finetune.find_weights(str(path), World())
     sets = {"raw": files.tensors_in(content, "raw", path)}
     with suppress(CheckpointError):  # it has no averaged ones
         sets["ema"] = files.tensors_in(content, "ema", path)
-    classes = finetune.classes_in(content)
+    classes = finetune.class_names_in(content)
     return Candidate(Path(name), config, {key: (tensors, {}) for key, tensors in sets.items()}, classes, is_run=False)
 
 

@@ -48,7 +48,7 @@ def shard(model: nn.Module | None, world: World, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # also at the top, so that a state has the parts alone
 
 
-def reshard(model: nn.Module) -> None:
+def release_gathered(model: nn.Module) -> None:
     """Release weights that a forward pass without backward has left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -43,7 +43,7 @@ class SupervisedClassification(Classification):
             raise run_error(
                 "supervision", first_line(error), "See docs/guides/training.md", code="conflicting-values"
             ) from None
-        task.trainable_module.to(device)
+        task.trainable_module.to(device)  # pyright: ignore[reportFunctionMemberAccess]
         return task
 
     def evaluator(self, model: nn.Module, data: ImageData, device: torch.device) -> HeadsAccuracyEvaluator:

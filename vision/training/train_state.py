@@ -15,7 +15,7 @@ from vision.checkpoints import manager
 from vision.checkpoints.sharding import like, mapped
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
-from vision.distributed.parallel import distribute, plain, reshard
+from vision.distributed.parallel import distribute, plain, release_gathered
 from vision.tasks.base import Task, create_task
 from vision.training import builders
 from vision.training.evaluation import evaluate
@@ -138,7 +138,7 @@ class TrainState:
                 found[name] = evaluate(
                     self.task, model, batches, evaluator, self.device, self.autocast, tick, self.world
                 )
-                reshard(model)
+                release_gathered(model)
         return found
 
     def state(self) -> dict[str, Any]:

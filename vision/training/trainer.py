@@ -58,7 +58,9 @@ class Trainer:
         sharded = config.checkpoint == "sharded" and self.world.size > 1
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep, sharded, self.world)
         # The main process decides from which file the run goes on; then pretrained weights are not needed any more.
-        self.resumed = self.world.by_main(lambda: resume.find(config, self.world, self.checkpoints.all(), self._warn))
+        self.resumed = self.world.by_main(
+            lambda: resume.find_checkpoint(config, self.world, self.checkpoints.all(), self._warn)
+        )
         anew = config if self.resumed is None else config.model_copy(update={"pretrained": None})
         self.state = TrainState(anew, self.data, self.batches.updates, self.world, self.task)
         self.progress, self.losses = Progress(), Losses(self.world)

@@ -41,10 +41,10 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
     Raises:
         CheckpointError: there are no such weights, they are damaged, or of another model.
     """
-    content, name = find(config.source, world or World())
+    content, name = find_weights(config.source, world or World())
     given = tensors_in(content, config.weights, name)
     state = fitted(given, model, name)
-    names = classes_in(content)
+    names = class_names_in(content)
     heads = classifiers(model)
     own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(heads)}
     is_kept = (
@@ -60,7 +60,7 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
     return f"{config.weights} weights of {name} and {head}{_about_kernels(given, model)}"
 
 
-def find(source: str, world: World) -> tuple[Mapping[str, Any], str]:
+def find_weights(source: str, world: World) -> tuple[Mapping[str, Any], str]:
     """What a file, a checkpoint in shards, the best checkpoint of a run, or a name of timm's stands for; and its name.
 
     Raises:
@@ -83,7 +83,7 @@ def find(source: str, world: World) -> tuple[Mapping[str, Any], str]:
     return content, str(path)
 
 
-def classes_in(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+def class_names_in(content: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The names of the classes, which checkpoints of `revnets train` have."""
     names = content.get("classes")
     return tuple(names) if isinstance(names, list) else None

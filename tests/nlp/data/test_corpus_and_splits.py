@@ -14,10 +14,10 @@ from tests.support.errors import raises_error
 
 pytest.importorskip("fairseq")
 
-from nlp.data.corpus import LANGUAGES, Corpus, DataError, find, languages, lines_of
+from nlp.data.corpus import LANGUAGES, Corpus, TranslationError, find_files, languages, lines_of
 from nlp.data.recipe import RECIPES, Recipe, read_recipe
 from nlp.data.splits import DROPPED, SPLITS, choose
-from nlp.data.tokenization import MARK, detokenize, join, learn, ordered, split, tokenize
+from nlp.data.tokenization import MARK, detokenize, join, learn, ordered, segment, tokenize
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -76,7 +76,7 @@ GOOD = "one\ntwo\nthree\n"
 def test_bad_text_gets_one_line(tmp_path, files, code, names):
     paths = [tmp_path / name if text is None else write(tmp_path / name, text) for name, text in files.items()]
     given = [name.format(*[tmp_path] * 2) for name in ([names] if isinstance(names, str) else names)]
-    with raises_error(DataError, code=code, names=given):
+    with raises_error(TranslationError, code=code, names=given):
         list(Corpus(tuple(paths)).pairs())
 
 
@@ -84,7 +84,7 @@ def test_a_broken_gzip_gets_one_line(tmp_path):
     whole = gzip.compress("".join(f"{i}\t{i * i}\n" for i in range(9999)).encode())
     path = tmp_path / "a.tsv.gz"
     path.write_bytes(whole[: len(whole) // 2])
-    with raises_error(DataError, code="damaged-file", names=f"{path}: ") as caught:
+    with raises_error(TranslationError, code="damaged-file", names=f"{path}: ") as caught:
         list(Corpus((path,)).pairs())
     assert re.search(r"line \d+", str(caught.value))
 
@@ -99,7 +99,7 @@ def test_a_broken_gzip_gets_one_line(tmp_path):
     ],
 )
 def test_bad_languages(text, code, names):
-    with raises_error(DataError, code=code, names=names):
+    with raises_error(TranslationError, code=code, names=names):
         languages(text)
     with raises_error(code=code, key="languages", source="command line", names=names):
         read_recipe(["a.tsv"], {"languages": text})
@@ -115,10 +115,10 @@ def test_a_template_finds_files_in_several_folders(tmp_path):
         (tmp_path / name).parent.mkdir()
         write(tmp_path / name, "")
     folders = (tmp_path / "x", tmp_path / "y")
-    found = find("t-{role}.{lang}.sgm", folders, ("en", "de"))
+    found = find_files("t-{role}.{lang}.sgm", folders, ("en", "de"))
     assert found == (tmp_path / "x/t-src.en.sgm", tmp_path / "y/t-ref.de.sgm")
-    with raises_error(DataError, code="missing-file", names=["t-src.fr.sgm", *map(str, folders)]):
-        find("t-{role}.{lang}.sgm", folders, ("fr", "de"))
+    with raises_error(TranslationError, code="missing-file", names=["t-src.fr.sgm", *map(str, folders)]):
+        find_files("t-{role}.{lang}.sgm", folders, ("fr", "de"))
 
 
 def test_choosing_keeps_the_held_out_apart():
@@ -153,11 +153,13 @@ def test_every_nth_line_is_counted_as_awk_does():
 
 
 def test_too_few_pairs():
-    with raises_error(DataError, code="too-few-samples", names=["7th of 5", "valid.every"]):
+    with raises_error(TranslationError, code="too-few-samples", names=["7th of 5", "valid.every"]):
         choose([("a", "b")] * 5, recipe(valid={"every": 7}, test="given"))
-    with raises_error(DataError, code="too-few-samples", names=["train", "6 pairs"]):
+    with raises_error(TranslationError, code="too-few-samples", names=["train", "6 pairs"]):
         choose([("a", "b"), ("a", "c"), ("a", "d"), ("a", "e"), ("a", "f"), ("a", "g")], recipe(deduplicate=True))
-    with raises_error(DataError, code="too-few-samples", names=["2 pairs for valid", "3 pairs for test", "only 4"]):
+    with raises_error(
+        TranslationError, code="too-few-samples", names=["2 pairs for valid", "3 pairs for test", "only 4"]
+    ):
         choose([("a", "b"), ("c", "d"), ("e", "f"), ("g", "h")], recipe())
 
 
@@ -179,12 +181,12 @@ def test_sub_words_join_to_the_same_words(tmp_path):
     lines = tokenize(["low lower lowest", "new newer newest wide", "wider widest &c"], "en") * 3
     codes = tmp_path / "codes"
     assert learn(lines, 9, codes) == 9
-    pieces = split([*lines, "unseen würds"], codes)
+    pieces = segment([*lines, "unseen würds"], codes)
     assert [join(line) for line in pieces] == [*lines, "unseen würds"]
     assert any(MARK in line for line in pieces)
     learnt = learn(lines, 999, codes)
     assert learnt < 999  # no pair occurs twice any more
-    assert split(lines, codes) == lines  # and the codes that were read before are not used
+    assert segment(lines, codes) == lines  # and the codes that were read before are not used
     words, subwords = " ".join(lines).split(), " ".join(pieces).split()
     assert len(subwords) > len(words)
 
@@ -194,7 +196,7 @@ def test_processes_keep_the_order():
 
 
 def test_a_killed_process_is_told():
-    with raises_error(DataError, code="process-lost", names=["2 processes", "--workers"]):
+    with raises_error(TranslationError, code="process-lost", names=["2 processes", "--workers"]):
         list(ordered(os._exit, [1] * 20, workers=2))
 
 
@@ -237,5 +239,5 @@ def test_bad_recipes_get_one_line(corpus, options, code, key, names):
 
 
 def test_a_text_needs_its_languages():
-    with raises_error(DataError, code="missing-key", names=["a.tsv", "--languages"]):
+    with raises_error(TranslationError, code="missing-key", names=["a.tsv", "--languages"]):
         read_recipe(["a.tsv"], {})

@@ -18,8 +18,8 @@ from tests.support.errors import raises_error
 
 pytest.importorskip("sacremoses")
 
-from nlp.data.corpus import DataError
-from nlp.data.download import Download, fetch, unpack
+from nlp.data.corpus import TranslationError
+from nlp.data.download import Download, extract_archive, fetch
 from revnets.config.loader import load
 
 CONTENT = random.Random(0).randbytes(300_007)
@@ -95,7 +95,7 @@ def test_a_download_is_resumed_until_it_is_whole(server, tmp_path):
 
 def test_a_later_call_goes_on(server, tmp_path):
     server.breaks = [100_003]
-    with raises_error(DataError, code="download-failed", names=[server.url(), str(tmp_path / "file.bin")]):
+    with raises_error(TranslationError, code="download-failed", names=[server.url(), str(tmp_path / "file.bin")]):
         get(server.url(), tmp_path, attempts=1)
     assert not (tmp_path / "file.bin").exists()
     assert get(server.url(), tmp_path, attempts=1).read_bytes() == CONTENT
@@ -116,34 +116,36 @@ def test_passing_failures_are_tried_again_and_lasting_ones_are_not(server, tmp_p
     server.failures = [503, 500]
     assert get(server.url(), tmp_path).read_bytes() == CONTENT
     server.failures, server.asked = [404] * 9, []
-    with raises_error(DataError, code="download-failed", names=["other.bin", "404"]):
+    with raises_error(TranslationError, code="download-failed", names=["other.bin", "404"]):
         get(server.url("other.bin"), tmp_path)
     assert len(server.asked) == 1
 
 
 def test_wrong_content_is_refused(server, tmp_path):
     wrong = "md5:" + "0" * 32
-    with raises_error(DataError, code="checksum-mismatch", names=["file.bin", "has md5:", wrong]):
+    with raises_error(TranslationError, code="checksum-mismatch", names=["file.bin", "has md5:", wrong]):
         get(server.url(), tmp_path, checksum=wrong)
     assert os.listdir(tmp_path) == []
-    with raises_error(DataError, code="checksum-mismatch", names=["300007 bytes", "300008 bytes"]):
+    with raises_error(TranslationError, code="checksum-mismatch", names=["300007 bytes", "300008 bytes"]):
         get(server.url(), tmp_path, size=len(CONTENT) + 1)
     (tmp_path / "file.bin").write_bytes(b"by hand")
-    with raises_error(DataError, code="checksum-mismatch", names=["has sha256:", DIGEST]):
+    with raises_error(TranslationError, code="checksum-mismatch", names=["has sha256:", DIGEST]):
         get(server.url(), tmp_path, checksum=DIGEST)
     assert (tmp_path / "file.bin").read_bytes() == b"by hand"
 
 
 def test_a_web_page_is_no_archive(server, tmp_path):
-    with raises_error(DataError, code="download-failed", names=["web page", str(tmp_path / "page.bin")]):
+    with raises_error(TranslationError, code="download-failed", names=["web page", str(tmp_path / "page.bin")]):
         get(server.url("page.bin"), tmp_path)
     assert os.listdir(tmp_path) == []
 
 
 def test_no_server_and_no_file(tmp_path):
-    with raises_error(DataError, code="download-failed", names=["localhost:1/x", "Connection refused", str(tmp_path)]):
+    with raises_error(
+        TranslationError, code="download-failed", names=["localhost:1/x", "Connection refused", str(tmp_path)]
+    ):
         get("http://localhost:1/x", tmp_path, attempts=2)
-    with raises_error(DataError, code="download-failed", names=["file:///nowhere/x", "No such file"]):
+    with raises_error(TranslationError, code="download-failed", names=["file:///nowhere/x", "No such file"]):
         get("file:///nowhere/x", tmp_path)
     (tmp_path / "from").write_bytes(CONTENT)
     assert get((tmp_path / "from").as_uri(), tmp_path / "to").read_bytes() == CONTENT
@@ -169,10 +171,10 @@ def archive(path: Path, names: dict[str, bytes]) -> Path:
 @pytest.mark.parametrize("name", ["a.tgz", "a.tar"])
 def test_archives_are_unpacked_once_and_whole(tmp_path, name):
     path = archive(tmp_path / name, {"x/one": CONTENT, "two": b"2"})
-    folder = unpack(path, tmp_path / "work", Progress(disable=True))
+    folder = extract_archive(path, tmp_path / "work", Progress(disable=True))
     assert (folder / "x" / "one").read_bytes() == CONTENT
     (folder / "two").write_text("kept")
-    assert unpack(path, tmp_path / "work", Progress(disable=True)) == folder
+    assert extract_archive(path, tmp_path / "work", Progress(disable=True)) == folder
     assert (folder / "two").read_text() == "kept"
 
 
@@ -180,10 +182,10 @@ def test_bad_archives(tmp_path):
     whole = archive(tmp_path / "a.tgz", {"x": CONTENT}).read_bytes()
     for name, data in (("cut.tgz", whole[:-1000]), ("text.tgz", b"<html>"), ("empty.tgz", b"")):
         (tmp_path / name).write_bytes(data)
-        with raises_error(DataError, code="damaged-file", names=str(tmp_path / name)):
-            unpack(tmp_path / name, tmp_path / "work", Progress(disable=True))
+        with raises_error(TranslationError, code="damaged-file", names=str(tmp_path / name)):
+            extract_archive(tmp_path / name, tmp_path / "work", Progress(disable=True))
     evil = archive(tmp_path / "evil.tgz", {"../../outside": b"!"})
-    with raises_error(DataError, code="damaged-file", names=str(evil)):
-        unpack(evil, tmp_path / "work", Progress(disable=True))
+    with raises_error(TranslationError, code="damaged-file", names=str(evil)):
+        extract_archive(evil, tmp_path / "work", Progress(disable=True))
     assert not (tmp_path / "outside").exists()
     assert os.listdir(tmp_path / "work") == []

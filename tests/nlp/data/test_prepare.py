@@ -25,7 +25,7 @@ from rich.console import Console
 
 from nlp.data import prepare as module
 from nlp.data import tokenization
-from nlp.data.corpus import DataError, lines_of
+from nlp.data.corpus import TranslationError, lines_of
 from nlp.data.prepare import prepare
 from nlp.data.recipe import RECIPES, Recipe, read_recipe
 from nlp.data.resumable_steps import Stages
@@ -116,7 +116,7 @@ def test_what_is_there_is_left_alone(made, table, monkeypatch):
     monkeypatch.setattr(module, "choose", None)
     assert prepare(recipe, output, console=QUIET) == facts
     other = recipe.model_copy(update={"merges": 41})
-    with raises_error(DataError, code="settings-differ", names=[str(output), "--output", "--overwrite"]):
+    with raises_error(TranslationError, code="settings-differ", names=[str(output), "--output", "--overwrite"]):
         prepare(other, output, console=QUIET)
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
@@ -298,6 +298,6 @@ def test_a_recipe_names_files_beside_it(table, tmp_path, monkeypatch):
 
 def test_nothing_left_after_cleaning(table, tmp_path):
     recipe, base = read_recipe([str(table)], {**OPTIONS, "clean": {"max": 2}})
-    with raises_error(DataError, code="empty-data", names=["train", " too long"]):
+    with raises_error(TranslationError, code="empty-data", names=["train", " too long"]):
         prepare(recipe, tmp_path / "bin", base, console=QUIET)
     assert not (tmp_path / "bin").exists()
