@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def page(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if heading := re.match(r"# (\w+\.py)\n", text):
             (own_modules / heading[1]).write_text(text)
     (own_modules / "net.yaml").write_text(fenced("yaml")[0])
-    shutil.copy(ROOT / "examples/configs/revcol_tiny.yaml", own_modules)
+    (own_modules / "revcol_tiny.yaml").write_text(f"base: {ROOT}/examples/configs/revcol_tiny.yaml\n")
     monkeypatch.chdir(own_modules)
     return own_modules
 
