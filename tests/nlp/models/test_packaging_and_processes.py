@@ -118,7 +118,7 @@ def test_a_wheel_works_beside_a_package_nlp_of_the_user(site, data, tmp_path):
     assert code == 0, output
     found = json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1])
     ours = [name for name in found["encoders"] if name.split(".")[0] in ("nlp", "revnets_nlp")]
-    assert ours == ["revnets_nlp.encoder"]
+    assert ours == ["revnets_nlp.models.encoder"]
     assert found["folder"] == str(site / "revnets_nlp")
     assert found["mine"] is True
     assert load(tmp_path / "saved" / "checkpoint_last.pt")["cfg"]["model"].revcol_columns == 2
@@ -131,6 +131,10 @@ def test_the_wheel_holds_what_a_checkout_holds(site):
     names = {name.removeprefix("nlp/") for name in listed.split()}
     assert names <= {str(path.relative_to(site / "revnets_nlp")) for path in (site / "revnets_nlp").rglob("*")}
     assert not (site / "nlp").exists()
+
+
+def test_the_wheel_says_that_its_packages_are_typed(site):
+    assert {path.parent.name for path in site.glob("*/py.typed")} == {"revnets", "vision", "revnets_nlp"}
 
 
 def test_the_folder_is_printed():
