@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
+WORKERS ?= 2
 # Rivals in the benchmarks, whose tests are skipped without them. What memcnn asks for besides, its network does not use.
 RIVALS := memcnn==1.5.2 revlib==1.7.2
 
@@ -27,10 +28,10 @@ demo: $(SETUP)
 	$(BIN)/python examples/quickstart/demo.py
 
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS)
 
 fast: $(SETUP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "not slow"
 
 lint: $(SETUP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports --no-cache

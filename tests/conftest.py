@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     @cache
     def shares(file: str) -> bool:
-        return 'scope="module"' in (config.rootpath / file).read_text(encoding="utf-8")
+        """Whether a fixture is defined there for the whole module. The process that schedules collects no tests."""
+        tree = ast.parse((config.rootpath / file).read_bytes())
+        calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+        scopes = (keyword.value for call in calls for keyword in call.keywords if keyword.arg == "scope")
+        return any(isinstance(scope, ast.Constant) and scope.value == "module" for scope in scopes)
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
