@@ -22,7 +22,7 @@ from vision.config.run import TASKS, TrainConfig
 from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.distributed.context import World
 from vision.errors import first_line, run_error
-from vision.models.creation import create_model
+from vision.tasks.creation import create_model
 
 
 class Metrics(Protocol):

@@ -18,8 +18,8 @@ from vision.data.dataset import ImageData
 from vision.data.samplers import without_class
 from vision.distributed.context import World
 from vision.errors import run_error
-from vision.models.creation import create_model, fake_output
 from vision.tasks.base import Task
+from vision.tasks.creation import create_model, fake_output
 
 CONFUSIBLE = 1000
 """Up to so many classes it is counted which is taken for which; for 21841 the table would take 4 GB."""

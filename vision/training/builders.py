@@ -17,8 +17,8 @@ from torch import nn
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import first_line, run_error
-from vision.models.creation import columns_of as columns_of
 from vision.tasks.base import Task, create_task
+from vision.tasks.creation import columns_of as columns_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
