@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from revnets.cli.errors import one_line_errors
+from revnets.cli.plugins import one_line_errors
 
 pass
 

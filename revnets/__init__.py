@@ -1,6 +1,8 @@
 """Reversible columns: any blocks, trained with the gradients of ordinary backprop and a fraction of its memory."""
 
-from revnets.analysis.audit import Audit, audit
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from revnets.config.errors import ConfigError, SpecError
 from revnets.config.net_spec import NetSpec, load_spec
 from revnets.config.registry import register_block, register_fusion, register_head, register_stem
@@ -10,10 +12,13 @@ from revnets.engine.drift import DriftWarning, predict_drift
 from revnets.engine.errors import ReconstructionError, ReplayError
 from revnets.engine.graph import Graph, Node, wire
 from revnets.engine.memory_mode import Memory, MemoryPolicy
-from revnets.memory.auto_budget import keep_budget
 from revnets.models.net import Net, build, build_columns
-from revnets.models.plan import Plan, PlanError, plan
 from revnets.nn import blocks as blocks
+
+if TYPE_CHECKING:
+    from revnets.analysis.audit import Audit, audit
+    from revnets.memory.auto_budget import keep_budget
+    from revnets.models.plan import Plan, PlanError, plan
 
 __version__ = "0.1.0"
 
@@ -50,3 +55,25 @@ __all__ = [
     "register_stem",
     "wire",
 ]
+
+_LAZY = {
+    "Audit": "revnets.analysis.audit",
+    "audit": "revnets.analysis.audit",
+    "keep_budget": "revnets.memory.auto_budget",
+    "Plan": "revnets.models.plan",
+    "PlanError": "revnets.models.plan",
+    "plan": "revnets.models.plan",
+}
+"""Modules that are imported when one of their names is first used: a net is built and trained without them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +10,11 @@ import typer
 
 from revnets.cli.options import InputShape, Overrides, SpecArgument, sample_shape
 from revnets.cli.output import Csv, Png, deliver, outputs, print_rows, progress
-from revnets.cli.plugins import missing_command
+from revnets.cli.plugins import Analyses
 from revnets.config.errors import nearest, option_error
 
 app = typer.Typer(
+    cls=Analyses,
     help="Look into a net as the paper's figures do. Each command draws a picture and writes its numbers as CSV.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -132,11 +132,3 @@ def _modes(text: str) -> tuple[str, ...]:
             remedy = nearest(mode, Memory, "Choose among")
             raise option_error("--modes", f"memory mode {mode!r} is unknown", remedy, code="unknown-choice")
     return modes
-
-
-for _entry in entry_points(group="revnets.analyses"):
-    try:
-        _command = _entry.load()
-    except ImportError as _error:
-        _command = missing_command(_entry.name, _entry.value.split(":")[0], _error)
-    app.command(name=_entry.name)(_command)

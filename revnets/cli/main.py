@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +10,11 @@ import typer
 from rich.console import Console
 
 from revnets.cli.options import InputShape, Overrides, SpecArgument, picture_path, sample_shape
-from revnets.cli.plugins import missing_command
+from revnets.cli.plugins import Commands
 
 app = typer.Typer(
     name="revnets",
+    cls=Commands,
     help="Reversible column nets: look at them, measure them, train them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -87,35 +87,16 @@ def plan(
     forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json)
 
 
-def load_commands(wanted: str | None = None) -> None:
-    """Commands of other packages: the one that is wanted, or all where none of them is.
-
-    A package whose requirements are missing must not break the commands of the others, nor a slow one delay them.
-    """
-    own = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    entries = entry_points(group="revnets.commands")
-    if wanted in own:
-        return
-    for entry in [entry for entry in entries if entry.name == wanted] or entries:
-        try:
-            command = entry.load()
-        except ImportError as error:
-            command = missing_command(entry.name, entry.value.split(":")[0], error)
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=entry.name)
-        else:
-            app.command(name=entry.name)(command)
-
-
 def main() -> None:
     """Entry point: every expected mistake is one line on stderr and exit code 2, never a traceback."""
-    from revnets.config.errors import SpecError
-    from revnets.models.plan import PlanError
-
-    load_commands(next((word for word in sys.argv[1:] if not word.startswith("-")), None))
     try:
         app()
-    except (SpecError, PlanError) as error:
+    except Exception as error:
+        from revnets.config.errors import SpecError
+        from revnets.models.plan import PlanError  # with the planner, which most commands do without
+
+        if not isinstance(error, (SpecError, PlanError)):
+            raise
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print("error:", style="red", end=" ")
         console.print(str(error), markup=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from revnets.cli.errors import one_line_errors
+from revnets.cli.plugins import one_line_errors
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key.path=value, e.g. epochs=5 model.columns=8", show_default=False)
