@@ -8,7 +8,6 @@ from revnets.config.net_spec import NetSpec, load_spec
 from revnets.config.registry import register_block, register_fusion, register_head, register_stem
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns import ReversibleColumns, ReversibleSequence
-from revnets.engine.drift import DriftWarning, predict_drift
 from revnets.engine.errors import ReconstructionError, ReplayError
 from revnets.engine.graph import Graph, Node, wire
 from revnets.engine.memory_mode import Memory, MemoryPolicy
@@ -17,6 +16,7 @@ from revnets.nn import blocks as blocks
 
 if TYPE_CHECKING:
     from revnets.analysis.audit import Audit, audit
+    from revnets.engine.drift import DriftWarning, predict_drift
     from revnets.memory.auto_budget import keep_budget
     from revnets.models.plan import Plan, PlanError, plan
 
@@ -59,6 +59,8 @@ __all__ = [
 _LAZY = {
     "Audit": "revnets.analysis.audit",
     "audit": "revnets.analysis.audit",
+    "DriftWarning": "revnets.engine.drift",
+    "predict_drift": "revnets.engine.drift",
     "keep_budget": "revnets.memory.auto_budget",
     "Plan": "revnets.models.plan",
     "PlanError": "revnets.models.plan",

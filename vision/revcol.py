@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -13,10 +13,11 @@ from torch import nn
 from revnets import NetSpec, SpecError, load_spec
 from revnets.config.errors import ArgumentError
 from revnets.config.net_spec import dump
-from vision.models.architecture import RevCol
 from vision.paths import MODELS as MODELS
-from vision.weights.pretrained import LoadableRevCol, checkpoint_filter_fn
-from vision.weights.pretrained import fit_positions as fit_positions
+
+if TYPE_CHECKING:
+    from vision.models.architecture import RevCol
+    from vision.weights.pretrained import fit_positions as fit_positions
 
 RELEASE = "https://github.com/megvii-research/RevCol/releases/download/checkpoint/"
 """Where the authors of the paper published their weights (Apache 2.0), all but the largest."""
@@ -131,6 +132,8 @@ ARGUMENTS = (*REVISED, "num_classes", "in_chans", "global_pool", "drop_rate", "h
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
     """Build a model of the family; everything that `RevCol` and `revise` take may be given."""
+    from vision.weights.pretrained import LoadableRevCol, checkpoint_filter_fn  # with the code about files
+
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if overlay.get("file") or overlay.get("url"):
         overlay.setdefault("custom_load", True)  # official files and ours are read in the same way
@@ -236,3 +239,11 @@ def names() -> list[str]:
 def create(name: str, **options: Any) -> nn.Module:
     """A model with the weights of its initialisation; the options are those of `timm.create_model`."""
     return timm.create_model(name, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "fit_positions":
+        from vision.weights.pretrained import fit_positions
+
+        return fit_positions
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

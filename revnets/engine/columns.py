@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from revnets.engine import drift, executor
+from revnets.engine import executor
 from revnets.engine.cell import Cell, FixedGain
 from revnets.engine.graph import Graph, ReadToken, wire
 from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes, stored_cells
@@ -177,6 +177,8 @@ class ReversibleColumns(nn.Module):
         if policy.budget is not None and self.training and torch.is_grad_enabled() and not executor.is_transformed():
             _warn_of_pending(self, policy.budget)
         if Memory.INVERT in policy.modes and torch.is_grad_enabled() and not executor.is_transformed():
+            from revnets.engine import drift  # no other mode drifts
+
             drift.watch(self, x)
         ends = [tap_index(graph, tap) for tap in taps]
         last, tapped = executor.run(graph, cells, x, policy.modes, context, ends, policy.stored, policy.verify)

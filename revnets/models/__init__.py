@@ -1,5 +1,16 @@
 """Whole models: networks built from a specification, models loaded by name, and their memory plans."""
 
-from revnets.models.loading import load_model
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from revnets.models.loading import load_model
 
 __all__ = ["load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_model":  # imported when it is first used: a net is built without it
+        from revnets.models.loading import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

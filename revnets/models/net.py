@@ -16,7 +16,6 @@ from revnets.config.registry import find
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.memory.auto_budget import keep_budget
 from revnets.nn.fusions import Source
 
 NetOutput = Tensor | list[Tensor] | tuple[Tensor | list[Tensor], list[Tensor]]
@@ -77,6 +76,8 @@ class Net(nn.Module):
         self.columns = columns
         self.head = head
         if isinstance(spec.memory, BudgetSpec):
+            from revnets.memory.auto_budget import keep_budget  # with the planner, which no other net needs
+
             keep_budget(self, spec.memory)
 
     def forward(self, x: Tensor) -> NetOutput:

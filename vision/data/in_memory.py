@@ -19,7 +19,6 @@ from torch.utils.data import Dataset
 from vision.config.data import DigitsConfig, IdxConfig, SmallImagesConfig
 from vision.data.dataset import ImageData
 from vision.data.samplers import Key
-from vision.data.transforms import RandomAffine, scaled
 from vision.errors import first_line, run_error
 
 IDX = {
@@ -149,3 +148,31 @@ class Plain(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]
+
+
+def scaled(images: Tensor) -> Tensor:
+    """Bytes as numbers in [0, 1]; floats as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+class RandomAffine:
+    """A random rotation, change of size, shift and mirroring of every image, drawn from (seed, epoch, index)."""
+
+    def __init__(self, config: SmallImagesConfig, seed: int):
+        self.limits = np.array([math.radians(config.rotate), config.scale, config.shift, config.shift])
+        self.hflip, self.seed = config.hflip, seed
+
+    def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
+        """Images (B, C, H, W) in, images of that shape out; what comes in from outside is black."""
+        if not self.limits.any() and not self.hflip:
+            return images
+        generators = [np.random.default_rng((self.seed, *key)) for key in keys]
+        draws = np.stack([generator.uniform(-1, 1, 4) for generator in generators]) * self.limits
+        angle, growth, right, down = torch.from_numpy(draws).float().unbind(1)
+        mirrored = torch.tensor([generator.random() < self.hflip for generator in generators])
+        cos, sin = angle.cos() / (1 + growth), angle.sin() / (1 + growth)
+        # affine_grid maps the result's coordinates, from -1 to 1 over the image, to the source's.
+        matrix = torch.stack([cos, -sin, 2 * right, sin, cos, 2 * down], dim=1).view(-1, 2, 3)
+        matrix[mirrored, 0] *= -1
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)

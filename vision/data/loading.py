@@ -18,9 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
 from vision.config.run import TrainConfig
 from vision.data.dataset import DataSplits, ImageData, Unreadable
-from vision.data.in_memory import load_digits, load_idx
 from vision.data.samplers import EpochBatches, Share, without_class
-from vision.data.timm_readers import load_images
 from vision.distributed.context import World
 from vision.errors import run_error
 from vision.utils.signals import leave_signals_to_parent
@@ -42,9 +40,15 @@ def load_data(
         revnets.SpecError: there are no such data.
     """
     if isinstance(config, DigitsConfig):
+        from vision.data.in_memory import load_digits
+
         return load_digits(config, seed)
     if isinstance(config, IdxConfig):
+        from vision.data.in_memory import load_idx
+
         return load_idx(config, seed)
+    from vision.data.timm_readers import load_images  # every kind of data has requirements of its own
+
     return load_images(config, seed, Unreadable(notes, config.unreadable), world or World())
 
 

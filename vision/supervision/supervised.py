@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.nn.functional as F
 from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 
-from revnets import keep_budget
 from revnets.config.errors import ArgumentError
 from vision.config.supervision import Stop, SupervisionConfig
-from vision.models.architecture import RevCol, classifier, to_nchw
-from vision.supervision.decoders import decoder
+
+if TYPE_CHECKING:
+    from vision.models.architecture import RevCol
 
 
 class Outputs(NamedTuple):
@@ -46,6 +46,9 @@ class Supervised(nn.Module):
     """
 
     def __init__(self, model: RevCol, config: SupervisionConfig):
+        from vision.models.architecture import classifier
+        from vision.supervision.decoders import decoder
+
         super().__init__()
         if model.num_classes == 0:
             raise ArgumentError("a model without classifier cannot be supervised; give num_classes", "num_classes")
@@ -68,10 +71,14 @@ class Supervised(nn.Module):
         self.classifiers.to(like)
         self.decoders.to(like)
         if model.columns.budget is not None:  # its step is now a step of this
+            from revnets import keep_budget
+
             keep_budget(self, model.columns.budget)
 
     def forward(self, x: Tensor) -> Outputs:
         """Images (B, in_chans, H, W) to what the heads say; decoders are silent in evaluation mode."""
+        from vision.models.architecture import to_nchw
+
         columns = [stop.column for stop in self.stops]
         _, tops = self.model.columns(self.model.stem(x), taps=columns)
         states = dict(zip(columns, tops, strict=True))

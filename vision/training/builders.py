@@ -14,6 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch import nn
 
+from revnets.config.memory_budget import BudgetSpec
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import first_line, run_error
@@ -69,6 +70,13 @@ def build_task(
     if config.ema is not None:
         training_task.setup_ema(decay=config.ema.decay, use_warmup=config.ema.warmup)
     return training_task
+
+
+def has_budget(config: TrainConfig, model: nn.Module) -> bool:
+    """Is the memory mode of a run chosen under a budget, the run's or that of its model?"""
+    columns = columns_of(model)
+    budget = config.memory if isinstance(config.memory, BudgetSpec) else columns.budget if columns else None
+    return columns is not None and isinstance(budget, BudgetSpec)
 
 
 def compile_cells(model: nn.Module, backend: str) -> None:

@@ -19,7 +19,6 @@ from vision.distributed.parallel import distribute, plain, release_gathered
 from vision.tasks.base import Task, create_task
 from vision.training import builders
 from vision.training.evaluation import evaluate
-from vision.training.memory_budget import plan_run_memory
 from vision.utils.seeding import seed_all
 
 
@@ -62,8 +61,12 @@ class TrainState:
         model = self.task.build_model(data)
         self.beginning = self.task.begin(model, data, self.world) if config.pretrained else None
         self.training_task = builders.build_task(config, model, data, self.device, self.task)
-        shape = self.task.input_shape(data)
-        self.note = plan_run_memory(config, plain(self.training_task.get_trainable_module()), shape, self.world)
+        self.note = None
+        if builders.has_budget(config, model):
+            from vision.training.memory_budget import plan_run_memory
+
+            shape = self.task.input_shape(data)
+            self.note = plan_run_memory(config, plain(self.training_task.get_trainable_module()), shape, self.world)
         if config.compile is not None:
             builders.compile_cells(self.model, config.compile)
         distribute(self.training_task, config.parallel, self.world, self.device)
