@@ -121,7 +121,7 @@ def cka(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     return hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
 
 
-def rows(found: Similarity) -> list[dict[str, int | float]]:
+def similarity_rows(found: Similarity) -> list[dict[str, int | float]]:
     """A row for each level of each column."""
     return [
         {"column": column, "level": level, "images": float(images), "labels": float(labels)}
@@ -130,7 +130,7 @@ def rows(found: Similarity) -> list[dict[str, int | float]]:
     ]
 
 
-def table(found: Similarity) -> list[dict[str, str]]:
+def similarity_table(found: Similarity) -> list[dict[str, str]]:
     """A row for each column, for people."""
     levels = range(found.images.shape[1])
     return [

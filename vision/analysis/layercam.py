@@ -61,7 +61,7 @@ def layercam(model: nn.Module, columns: ReversibleColumns, images: Tensor, class
     return LayerCam(scores.detach(), chosen, maps)
 
 
-def rows(grid: Sequence[Sequence[Tensor]]) -> list[dict[str, int | float]]:
+def map_rows(grid: Sequence[Sequence[Tensor]]) -> list[dict[str, int | float]]:
     """A row for each position (y, x) of each map."""
     return [
         {"column": column, "level": level, "y": y, "x": x, "value": value}

@@ -10,7 +10,7 @@ import typer
 from revnets.cli.output import Csv, Png, deliver, outputs, print_rows, progress
 from vision.cli.common import Overrides, reported
 
-Source = Annotated[
+SourceArgument = Annotated[
     str,
     typer.Argument(
         help="A checkpoint, the folder of a run (its best one), a model of timm's or a YAML of a run.",
@@ -24,7 +24,7 @@ WeightsOption = Annotated[
 
 
 def cka(
-    source: Source,
+    source: SourceArgument,
     overrides: Overrides = None,
     batch: Annotated[int, typer.Option(min=4, help="Images that are compared with each other.")] = 512,
     batches: Annotated[int, typer.Option(min=0, help="Batches that HSIC is summed over; 0: the whole set.")] = 1,
@@ -46,25 +46,24 @@ def cka(
     with reported():
         from rich.console import Console
 
-        from vision.analysis.cka import rows, similarity, table
+        from vision.analysis.cka import similarity, similarity_rows, similarity_table
         from vision.analysis.figures import cka_figure
-        from vision.analysis.loaded_run import load_subject
+        from vision.analysis.inputs import batch_plan, load_source
 
         png, csv = outputs(png, csv)
         console = Console()
-        subject = load_subject(source, overrides or [], weights)
-        size, count = subject.divided(batch, batches)
+        run, columns = load_source(source, overrides or [], weights)
+        size, count = batch_plan(run, batch, batches)
         with progress(console, count) as (tell, advance):
             tell(f"{size} images a batch")
-            given = subject.batches(size, count, shuffle)
-            found = similarity(subject.model, subject.columns, given, advance)
+            found = similarity(run.model, columns, run.val_batches(size, count, shuffle), advance)
         found.require_defined()
-        print_rows(console, f"CKA by level, over {found.samples} images in batches of {size}", table(found))
-        console.print(deliver(cka_figure(found), png, rows(found), csv), soft_wrap=True)
+        print_rows(console, f"CKA by level, over {found.samples} images in batches of {size}", similarity_table(found))
+        console.print(deliver(cka_figure(found), png, similarity_rows(found), csv), soft_wrap=True)
 
 
 def layercam(
-    source: Source,
+    source: SourceArgument,
     overrides: Overrides = None,
     index: Annotated[int, typer.Option(min=0, help="Which image of the validation set.")] = 0,
     image: Annotated[Path | None, typer.Option(help="Another picture instead.", show_default=False)] = None,
@@ -89,21 +88,21 @@ def layercam(
         from rich.console import Console
 
         from vision.analysis.figures import layercam_figure
+        from vision.analysis.inputs import caption, class_number, image_at, image_from, load_source
         from vision.analysis.layercam import layercam as maps_of
-        from vision.analysis.layercam import rows
-        from vision.analysis.loaded_run import load_subject
+        from vision.analysis.layercam import map_rows
 
         png, csv = outputs(png, csv)
         console = Console()
         with progress(console, None) as (tell, _):
             tell("reading")
-            subject = load_subject(source, overrides or [], weights)
-            wanted = None if target is None else torch.tensor([subject.class_number(target)], device=subject.device)
-            pixels, true = (subject.image_of(image), None) if image else subject.image(index)
+            run, columns = load_source(source, overrides or [], weights)
+            wanted = None if target is None else torch.tensor([class_number(run.classes, target)], device=run.device)
+            pixels, true = (image_from(run, image), None) if image else image_at(run, index)
             tell("one forward and backward")
-            found = maps_of(subject.model, subject.columns, pixels, wanted)
-        caption = subject.caption(found.scores[0], int(found.classes[0]), true)
-        console.print(caption.replace("\n", "; "), markup=False, highlight=False)
-        grid = found.grid(subject.columns.graph.m)
-        figure = layercam_figure(subject.pixels(pixels[0]), grid, caption)
-        console.print(deliver(figure, png, rows(grid), csv), soft_wrap=True)
+            found = maps_of(run.model, columns, pixels, wanted)
+        text = caption(run.classes, found.scores[0], int(found.classes[0]), true)
+        console.print(text.replace("\n", "; "), markup=False, highlight=False)
+        grid = found.grid(columns.graph.m)
+        figure = layercam_figure(run.pixels(pixels[0]), grid, text)
+        console.print(deliver(figure, png, map_rows(grid), csv), soft_wrap=True)

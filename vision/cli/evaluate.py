@@ -28,7 +28,8 @@ from vision.tasks.classification import AccuracyEvaluator, Classification, Class
 from vision.training import builders
 from vision.training.evaluation import evaluate
 from vision.training.figures import confusion_figure
-from vision.weights import convert, files, finetune
+from vision.training.loaded_run import read_checkpoint
+from vision.weights import files, finetune
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +127,8 @@ def evaluate_checkpoint(
 
 
 def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
-    path = manager.in_run(path)
-    if path.suffix in convert.SUFFIXES and path.exists():
-        remedy = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
-        raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy, code="missing-config")
-    state = manager.read(path)
-    sets = {
-        name: (state[model], state[heads])
-        for name, model, heads in (("raw", "model", "heads"), ("ema", "ema", "heads_ema"))
-        if state[model] is not None
-    }
-    return Candidate(path, load_config(state["config"], overrides), sets, finetune.class_names_in(state), is_run=True)
+    found = read_checkpoint(path, overrides)
+    return Candidate(found.path, found.config, found.weight_sets, found.classes, is_run=True)
 
 
 def _of_weights(path: Path, recipe: str, overrides: Sequence[str]) -> Candidate:

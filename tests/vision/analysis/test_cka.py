@@ -14,7 +14,7 @@ from revnets.engine.graph import STEM
 from revnets.memory.tracker import MemoryTracker
 from tests.support.errors import raises_error
 from vision.analysis import cka as module
-from vision.analysis.cka import cka, gram, hsic, rows, similarity
+from vision.analysis.cka import cka, gram, hsic, similarity, similarity_rows
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -143,8 +143,10 @@ def test_similarity_of_a_net(net, sizes: tuple[int, ...]) -> None:
     assert found.samples == sum(sizes)
     np.testing.assert_allclose(found.images, wanted[..., 0], rtol=1e-4)
     np.testing.assert_allclose(found.labels, wanted[..., 1], rtol=1e-4, atol=1e-6)
-    assert [(row["column"], row["level"]) for row in rows(found)] == [(c, l) for c in range(3) for l in range(2)]  # noqa: E741
-    assert rows(found)[3]["labels"] == float(found.labels[1, 1])
+    assert [(row["column"], row["level"]) for row in similarity_rows(found)] == [
+        (column, level) for column in range(3) for level in range(2)
+    ]
+    assert similarity_rows(found)[3]["labels"] == float(found.labels[1, 1])
 
 
 def test_no_features_outlive_their_batch(net) -> None:

@@ -12,7 +12,7 @@ from revnets import Net, build
 from revnets.engine.columns import observed
 from tests.support.errors import raises_error
 from tests.vision.analysis.test_cka import states_by_hand
-from vision.analysis.layercam import layercam, rows
+from vision.analysis.layercam import layercam, map_rows
 
 
 def small(memory: str | Sequence[str] = "store", **changes) -> Net:
@@ -111,7 +111,7 @@ def test_grid_and_rows() -> None:
     grid = found.grid(net.columns.graph.m)
     assert [len(column) for column in grid] == [3] * 4
     assert torch.equal(grid[2][1], found.maps[7][0])
-    lines = rows(grid)
+    lines = map_rows(grid)
     assert len(lines) == 4 * (8 * 8 + 4 * 4 + 2 * 2)
     assert lines[64 + 16 + 3] == {"column": 0, "level": 2, "y": 1, "x": 1, "value": float(grid[0][2][1, 1])}
 

@@ -16,8 +16,8 @@ from tests.support.errors import raises_error
 from tests.support.training_runs import tiny
 from vision.analysis.cka import Similarity, similarity
 from vision.analysis.figures import cka_figure, layercam_figure
+from vision.analysis.inputs import batch_plan, image_at, image_from, load_source
 from vision.analysis.layercam import layercam
-from vision.analysis.loaded_run import load_subject
 from vision.cli import analyze
 from vision.config.run import load_config
 from vision.training.trainer import Trainer
@@ -56,29 +56,29 @@ def test_cka_of_a_run(run: Path, tmp_path: Path) -> None:
     assert "CKA by level, over 60 images in batches of 30" in out
     rows = table(tmp_path / "cka.csv")
     assert [(row["column"], row["level"]) for row in rows] == [(c, l) for c in "012" for l in "01"]  # noqa: E741
-    subject = load_subject(str(run))
+    subject, columns = load_source(str(run))
     order = torch.randperm(360, generator=torch.Generator().manual_seed(1))[:60]  # by the seed of the run
     images, labels = (torch.stack(parts) for parts in zip(*(subject.data.val[int(i)] for i in order), strict=True))
     batches = zip(images.split(30), labels.split(30), strict=True)
-    wanted = similarity(subject.model, subject.columns, batches)
+    wanted = similarity(subject.model, columns, batches)
     assert [float(row["labels"]) for row in rows] == pytest.approx(wanted.labels.flatten().tolist(), rel=1e-4)
     assert [float(row["images"]) for row in rows] == pytest.approx(wanted.images.flatten().tolist(), rel=1e-4)
 
 
-def test_batches_of_a_subject(run: Path) -> None:
-    subject = load_subject(str(run))
-    assert subject.divided(512, 3) == (360, 1)
-    assert subject.divided(100, 0) == (100, 4)
-    assert subject.divided(100, 2) == (100, 2)
-    first, *_ = subject.batches(7, 2, shuffled=False)
+def test_batches_of_a_run(run: Path) -> None:
+    subject, _ = load_source(str(run))
+    assert batch_plan(subject, 512, 3) == (360, 1)
+    assert batch_plan(subject, 100, 0) == (100, 4)
+    assert batch_plan(subject, 100, 2) == (100, 2)
+    first, *_ = subject.val_batches(7, 2, shuffled=False)
     assert torch.equal(first[0], torch.stack([subject.data.val[index][0] for index in range(7)]))
-    whole = list(subject.batches(100, None, shuffled=True))
+    whole = list(subject.val_batches(100, None, shuffled=True))
     assert [len(labels) for _, labels in whole] == [100, 100, 100, 60]
     assert torch.cat([labels for _, labels in whole]).bincount().tolist() == subject.data.val.labels.bincount().tolist()
 
 
 def test_weights_of_a_run_and_of_its_average(run: Path) -> None:
-    raw, ema, auto = (load_subject(str(run), weights=kind).model.state_dict() for kind in ("raw", "ema", "auto"))
+    raw, ema, auto = (load_source(str(run), weights=kind)[0].model.state_dict() for kind in ("raw", "ema", "auto"))
     assert all(torch.equal(ema[name], auto[name]) for name in ema)
     assert not torch.equal(raw["stem.conv.weight"], ema["stem.conv.weight"])
 
@@ -92,9 +92,9 @@ def test_layercam_of_a_run_in_every_memory_mode(run: Path, tmp_path: Path) -> No
         assert png.read_bytes()[:4] == b"\x89PNG"
         written[mode] = (tmp_path / f"{mode}.csv").read_text()
     assert written["store"] == written["exact"]
-    subject = load_subject(str(run))
-    image, label = subject.image(5)
-    found = layercam(subject.model, subject.columns, image)
+    subject, columns = load_source(str(run))
+    image, label = image_at(subject, 5)
+    found = layercam(subject.model, columns, image)
     assert f"true: {subject.data.classes[label]}" in out
     assert f"predicted: {subject.data.classes[int(found.classes)]}" in out
     rows = table(tmp_path / "exact.csv")
@@ -104,10 +104,12 @@ def test_layercam_of_a_run_in_every_memory_mode(run: Path, tmp_path: Path) -> No
 
 def test_layercam_of_another_picture_and_another_class(run: Path, tmp_path: Path) -> None:
     """The picture of a digit gives what the digit itself gives."""
-    subject = load_subject(str(run))
+    subject, _ = load_source(str(run))
     pixels = subject.pixels(subject.data.val[3][0])[..., 0]
     Image.fromarray((pixels * 255).round().byte().numpy()).save(tmp_path / "digit.png")
-    torch.testing.assert_close(subject.image_of(tmp_path / "digit.png")[0], subject.data.val[3][0], atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        image_from(subject, tmp_path / "digit.png")[0], subject.data.val[3][0], atol=0.01, rtol=0
+    )
     code, out, _ = call(
         "layercam", run, "--image", tmp_path / "digit.png", "--class", "7", "--png", tmp_path / "map.png"
     )
@@ -122,10 +124,12 @@ def test_a_name_of_timm(tmp_path: Path) -> None:
     )
     assert code == 0
     assert len(table(tmp_path / "cka.csv")) == 8
-    subject, again = (load_subject("test_revcol", ["data.img_size=32", "model.columns=2", "seed=3"]) for _ in range(2))
+    subject, again = (
+        load_source("test_revcol", ["data.img_size=32", "model.columns=2", "seed=3"])[0] for _ in range(2)
+    )
     assert torch.equal(subject.model.stem.conv.weight, again.model.stem.conv.weight)
     assert not subject.model.training
-    assert load_subject("digits").columns.graph.columns == 4  # a recipe
+    assert load_source("digits")[1].graph.columns == 4  # a recipe
 
 
 def test_mistakes(run: Path, tmp_path: Path) -> None:
