@@ -26,7 +26,7 @@ KEYS = ("format", "versions", "config", "world", "progress", "scaler", *DIVISIBL
 """What a checkpoint holds.
 
 Newer ones also have `classes`, their names. There is no state of the schedule, of the sampler, and of the generators of
-random numbers: all are functions of the seed and of `progress`, see `vision.utils.seeding`.
+random numbers: all are functions of the seed and of `progress`, see `vision.data.samplers`.
 """
 
 _STEP = re.compile(r"step-(\d+)(\.pt)?")

@@ -19,9 +19,8 @@ from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
 from vision.config.run import TrainConfig
 from vision.data.dataset import DataSplits, ImageData, Unreadable
 from vision.data.samplers import EpochBatches, Share, without_class
-from vision.distributed.context import World
+from vision.distributed.context import World, leave_signals_to_parent
 from vision.errors import run_error
-from vision.utils.signals import leave_signals_to_parent
 
 Collate = Callable[[list[Any]], Any]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vision.data.dataset import Unreadable
+from vision.data.samplers import seeded
 from vision.distributed.context import World
 from vision.errors import DataError, first_line
-from vision.utils.seeding import seeded
 
 
 class Stream(IterableDataset[tuple[Tensor, int]]):

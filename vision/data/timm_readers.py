@@ -15,12 +15,11 @@ from torch.utils.data import Dataset
 from revnets.config.errors import SpecError
 from vision.config.data import ImagesConfig
 from vision.data.dataset import ImageData, Unreadable, class_names
-from vision.data.samplers import Key
+from vision.data.samplers import Key, seeded
 from vision.data.streaming import Stream
 from vision.data.transforms import Transform, train_transform, val_transform
 from vision.distributed.context import World
 from vision.errors import DataError, first_line, run_error
-from vision.utils.seeding import seeded
 
 RETRIES = 10
 """Unreadable images in a row that are skipped; more mean that something else is wrong."""

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from vision.checkpoints import manager
 from vision.checkpoints.sharding import like, mapped
 from vision.config.run import TrainConfig
+from vision.data.samplers import seed_all
 from vision.distributed.context import World
 from vision.distributed.parallel import distribute, plain, release_gathered
 from vision.tasks.base import Task, create_task
 from vision.training import builders
 from vision.training.evaluation import evaluate
-from vision.utils.seeding import seed_all
 
 
 class TrainState:

@@ -19,7 +19,7 @@ from revnets.utils.atomic_files import replacing
 from vision.checkpoints import manager, resume
 from vision.checkpoints.manager import Checkpoints
 from vision.config.run import TrainConfig
-from vision.distributed.context import World
+from vision.distributed.context import Stopped, StopSignals, World
 from vision.errors import TrainingError as TrainingError
 from vision.errors import run_error
 from vision.tasks.base import create_task, scalars
@@ -27,7 +27,6 @@ from vision.training.figures import training_figure
 from vision.training.meters import Clock, Losses
 from vision.training.run_log import LOG, ProgressDisplay, RunLogger, read_log
 from vision.training.train_state import TrainState
-from vision.utils.signals import Stopped, StopSignals
 
 CONFIG_HEAD = "# Written by `revnets train` whenever this run starts or goes on.\n"
 

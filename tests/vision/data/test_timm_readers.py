@@ -18,12 +18,11 @@ from tests.support.training_runs import assert_same
 from vision.checkpoints import manager
 from vision.config.run import load_config
 from vision.data.loading import TrainBatches, load_data, val_loader
-from vision.data.samplers import Key
+from vision.data.samplers import Key, seeded
 from vision.data.transforms import posterize, train_transform
 from vision.distributed.context import World
 from vision.errors import DataError
 from vision.training.run_log import LOG, read_log
-from vision.utils.seeding import seeded
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything of Hugging Face is imported: nothing is fetched here
 

@@ -231,7 +231,7 @@ def test_tensorboard_has_the_values_of_the_log(tmp_path):
 
 
 def test_a_second_signal_does_what_it_always_does():
-    from vision.utils.signals import Stopped, StopSignals
+    from vision.distributed.context import Stopped, StopSignals
 
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
     with StopSignals() as stop:

@@ -1,1 +1,0 @@
-"""Small helpers of a run: seeds and signals."""
