@@ -133,7 +133,7 @@ def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
 
 def _of_weights(path: Path, recipe: str, overrides: Sequence[str]) -> Candidate:
     config = load_config(recipe, overrides).model_copy(update={"supervision": None})
-    content, name = finetune.find_weights(str(path), World())
+    content, name = finetune.find_pretrained(str(path), World())
     sets = {"raw": files.tensors_in(content, "raw", path)}
     with suppress(CheckpointError):  # it has no averaged ones
         sets["ema"] = files.tensors_in(content, "ema", path)
@@ -152,7 +152,7 @@ def _known(
     given: Candidate, data: ImageData, by_name: bool, console: Console
 ) -> tuple[class_subsets.Subset | None, ImageData]:
     """How scores become those of the classes of the data, and the data as if they had all classes of the model."""
-    count = len(given.classes) if given.classes else files.classes_in(given.sets["raw"][0])
+    count = len(given.classes) if given.classes else files.class_count(given.sets["raw"][0])
     if not by_name:
         if count and count != len(data.classes):
             problem = f"the weights are for {count} classes, the data have {len(data.classes)}"

@@ -22,7 +22,7 @@ from vision.config.supervision import SupervisionConfig
 from vision.errors import CheckpointError, why_not_written
 from vision.models.architecture import RevCol
 from vision.supervision.supervised import Supervised
-from vision.weights.files import Weights, channels_in, classes_in, read, select
+from vision.weights.files import Weights, channels_in, class_count, read, select
 from vision.weights.official_names import (
     AROUND_BACKBONE,
     BACKBONE,
@@ -117,7 +117,7 @@ def skeleton(source: Weights, spec: NetSpec) -> tuple[RevCol | Supervised, dict[
     Returns:
         The model, and its `num_classes` and `in_chans`.
     """
-    options = {"num_classes": classes_in(source.tensors), "in_chans": channels_in(source.tensors)}
+    options = {"num_classes": class_count(source.tensors), "in_chans": channels_in(source.tensors)}
     net = RevCol(spec, options["num_classes"], options["in_chans"], device="meta")
     names = source.tensors
     if options["num_classes"] and any(key.startswith((*HEADS, "cls_blocks.", "decoder_blocks.")) for key in names):

@@ -148,7 +148,7 @@ def tensors_in(content: Any, weights: str = "raw", path: Path | str = "weights")
     return state
 
 
-def classes_in(tensors: Mapping[str, Tensor]) -> int:
+def class_count(tensors: Mapping[str, Tensor]) -> int:
     """How many classes the weights of a RevCol are for, under our names or the official ones; 0: no classifier."""
     for key in ("cls.classifier.1.bias", "cls_blocks.3.classifier.1.bias", "head.fc.bias"):
         if key in tensors:

@@ -41,7 +41,7 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
     Raises:
         CheckpointError: there are no such weights, they are damaged, or of another model.
     """
-    content, name = find_weights(config.source, world or World())
+    content, name = find_pretrained(config.source, world or World())
     given = tensors_in(content, config.weights, name)
     state = fitted(given, model, name)
     names = class_names_in(content)
@@ -60,7 +60,7 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
     return f"{config.weights} weights of {name} and {head}{_about_kernels(given, model)}"
 
 
-def find_weights(source: str, world: World) -> tuple[Mapping[str, Any], str]:
+def find_pretrained(source: str, world: World) -> tuple[Mapping[str, Any], str]:
     """What a file, a checkpoint in shards, the best checkpoint of a run, or a name of timm's stands for; and its name.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vision.models.architecture import RevCol
 from vision.models.vit_blocks import resized
 from vision.weights.convert import names_in, ours_of, skeleton
-from vision.weights.files import channels_in, classes_in, read, select
+from vision.weights.files import channels_in, class_count, read, select
 from vision.weights.kernel_padding import fit_kernels
 from vision.weights.official_names import HEADS, MismatchError, check
 
@@ -34,7 +34,7 @@ class LoadableRevCol(RevCol):
         content = read(path)
         tensors = select(content, path=path).tensors
         cfg = {**_cfg(self), "state_dict": content, "source": ""}
-        cfg["num_classes"] = classes_in(tensors) or self.num_classes
+        cfg["num_classes"] = class_count(tensors) or self.num_classes
         cfg["input_size"] = (channels_in(tensors), *cfg["input_size"][1:])
         try:
             load_pretrained(self, cfg, self.num_classes, self.in_chans, checkpoint_filter_fn)
