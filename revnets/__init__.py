@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from revnets.config.errors import ConfigError, SpecError
-from revnets.config.net_spec import NetSpec, load_spec
+from revnets.config.net_spec import ColumnsSpec, NetSpec, load_spec
 from revnets.config.registry import register_block, register_fusion, register_head, register_stem
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns import ReversibleColumns, ReversibleSequence
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Audit",
     "Cell",
+    "ColumnsSpec",
     "ConfigError",
     "DriftWarning",
     "FixedGain",

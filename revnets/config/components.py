@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, ValidationInfo
 
 from revnets.config.errors import explain, nearest, problem, show, what
 from revnets.config.loader import Strict, validate
@@ -24,13 +24,13 @@ class PartSpec(Strict):
 def part(kind: str) -> BeforeValidator:
     """Validator that splits {type: name, option: value, ...} into name and checked options."""
 
-    def split(value: Any) -> Any:
+    def split(value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, PartSpec):
             return value
         if isinstance(value, str):
-            name, checked = name_and_options(kind, {"type": value}, "type", ("type",), short=True)
+            name, checked = name_and_options(kind, {"type": value}, "type", ("type",), info, short=True)
         elif isinstance(value, dict):
-            name, checked = name_and_options(kind, value, "type", ("type",))
+            name, checked = name_and_options(kind, value, "type", ("type",), info)
         else:
             raise problem(
                 what(value), f"Give a name, or {{type: name, ...}} with the options of the {kind}", code="wrong-type"
@@ -41,12 +41,13 @@ def part(kind: str) -> BeforeValidator:
 
 
 def name_and_options(
-    kind: str, given: dict[str, Any], key: str, reserved: Sequence[str], short: bool = False
+    kind: str, given: dict[str, Any], key: str, reserved: Sequence[str], info: ValidationInfo, short: bool = False
 ) -> tuple[str, dict[str, Any]]:
     """The name that stands at `key`, and all that is not reserved as options, checked against the signature.
 
     Args:
         reserved: keys that are no options.
+        info: of pydantic; its context may name `folders` of modules, as `revnets.config.loader` gives it.
         short: the name stands alone, so complaints about it belong to the place itself.
     """
     if key not in given:
@@ -59,7 +60,7 @@ def name_and_options(
     if not isinstance(name, str):
         raise problem(what(name), f"Give the name of a {kind}, or package.module:Class", key, code="wrong-type")
     try:
-        allowed = options(kind, name)
+        allowed = options(kind, name, (info.context or {}).get("folders", ()))
     except PartError as error:
         raise problem(error.problem, error.remedy, *(() if short else (key,)), code=error.code) from None
     checked = {}

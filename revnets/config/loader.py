@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,11 +14,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from revnets.config.errors import EXPONENT, Keys, SpecError, explain, option_error, path, show, what
-from revnets.config.registry import importable
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 Source = str | Path | Mapping[str, Any]
+Overrides = Sequence[str] | Mapping[str, Any]
+"""`key.path=value` as text, or key paths and their values."""
 
 
 class Strict(BaseModel):
@@ -35,9 +37,15 @@ class Layer(dict[str, Any]):
 
 
 class Layers:
-    """Files laid over each other. Remembers which one each value came from."""
+    """Files laid over each other. Remembers which one each value came from.
 
-    def __init__(self, layers: Sequence[Layer]):
+    Args:
+        layers: the lowest first.
+        folders: searched for the modules of components.
+    """
+
+    def __init__(self, layers: Sequence[Layer], folders: Sequence[Path] = ()):
+        self.folders = folders
         self.data: dict[str, Any] = {}
         self.name = layers[-1].name
         self._origins: dict[Keys, str] = {}
@@ -58,6 +66,19 @@ class Layers:
         self._origins = {known: origin for known, origin in self._origins.items() if known[: len(keys)] != keys}
         self._origins[keys] = name
 
+    def copy(self) -> Layers:
+        """Layers that can be changed without changing these."""
+        return copy.deepcopy(self)
+
+    def apply(self, overrides: Overrides) -> None:
+        """Set the values of all overrides."""
+        if isinstance(overrides, Mapping):
+            for place, value in overrides.items():
+                self.set(place, value)
+        else:
+            for text in overrides:
+                self.override(text)
+
     def override(self, text: str) -> None:
         """Apply one `key.path=value`."""
         name = "command line"
@@ -71,12 +92,11 @@ class Layers:
                 "For example levels.2.depth=6",
                 code="invalid-override",
             )
-        try:
-            value = yaml.load(value_text, _CommandLineLoader)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise SpecError(
-                name, place_text, f"{show(value_text)} is not a YAML value", "Put it in quotes", code="invalid-syntax"
-            ) from None
+        self.set(".".join(keys), parse_value(value_text, place_text))
+
+    def set(self, key_path: str, value: Any) -> None:
+        """Replace the value at `key.path`, or add it."""
+        name, keys = "command line", key_path.split(".")
         value = _plain(name, tuple(keys), value, ())
         place: Any = self.data
         found: Keys = ()
@@ -94,8 +114,24 @@ class Layers:
         prefixes = (keys[:length] for length in range(len(keys), 0, -1))
         return next((self._origins[prefix] for prefix in prefixes if prefix in self._origins), self.name)
 
+    def check(self, model: type[M], **context: Any) -> M:
+        """Validate the values.
 
-def load(model: type[M], source: Source, overrides: Sequence[str] = ()) -> M:
+        Args:
+            model: the pydantic model to fill.
+            context: for its validators, besides the `folders` of modules.
+
+        Raises:
+            SpecError: for the value that is wrong, under the name of the file that it came from.
+        """
+        try:
+            return validate(TypeAdapter(model), self.data, {"folders": (*self.folders, Path.cwd()), **context})
+        except ValidationError as error:
+            keys, problem, remedy, code = explain(error, self.data, model)
+            raise SpecError(self.origin(keys), path(keys), problem, remedy, code) from None
+
+
+def load(model: type[M], source: Source, overrides: Overrides = ()) -> M:
     """Read a YAML file (or take a dict), apply `base:` and overrides, and validate.
 
     Args:
@@ -106,22 +142,44 @@ def load(model: type[M], source: Source, overrides: Sequence[str] = ()) -> M:
     Raises:
         SpecError: for everything that is wrong with the file, its bases, the overrides or the values.
     """
+    config = read_layers(source)
+    config.apply(overrides)
+    return config.check(model)
+
+
+def read_layers(source: Source, name: str = "dict") -> Layers:
+    """Read a YAML file and its bases, without looking at the values.
+
+    Args:
+        source: path of a YAML file, or a mapping of the same form.
+        name: of a mapping, for error messages.
+
+    Raises:
+        SpecError: a file is missing, or is no YAML.
+    """
     if isinstance(source, Mapping):
-        layers, folders = _with_bases(Layer("dict", source), Path.cwd(), ())
-    else:
-        layers, folders = _read(Path(source), ())
-    config = Layers(layers)
-    for text in overrides:
-        config.override(text)
-    with importable(*folders, Path.cwd()):
-        try:
-            return validate(TypeAdapter(model), config.data)
-        except ValidationError as error:
-            keys, problem, remedy, code = explain(error, config.data, model)
-            raise SpecError(config.origin(keys), path(keys), problem, remedy, code) from None
+        return Layers(*_with_bases(Layer(name, source), Path.cwd(), ()))
+    return Layers(*_read(Path(source), ()))
 
 
-def validate(adapter: TypeAdapter[T], data: Any) -> T:
+def parse_value(text: str, key: str = "") -> Any:
+    """A value of the command line: YAML, in which 1e-3 is a number.
+
+    Args:
+        key: names the value in error messages.
+
+    Raises:
+        SpecError: it is no YAML.
+    """
+    try:
+        return yaml.load(text, _CommandLineLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise option_error(
+            key, f"{show(text)} is not a YAML value", "Put it in quotes", code="invalid-syntax"
+        ) from None
+
+
+def validate(adapter: TypeAdapter[T], data: Any, context: Mapping[str, Any] | None = None) -> T:
     """Validate by pydantic's strict rules for text: a list may stand for a tuple, text for a path or an enum.
 
     Data that no text can hold (a dict with classes in it) goes by the rules for Python.
@@ -129,8 +187,8 @@ def validate(adapter: TypeAdapter[T], data: Any) -> T:
     try:
         text = json.dumps(data)
     except (TypeError, ValueError):
-        return adapter.validate_python(data)
-    return adapter.validate_json(text)
+        return adapter.validate_python(data, context=context)
+    return adapter.validate_json(text, context=context)
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> tuple[list[Layer], list[Path]]:

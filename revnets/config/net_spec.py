@@ -1,4 +1,4 @@
-"""The specification of a net: what a YAML may say, checked as far as it can be without building anything."""
+"""Specifications: what a YAML may say about columns and about a whole net, checked without building anything."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 from revnets.config.components import PartSpec, name_and_options, part
 from revnets.config.errors import nearest, problem, show, what
-from revnets.config.loader import Source, Strict, load
+from revnets.config.loader import Overrides, Source, Strict, load
 from revnets.config.memory_budget import BudgetSpec
-from revnets.config.registry import find, options
+from revnets.config.registry import find_component, options
 from revnets.engine.graph import READS, Graph, ReadError, ReadToken, wire
 from revnets.engine.memory_mode import Memory
 
@@ -61,15 +61,15 @@ Modes = Annotated[
 ]
 Columns = Annotated[tuple[int, ...], _some(int, "the number of a column")]
 
-MOST = 10_000
-"""Columns, or blocks of a level. More are a slip of the finger, and would fill the memory before anything is said."""
+MAX_COUNT = 10_000
+"""Bound of the number of columns, and of the blocks of a level: larger numbers are typing errors."""
 
 
 class LevelSpec(Strict):
     """One level of every column: its width, its blocks and, where it differs from the net's, what it reads."""
 
     dim: int = Field(ge=1, examples=[64])
-    depth: int = Field(ge=0, le=MOST, examples=[2])
+    depth: int = Field(ge=0, le=MAX_COUNT, examples=[2])
     block: str = Field(examples=["convnext"])
     stride: int | None = Field(default=None, ge=1)
     reads: Reads | None = None
@@ -78,13 +78,13 @@ class LevelSpec(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
+    def _split(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, dict):
             if isinstance(value, cls):
                 return value
             raise problem(what(value), "Give a mapping, as in {dim: 64, depth: 2, block: convnext}", code="wrong-type")
         level = {key: item for key, item in value.items() if key in LEVEL_KEYS}
-        _, options = name_and_options("block", value, "block", LEVEL_KEYS)
+        _, options = name_and_options("block", value, "block", LEVEL_KEYS, info)
         return {**level, "options": options}
 
 
@@ -107,13 +107,22 @@ class GainSpec(Strict):
         return self
 
 
-class NetSpec(Strict):
-    """A whole net. Only `columns`, `stem` and `levels` are required; docs/reference/yaml.md describes every key."""
+class _ColumnCount(Strict):
+    columns: int = Field(ge=1, le=MAX_COUNT, examples=[4])
 
-    model_config = ConfigDict(title="net")
 
-    columns: int = Field(ge=1, le=MOST, examples=[4])
+class _Stem(_ColumnCount):
     stem: Annotated[PartSpec, part("stem")] = Field(examples=["{type: patchify, patch: 4}"])
+
+
+# Pydantic lists keys base by base, in files and messages. The bases above keep the order columns, stem, levels.
+class ColumnsSpec(_ColumnCount):
+    """Reversible columns without a stem and a head, for hosts that have their own. Only `columns` and `levels` are
+    required; docs/reference/yaml.md describes every key.
+    """
+
+    model_config = ConfigDict(title="columns")
+
     levels: Annotated[tuple[LevelSpec, ...], BeforeValidator(_some_levels)] = Field(
         examples=["[{dim: 64, depth: 2, block: convnext}, ...]"]
     )
@@ -123,8 +132,6 @@ class NetSpec(Strict):
     gain: GainSpec = Field(default=GainSpec(), examples=["{init: 0.5}"])
     memory: Modes = "exact"
     verify: bool = False
-    taps: Columns = ()
-    head: Annotated[PartSpec, part("head")] | None = None
     drop_path: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -142,12 +149,6 @@ class NetSpec(Strict):
             if level.reads is not None:
                 _check_reads(level.reads, m, "levels", index, "reads")
         self._check_residuals()
-        for tap in self.taps:
-            if not 0 <= tap < self.columns:
-                last = self.columns - 1
-                raise problem(
-                    f"there is no column {tap}", f"Columns are numbered from 0 to {last}", "taps", code="out-of-range"
-                )
         if isinstance(self.memory, tuple) and len(self.memory) != self.columns:
             text = f"{len(self.memory)} modes for {self.columns} columns"
             raise problem(text, "Give one for all, or one per column", "memory", code="wrong-length")
@@ -158,7 +159,7 @@ class NetSpec(Strict):
         return self
 
     def graph(self) -> Graph:
-        """Nodes and wires of the whole net."""
+        """Nodes and wires of all columns."""
         m = len(self.levels)
         reads = [self.reads if level.reads is None else level.reads for level in self.levels]
         return wire(self.columns * m, m, reads, self.residuals())
@@ -194,7 +195,7 @@ class NetSpec(Strict):
 
     def reductions(self) -> list[int]:
         """By how much the resolution of each level is reduced against the stem's output, per side."""
-        default = getattr(find("fusion", self.fusion.type), "default_stride", 1)
+        default = getattr(find_component("fusion", self.fusion.type), "default_stride", 1)
         found, reduction = [], 1
         for index, level in enumerate(self.levels):
             reduction *= level.stride or (default if index else 1)
@@ -213,12 +214,32 @@ class NetSpec(Strict):
         ]
 
 
-def load_spec(source: Source | NetSpec, overrides: Sequence[str] = ()) -> NetSpec:
+class NetSpec(ColumnsSpec, _Stem):
+    """A whole net. Only `columns`, `stem` and `levels` are required; docs/reference/yaml.md describes every key."""
+
+    model_config = ConfigDict(title="net")
+
+    taps: Columns = ()
+    head: Annotated[PartSpec, part("head")] | None = None
+
+    @model_validator(mode="after")
+    def _taps_exist(self) -> Self:
+        for tap in self.taps:
+            if not 0 <= tap < self.columns:
+                last = self.columns - 1
+                raise problem(
+                    f"there is no column {tap}", f"Columns are numbered from 0 to {last}", "taps", code="out-of-range"
+                )
+        return self
+
+
+def load_spec(source: Source | NetSpec, overrides: Overrides = ()) -> NetSpec:
     """Read and check the specification of a net.
 
     Args:
         source: path of a YAML file, a mapping of the same form, or a spec.
-        overrides: `key.path=value` pairs, such as `columns=8` or `levels.2.depth=6`.
+        overrides: `key.path=value` texts, such as `columns=8` or `levels.2.depth=6`, or a mapping of key paths to
+            values.
 
     Raises:
         revnets.SpecError: names the file, the key, the value and the remedy.
@@ -230,8 +251,8 @@ def load_spec(source: Source | NetSpec, overrides: Sequence[str] = ()) -> NetSpe
     return load(NetSpec, source, overrides)
 
 
-def dump(spec: NetSpec) -> dict[str, Any]:
-    """The spec as plain data that `load_spec` accepts; what has its default is left out."""
+def dump(spec: ColumnsSpec) -> dict[str, Any]:
+    """The spec as plain data from which it can be loaded again; what has its default is left out."""
 
     def flat(part: dict[str, Any]) -> dict[str, Any]:
         return {key: item for key, item in part.items() if key != "options"} | part.get("options", {})

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -83,8 +83,13 @@ def names(kind: str) -> list[str]:
     return sorted(_REGISTRY[kind])
 
 
-def find(kind: str, name: str) -> Factory:
-    """The factory that `name` stands for.
+def find_component(kind: str, name: str, folders: Sequence[Path] = ()) -> Factory:
+    """The factory of a component.
+
+    Args:
+        kind: block, fusion, stem or head.
+        name: under which it is registered, or `package.module:Class`.
+        folders: searched for the module before `sys.path`.
 
     Raises:
         PartError: no such name, module or class.
@@ -92,7 +97,7 @@ def find(kind: str, name: str) -> Factory:
     if name in _REGISTRY[kind]:
         return _REGISTRY[kind][name]
     if ":" in name:
-        return imported(kind, name)
+        return imported(kind, name, folders)
     problem = f'there is no {kind} "{name}"'
     if "." in name:
         raise PartError(
@@ -105,13 +110,13 @@ def find(kind: str, name: str) -> Factory:
     )
 
 
-def options(kind: str, name: str) -> dict[str, inspect.Parameter]:
+def options(kind: str, name: str, folders: Sequence[Path] = ()) -> dict[str, inspect.Parameter]:
     """What may be set for a part, by name; a part that takes `**kwargs` has the entry `**`.
 
     Raises:
         PartError: no such part, or one that does not take what the framework passes.
     """
-    factory = find(kind, name)
+    factory = find_component(kind, name, folders)
     try:
         signature = inspect.signature(factory, eval_str=True)
     except Exception:  # annotations that cannot be evaluated here check nothing
@@ -134,34 +139,20 @@ def options(kind: str, name: str) -> dict[str, inspect.Parameter]:
     return {name: item for name, item in named.items() if name not in PROVIDED[kind]} | others
 
 
-_folders: list[Path] = []
-"""Where `package.module:Class` is looked for besides `sys.path`."""
+def imported(kind: str, name: str, folders: Sequence[Path] = ()) -> Factory:
+    """The class or function `package.module:name`.
 
-
-@contextmanager
-def importable(*folders: Path) -> Iterator[None]:
-    """Let `package.module:Class` find modules that lie in these folders."""
-    added = [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]
-    sys.path[:0] = added
-    before = _folders[:]
-    _folders[:] = folders
-    try:
-        yield
-    finally:
-        _folders[:] = before
-        for folder in added:
-            sys.path.remove(folder)
-
-
-def imported(kind: str, name: str) -> Factory:
-    """The class or function `package.module:name`; `kind` is what errors call it.
+    Args:
+        kind: what errors call it.
+        folders: searched before `sys.path`.
 
     Raises:
         PartError: there is none, or its module cannot be imported.
     """
     module_name, _, attribute = name.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        with importable(*folders):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise _failed(kind, name, error) from error  # the module is there, but not what it imports
@@ -172,7 +163,7 @@ def imported(kind: str, name: str) -> Factory:
         ) from error
     except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
         raise _failed(kind, name, error) from error
-    _check_place(kind, name, module)
+    _check_place(kind, name, module, folders)
     factory = getattr(module, attribute, None)
     public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if factory is None:
@@ -190,6 +181,18 @@ def imported(kind: str, name: str) -> Factory:
     return factory
 
 
+@contextmanager
+def importable(*folders: Path) -> Iterator[None]:
+    """Let modules that lie in these folders be imported, also by each other."""
+    added = [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        for folder in added:
+            sys.path.remove(folder)
+
+
 def _failed(kind: str, name: str, error: BaseException) -> PartError:
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     where = f" in {Path(lines[-1].filename).name}, line {lines[-1].lineno}" if len(lines) > 1 else ""
@@ -200,11 +203,11 @@ def _failed(kind: str, name: str, error: BaseException) -> PartError:
     )
 
 
-def _check_place(kind: str, name: str, module: ModuleType) -> None:
+def _check_place(kind: str, name: str, module: ModuleType, folders: Sequence[Path]) -> None:
     """A module of that name beside the file must be the one that was imported, not another that came earlier."""
     top = module.__name__.partition(".")[0]
     loaded = getattr(sys.modules.get(top), "__file__", None)
-    for folder in _folders:
+    for folder in folders:
         for file in (folder / top / "__init__.py", folder / f"{top}.py"):
             if file.exists():
                 if loaded is None or Path(loaded).resolve() != file.resolve():

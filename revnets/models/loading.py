@@ -52,7 +52,7 @@ def load_model(source: Source | NetSpec, overrides: Sequence[str] = ()) -> nn.Mo
     if ":" in name:
         with importable(Path.cwd()):
             try:
-                return _called(name, imported("model", name), options)
+                return _called(name, imported("model", name, [Path.cwd()]), options)
             except PartError as error:
                 raise SpecError(name, "", error.problem, error.remedy, error.code) from error
     zoos, missing = _zoos()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from revnets.config.errors import ArgumentError, SpecError
 from revnets.config.loader import Source as ConfigSource
 from revnets.config.memory_budget import BudgetSpec
-from revnets.config.net_spec import LevelSpec, NetSpec, load_spec
-from revnets.config.registry import find
+from revnets.config.net_spec import ColumnsSpec, LevelSpec, NetSpec, load_spec
+from revnets.config.registry import find_component
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.graph import STEM, Graph, Node
@@ -20,6 +20,8 @@ from revnets.nn.fusions import Source
 
 NetOutput = Tensor | list[Tensor] | tuple[Tensor | list[Tensor], list[Tensor]]
 """What a net gives: with a head its result, without one the last column's states; with taps a pair (that, taps)."""
+BUGS = (AssertionError, AttributeError, ImportError, LookupError, NameError)
+"""Errors that no option of a component of this package causes, so that a specification is not to blame."""
 
 
 class Level(nn.Module):
@@ -106,14 +108,27 @@ def build(source: ConfigSource | NetSpec, overrides: Sequence[str] = ()) -> Net:
     """
     spec = load_spec(source, overrides)
     name = "spec" if isinstance(source, NetSpec) else "dict" if isinstance(source, Mapping) else str(source)
-    dims = [level.dim for level in spec.levels]
-    stem = _part(name, "stem", "stem", spec.stem.type, dim=dims[0], **spec.stem.options)
+    stem = build_stem(spec, name)
     columns = build_columns(spec, name)
+    dims = [level.dim for level in spec.levels]
     head = spec.head and _part(name, "head", "head", spec.head.type, dims=dims, **spec.head.options)
     return Net(spec, stem, columns, head)
 
 
-def build_columns(spec: NetSpec, name: str = "spec") -> ReversibleColumns:
+def build_stem(spec: NetSpec, name: str = "spec", **options: Any) -> nn.Module:
+    """Only the stem of a net.
+
+    Args:
+        name: of the spec, for error messages.
+        options: replace those of the spec.
+
+    Raises:
+        revnets.SpecError: the stem refuses its options.
+    """
+    return _part(name, "stem", "stem", spec.stem.type, dim=spec.levels[0].dim, **{**spec.stem.options, **options})
+
+
+def build_columns(spec: ColumnsSpec, name: str = "spec") -> ReversibleColumns:
     """Only the columns of a net, for hosts that bring a stem and a head of their own.
 
     A budget is left to the host: `revnets.keep_budget(host, spec.memory)`. Until then the columns run in `exact`, and
@@ -141,7 +156,7 @@ def build_columns(spec: NetSpec, name: str = "spec") -> ReversibleColumns:
     return columns
 
 
-def _source(spec: NetSpec, graph: Graph, node: Node, read: int, reductions: list[int]) -> Source:
+def _source(spec: ColumnsSpec, graph: Graph, node: Node, read: int, reductions: list[int]) -> Source:
     kind = graph.kind(node, read)
     if read == STEM:
         return Source(kind, spec.levels[0].dim, 1)
@@ -153,7 +168,7 @@ def _block(name: str, index: int, level: LevelSpec, rate: float) -> nn.Module:
     return _part(name, f"levels.{index}", "block", level.block, dim=level.dim, **options)
 
 
-def _gain(spec: NetSpec, node: Node, dim: int) -> Gain | FixedGain | None:
+def _gain(spec: ColumnsSpec, node: Node, dim: int) -> Gain | FixedGain | None:
     if node.residual is None:
         return None
     return Gain(dim, spec.gain.init, spec.gain.min_abs) if spec.gain.learn else FixedGain(spec.gain.init)
@@ -162,9 +177,12 @@ def _gain(spec: NetSpec, node: Node, dim: int) -> Gain | FixedGain | None:
 def _part(source: str, key: str, kind: str, name: str, **arguments: Any) -> nn.Module:
     """Build one part. If it refuses its arguments, that is a mistake in the spec: say where."""
     who = f'"{name}"' if key == kind else f'{kind} "{name}"'
+    factory = find_component(kind, name)
     try:
-        part = find(kind, name)(**arguments)
+        part = factory(**arguments)
     except Exception as error:  # anything that a class of the user's may raise
+        if isinstance(error, BUGS) and factory.__module__.startswith("revnets."):
+            raise
         said = next(iter(str(error).splitlines()), "")
         if not isinstance(error, ValueError):
             said = f"{type(error).__name__}: {said}"

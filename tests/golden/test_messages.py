@@ -20,7 +20,7 @@ import revnets
 from revnets.cli import output
 from revnets.cli.common import parse_dtype, reversible_model
 from revnets.config.errors import ConfigError
-from revnets.config.registry import find
+from revnets.config.registry import find_component
 from revnets.models.loading import load_model
 from revnets.nn.blocks import ConvNeXtBlock, DropPath, ViTBlock
 from revnets.nn.stems import TokenStem
@@ -99,7 +99,7 @@ def model_cases() -> list[Case]:
         ("model: refuses its options", lambda: load_model("torch.nn:Linear", ["in_features=3"])),
         ("model: not a module", lambda: load_model("builtins:dict")),
         ("model: no columns", lambda: reversible_model("torch.nn:Identity", [])),
-        ("component: no such name", lambda: find("block", "convnest")),
+        ("component: no such name", lambda: find_component("block", "convnest")),
         ("component: name taken", lambda: revnets.register_block("mlp")(nn.Identity)),
         ("component: colon in a name", lambda: revnets.register_block("my:block")),
         ("block: drop_path", lambda: DropPath(1.0)),

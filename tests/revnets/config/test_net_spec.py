@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import revnets
+from revnets.config.loader import load
 from revnets.config.net_spec import dump, load_spec
 from tests.support.errors import raises_error
 
@@ -148,3 +149,21 @@ def test_a_dict_may_hold_what_a_file_cannot(own_modules: Path, monkeypatch: pyte
     assert spec.levels[0].options["norm"] is torch.nn.BatchNorm2d
     with raises_error(code="invalid-value", key="levels.0.norm"):
         load_spec(net(levels=[level | {"norm": int}, level]))
+
+
+def test_columns_need_no_stem() -> None:
+    data = {key: value for key, value in net().items() if key not in ("stem", "head", "taps")}
+    columns = load(revnets.ColumnsSpec, data)
+    assert not {"stem", "head", "taps"} & set(revnets.ColumnsSpec.model_fields)
+    torch.manual_seed(0)
+    ours = revnets.build_columns(columns).state_dict()
+    torch.manual_seed(0)
+    theirs = revnets.build_columns(load_spec(net())).state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    with pytest.raises(revnets.SpecError, match="stem: unknown key"):
+        load(revnets.ColumnsSpec, net(head=None))
+
+
+def test_overrides_may_be_values() -> None:
+    assert load_spec(net(), {"columns": 5, "gain.init": 0.25}) == load_spec(net(), ["columns=5", "gain.init=0.25"])

@@ -11,7 +11,7 @@ from torch import nn
 
 import revnets
 from revnets.config import registry
-from revnets.config.registry import PartError, find, importable, names, options
+from revnets.config.registry import PartError, find_component, names, options
 from tests.support.errors import raises_error
 
 
@@ -35,7 +35,7 @@ def test_registered_parts_are_known_by_name() -> None:
     for kind, register in kinds.items():
         part = type("Part", (nn.Module,), {})
         assert register(f"my_{kind}")(part) is part
-        assert find(kind, f"my_{kind}") is part
+        assert find_component(kind, f"my_{kind}") is part
         assert [other for other in kinds if f"my_{kind}" in names(other)] == [kind]
 
 
@@ -53,7 +53,7 @@ def test_a_name_is_given_once() -> None:
     revnets.register_block("doubling")(Doubling)  # the same again
     again = type("Doubling", (nn.Module,), {"__module__": Doubling.__module__, "__qualname__": Doubling.__qualname__})
     revnets.register_block("doubling")(again)  # its module was run a second time
-    assert find("block", "doubling") is again
+    assert find_component("block", "doubling") is again
     with raises_error(ValueError, code="name-clash", key="name", names=["'doubling'", Doubling.__module__]):
         revnets.register_block("doubling")(nn.Identity)
     with raises_error(ValueError, code="invalid-value", key="name", names="'my:block'"):
@@ -69,9 +69,9 @@ def test_built_in_parts() -> None:
 
 def test_unknown_names() -> None:
     with raises_error(PartError, code="unknown-component", names=['"convnest"', "Did you mean convnext?"]):
-        find("block", "convnest")
+        find_component("block", "convnest")
     with raises_error(PartError, code="unknown-component", names=["package.module:Class", *names("block")]):
-        find("block", "zzz")
+        find_component("block", "zzz")
 
 
 def test_options_are_the_arguments_that_the_framework_leaves() -> None:
@@ -85,8 +85,7 @@ def test_a_function_is_a_part_too(own_modules: Path) -> None:
     (own_modules / "own_function.py").write_text(
         "from torch import nn\ndef pair(dim: int, *, bias: bool = True):\n    return nn.Linear(dim, dim, bias)\n"
     )
-    with importable(own_modules):
-        assert list(options("block", "own_function:pair")) == ["bias"]
+    assert list(options("block", "own_function:pair", [own_modules])) == ["bias"]
 
 
 def test_modules_beside_the_file_and_in_the_working_directory(own_modules: Path, monkeypatch) -> None:
@@ -109,20 +108,13 @@ def test_another_module_of_that_name(own_modules: Path) -> None:
     for folder in ("one", "two"):
         (own_modules / folder).mkdir()
         (own_modules / folder / "own_twin.py").write_text("from torch.nn import Identity as Block\n")
-    with importable(own_modules / "one"):
-        find("block", "own_twin:Block")
-        find("block", "own_twin:Block")
-    with (
-        importable(own_modules / "two"),
-        raises_error(PartError, code="name-clash", names=str(own_modules / "one" / "own_twin")),
-    ):
-        find("block", "own_twin:Block")
+    find_component("block", "own_twin:Block", [own_modules / "one"])
+    find_component("block", "own_twin:Block", [own_modules / "one"])
+    with raises_error(PartError, code="name-clash", names=str(own_modules / "one" / "own_twin")):
+        find_component("block", "own_twin:Block", [own_modules / "two"])
     (own_modules / "two" / "math.py").write_text("")
-    with (
-        importable(own_modules / "two"),
-        raises_error(PartError, code="name-clash", names=str(own_modules / "two" / "math.py")),
-    ):
-        find("block", "math:sqrt")
+    with raises_error(PartError, code="name-clash", names=str(own_modules / "two" / "math.py")):
+        find_component("block", "math:sqrt", [own_modules / "two"])
 
 
 def test_a_package_of_ones_own(own_modules: Path) -> None:
@@ -131,7 +123,6 @@ def test_a_package_of_ones_own(own_modules: Path) -> None:
     (package / "__init__.py").write_text("")
     (package / "more.py").write_text("from torch.nn import Identity as Block\n")
     importlib.invalidate_caches()
-    with importable(own_modules):
-        assert find("block", "own_package.parts.more:Block") is nn.Identity
-        with raises_error(PartError, code="missing-module", names="own_package.parts.less"):
-            find("block", "own_package.parts.less:Block")
+    assert find_component("block", "own_package.parts.more:Block", [own_modules]) is nn.Identity
+    with raises_error(PartError, code="missing-module", names="own_package.parts.less"):
+        find_component("block", "own_package.parts.less:Block", [own_modules])
