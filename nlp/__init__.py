@@ -2,9 +2,9 @@
 
 The guide is docs/guides/translation-model.md.
 
-fairseq imports this folder when it is named by `--user-dir`, and the model becomes known to it. To import the folder
-without fairseq, as the commands for data do, stays cheap: fairseq takes seconds.
-`import nlp.models.revcol_transformer` does both.
+fairseq imports this folder when it is named by `--user-dir`, and then every module of its folder `models`, which
+registers the model. It skips both if a package of this name is imported already: `import nlp.models.revcol_transformer`
+registers the model then, and `nlp.model`, its former path. This module does not import fairseq, which takes seconds.
 
 Modules here import each other by relative names, because a wheel installs the folder as `revnets_nlp`: a top-level
 package `nlp` would be in the way of everybody's own.
@@ -13,7 +13,6 @@ package `nlp` would be in the way of everybody's own.
 from __future__ import annotations
 
 import argparse
-import sys
 
 import numpy as np
 import torch
@@ -31,6 +30,3 @@ torch.serialization.add_safe_globals(
         *(type(number.dtype) for number in NUMBERS),
     ]
 )
-
-if "fairseq" in sys.modules:
-    from .models import revcol_transformer as revcol_transformer

@@ -17,7 +17,7 @@ MAX_LOGIT_SCALE = math.log(100)
 """Bound of the learned log-scale of cosine attention (Liu et al., 2022, Swin Transformer V2, section 3.3)."""
 
 
-class Attention(nn.Module):
+class MaskedAttention(nn.Module):
     """Multi-head self-attention that never looks at padding (Vaswani et al., 2017). (B, T, C) to (B, T, C).
 
     Weights are drawn as fairseq draws them: Xavier's uniform distribution, for queries, keys and values by 1/sqrt(2)
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return q, k, v
 
 
-class CosineAttention(Attention):
+class MaskedCosineAttention(MaskedAttention):
     """Cosines of queries and keys, scaled per head by a learned factor of at most 100 (Swin Transformer V2, Eq. 2).
 
     Keys have no bias, as there.
@@ -88,4 +88,4 @@ class CosineAttention(Attention):
         return q, k, v
 
 
-KINDS = {"standard": Attention, "cosine": CosineAttention}
+KINDS = {"standard": MaskedAttention, "cosine": MaskedCosineAttention}

@@ -6,21 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from revnets import NetSpec
+from revnets import ColumnsSpec
 from revnets.config.memory_budget import BudgetSpec
 
-from .encoder_spec import DEFAULTS, encoder_columns, net_spec, read_spec
-
-MEANINGLESS = {
-    "encoder_layerdrop": "a reversible column cannot do without one of its cells. Use --dropout",
-    "encoder_layers_to_keep": "a reversible column cannot do without one of its cells. Use fewer --revcol-columns",
-    "quant_noise_pq": "the blocks of the columns are not quantised. Leave it out",
-    "quant_noise_scalar": "its modules count their calls, so that a replay would not repeat them. Leave it out",
-    "encoder_xformers_att_config": "the columns use scaled_dot_product_attention. Leave it out",
-}
-"""Options of fairseq's transformer that this encoder cannot honour, each with the reason."""
+from .encoder_spec import DEFAULTS, encoder_spec, read_spec
 
 
 def add_arguments(parser: Any) -> None:
@@ -58,13 +47,16 @@ def add_arguments(parser: Any) -> None:
     )
 
 
-def settle(args: argparse.Namespace) -> None:
+def settle(args: argparse.Namespace, encoder_layers: int | None) -> None:
     """Check the options of a new model and fill in all that its checkpoints should record.
+
+    Args:
+        args: complete, but for options of the encoder's columns.
+        encoder_layers: `--encoder-layers`, if it was given.
 
     Raises:
         ValueError: an option that this encoder cannot honour; `revnets.SpecError` for what is wrong with the net.
     """
-    refuse_meaningless(args)
     _settle_norm(args)
     if not getattr(args, "revcol_spec", None):
         for key, value in DEFAULTS.items():
@@ -75,24 +67,15 @@ def settle(args: argparse.Namespace) -> None:
             raise ValueError("--revcol-blocks: the levels are those of --revcol-spec. Change them in the file")
         args.revcol_spec = str(Path(args.revcol_spec).resolve())
         args.revcol_net = read_spec(Path(args.revcol_spec), vars(args))
-    spec = net_spec(vars(args))
-    with torch.device("meta"):  # what only shows when it is built is a mistake of the options, too
-        columns = encoder_columns(spec, args.encoder_embed_dim, getattr(args, "revcol_spec", None) or "options")
-    _check_stored(getattr(args, "revcol_stored", None) or 0, len(columns.flat()), spec)
+    spec = encoder_spec(vars(args))
+    _check_stored(getattr(args, "revcol_stored", None) or 0, spec)
     blocks = spec.columns * sum(level.depth for level in spec.levels)
-    if getattr(args, "encoder_layers", None) not in (None, blocks):
+    if encoder_layers not in (None, blocks):
         raise ValueError(
-            f"--encoder-layers {args.encoder_layers}: the encoder has {blocks} blocks in {spec.columns} columns. Use "
+            f"--encoder-layers {encoder_layers}: the encoder has {blocks} blocks in {spec.columns} columns. Use "
             "--revcol-columns and --revcol-blocks"
         )
     args.encoder_layers = blocks
-
-
-def refuse_meaningless(args: argparse.Namespace) -> None:
-    """Raises ValueError for an option of fairseq's transformer that this encoder cannot honour."""
-    for key, reason in MEANINGLESS.items():
-        if value := getattr(args, key, None):
-            raise ValueError(f"--{key.replace('_', '-')} {value}: {reason}")
 
 
 def _settle_norm(args: argparse.Namespace) -> None:
@@ -106,7 +89,8 @@ def _settle_norm(args: argparse.Namespace) -> None:
         args.encoder_normalize_before = True
 
 
-def _check_stored(stored: int, cells: int, spec: NetSpec) -> None:
+def _check_stored(stored: int, spec: ColumnsSpec) -> None:
+    cells = spec.columns * len(spec.levels)
     if stored > cells:
         raise ValueError(f"--revcol-stored {stored}: there are {cells} cells. Give as many or fewer")
     if stored and isinstance(spec.memory, BudgetSpec):

@@ -9,9 +9,9 @@ import torch
 from fairseq.models.transformer import TransformerEncoderBase
 from torch import Tensor, nn
 
-from ..layers.attention import Attention
+from ..layers.attention import MaskedAttention
 from ..layers.transformer import Dropout
-from .encoder_spec import encoder_columns, float32, net_spec
+from .encoder_spec import encoder_columns, encoder_spec, float32
 
 
 class RevColEncoder(TransformerEncoderBase):
@@ -30,7 +30,7 @@ class RevColEncoder(TransformerEncoderBase):
         without.encoder.layers = 0  # the parent would build them
         super().__init__(without, dictionary, embed_tokens)
         options = vars(cfg) | {f"encoder_{key}": value for key, value in vars(cfg.encoder).items()}
-        self.spec = net_spec(options)
+        self.spec = encoder_spec(options)
         self.columns = encoder_columns(self.spec, embed_tokens.embedding_dim)
         self.columns.stored = options.get("revcol_stored") or 0
 
@@ -40,7 +40,7 @@ class RevColEncoder(TransformerEncoderBase):
         """fairseq calls this before it generates; `--retain-dropout` keeps dropout alive in the blocks as well."""
         if retain_dropout and (retain_dropout_modules is None or type(self).__name__ in retain_dropout_modules):
             for module in self.columns.modules():
-                if isinstance(module, (Attention, Dropout)):
+                if isinstance(module, (MaskedAttention, Dropout)):
                     module.retain_dropout = True
 
     def forward(

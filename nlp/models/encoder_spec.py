@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from revnets import NetSpec, ReversibleColumns, SpecError, build_columns, load_spec
+from revnets import ColumnsSpec, ReversibleColumns, SpecError, build_columns
+from revnets.config.errors import problem
+from revnets.config.loader import Layers, parse_value, read_layers
 from revnets.config.net_spec import dump
-from revnets.config.registry import importable, register_stem
 from revnets.models.net import Level
 from revnets.nn.blocks import MLPBlock
 
@@ -31,9 +34,6 @@ DEFAULTS = {
 }
 """What a checkpoint that does not record an option was trained with."""
 
-STEM = "words"
-"""The stem of every encoder."""
-
 BLOCK_OPTIONS = {
     "heads": "encoder_attention_heads",
     "ffn_dim": "encoder_ffn_embed_dim",
@@ -47,48 +47,94 @@ BLOCK_OPTIONS = {
 """Options of the block `transformer`, and the options of the model that they follow unless a level says otherwise."""
 
 
-@register_stem(STEM)
-class Words(nn.Module):
-    """Stands in a specification for fairseq's embedding of words and positions, which fairseq builds itself."""
+MEANINGLESS = {
+    "encoder_layerdrop": "a reversible column cannot do without one of its cells. Use --dropout",
+    "encoder_layers_to_keep": "a reversible column cannot do without one of its cells. Use fewer --revcol-columns",
+    "quant_noise_pq": "the blocks of the columns are not quantised. Leave it out",
+    "quant_noise_scalar": "its modules count their calls, so that a replay would not repeat them. Leave it out",
+    "encoder_xformers_att_config": "the columns use scaled_dot_product_attention. Leave it out",
+}
+"""Options of fairseq's transformer that this encoder cannot honour, each with the reason."""
 
-    def __init__(self, dim: int):
-        raise ValueError("it is fairseq's embedding. Use the file by --arch revcol_transformer --revcol-spec FILE")
 
-
-def net_spec(options: Mapping[str, Any]) -> NetSpec:
-    """The specification of the encoder's columns, with every option of its blocks.
-
-    Args:
-        options: the flat options of a model, such as `vars(args)`. Those of an old checkpoint may lack some.
-            `revcol_net` is a whole net as JSON, `revcol_spec` the file that it came from.
-
-    Raises:
-        revnets.SpecError: the net cannot be built as described.
+class EncoderSpec(ColumnsSpec):
+    """The columns of an encoder. fairseq's embedding is its stem: that of a file which describes a whole net is left
+    out, and a head or taps are refused.
     """
-    given = DEFAULTS | {key: value for key, value in options.items() if value is not None}
-    if given.get("revcol_net"):
-        with _beside(given):
-            return _with_options(load_spec(json.loads(given["revcol_net"])), given)
-    level = {"dim": given["encoder_embed_dim"], "block": "transformer"}
-    levels = [{**level, "depth": int(depth)} for depth in given["revcol_blocks"].split(",")]
-    net = {"columns": 1, "stem": STEM, "levels": levels}
-    return _with_options(load_spec(net, _overrides(given)), given)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_ends(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for key in ("head", "taps"):
+            if value.get(key):
+                raise problem(
+                    "the decoder reads the last column's last level", "Remove the key", key, code="reserved-key"
+                )
+        default = {"fusion": parse_value(DEFAULTS["revcol_fusion"])}
+        return default | {key: item for key, item in value.items() if key not in ("stem", "head", "taps")}
 
 
 def read_spec(path: Path, options: Mapping[str, Any]) -> str:
-    """The net of a YAML file as JSON text, for `revcol_net`. Options that were given besides change what it says.
+    """The columns of a YAML file as JSON text, for `revcol_net`. Options that were given besides change what it says.
 
     Raises:
         revnets.SpecError: something in the file or in the options is wrong.
     """
-    overrides = [f"stem={STEM}", *_overrides({key: value for key, value in options.items() if value is not None})]
-    spec = load_spec(path, overrides)
-    if "fusion" not in spec.model_fields_set:
-        spec = load_spec(path, [*overrides, f"fusion={DEFAULTS['revcol_fusion']}"])
-    return json.dumps(dump(spec))
+    layers = read_layers(path)
+    layers.apply(_overrides({key: value for key, value in options.items() if value is not None}))
+    return json.dumps(dump(layers.check(EncoderSpec)))
 
 
-def encoder_columns(spec: NetSpec, dim: int, name: str = "spec") -> ReversibleColumns:
+def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
+    """The specification of the encoder's columns, with every option of its blocks; it is checked once per model.
+
+    Args:
+        options: the flat options of a model, such as `vars(args)`. Those of an old checkpoint may lack some.
+            `revcol_net` are columns as JSON, `revcol_spec` the file that they came from.
+
+    Raises:
+        ValueError: an option of fairseq's transformer that this encoder cannot honour.
+        revnets.SpecError: the columns cannot be built as described.
+    """
+    for key, reason in MEANINGLESS.items():
+        if value := options.get(key):
+            raise ValueError(f"--{key.replace('_', '-')} {value}: {reason}")
+    keys = (*DEFAULTS, *BLOCK_OPTIONS.values(), "encoder_embed_dim", "revcol_net", "revcol_spec")
+    given = DEFAULTS | {key: options[key] for key in keys if options.get(key) is not None}
+    return _checked(json.dumps(given, sort_keys=True))
+
+
+@lru_cache(maxsize=16)
+def _checked(options: str) -> EncoderSpec:
+    """The spec for options as JSON. fairseq asks for it several times: for the command line, for the model."""
+    given = json.loads(options)
+    spec = _layers(given).check(EncoderSpec)
+    with torch.device("meta"):  # what only shows when it is built is a mistake of the options, too
+        encoder_columns(spec, given["encoder_embed_dim"], given.get("revcol_spec") or "options")
+    return spec
+
+
+def _layers(given: Mapping[str, Any]) -> Layers:
+    """Blocks `transformer` take the options of the model, unless their level says something else."""
+    if given.get("revcol_net"):
+        data = json.loads(given["revcol_net"])
+    else:
+        level = {"dim": given["encoder_embed_dim"], "block": "transformer"}
+        depths = given["revcol_blocks"].split(",")
+        data = {"columns": 1, "levels": [{**level, "depth": int(depth)} for depth in depths]}
+    defaults = {key: given[option] for key, option in BLOCK_OPTIONS.items() if option in given}
+    data["levels"] = [defaults | level if level["block"] == "transformer" else level for level in data["levels"]]
+    layers = read_layers(data, "options")
+    if not given.get("revcol_net"):
+        layers.apply(_overrides(given))
+    elif given.get("revcol_spec"):  # blocks may lie beside the file that was read
+        layers.folders = [Path(given["revcol_spec"]).parent, *layers.folders]
+    return layers
+
+
+def encoder_columns(spec: ColumnsSpec, dim: int, name: str = "spec") -> ReversibleColumns:
     """The columns as modules: from an embedding (B, T, dim) to states whose last one is (B, T, dim).
 
     States stay in float32, or wider, whatever the dtype of the weights: the inverse of states in half precision is a
@@ -142,12 +188,7 @@ def _masked(block: nn.Module, key: str, name: str) -> nn.Module:
     )
 
 
-def _check(spec: NetSpec, dim: int, name: str) -> None:
-    if spec.head is not None or spec.taps:
-        key = "taps" if spec.head is None else "head"
-        raise SpecError(
-            name, key, "the decoder reads the last column's last level", "Remove the key", code="reserved-key"
-        )
+def _check(spec: ColumnsSpec, dim: int, name: str) -> None:
     for index in (0, len(spec.levels) - 1):
         if spec.levels[index].dim != dim:
             raise SpecError(
@@ -163,31 +204,17 @@ def _check(spec: NetSpec, dim: int, name: str) -> None:
         )
 
 
-def _overrides(given: Mapping[str, Any]) -> list[str]:
-    keys = {"revcol_columns": "columns", "revcol_fusion": "fusion", "revcol_gain": "gain.init"}
-    overrides = [f"{key}={given[option]}" for option, key in keys.items() if option in given]
+def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What options say about the columns, by key paths of the spec."""
+    keys = {"revcol_columns": "columns", "revcol_gain": "gain.init"}
+    overrides = {key: given[option] for option, key in keys.items() if option in given}
+    if "revcol_fusion" in given:
+        overrides["fusion"] = parse_value(given["revcol_fusion"], "fusion")
     if "revcol_memory" in given:
         modes = given["revcol_memory"]
         is_list = "," in modes and not modes.startswith("{")
-        overrides.append(f"memory=[{modes}]" if is_list else f"memory={modes}")
+        overrides["memory"] = parse_value(f"[{modes}]" if is_list else modes, "memory")
     return overrides
-
-
-def _with_options(spec: NetSpec, given: Mapping[str, Any]) -> NetSpec:
-    """Blocks `transformer` take the options of the model, unless their level says something else."""
-    defaults = {key: given[option] for key, option in BLOCK_OPTIONS.items() if option in given}
-    data = dump(spec)
-    data["levels"] = [defaults | level if level["block"] == "transformer" else level for level in data["levels"]]
-    with _beside(given):
-        try:
-            return load_spec(data)
-        except SpecError as error:  # all but the options has been checked before
-            raise SpecError("options", error.key, error.problem, error.remedy, error.code) from None
-
-
-def _beside(given: Mapping[str, Any]):
-    """Blocks of a recorded net may lie beside the file that it was read from."""
-    return importable(*([Path(given["revcol_spec"]).parent] if given.get("revcol_spec") else []))
 
 
 def _to_dtype_of_weights(function: nn.Module, reads: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -20,8 +20,9 @@ from fairseq.models.transformer import TransformerConfig, TransformerModel, base
 
 from revnets.config.memory_budget import BudgetSpec
 
-from .arguments import add_arguments, refuse_meaningless, settle
+from .arguments import add_arguments, settle
 from .encoder import RevColEncoder
+from .encoder_spec import encoder_spec
 from .memory_budget import plan_encoder_memory
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class RevColTransformerModel(TransformerModel):
 
     @classmethod
     def build_model(cls, args: argparse.Namespace, task: Any) -> RevColTransformerModel:
-        refuse_meaningless(args)
+        encoder_spec(vars(args))  # refuses what --model-overrides of fairseq-generate may have set
         model = super().build_model(args, task)
         columns, memory = model.encoder.columns, model.encoder.spec.memory
         if isinstance(memory, BudgetSpec):
@@ -91,11 +92,12 @@ def architecture(name: str) -> Callable[[Architecture], Architecture]:
         @functools.wraps(defaults)
         def complete(args: argparse.Namespace) -> None:
             defaults(args)
+            layers = getattr(args, "encoder_layers", None)  # before fairseq sets its own default
+            base_architecture(args)
             try:
-                settle(args)
+                settle(args, layers)
             except ValueError as error:
                 raise SystemExit(f"--arch {name}: {error}") from None
-            base_architecture(args)
 
         register_model_architecture("revcol_transformer", name)(complete)
         return defaults

@@ -17,9 +17,9 @@ pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 from fairseq.models.transformer import TransformerConfig
 
 from nlp.layers.transformer import TransformerBlock
-from nlp.models.arguments import MEANINGLESS, add_arguments
+from nlp.models.arguments import add_arguments
 from nlp.models.encoder import RevColEncoder
-from nlp.models.encoder_spec import DEFAULTS, net_spec
+from nlp.models.encoder_spec import DEFAULTS, MEANINGLESS, encoder_spec
 from nlp.models.revcol_transformer import RevColTransformerModel
 from revnets.config.net_spec import dump
 from tests.support.fairseq import build, options, sample
@@ -123,7 +123,7 @@ def test_options_are_recorded_and_make_the_same_net():
         *("--revcol-gain", "0.25", "--revcol-memory", "store,exact,exact", "--revcol-fusion", "identity"),
     )
     args = options(**vars(given))
-    spec = net_spec(vars(args))
+    spec = encoder_spec(vars(args))
     assert (spec.columns, [level.depth for level in spec.levels]) == (3, [1, 2])
     assert (spec.gain.init, spec.memory, spec.fusion.type) == (0.25, ("store", "exact", "exact"), "identity")
     assert {level.options["attention"] for level in spec.levels} == {"cosine"}
@@ -136,7 +136,7 @@ def test_options_are_recorded_and_make_the_same_net():
 def test_a_checkpoint_that_records_nothing_gets_the_defaults():
     args = options("revcol_transformer")
     old = {key: value for key, value in vars(args).items() if not key.startswith("revcol_")}
-    assert dump(net_spec(old)) == dump(net_spec(vars(args)))
+    assert dump(encoder_spec(old)) == dump(encoder_spec(vars(args)))
     cfg = TransformerConfig.from_namespace(argparse.Namespace(**old))
     with torch.device("meta"):
         embed = torch.nn.Embedding(7, 768, padding_idx=1)
@@ -181,11 +181,13 @@ def test_a_net_from_yaml_is_rebuilt_without_the_file(tmp_path, own_modules, monk
 
 def test_options_change_what_the_yaml_says(tmp_path):
     path = write(tmp_path)
-    spec = net_spec(vars(options(revcol_spec=str(path), revcol_columns=5, revcol_memory="recompute", revcol_gain=-0.5)))
+    spec = encoder_spec(
+        vars(options(revcol_spec=str(path), revcol_columns=5, revcol_memory="recompute", revcol_gain=-0.5))
+    )
     assert (spec.columns, spec.memory, spec.gain.init) == (5, "recompute", -0.5)
     assert spec.fusion.options == {"project": ("above",)}
     path.write_text(f"{NET}memory: {{budget: 1GiB}}")
-    assert net_spec(vars(options(revcol_spec=str(path)))).memory.budget == "1GiB"
+    assert encoder_spec(vars(options(revcol_spec=str(path)))).memory.budget == "1GiB"
 
 
 @pytest.mark.parametrize(

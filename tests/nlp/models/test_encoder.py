@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -71,6 +72,21 @@ def test_decoder_is_that_of_fairseq():
     assert issubclass(type(model.decoder), TransformerDecoderBase)
     assert type(model.decoder).__module__.startswith("fairseq.")
     assert model.decoder.embed_tokens is model.encoder.embed_tokens
+
+
+def test_columns_are_checked_once_and_made_once(monkeypatch):
+    built = []
+    for name in ("encoder", "encoder_spec"):
+        module = importlib.import_module(f"nlp.models.{name}")
+        original = module.encoder_columns
+
+        def counting(*given, name=name, original=original):
+            built.append(name)
+            return original(*given)
+
+        monkeypatch.setattr(module, "encoder_columns", counting)
+    build(revcol_gain=0.4321)
+    assert built == ["encoder_spec", "encoder"]
 
 
 # ----------------------------------------------------------------------------------------------------------- padding

@@ -101,6 +101,7 @@ PROGRAM = """
 import json, sys
 from fairseq_cli import train
 from revnets_nlp.cli import FOLDER
+import revnets_nlp.model  # the package is imported already, so fairseq does not import its models
 sys.argv[1:] = [part.replace("FOLDER", str(FOLDER)) for part in sys.argv[1:]]
 train.cli_main()
 import nlp  # the user's own
@@ -137,6 +138,41 @@ def test_the_wheel_says_that_its_packages_are_typed(site):
     assert {path.parent.name for path in site.glob("*/py.typed")} == {"revnets", "vision", "revnets_nlp"}
 
 
+@pytest.mark.parametrize("former", [True, False])
+@pytest.mark.parametrize("fairseq_first", [True, False])
+def test_imports_register_the_model_in_any_order(former, fairseq_first):
+    imports = ["import nlp", "import fairseq.models"]
+    program = [*(reversed(imports) if fairseq_first else imports)]
+    program.append("import nlp.model" if former else "import nlp.models.revcol_transformer")
+    program.append("from fairseq.models import ARCH_MODEL_REGISTRY as models")
+    program.append("print(models['revcol_transformer_tiny'].__module__)")
+    code, output = finish(start(sys.executable, "-c", "; ".join(program)))
+    assert code == 0, output
+    assert output.splitlines()[-1] == "nlp.models.revcol_transformer"
+
+
+def assert_knows_the_model(user_dir: object, path: str = "") -> None:
+    """`fairseq-train` reads an option of the model, and refuses its value as the model does."""
+    command = (BIN / "fairseq-train", "data", "--user-dir", user_dir, "--arch", "revcol_transformer_tiny")
+    code, output = finish(start(*command, "--revcol-columns", "0", path=path))
+    assert code == 2
+    assert output.splitlines()[-1].endswith("'0' is not a number of columns; give 1 or more"), output
+
+
+def test_fairseq_finds_the_model_in_a_checkout():
+    assert_knows_the_model("nlp")
+
+
+def test_fairseq_finds_the_model_in_the_folder_that_is_printed():
+    code, folder = finish(start(BIN / "revnets", "user-dir"))
+    assert code == 0, folder
+    assert_knows_the_model(folder.strip())
+
+
+def test_fairseq_finds_the_model_in_a_wheel(site):
+    assert_knows_the_model(site / "revnets_nlp", str(site))
+
+
 def test_the_folder_is_printed():
     code, output = finish(start(BIN / "revnets", "user-dir"))
     assert (code, output.strip()) == (0, str(USER_DIR))
@@ -152,7 +188,7 @@ class Hide(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Hide())
 import nlp.models.encoder_spec
-nlp.models.encoder_spec.encoder_columns(nlp.models.encoder_spec.net_spec({"encoder_embed_dim": 8}), 8)
+nlp.models.encoder_spec.encoder_columns(nlp.models.encoder_spec.encoder_spec({"encoder_embed_dim": 8}), 8)
 import nlp.models.revcol_transformer
 """
 
