@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
-from revnets import NetSpec, SpecError, load_spec
+from revnets import NetSpec, SpecError
 from revnets.config.errors import ArgumentError
-from revnets.config.net_spec import dump
+from revnets.config.loader import read_layers
 from vision.paths import MODELS as MODELS
 
 if TYPE_CHECKING:
     from vision.models.architecture import RevCol
-    from vision.weights.pretrained import fit_positions as fit_positions
+    from vision.models.vit_blocks import fit_positions as fit_positions
 
 RELEASE = "https://github.com/megvii-research/RevCol/releases/download/checkpoint/"
 """Where the authors of the paper published their weights (Apache 2.0), all but the largest."""
@@ -45,7 +45,7 @@ def _cfg(**changes: Any) -> dict[str, Any]:
 
 
 def _released(url: str, **changes: Any) -> dict[str, Any]:
-    """Official weights; `LoadableRevCol` reads their layout."""
+    """Official weights; `RevCol.load_pretrained` reads their layout."""
     origin = "https://github.com/megvii-research/RevCol"
     return _cfg(url=url, custom_load=True, license="apache-2.0", origin_url=origin, **changes)
 
@@ -84,8 +84,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def revise(
-    spec: NetSpec,
+def load_variant(
+    name: str,
     *,
     columns: int | None = None,
     dims: Sequence[int] | None = None,
@@ -96,31 +96,25 @@ def revise(
     img_size: int | None = None,
     patch_size: int | None = None,
 ) -> NetSpec:
-    """A spec with other numbers, under timm's names; None leaves one as it is.
+    """The spec of a model with other numbers, under timm's names; None leaves one as it is.
 
     Raises:
         revnets.SpecError: a value cannot be used, or the parts of this net have no such option.
         ValueError: not one value a level.
     """
-    data = dump(spec)
-    for key, values in (("dim", dims), ("depth", depths)):
-        if values is not None:
-            if len(values) != len(data["levels"]):
-                raise ArgumentError(
-                    f"{key}s = {list(values)}: give {len(data['levels'])} values, one a level",
-                    f"{key}s",
-                    code="wrong-length",
-                )
-            for level, value in zip(data["levels"], values, strict=True):
-                level[key] = value
-    if kernel_size is not None:
-        for level in data["levels"]:
-            level["kernel_size"] = kernel_size
-    stem = {"img_size": img_size, "patch": patch_size}
-    data["stem"] |= {key: value for key, value in stem.items() if value is not None}
-    net = {"columns": columns, "drop_path": drop_path_rate, "memory": memory}
-    data |= {key: value for key, value in net.items() if value is not None}
-    return load_spec(data)
+    layers = read_layers(MODELS / f"{name}.yaml")
+    m = len(layers.data["levels"])
+    values: dict[str, Any] = {"columns": columns, "drop_path": drop_path_rate, "memory": memory}
+    values |= {"stem.img_size": img_size, "stem.patch": patch_size}
+    for key, of_levels in (("dim", dims), ("depth", depths)):
+        if of_levels is not None and len(of_levels) != m:
+            raise ArgumentError(
+                f"{key}s = {list(of_levels)}: give {m} values, one a level", f"{key}s", code="wrong-length"
+            )
+        values |= {f"levels.{index}.{key}": value for index, value in enumerate(of_levels or ())}
+    values |= {f"levels.{index}.kernel_size": kernel_size for index in range(m)}
+    layers.apply({key: value for key, value in values.items() if value is not None})
+    return layers.check(NetSpec)
 
 
 REVISED = ("columns", "dims", "depths", "kernel_size", "drop_path_rate", "memory", "img_size", "patch_size")
@@ -131,26 +125,33 @@ ARGUMENTS = (*REVISED, "num_classes", "in_chans", "global_pool", "drop_rate", "h
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
-    """Build a model of the family; everything that `RevCol` and `revise` take may be given."""
-    from vision.weights.pretrained import LoadableRevCol, checkpoint_filter_fn  # with the code about files
+    """Build a model of the family; everything that `RevCol` and `load_variant` take may be given."""
+    from vision.models.architecture import RevCol  # a run of another model does not need it
 
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if overlay.get("file") or overlay.get("url"):
         overlay.setdefault("custom_load", True)  # official files and ours are read in the same way
     try:
-        spec = revise(load_spec(MODELS / f"{variant}.yaml"), **{key: kwargs.pop(key, None) for key in REVISED})
+        spec = load_variant(variant, **{key: kwargs.pop(key, None) for key in REVISED})
         return build_model_with_cfg(
-            LoadableRevCol,
+            RevCol,
             variant,
             pretrained,
             pretrained_cfg_overlay=overlay,
             spec=spec,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=_fitted,
             feature_cfg={"out_indices": tuple(range(len(spec.levels))), "feature_cls": "getter"},
             **kwargs,
         )
     except SpecError as error:
         raise SpecError(variant, error.key, error.problem, error.remedy, error.code) from None
+
+
+def _fitted(content: Mapping[str, Any], model: RevCol) -> dict[str, Tensor]:
+    """Weights of a file for a model. Code about files is imported only when there is one."""
+    from vision.weights.pretrained import checkpoint_filter_fn
+
+    return checkpoint_filter_fn(content, model)
 
 
 @register_model

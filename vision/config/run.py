@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from revnets.config import memory_modes
 from revnets.config.errors import SpecError, nearest, problem, what
-from revnets.config.loader import Source, Strict, load
+from revnets.config.loader import Source, Strict, read_layers
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from revnets.config.registry import PartError, imported
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
@@ -44,7 +52,9 @@ class TimmModel(BaseModel):
         return dict(self.model_extra or {})
 
 
-def _model(value: Any) -> Any:
+def _model(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str):  # a path, which load_config has read
+        return (info.context or {}).get("net", value)
     if not isinstance(value, dict) or "timm" not in value:
         return value
     if not isinstance(value["timm"], str):
@@ -213,12 +223,6 @@ class TrainConfig(Strict):
         return self.model_dump(mode="json")
 
 
-class _ModelKey(BaseModel):
-    """Only looks at what kind of `model` a file has."""
-
-    model: Any = None
-
-
 def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read and check the configuration of a run.
 
@@ -235,13 +239,17 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
         source = _file_of(Path(source))
     inner = [text for text in overrides if text.strip().startswith("model.")]
     outer = [text for text in overrides if text not in inner]
-    model = load(_ModelKey, source, outer).model
+    layers = read_layers(source)
+    config = layers.copy()
+    config.apply(outer)
+    model = config.data.get("model")
     if not isinstance(model, str):
-        return load(TrainConfig, source, overrides)
+        layers.apply(overrides)
+        return layers.check(TrainConfig)
     given_here = any(text.strip().startswith("model=") for text in outer)
     folder = Path.cwd() if given_here or isinstance(source, Mapping) else source.parent
     spec = load_spec(folder / model, [text.strip().removeprefix("model.") for text in inner])
-    return load(TrainConfig, source, [*outer, f"model={json.dumps(dump(spec))}"])  # JSON is YAML as well
+    return config.check(TrainConfig, net=spec)
 
 
 def _file_of(path: Path) -> Path:

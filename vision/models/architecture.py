@@ -10,11 +10,12 @@ from timm.models import register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from revnets import ReversibleColumns, build, keep_budget
+from revnets import ReversibleColumns, build_columns, keep_budget
 from revnets.config.errors import ArgumentError
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import NetSpec
 from revnets.memory.auto_budget import plan_on_call
+from revnets.models.net import build_stem
 from revnets.nn.blocks import init_weights
 
 register_notrace_module(ReversibleColumns)  # a leaf for torch.fx, which cannot see through sizes and tapes
@@ -27,7 +28,7 @@ class RevCol(nn.Module):
     The features are the levels of the last column.
 
     Args:
-        spec: stem and columns; what it says about a head and taps has no meaning here.
+        spec: of stem and columns; the head is timm's, and taps are `forward_intermediates`.
         num_classes: 0 for no classifier.
         in_chans: channels of the images.
         global_pool: `avg`, `max`, or empty for none.
@@ -52,23 +53,20 @@ class RevCol(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        stem = spec.stem.model_copy(update={"options": {**spec.stem.options, "in_chans": in_chans}})
-        self.spec = spec.model_copy(update={"head": None, "taps": (), "stem": stem})
+        self.spec = spec
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = spec.levels[-1].dim
         self.head_init_scale = head_init_scale
-        budget = spec.memory if isinstance(spec.memory, BudgetSpec) else None
         with torch.device(device or torch.get_default_device()):
-            net = build(self.spec.model_copy(update={"memory": "exact"}) if budget else self.spec)
-            self.stem: nn.Module = net.stem
-            self.columns: ReversibleColumns = net.columns
+            self.stem: nn.Module = build_stem(spec, in_chans=in_chans)
+            self.columns: ReversibleColumns = build_columns(spec)
             self.head = classifier(self.num_features, num_classes, global_pool, drop_rate)
         self._scale_classifier()
         if dtype is not None:
             self.to(dtype=dtype)
-        if budget:
-            keep_budget(self, budget)
-        patch, last = stem.options.get("patch", 4), spec.columns - 1
+        if isinstance(spec.memory, BudgetSpec):
+            keep_budget(self, spec.memory)
+        patch, last = spec.stem.options.get("patch", 4), spec.columns - 1
         self.feature_info = [
             {"num_chs": level.dim, "reduction": patch * reduction, "module": f"columns.cells.{last}.{index}"}
             for index, (level, reduction) in enumerate(zip(spec.levels, spec.reductions(), strict=True))
@@ -165,6 +163,21 @@ class RevCol(nn.Module):
         raise TypeError(
             "RevCol is wired at run time, which TorchScript cannot read; use torch.export or torch.jit.trace"
         )
+
+    # --------------------------------------------------------------------------------------------------- weights
+
+    def load_pretrained(self, path: str) -> None:
+        """Load the weights of a file, in our layout or the official one, which timm's own loader refuses.
+
+        timm calls this with the file that it has downloaded. Classifiers and first convolutions of other sizes are
+        adapted as timm adapts them; their sizes are read from the file, whatever `pretrained_cfg` says.
+
+        Raises:
+            vision.errors.CheckpointError: the file cannot be used, or is of another model.
+        """
+        from vision.weights.pretrained import load_weights  # needs this class, and is not needed for training
+
+        load_weights(self, path)
 
     # ------------------------------------------------------------------------------------------------ classifier
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
@@ -36,17 +37,16 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x).permute(0, 2, 3, 1)
-        return x + resized(self.pos_embed, x.shape[1], x.shape[2])
+        return x + resample_abs_pos_embed_nhwc(self.pos_embed[None], [x.shape[1], x.shape[2]])
 
 
-def resized(pos_embed: Tensor, height: int, width: int) -> Tensor:
-    """Position embeddings (H, W, C) for a grid of another size, by bicubic interpolation."""
-    is_free = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)  # a program is exported for any size:
-    if not is_free and pos_embed.shape[:2] == (height, width):  # to compare would tie it to this one
-        return pos_embed
-    grid = pos_embed.permute(2, 0, 1).unsqueeze(0).float()
-    grid = F.interpolate(grid, (height, width), mode="bicubic", antialias=True)
-    return grid.squeeze(0).permute(1, 2, 0).to(pos_embed.dtype)
+def fit_positions(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights of a model for another size of image: position embeddings (H, W, C) are interpolated."""
+    name = "stem.pos_embed"
+    if name in state:
+        height, width, _ = model.get_parameter(name).shape
+        state = {**state, name: resample_abs_pos_embed_nhwc(state[name][None], [height, width])[0]}
+    return state
 
 
 class CosineAttention(nn.Module):

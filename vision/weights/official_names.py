@@ -22,7 +22,7 @@ from vision.errors import CheckpointError
 from vision.models.architecture import RevCol
 from vision.supervision.supervised import Supervised
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 class Row(NamedTuple):
@@ -122,8 +122,8 @@ class Pair:
 
     ours: str
     official: str
-    our_shape: Shape
-    official_shape: Shape
+    our_shape: TensorShape
+    official_shape: TensorShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Names:
     """
 
     pairs: tuple[Pair, ...]
-    unused: dict[str, Shape]
+    unused: dict[str, TensorShape]
 
 
 @cache
@@ -165,7 +165,7 @@ def official_name(
     return None
 
 
-def _viewed(shape: Shape, view: str) -> Shape:
+def _viewed(shape: TensorShape, view: str) -> TensorShape:
     return {"same": shape, "gain": (1, *shape, 1, 1), "conv": (*shape, 1, 1)}[view]
 
 
@@ -198,7 +198,7 @@ def names_of(model: RevCol | Supervised, layout: str = "classification") -> Name
 
 
 def check(
-    expected: Mapping[str, Shape],
+    expected: Mapping[str, TensorShape],
     given: Mapping[str, Tensor],
     allow: Sequence[str] = (),
     optional: Iterable[str] = (),

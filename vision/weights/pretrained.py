@@ -10,7 +10,7 @@ from timm.models import load_pretrained
 from torch import Tensor
 
 from vision.models.architecture import RevCol
-from vision.models.vit_blocks import resized
+from vision.models.vit_blocks import fit_positions
 from vision.weights.convert import names_in, ours_of, skeleton
 from vision.weights.files import channels_in, class_count, read, select
 from vision.weights.kernel_padding import fit_kernels
@@ -19,27 +19,21 @@ from vision.weights.official_names import HEADS, MismatchError, check
 _logger = logging.getLogger(__name__)
 
 
-class LoadableRevCol(RevCol):
-    """A RevCol as timm's registry makes it: it takes weights from files, official ones too."""
+def load_weights(model: RevCol, path: str) -> None:
+    """Load a file into a model; `RevCol.load_pretrained` says how.
 
-    def load_pretrained(self, path: str) -> None:
-        """Load a file; timm calls this with what it has downloaded, for it would refuse the official files itself.
-
-        Classifiers and first convolutions of other sizes are adapted, as timm does it; what they are made for is told
-        by the file, whatever `pretrained_cfg` says.
-
-        Raises:
-            vision.errors.CheckpointError: the file cannot be used, or is of another model.
-        """
-        content = read(path)
-        tensors = select(content, path=path).tensors
-        cfg = {**_cfg(self), "state_dict": content, "source": ""}
-        cfg["num_classes"] = class_count(tensors) or self.num_classes
-        cfg["input_size"] = (channels_in(tensors), *cfg["input_size"][1:])
-        try:
-            load_pretrained(self, cfg, self.num_classes, self.in_chans, checkpoint_filter_fn)
-        except MismatchError as error:
-            raise MismatchError(path, error.model, error.problems) from None
+    Raises:
+        vision.errors.CheckpointError: the file cannot be used, or is of another model.
+    """
+    content = read(path)
+    tensors = select(content, path=path).tensors
+    cfg = {"classifier": "head.fc", "first_conv": "stem.conv", **_cfg(model), "state_dict": content, "source": ""}
+    cfg["num_classes"] = class_count(tensors) or model.num_classes
+    cfg["input_size"] = (channels_in(tensors), *cfg.get("input_size", (3, 224, 224))[1:])
+    try:
+        load_pretrained(model, cfg, model.num_classes, model.in_chans, checkpoint_filter_fn)
+    except MismatchError as error:
+        raise MismatchError(path, error.model, error.problems) from None
 
 
 def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str, Tensor]:
@@ -66,15 +60,6 @@ def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str,
     state = fit_positions(state, model)
     adapted = ("head.fc.*", "stem.conv.weight")  # by timm, to the model's number of classes and of channels
     check({key: tuple(tensor.shape) for key, tensor in own.items()}, state, adapted, model=name)
-    return state
-
-
-def fit_positions(state: dict[str, Tensor], model: RevCol) -> dict[str, Tensor]:
-    """Weights of a model for another size of image: position embeddings are interpolated."""
-    name = "stem.pos_embed"
-    if name in state:
-        height, width, _ = model.get_parameter(name).shape
-        state = {**state, name: resized(state[name], height, width)}
     return state
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -101,3 +103,13 @@ def test_missing_keys_and_files_are_named(tmp_path):
     (tmp_path / "net.yaml").write_text(yaml.safe_dump(NET))
     with raises_error(code="missing-file", names=["nett.yaml", f"{tmp_path / 'net.yaml'}?"]):
         load_config(tmp_path / "run.yaml")
+
+
+def test_every_file_is_read_once(tmp_path, monkeypatch):
+    (tmp_path / "net.yaml").write_text(yaml.safe_dump(NET))
+    (tmp_path / "run.yaml").write_text("model: net.yaml\noutput: runs/mine\n")
+    read = []
+    original = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: read.append(path.name) or original(path, **how))
+    assert load_config(tmp_path / "run.yaml", ["model.columns=3", "epochs=7"]).net.columns == 3
+    assert sorted(read) == ["net.yaml", "run.yaml"]

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import revnets
 import vision
+from revnets import NetSpec
 from revnets.memory.tracker import OpCounter
 from tests.support.errors import raises_error
 from tests.support.paths import ROOT
@@ -326,3 +327,25 @@ def test_copies(name: str) -> None:
     other = create(name, columns=model.spec.columns).eval()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
+
+
+def test_the_yaml_of_a_model_is_checked_once(monkeypatch):
+    checked = []
+    original = NetSpec._check_residuals
+    monkeypatch.setattr(NetSpec, "_check_residuals", lambda spec: checked.append(spec) or original(spec))
+    with torch.device("meta"):
+        create("test_revcol", columns=2)
+    assert [spec.columns for spec in checked] == [2]
+
+
+def test_weights_can_be_loaded_without_the_registry(tmp_path):
+    model = create("test_revcol", num_classes=5)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    other = vision.RevCol(model.spec, num_classes=5)
+    other.load_pretrained(str(tmp_path / "weights.pth"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_a_model_of_the_registry_is_a_revcol():
+    assert type(create("test_revcol")) is vision.RevCol
