@@ -244,7 +244,7 @@ def create(name: str, **options: Any) -> nn.Module:
 
 def __getattr__(name: str) -> Any:
     if name == "fit_positions":
-        from vision.weights.pretrained import fit_positions
+        from vision.models.vit_blocks import fit_positions
 
         return fit_positions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
