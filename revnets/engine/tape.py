@@ -110,7 +110,6 @@ class Tape:
         self.graph = graph
         self.cells = cells
         self.stem = Held.of(stem)
-        self.stem_grad = stem.requires_grad
         self.context = Constant.of(dict(context))
         self.overwritten: Overwritten = {}
         self.frames: list[Frame | None] = []
