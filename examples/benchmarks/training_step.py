@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revnets
-from revnets.engine.cell import add
+from revnets.engine.coupling import add
 from revnets.engine.graph import STEM
 from revnets.memory.tracker import MemoryTracker
 

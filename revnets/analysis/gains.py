@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from revnets.config.errors import SpecError
 from revnets.engine import lost_bits as lostbits
-from revnets.engine.cell import add, subtract
 from revnets.engine.columns import find_columns
+from revnets.engine.coupling import add, subtract
 from revnets.models.loading import load_model
 
 BEST = ("checkpoints/best.pt", "best.pt", "checkpoint_best.pt")

@@ -103,19 +103,3 @@ def _is_dense(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
-
-
-def add(past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
-    """x_t = F_t + gamma * x_{t-m}, in the dtype of x_{t-m}."""
-    update = update.to(past.dtype)
-    if not isinstance(gamma, Tensor):
-        return update + past if gamma == 1.0 else torch.add(update, past, alpha=gamma)
-    return torch.addcmul(update, gamma.to(past.dtype), past)
-
-
-def subtract(state: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
-    """x_{t-m} = (x_t - F_t) / gamma, as near as the dtype allows."""
-    difference = state - update.to(state.dtype)
-    if not isinstance(gamma, Tensor):
-        return difference if gamma == 1.0 else difference.div_(gamma)
-    return difference.div_(gamma.to(state.dtype))

@@ -1,4 +1,4 @@
-"""What a tape notes of one cell's call: tensors it holds, how x_{t-m} comes back, and the couplings of a forward."""
+"""What a tape notes of one cell's call: tensors that it holds, and how x_{t-m} comes back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from revnets.engine import lost_bits
-from revnets.engine.cell import add, subtract
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import Node
 from revnets.engine.memory_mode import Memory
@@ -66,29 +65,6 @@ class Frame:
     def is_claimed(self) -> bool:
         """Does a graph hold tickets of this call?"""
         return self.claim is not None and self.claim() is not None
-
-
-def couple_plain(name: str, past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
-    """x_t; nothing comes back."""
-    if update.shape != past.shape:
-        raise ValueError(
-            f"{name} gives a tensor of shape {tuple(update.shape)}, but the state x_(t-m) that it is added to has "
-            f"{tuple(past.shape)}; both must be equal"
-        )
-    return add(past, update, gamma)
-
-
-def couple_forward(name: str, frame: Frame, past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
-    """x_t, and into the frame whatever its mode needs to come back to x_{t-m}."""
-    state = couple_plain(name, past, update, gamma)
-    frame.past_stride, frame.past_grad = past.stride(), past.requires_grad
-    if frame.mode in (Memory.STORE, Memory.RECOMPUTE):
-        frame.kept = Held.of(past)
-    elif frame.mode is Memory.EXACT:
-        with torch.no_grad():
-            rebuilt = with_stride(subtract(state, update, gamma), past.stride())
-            frame.lost = lost_bits.encode(past.detach(), rebuilt)
-    return state
 
 
 @dataclass(frozen=True, slots=True)

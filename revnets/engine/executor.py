@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from revnets.engine.cell import subtract
-from revnets.engine.cell_record import couple_plain
+from revnets.engine.coupling import PlainCoupling, subtract
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
 from revnets.engine.tape import Tape, is_inside
@@ -56,7 +55,7 @@ def _run_plain(graph, cells, stem, context, taps):
     tapped: dict[int, Tensor] = {}
     for node in graph.nodes:
         past = None if node.residual is None else states[node.residual]
-        couple = None if past is None else partial(couple_plain, graph.name(node.index), past)
+        couple = None if past is None else PlainCoupling(graph.name(node.index), past)
         reads = [stem if read == STEM else states[read] for read in node.reads]
         state = cells[node.index](*reads, couple=couple, **context)
         _advance(states, tapped, node, state, taps)
@@ -84,7 +83,7 @@ def _run_taped(graph, cells, stem, modes, context, taps, verify):
         if started:
             state = tape.record(node, reads, past, modes[node.index], context)
         else:
-            couple = None if past is None else partial(couple_plain, graph.name(node.index), past)
+            couple = None if past is None else PlainCoupling(graph.name(node.index), past)
             state = cells[node.index](*reads, couple=couple, **context)
             tape.skip()
         _advance(states, tapped, node, state, taps)

@@ -37,19 +37,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnets.engine import lost_bits
-from revnets.engine.cell import add, subtract
 from revnets.engine.cell_record import (
     Constant,
     Frame,
     Held,
     Meta,
-    couple_forward,
     is_same_memory,
-    is_unchanged,
     trusted,
-    with_stride,
 )
+from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
@@ -134,21 +130,15 @@ class Tape:
         frame.grad_reads = [read.requires_grad for read in reads]
         versions = [read._version for read in reads]
         cell = self.cells[node.index]
-        coupled: list[tuple[Tensor, int]] = []
+        couple = None if past is None else RecordingCoupling(self._name(node), past, frame)
         claim = Claim()
         frame.claim = weakref.ref(claim)
-
-        def couple(update: Tensor, gamma: Tensor | float) -> Tensor:
-            assert past is not None  # or nobody is given this
-            state = couple_forward(self._name(node), frame, past, update, gamma)
-            coupled.append((state, state._version))
-            return state
 
         def pack(tensor: Tensor) -> Ticket:
             frame.metas.append(Meta.of(tensor))
             return Ticket(self, node.index, len(frame.metas) - 1, claim)
 
-        call = partial(cell, *reads, couple=None if past is None else couple, **context)
+        call = partial(cell, *reads, couple=couple, **context)
         if mode is Memory.STORE:
             state = call()
         else:
@@ -156,13 +146,8 @@ class Tape:
             recording = Surrounding.record(cell, devices, self.overwritten)
             with recording as frame.surrounding, saved_tensors_hooks(pack, unpack), _inside():
                 state = call()
-        if past is not None and not is_unchanged(state, *coupled[0]):
-            raise ReplayError(
-                f"{self._name(node)} does not return the state that its coupling made; a forward hook on the cell, "
-                "perhaps? What lies behind the coupling cannot be inverted: hook `cell.function` instead",
-                code="output-changed",
-                cell=self.graph.name(node.index),
-            )
+        if couple is not None:
+            couple.check(state, self.graph.name(node.index))
         if [read._version for read in reads] != versions:
             raise ReplayError(
                 f"{self._name(node)} changed one of its reads in place; other cells still need that state. "
@@ -259,7 +244,7 @@ class Tape:
                 saved.append(Held.of(tensor))
 
         # Gradients are enabled even where nothing is collected: without them some modules take other kernels.
-        couple = None if node.residual is None else partial(self._couple_replay, frame)
+        couple = None if node.residual is None else ReplayCoupling(self, frame)
         with frame.surrounding.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never), _inside():
             reads = [self._read(read, grad) for read, grad in zip(node.reads, frame.grad_reads, strict=True)]
             state = self.cells[node.index](*reads, couple=couple, **Constant.fresh(self.context))
@@ -269,35 +254,31 @@ class Tape:
             self._check(frame, saved)
             frame.saved = dict(enumerate(saved))
 
-    def _couple_replay(self, frame: Frame, update: Tensor, gamma: Tensor | float) -> Tensor:
-        """x_{t-m} from x_t; then, with learned gamma, x_t as in the forward, so that the product is saved again."""
+    def find_past(self, frame: Frame) -> Tensor | None:
+        """x_{t-m} from the window, or into the window if the forward kept it; None if it has to be rebuilt."""
         residual = frame.node.residual
         assert residual is not None  # or there would be nothing to couple with
-        if residual in self.window:
-            past = self._state(residual)
-        elif frame.kept is not None:
-            past = trusted(frame.kept, f"the state of {self.graph.name(residual)}")
+        if residual not in self.window:
+            if frame.kept is None:
+                return None
             self.window[residual] = frame.kept
-        else:
-            with torch.no_grad():
-                past = subtract(self._state(frame.node.index), update.detach(), _detached(gamma))
-                past = with_stride(past, frame.past_stride)
-                if frame.lost is not None:
-                    lost_bits.decode(past, frame.lost)
-            if self.verifier is not None:
-                self.verifier.rebuilt(frame.node, self._name(frame.node), frame.mode, past)
-            self.window[residual] = Held.of(past)
-            self._let_go()
-        if not isinstance(gamma, Tensor) and self.verifier is None:
-            return past  # a sum with fixed gamma saves nothing, and nobody looks at x_t
-        return add(past.detach().requires_grad_(frame.past_grad), update, gamma)
+        return self.state(residual)
+
+    def put_back(self, frame: Frame, past: Tensor) -> None:
+        """Take a rebuilt x_{t-m} into the window; x_t is needed no longer."""
+        assert frame.node.residual is not None
+        if self.verifier is not None:
+            self.verifier.rebuilt(frame.node, self._name(frame.node), frame.mode, past)
+        self.window[frame.node.residual] = Held.of(past)
+        self._let_go()
+
+    def state(self, index: int) -> Tensor:
+        """x_index, which the window holds."""
+        return trusted(self.window[index], f"the state of {self.graph.name(index)}")
 
     def _read(self, index: int, grad: bool) -> Tensor:
-        state = trusted(self.stem, "the stem") if index == STEM else self._state(index)
+        state = trusted(self.stem, "the stem") if index == STEM else self.state(index)
         return state.detach().requires_grad_(grad)
-
-    def _state(self, index: int) -> Tensor:
-        return trusted(self.window[index], f"the state of {self.graph.name(index)}")
 
     def _name(self, node: Node) -> str:
         cell = self.cells[node.index]
@@ -329,10 +310,6 @@ class Tape:
                     code="changed-in-place",
                     cell=self.graph.name(frame.node.index),
                 )
-
-
-def _detached(gamma: Tensor | float) -> Tensor | float:
-    return gamma.detach() if isinstance(gamma, Tensor) else gamma
 
 
 _EARLY = (

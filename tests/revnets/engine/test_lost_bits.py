@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revnets.engine import lost_bits
-from revnets.engine.cell import add, subtract
+from revnets.engine.coupling import add, subtract
 from tests.support.counters import Watch
 
 INTEGER = {

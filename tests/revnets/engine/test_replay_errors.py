@@ -68,6 +68,21 @@ def test_a_cell_must_not_change_its_reads(memory):
         net(torch.randn(3, 4))
 
 
+class Uncoupled(Cell):
+    def forward(self, *reads: Tensor, couple=None, **context) -> Tensor:
+        return self.function(*reads)
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
+def test_a_cell_that_never_couples_is_named(memory):
+    functions = [nn.Linear(4, 4), nn.Linear(4, 4), Uncoupled(nn.Linear(4, 4), Gain(4)), nn.Linear(4, 4)]
+    net = ReversibleSequence(functions, memory=["exact", memory] if memory == "store" else memory)
+    with pytest.raises(ReplayError, match=r"c1\.l0 \(Linear\) .* never calls `couple`") as caught:
+        net(torch.randn(3, 4))
+    assert (caught.value.code, caught.value.cell) == ("not-coupled", "c1.l0")
+
+
 class SpoilsItsOwn(nn.Module):
     """Changes in place what autograd needs: an error in ordinary autograd, too."""
 

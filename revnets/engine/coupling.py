@@ -1,0 +1,146 @@
+"""How F_t meets x_{t-m}: the two operations of the equation, and the three couplings that a cell may be called with.
+
+A cell computes F_t and gamma_t and hands both to its coupling, which knows x_{t-m} and returns x_t.
+
+| coupling | x_{t-m} | besides x_t |
+| --- | --- | --- |
+| `PlainCoupling` | is given | nothing |
+| `RecordingCoupling` | is given | notes what backward needs to return to x_{t-m} |
+| `ReplayCoupling` | is found, or rebuilt from x_t | puts x_{t-m} into the window of the tape |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from revnets.engine import lost_bits
+from revnets.engine.cell_record import Frame, Held, is_unchanged, with_stride
+from revnets.engine.errors import ReplayError
+from revnets.engine.memory_mode import Memory
+
+if TYPE_CHECKING:
+    from revnets.engine.tape import Tape
+
+
+def add(past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
+    """x_t = F_t + gamma * x_{t-m}, in the dtype of x_{t-m}."""
+    update = update.to(past.dtype)
+    if not isinstance(gamma, Tensor):
+        return update + past if gamma == 1.0 else torch.add(update, past, alpha=gamma)
+    return torch.addcmul(update, gamma.to(past.dtype), past)
+
+
+def subtract(state: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
+    """x_{t-m} = (x_t - F_t) / gamma, as near as the dtype allows."""
+    difference = state - update.to(state.dtype)
+    if not isinstance(gamma, Tensor):
+        return difference if gamma == 1.0 else difference.div_(gamma)
+    return difference.div_(gamma.to(state.dtype))
+
+
+class PlainCoupling:
+    """x_t from x_{t-m}; nothing is kept for backward.
+
+    Args:
+        name: of the cell, for errors.
+        past: x_{t-m}.
+    """
+
+    def __init__(self, name: str, past: Tensor):
+        self.name = name
+        self.past = past
+
+    def __call__(self, update: Tensor, gamma: Tensor | float) -> Tensor:
+        if update.shape != self.past.shape:
+            raise ValueError(
+                f"{self.name} gives a tensor of shape {tuple(update.shape)}, but the state x_(t-m) that it is added to "
+                f"has {tuple(self.past.shape)}; both must be equal"
+            )
+        return add(self.past, update, gamma)
+
+
+class RecordingCoupling(PlainCoupling):
+    """x_t from x_{t-m}, and into the record of the cell what its memory mode needs to return to x_{t-m}.
+
+    `store` and `recompute` keep x_{t-m}, `exact` its lost bits, `invert` nothing.
+
+    Args:
+        record: of the cell that is called.
+    """
+
+    def __init__(self, name: str, past: Tensor, record: Frame):
+        super().__init__(name, past)
+        self.record = record
+        self._made: tuple[Tensor, int] | None = None  # x_t and its version
+
+    def __call__(self, update: Tensor, gamma: Tensor | float) -> Tensor:
+        past, record = self.past, self.record
+        state = super().__call__(update, gamma)
+        record.past_stride, record.past_grad = past.stride(), past.requires_grad
+        if record.mode in (Memory.STORE, Memory.RECOMPUTE):
+            record.kept = Held.of(past)
+        elif record.mode is Memory.EXACT:
+            with torch.no_grad():
+                rebuilt = with_stride(subtract(state, update, gamma), past.stride())
+                record.lost = lost_bits.encode(past.detach(), rebuilt)
+        self._made = self._made or (state, state._version)
+        return state
+
+    def check(self, state: Tensor, cell: str) -> None:
+        """Make sure that the cell returned x_t as the coupling made it.
+
+        Args:
+            state: what the cell returned.
+            cell: short name of the cell, for the error.
+
+        Raises:
+            ReplayError: the cell returned something else, or never called its coupling.
+        """
+        if self._made is None:
+            raise ReplayError(
+                f"{self.name} has a residual, but its forward never calls `couple`, so x_(t-m) is lost and nothing can "
+                "be inverted. Return couple(update, gain), as `revnets.Cell` does",
+                code="not-coupled",
+                cell=cell,
+            )
+        if not is_unchanged(state, *self._made):
+            raise ReplayError(
+                f"{self.name} does not return the state that its coupling made; a forward hook on the cell, "
+                "perhaps? What lies behind the coupling cannot be inverted: hook `cell.function` instead",
+                code="output-changed",
+                cell=cell,
+            )
+
+
+class ReplayCoupling:
+    """x_{t-m} from the window of the tape, from what the forward kept, or rebuilt from x_t; then x_t again.
+
+    With learned gamma, x_t is computed as in the forward, so that autograd saves the operands of the product once more.
+
+    Args:
+        tape: of the pass.
+        record: of the cell that is replayed.
+    """
+
+    def __init__(self, tape: Tape, record: Frame):
+        self.tape = tape
+        self.record = record
+
+    def __call__(self, update: Tensor, gamma: Tensor | float) -> Tensor:
+        past = self.tape.find_past(self.record)
+        if past is None:
+            past = self._rebuild(update.detach(), gamma)
+            self.tape.put_back(self.record, past)
+        if not isinstance(gamma, Tensor) and self.tape.verifier is None:
+            return past  # a sum with fixed gamma saves nothing, and nobody looks at x_t
+        return add(past.detach().requires_grad_(self.record.past_grad), update, gamma)
+
+    @torch.no_grad()
+    def _rebuild(self, update: Tensor, gamma: Tensor | float) -> Tensor:
+        """x_{t-m}, with the strides that it had (Rule 4)."""
+        past = subtract(self.tape.state(self.record.node.index), update, gamma)
+        past = with_stride(past, self.record.past_stride)
+        return past if self.record.lost is None else lost_bits.decode(past, self.record.lost)
