@@ -20,6 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from revnets.engine.autocast import Autocast
+from revnets.engine.buffers import CellBuffers, Overwritten, use_of
 from revnets.engine.errors import ReplayError
 
 
@@ -33,16 +34,11 @@ class Weight(NamedTuple):
     grad: bool
 
 
-Overwritten = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""By id and version: a buffer that a cell has written, and a copy of what it held at this version."""
-
-
 class Surrounding:
     """The surrounding of one cell's forward. It belongs to the pass, not to the module."""
 
     def __init__(self, cell: nn.Module, devices: frozenset[torch.device], overwritten: Overwritten):
-        self._overwritten = overwritten
-        self._modules = list(cell.modules())
+        self._modules = _modules_of(cell)
         for module in self._modules:
             if isinstance(module, LazyModuleMixin) and any(is_lazy(weight) for weight in module.parameters()):
                 raise ValueError(
@@ -61,8 +57,7 @@ class Surrounding:
         self._autocast = [Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
         self._attention = _attention_kernels()
         self._rng: dict[torch.device, Tensor] = {}
-        self._written: dict[tuple[int, str], Tensor] = {}  # copies of buffers as they were before
-        self._read: dict[tuple[int, str], tuple[Tensor, int]] = {}  # all other buffers, and their versions
+        self._buffers = CellBuffers(self._modules, overwritten)
 
     @classmethod
     @contextmanager
@@ -78,22 +73,10 @@ class Surrounding:
         """
         self = cls(cell, devices, overwritten)
         rng = _rng_states(self._devices)
-        before = [
-            (index, name, buffer, buffer._version, buffer.detach().clone())
-            for index, module in enumerate(self._modules)
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        yield self
+        with self._buffers.recorded(use_of(cell, self._training)):
+            yield self
         after = _rng_states(self._devices)
         self._rng = {device: state for device, state in rng.items() if not _same(state, after[device])}
-        for index, name, buffer, version, value in before:
-            now = self._modules[index]._buffers.get(name)
-            if now is None or now is not buffer or now._version != version:
-                self._written[index, name] = value
-                overwritten.setdefault((id(buffer), version), (buffer, value))
-            else:
-                self._read[index, name] = buffer, version
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -109,14 +92,7 @@ class Surrounding:
                     "between the forward and its backward; call backward() before the step",
                     code="changed-in-place",
                 )
-        for (index, name), (buffer, version) in self._read.items():
-            if buffer._version != version and (id(buffer), version) not in self._overwritten:
-                raise ReplayError(
-                    f"the buffer {name} of {type(self._modules[index]).__name__} was changed in place between the "
-                    "forward and its backward; call backward() before. (DDP writes buffers in every forward unless it "
-                    "is given broadcast_buffers=False.)",
-                    code="changed-in-place",
-                )
+        self._buffers.check()
         with ExitStack() as stack:
             for autocast in self._autocast:
                 kind, enabled, dtype, cache = autocast
@@ -125,7 +101,7 @@ class Surrounding:
             stack.enter_context(_attention_as(self._attention))
             stack.enter_context(_flags(self._modules, self._training))
             stack.enter_context(self._weights_of_the_forward())
-            stack.enter_context(self._buffers_of_the_forward())
+            stack.enter_context(self._buffers.restored())
             if self._rng:
                 stack.enter_context(_rng_as(self._rng))
             yield
@@ -151,35 +127,16 @@ class Surrounding:
             for parameters, name, now in held:
                 parameters[name] = now
 
-    @contextmanager
-    def _buffers_of_the_forward(self) -> Iterator[None]:
-        """Let the cell see copies of what the forward saw, functional_call's too. A shared buffer stays one."""
-        held = [
-            (module._buffers, index, name, buffer)
-            for index, module in enumerate(self._modules)
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        copies: dict[int, Tensor] = {}
-        for buffers, index, name, buffer in held:
-            if id(buffer) not in copies:
-                copies[id(buffer)] = self._copy(index, name, buffer)
-            buffers[name] = copies[id(buffer)]
-        try:
-            yield
-        finally:
-            for buffers, _, name, buffer in held:
-                buffers[name] = buffer
 
-    def _copy(self, index: int, name: str, now: Tensor) -> Tensor:
-        if (index, name) in self._written:
-            return self._written[index, name].clone()
-        if (index, name) not in self._read:
-            return now.detach().clone()  # the forward itself has made it, such as a cache
-        seen, version = self._read[index, name]
-        if seen._version != version:
-            return self._overwritten[id(seen), version][1].clone()
-        return seen.detach().clone().requires_grad_(seen.requires_grad)
+def _modules_of(cell: nn.Module) -> list[nn.Module]:
+    """As `cell.modules()`, which takes longer, for it puts names together. Modules may change from pass to pass."""
+    found = {cell: None}  # a set that keeps the order
+    for module in (left := [cell]):
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                left.append(child)
+    return left
 
 
 @contextmanager

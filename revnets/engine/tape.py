@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from revnets.engine.buffers import Overwritten
 from revnets.engine.cell_record import (
     Constant,
     Frame,
@@ -49,7 +50,7 @@ from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
-from revnets.engine.replay_context import Overwritten, Surrounding
+from revnets.engine.replay_context import Surrounding
 
 
 class Claim:

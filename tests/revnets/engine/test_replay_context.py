@@ -83,10 +83,10 @@ def test_only_what_the_cell_changed_is_kept():
     with Surrounding.record(quiet, NOWHERE, {}) as surrounding:
         quiet(x)
     assert not surrounding._rng
-    assert not surrounding._written
+    assert not surrounding._buffers.written
     surrounding, _ = record(Noisy())
     assert list(surrounding._rng) == [torch.device("cpu")]
-    assert [name for _, name in surrounding._written] == ["calls"]
+    assert [name for _, name in surrounding._buffers.written] == ["calls"]
 
 
 def test_a_buffer_that_is_replaced_counts_as_written():

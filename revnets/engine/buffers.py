@@ -1,0 +1,213 @@
+"""Buffers of a cell as its forward found them, copied only where the forward writes them.
+
+A replay must see the buffers of its forward, and must not write them a second time. What a forward writes is known
+only afterwards, when the old values are gone. So all buffers are copied before the first forward of a cell, and
+compared with the copies after it. In later forwards
+
+- a buffer of at most `SMALL` bytes is copied, whatever is known of it: counters, statistics, vectors of spectral norm;
+- a larger one is copied if a forward under the same train/eval flags has ever written it;
+- any other is not copied. The replay gets the buffer itself, and its version tells if it was written since.
+
+If a large buffer is written in place for the first time in a later forward, its old value is lost: the replay raises a
+`ReplayError`, and the forwards after that one copy it. A buffer that is replaced (`self.table = ...`) loses nothing.
+
+The first comparison is of values, since what is written through `.data` leaves the version as it was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from revnets.engine.errors import ReplayError
+
+SMALL = 64 * 1024
+"""Bytes up to which a buffer is always copied."""
+
+Overwritten = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""By id and version: a buffer that a cell has written, and a copy of what it held at this version."""
+
+Place = tuple[int, str]
+"""Index of a module within its cell, and the name of a buffer there."""
+
+
+class BufferUse:
+    """What the forwards of one cell, under one setting of its train/eval flags, have done to its buffers so far.
+
+    It belongs to the cell, not to a pass: it says how much is copied, never what a replay computes.
+    """
+
+    def __init__(self) -> None:
+        self.read_only: dict[Place, weakref.ref[nn.Module]] = {}  # modules may be exchanged for others
+        self.silent: dict[Place, weakref.ref[nn.Module]] = {}  # written without a new version
+        self.written: set[Place] = set()
+
+    def is_read_only(self, place: Place, module: nn.Module, buffer: Tensor) -> bool:
+        known = self.read_only.get(place)
+        return known is not None and known() is module and buffer.nbytes > SMALL and _is_plain(buffer)
+
+    def is_silent(self, place: Place, module: nn.Module) -> bool:
+        known = self.silent.get(place)
+        return known is not None and known() is module
+
+    def is_new(self, place: Place, module: nn.Module) -> bool:
+        known = self.read_only.get(place) or self.silent.get(place)
+        return place not in self.written and (known is None or known() is not module)
+
+
+_uses: weakref.WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], BufferUse]] = weakref.WeakKeyDictionary()
+
+
+def use_of(cell: nn.Module, training: Sequence[bool]) -> BufferUse:
+    """What is known of a cell's buffers under these flags."""
+    return _uses.setdefault(cell, {}).setdefault(tuple(training), BufferUse())
+
+
+class _Before(NamedTuple):
+    place: Place
+    module: nn.Module
+    buffer: Tensor
+    version: int
+    copy: Tensor | None
+
+
+class CellBuffers:
+    """The buffers of one cell in one pass.
+
+    Args:
+        modules: all modules of the cell.
+        overwritten: what cells of this pass have written. A cell before may have read it, and finds it here.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], overwritten: Overwritten):
+        self.modules = modules
+        self.written: dict[Place, Tensor] = {}  # copies of buffers as they were before
+        self.read: dict[Place, tuple[Tensor, int]] = {}  # all other buffers, and their versions
+        self.lost: dict[Place, Tensor] = {}  # buffers whose values before are gone
+        self._overwritten = overwritten
+
+    @contextmanager
+    def recorded(self, use: BufferUse) -> Iterator[None]:
+        """Let the body run the cell, and note which buffers it writes."""
+        before = [
+            _Before(
+                place,
+                module,
+                buffer,
+                buffer._version,
+                None if use.is_read_only(place, module, buffer) else buffer.detach().clone(),
+            )
+            for place, module, buffer in self._present()
+        ]
+        yield
+        for place, module, buffer, version, copy in before:
+            changed = buffer._version != version
+            if copy is None:
+                if changed:
+                    self.lost[place] = buffer
+                    use.read_only.pop(place, None)
+                    use.written.add(place)
+                else:
+                    self.read[place] = buffer, version
+                continue
+            if not changed and _has_values(buffer, copy) and use.is_new(place, module):
+                known = use.read_only if _is_equal(buffer, copy) else use.silent
+                known[place] = weakref.ref(module)
+            if changed:
+                use.read_only.pop(place, None)
+                use.written.add(place)
+            changed = changed or use.is_silent(place, module)
+            if changed or module._buffers.get(place[1]) is not buffer:
+                self.written[place] = copy
+                self._overwritten.setdefault((id(buffer), version), (buffer, copy))
+            else:
+                self.read[place] = buffer, version
+
+    def check(self) -> None:
+        """Make sure that the values of the forward are still at hand.
+
+        Raises:
+            ReplayError: a buffer was changed in place after the forward, or in it, where no forward had done so before.
+        """
+        for (index, name), buffer in self.lost.items():
+            raise ReplayError(
+                f"the buffer {name} of {type(self.modules[index]).__name__}, of shape {tuple(buffer.shape)}, was "
+                "written in place by this forward, but only read by those before; large buffers are copied where they "
+                "are known to be written, so its value before is lost. From now on it is copied: run this step again. "
+                "Or put the cell into `stored` of the columns, or use memory='store'",
+                code="buffer-lost",
+            )
+        for (index, name), (buffer, version) in self.read.items():
+            if buffer._version != version and (id(buffer), version) not in self._overwritten:
+                raise ReplayError(
+                    f"the buffer {name} of {type(self.modules[index]).__name__} was changed in place between the "
+                    "forward and its backward; call backward() before. (DDP writes buffers in every forward unless it "
+                    "is given broadcast_buffers=False.)",
+                    code="changed-in-place",
+                )
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Let the cell see what the forward saw, functional_call's buffers too. A shared buffer stays one.
+
+        Raises:
+            ReplayError: the body has written a buffer that the forward has only read.
+        """
+        present = list(self._present())
+        seen: dict[int, Tensor] = {}
+        lent: list[tuple[Place, Tensor, int]] = []
+        for place, module, buffer in present:
+            if id(buffer) not in seen:
+                seen[id(buffer)] = self._value(place, buffer, lent)
+            module._buffers[place[1]] = seen[id(buffer)]
+        try:
+            yield
+        finally:
+            for (_, name), module, buffer in present:
+                module._buffers[name] = buffer
+        for (index, name), buffer, version in lent:
+            if buffer._version != version:
+                raise ReplayError(
+                    f"the buffer {name} of {type(self.modules[index]).__name__} was only read in the forward, but is "
+                    "written in the replay, and so twice. The cell takes another path in its replay: does it count "
+                    "its calls, or look at global state?"
+                )
+
+    def _present(self) -> Iterator[tuple[Place, nn.Module, Tensor]]:
+        for index, module in enumerate(self.modules):
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    yield (index, name), module, buffer
+
+    def _value(self, place: Place, now: Tensor, lent: list[tuple[Place, Tensor, int]]) -> Tensor:
+        if place in self.written:
+            return self.written[place].clone()
+        if place not in self.read:
+            return now.detach().clone()  # the forward itself has made it, such as a cache
+        buffer, version = self.read[place]
+        if buffer._version != version:
+            return self._overwritten[id(buffer), version][1].clone()
+        if buffer.nbytes <= SMALL or not _is_plain(buffer):
+            return buffer.detach().clone().requires_grad_(buffer.requires_grad)
+        lent.append((place, buffer, version))
+        return buffer.detach().requires_grad_() if buffer.requires_grad else buffer
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Other tensors, such as sparse and sharded ones, are always copied."""
+    return buffer.layout is torch.strided and type(buffer) in (Tensor, nn.Parameter, FakeTensor)
+
+
+def _has_values(*tensors: Tensor) -> bool:
+    return all(_is_plain(tensor) and not (isinstance(tensor, FakeTensor) or tensor.is_meta) for tensor in tensors)
+
+
+def _is_equal(buffer: Tensor, copy: Tensor) -> bool:
+    alike = (buffer.shape, buffer.dtype, buffer.device) == (copy.shape, copy.dtype, copy.device)
+    return alike and torch.equal(buffer, copy)

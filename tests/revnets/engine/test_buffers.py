@@ -1,0 +1,212 @@
+"""Buffers of cells: large ones that are only read cost nothing, and those that are written are right in the replay."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from revnets import ReplayError, ReversibleColumns
+from revnets.engine.buffers import SMALL
+from tests.support.counters import Kept
+from tests.support.gradients import assert_like_autograd, assert_same, loss_of, step
+from tests.support.networks import cells_net, tokens
+
+ROWS = SMALL // 8  # a table of (ROWS, 6) float32 is three times as large as what is always copied
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors larger than `SMALL` that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.nbytes > SMALL and leaf.untyped_storage()._cdata not in known:
+                self.names.append(str(func))
+        return result
+
+
+class Table(nn.Module):
+    """Adds the first rows of a large table; subclasses write the table in ways of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("table", torch.linspace(-1, 1, ROWS * 6).view(ROWS, 6))
+
+    def write(self) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write()
+        return torch.tanh(self.linear(x) * self.table[: x.shape[1]])
+
+
+class InPlace(Table):
+    def write(self) -> None:
+        if self.training:
+            self.table.mul_(0.9)
+
+
+class Replaced(Table):
+    def write(self) -> None:
+        self.table = self.table * 0.9
+
+
+class ThroughData(Table):
+    def write(self) -> None:
+        self.table.data.mul_(0.9)
+
+
+class Late(Table):
+    """Writes from its second forward on, as the step counter in its state dict says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def write(self) -> None:
+        self.calls += 1
+        if self.calls > 1:
+            self.table.mul_(0.9)
+
+
+def net_of(kind: type[Table], memory: str = "exact", cells: int = 6) -> ReversibleColumns:
+    return cells_net([kind() for _ in range(cells)], memory=memory)
+
+
+def train(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
+    """Three steps."""
+    result: list[Tensor] = []
+    for _ in range(3):
+        levels = net(x)
+        loss_of(levels).backward()
+        result += levels
+    return result
+
+
+@pytest.mark.parametrize("memory", ["recompute", "exact"])
+def test_a_large_buffer_that_is_only_read_is_copied_in_the_first_forward_alone(memory):
+    net, x = net_of(Table, memory), tokens()
+    with Copies() as first:
+        loss = loss_of(net(x))
+    assert first.names == ["aten.clone.default"] * 6
+    with Copies() as backward:
+        loss.backward()
+    with Copies() as second:
+        loss_of(net(x)).backward()
+    assert backward.names == second.names == []
+
+
+def test_no_copy_of_a_large_buffer_stays_alive():
+    net, x = net_of(Table), tokens()
+    for _ in range(2):
+        with Kept(peak=True) as mode:
+            levels = net(x)
+        assert mode.bytes() < SMALL
+    assert mode.highest < SMALL
+    assert len(levels) == 2
+
+
+def test_one_that_is_written_is_copied_again_and_again():
+    net, x = net_of(InPlace), tokens()
+    for _ in range(3):
+        with Copies() as copies:
+            levels = net(x)
+        assert copies.names == ["aten.clone.default"] * 6
+        loss_of(levels).backward()
+
+
+@pytest.mark.parametrize("kind", [Table, InPlace, Replaced])
+def test_gradients_and_buffers_over_several_steps(kind):
+    assert_like_autograd(net_of(kind), tokens(), train)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "exact"])
+def test_writing_through_data_leaves_the_version_but_is_seen(memory):
+    net, x = net_of(ThroughData), tokens()
+    expected = step(net, x, "store", train)
+    assert_same(step(net, x, memory, train), expected)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "exact"])
+def test_train_after_eval(memory):
+    """In eval the tables are only read, and that says nothing of training."""
+
+    def both(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
+        result = train(net.eval(), x) + train(net.train(), x)
+        return result + train(net.eval(), x)
+
+    net, x = net_of(InPlace), tokens()
+    expected = step(net, x, "store", both)
+    assert_same(step(net, x, memory, both), expected)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "exact"])
+def test_a_large_buffer_written_late_is_an_error_once(memory):
+    net, x = net_of(Late, memory), tokens()
+    loss_of(net(x)).backward()
+    loss = loss_of(net(x))
+    with pytest.raises(ReplayError, match=r"the buffer table of Late.* run this step again") as caught:
+        loss.backward()
+    assert caught.value.code == "buffer-lost"
+    net.zero_grad()
+    expected = step(net, x, "store", train)
+    assert_same(step(net, x, memory, train), expected)
+
+
+def test_a_large_buffer_written_by_the_replay_alone_is_an_error():
+    class Fickle(Table):
+        calls = 0
+
+        def write(self) -> None:
+            self.calls += 1
+            if self.calls == 2:
+                self.table.mul_(1)
+
+    loss = loss_of(net_of(Fickle)(tokens()))
+    with pytest.raises(ReplayError, match=r"the buffer table of Fickle was only read .* written in the replay"):
+        loss.backward()
+
+
+def test_a_module_that_is_exchanged_for_another_is_looked_at_anew():
+    net, x = net_of(Table), tokens()
+    loss_of(net(x)).backward()
+    for cell in net.flat():
+        cell.function = InPlace()
+    assert_like_autograd(net, x, train)
+
+
+def test_a_large_buffer_of_the_call_is_seen_by_the_replay():
+    net, x = net_of(Table), tokens()
+    others = {name: buffer.flip(0) for name, buffer in net.named_buffers()}
+
+    def passed(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
+        result: list[Tensor] = []
+        for _ in range(2):
+            levels = torch.func.functional_call(net, others, (x,))
+            loss_of(levels).backward()
+            result += levels
+        return result
+
+    expected = step(net, x, "store", passed)
+    assert_same(step(net, x, "exact", passed), expected)
+
+
+def test_what_is_known_of_a_cell_does_not_keep_it_alive():
+    net = net_of(Table)
+    loss_of(net(tokens())).backward()
+    cells = [weakref.ref(cell) for cell in net.flat()]
+    del net
+    gc.collect()
+    assert not any(cell() for cell in cells)
