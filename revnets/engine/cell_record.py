@@ -14,7 +14,7 @@ from revnets.engine import lost_bits
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import Node
 from revnets.engine.memory_mode import Memory
-from revnets.engine.replay_context import Surrounding
+from revnets.engine.replay_context import ReplayContext
 
 
 class Meta(NamedTuple):
@@ -41,13 +41,8 @@ class Held(NamedTuple):
         return cls(tensor.detach(), tensor._version)
 
 
-class Frame:
+class CellRecord:
     """One cell's call in one pass."""
-
-    __slots__ = (
-        *("node", "mode", "kept", "lost", "past_stride", "past_grad", "grad_reads"),
-        *("surrounding", "metas", "saved", "claim"),
-    )
 
     def __init__(self, node: Node, mode: Memory):
         self.node = node
@@ -57,14 +52,14 @@ class Frame:
         self.past_stride: tuple[int, ...] = ()
         self.past_grad = False
         self.grad_reads: list[bool] = []
-        self.surrounding: Surrounding | None = None
+        self.replay_context: ReplayContext | None = None
         self.metas: list[Meta] = []
         self.saved: dict[int, Held] = {}
-        self.claim: weakref.ref | None = None  # to what the tickets of this call share
+        self.liveness: weakref.ref[object] | None = None  # to what the packed handles of this call share
 
-    def is_claimed(self) -> bool:
-        """Does a graph hold tickets of this call?"""
-        return self.claim is not None and self.claim() is not None
+    def has_live_handles(self) -> bool:
+        """Does a graph hold packed handles of this call?"""
+        return self.liveness is not None and self.liveness() is not None
 
 
 @dataclass(frozen=True, slots=True)

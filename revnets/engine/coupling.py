@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from revnets.engine import lost_bits
-from revnets.engine.cell_record import Frame, Held, is_unchanged, with_stride
+from revnets.engine.cell_record import CellRecord, Held, is_unchanged, with_stride
 from revnets.engine.errors import ReplayError
 from revnets.engine.memory_mode import Memory
 
@@ -71,7 +71,7 @@ class RecordingCoupling(PlainCoupling):
         record: of the cell that is called.
     """
 
-    def __init__(self, name: str, past: Tensor, record: Frame):
+    def __init__(self, name: str, past: Tensor, record: CellRecord):
         super().__init__(name, past)
         self.record = record
         self._made: tuple[Tensor, int] | None = None  # x_t and its version
@@ -125,7 +125,7 @@ class ReplayCoupling:
         record: of the cell that is replayed.
     """
 
-    def __init__(self, tape: Tape, record: Frame):
+    def __init__(self, tape: Tape, record: CellRecord):
         self.tape = tape
         self.record = record
 

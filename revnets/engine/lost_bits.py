@@ -11,7 +11,7 @@ width of the state. Entries of a tier lie in the order of memory, so no index is
 
 A tier's length is known only after the elements have been looked at. On the CPU that costs nothing. On a GPU asking
 for it would make the host wait, so there `encode` fills tiers of the greatest possible length, sends the counts home
-without waiting, and `settle`, called some cells later when they have long arrived, cuts the tiers to length.
+without waiting, and `compact`, called some cells later when they have long arrived, cuts the tiers to length.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LostBits:
     counts: Tensor | None = None  # lengths of the tiers, on their way to the host
     arrived: torch.Event | None = None
 
-    def settle(self) -> None:
+    def compact(self) -> None:
         """Cut the tiers to length. Waits if the counts are not there yet."""
         if self.counts is None:
             return
@@ -59,7 +59,7 @@ def encode(state: Tensor, rebuilt: Tensor, defer: bool | None = None) -> LostBit
 
     Args:
         state, rebuilt: dense, of one shape, floating dtype and strides.
-        defer: never wait for the device, leave the cut to `settle`; by default on everything but the CPU.
+        defer: never wait for the device, leave the cut to `compact`; by default on everything but the CPU.
     """
     difference = bits_of(rebuilt)
     torch.sub(bits_of(state), difference, out=difference)
@@ -91,7 +91,7 @@ def encode(state: Tensor, rebuilt: Tensor, defer: bool | None = None) -> LostBit
 
 def decode(rebuilt: Tensor, lost: LostBits) -> Tensor:
     """Turn `rebuilt`, in place, into the state that `encode` saw."""
-    lost.settle()
+    lost.compact()
     bits = bits_of(rebuilt)
     nibbles = _unpack(lost.nibbles, bits.numel())
     bits.add_(nibbles)
@@ -135,7 +135,7 @@ def _encode_deferred(difference: Tensor, nibbles: Tensor, packed: Tensor, dtypes
     tiers, counts = [], []
     for dtype in dtypes:
         count = mask.sum()
-        left, mask = _compact(left, mask), torch.arange(mask.numel(), device=mask.device) < count
+        left, mask = _to_front(left, mask), torch.arange(mask.numel(), device=mask.device) < count
         code, escaped = _narrow(left, dtype)
         tiers.append(code)
         counts.append(count)
@@ -156,7 +156,7 @@ def _places(codes: Tensor, code: int) -> Tensor:
     return (codes == code).nonzero().squeeze(1)
 
 
-def _compact(values: Tensor, mask: Tensor) -> Tensor:
+def _to_front(values: Tensor, mask: Tensor) -> Tensor:
     """The masked values moved to the front, in order; what lies behind them is of no meaning."""
     place = torch.where(mask, mask.cumsum(0) - 1, values.numel())
     front = values.new_zeros(values.numel() + 1)

@@ -1,8 +1,8 @@
 """What a replay must find as the forward found it, so that the same call gives the same numbers.
 
-A cell's output is a function of its reads, its parameters and of a surrounding that Python does not show in the
+A cell's output is a function of its reads, its parameters and of a context that Python does not show in the
 call: random number generators, autocast, the kernels allowed for attention, train/eval flags and buffers.
-`Surrounding.record` notes it before the forward; `Surrounding.restored` brings it back for the replay and puts
+`ReplayContext.record` notes it before the forward; `ReplayContext.restored` brings it back for the replay and puts
 everything as it was afterwards, so that BatchNorm statistics move once a step and the replay draws no fresh random
 numbers.
 """
@@ -34,8 +34,8 @@ class Weight(NamedTuple):
     grad: bool
 
 
-class Surrounding:
-    """The surrounding of one cell's forward. It belongs to the pass, not to the module."""
+class ReplayContext:
+    """What surrounds one cell's forward. It belongs to the pass, not to the module."""
 
     def __init__(self, cell: nn.Module, devices: frozenset[torch.device], overwritten: Overwritten):
         self._modules = _modules_of(cell)
@@ -63,8 +63,8 @@ class Surrounding:
     @contextmanager
     def record(
         cls, cell: nn.Module, devices: frozenset[torch.device], overwritten: Overwritten
-    ) -> Iterator[Surrounding]:
-        """Note the surrounding, let the body run the cell, and keep only what the cell changed.
+    ) -> Iterator[ReplayContext]:
+        """Note the context, let the body run the cell, and keep only what the cell changed.
 
         A cell that draws no random number keeps no generator state, one that writes no buffer keeps no buffer.
 

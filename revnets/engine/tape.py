@@ -1,24 +1,24 @@
 """The tape: records cells going forward, rebuilds their inputs and replays them going backward.
 
 The forward runs under ordinary autograd. A recorded cell leaves no tensor in the graph: each one that autograd wants
-to save is replaced by a ticket (tape, t, k). The first ticket of a cell that backward presents makes the tape
+to save is replaced by a packed handle (tape, t, k). The first handle of a cell that backward unpacks makes the tape
 
 1. rebuild x_{t-m} = (x_t - F_t) / gamma_t and thereby move its window of m states one step down, and
-2. replay the cell, which saves the same tensors in the same order; ticket k is honoured with the k-th of them.
+2. replay the cell, which saves the same tensors in the same order; handle k is unpacked to the k-th of them.
 
 The rules that keep this right:
 
-- Rule 1. Nothing about a pass is stored on a module. Frames belong to a tape, a tape to one call of `run`; two
+- Rule 1. Nothing about a pass is stored on a module. Cell records belong to a tape, a tape to one call of `run`; two
   forwards before one backward have two tapes.
-- Rule 2. References go one way: graph -> ticket -> tape -> frames -> plain tensors. When the graph lets go of its
-  tickets (after backward, or when it is dropped), everything goes by reference counting.
-- Rule 3. The window only moves down. A ticket from above the window (a second backward, a double backward, a loss on
+- Rule 2. References go one way: graph -> handle -> tape -> cell records -> plain tensors. When the graph lets go of its
+  handles (after backward, or when it is dropped), everything goes by reference counting.
+- Rule 3. The window only moves down. A handle from above the window (a second backward, a double backward, a loss on
   an early tap after a loss at the end) makes the tape start again from the top. The top is the last window until the
-  graph has let go of all tickets above the window (a backward that does not retain it does so as it goes); then
+  graph has let go of all handles above the window (a backward that does not retain it does so as it goes); then
   nobody can ask for those cells again, the top moves down with the window, and what they kept is dropped.
 - Rule 4. A rebuilt state gets the strides of the original: with others, kernels take other paths and round otherwise.
-- Rule 5. A replay runs in the surrounding of its forward (`replay.py`), under the same `requires_grad` of its reads,
-  and must save what the forward saved: number, shape, strides and dtype are checked.
+- Rule 5. A replay runs in the context of its forward (`replay_context.py`), under the same `requires_grad` of its
+  reads, and must save what the forward saved: number, shape, strides and dtype are checked.
 - Rule 6. What was changed in place after the forward cannot be trusted; versions are checked as autograd does.
 - Rule 7. Tapes do not nest. Columns inside of a cell run plainly, and the replay of the cell brings back what they
   saved; a tape of their own would keep their window for every cell around them.
@@ -39,8 +39,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revnets.engine.buffers import Overwritten
 from revnets.engine.cell_record import (
+    CellRecord,
     Constant,
-    Frame,
     Held,
     Meta,
     is_same_memory,
@@ -50,22 +50,22 @@ from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
-from revnets.engine.replay_context import Surrounding
+from revnets.engine.replay_context import ReplayContext
 
 
-class Claim:
-    """Shared by the tickets of one call of a cell and held by nothing else: it dies with the last of them."""
+class LivenessToken:
+    """Shared by the packed handles of one call of a cell and held by nothing else: it dies with the last of them."""
 
     __slots__ = ("__weakref__",)
 
 
-class Ticket(NamedTuple):
+class PackedHandle(NamedTuple):
     """What the graph holds in place of the k-th tensor that cell t saves."""
 
     tape: Tape
     t: int
     k: int
-    claim: Claim
+    liveness: LivenessToken
 
 
 class _Nesting(threading.local):
@@ -85,16 +85,16 @@ def _inside() -> Iterator[None]:
 
 
 def is_inside() -> bool:
-    """Is this thread in a cell whose saved tensors are tickets? (Rule 7)"""
+    """Is this thread in a cell whose saved tensors are handles? (Rule 7)"""
     return _nesting.inside
 
 
-def unpack(ticket: Ticket) -> Tensor:
-    return ticket.tape.redeem(ticket.t, ticket.k)
+def unpack(handle: PackedHandle) -> Tensor:
+    return handle.tape.unpack(handle.t, handle.k)
 
 
 class Tape:
-    """What one pass keeps for its backward: the last window, the constants, and a frame a cell."""
+    """What one pass keeps for its backward: the last window, the constants, and a record a cell."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Tape:
         self.stem = Held.of(stem)
         self.context = Constant.of(dict(context))
         self.overwritten: Overwritten = {}
-        self.frames: list[Frame | None] = []
+        self.records: list[CellRecord | None] = []
         self.last: dict[int, Held] = {}  # the window at its top, from which it starts
         self.top = -1
         self.window: dict[int, Held] = {}
@@ -124,28 +124,28 @@ class Tape:
     # ---------------------------------------------------------------- forward
 
     def record(self, node: Node, reads: list[Tensor], past: Tensor | None, mode: Memory, context: Any) -> Tensor:
-        """Run a cell so that the graph keeps tickets in place of what it saves."""
+        """Run a cell so that the graph keeps handles in place of what it saves."""
         if past is not None and mode is not Memory.STORE and is_same_memory(past, self.stem.tensor):
             mode = Memory.RECOMPUTE  # a stream that starts as the stem, as RevNet's do: the tape holds it anyway
-        frame = Frame(node, mode)
-        frame.grad_reads = [read.requires_grad for read in reads]
+        record = CellRecord(node, mode)
+        record.grad_reads = [read.requires_grad for read in reads]
         versions = [read._version for read in reads]
         cell = self.cells[node.index]
-        couple = None if past is None else RecordingCoupling(self._name(node), past, frame)
-        claim = Claim()
-        frame.claim = weakref.ref(claim)
+        couple = None if past is None else RecordingCoupling(self._name(node), past, record)
+        liveness = LivenessToken()
+        record.liveness = weakref.ref(liveness)
 
-        def pack(tensor: Tensor) -> Ticket:
-            frame.metas.append(Meta.of(tensor))
-            return Ticket(self, node.index, len(frame.metas) - 1, claim)
+        def pack(tensor: Tensor) -> PackedHandle:
+            record.metas.append(Meta.of(tensor))
+            return PackedHandle(self, node.index, len(record.metas) - 1, liveness)
 
         call = partial(cell, *reads, couple=couple, **context)
         if mode is Memory.STORE:
             state = call()
         else:
             devices = frozenset(read.device for read in reads)
-            recording = Surrounding.record(cell, devices, self.overwritten)
-            with recording as frame.surrounding, saved_tensors_hooks(pack, unpack), _inside():
+            recording = ReplayContext.record(cell, devices, self.overwritten)
+            with recording as record.replay_context, saved_tensors_hooks(pack, unpack), _inside():
                 state = call()
         if couple is not None:
             couple.check(state, self.graph.name(node.index))
@@ -156,36 +156,36 @@ class Tape:
                 code="changed-in-place",
                 cell=self.graph.name(node.index),
             )
-        self.frames.append(frame)
-        self._settle(node)
+        self.records.append(record)
+        self._compact(node)
         if self.verifier is not None:
             self.verifier.note(node.index, state)
         return state
 
-    def _settle(self, node: Node) -> None:
+    def _compact(self, node: Node) -> None:
         """Cut the lost bits of the cell a column ago to length: their counts have long arrived from the device."""
-        frame = self.frames[node.residual] if node.residual is not None else None
-        if frame is not None and frame.lost is not None:
-            frame.lost.settle()
+        record = self.records[node.residual] if node.residual is not None else None
+        if record is not None and record.lost is not None:
+            record.lost.compact()
 
     def skip(self) -> None:
         """A cell below everything that needs a gradient: nobody will ask for it."""
-        self.frames.append(None)
+        self.records.append(None)
 
-    def _frame(self, t: int) -> Frame:
-        frame = self.frames[t]
-        assert frame is not None  # nobody asks for a cell below the first that needs a gradient
-        return frame
+    def _record_of(self, t: int) -> CellRecord:
+        record = self.records[t]
+        assert record is not None  # nobody asks for a cell below the first that needs a gradient
+        return record
 
     def close(self, states: Mapping[int, Tensor]) -> None:
         """End of the forward: hold the last m states, from which backward starts."""
         self.last = {index: Held.of(state) for index, state in states.items()}
-        self.top = len(self.frames) - 1
+        self.top = len(self.records) - 1
 
     # --------------------------------------------------------------- backward
 
-    def redeem(self, t: int, k: int) -> Tensor:
-        """Honour a ticket: the k-th tensor that cell t saved."""
+    def unpack(self, t: int, k: int) -> Tensor:
+        """The k-th tensor that cell t saved, for a packed handle."""
         if self.top < 0:
             name = self.graph.name(t)
             raise ReplayError(
@@ -193,84 +193,84 @@ class Tape:
                 code="early-replay",
                 cell=name,
             )
-        frame = self._frame(t)
+        record = self._record_of(t)
         with self.lock:
-            if k not in frame.saved:
+            if k not in record.saved:
                 self.move_to(t)
-                self._replay(frame, collect=True)
+                self._replay(record, collect=True)
                 self._let_go()
-            saved = frame.saved.pop(k)  # one use a pass; a second pass replays (Rule 3)
+            saved = record.saved.pop(k)  # one use a pass; a second pass replays (Rule 3)
         if saved.tensor._version == saved.version:  # to put the name together takes longer than all else here
             return saved.tensor
-        return trusted(saved, f"a tensor that {self._name(frame.node)} saved")
+        return trusted(saved, f"a tensor that {self._name(record.node)} saved")
 
     def move_to(self, index: int) -> None:
         if self.cursor < index:
             if self.cursor >= 0:
-                self._frame(self.cursor).saved.clear()
+                self._record_of(self.cursor).saved.clear()
             self.window, self.cursor = dict(self.last), self.top
         while self.cursor > index:
             self._step_down()
 
     def _step_down(self) -> None:
         """Forget x_t, having made sure of x_{t-m}."""
-        frame = self._frame(self.cursor)
-        residual = frame.node.residual
+        record = self._record_of(self.cursor)
+        residual = record.node.residual
         if residual is not None and residual not in self.window:
-            if frame.kept is not None:
-                self.window[residual] = frame.kept
+            if record.kept is not None:
+                self.window[residual] = record.kept
             else:
-                self._replay(frame, collect=False)
-        frame.saved.clear()  # tickets that this backward did not need
+                self._replay(record, collect=False)
+        record.saved.clear()  # handles that this backward did not need
         self._let_go()
         self.cursor -= 1
 
     def _let_go(self) -> None:
         """Drop x_t, which is needed for x_{t-m} alone, and move the top down if nobody can ask for more (Rule 3)."""
         self.window.pop(self.cursor, None)
-        if any(self._frame(t).is_claimed() for t in range(self.cursor + 1, self.top + 1)):
+        if any(self._record_of(t).has_live_handles() for t in range(self.cursor + 1, self.top + 1)):
             return
-        self.frames[self.cursor + 1 : self.top + 1] = [None] * (self.top - self.cursor)
-        self._frame(self.cursor).lost = None
+        self.records[self.cursor + 1 : self.top + 1] = [None] * (self.top - self.cursor)
+        self._record_of(self.cursor).lost = None
         self.last, self.top = dict(self.window), self.cursor
 
-    def _replay(self, frame: Frame, collect: bool) -> None:
+    def _replay(self, record: CellRecord, collect: bool) -> None:
         """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves."""
-        node = frame.node
+        node = record.node
         saved: list[Held] = []
-        assert frame.surrounding is not None  # only in `store`, where there are no tickets
+        assert record.replay_context is not None  # only in `store`, where there are no handles
 
         def pack(tensor: Tensor) -> None:
             if collect:
                 saved.append(Held.of(tensor))
 
         # Gradients are enabled even where nothing is collected: without them some modules take other kernels.
-        couple = None if node.residual is None else ReplayCoupling(self, frame)
-        with frame.surrounding.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never), _inside():
-            reads = [self._read(read, grad) for read, grad in zip(node.reads, frame.grad_reads, strict=True)]
+        couple = None if node.residual is None else ReplayCoupling(self, record)
+        with record.replay_context.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never), _inside():
+            reads = [self._read(read, grad) for read, grad in zip(node.reads, record.grad_reads, strict=True)]
             state = self.cells[node.index](*reads, couple=couple, **Constant.fresh(self.context))
         if self.verifier is not None:
             self.verifier.replayed(node, self._name(node), state)
         if collect:
-            self._check(frame, saved)
-            frame.saved = dict(enumerate(saved))
+            self._check(record, saved)
+            record.saved = dict(enumerate(saved))
 
-    def find_past(self, frame: Frame) -> Tensor | None:
+    def find_past(self, record: CellRecord) -> Tensor | None:
         """x_{t-m} from the window, or into the window if the forward kept it; None if it has to be rebuilt."""
-        residual = frame.node.residual
+        residual = record.node.residual
         assert residual is not None  # or there would be nothing to couple with
         if residual not in self.window:
-            if frame.kept is None:
+            if record.kept is None:
                 return None
-            self.window[residual] = frame.kept
+            self.window[residual] = record.kept
         return self.state(residual)
 
-    def put_back(self, frame: Frame, past: Tensor) -> None:
+    def put_back(self, record: CellRecord, past: Tensor) -> None:
         """Take a rebuilt x_{t-m} into the window; x_t is needed no longer."""
-        assert frame.node.residual is not None
+        assert record.node.residual is not None
         if self.verifier is not None:
-            self.verifier.rebuilt(frame.node, self._name(frame.node), frame.mode, past)
-        self.window[frame.node.residual] = Held.of(past)
+            self.verifier.rebuilt(record.node, self._name(record.node), record.mode, past)
+        self.window[record.node.residual] = Held.of(past)
         self._let_go()
 
     def state(self, index: int) -> Tensor:
@@ -285,31 +285,31 @@ class Tape:
         cell = self.cells[node.index]
         return f"cell {self.graph.name(node.index)} ({type(getattr(cell, 'function', cell)).__name__})"
 
-    def _check(self, frame: Frame, saved: list[Held]) -> None:
+    def _check(self, record: CellRecord, saved: list[Held]) -> None:
         causes = (
             "Usual causes: the cell takes another path in its replay (it counts its calls, looks at the clock, at "
             "Python's or NumPy's random numbers or at global state), or its input changed in place"
         )
-        if len(saved) != len(frame.metas):
+        if len(saved) != len(record.metas):
             raise ReplayError(
-                f"{self._name(frame.node)} saved {len(frame.metas)} tensors in its forward and {len(saved)} in its "
+                f"{self._name(record.node)} saved {len(record.metas)} tensors in its forward and {len(saved)} in its "
                 f"replay. {causes}",
-                cell=self.graph.name(frame.node.index),
+                cell=self.graph.name(record.node.index),
             )
-        for k, (held, meta) in enumerate(zip(saved, frame.metas, strict=True)):
+        for k, (held, meta) in enumerate(zip(saved, record.metas, strict=True)):
             now = Meta.of(held.tensor)
             if now != meta:
                 raise ReplayError(
-                    f"{self._name(frame.node)}: saved tensor {k} was {tuple(meta)} in the forward and is {tuple(now)} "
+                    f"{self._name(record.node)}: saved tensor {k} was {tuple(meta)} in the forward and is {tuple(now)} "
                     f"in the replay. {causes}",
-                    cell=self.graph.name(frame.node.index),
+                    cell=self.graph.name(record.node.index),
                 )
             if held.tensor._version != held.version:
                 raise ReplayError(
-                    f"{self._name(frame.node)}: saved tensor {k} of shape {tuple(now.shape)} is needed for the "
+                    f"{self._name(record.node)}: saved tensor {k} of shape {tuple(now.shape)} is needed for the "
                     "gradient, but the cell changes it in place later on. Use the out-of-place operation",
                     code="changed-in-place",
-                    cell=self.graph.name(frame.node.index),
+                    cell=self.graph.name(record.node.index),
                 )
 
 

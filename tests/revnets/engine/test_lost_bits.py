@@ -105,7 +105,7 @@ def test_deferred_encoding_never_waits_and_equals_the_direct_one() -> None:
         direct = lost_bits.encode(state, rebuilt.clone(), defer=False)
     assert watch.waits, "the watch must see the operators that wait"
     assert late.nbytes > direct.nbytes
-    late.settle()
+    late.compact()
     assert late.nbytes == direct.nbytes
     assert all(torch.equal(a, b) for a, b in zip(late.tiers, direct.tiers, strict=True))
     assert torch.equal(late.nibbles, direct.nibbles)

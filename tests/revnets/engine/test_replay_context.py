@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from revnets.engine.errors import ReplayError
-from revnets.engine.replay_context import Surrounding
+from revnets.engine.replay_context import ReplayContext
 from tests.support.errors import raises_error
 
 NOWHERE: frozenset[torch.device] = frozenset()
@@ -29,16 +29,16 @@ class Noisy(nn.Module):
 
 
 def record(module: nn.Module):
-    with Surrounding.record(module, NOWHERE, {}) as surrounding:
+    with ReplayContext.record(module, NOWHERE, {}) as context:
         result = module()
-    return surrounding, result
+    return context, result
 
 
 def test_a_replay_is_the_forward_again_and_leaves_no_trace():
     module = Noisy()
     module()
     with torch.autocast("cpu", torch.bfloat16):
-        surrounding, result = record(module)
+        context, result = record(module)
     module.eval()
     module.calls.fill_(40)
     torch.manual_seed(3)
@@ -46,7 +46,7 @@ def test_a_replay_is_the_forward_again_and_leaves_no_trace():
 
     torch.manual_seed(3)
     for _ in range(2):
-        with surrounding.restored():
+        with context.restored():
             assert module() == result
     assert torch.equal(torch.rand(2), expected)
     assert module.calls.item() == 40
@@ -56,22 +56,22 @@ def test_a_replay_is_the_forward_again_and_leaves_no_trace():
 
 def test_a_forward_without_autocast_is_replayed_without():
     module = Noisy()
-    surrounding, result = record(module)
+    context, result = record(module)
     assert result[-1] is None
     with torch.autocast("cpu", torch.bfloat16):
-        with surrounding.restored():
+        with context.restored():
             assert module() == result
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_the_surrounding_comes_back_after_an_error():
+def test_the_context_comes_back_after_an_error():
     module = Noisy()
-    surrounding, _ = record(module)
+    context, _ = record(module)
     module.eval()
     torch.manual_seed(3)
     state, calls = torch.get_rng_state(), module.calls
     module.register_forward_hook(lambda *_: 1 // 0)
-    with pytest.raises(ZeroDivisionError), surrounding.restored():
+    with pytest.raises(ZeroDivisionError), context.restored():
         module()
     assert torch.equal(torch.get_rng_state(), state)
     assert module.calls is calls
@@ -80,13 +80,13 @@ def test_the_surrounding_comes_back_after_an_error():
 
 def test_only_what_the_cell_changed_is_kept():
     quiet, x = nn.BatchNorm1d(3).eval(), torch.randn(2, 3)
-    with Surrounding.record(quiet, NOWHERE, {}) as surrounding:
+    with ReplayContext.record(quiet, NOWHERE, {}) as context:
         quiet(x)
-    assert not surrounding._rng
-    assert not surrounding._buffers.written
-    surrounding, _ = record(Noisy())
-    assert list(surrounding._rng) == [torch.device("cpu")]
-    assert [name for _, name in surrounding._buffers.written] == ["calls"]
+    assert not context._rng
+    assert not context._buffers.written
+    context, _ = record(Noisy())
+    assert list(context._rng) == [torch.device("cpu")]
+    assert [name for _, name in context._buffers.written] == ["calls"]
 
 
 def test_a_buffer_that_is_replaced_counts_as_written():
@@ -100,9 +100,9 @@ def test_a_buffer_that_is_replaced_counts_as_written():
             return self.mean.item()
 
     module = Moving()
-    surrounding, result = record(module)
+    context, result = record(module)
     now = module.mean
-    with surrounding.restored():
+    with context.restored():
         assert module() == result == 1
     assert module.mean is now
 
@@ -121,16 +121,16 @@ def test_a_buffer_in_two_places_stays_one():
             return self.right()[1]
 
     module = Both()
-    surrounding, result = record(module)
+    context, result = record(module)
     assert result == 2
-    with surrounding.restored():
+    with context.restored():
         assert module() == result
 
 
 def test_a_parameter_that_moved_is_not_trusted():
     module = Noisy()
-    surrounding, _ = record(module)
+    context, _ = record(module)
     with torch.no_grad():
         module.weight.add_(1)
-    with raises_error(ReplayError, code="changed-in-place", names="optimizer step"), surrounding.restored():
+    with raises_error(ReplayError, code="changed-in-place", names="optimizer step"), context.restored():
         pass
