@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Autocast(NamedTuple):
 
 
 @contextmanager
-def outside_of_autocast() -> Iterator[Callable[[], ExitStack]]:
+def outside_of_autocast() -> Generator[Callable[[], ExitStack]]:
     """Leave the caller's autocast regions; yields what enters one like them.
 
     Backward runs outside, as in a training loop, and weights that were cast for the forward are dropped in time.

@@ -17,15 +17,15 @@ The first comparison is of values, since what is written through `.data` leaves 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from revnets.engine.errors import ReplayError
+from revnets.engine.torch_internals import FakeTensor, buffers_of, has_values
 
 SMALL = 64 * 1024
 """Bytes up to which a buffer is always copied."""
@@ -93,7 +93,7 @@ class CellBuffers:
         self._overwritten = overwritten
 
     @contextmanager
-    def recorded(self, use: BufferUse) -> Iterator[None]:
+    def recorded(self, use: BufferUse) -> Generator[None]:
         """Let the body run the cell, and note which buffers it writes."""
         before = [
             _Before(
@@ -116,14 +116,14 @@ class CellBuffers:
                 else:
                     self.read[place] = buffer, version
                 continue
-            if not changed and _has_values(buffer, copy) and use.is_new(place, module):
+            if not changed and _can_compare(buffer, copy) and use.is_new(place, module):
                 known = use.read_only if _is_equal(buffer, copy) else use.silent
                 known[place] = weakref.ref(module)
             if changed:
                 use.read_only.pop(place, None)
                 use.written.add(place)
             changed = changed or use.is_silent(place, module)
-            if changed or module._buffers.get(place[1]) is not buffer:
+            if changed or buffers_of(module).get(place[1]) is not buffer:
                 self.written[place] = copy
                 self._overwritten.setdefault((id(buffer), version), (buffer, copy))
             else:
@@ -153,7 +153,7 @@ class CellBuffers:
                 )
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> Generator[None]:
         """Let the cell see what the forward saw, functional_call's buffers too. A shared buffer stays one.
 
         Raises:
@@ -165,12 +165,12 @@ class CellBuffers:
         for place, module, buffer in present:
             if id(buffer) not in seen:
                 seen[id(buffer)] = self._value(place, buffer, lent)
-            module._buffers[place[1]] = seen[id(buffer)]
+            buffers_of(module)[place[1]] = seen[id(buffer)]
         try:
             yield
         finally:
             for (_, name), module, buffer in present:
-                module._buffers[name] = buffer
+                buffers_of(module)[name] = buffer
         for (index, name), buffer, version in lent:
             if buffer._version != version:
                 raise ReplayError(
@@ -181,7 +181,7 @@ class CellBuffers:
 
     def _present(self) -> Iterator[tuple[Place, nn.Module, Tensor]]:
         for index, module in enumerate(self.modules):
-            for name, buffer in module._buffers.items():
+            for name, buffer in buffers_of(module).items():
                 if buffer is not None:
                     yield (index, name), module, buffer
 
@@ -204,8 +204,8 @@ def _is_plain(buffer: Tensor) -> bool:
     return buffer.layout is torch.strided and type(buffer) in (Tensor, nn.Parameter, FakeTensor)
 
 
-def _has_values(*tensors: Tensor) -> bool:
-    return all(_is_plain(tensor) and not (isinstance(tensor, FakeTensor) or tensor.is_meta) for tensor in tensors)
+def _can_compare(*tensors: Tensor) -> bool:
+    return all(_is_plain(tensor) and has_values(tensor) for tensor in tensors)
 
 
 def _is_equal(buffer: Tensor, copy: Tensor) -> bool:

@@ -78,7 +78,7 @@ class Cell(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile F_t. The coupling differs from pass to pass and stays outside of the compiled code."""
-        self.function.compile(*args, **kwargs)
+        self.function.compile(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 
 
 def first_state(update: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from revnets.engine import lost_bits
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import Node
 from revnets.engine.memory_mode import Memory
 from revnets.engine.replay_context import ReplayContext
+from revnets.engine.torch_internals import storage_key, tree_map
 
 
 class Meta(NamedTuple):
@@ -81,7 +81,11 @@ class Constant:
     @classmethod
     def fresh(cls, value: Any) -> Any:
         """The argument for a replay."""
-        return tree_map(lambda item: item._tensor() if isinstance(item, cls) else item, value)
+
+        def fresh(item: Any) -> Any:
+            return item._tensor() if isinstance(item, cls) else item
+
+        return tree_map(fresh, value)
 
     def _tensor(self) -> Tensor:
         return trusted(self.held, "an argument of the cells").detach().requires_grad_(self.grad)
@@ -95,8 +99,8 @@ def with_stride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def is_same_memory(one: Tensor, other: Tensor) -> bool:
-    """Do both look at the same elements in the same way? (`Tensor.is_set_to` does not know fake tensors.)"""
-    if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+    """Do both look at the same elements in the same way?"""
+    if storage_key(one) != storage_key(other):
         return False
     return bool(one.storage_offset() == other.storage_offset()) and Meta.of(one) == Meta.of(other)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from revnets.engine.errors import ReconstructionError
 from revnets.engine.graph import Graph, Node
 from revnets.engine.lost_bits import bits_of
 from revnets.engine.memory_mode import Memory
+from revnets.engine.torch_internals import has_values
 
 CAUSES = (
     "Usual causes: a kernel that is not deterministic (torch.use_deterministic_algorithms(True) names it), or a cell "
@@ -33,7 +33,7 @@ class Verifier:
 
     def note(self, index: int, state: Tensor) -> None:
         """Remember a state of the forward, without waiting for its device."""
-        if not (isinstance(state, FakeTensor) or state.is_meta):
+        if has_values(state):
             self.sums[index] = checksum(state.detach())
 
     def rebuilt(self, node: Node, name: str, mode: Memory, past: Tensor) -> None:

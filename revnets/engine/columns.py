@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from revnets.engine import executor
 from revnets.engine.cell import Cell, FixedGain
 from revnets.engine.graph import Graph, ReadToken, wire
 from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes, stored_cells
+from revnets.engine.torch_internals import raise_compile_limits, without_dynamo
 
 
 class ReversibleColumns(nn.Module):
@@ -34,7 +35,7 @@ class ReversibleColumns(nn.Module):
         policy: memory modes, stored cells, `verify` and a pending budget, as one immutable `MemoryPolicy`.
     """
 
-    _warned_of: Budget | None = None
+    warned_of: Budget | None = None
 
     def __init__(
         self, graph: Graph, cells: Sequence[Cell], memory: str | Sequence[str] = "exact", verify: bool = False
@@ -56,7 +57,7 @@ class ReversibleColumns(nn.Module):
             state = dict(state)
             fields = [state.pop(name) for name in ("_memory", "_stored", "verify", "budget")]
             state["_policy"] = MemoryPolicy(*fields)
-        super().__setstate__(state)
+        super().__setstate__(state)  # pyright: ignore[reportUnknownMemberType]
 
     @property
     def policy(self) -> MemoryPolicy:
@@ -81,7 +82,7 @@ class ReversibleColumns(nn.Module):
         modes: str | Sequence[str] | None = None,
         stored: int | Iterable[int] | None = None,
         verify: bool | None = None,
-    ) -> Iterator[MemoryPolicy]:
+    ) -> Generator[MemoryPolicy]:
         """Run a `with` block under another policy; the present one returns at its end, also after an exception.
 
         Args:
@@ -151,7 +152,16 @@ class ReversibleColumns(nn.Module):
         """All cells in the order in which they run."""
         return [cell for column in self.cells for cell in cast(Iterable[Cell], column)]
 
-    def forward(self, x: Tensor, *, taps: Sequence[int] = (), stop: int | None = None, **context: Any) -> Any:
+    @overload
+    def forward(self, x: Tensor, *, taps: tuple[()] = (), stop: int | None = None, **context: Any) -> list[Tensor]: ...
+    @overload
+    def forward(
+        self, x: Tensor, *, taps: Sequence[int], stop: int | None = None, **context: Any
+    ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]: ...
+
+    def forward(
+        self, x: Tensor, *, taps: Sequence[int] = (), stop: int | None = None, **context: Any
+    ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
         """The last column's states, level 0 first.
 
         In training, a memory budget that is still pending here is warned of: whatever was called is not an entry of
@@ -229,10 +239,8 @@ class ReversibleColumns(nn.Module):
         While gradients are recorded this is the way to compile: `torch.compile` of the whole module leaves the cells
         of columns with another mode than `store` as they are.
         """
-        cells, limits = self.flat(), torch._dynamo.config
-        # Dynamo counts by code, which all cells have in common, and leaves those beyond the limit as they are.
-        for name in ("recompile_limit", "accumulated_recompile_limit"):
-            setattr(limits, name, max(getattr(limits, name), _VERSIONS * len(cells)))
+        cells = self.flat()
+        raise_compile_limits(_VERSIONS * len(cells))
         for cell in cells:
             cell.compile(*args, dynamic=dynamic, **kwargs)
 
@@ -283,12 +291,12 @@ def _first(graph: Graph, length: int) -> Graph:
     return graph if length == total else Graph(graph.m, graph.nodes[:length])
 
 
-@torch._disable_dynamo()
+@without_dynamo
 def _warn_of_pending(columns: ReversibleColumns, budget: Budget) -> None:
     """Warn, once for each budget, that nothing has planned it. Gradients are right without a plan, so nothing fails."""
-    if columns._warned_of is budget:
+    if columns.warned_of is budget:
         return
-    columns._warned_of = budget
+    columns.warned_of = budget
     warnings.warn(
         f"the memory budget {budget.budget} is still pending in a training forward of the columns, which run in "
         f"{'/'.join(dict.fromkeys(columns.memory))} without a plan: the model around them was not called as model(x). "
@@ -318,7 +326,8 @@ def find_columns(model: nn.Module) -> ReversibleColumns:
     for candidate in (model, getattr(model, "columns", None)):
         if isinstance(candidate, ReversibleColumns):
             return candidate
-    found = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleColumns)}
+    modules = cast(Iterable[tuple[str, nn.Module]], model.named_modules())
+    found = {name: module for name, module in modules if isinstance(module, ReversibleColumns)}
     if len(found) != 1:
         places = f"several, at {', '.join(found)}: pass one of them" if found else "none"
         raise ValueError(f"{type(model).__name__} must be or contain exactly one ReversibleColumns; it has {places}")
@@ -326,7 +335,7 @@ def find_columns(model: nn.Module) -> ReversibleColumns:
 
 
 @contextmanager
-def observed(columns: ReversibleColumns, note: Callable[[int, Tensor], None]) -> Iterator[None]:
+def observed(columns: ReversibleColumns, note: Callable[[int, Tensor], None]) -> Generator[None]:
     """Call `note(t, x_t)` for each cell t as soon as it has run.
 
     The state comes with its graph, if there is one. It lives on only as long as `note` keeps it. Leave the context

@@ -21,11 +21,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from revnets.engine.cell import Cell
 from revnets.engine.graph import Graph
 from revnets.engine.memory_mode import Memory
+from revnets.engine.torch_internals import has_values, without_dynamo
 
 EVERY = 1000
 """Forwards between two looks at gains that are learned."""
@@ -77,15 +77,15 @@ def predict_drift(
     return largest
 
 
-@torch._disable_dynamo()  # as torch.compiler.disable, but does not import Dynamo, which takes a second, until it runs
+@without_dynamo
 def watch(columns: Columns, x: Tensor) -> None:
     """Warn, once for each setting of `columns.memory`, if the drift is predicted to pass `INVERT_LIMIT`.
 
     Gains are looked at in the first forward and in every thousandth. The host never waits for a GPU: the numbers come
     home while it goes on, and are judged at a later forward.
     """
-    if isinstance(x, FakeTensor) or x.is_meta:
-        return  # no values to look at
+    if not has_values(x):
+        return
     now = _watches.get(columns)
     if now is None or now.memory is not columns.memory:
         now = _watches[columns] = _Watch(columns.memory)
@@ -95,7 +95,7 @@ def watch(columns: Columns, x: Tensor) -> None:
         now.coming, now.arrived = _fetch(_magnification(columns))
     now.calls += 1
     if now.coming is not None and (now.arrived is None or now.arrived.query()):
-        found, now.coming = now.coming.tolist(), None
+        found, now.coming = now.coming.numpy().tolist(), None
         now.warned = _judge(columns, [1.0, *found], x.dtype, _autocast(x))
 
 
@@ -114,7 +114,8 @@ _watches: WeakKeyDictionary[Columns, _Watch] = WeakKeyDictionary()
 @torch.no_grad()
 def _magnification(columns: Columns) -> Tensor:
     """Mean of gamma^-2 of every column but the first, on the device of the gains."""
-    found, cells, m = [], columns.flat(), columns.graph.m
+    found: list[Tensor] = []
+    cells, m = columns.flat(), columns.graph.m
     for start in range(m, len(cells), m):
         gains = [cell.gain() for cell in cells[start : start + m] if cell.gain is not None] or [1.0]
         gains = [getattr(gain, "to_local", lambda gain=gain: gain)() for gain in gains]  # of shards, one's own

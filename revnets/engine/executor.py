@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from revnets.engine.coupling import PlainCoupling, subtract
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
 from revnets.engine.tape import Tape, is_inside
+from revnets.engine.torch_internals import is_transformed, tree_leaves, without_dynamo
 
 
 def run(
@@ -45,12 +45,9 @@ def run(
     return _run_taped(graph, cells, stem, modes, context, taps, verify)
 
 
-def is_transformed() -> bool:
-    """Does something else than autograd's backward look at the operations? Export and torch.func know no hooks."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-
-
-def _run_plain(graph, cells, stem, context, taps):
+def _run_plain(
+    graph: Graph, cells: Sequence[nn.Module], stem: Tensor, context: Mapping[str, Any], taps: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
     states: dict[int, Tensor] = {}
     tapped: dict[int, Tensor] = {}
     for node in graph.nodes:
@@ -63,8 +60,16 @@ def _run_plain(graph, cells, stem, context, taps):
     return [states[index] for index in graph.last], [tapped[index] for index in taps]
 
 
-@torch._disable_dynamo()  # the tape is plain Python; to compile the cells, call compile() of the columns
-def _run_taped(graph, cells, stem, modes, context, taps, verify):
+@without_dynamo  # the tape is plain Python; to compile the cells, call compile() of the columns
+def _run_taped(
+    graph: Graph,
+    cells: Sequence[nn.Module],
+    stem: Tensor,
+    modes: Sequence[Memory],
+    context: Mapping[str, Any],
+    taps: Sequence[int],
+    verify: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
     if stem.is_inference():
@@ -91,10 +96,13 @@ def _run_taped(graph, cells, stem, modes, context, taps, verify):
     return [states[index] for index in graph.last], [tapped[index] for index in taps]
 
 
-def _advance(states: dict, tapped: dict, node: Node, state: Tensor, taps: Sequence[int]) -> None:
+def _advance(
+    states: dict[int, Tensor], tapped: dict[int, Tensor], node: Node, state: Tensor, taps: Sequence[int]
+) -> None:
     """x_t takes the place of its residual."""
     states[node.index] = state
-    states.pop(node.residual, None)
+    if node.residual is not None:
+        states.pop(node.residual, None)
     if node.index in taps:
         tapped[node.index] = state
 

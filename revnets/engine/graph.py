@@ -1,3 +1,4 @@
+# pyright: reportUnnecessaryIsInstance=false
 """From reads to nodes and wires. Plain Python: no torch, so it can be tested and drawn without it.
 
 A column net is one sequence of states x_0 ... x_{T-1}. With m levels, state t belongs to column t // m and
@@ -113,7 +114,7 @@ def wire(length: int, m: int, reads: Sequence[Sequence[ReadToken]], residuals: S
         raise ValueError(f"m = {m}: a reversible column has at least 2 levels")
     if length < 1:
         raise ValueError(f"length = {length}: at least one cell is needed")
-    nodes = []
+    nodes: list[Node] = []
     replaced: dict[int, int] = {}  # by which state
     for t in range(length):
         column, level = divmod(t, m)

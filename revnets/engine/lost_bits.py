@@ -16,7 +16,7 @@ without waiting, and `compact`, called some cells later when they have long arri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ def encode(state: Tensor, rebuilt: Tensor, defer: bool | None = None) -> LostBit
     if defer if defer is not None else state.device.type != "cpu":
         return _encode_deferred(difference, nibbles, packed, dtypes)
     left = difference.index_select(0, _places(nibbles.abs_(), 8))
-    tiers = []
+    tiers: list[Tensor] = []
     for dtype in dtypes:
         code, escaped = _narrow(left, dtype)
         tiers.append(code)
@@ -108,7 +108,7 @@ def decode(rebuilt: Tensor, lost: LostBits) -> Tensor:
 
 
 @contextmanager
-def assumed(gamma: float) -> Iterator[None]:
+def assumed(gamma: float) -> Generator[None]:
     """Let fake tensors through, which have no values to look at: tiers get the lengths usual at this |gamma|.
 
     Tensors on the meta device always pass, with the lengths usual at 0.5.
@@ -132,7 +132,8 @@ def expected_shares(gamma: float, tiers: int = 3) -> list[float]:
 def _encode_deferred(difference: Tensor, nibbles: Tensor, packed: Tensor, dtypes: tuple[torch.dtype, ...]) -> LostBits:
     """As `encode`, by prefix sums: no operation here makes the host wait for the device."""
     left, mask = difference, nibbles.abs() == 8
-    tiers, counts = [], []
+    tiers: list[Tensor] = []
+    counts: list[Tensor] = []
     for dtype in dtypes:
         count = mask.sum()
         left, mask = _to_front(left, mask), torch.arange(mask.numel(), device=mask.device) < count
@@ -152,7 +153,8 @@ def _encode_deferred(difference: Tensor, nibbles: Tensor, packed: Tensor, dtypes
 def _places(codes: Tensor, code: int) -> Tensor:
     """Where a vector of int8 has this value. On the CPU NumPy finds it in a fifth of PyTorch's time."""
     if codes.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(codes.numpy() == code))
+        places = np.flatnonzero(codes.numpy() == code)
+        return torch.from_numpy(places)  # pyright: ignore[reportUnknownMemberType]
     return (codes == code).nonzero().squeeze(1)
 
 

@@ -1,4 +1,5 @@
-"""Which activations a net keeps for backward: the memory mode of each column, and the policy of all of them."""
+# pyright: reportUnnecessaryIsInstance=false
+"""Which activations a network keeps for backward: the memory mode of each column, and the policy of all of them."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ numbers.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from revnets.engine.autocast import Autocast
 from revnets.engine.buffers import CellBuffers, Overwritten, use_of
 from revnets.engine.errors import ReplayError
+from revnets.engine.torch_internals import children_of, parameters_of
 
 
 class Weight(NamedTuple):
@@ -49,7 +50,7 @@ class ReplayContext:
         self._weights = [
             Weight(module, name, tensor, tensor._version, tensor.requires_grad)
             for module in self._modules
-            for name, tensor in module._parameters.items()
+            for name, tensor in parameters_of(module).items()
             if tensor is not None
         ]
         self._devices = devices | {weight.tensor.device for weight in self._weights}
@@ -63,7 +64,7 @@ class ReplayContext:
     @contextmanager
     def record(
         cls, cell: nn.Module, devices: frozenset[torch.device], overwritten: Overwritten
-    ) -> Iterator[ReplayContext]:
+    ) -> Generator[ReplayContext]:
         """Note the context, let the body run the cell, and keep only what the cell changed.
 
         A cell that draws no random number keeps no generator state, one that writes no buffer keeps no buffer.
@@ -79,7 +80,7 @@ class ReplayContext:
         self._rng = {device: state for device, state in rng.items() if not _same(state, after[device])}
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> Generator[None]:
         """Run the body as if the forward were just about to start.
 
         Raises:
@@ -107,14 +108,14 @@ class ReplayContext:
             yield
 
     @contextmanager
-    def _weights_of_the_forward(self) -> Iterator[None]:
+    def _weights_of_the_forward(self) -> Generator[None]:
         """Undo for the replay what happened to weights: functional_call has ended, or requires_grad was switched.
 
         Weights of other types, such as DTensor, are left to those who gather and shard them by hooks of the cell.
         """
-        held = []
+        held: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         for module, name, tensor, _, grad in self._weights:
-            parameters = cast(dict[str, Tensor | None], module._parameters)
+            parameters = parameters_of(module)
             now = parameters.get(name)
             if now is None or (now is tensor and now.requires_grad == grad):
                 continue
@@ -132,7 +133,7 @@ def _modules_of(cell: nn.Module) -> list[nn.Module]:
     """As `cell.modules()`, which takes longer, for it puts names together. Modules may change from pass to pass."""
     found = {cell: None}  # a set that keeps the order
     for module in (left := [cell]):
-        for child in module._modules.values():
+        for child in children_of(module).values():
             if child is not None and child not in found:
                 found[child] = None
                 left.append(child)
@@ -140,7 +141,7 @@ def _modules_of(cell: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _flags(modules: list[nn.Module], training: list[bool]) -> Iterator[None]:
+def _flags(modules: list[nn.Module], training: list[bool]) -> Generator[None]:
     now = [module.training for module in modules]
     if now == training:
         yield
@@ -168,7 +169,7 @@ def _attention_kernels() -> tuple[bool, ...]:
 
 
 @contextmanager
-def _attention_as(kernels: tuple[bool, ...]) -> Iterator[None]:
+def _attention_as(kernels: tuple[bool, ...]) -> Generator[None]:
     now = _attention_kernels()
     if now == kernels:
         yield
@@ -183,7 +184,7 @@ def _attention_as(kernels: tuple[bool, ...]) -> Iterator[None]:
 
 
 @contextmanager
-def _rng_as(states: dict[torch.device, Tensor]) -> Iterator[None]:
+def _rng_as(states: dict[torch.device, Tensor]) -> Generator[None]:
     now = _rng_states(frozenset(states))
     try:
         _set_rng_states(states)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ _nesting = _Nesting()
 
 
 @contextmanager
-def _inside() -> Iterator[None]:
+def _inside() -> Generator[None]:
     before, _nesting.inside = _nesting.inside, True
     try:
         yield
