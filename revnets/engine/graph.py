@@ -17,8 +17,7 @@ read the whole column before, as the branches of HRNet do; then nothing can be r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 STEM = -1
 """Index that stands for the stem's output in `Node.reads`."""
@@ -40,24 +39,23 @@ class Node:
     residual: int | None  # the state that it replaces, x_{t-m} in RevCol; None where there is none, and so no gain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Graph:
     """All nodes of a sequence, in the order in which they run."""
 
     m: int
     nodes: tuple[Node, ...]
+    window: int = field(init=False)  # so many states back from x_t are all that cells need, besides the stem
+    last: tuple[int, ...] = field(init=False)  # states of the last column that are left at the end
 
-    @cached_property
-    def window(self) -> int:
-        """So many states back from x_t are all that cells need, besides the stem."""
+    def __post_init__(self) -> None:
         needs = ((node.index, need) for node in self.nodes for need in (*node.reads, node.residual))
-        return max([self.m, *(index - need for index, need in needs if need is not None and need != STEM)])
-
-    @cached_property
-    def last(self) -> tuple[int, ...]:
-        """States of the last column that are left at the end."""
+        window = max([self.m, *(index - need for index, need in needs if need is not None and need != STEM)])
+        # Fields, for Dynamo cannot trace a cached_property: it takes a lock in Python 3.11.
+        object.__setattr__(self, "window", window)
         total, replaced = len(self.nodes), self.replaced
-        return tuple(index for index in range(max(0, total - self.m), total) if index not in replaced)
+        last = tuple(index for index in range(max(0, total - self.m), total) if index not in replaced)
+        object.__setattr__(self, "last", last)
 
     @property
     def columns(self) -> int:
