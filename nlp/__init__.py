@@ -9,24 +9,3 @@ registers the model then, and `nlp.model`, its former path. This module does not
 Modules here import each other by relative names, because a wheel installs the folder as `revnets_nlp`: a top-level
 package `nlp` would be in the way of everybody's own.
 """
-
-from __future__ import annotations
-
-import argparse
-
-import numpy as np
-import torch
-
-# What fairseq's checkpoints hold besides tensors, and torch's safe loader refuses unless told: options as a Namespace,
-# numbers and arrays of NumPy (the counts of --eval-bleu).
-NUMBERS = (np.float32(0), np.float64(0), np.int32(0), np.int64(0))
-torch.serialization.add_safe_globals(
-    [
-        argparse.Namespace,
-        np.ndarray,
-        np.dtype,
-        np.zeros(0).__reduce__()[0],  # type: ignore[arg-type]  # NumPy 1 and 2 keep them in different modules
-        NUMBERS[0].__reduce__()[0],  # type: ignore[arg-type]
-        *(type(number.dtype) for number in NUMBERS),
-    ]
-)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from revnets.utils.atomic_files import replacing
+from revnets.utils.checkpoint_io import RECORDS, CheckpointReadError, read_checkpoint
 
 from ..data.corpus import TranslationError
 
@@ -73,14 +73,10 @@ def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # options: allowed in nlp/__init__.py
-    except FileNotFoundError:
-        raise TranslationError(f"{path}: there is no such file. Check the path", code="missing-file") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TranslationError(
-            f"{path}: not a readable checkpoint ({first}). Give one of fairseq-train", code="damaged-file"
-        ) from None
+        state = read_checkpoint(path, allowed=RECORDS)
+    except CheckpointReadError as error:
+        hint = error.hint if error.code in ("missing-file", "unreadable-file") else "Give one of fairseq-train"
+        raise TranslationError(f"{path}: {error.message}. {hint}", code=error.code) from None
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(model, dict) or not model or not all(isinstance(value, Tensor) for value in model.values()):
         raise TranslationError(

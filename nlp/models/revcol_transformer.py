@@ -21,11 +21,14 @@ from fairseq.models.transformer import TransformerConfig, TransformerModel, base
 from revnets.config.memory_budget import BudgetSpec
 
 from .arguments import add_arguments, settle
+from .checkpoint_globals import allow_fairseq_checkpoints
 from .encoder import RevColEncoder
 from .encoder_spec import encoder_spec
 from .memory_budget import plan_encoder_memory
 
 logger = logging.getLogger(__name__)
+
+allow_fairseq_checkpoints()
 
 
 @register_model("revcol_transformer")
