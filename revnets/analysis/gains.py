@@ -7,7 +7,6 @@ more bits `exact` keeps (`lostbits.py`).
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from revnets.engine import lost_bits as lostbits
 from revnets.engine.columns import find_columns
 from revnets.engine.coupling import add, subtract
 from revnets.models.loading import load_model
+from revnets.utils.checkpoint_io import RECORDS, CheckpointReadError, read_checkpoint
 
 BEST = ("checkpoints/best.pt", "best.pt", "checkpoint_best.pt")
 """What is meant by the folder of a run: of `revnets train`, of fairseq."""
@@ -178,24 +178,7 @@ def _file(path: Path) -> Path:
 def _content(path: Path) -> Any:
     """What a file holds; nothing in it is executed."""
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise SpecError(
-            str(path), "", "safetensors is not installed", "pip install safetensors", code="missing-dependency"
-        ) from None
-    except PermissionError:
-        raise SpecError(str(path), "", "may not be read", "Check its permissions", code="unreadable-file") from None
-    except pickle.UnpicklingError:  # its text recommends to execute the file
-        problem, remedy = (
-            "not a file of weights, or it holds more than plain data",
-            "revnets convert reads official files",
-        )
-        raise SpecError(str(path), "", problem, remedy, code="wrong-format") from None
-    except Exception as error:  # a damaged file may raise anything
-        raise SpecError(
-            str(path), "", "damaged, cut short, or no file of weights", "Check the file", code="damaged-file"
-        ) from error
+        return read_checkpoint(path, allowed=RECORDS)  # fairseq's checkpoints have such
+    except CheckpointReadError as error:
+        hint = "revnets convert reads official files" if error.code == "unsafe-file" else error.hint
+        raise SpecError(str(path), "", error.message, hint, code=error.code) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.utils.atomic_files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
+from revnets.utils.checkpoint_io import CheckpointReadError, read_checkpoint
 from vision.checkpoints.sharding import DIVISIBLE, STATE, Piece, copy_into, divided, gathered, read_shards, shard_name
 from vision.distributed.context import World
 from vision.errors import CheckpointError as CheckpointError
@@ -28,6 +28,13 @@ KEYS = ("format", "versions", "config", "world", "progress", "scaler", *DIVISIBL
 Newer ones also have `classes`, their names. There is no state of the schedule, of the sampler, and of the generators of
 random numbers: all are functions of the seed and of `progress`, see `vision.data.samplers`.
 """
+
+_HINTS = {
+    "damaged-file": "Use an older checkpoint",
+    "wrong-format": "Use a file that `revnets train` wrote",
+    "unsafe-file": "Use a file that `revnets train` wrote",
+}
+"""What helps where a checkpoint cannot be read, by the code of the failure."""
 
 _STEP = re.compile(r"step-(\d+)(\.pt)?")
 
@@ -214,16 +221,9 @@ def read(path: Path, world: World | None = None) -> dict[str, Any]:
 
 def _load(path: Path, mmap: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise CheckpointError(path, "there is no such file", "Check the path", code="missing-file") from None
-    except PermissionError:
-        raise CheckpointError(path, "may not be read", "Check its permissions", code="unreadable-file") from None
-    except pickle.UnpicklingError:  # its text recommends to execute the file
-        problem = "not a checkpoint, or it holds more than plain data"
-        raise CheckpointError(path, problem, "Use a file that `revnets train` wrote") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
-        raise CheckpointError(path, "damaged or cut short", "Use an older checkpoint", code="damaged-file") from None
+        return read_checkpoint(path, mmap=mmap)
+    except CheckpointReadError as error:
+        raise CheckpointError(path, error.message, _HINTS.get(error.code, error.hint), code=error.code) from None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor | Piece], path: Path) -> None:

@@ -1,8 +1,8 @@
 """States whose tensors are divided among processes: as one file for each process, or gathered into one.
 
 FSDP2 divides a tensor along its first axis, as `torch.chunk` does. A checkpoint in shards is a folder: `state.pt` has
-everything but the divided tensors, and `shard-R-of-N.pt` has the parts of process R. torch.distributed.checkpoint has
-a layout of its own for this; its metadata is a pickle that is executed when it is read, so it is not used here.
+everything but the divided tensors, and `shard-R-of-N.pt` has the parts of process R. Why this is not the layout of
+torch.distributed.checkpoint is in docs/development/design-decisions.md.
 """
 
 from __future__ import annotations

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from revnets.utils.checkpoint_io import CheckpointReadError, read_checkpoint
 from vision.errors import CheckpointError
 
 
@@ -44,6 +38,9 @@ STAND_INS: tuple[tuple[Any, str], ...] = (
 )
 """What a pickled checkpoint may name beside plain data and tensors, and what is taken instead."""
 
+_HINTS = {"not-a-file": "Give a file; revnets reshard makes one of shards", "damaged-file": "Fetch the file again"}
+"""What helps where a file cannot be read, by the code of the failure."""
+
 WEIGHTS = ("raw", "ema")
 
 
@@ -61,49 +58,16 @@ class Weights(NamedTuple):
     around: tuple[str, ...] = ()
 
 
-@contextmanager
-def _only(allowed: Sequence[tuple[Any, str]]) -> Iterator[None]:
-    """Let files name this and no more. Of two that other packages and we allow under one name, torch takes either."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(list(allowed))
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
-
-
 def read(path: Path | str) -> Any:
     """What a .safetensors file or a file of `torch.save` holds. Nothing in it is executed.
 
     Raises:
         CheckpointError: no such file, no access, damaged, or it names what weights do not need.
     """
-    path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with _only(STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise CheckpointError(path, "there is no such file", "Check the path", code="missing-file") from None
-    except IsADirectoryError:
-        raise CheckpointError(
-            path, "is a folder", "Give a file; revnets reshard makes one of shards", code="not-a-file"
-        ) from None
-    except PermissionError:
-        raise CheckpointError(path, "may not be read", "Check its permissions", code="unreadable-file") from None
-    except pickle.UnpicklingError as error:  # its text recommends to execute the file
-        match = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"it names {match[1]}, which no weights need" if match else "not a checkpoint, or not plain data"
-        raise CheckpointError(
-            path, f"refused, {problem}", "Get the file from those who made it", code="unsafe-file"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError, SafetensorError):
-        raise CheckpointError(
-            path, "damaged, cut short, or no file of weights", "Fetch the file again", code="damaged-file"
-        ) from None
+        return read_checkpoint(path, allowed=STAND_INS, mmap=True)
+    except CheckpointReadError as error:
+        raise CheckpointError(path, error.message, _HINTS.get(error.code, error.hint), code=error.code) from None
 
 
 def select(content: Any, weights: str = "raw", path: Path | str = "weights") -> Weights:

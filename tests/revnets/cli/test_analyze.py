@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def test_gains_of_files_are_those_of_the_net(tmp_path: Path) -> None:
     run.mkdir(parents=True)
     translation.mkdir()
     torch.save({"model": other, "ema": state, "step": 3}, run / "best.pt")
-    torch.save({"model": inside, "args": None}, translation / "checkpoint_best.pt")
+    torch.save({"model": inside, "args": argparse.Namespace(lr=0.1)}, translation / "checkpoint_best.pt")
     torch.save(state, tmp_path / "plain.pt")
     torch.save({"model": state, "ema": None}, tmp_path / "raw.pt")
     for source in (tmp_path / "run", translation, tmp_path / "plain.pt", tmp_path / "raw.pt"):
@@ -239,7 +240,7 @@ def test_mistakes_of_gains(file: Path, tmp_path: Path) -> None:
         (("gains", tmp_path / "no.pt"), "unknown-model", ()),
         (("gains", tmp_path / "empty"), "missing-file", "checkpoints/best.pt, best.pt, checkpoint_best.pt"),
         (("gains", tmp_path / "other.pt"), "no-columns", "gains"),
-        (("gains", tmp_path / "bad.pt"), "wrong-format", "plain data"),
+        (("gains", tmp_path / "bad.pt"), "unsafe-file", "plain data"),
         (("gains", tmp_path / "cut.pt"), "damaged-file", ()),
         (("gains", tmp_path / "cut.safetensors"), "damaged-file", ()),
         (("gains", tmp_path / "other.pt", "columns=3"), "invalid-override", "columns=3"),

@@ -204,7 +204,7 @@ def test_what_cannot_be_begun_with_is_told_in_one_line(tmp_path, monkeypatch):
         ("revcol_base.in2k", {}, "missing-file", "Did you mean revcol_base.in22k?"),
         (tmp_path / "empty", {}, "missing-file", ()),
         (cut, {}, "damaged-file", ()),
-        (tmp_path / "text.pth", {}, "unsafe-file", ()),
+        (tmp_path / "text.pth", {}, "wrong-format", ()),
         (tmp_path / "other.safetensors", {}, "missing-weights", ()),
         (path, {"weights": "ema"}, "missing-weights", "averaged"),
         (path, {"model": "test_revcol_huge"}, "weights-mismatch", ["test_revcol_huge", " more"]),
