@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from revnets.analysis.audit_report import Audit, ModeAudit
 from revnets.analysis.gradient_distance import GradientDistance, gradient_distance, norm, same_bits
 from revnets.analysis.reconstruction import reconstruction
-from revnets.engine.autocast import outside_of_autocast
 from revnets.engine.columns import ReversibleColumns, find_columns
 from revnets.engine.drift import DriftWarning
 from revnets.engine.errors import ReplayError
 from revnets.engine.memory_mode import Memory
+from revnets.engine.replay.autocast import outside_of_autocast
 from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 
 MODES = tuple(str(mode) for mode in Memory)

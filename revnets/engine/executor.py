@@ -37,7 +37,7 @@ def run(
         modes: memory mode of each column.
         context: keyword arguments for every cell, such as a padding mask.
         stored: indices of cells that run in `store`, whatever the mode of their column.
-        verify: compare what backward rebuilds with checksums (`revnets/engine/checksums.py`).
+        verify: compare what backward rebuilds with checksums (`revnets/engine/replay/checksums.py`).
     """
     modes = [Memory.STORE if node.index in stored else modes[node.column] for node in graph.nodes]
     if not torch.is_grad_enabled() or all(mode is Memory.STORE for mode in modes) or is_transformed():

@@ -37,7 +37,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnets.engine.buffers import Overwritten
 from revnets.engine.cell_record import (
     CellRecord,
     Constant,
@@ -50,7 +49,8 @@ from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
-from revnets.engine.replay_context import ReplayContext
+from revnets.engine.replay.buffers import Overwritten
+from revnets.engine.replay.context import ReplayContext
 
 
 class LivenessToken:
@@ -117,7 +117,7 @@ class Tape:
         self.lock = threading.RLock()  # autograd runs one thread a device
         self.verifier = None
         if verify:
-            from revnets.engine.checksums import Verifier  # for debugging alone
+            from revnets.engine.replay.checksums import Verifier  # for debugging alone
 
             self.verifier = Verifier(graph)
 

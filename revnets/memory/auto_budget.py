@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revnets.config.memory_budget import BudgetSpec, parse_budget
-from revnets.engine.autocast import outside_of_autocast
 from revnets.engine.columns import ReversibleColumns, find_columns
 from revnets.engine.executor import is_transformed
 from revnets.engine.memory_mode import Budget
+from revnets.engine.replay.autocast import outside_of_autocast
 from revnets.memory.planner import Plan, PlanError, plan_module
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from revnets import ReplayError, ReversibleColumns
-from revnets.engine.buffers import SMALL
+from revnets.engine.replay.buffers import SMALL
 from tests.support.counters import Kept
 from tests.support.gradients import assert_like_autograd, assert_same, loss_of, step
 from tests.support.networks import cells_net, tokens

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import revnets
 from revnets import ReconstructionError, ReversibleSequence
-from revnets.engine.checksums import CAUSES, checksum
+from revnets.engine.replay.checksums import CAUSES, checksum
 from revnets.memory.tracker import kept_bytes
 from tests.support.counters import Watch
 from tests.support.errors import raises_error

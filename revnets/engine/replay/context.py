@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from revnets.engine.autocast import Autocast
-from revnets.engine.buffers import CellBuffers, Overwritten, use_of
 from revnets.engine.errors import ReplayError
+from revnets.engine.replay.autocast import Autocast
+from revnets.engine.replay.buffers import CellBuffers, Overwritten, use_of
 from revnets.engine.torch_internals import children_of, parameters_of
 
 
