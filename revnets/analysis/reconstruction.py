@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from itertools import count, groupby
 from typing import Any
 
 import torch
@@ -93,3 +94,28 @@ def _rebuilt(
             tape.move_to(node.index - 1)  # steps below the state that has replaced x_t, and so rebuilds x_t
             result[t] = distance(tape.window[t].tensor, states[t])
     return result
+
+
+@contextmanager
+def observed(columns: ReversibleColumns, note: Callable[[int, Tensor], None]) -> Generator[None]:
+    """Call `note(t, x_t)` for each cell t as soon as it has run.
+
+    The state comes with its graph, if there is one. It lives on only as long as `note` keeps it. Leave the context
+    before `backward`, whose replays call cells as well.
+
+    Args:
+        columns: run once inside of the context.
+        note: may not change the state.
+    """
+    index = count()
+
+    def hook(_module: nn.Module, _inputs: Any, state: Tensor) -> None:
+        note(next(index), state)
+
+    cells = dict.fromkeys(columns.flat())  # a set: one cell may serve several columns
+    handles = [cell.register_forward_hook(hook) for cell in cells]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 from typing import Any, cast, overload
 
 import torch
@@ -332,28 +331,3 @@ def find_columns(model: nn.Module) -> ReversibleColumns:
         places = f"several, at {', '.join(found)}: pass one of them" if found else "none"
         raise ValueError(f"{type(model).__name__} must be or contain exactly one ReversibleColumns; it has {places}")
     return next(iter(found.values()))
-
-
-@contextmanager
-def observed(columns: ReversibleColumns, note: Callable[[int, Tensor], None]) -> Generator[None]:
-    """Call `note(t, x_t)` for each cell t as soon as it has run.
-
-    The state comes with its graph, if there is one. It lives on only as long as `note` keeps it. Leave the context
-    before `backward`, whose replays call cells as well.
-
-    Args:
-        columns: run once inside of the context.
-        note: may not change the state.
-    """
-    index = count()
-
-    def hook(_module: nn.Module, _inputs: Any, state: Tensor) -> None:
-        note(next(index), state)
-
-    cells = dict.fromkeys(columns.flat())  # a set: one cell may serve several columns
-    handles = [cell.register_forward_hook(hook) for cell in cells]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

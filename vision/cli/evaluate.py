@@ -23,12 +23,13 @@ from vision.data.dataset import ImageData
 from vision.distributed.context import World
 from vision.distributed.parallel import plain
 from vision.errors import CheckpointError
-from vision.tasks.base import create_task, scalars
+from vision.tasks.base import scalars
 from vision.tasks.classification import AccuracyEvaluator, Classification, ClassificationMetrics
+from vision.tasks.registry import create_task
 from vision.training import builders
 from vision.training.evaluation import evaluate
 from vision.training.figures import confusion_figure
-from vision.training.loaded_run import read_checkpoint
+from vision.training.loaded_run import load_checkpoint
 from vision.weights import files, finetune
 
 
@@ -127,7 +128,7 @@ def evaluate_checkpoint(
 
 
 def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
-    found = read_checkpoint(path, overrides)
+    found = load_checkpoint(path, overrides)
     return Candidate(found.path, found.config, found.weight_sets, found.classes, is_run=True)
 
 

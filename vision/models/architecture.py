@@ -175,9 +175,9 @@ class RevCol(nn.Module):
         Raises:
             vision.errors.CheckpointError: the file cannot be used, or is of another model.
         """
-        from vision.weights.pretrained import load_weights  # needs this class, and is not needed for training
+        from vision.weights.pretrained import load_file  # needs this class, and is not needed for training
 
-        load_weights(self, path)
+        load_file(self, path)
 
     # ------------------------------------------------------------------------------------------------ classifier
 

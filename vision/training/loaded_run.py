@@ -152,7 +152,7 @@ def load_run(path: str | Path, weights: str = "auto", overrides: Sequence[str] =
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights {weights!r}: choose among {', '.join(WEIGHTS)}")
-    checkpoint = read_checkpoint(path, overrides)
+    checkpoint = load_checkpoint(path, overrides)
     sets, config = checkpoint.weight_sets, checkpoint.config
     name = ("ema" if "ema" in sets else "raw") if weights == "auto" else weights
     if name not in sets:
@@ -184,7 +184,7 @@ def fresh_run(config: TrainConfig, name: str) -> LoadedRun:
     return run
 
 
-def read_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Checkpoint:
+def load_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Checkpoint:
     """A checkpoint of `revnets train`, and its configuration with overrides.
 
     Args:

@@ -19,7 +19,7 @@ from vision.weights.official_names import HEADS, MismatchError, check
 _logger = logging.getLogger(__name__)
 
 
-def load_weights(model: RevCol, path: str) -> None:
+def load_file(model: RevCol, path: str) -> None:
     """Load a file into a model; `RevCol.load_pretrained` says how.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from revnets import Net, build
-from revnets.engine.columns import observed
+from revnets.analysis.reconstruction import observed
 from tests.support.errors import raises_error
 from tests.vision.analysis.test_cka import states_by_hand
 from vision.analysis.layercam import layercam, map_rows

@@ -17,7 +17,7 @@ from vision.config.run import load_config
 from vision.distributed.context import World
 from vision.tasks import LossTask, Task, create_task
 from vision.tasks.classification import Classification
-from vision.tasks.supervised import SupervisedClassification
+from vision.tasks.intermediate_supervision import SupervisedClassification
 
 Pair = namedtuple("Pair", "images targets")
 

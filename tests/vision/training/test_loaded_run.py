@@ -18,7 +18,7 @@ import vision
 from revnets import SpecError
 from vision.config.run import load_config
 from vision.errors import CheckpointError
-from vision.training.loaded_run import read_checkpoint
+from vision.training.loaded_run import load_checkpoint
 from vision.training.trainer import Trainer
 
 PAGE = Path(__file__).parents[3] / "docs/guides/training.md"
@@ -134,7 +134,7 @@ def test_weights_alone_are_no_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({}, path)
     with pytest.raises(CheckpointError, match="weights alone do not say how they are evaluated"):
-        read_checkpoint(path)
+        load_checkpoint(path)
 
 
 def test_averages_that_a_run_did_not_keep(folder_run: tuple[Path, Path]) -> None:
