@@ -41,6 +41,8 @@ MEMORY = {
     "missing-budget": "the plan was made without a memory budget",
     "weights-sharded": "the weights are sharded already, so that a training step cannot be simulated",
     "changed-in-place": "a tensor that backward needs was changed in place",
+    "not-coupled": "a cell returns without calling its coupling, so that there is no state to rebuild",
+    "buffer-lost": "a large buffer was written for the first time after it had been taken for read-only",
     "output-changed": "a cell returns something else than the state that its coupling made",
     "early-replay": "backward reached a cell whose forward pass was not over",
     "replay-mismatch": "a cell saves other tensors in its replay than in its forward pass",

@@ -13,7 +13,7 @@ from revnets.engine import lost_bits
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import Node
 from revnets.engine.memory_mode import Memory
-from revnets.engine.replay.context import ReplayContext
+from revnets.engine.replay.replay_context import ReplayContext
 from revnets.engine.torch_internals import storage_key, tree_map
 
 

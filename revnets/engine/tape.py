@@ -50,7 +50,7 @@ from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
 from revnets.engine.replay.buffers import Overwritten
-from revnets.engine.replay.context import ReplayContext
+from revnets.engine.replay.replay_context import ReplayContext
 
 
 class LivenessToken:

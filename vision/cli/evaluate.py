@@ -25,7 +25,7 @@ from vision.distributed.parallel import plain
 from vision.errors import CheckpointError
 from vision.tasks.base import scalars
 from vision.tasks.classification import AccuracyEvaluator, Classification, ClassificationMetrics
-from vision.tasks.registry import create_task
+from vision.tasks.selection import create_task
 from vision.training import builders
 from vision.training.evaluation import evaluate
 from vision.training.figures import confusion_figure

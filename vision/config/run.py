@@ -70,7 +70,7 @@ TASKS = {"classification": "vision.tasks.classification:Classification"}
 """Import paths of the tasks that have a name."""
 
 
-def _task(value: Any) -> Any:
+def _task(value: Any, info: ValidationInfo) -> Any:
     name = value.get("type") if isinstance(value, dict) else value
     if not isinstance(name, str):
         remedy = f"Give {', '.join(TASKS)}, package.module:Class, or {{type: package.module:Class, option: value}}"
@@ -82,7 +82,7 @@ def _task(value: Any) -> Any:
             f"there is no task {name!r}", nearest(name, list(TASKS), "Give package.module:Class, or choose among")
         )
     try:
-        imported("task", name)
+        imported("task", name, (info.context or {}).get("folders", ()))
     except PartError as error:
         raise problem(error.problem, error.remedy) from None
     return value

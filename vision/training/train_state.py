@@ -18,7 +18,7 @@ from vision.data.samplers import seed_all
 from vision.distributed.context import World
 from vision.distributed.parallel import distribute, plain, release_gathered
 from vision.tasks.base import Task
-from vision.tasks.registry import create_task
+from vision.tasks.selection import create_task
 from vision.training import builders
 from vision.training.evaluation import evaluate
 

@@ -23,7 +23,7 @@ from vision.distributed.context import Stopped, StopSignals, World
 from vision.errors import TrainingError as TrainingError
 from vision.errors import run_error
 from vision.tasks.base import scalars
-from vision.tasks.registry import create_task
+from vision.tasks.selection import create_task
 from vision.training.figures import training_figure
 from vision.training.meters import Clock, Losses
 from vision.training.run_log import LOG, ProgressDisplay, RunLogger, read_log

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from revnets.engine.errors import ReplayError
-from revnets.engine.replay.context import ReplayContext
+from revnets.engine.replay.replay_context import ReplayContext
 from tests.support.errors import raises_error
 
 NOWHERE: frozenset[torch.device] = frozenset()
