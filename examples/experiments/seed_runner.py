@@ -112,7 +112,8 @@ class Run:
         if code and not wait:
             log = self.folder / "train.log"
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise TrainingError(f"{self} ended with code {code}: {''.join(last)}. All that it said is in {log}")
+            problem = f"{self} ended with code {code}: {''.join(last)}. Its whole output is in {log}"
+            raise TrainingError(problem, code="process-failed")
         return True
 
     def updates(self) -> int:

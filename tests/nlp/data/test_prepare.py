@@ -124,7 +124,7 @@ def test_what_is_there_is_left_alone(made, table, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from nlp import prepare as module
+from nlp.data import prepare as module
 from nlp.data.recipe import read_recipe
 
 steps, stage = module._Steps, sys.argv[3]
