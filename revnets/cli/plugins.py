@@ -42,7 +42,7 @@ PLUGINS = {
 
 
 class LazyCommand(TyperCommand):
-    """Stands in a group for the command of an entry point, which is imported when it is called."""
+    """Represents the command of an entry point in a group; the command is imported when it is called."""
 
     def __init__(self, entry: EntryPoint):
         package = entry.dist.name if entry.dist else entry.module

@@ -32,7 +32,7 @@ _REGISTRY: dict[str, dict[str, Factory]] = {kind: {} for kind in PROVIDED}
 
 
 class PartError(ValueError):
-    """A name that stands for no part. `remedy` says what to do, `code` is the kind of error."""
+    """A name that refers to no component. `remedy` says what to do, `code` is the kind of error."""
 
     def __init__(self, problem: str, remedy: str, code: str):
         super().__init__(f"{problem}. {remedy}")

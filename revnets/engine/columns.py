@@ -258,7 +258,7 @@ class ReversibleSequence(ReversibleColumns):
         functions: modules F_t, called with their reads in order; a `Cell` is taken as it is.
         m: how far back the residual reaches; RevNet, RevViT and Reformer have m = 2.
         reads: what each F_t reads: offsets k (for x_{t-k}) between 1 and m - 1, or names out of
-            `revnets.engine.graph.READS`. Whoever would read nothing reads the input.
+            `revnets.engine.graph.READS`. A cell that would read nothing reads the input.
         gain: fixed gamma of every residual. For learned gains pass cells of your own.
         memory, verify: as in `ReversibleColumns`.
     """
