@@ -8,11 +8,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 
-from revnets.config.components import PartSpec, name_and_options, part
 from revnets.config.errors import nearest, problem, show, what
 from revnets.config.loader import Overrides, Source, Strict, load
 from revnets.config.memory_budget import BudgetSpec
-from revnets.config.registry import find_component, options
+from revnets.config.registry import PartSpec, find_component, name_and_options, options, part
 from revnets.engine.graph import READS, Graph, ReadError, ReadToken, wire
 from revnets.engine.memory_mode import Memory
 

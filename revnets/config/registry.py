@@ -1,21 +1,21 @@
 """Blocks, fusions, stems and heads by name; or any class by its import path `package.module:Class`.
 
-The built-in parts (blocks.py, fusions.py, ends.py) register themselves when `revnets` is imported.
+The components of `revnets.nn` register themselves when `revnets` is imported.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
-from revnets.config.errors import ArgumentError, nearest
+from pydantic import BeforeValidator, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, ValidationInfo
+
+from revnets.config.errors import ArgumentError, explain, nearest, problem, show, what
+from revnets.config.imports import PartError, imported
+from revnets.config.loader import Strict, validate
 
 Factory = Callable[..., Any]
 T = TypeVar("T", bound=Factory)
@@ -29,14 +29,6 @@ PROVIDED = {
 """Arguments that the framework passes to a part of each kind; all others are options that a YAML may set."""
 
 _REGISTRY: dict[str, dict[str, Factory]] = {kind: {} for kind in PROVIDED}
-
-
-class PartError(ValueError):
-    """A name that refers to no component. `remedy` says what to do, `code` is the kind of error."""
-
-    def __init__(self, problem: str, remedy: str, code: str):
-        super().__init__(f"{problem}. {remedy}")
-        self.problem, self.remedy, self.code = problem, remedy, code
 
 
 def _register(kind: str, name: str) -> Callable[[T], T]:
@@ -139,81 +131,91 @@ def options(kind: str, name: str, folders: Sequence[Path] = ()) -> dict[str, ins
     return {name: item for name, item in named.items() if name not in PROVIDED[kind]} | others
 
 
-def imported(kind: str, name: str, folders: Sequence[Path] = ()) -> Factory:
-    """The class or function `package.module:name`.
+class PartSpec(Strict):
+    """A stem, fusion or head: its name and options. `linear` alone means `{type: linear}`."""
+
+    type: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def part(kind: str) -> BeforeValidator:
+    """Validator that splits {type: name, option: value, ...} into name and checked options."""
+
+    def split(value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, PartSpec):
+            return value
+        if isinstance(value, str):
+            name, checked = name_and_options(kind, {"type": value}, "type", ("type",), info, short=True)
+        elif isinstance(value, dict):
+            name, checked = name_and_options(kind, value, "type", ("type",), info)
+        else:
+            raise problem(
+                what(value), f"Give a name, or {{type: name, ...}} with the options of the {kind}", code="wrong-type"
+            )
+        return {"type": name, "options": checked}
+
+    return BeforeValidator(split)
+
+
+def name_and_options(
+    kind: str, given: dict[str, Any], key: str, reserved: Sequence[str], info: ValidationInfo, short: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """The name that stands at `key`, and all that is not reserved as options, checked against the signature.
 
     Args:
-        kind: what errors call it.
-        folders: searched before `sys.path`.
-
-    Raises:
-        PartError: there is none, or its module cannot be imported.
+        reserved: keys that are no options.
+        info: of pydantic; its context may name `folders` of modules, as `revnets.config.loader` gives it.
+        short: the name stands alone, so complaints about it belong to the place itself.
     """
-    module_name, _, attribute = name.partition(":")
+    if key not in given:
+        for other in get_close_matches(key, given, n=1):
+            raise problem(
+                f"unknown key (value {show(given[other])})", f"Did you mean {key}?", other, code="unknown-key"
+            )
+        raise problem("this key is missing", f"Add it, as in `{key}: {names(kind)[0]}`", key, code="missing-key")
+    name = given[key]
+    if not isinstance(name, str):
+        raise problem(what(name), f"Give the name of a {kind}, or package.module:Class", key, code="wrong-type")
     try:
-        with importable(*folders):
-            module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _failed(kind, name, error) from error  # the module is there, but not what it imports
-        raise PartError(
-            f'{kind} "{name}": there is no module {error.name}',
-            "Check its spelling, and that it lies beside the file, in the working directory or on PYTHONPATH",
-            code="missing-module",
-        ) from error
-    except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
-        raise _failed(kind, name, error) from error
-    _check_place(kind, name, module, folders)
-    factory = getattr(module, attribute, None)
-    public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    if factory is None:
-        raise PartError(
-            f'{kind} "{name}": module {module_name} has no "{attribute}"',
-            nearest(attribute, public, "It has") if public else "It has no classes at all",
-            code="unknown-component",
-        )
-    if not callable(factory):
-        raise PartError(
-            f'{kind} "{name}": {attribute} is of type {type(factory).__name__}, not a class',
-            nearest(attribute, public, "Classes and functions of the module are") if public else "Name a class",
-            code="invalid-component",
-        )
-    return factory
+        allowed = options(kind, name, (info.context or {}).get("folders", ()))
+    except PartError as error:
+        raise problem(error.problem, error.remedy, *(() if short else (key,)), code=error.code) from None
+    checked = {}
+    for option, value in given.items():
+        if option in reserved:
+            continue
+        if option in PROVIDED[kind]:
+            raise problem(
+                f'{kind} "{name}" is given {option} from the levels', "Remove the key", option, code="reserved-key"
+            )
+        if option in allowed:
+            checked[option] = _typed(option, value, allowed[option])
+        elif "**" in allowed:
+            checked[option] = value
+        else:
+            known = [*reserved, *allowed]
+            text = f'unknown key: {kind} "{name}" has no such option (value {show(value)})'
+            raise problem(text, nearest(option, known, "Known keys are"), option, code="unknown-key")
+    for option, parameter in allowed.items():
+        if option != "**" and parameter.default is inspect.Parameter.empty and option not in checked:
+            if option in reserved:
+                text = f'the argument {option} of {kind} "{name}" has the name of a key'
+                raise problem(text, "Rename the argument in its code", key, code="name-clash")
+            raise problem(
+                f'{kind} "{name}" needs this option', f"Add it, as in `{option}: ...`", option, code="missing-key"
+            )
+    return name, checked
 
 
-@contextmanager
-def importable(*folders: Path) -> Iterator[None]:
-    """Let modules that lie in these folders be imported, also by each other."""
-    added = [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]
-    sys.path[:0] = added
+def _typed(option: str, value: Any, parameter: inspect.Parameter) -> Any:
+    """The value in the type that the part's signature asks for: a list becomes a tuple, but no text a number."""
+    if parameter.annotation is inspect.Parameter.empty or isinstance(parameter.annotation, str):
+        return value
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
     try:
-        yield
-    finally:
-        for folder in added:
-            sys.path.remove(folder)
-
-
-def _failed(kind: str, name: str, error: BaseException) -> PartError:
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    where = f" in {Path(lines[-1].filename).name}, line {lines[-1].lineno}" if len(lines) > 1 else ""
-    return PartError(
-        f'{kind} "{name}": importing the module fails with {type(error).__name__}: {error}{where}',
-        "Make `import` of it work first",
-        code="import-failed",
-    )
-
-
-def _check_place(kind: str, name: str, module: ModuleType, folders: Sequence[Path]) -> None:
-    """A module of that name beside the file must be the one that was imported, not another that came earlier."""
-    top = module.__name__.partition(".")[0]
-    loaded = getattr(sys.modules.get(top), "__file__", None)
-    for folder in folders:
-        for file in (folder / top / "__init__.py", folder / f"{top}.py"):
-            if file.exists():
-                if loaded is None or Path(loaded).resolve() != file.resolve():
-                    raise PartError(
-                        f'{kind} "{name}": another module {top} is loaded already ({loaded or "built in"})',
-                        f"Rename {file}",
-                        code="name-clash",
-                    )
-                return
+        return validate(TypeAdapter(parameter.annotation, config=config), value)
+    except ValidationError as error:
+        complaint = explain(error, value)
+    except (PydanticUserError, TypeError, NameError):  # a type that pydantic has no check for
+        return value
+    raise problem(complaint.problem, complaint.remedy, option, *complaint.keys, code=complaint.code)

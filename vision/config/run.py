@@ -20,9 +20,9 @@ from pydantic import (
 
 from revnets.config import memory_modes
 from revnets.config.errors import SpecError, nearest, problem, what
+from revnets.config.imports import PartError, imported
 from revnets.config.loader import Source, Strict, read_layers
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
-from revnets.config.registry import PartError, imported
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
 from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
 from vision.config.supervision import SupervisionConfig

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from revnets.config.errors import SpecError, nearest
-from revnets.config.registry import PartError, imported
+from revnets.config.imports import PartError, imported
 from vision.config.run import TASKS, TrainConfig
 from vision.errors import first_line, run_error
 from vision.tasks.base import Task

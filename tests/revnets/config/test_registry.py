@@ -11,7 +11,8 @@ from torch import nn
 
 import revnets
 from revnets.config import registry
-from revnets.config.registry import PartError, find_component, names, options
+from revnets.config.imports import PartError
+from revnets.config.registry import find_component, names, options
 from tests.support.errors import raises_error
 
 
