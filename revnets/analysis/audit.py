@@ -27,7 +27,7 @@ from revnets.engine.columns import ReversibleColumns, find_columns
 from revnets.engine.drift import DriftWarning
 from revnets.engine.errors import ReplayError
 from revnets.engine.memory_mode import Memory
-from revnets.engine.replay.autocast import outside_of_autocast
+from revnets.engine.replay.replay_context import outside_of_autocast
 from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 
 MODES = tuple(str(mode) for mode in Memory)

@@ -18,7 +18,7 @@ from revnets.config.memory_budget import BudgetSpec, parse_budget
 from revnets.engine.columns import ReversibleColumns, find_columns
 from revnets.engine.executor import is_transformed
 from revnets.engine.memory_mode import Budget
-from revnets.engine.replay.autocast import outside_of_autocast
+from revnets.engine.replay.replay_context import outside_of_autocast
 from revnets.memory.planner import Plan, PlanError, plan_module
 
 logger = logging.getLogger(__name__)

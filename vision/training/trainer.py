@@ -25,8 +25,7 @@ from vision.errors import run_error
 from vision.tasks.base import scalars
 from vision.tasks.selection import create_task
 from vision.training.figures import training_figure
-from vision.training.meters import Clock, Losses
-from vision.training.run_log import LOG, ProgressDisplay, RunLogger, read_log
+from vision.training.run_log import LOG, Clock, Losses, ProgressDisplay, RunLogger, read_log
 from vision.training.train_state import TrainState
 
 CONFIG_HEAD = "# Written by `revnets train` whenever this run starts or goes on.\n"
