@@ -21,15 +21,14 @@ from vision.config.run import TrainConfig, load_config
 from vision.data import class_subsets
 from vision.data.dataset import ImageData
 from vision.distributed.context import World
-from vision.distributed.parallel import plain
 from vision.errors import CheckpointError
 from vision.tasks.base import scalars
 from vision.tasks.classification import AccuracyEvaluator, Classification, ClassificationMetrics
 from vision.tasks.selection import create_task
 from vision.training import builders
-from vision.training.evaluation import evaluate
 from vision.training.figures import confusion_figure
 from vision.training.loaded_run import load_checkpoint
+from vision.training.train_state import evaluate
 from vision.weights import files, finetune
 
 
@@ -89,7 +88,8 @@ def evaluate_checkpoint(
     training_task = builders.build_task(
         config.model_copy(update={"ema": None}), task.build_model(known), known, device, task
     )
-    module, model = plain(training_task.get_trainable_module()), plain(training_task.get_eval_model())
+    module = builders.unwrapped(training_task.get_trainable_module())
+    model = builders.unwrapped(training_task.get_eval_model())
     autocast = builders.build_autocast(config.amp, device)
     batches = cast(Sequence[Any], task.val_batches(data, World()))
     found = {}

@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 from timm.task import TrainingTask
-from timm.utils.model import unwrap_model
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,8 +23,6 @@ def distribute(task: TrainingTask, how: str, world: World, device: torch.device)
         how: `ddp`: each has all weights; or `fsdp`: each has its part of weights, gradients, averages and the state
             of the optimizer. The tape rebuilds states with the weights gathered again, cell by cell.
     """
-    if world.size == 1:
-        return
     if how == "ddp":
         # The gradient of a depthwise kernel has another stride along its axis of length 1, which means nothing.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -53,9 +50,3 @@ def release_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def plain(module: nn.Module | None) -> nn.Module:
-    """The model without what wraps it."""
-    assert module is not None
-    return unwrap_model(module)

@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
+from timm.utils.model import unwrap_model
 from torch import nn
 
 from revnets.config.memory_budget import BudgetSpec
@@ -143,3 +144,9 @@ def build_schedule(
 def build_autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """What a forward pass runs in; call it to get the context."""
     return partial(torch.autocast, device.type, dtype=DTYPES.get(amp), enabled=amp in DTYPES)
+
+
+def unwrapped(module: nn.Module | None) -> nn.Module:
+    """The model without the wrappers of DDP and torch.compile."""
+    assert module is not None
+    return unwrap_model(module)

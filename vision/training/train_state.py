@@ -1,9 +1,9 @@
-"""One update of the weights, one evaluation, and the state of everything that takes part in them."""
+"""One update of the weights, an evaluation of them, and the state of everything that takes part in them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,13 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from vision.checkpoints import manager
-from vision.checkpoints.sharding import like, mapped
 from vision.config.run import TrainConfig
 from vision.data.samplers import seed_all
 from vision.distributed.context import World
-from vision.distributed.parallel import distribute, plain, release_gathered
-from vision.tasks.base import Task
+from vision.tasks.base import Evaluator, Task
 from vision.tasks.selection import create_task
 from vision.training import builders
-from vision.training.evaluation import evaluate
+from vision.training.builders import unwrapped
 
 
 class TrainState:
@@ -67,11 +65,14 @@ class TrainState:
             from vision.training.memory_budget import plan_run_memory
 
             shape = self.task.input_shape(data)
-            self.note = plan_run_memory(config, plain(self.training_task.get_trainable_module()), shape, self.world)
+            self.note = plan_run_memory(config, unwrapped(self.training_task.get_trainable_module()), shape, self.world)
         if config.compile is not None:
             builders.compile_cells(self.model, config.compile)
-        distribute(self.training_task, config.parallel, self.world, self.device)
-        self.optimizer = builders.build_optimizer(config, plain(self.training_task.get_trainable_module()), images)
+        if self.world.size > 1:
+            from vision.distributed.parallel import distribute  # imports FSDP2
+
+            distribute(self.training_task, config.parallel, self.world, self.device)
+        self.optimizer = builders.build_optimizer(config, unwrapped(self.training_task.get_trainable_module()), images)
         self.schedule = builders.build_schedule(config, self.optimizer, updates_per_epoch, images)
         self.augment = self.task.augment(data)
         self.autocast = builders.build_autocast(config.amp, self.device)
@@ -80,12 +81,12 @@ class TrainState:
     @property
     def model(self) -> nn.Module:
         """The model itself, without what wraps it and without heads at its columns."""
-        return plain(self.training_task.get_eval_model())
+        return unwrapped(self.training_task.get_eval_model())
 
     @property
     def ema(self) -> nn.Module | None:
         """The model with averaged weights."""
-        return plain(self.training_task.get_eval_model(ema=True)) if self.training_task.has_ema() else None
+        return unwrapped(self.training_task.get_eval_model(ema=True)) if self.training_task.has_ema() else None
 
     @property
     def lr(self) -> float:
@@ -137,12 +138,15 @@ class TrainState:
         found = {}
         for name, is_average in (("raw", False), ("ema", True)):
             if self.training_task.has_ema() or not is_average:
-                model = plain(self.training_task.get_trainable_module(is_average))
+                model = unwrapped(self.training_task.get_trainable_module(is_average))
                 evaluator = self.task.evaluator(model, self.data, self.device)
                 found[name] = evaluate(
                     self.task, model, batches, evaluator, self.device, self.autocast, tick, self.world
                 )
-                release_gathered(model)
+                if self.world.size > 1:
+                    from vision.distributed.parallel import release_gathered
+
+                    release_gathered(model)
         return found
 
     def state(self) -> dict[str, Any]:
@@ -179,9 +183,47 @@ class TrainState:
 
     def _optimizer_state(self, saved: dict[str, Any]) -> dict[str, Any]:
         """The saved state with tensors that are divided as the parameters are."""
+        from vision.checkpoints.sharding import like, mapped
+
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         of_each = {
             index: mapped(entry, lambda _, leaf, parameter=parameters[index]: like(parameter, leaf))
             for index, entry in saved["state"].items()
         }
         return {**saved, "state": of_each}
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    batches: Iterable[Any],
+    evaluator: Evaluator,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    tick: Callable[[], None] = lambda: None,
+    world: World | None = None,
+) -> Any:
+    """Run the model over a validation set. It is in evaluation mode meanwhile and gets its own mode back.
+
+    Args:
+        task: gives the output of the model.
+        evaluator: gets it, batch by batch.
+        tick: called after every batch; whatever it raises ends the evaluation.
+        world: every process has its share of the set, and all get the metrics of the whole.
+
+    Returns:
+        What the evaluator has computed.
+    """
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            batch = task.to_device(batch, device)
+            with autocast():
+                output = task.predict(model, batch)
+            evaluator.update(output, batch)
+            tick()
+    finally:
+        model.train(training)
+    return evaluator.compute(world or World())
