@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from revnets.config.errors import ArgumentError
 from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
@@ -151,7 +152,8 @@ def load_run(path: str | Path, weights: str = "auto", overrides: Sequence[str] =
         ValueError: there are no weights of this kind.
     """
     if weights not in WEIGHTS:
-        raise ValueError(f"weights {weights!r}: choose among {', '.join(WEIGHTS)}")
+        problem = f"weights {weights!r}: choose among {', '.join(WEIGHTS)}"
+        raise ArgumentError(problem, "weights", code="unknown-choice")
     checkpoint = load_checkpoint(path, overrides)
     sets, config = checkpoint.weight_sets, checkpoint.config
     name = ("ema" if "ema" in sets else "raw") if weights == "auto" else weights

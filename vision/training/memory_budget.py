@@ -36,7 +36,7 @@ def plan_run_memory(config: TrainConfig, model: nn.Module, shape: Sequence[int] 
         return None
     if shape is None:
         problem = "samples of this task have no shape for which memory could be planned"
-        raise run_error("memory.budget", problem, "Give the memory mode of the columns", code="no-columns")
+        raise run_error("memory.budget", problem, "Give the memory mode of the columns", code="missing-shape")
     own = "optimizer" not in budget.model_fields_set
     states = optimizer_states(config, next(model.parameters()).device) if own else OPTIMIZERS[budget.optimizer]
     try:

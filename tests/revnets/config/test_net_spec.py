@@ -161,7 +161,7 @@ def test_columns_need_no_stem() -> None:
     theirs = revnets.build_columns(load_spec(net())).state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    with pytest.raises(revnets.SpecError, match="stem: unknown key"):
+    with raises_error(code="unknown-key", key="stem"):
         load(revnets.ColumnsSpec, net(head=None))
 
 

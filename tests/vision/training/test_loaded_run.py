@@ -15,7 +15,7 @@ from torch import Tensor
 
 import revnets
 import vision
-from revnets import SpecError
+from tests.support.errors import raises_error
 from vision.config.run import load_config
 from vision.errors import CheckpointError
 from vision.training.loaded_run import load_checkpoint
@@ -104,7 +104,7 @@ def test_a_model_is_loaded_and_used_without_its_data(folder_run: tuple[Path, Pat
         wanted = vision.load_run(run).model(vision.load_run(run).data.val[5][0][None])
     assert loaded.classes == ("cat", "dog")
     assert torch.equal(found, wanted)
-    with pytest.raises(SpecError, match=r"data\.root: there is no folder"):
+    with raises_error(code="missing-file", key="data.root", names="absent"):
         _ = loaded.data
 
 
@@ -115,16 +115,16 @@ def test_data_of_other_classes_are_refused(folder_run: tuple[Path, Path], tmp_pa
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "0.png").write_bytes((root / "train/cat/0.png").read_bytes())
     loaded = vision.load_run(run, overrides=[f"data.root={tmp_path}"])
-    with pytest.raises(SpecError, match="3 classes, but the model is for 2"):
+    with raises_error(code="class-mismatch", names=["3", "2"]):
         _ = loaded.data
 
 
 def test_mistakes(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="choose among auto, raw, ema"):
+    with raises_error(ValueError, code="unknown-choice", names=["auto", "raw", "ema"]):
         vision.load_run(run, "averaged")
-    with pytest.raises(CheckpointError, match="holds no checkpoints"):
+    with raises_error(CheckpointError, code="missing-file", source=tmp_path):
         vision.load_run(tmp_path)
-    with pytest.raises(CheckpointError, match="of another model"):
+    with raises_error(CheckpointError, code="weights-mismatch"):
         vision.load_run(run, overrides=["model.columns=3"])
     with pytest.raises(IndexError, match="no image 360; it has 360"):
         vision.load_run(run).val_image(360)
@@ -133,12 +133,12 @@ def test_mistakes(run: Path, tmp_path: Path) -> None:
 def test_weights_alone_are_no_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({}, path)
-    with pytest.raises(CheckpointError, match="weights alone do not say how they are evaluated"):
+    with raises_error(CheckpointError, code="missing-config", source=path):
         load_checkpoint(path)
 
 
 def test_averages_that_a_run_did_not_keep(folder_run: tuple[Path, Path]) -> None:
-    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+    with raises_error(CheckpointError, code="missing-weights"):
         vision.load_run(folder_run[0], "ema")
     loaded = vision.load_run(folder_run[0])
     assert torch.equal(
