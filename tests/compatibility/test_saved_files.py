@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import revnets
 import vision  # noqa: F401  (timm knows the family from here on)
+from tests.support.timeouts import HANG
 
 DATA = Path(__file__).parent / "data" / "version_0_1_0"
 BIN = Path(sys.executable).parent
@@ -95,7 +96,7 @@ def pair(*words: object) -> None:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         children.append(subprocess.Popen([BIN / "revnets", *words], env=environment() | variables, **streams))
     try:
-        said = [child.communicate(timeout=240)[0] for child in children]
+        said = [child.communicate(timeout=HANG)[0] for child in children]
     finally:
         for child in children:
             child.kill()

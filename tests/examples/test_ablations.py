@@ -26,7 +26,6 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_tables_share_a_model_and_nothing_is_trained_again(tmp_path: Path) -> None:
     root = make_files(tmp_path)
     words = ("--root", root, "--output", tmp_path / "run", "--tables", "7,6", "--seeds", 1, "--epochs", 4, *QUICK)

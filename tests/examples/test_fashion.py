@@ -38,7 +38,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     words = ("--root", files, "--output", output, *ARGUMENTS)

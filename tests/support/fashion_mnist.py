@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.paths import ROOT
+from tests.support.timeouts import HANG
 from tests.vision.data.test_idx import idx
 
 QUICK = ("batch_size=32", "data.train_samples=320", "schedule.warmup_epochs=0.5")
@@ -45,7 +46,7 @@ def started(name: str, *words: object) -> subprocess.Popen[str]:
 
 def said(process: subprocess.Popen[str], code: int = 0) -> str:
     """What it prints until it ends with that code: all, or of an error its line."""
-    out, errors = process.communicate(timeout=280)
+    out, errors = process.communicate(timeout=HANG)
     assert process.returncode == code, errors
     return errors if code == 1 else out
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from revnets.utils import atomic_files
 from tests.support.multiprocess import processes
+from tests.support.timeouts import HANG
 from vision.config.run import load_config
 from vision.distributed.context import joined
 from vision.errors import EXPECTED
@@ -58,7 +59,7 @@ def together(
         children.append(processes.Process(target=_run, args=(config, rank, size, port, *what)))
         children[-1].start()
     for child in children:
-        child.join(240)
+        child.join(HANG)
         if child.exitcode is None:
             for other in children:
                 other.kill()

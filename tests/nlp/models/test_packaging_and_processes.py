@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 
 from tests.support.fairseq import QUICK, TINY, USER_DIR, load, preprocess, train
+from tests.support.timeouts import HANG
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +45,7 @@ def start(*command: object, cwd: Path = ROOT, path: str = "") -> subprocess.Pope
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=HANG)
     finally:
         process.kill()
     return process.returncode, output

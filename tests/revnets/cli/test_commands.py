@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from revnets.cli import main, plugins
 from revnets.cli.plugins import PLUGINS, LazyCommand, PluginGroup
+from tests.support.timeouts import HANG
 
 COMMANDS = ["show", "audit", "plan", *sorted(entry.name for entry in entry_points(group="revnets.commands"))]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=HANG)
 
 
 def test_help_lists_every_command_with_its_first_line() -> None:

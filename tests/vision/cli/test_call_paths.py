@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.timeouts import HANG
+
 ROOT = Path(__file__).parents[3]
 
 PROFILED = """
@@ -36,7 +38,7 @@ finally:
 def entered(*words: str) -> list[str]:
     """Files whose functions or class bodies run when a command does, imports included."""
     given = [sys.executable, "-c", PROFILED, f"{ROOT}/", *words]
-    done = subprocess.run(given, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    done = subprocess.run(given, capture_output=True, text=True, timeout=HANG, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     ours = ("revnets/", "vision/", "nlp/")  # a virtual environment may be in the checkout
     return [file for file in done.stdout.splitlines()[-1].split()[1:] if file.startswith(ours)]

@@ -16,6 +16,7 @@ from torch import Tensor
 import revnets
 import vision
 from tests.support.errors import raises_error
+from tests.support.timeouts import HANG
 from vision.config.run import load_config
 from vision.errors import CheckpointError
 from vision.training.loaded_run import load_checkpoint
@@ -162,7 +163,7 @@ def test_example_of_the_guide_runs(
 
 def test_the_package_is_imported_without_checkpoints_and_data() -> None:
     code = "import sys, vision; print([name for name in sys.modules if name.startswith('vision.')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG)
     loaded = yaml.safe_load(done.stdout)
     assert "vision.revcol" in loaded
     packages = {name.split(".")[1] for name in loaded}
