@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 from argparse import Namespace
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from nlp import cli
 from nlp.data.recipe import RECIPES, read_recipe
+from nlp.models import revcol_transformer as revcol_transformer  # --user-dir does not register it again
 
 CONFIGS = RECIPES.parent
 COMMANDS = ("revnets", "fairseq-train", "fairseq-generate")
@@ -61,8 +63,8 @@ def parse_train(words: list[str]) -> Namespace:
 TRAINED = [
     ("wmt16_en_de", "revcol", "8gpu", "revcol_transformer_wmt_en_de", 5e-4, 1, 0.3, 3584),
     ("wmt16_en_de", "revcol", "big", "revcol_transformer_wmt_en_de", 1e-3, 16, 0.3, 3584),
-    ("wmt16_en_de", "vanilla", "8gpu", "transformer_wmt_en_de_big", 5e-4, 1, 0.3, 3584),
-    ("wmt16_en_de", "vanilla", "big", "transformer_wmt_en_de_big", 1e-3, 16, 0.3, 3584),
+    ("wmt16_en_de", "vanilla", "8gpu", "transformer_vaswani_wmt_en_de_big", 5e-4, 1, 0.3, 3584),
+    ("wmt16_en_de", "vanilla", "big", "transformer_vaswani_wmt_en_de_big", 1e-3, 16, 0.3, 3584),
     ("wmt14_en_fr", "revcol", "8gpu", "revcol_transformer_wmt_en_fr", 5e-4, 1, 0.1, 5120),
     ("wmt14_en_fr", "revcol", "big", "revcol_transformer_wmt_en_fr", 7e-4, 16, 0.1, 5120),
     ("wmt14_en_fr", "vanilla", "big", "transformer_vaswani_wmt_en_fr_big", 7e-4, 16, 0.1, 5120),
@@ -81,6 +83,27 @@ def test_training(calls, script, model, batch, arch, lr, update_freq, dropout, m
     assert (args.share_all_embeddings, args.warmup_updates, args.label_smoothing) == (True, 4000, 0.1)
     assert Path(args.user_dir) == CONFIGS.parent
     assert Path(args.save_dir).is_absolute()
+
+
+ARCHITECTURE = re.compile(
+    "arch|save_dir|(en|de)coder_(embed|ffn_embed|input|output|hidden)_dim|encoder_layers|"
+    "(en|de)coder_attention_heads|revcol_.*|no_save_optimizer_state"
+)
+"""Options in which RevCol and the vanilla transformer may differ: the sizes of the paper."""
+
+
+@pytest.mark.parametrize("script", ["wmt16_en_de", "wmt14_en_fr"])
+def test_both_models_are_trained_alike(calls, script):
+    """Also by the defaults of their architectures: dropout of all kinds, norms, embeddings."""
+    found = {}
+    for model in ("revcol", "vanilla"):
+        ((_, *words),) = calls(script, "train", model)
+        found[model] = vars(parse_train(words))
+    keys = found["revcol"].keys() | found["vanilla"].keys()
+    differ = {key for key in keys if found["revcol"].get(key) != found["vanilla"].get(key)}
+    assert {key for key in differ if not ARCHITECTURE.fullmatch(key)} == set()
+    assert {"dropout", "attention_dropout", "activation_dropout", "encoder_normalize_before"} <= keys
+    assert found["vanilla"]["attention_dropout"] == found["revcol"]["attention_dropout"] == 0.0
 
 
 def test_an_option_that_fairseq_does_not_know_is_found(calls, capsys):
