@@ -43,6 +43,13 @@ class RevColEncoder(TransformerEncoderBase):
                 if isinstance(module, (MaskedAttention, Dropout)):
                     module.retain_dropout = True
 
+    # fairseq marks these two with `torch.jit.export`, which makes `torch.jit.trace` compile all of the columns.
+    def reorder_encoder_out(self, encoder_out: dict[str, list[Any]], new_order: Tensor) -> dict[str, list[Any]]:
+        return super().reorder_encoder_out(encoder_out, new_order)
+
+    def _reorder_encoder_out(self, encoder_out: dict[str, list[Any]], new_order: Tensor) -> dict[str, list[Any]]:
+        return super()._reorder_encoder_out(encoder_out, new_order)
+
     def forward(
         self,
         src_tokens: Tensor,
