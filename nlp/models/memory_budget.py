@@ -1,4 +1,4 @@
-"""A memory budget for a model in fairseq's training: which cells keep everything is planned for the largest batch.
+"""Memory of a model in fairseq's training: what its encoder keeps, and a budget that is planned for the largest batch.
 
 B sentences, T positions.
 """
@@ -97,9 +97,60 @@ def plan_encoder_memory(model: Any, budget: BudgetSpec, args: argparse.Namespace
     model.register_forward_pre_hook(turn)
 
 
-def _plan(model: nn.Module, budget: BudgetSpec, args: argparse.Namespace, task: Any) -> Plan:
+class Encoding(nn.Module):
+    """An encoder from words to its states, for copies without values."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        with _without_values():
+            return self.encoder(words, lengths)["encoder_out"][0]
+
+
+def log_encoder_memory(model: Any) -> None:
+    """Log at the first training forward what the encoder keeps for backward of this batch, and what `store` would."""
+
+    def report(module: Any, _: Any, inputs: dict[str, Any]) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        handle.remove()
+        words = inputs.get("src_tokens")
+        if words is None or torch.compiler.is_compiling() or not logger.isEnabledFor(logging.INFO):
+            return
+        shape = tuple(words.shape)
+        try:
+            kept = encoder_bytes(module.encoder, shape)
+            with module.encoder.columns.using(modes="store"):
+                store = encoder_bytes(module.encoder, shape)
+        except Exception as error:  # whatever it is, it concerns this line and not the training
+            logger.info("what the encoder keeps for backward is not known: %s", " ".join(str(error).split()))
+            return
+        logger.info(
+            "the encoder keeps %.1f MB for backward of the first batch, %d sentences of %d words (%.1f MB in store)",
+            *(kept / 1e6, *shape, store / 1e6),
+        )
+
+    handle = model.register_forward_pre_hook(report, with_kwargs=True)
+
+
+def encoder_bytes(encoder: nn.Module, shape: tuple[int, int]) -> int:
+    """Bytes that the encoder keeps for backward of (B, T) words, found without computing anything."""
+    words = torch.empty(shape, dtype=torch.long, device="meta")
+    dtype = _dtype(encoder)  # before autocast ends
+    with outside_of_autocast(), torch.random.fork_rng(devices=[]):
+        return simulate(Encoding(encoder), (words, words[:, 0]), dtype=dtype).kept
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """That of autocast where it is on."""
     kind = next(model.parameters()).device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
+def _plan(model: nn.Module, budget: BudgetSpec, args: argparse.Namespace, task: Any) -> Plan:
+    dtype = _dtype(model)  # before autocast ends
     with outside_of_autocast(), torch.random.fork_rng(devices=[]):
         return plan_module(
             *_step(model, args, task),

@@ -24,7 +24,7 @@ from .arguments import add_arguments, settle
 from .checkpoint_globals import allow_fairseq_checkpoints
 from .encoder import RevColEncoder
 from .encoder_spec import encoder_spec
-from .memory_budget import plan_encoder_memory
+from .memory_budget import log_encoder_memory, plan_encoder_memory
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class RevColTransformerModel(TransformerModel):
         columns, memory = model.encoder.columns, model.encoder.spec.memory
         if isinstance(memory, BudgetSpec):
             plan_encoder_memory(model, memory, args, task)
+        log_encoder_memory(model)
         logger.info(
             "%d reversible columns of %d levels, memory %s; generate, interactive and validate need --user-dir, too",
             columns.graph.columns,
