@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revnets import ColumnsSpec
+from revnets.config.errors import ArgumentError
 from revnets.config.memory_budget import BudgetSpec
 
 from .encoder_spec import DEFAULTS, encoder_spec, read_spec
@@ -55,7 +56,8 @@ def settle(args: argparse.Namespace, encoder_layers: int | None) -> None:
         encoder_layers: `--encoder-layers`, if it was given.
 
     Raises:
-        ValueError: an option that this encoder cannot honour; `revnets.SpecError` for what is wrong with the net.
+        ArgumentError: an option that this encoder cannot honour; its key is the option.
+        revnets.SpecError: something is wrong with the net.
     """
     _settle_norm(args)
     if not getattr(args, "revcol_spec", None):
@@ -64,16 +66,22 @@ def settle(args: argparse.Namespace, encoder_layers: int | None) -> None:
                 setattr(args, key, value)
     elif not getattr(args, "revcol_net", None):
         if getattr(args, "revcol_blocks", None):
-            raise ValueError("--revcol-blocks: the levels are those of --revcol-spec. Change them in the file")
+            raise ArgumentError(
+                "--revcol-blocks: the levels are those of --revcol-spec. Change them in the file",
+                "--revcol-blocks",
+                code="conflicting-values",
+            )
         args.revcol_spec = str(Path(args.revcol_spec).resolve())
         args.revcol_net = read_spec(Path(args.revcol_spec), vars(args))
     spec = encoder_spec(vars(args))
     _check_stored(getattr(args, "revcol_stored", None) or 0, spec)
     blocks = spec.columns * sum(level.depth for level in spec.levels)
     if encoder_layers not in (None, blocks):
-        raise ValueError(
+        raise ArgumentError(
             f"--encoder-layers {encoder_layers}: the encoder has {blocks} blocks in {spec.columns} columns. Use "
-            "--revcol-columns and --revcol-blocks"
+            "--revcol-columns and --revcol-blocks",
+            "--encoder-layers",
+            code="conflicting-values",
         )
     args.encoder_layers = blocks
 
@@ -83,7 +91,11 @@ def _settle_norm(args: argparse.Namespace) -> None:
     norm = getattr(args, "revcol_norm", None)
     if getattr(args, "encoder_normalize_before", False):
         if norm not in (None, "pre"):
-            raise ValueError(f"--revcol-norm {norm} contradicts --encoder-normalize-before. Give one of them")
+            raise ArgumentError(
+                f"--revcol-norm {norm} contradicts --encoder-normalize-before. Give one of them",
+                "--revcol-norm",
+                code="conflicting-values",
+            )
         args.revcol_norm = "pre"
     elif norm == "pre":
         args.encoder_normalize_before = True
@@ -92,9 +104,17 @@ def _settle_norm(args: argparse.Namespace) -> None:
 def _check_stored(stored: int, spec: ColumnsSpec) -> None:
     cells = spec.columns * len(spec.levels)
     if stored > cells:
-        raise ValueError(f"--revcol-stored {stored}: there are {cells} cells. Give as many or fewer")
+        raise ArgumentError(
+            f"--revcol-stored {stored}: there are {cells} cells. Give as many or fewer",
+            "--revcol-stored",
+            code="out-of-range",
+        )
     if stored and isinstance(spec.memory, BudgetSpec):
-        raise ValueError(f"--revcol-stored {stored}: under a budget the cells are chosen. Give one or the other")
+        raise ArgumentError(
+            f"--revcol-stored {stored}: under a budget the cells are chosen. Give one or the other",
+            "--revcol-stored",
+            code="conflicting-values",
+        )
 
 
 def _number(text: str) -> int:

@@ -14,7 +14,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from revnets import ColumnsSpec, ReversibleColumns, SpecError, build_columns
-from revnets.config.errors import problem
+from revnets.config.errors import ArgumentError, problem
 from revnets.config.loader import Layers, parse_value, read_layers
 from revnets.config.net_spec import dump
 from revnets.models.net import Level
@@ -95,12 +95,13 @@ def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
             `revcol_net` are columns as JSON, `revcol_spec` the file that they came from.
 
     Raises:
-        ValueError: an option of fairseq's transformer that this encoder cannot honour.
+        ArgumentError: an option of fairseq's transformer that this encoder cannot honour; its key is the option.
         revnets.SpecError: the columns cannot be built as described.
     """
     for key, reason in MEANINGLESS.items():
         if value := options.get(key):
-            raise ValueError(f"--{key.replace('_', '-')} {value}: {reason}")
+            option = f"--{key.replace('_', '-')}"
+            raise ArgumentError(f"{option} {value}: {reason}", option, code="reserved-key")
     keys = (*DEFAULTS, *BLOCK_OPTIONS.values(), "encoder_embed_dim", "revcol_net", "revcol_spec")
     given = DEFAULTS | {key: options[key] for key in keys if options.get(key) is not None}
     return _checked(json.dumps(given, sort_keys=True))

@@ -21,6 +21,7 @@ from nlp.models.arguments import add_arguments
 from nlp.models.encoder import RevColEncoder
 from nlp.models.encoder_spec import DEFAULTS, MEANINGLESS, encoder_spec
 from nlp.models.revcol_transformer import RevColTransformerModel
+from revnets.config.errors import ArgumentError
 from revnets.config.net_spec import dump
 from tests.support.fairseq import build, options, sample
 from tests.support.paths import ROOT
@@ -91,6 +92,23 @@ def test_mistakes_end_the_command_with_one_line(given, said):
     assert said in message
     assert message.startswith("--arch revcol_transformer_tiny: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "key"),
+    [
+        ({"encoder_layerdrop": 0.2}, "reserved-key", "--encoder-layerdrop"),
+        ({"quant_noise_scalar": 0.1}, "reserved-key", "--quant-noise-scalar"),
+        ({"encoder_layers": 3}, "conflicting-values", "--encoder-layers"),
+        ({"revcol_norm": "post", "encoder_normalize_before": True}, "conflicting-values", "--revcol-norm"),
+        ({"revcol_stored": 9}, "out-of-range", "--revcol-stored"),
+        ({"revcol_stored": 1, "revcol_memory": "{budget: exact}"}, "conflicting-values", "--revcol-stored"),
+    ],
+)
+def test_mistakes_have_a_code_and_name_the_option(given, code, key):
+    with pytest.raises(SystemExit) as caught:
+        options(**given)
+    assert_error(caught.value.__context__, ArgumentError, code=code, key=key)
 
 
 @pytest.mark.parametrize("given", [("--revcol-columns", "0"), ("--revcol-blocks", "3"), ("--revcol-blocks", "1,x")])
