@@ -109,9 +109,15 @@ def average_checkpoints(
 
 def score_mt(
     generated: Annotated[
-        Path, typer.Argument(help="What fairseq-generate wrote to its standard output.", show_default=False)
+        Path,
+        typer.Argument(
+            help="What fairseq-generate, or fairseq-interactive, wrote to its standard output.", show_default=False
+        ),
     ],
-    language: Annotated[str, typer.Option("--language", "-l", help="Of the translation, e.g. de.", show_default=False)],
+    language: Annotated[
+        str,
+        typer.Option("--language", "-l", help="Of the translation, e.g. de or pt_BR.", show_default=False),
+    ],
     reference: Annotated[
         Path | None, typer.Option(help="Untokenised reference, such as test.raw.de of prepare-mt.", show_default=False)
     ] = None,
@@ -121,35 +127,53 @@ def score_mt(
             help="Test set of sacrebleu as reference, e.g. wmt14/full:en-de (downloaded).", show_default=False
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenize",
+            help="Tokenizer of sacreBLEU, e.g. intl or flores200. (that of the language: zh, ja-mecab, ko-mecab, char "
+            "or 13a)",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
 ) -> None:
     """BLEU of a translation: tokenised, with compounds split, and sacreBLEU.
 
     Papers report different ones. Tokenised BLEU with compounds split is what
     English-German papers after Vaswani et al. (2017) compare; sacreBLEU on
-    untokenised text is comparable between all systems.
+    untokenised text is comparable between all systems. Tokenised BLEU needs
+    the output of fairseq-generate with --remove-bpe and without --tokenizer;
+    of detokenised output only sacreBLEU is given.
     """
     with reported():
-        from .data.corpus import known_language
-        from .evaluation.bleu import ALL, named_reference, read_output, read_reference, scores
+        from .data.corpus import TranslationError
+        from .evaluation.bleu import named_reference, read_output, read_reference, scores
+        from .evaluation.generated_output import LEFT_OUT
+        from .evaluation.tokenizers import fallback, target_language
 
-        known_language(language)
+        code = target_language(language)
+        if reference and test_set:
+            raise TranslationError("--reference and --test-set: give one of them", code="conflicting-values")
         output = read_output(generated)
-        lines = read_reference(reference) if reference else named_reference(test_set) if test_set else None
-        found = scores(output, language, lines)
+        lines = read_reference(reference) if reference else named_reference(test_set, code) if test_set else None
+        found = scores(output, code, lines, tokenizer)
+        warnings = [fallback(code)] if tokenizer is None else []
     if output.missing:
-        typer.secho(
-            f"warning: {output.missing} sentences of the data set have no translation, and so no part in BLEU. {ALL}",
-            fg="yellow",
-            err=True,
-        )
+        missing = f"{output.missing} sentences of the data set have no translation, and so no part in BLEU"
+        warnings.append(f"{missing}: {LEFT_OUT}")
+    if output.unfinished:
+        warnings.append(f"{generated}: the last line of fairseq-generate is missing. Was the file cut off?")
+    for warning in filter(None, warnings):
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
     if as_json:
         typer.echo(json.dumps({score.kind: score.value for score in found}))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{generated}, {len(output.hypotheses)} sentences", title_justify="left")
+    text = "tokens" if output.tokenised else "detokenised text"
+    table = Table(title=f"{generated}, {len(output.hypotheses)} sentences of {text}", title_justify="left")
     table.add_column("BLEU")
     table.add_column("%", justify="right")
     table.add_column("n-grams, lengths and signature", overflow="fold")

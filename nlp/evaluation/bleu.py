@@ -1,4 +1,4 @@
-"""BLEU of what fairseq-generate wrote, in the three ways in which papers report it."""
+"""BLEU of what fairseq wrote, in the ways in which papers report it."""
 
 from __future__ import annotations
 
@@ -8,36 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sacrebleu.dataset import DATASETS
-from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.utils import get_reference_files
 
 from revnets.config.errors import nearest
 
 from ..data.corpus import TranslationError, lines_of
-from ..data.tokenization import detokenize, join
-
-ALL = "For all sentences, run fairseq-generate with --required-batch-size-multiple 1"
-"""What to do where some were left out (docs/guides/translation-model.md)."""
-
-_LINE = re.compile(r"([STHD])-(\d+)\t(.*)")
-
-
-@dataclass(frozen=True)
-class Output:
-    """What fairseq-generate wrote, in the order of the data set: words between spaces, without sub-words.
-
-    Attributes:
-        missing: how many sentences were left out, as the numbers of the others tell.
-    """
-
-    sources: list[str]
-    references: list[str]
-    hypotheses: list[str]
-    missing: int = 0
-
-    def detokenized(self, language: str) -> list[str]:
-        """The translations as people write them."""
-        return detokenize(self.hypotheses, language)
+from ..data.tokenization import detokenize
+from .alignment import first_mismatch
+from .generated_output import LEFT_OUT
+from .generated_output import Output as Output
+from .generated_output import read_output as read_output
+from .tokenizers import UNSEGMENTED, default_tokenizer, metric, target_language
 
 
 @dataclass(frozen=True)
@@ -49,35 +30,6 @@ class Score:
     detail: str
 
 
-def read_output(path: Path) -> Output:
-    """Read the S-, T- and H- lines of fairseq-generate; whatever else stands between them is no matter.
-
-    Of several hypotheses (--nbest) the first, which is the best, is taken.
-
-    Raises:
-        TranslationError: the file cannot be read, or has no such lines, or not all of them.
-    """
-    found: dict[str, dict[int, str]] = {kind: {} for kind in "STH"}
-    for line in lines_of(path):
-        if (match := _LINE.fullmatch(line)) and match[1] in found:
-            words = match[3].split("\t")[-1]  # before it, H has its log-probability
-            found[match[1]].setdefault(int(match[2]), join(words))
-    hypotheses = found["H"]
-    if not hypotheses:
-        raise TranslationError(
-            f"{path}: has no line that begins with H-. Give what fairseq-generate wrote, without --quiet",
-            code="wrong-format",
-        )
-    for kind in "ST":
-        if missing := hypotheses.keys() - found[kind].keys():
-            raise TranslationError(
-                f"{path}: no {kind}-{min(missing)} for H-{min(missing)}. Was the file cut off?", code="damaged-file"
-            )
-    order = sorted(hypotheses)
-    lines = ([found[kind][number] for number in order] for kind in "STH")
-    return Output(*lines, missing=order[-1] + 1 - len(order))
-
-
 def read_reference(path: Path) -> list[str]:
     """The sentences of a file.
 
@@ -87,11 +39,15 @@ def read_reference(path: Path) -> list[str]:
     return list(lines_of(path))
 
 
-def named_reference(name: str) -> list[str]:
+def named_reference(name: str, language: str | None = None) -> list[str]:
     """The reference of a test set that sacrebleu knows, such as `wmt14/full:en-de`. It is downloaded once.
 
+    Args:
+        language: of the translation, which the reference must have.
+
     Raises:
-        TranslationError: there is no such test set or pair of languages, or it cannot be downloaded.
+        TranslationError: there is no such test set or pair of languages, it has another language, or it cannot be
+            downloaded.
     """
     test_set, _, pair = name.partition(":")
     if test_set not in DATASETS:
@@ -102,6 +58,12 @@ def named_reference(name: str) -> list[str]:
         pairs = nearest(pair, DATASETS[test_set].langpairs, "It has")
         raise TranslationError(
             f"test set {test_set} has no languages {pair!r}. {pairs}; write {test_set}:en-de", code="unknown-choice"
+        )
+    if language is not None and (target := target_language(pair.partition("-")[2])) != target_language(language):
+        raise TranslationError(
+            f"test set {name} is in {target!r}, the translation in {language!r}. Give the pair of languages that ends "
+            "with that of the translation",
+            code="conflicting-values",
         )
     try:
         return list(lines_of(Path(get_reference_files(test_set, pair)[0])))
@@ -119,32 +81,60 @@ def compound_split(lines: Iterable[str]) -> list[str]:
     return [re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line) for line in lines]
 
 
-def scores(output: Output, language: str, reference: Sequence[str] | None = None) -> list[Score]:
-    """Tokenised BLEU, the same with compounds split, and sacreBLEU of detokenised text (Post, 2018).
+def scores(
+    output: Output, language: str, reference: Sequence[str] | None = None, tokenizer: str | None = None
+) -> list[Score]:
+    """The kinds of BLEU that this output allows.
+
+    sacreBLEU of detokenised text (Post, 2018) is always among them. Tokenised BLEU needs words that Moses' tokenizer
+    has separated, in hypotheses and references; it is given with compounds split as well for German.
 
     Args:
-        language: of the translation, for detokenising.
+        language: of the translation, such as de, pt_BR or zho_Hans.
         reference: sentences as people wrote them; without it, the detokenised tokens of the data set.
+        tokenizer: of sacrebleu; by default that of the language.
 
     Raises:
-        TranslationError: the reference has another number of lines.
+        TranslationError: there is no reference, it is that of other sentences, or the tokenizer cannot be used.
     """
+    code = target_language(language)
     references, hypotheses = output.references, output.hypotheses
-    if reference is not None and len(reference) != len(hypotheses):
+    raw = detokenize(references, code) if output.tokenised else references
+    if reference is None and not references:
         raise TranslationError(
-            f"the reference has {len(reference)} lines, but there are {len(hypotheses)} translations. Give the "
-            f"reference of the same data set. {ALL}",
+            "the output has no T- lines, as that of fairseq-interactive. Give the translations to compare with "
+            "(--reference)",
+            code="missing-key",
+        )
+    if reference is not None:
+        _check_reference(output, reference, raw)
+        raw = reference
+    kinds = [("sacreBLEU", metric(tokenizer or default_tokenizer(code)), output.detokenized(code), raw)]
+    if references and output.tokenised and code not in UNSEGMENTED:
+        words = metric("none")
+        if code == "de":
+            kinds.insert(0, ("compound split", words, compound_split(hypotheses), compound_split(references)))
+        kinds.insert(0, ("tokenised", words, hypotheses, references))
+    found = []
+    for kind, bleu, ours, theirs in kinds:
+        value = bleu.corpus_score(list(ours), [list(theirs)])
+        found.append(Score(kind, value.score, f"{value.format(score_only=False)} {bleu.get_signature()}"))
+    return found
+
+
+def _check_reference(output: Output, reference: Sequence[str], expected: Sequence[str]) -> None:
+    """The reference must have the sentences that were translated; `expected` are those of the T- lines, if any."""
+    if len(reference) != len(output.hypotheses):
+        why = f": {LEFT_OUT}" if output.references and len(reference) > len(output.hypotheses) else ""
+        raise TranslationError(
+            f"the reference has {len(reference)} lines, but there are {len(output.hypotheses)} translations. Give the "
+            f"reference of the same data set, and translate all of it{why}",
             code="misaligned-data",
         )
-    raw = detokenize(references, language) if reference is None else reference
-    kinds = [
-        ("tokenised", "none", hypotheses, references),
-        ("compound split", "none", compound_split(hypotheses), compound_split(references)),
-        ("sacreBLEU", "13a", output.detokenized(language), raw),
-    ]
-    found = []
-    for kind, tokenizer, ours, theirs in kinds:
-        metric = BLEU(tokenize=tokenizer, force=True)
-        value = metric.corpus_score(list(ours), [list(theirs)])
-        found.append(Score(kind, value.score, f"{value.format(score_only=False)} {metric.get_signature()}"))
-    return found
+    number = first_mismatch(expected, reference) if expected else None
+    if number is not None:
+        raise TranslationError(
+            f"line {number + 1} of the reference is another sentence than the T- line of the output. Give the "
+            "reference of the same data set, in the same order",
+            code="misaligned-data",
+        )
