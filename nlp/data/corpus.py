@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import re
-import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from revnets.config.errors import nearest
+from .errors import DataError as DataError
+from .errors import TranslationError as TranslationError
+from .languages import LANGUAGES as LANGUAGES
+from .languages import base_language
+from .languages import known_language as known_language
+from .languages import languages as languages
+from .text_files import lines_of as lines_of
 
 Pair = tuple[str, str]
 """A sentence and its translation."""
 
-# ISO 639-1, and the languages with a longer code that Moses' tokenizer has rules for.
-_CODES = """
-    aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en
-    eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv
-    ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne
-    ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st
-    su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu mni tdt yue
-"""
-LANGUAGES = frozenset(_CODES.split())
-
-
-class TranslationError(ValueError):
-    """Data cannot be used. The message is one line: what was given, what is wrong with it and what to do.
-
-    `code` is the kind of error, one of `revnets.config.error_codes.CODES`.
-    """
-
-    def __init__(self, message: str, code: str = "invalid-value"):
-        super().__init__(message)
-        self.code = code
-
-
-DataError = TranslationError
-"""The former name."""
+_ROLES = ({"source", "src", "original", "input"}, {"target", "tgt", "trg", "translation", "reference", "ref", "output"})
+_NAMES = dict(
+    ar="arabic", bg="bulgarian", cs="czech", da="danish", de="german", el="greek", en="english", es="spanish",
+    et="estonian", fi="finnish", fr="french", he="hebrew", hi="hindi", hu="hungarian", it="italian", ja="japanese",
+    ko="korean", lt="lithuanian", lv="latvian", nl="dutch", no="norwegian", pl="polish", pt="portuguese",
+    ro="romanian", ru="russian", sk="slovak", sl="slovenian", sv="swedish", tr="turkish", uk="ukrainian",
+    vi="vietnamese", zh="chinese",
+)  # fmt: skip
+"""Names of columns of a table, by role and by language."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +38,12 @@ class Corpus:
         paths: the source's and the target's file, line by line; or one file of tab-separated fields. A name that ends
             in .gz is decompressed while it is read. Of SGML files (.sgm) the segments are read.
         fields: which fields of a table hold source and target, counted from 1. The last two unless given.
+        languages: of source and target, by whose names the header of a table is recognized.
     """
 
     paths: tuple[Path, ...]
     fields: tuple[int, int] | None = None
+    languages: Pair | None = None
 
     def __post_init__(self) -> None:
         if len(self.paths) not in (1, 2):
@@ -67,17 +56,34 @@ class Corpus:
         return " and ".join(map(str, self.paths))
 
     def pairs(self) -> Iterator[Pair]:
-        """All pairs in order, without line ends. Fields are taken as they are, the empty ones too.
+        """All pairs in order, without line ends and the header of a table. Fields are taken as they are, the empty
+        ones too.
 
         Raises:
             TranslationError: a file is missing, empty, damaged, no UTF-8, or the two do not have equally many lines.
         """
         empty = True
-        for pair in self._aligned() if len(self.paths) == 2 else self._table():
+        for number, pair in enumerate(self._aligned() if len(self.paths) == 2 else self._table()):
             empty = False
-            yield pair
+            if number or len(self.paths) == 2 or not self._names_columns(pair):
+                yield pair
         if empty:
             raise TranslationError(f"{self}: there is no line in it. Give text, one sentence a line", code="empty-file")
+
+    def header(self) -> Pair | None:
+        """The first line of a table if it names the columns, as in `source<tab>target`, `en<tab>de`."""
+        first = next(self._table(), None) if len(self.paths) == 1 else None
+        return first if first and self._names_columns(first) else None
+
+    def _names_columns(self, pair: Pair) -> bool:
+        names = [cell.strip("\"' ").casefold() for cell in pair]
+        if any(names[0] in left and names[1] in right for left, right in (_ROLES, _ROLES[::-1])):
+            return True
+        known = [{code.casefold(), base, _NAMES.get(base, base)} for code, base in self._codes()]
+        return len(known) == 2 and any(names[0] in left and names[1] in right for left, right in (known, known[::-1]))
+
+    def _codes(self) -> list[tuple[str, str]]:
+        return [(code, base_language(code)) for code in self.languages or ()]
 
     def _aligned(self) -> Iterator[Pair]:
         with ExitStack() as stack:
@@ -102,8 +108,10 @@ class Corpus:
 
     def _table(self) -> Iterator[Pair]:
         (path,) = self.paths
+        count = 0
         for number, line in enumerate(lines_of(path), 1):
             row = line.split("\t")
+            count = count or len(row)
             left, right = self.fields or (len(row) - 1, len(row))
             if min(left, right) < 1 or max(left, right) > len(row):
                 wanted = f"fields {left} and {right} are" if self.fields else "two are"
@@ -112,72 +120,13 @@ class Corpus:
                     f"{path}, line {number}: {found}, {wanted} needed. Give a table, two files, or other --fields",
                     code="wrong-format",
                 )
+            if not self.fields and len(row) != count:
+                raise TranslationError(
+                    f"{path}, line {number}: {len(row)} fields between tabs, but line 1 has {count}. Give as many in "
+                    "every line, or say which hold the pair with --fields",
+                    code="wrong-format",
+                )
             yield row[left - 1], row[right - 1]
-
-
-def languages(text: str) -> Pair:
-    """Read a pair of languages such as `en-de`.
-
-    Raises:
-        TranslationError: not two different codes of languages.
-    """
-    codes = text.split("-")
-    if len(codes) != 2 or codes[0] == codes[1]:
-        raise TranslationError(f"languages {text!r}: give source and target, such as en-de", code="invalid-syntax")
-    for code in codes:
-        known_language(code)
-    return codes[0], codes[1]
-
-
-def known_language(code: str) -> str:
-    """The code itself.
-
-    Raises:
-        TranslationError: no language has it.
-    """
-    if code not in LANGUAGES:
-        remedy = nearest(code, sorted(LANGUAGES), "Give a code of ISO 639-1, such as en or de; known are")
-        raise TranslationError(f"language {code!r} is not known. {remedy}", code="unknown-choice")
-    return code
-
-
-SEGMENT = re.compile(r'<seg id="[^"]*">\s*(.*?)\s*</seg>')
-
-
-def lines_of(path: Path) -> Generator[str]:
-    """The lines of a text (.gz: decompressed; .sgm: its segments), which end at a line feed and nowhere else.
-
-    Other separators of Unicode would shift one side against the other.
-
-    Raises:
-        TranslationError: the file is missing, damaged or no UTF-8.
-    """
-    number, raw = 0, b""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            sgml = ".sgm" in path.suffixes
-            for number, raw in enumerate(file, 1):
-                line = raw.decode("utf-8").rstrip("\r\n")
-                if number == 1:
-                    line = line.removeprefix("\ufeff")
-                if not sgml:
-                    yield line
-                elif found := SEGMENT.search(line):
-                    yield found[1]
-    except FileNotFoundError:
-        raise TranslationError(f"{path}: there is no such file. Check the path", code="missing-file") from None
-    except IsADirectoryError:
-        raise TranslationError(f"{path}: this is a folder. Give the file with the text", code="not-a-file") from None
-    except UnicodeDecodeError:
-        code = "UTF-16" if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "ISO-8859-1"
-        fix = f"iconv -f {code} -t UTF-8 {path.name}"
-        raise TranslationError(
-            f"{path}, line {number}: not UTF-8. Convert it first, for instance with {fix}", code="invalid-encoding"
-        ) from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TranslationError(
-            f"{path}: damaged gzip after line {number} ({error}). Get the file again", code="damaged-file"
-        ) from None
 
 
 def named(template: str, codes: Pair) -> tuple[Path, ...]:

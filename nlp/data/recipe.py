@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -81,11 +82,10 @@ class Recipe(Strict):
     @classmethod
     def _known(cls, text: str) -> str:
         try:
-            languages(text)
+            return "-".join(languages(text))
         except TranslationError as error:
             text, _, remedy = str(error).partition(". ")
             raise problem(text, remedy, code=error.code) from None
-        return text
 
     @field_validator("valid", "test")
     @classmethod
@@ -93,6 +93,14 @@ class Recipe(Strict):
         if isinstance(value, int) and value < 1:
             raise problem(f"{value} pairs are too few", "Draw at least 1", code="out-of-range")
         return value
+
+    @field_validator("downloads")
+    @classmethod
+    def _names_differ(cls, downloads: tuple[Download, ...]) -> tuple[Download, ...]:
+        names = Counter(item.file.casefold() for item in downloads)
+        if repeated := next((item.file for item in downloads if names[item.file.casefold()] > 1), None):
+            raise problem(f"two downloads are called {repeated}", "Give one another `name`", code="name-clash")
+        return downloads
 
     @model_validator(mode="after")
     def _one_every(self) -> Recipe:
@@ -120,6 +128,7 @@ class Recipe(Strict):
             Corpus(
                 find_files(text, folders, self.codes) if isinstance(text, str) else _beside(folders[-1], text),
                 self.fields,
+                self.codes,
             )
             for text in texts
             if isinstance(text, (str, tuple))

@@ -1,17 +1,23 @@
-"""Sentences to tokens, tokens to sub-words, many at a time and in several processes."""
+"""Sentences to tokens, tokens to sub-words, many at a time and in several processes.
+
+Other processes import this module, and so it imports nothing that imports torch.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from io import StringIO
 from itertools import chain, islice
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import regex
@@ -19,7 +25,8 @@ from sacremoses import MosesDetokenizer, MosesPunctNormalizer, MosesTokenizer
 from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
 
-from .corpus import TranslationError
+from .errors import TranslationError
+from .languages import base_language
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,7 +53,7 @@ def tokenize(lines: Sequence[str], language: str, normalize: bool = True, aggres
     Args:
         normalize: run Moses' normalize-punctuation first, and turn what cannot be printed into spaces.
     """
-    normalizer, tokenizer = _moses(language)
+    normalizer, tokenizer = _moses(base_language(language))
     if normalize:
         lines = [_CONTROL.sub(" ", normalizer.normalize(line)) for line in lines]
     else:
@@ -56,7 +63,7 @@ def tokenize(lines: Sequence[str], language: str, normalize: bool = True, aggres
 
 def detokenize(lines: Iterable[str], language: str) -> list[str]:
     """Sentences as people write them, from tokens between spaces."""
-    detokenizer = MosesDetokenizer(language)
+    detokenizer = MosesDetokenizer(base_language(language))
     return [str(detokenizer.detokenize(line.split())) for line in lines]
 
 
@@ -106,9 +113,40 @@ def blocks(items: Iterable[T], size: int = 4096) -> Iterator[list[T]]:
 FEW = 8
 """So many items, or fewer, are done before other processes have started."""
 
+MOST = 16
+"""Processes by default, at most: beyond that, reading and writing take longer than their work."""
+
+
+def default_workers() -> int:
+    """As many processes as this one may use cores, up to `MOST`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST)
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Processes that are spawned here import the module of their function alone.
+
+    They would import the main module as well, and that of the command `revnets` imports torch, which takes each process
+    seconds and several hundred megabytes.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
 
 def ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Like `map`, in several processes, with at most a few items under way, so that endless input is welcome."""
+    """Like `map`, in several processes, with at most a few items under way, so that endless input is welcome.
+
+    Args:
+        function: of a module, not of the main one.
+
+    Raises:
+        TranslationError: a process was killed.
+    """
     iterator = iter(items)
     first = list(islice(iterator, FEW + 1))
     items = chain(first, iterator)
@@ -119,7 +157,8 @@ def ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Ite
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
             for item in items:
-                pending.append(pool.submit(function, item))
+                with _without_main_module():
+                    pending.append(pool.submit(function, item))
                 if len(pending) > 4 * workers:
                     yield pending.popleft().result()
             while pending:
