@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import http.client
+import lzma
 import os
 import re
+import socket
 import ssl
 import tarfile
 import time
@@ -16,18 +19,31 @@ import zlib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from revnets.config.errors import problem
 from revnets.config.loader import Strict
 from revnets.utils.atomic_files import TEMPORARY, replacing_folder
 
-from .corpus import TranslationError
+from .errors import TranslationError
 
 BLOCK = 1 << 20
 DIGITS = {"md5": 32, "sha1": 40, "sha256": 64}
+SCHEMES = ("https", "http", "ftp", "file")
+LARGEST = 1 << 38
+"""Bytes of a download whose size the recipe does not know, and of what is unpacked."""
 
+EXPANSION = 200
+"""How many times the size of an archive its files may have, beyond a gigabyte."""
+
+MEMBERS = 100_000
+"""Files in an archive."""
+
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names that no file may have on Windows."""
 
 NETWORK = (
     urllib.error.URLError,
@@ -63,6 +79,34 @@ class Download(Strict):
                 raise problem(f"{text!r} is no checksum", remedy, code="invalid-syntax")
         return text
 
+    @field_validator("url")
+    @classmethod
+    def _is_address(cls, url: str) -> str:
+        remedy = f"Give an address such as https://host/file.tgz ({', '.join(SCHEMES)})"
+        if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
+            remedy = "Write other characters than those of ASCII, and spaces, as %20 and the like"
+            raise problem(f"{url!r} is no address", remedy, code="invalid-syntax")
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme.lower() in SCHEMES and (bool(parts.hostname) or parts.scheme.lower() == "file")
+            _ = parts.port  # checked when it is asked for
+        except ValueError as error:
+            raise problem(f"{url!r} is no address ({error})", remedy, code="invalid-syntax") from None
+        if not known or not parts.path:
+            raise problem(f"{url!r} is no address of a file", remedy, code="invalid-syntax")
+        return url
+
+    @model_validator(mode="after")
+    def _is_file_name(self) -> Download:
+        name, key = self.file, "name" if self.name else "url"
+        remedy = "Give `name`: that of a file, without a folder"
+        if not name:
+            raise problem(f"{self.url!r} ends without the name of a file", remedy, key, code="missing-key")
+        wrong = _NOT_IN_NAMES.search(name) or _RESERVED.fullmatch(name) or len(os.fsencode(name)) > 200
+        if wrong or name.startswith(".") or name.endswith((".", " ")) or name != name.strip():
+            raise problem(f"{name!r} cannot be the name of a file", remedy, key, code="invalid-syntax")
+        return self
+
     @property
     def file(self) -> str:
         return self.name or unquote(Path(urlsplit(self.url).path).name)
@@ -78,7 +122,7 @@ def fetch(item: Download, folder: Path, progress: Progress, attempts: int = 5, w
         TranslationError: it cannot be had, or is not what the recipe names.
     """
     path = folder / item.file
-    task = progress.add_task(item.file, total=item.size)
+    task = progress.add_task(escape(item.file), total=item.size)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{item.file}{TEMPORARY}"
@@ -86,9 +130,10 @@ def fetch(item: Download, folder: Path, progress: Progress, attempts: int = 5, w
             try:
                 _receive(item, partial, progress, task)
                 break
-            except NETWORK as error:
-                final = attempt + 1 == attempts or item.url.startswith("file:")
-                if final or (isinstance(error, urllib.error.HTTPError) and error.code < 500):
+            except TranslationError:
+                raise
+            except (*NETWORK, ValueError) as error:  # the latter of an address or a length that a server gave
+                if attempt + 1 == attempts or _is_lasting(item, error):
                     reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
                     raise TranslationError(
                         f"{item.url}: {reason}. Run the command again to go on, or put the file at {path} by hand",
@@ -100,6 +145,17 @@ def fetch(item: Download, folder: Path, progress: Progress, attempts: int = 5, w
     else:
         _check(item, path, progress, task)
     return path
+
+
+def _is_lasting(item: Download, error: Exception) -> bool:
+    """Whether trying again cannot help."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code < 500
+    reason = getattr(error, "reason", error)
+    unknown_host = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
+    return (
+        unknown_host or item.url.lower().startswith("file:") or isinstance(error, (ValueError, http.client.InvalidURL))
+    )
 
 
 def _receive(item: Download, partial: Path, progress: Progress, task: TaskID) -> None:
@@ -127,13 +183,26 @@ def _receive(item: Download, partial: Path, progress: Progress, task: TaskID) ->
         total = have + int(length) if length is not None else item.size
         progress.update(task, total=total, completed=have)
         with open(partial, "ab" if have else "wb") as file:
-            while block := response.read(BLOCK):
-                file.write(block)
-                progress.advance(task, len(block))
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                while block := response.read(BLOCK):
+                    if file.tell() + len(block) > (most := item.size or LARGEST):
+                        raise _too_large(item, partial, most)
+                    file.write(block)
+                    progress.advance(task, len(block))
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                    raise
+                raise OSError(error.errno, error.strerror, str(partial)) from error
             if total is not None and file.tell() < total:
                 raise http.client.IncompleteRead(b"", total - file.tell())
+
+
+def _too_large(item: Download, partial: Path, most: int) -> TranslationError:
+    partial.unlink()
+    where = "as the recipe says" if item.size else "which is the most that is taken. Give its `size`"
+    return TranslationError(f"{item.url}: sends more than {most:,} bytes, {where}", code="checksum-mismatch")
 
 
 def _check(item: Download, path: Path, progress: Progress, task: TaskID) -> None:
@@ -155,21 +224,64 @@ def _check(item: Download, path: Path, progress: Progress, task: TaskID) -> None
     )
 
 
+_DAMAGE = (
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    KeyError,
+)
+"""What reading a damaged archive raises."""
+
+
+class _Member(tarfile.TarInfo):
+    """A file of an archive. `tarfile` reads long names and other headers into memory, of whatever size they claim."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _HEADERS and member.size > BLOCK:
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
+        return member
+
+
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
 def extract_archive(archive: Path, folder: Path, progress: Progress) -> Path:
     """Unpack a tar archive, compressed or not, into a folder that appears when it is complete.
 
     Raises:
-        TranslationError: the archive is damaged, or would write outside of the folder.
+        TranslationError: the archive is damaged, much larger than a text is when it is unpacked, or would write outside
+            of the folder.
     """
     target = folder / archive.name
     if not target.exists():
-        task = progress.add_task(f"unpack {archive.name}", total=archive.stat().st_size)
+        size = archive.stat().st_size
+        task = progress.add_task(f"unpack {escape(archive.name)}", total=size)
         try:
-            with replacing_folder(target) as partial, open(archive, "rb") as file, tarfile.open(fileobj=file) as tar:
-                for member in tar:
+            with (
+                replacing_folder(target) as partial,
+                open(archive, "rb") as file,
+                tarfile.open(fileobj=file, tarinfo=_Member) as tar,
+            ):
+                total = 0
+                for count, member in enumerate(tar, 1):
+                    total += member.size
+                    if count > MEMBERS or total > max(1 << 30, min(EXPANSION * size, LARGEST)):
+                        raise tarfile.ReadError(f"more than {count - 1:,} files or {total:,} bytes in {size:,}")
                     tar.extract(member, partial, filter="data")
                     progress.update(task, completed=file.tell())
-        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        except _DAMAGE as error:
             reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
             raise TranslationError(
                 f"{archive}: no archive that can be unpacked ({reason}). Delete it and run again",

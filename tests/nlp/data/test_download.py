@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import os
 import random
+import socket
 import tarfile
 import threading
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,8 +22,10 @@ from tests.support.errors import raises_error
 
 pytest.importorskip("sacremoses")
 
+from nlp.data import download
 from nlp.data.corpus import TranslationError
 from nlp.data.download import Download, extract_archive, fetch
+from nlp.data.recipe import Recipe
 from revnets.config.loader import load
 
 CONTENT = random.Random(0).randbytes(300_007)
@@ -32,6 +38,8 @@ class Server(ThreadingHTTPServer):
     Attributes:
         breaks: the lengths at which the next answers break off.
         ranges: whether it can start in the middle.
+        moved_to: where it redirects to.
+        has_length: whether it says how long an answer is.
         asked: the Range of every request.
     """
 
@@ -41,6 +49,8 @@ class Server(ThreadingHTTPServer):
         self.ranges = True
         self.failures: list[int] = []
         self.asked: list[str | None] = []
+        self.moved_to: str | None = None
+        self.has_length = True
 
     def url(self, name: str = "file.bin") -> str:
         return f"http://127.0.0.1:{self.server_port}/{name}"
@@ -51,6 +61,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(self.headers.get("Range"))
+        if self.server.moved_to is not None:
+            self.send_response(302)
+            self.send_header("Location", self.server.moved_to)
+            self.end_headers()
+            return
         if self.server.failures:
             self.send_error(self.server.failures.pop(0))
             return
@@ -60,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         body = CONTENT[start:]
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        if self.server.has_length:
+            self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", "text/html" if self.path.endswith("page.bin") else "application/octet-stream")
         self.end_headers()
         self.wfile.write(body[: self.server.breaks.pop(0)] if self.server.breaks else body)
@@ -157,6 +173,107 @@ def test_a_checksum_in_a_recipe_is_checked(text):
         code="invalid-syntax", key="checksum", names=[repr(text), "md5:<32 ", "sha1:<40 ", "sha256:<64 "]
     ):
         load(Download, {"url": "http://x/y", "checksum": text})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "",
+            "x",
+            "x/y.tgz",
+            "/abs/y.tgz",
+            "//h/y.tgz",
+            "http:",
+            "http://",
+            "http:///y.tgz",
+            "http://[::1",
+            "http://h:x/y",
+        ),
+        *("http://h:99999/y", "http://a b/y", "http://h/a b", "http://h/\0", "http://h/a\nb", "http://h/\u00e9"),
+        *("gopher://h/y", "javascript:alert(1)", "data:text/plain,x", "HTTPX://h/y", "s3://bucket/y", "http://h"),
+    ],
+)
+def test_an_address_in_a_recipe_is_checked(url):
+    with raises_error(code="invalid-syntax", key="downloads.0.url", names="address"):
+        load(Recipe, {**RECIPE, "downloads": [{"url": url, "name": "y"}]})
+
+
+RECIPE = {"languages": "en-de", "train": ["x.{lang}"], "valid": 1, "test": 1}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../x", "/abs", "a/b", "a\\b", "..", ".", ".x", "a\0b", "a\nb", "CON", "nul.tgz", "com1", "LPT9.tar.gz"),
+        *("C:x", "a*", "a?", "x.", "x ", " x", "x" * 300),
+    ],
+)
+def test_a_name_in_a_recipe_is_checked(name):
+    with raises_error(code="invalid-syntax", key="downloads.0.name"):
+        load(Recipe, {**RECIPE, "downloads": [{"url": "http://h/y", "name": name}]})
+
+
+def test_a_name_is_that_of_the_address():
+    assert Download(url="http://h/a/b%20c.tgz?q=1#f").file == "b c.tgz"
+    with raises_error(code="invalid-syntax", key="url", names="'../x'"):
+        load(Download, {"url": "http://h/..%2Fx"})
+    with raises_error(code="missing-key", key="url", names="name"):
+        load(Download, {"url": "http://h/"})
+    with raises_error(code="name-clash", key="downloads", names="A.tgz"):
+        load(Recipe, {**RECIPE, "downloads": [{"url": "http://h/A.tgz"}, {"url": "http://g/a.tgz"}]})
+
+
+@pytest.mark.parametrize("to", ["file:///etc/hostname", "http://[::1", "gopher://h/y", "http://h\u00e9/y"])
+def test_a_redirection_to_elsewhere_is_refused_at_once(server, tmp_path, to):
+    server.moved_to = to
+    with raises_error(TranslationError, code="download-failed", names=[server.url(), str(tmp_path / "file.bin")]):
+        get(server.url(), tmp_path)
+    assert len(server.asked) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_more_than_the_recipe_says_is_not_taken(server, tmp_path):
+    server.has_length = False
+    with raises_error(TranslationError, code="checksum-mismatch", names=[server.url(), "1,000 bytes"]):
+        get(server.url(), tmp_path, size=1000)
+    assert os.listdir(tmp_path) == []
+    assert get(server.url(), tmp_path, size=len(CONTENT)).read_bytes() == CONTENT
+
+
+def test_an_unknown_host_is_not_asked_again(tmp_path, monkeypatch):
+    asked = []
+
+    def unknown(*_args, **_options):
+        asked.append(1)
+        raise urllib.error.URLError(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", unknown)
+    with raises_error(TranslationError, code="download-failed", names="Name or service not known"):
+        get("http://nowhere.invalid/x", tmp_path)
+    assert len(asked) == 1
+
+
+def test_archives_that_are_much_larger_inside(tmp_path, monkeypatch):
+    """Bytes, files, and a header, each of which would take a disk, a folder or the memory."""
+    monkeypatch.setattr(download, "MEMBERS", 20)
+    many = archive(tmp_path / "many.tgz", {f"x{number}": b"" for number in range(21)})
+    large = tmp_path / "large.tgz"
+    with gzip.open(large, "wb") as file:
+        file.write(tar_header("x", 1 << 40, tarfile.REGTYPE) + bytes(5000))
+    header = tmp_path / "header.tgz"
+    with gzip.open(header, "wb") as file:
+        file.write(tar_header("x", 3 << 30, tarfile.XHDTYPE) + bytes(5000))
+    for path, names in ((many, "20 files"), (large, "1,099,511,627,776 bytes"), (header, "no archive")):
+        with raises_error(TranslationError, code="damaged-file", names=[str(path), names]):
+            extract_archive(path, tmp_path / "work", Progress(disable=True))
+    assert os.listdir(tmp_path / "work") == []
+
+
+def tar_header(name: str, size: int, kind: bytes) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
 
 
 def archive(path: Path, names: dict[str, bytes]) -> Path:
