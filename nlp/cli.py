@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +25,8 @@ def prepare_mt(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
     languages: Annotated[
-        str | None, typer.Option("--languages", "-l", help="Source and target, e.g. en-de.", show_default=False)
+        str | None,
+        typer.Option("--languages", "-l", help="Source and target, e.g. en-de or en-pt_BR.", show_default=False),
     ] = None,
     valid: Annotated[str | None, typer.Option(help="How many pairs to draw for validation, or a text. (2000)")] = None,
     test: Annotated[str | None, typer.Option(help="How many pairs to draw for the test, or a text. (2000)")] = None,
@@ -42,7 +42,9 @@ def prepare_mt(
         bool | None,
         typer.Option(help="Drop repeated pairs, and training pairs that share a sentence with a drawn one. (yes)"),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. (one a core, at most 16)", show_default=False)
+    ] = None,
     downloads: Annotated[Path, typer.Option(help="Where archives of a recipe are kept.")] = Path("downloads"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder made in another way.")] = False,
 ) -> None:
@@ -73,9 +75,10 @@ def prepare_mt(
     with reported():
         from .data.prepare import prepare
         from .data.recipe import read_recipe
+        from .data.tokenization import default_workers
 
         recipe, base = read_recipe(corpus, given)
-        facts = prepare(recipe, output, base, downloads, workers, overwrite)
+        facts = prepare(recipe, output, base, downloads, workers or default_workers(), overwrite)
         _show(output, facts)
 
 
@@ -185,11 +188,19 @@ def score_mt(
 def _show(output: Path, facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=str(output), title_justify="left", show_header=False)
+    from .data.binarization import unknown_words
+
+    unknown = unknown_words(output)
+    table = Table(title=Text(str(output)), title_justify="left", show_header=bool(unknown))
+    table.add_column()
+    table.add_column("number", justify="right")
+    table.add_column("<unk>, %")
     for name, count in facts.items():
         if count:
-            table.add_row(name, f"{count:,}")
+            shares = ", ".join(f"{code} {share:.2f}" for code, share in unknown.get(name, {}).items())
+            table.add_row(name, f"{count:,}", shares)
     Console().print(table)
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -22,20 +20,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from revnets.utils.atomic_files import remove_leftovers
 
+from .binarization import LOG, check_sentences, rename_in_log, run_preprocess
 from .corpus import Pair, TranslationError, named
 from .download import extract_archive, fetch
+from .languages import UNSEGMENTED, base_language
+from .output_folder import check_inputs, check_replaceable
 from .recipe import Clean, Recipe
-from .resumable_steps import Facts, Stages
-from .splits import DROPPED, SPLITS, choose
-from .tokenization import blocks, learn, ordered, segment, tokenize
+from .resumable_steps import NOTE, Facts, Stages
+from .sentence_pairs import PairWriter, SentencePair, read_lines, read_pairs, same, segmented, tokenized
+from .splits import DROPPED, SPLITS, choose, drawn_counts
+from .tokenization import blocks, learn, ordered
 
+UNFIT = "unfit.npy"
+"""Beside text in sub-words: which pairs of the training text cleaning drops, as far as they were looked at."""
 
-class SentencePair(NamedTuple):
-    """A pair on its way, and as it was read."""
-
-    split: str
-    pair: Pair
-    raw: Pair
+REDRAWN = "redrawn"
+"""Folder of the same steps for another draw."""
 
 
 def prepare(
@@ -64,13 +64,19 @@ def prepare(
         TranslationError: one line on what is wrong with the data.
     """
     console = console or Console()
-    stages = Stages(_inputs(recipe, base))
+    inputs = _inputs(recipe, base)
+    stages, named_output, output = Stages(inputs), output, Path(os.path.realpath(output))
     if (facts := stages.facts(output)) is not None:
-        console.print(f"{output} is there already, made by the same recipe from the same files", soft_wrap=True)
+        text = f"{named_output} is there already, made by the same recipe from the same files"
+        console.print(text, soft_wrap=True, markup=False)
         return facts
-    if output.exists() and not overwrite:
+    read = [*map(Path, inputs["files"]), *([downloads] if recipe.downloads else [])]
+    check_replaceable(named_output, read)
+    work = output.with_name(output.name + ".work")
+    check_inputs(work, read)
+    if output.exists() and any(output.iterdir()) and not overwrite:
         raise TranslationError(
-            f"{output} is there, made in another way. Give another --output, or --overwrite to replace it",
+            f"{named_output} is there, made in another way. Give another --output, or --overwrite to replace it",
             code="settings-differ",
         )
     if find_spec("fairseq_cli") is None:  # it comes last, and the other steps can take hours
@@ -78,8 +84,13 @@ def prepare(
             "fairseq is not installed, which binarises the text. Try: pip install 'revnets[nlp]'",
             code="missing-dependency",
         )
-    work = output.with_name(output.name + ".work")
-    remove_leftovers(work)
+    if recipe.tokenize and (unsegmented := [code for code in recipe.codes if base_language(code) in UNSEGMENTED]):
+        console.print(
+            f"warning: {' and '.join(unsegmented)}: Moses' tokenizer does not segment text without spaces, so that "
+            "clauses become words. Segment it first, and set `tokenize: false` in a recipe",
+            style="yellow",
+            soft_wrap=True,
+        )
     remove_leftovers(output.parent, output.name)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
@@ -87,17 +98,51 @@ def prepare(
             archives = [fetch(item, downloads, progress) for item in recipe.downloads]
             folders = [extract_archive(archive, work, progress) for archive in archives]
             steps = _Steps(recipe, (*folders, base), work, workers, progress)
-            facts = stages.run(work / "chosen", steps.choose)
-            stages.run(work / "tokens", steps.tokenize)
-            if recipe.merges is not None:
-                facts |= stages.run(work / "codes", steps.learn)
-            found = facts | stages.run(work / "units", steps.split)
-            facts = stages.run(output, lambda folder: found | steps.binarize(folder))
+            steps, found = _cleaned(steps, stages)
+
+            def fill(folder: Path) -> Facts:
+                facts = found | steps.binarize(folder, output, found)
+                check_replaceable(named_output, read)  # hours may have passed
+                return facts
+
+            facts = stages.run(output, fill)
     finally:
         with suppress(OSError):  # it is not there, or not empty: it is of use for the next call
             work.rmdir()
-    shutil.rmtree(work)
+    _remove(work, [folder.name for folder in folders])
     return facts
+
+
+def _cleaned(steps: _Steps, stages: Stages) -> tuple[_Steps, Facts]:
+    """All steps up to text in sub-words, with as many pairs in valid and test as the recipe says.
+
+    Which pairs cleaning drops is known only when there are sub-words, and these are learnt from what was not drawn. So
+    where one that was drawn is dropped, another is drawn, and the steps are done again: once, rarely twice.
+    """
+    while True:
+        remove_leftovers(steps.work)
+        facts = stages.run(steps.work / "chosen", steps.choose)
+        stages.run(steps.work / "tokens", steps.tokenize)
+        if steps.recipe.merges is not None:
+            facts |= stages.run(steps.work / "codes", steps.learn)
+        facts |= stages.run(steps.work / "units", steps.split)
+        unfit = steps.work / "units" / UNFIT
+        wanted = drawn_counts(steps.recipe)
+        if all(facts.get(name, 0) == count for name, count in wanted.items()) or not unfit.exists():
+            return steps, facts
+        steps = replace(steps, work=steps.work / REDRAWN, before=unfit)
+
+
+def _remove(work: Path, archives: Sequence[str] = ()) -> None:
+    """Delete what was made in the folder of half-done work, and the folder if nothing else is in it."""
+    if (work / REDRAWN).exists():
+        _remove(work / REDRAWN)
+    for folder in (work / name for name in ("chosen", "tokens", "codes", "units", *archives)):
+        if (folder / NOTE).exists() or folder.name in archives:
+            shutil.rmtree(folder, ignore_errors=True)
+    (work / LOG).unlink(missing_ok=True)
+    with suppress(OSError):
+        work.rmdir()
 
 
 @dataclass
@@ -109,12 +154,18 @@ class _Steps:
     work: Path
     workers: int
     progress: Progress
+    before: Path | None = None  # which pairs cleaning dropped, when this was done before
 
     def choose(self, folder: Path) -> Facts:
         """Read everything once, so that bad input is told before any work is done, and choose the splits."""
+        for corpus in chain.from_iterable(self.recipe.corpora(name, self.folders) for name in SPLITS):
+            if header := corpus.header():
+                text = f"{corpus}: line 1 names the columns ({', '.join(header)}), so it is no pair"
+                self.progress.console.print(text, soft_wrap=True, markup=False)
         task = self.progress.add_task("read", total=None)
         given = sum(1 for name in SPLITS[1:] for _ in self._read(name, task))
-        chosen, facts = choose(self._read("train", task), self.recipe)
+        unfit = None if self.before is None else np.load(self.before)
+        chosen, facts = choose(self._read("train", task), self.recipe, unfit)
         self.progress.update(task, total=len(chosen) + given)
         np.save(folder / "chosen.npy", chosen)
         return facts
@@ -122,13 +173,12 @@ class _Steps:
     def tokenize(self, folder: Path) -> Facts:
         chosen = np.load(self.work / "chosen" / "chosen.npy").tolist()
         task = self.progress.add_task("tokenise", total=len(chosen))
-        taken = zip(chosen, self._read("train", task), strict=True)
-        train = (SentencePair(SPLITS[index], pair, pair) for index, pair in taken if index != DROPPED)
+        train = self._chosen(chosen, task)
         given = (SentencePair(name, pair, pair) for name in SPLITS[1:] for pair in self._read(name))
-        work = partial(_tokenize, codes=self.recipe.codes, dashes=self.recipe.aggressive_dashes)
-        with _Writer(folder, self.recipe.codes) as writer:
+        work = partial(tokenized, codes=self.recipe.codes, dashes=self.recipe.aggressive_dashes)
+        with PairWriter(folder, self.recipe.codes) as writer:
             for rows, normalize in ((train, True), (given, self.recipe.normalize == "all")):
-                function = partial(work, normalize=normalize) if self.recipe.tokenize else _same
+                function = partial(work, normalize=normalize) if self.recipe.tokenize else same
                 for row in chain.from_iterable(ordered(function, blocks(rows), self.workers)):
                     writer.write(row)
         return {}
@@ -137,7 +187,7 @@ class _Steps:
         assert self.recipe.merges is not None
         task = self.progress.add_task("learn sub-words", total=self.recipe.merges)
         files = [self.work / "tokens" / f"train.{code}" for code in self.recipe.codes]
-        lines = chain.from_iterable(map(_lines, files))
+        lines = chain.from_iterable(map(read_lines, files))
         learnt = learn(lines, self.recipe.merges, folder / "codes", lambda: self.progress.advance(task))
         self.progress.update(task, total=learnt, completed=learnt)
         return {"merges": learnt}
@@ -145,21 +195,28 @@ class _Steps:
     def split(self, folder: Path) -> Facts:
         """Sub-words; pairs that came from the training text are cleaned by their number."""
         task = self.progress.add_task("split into sub-words", total=None)
-        work = _same if self.recipe.merges is None else partial(_split, codes=self.work / "codes" / "codes")
+        work = same if self.recipe.merges is None else partial(segmented, codes=self.work / "codes" / "codes")
         kept, dropped = Counter[str](), Counter[str]()
         own = [name for name in SPLITS if name == "train" or not self.recipe.corpora(name, self.folders)]
-        with _Writer(folder, self.recipe.codes) as writer:
-            rows = chain.from_iterable(_rows(self.work / "tokens", name, self.recipe.codes) for name in SPLITS)
+        chosen = np.load(self.work / "chosen" / "chosen.npy")
+        unfit = np.zeros(len(chosen), bool) if self.before is None else np.load(self.before)
+        numbers = {name: iter(np.flatnonzero(chosen == SPLITS.index(name))) for name in own}
+        with PairWriter(folder, self.recipe.codes) as writer:
+            rows = chain.from_iterable(read_pairs(self.work / "tokens", name, self.recipe.codes) for name in SPLITS)
             for block in ordered(work, blocks(rows), self.workers):
                 for row in block:
                     reason = _reason(self.recipe.clean, row.pair) if row.split in own else None
+                    number = next(numbers[row.split]) if row.split in own else None
                     if reason:
                         dropped[reason] += 1
+                        unfit[number] = True
                     else:
                         kept[row.split] += 1
                         writer.write(row)
                 self.progress.advance(task, len(block))
-        if missing := [name for name in SPLITS if not kept[name]]:
+        np.save(folder / UNFIT, unfit)
+        drawn = drawn_counts(self.recipe)
+        if missing := [name for name in SPLITS if not kept[name] and name not in drawn]:
             why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             raise TranslationError(
                 f"no pair is left for {missing[0]}: {why}. Allow longer sentences, or other ratios", code="empty-data"
@@ -167,30 +224,44 @@ class _Steps:
         self.progress.update(task, total=kept.total() + dropped.total())
         return dict(dropped | kept)
 
-    def binarize(self, folder: Path) -> Facts:
-        """fairseq-preprocess, and beside its files whatever else translating and scoring need."""
+    def binarize(self, folder: Path, output: Path, written: Facts) -> Facts:
+        """fairseq-preprocess, and beside its files whatever else translating and scoring need.
+
+        Args:
+            output: the name that the folder is going to have.
+            written: how many pairs each split has.
+        """
         task = self.progress.add_task("binarise", total=None)
-        units, (source, target) = self.work / "units", self.recipe.codes
-        command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary", "--destdir", str(folder)]
-        command += ["--source-lang", source, "--target-lang", target, "--workers", str(self.workers)]
-        command += [word for name in SPLITS for word in (f"--{name}pref", str(units / name))]
-        if self.recipe.words is not None:
-            command += ["--nwordssrc", str(self.recipe.words), "--nwordstgt", str(self.recipe.words)]
-        log = self.work / "preprocess.log"
-        with open(log, "w", encoding="utf-8") as file:
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
-        if done.returncode:
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise TranslationError(
-                f"fairseq-preprocess failed: {''.join(last)}. All that it said is in {log}", code="process-failed"
-            )
-        if self.recipe.merges is not None:
+        recipe, units = self.recipe, self.work / "units"
+        run_preprocess(units, folder, recipe.codes, recipe.words, self.workers, self.work / LOG)
+        check_sentences(folder, recipe.codes, written)
+        rename_in_log(folder, output)
+        if recipe.merges is not None:
             shutil.copy(self.work / "codes" / "codes", folder)
-        if self.recipe.tokenize:
-            for code in self.recipe.codes:
+        if recipe.tokenize:
+            for code in recipe.codes:
                 shutil.copy(units / f"raw.test.{code}", folder / f"test.raw.{code}")
         self.progress.update(task, total=1, completed=1)
-        return {"types": sum(1 for _ in _lines(folder / f"dict.{source}.txt"))}
+        return {"types": sum(1 for _ in read_lines(folder / f"dict.{recipe.codes[0]}.txt"))}
+
+    def _chosen(self, chosen: Sequence[int], task: Any) -> Iterator[SentencePair]:
+        """The pairs of the training text that were chosen."""
+        indices = iter(chosen)
+        for pair in self._read("train", task):
+            index = next(indices, None)
+            if index is None:
+                break
+            if index != DROPPED:
+                yield SentencePair(SPLITS[index], pair, pair)
+        else:
+            if next(indices, None) is None:
+                return
+        names = " and ".join(map(str, self.recipe.corpora("train", self.folders)))
+        raise TranslationError(
+            f"{names}: there were {len(chosen):,} pairs, and now there is another number. Do not change a text while "
+            f"it is read; delete {self.work} and run again",
+            code="misaligned-data",
+        )
 
     def _read(self, name: str, task: Any = None) -> Iterator[Pair]:
         for corpus in self.recipe.corpora(name, self.folders):
@@ -198,54 +269,6 @@ class _Steps:
                 yield from block
                 if task is not None:
                     self.progress.advance(task, len(block))
-
-
-class _Writer(ExitStack):
-    """Files of rows: opened when the first row of a split comes."""
-
-    def __init__(self, folder: Path, codes: Pair):
-        super().__init__()
-        self.folder, self.codes = folder, codes
-        self.files: dict[str, list[IO[str]]] = {}
-
-    def write(self, row: SentencePair) -> None:
-        if row.split not in self.files:
-            paths = _paths(self.folder, row.split, self.codes)
-            opened = [open(path, "w", encoding="utf-8") for path in paths]  # noqa: SIM115, the stack closes them
-            self.files[row.split] = [self.enter_context(file) for file in opened]
-        for file, line in zip(self.files[row.split], (*row.pair, *row.raw), strict=False):
-            file.write(line + "\n")
-
-
-def _paths(folder: Path, name: str, codes: Pair) -> list[Path]:
-    """The two files of a split; two more keep the test as it was read."""
-    kinds = ("", "raw.") if name == "test" else ("",)
-    return [folder / f"{kind}{name}.{code}" for kind in kinds for code in codes]
-
-
-def _rows(folder: Path, name: str, codes: Pair) -> Iterator[SentencePair]:
-    for lines in zip(*map(_lines, _paths(folder, name, codes)), strict=True):
-        yield SentencePair(name, lines[:2], lines[-2:])
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for line in file:
-            yield line.rstrip("\n")
-
-
-def _same(rows: list[SentencePair]) -> list[SentencePair]:
-    return rows
-
-
-def _tokenize(rows: list[SentencePair], codes: Pair, normalize: bool, dashes: bool) -> list[SentencePair]:
-    texts = [tokenize([row.pair[side] for row in rows], code, normalize, dashes) for side, code in enumerate(codes)]
-    return [row._replace(pair=pair) for row, pair in zip(rows, zip(*texts, strict=True), strict=True)]
-
-
-def _split(rows: list[SentencePair], codes: Path) -> list[SentencePair]:
-    texts = [segment([row.pair[side] for row in rows], codes) for side in range(2)]
-    return [row._replace(pair=pair) for row, pair in zip(rows, zip(*texts, strict=True), strict=True)]
 
 
 def _reason(clean: Clean | None, pair: Pair) -> str | None:

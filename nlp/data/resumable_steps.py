@@ -10,6 +10,8 @@ from typing import Any
 
 from revnets.utils.atomic_files import replacing_folder
 
+from .errors import TranslationError
+
 NOTE = "prepared.json"
 """In every folder: what it was made from and what was found on the way."""
 
@@ -32,11 +34,28 @@ class Stages:
             return None
 
     def run(self, folder: Path, make: Callable[[Path], Facts]) -> Facts:
-        """Have `make` fill the folder and say what it found, unless that was done before."""
+        """Have `make` fill the folder and say what it found, unless that was done before.
+
+        Raises:
+            TranslationError: it cannot be written, or something of this name is there that no step made.
+        """
         facts = self.facts(folder)
         if facts is None:
-            with replacing_folder(folder) as partial:
-                facts = make(partial)
-                note = {"key": self.key, "facts": facts, "inputs": self.inputs}
-                (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+            if folder.exists() and not (folder.is_dir() and ((folder / NOTE).exists() or not any(folder.iterdir()))):
+                raise TranslationError(
+                    f"{folder}: is not of prepare-mt, so it is not replaced. Move it, or give another --output",
+                    code="file-exists",
+                )
+            try:
+                with replacing_folder(folder) as partial:
+                    facts = make(partial)
+                    note = {"key": self.key, "facts": facts, "inputs": self.inputs}
+                    (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                if error.filename:
+                    raise
+                raise TranslationError(  # a write to an open file does not know its name
+                    f"{folder}: {error.strerror or error}. Check the free space, and run the command again to go on",
+                    code="unwritable-file",
+                ) from error
         return facts

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from .corpus import Pair, TranslationError
+from .corpus import Pair
+from .errors import TranslationError
 from .recipe import Every, Recipe
 from .resumable_steps import Facts
 
@@ -17,11 +18,15 @@ DROPPED, TRAIN, VALID = -1, 0, 1
 """What becomes of a pair; the others index SPLITS."""
 
 
-def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
+def choose(pairs: Iterable[Pair], recipe: Recipe, unfit: np.ndarray | None = None) -> tuple[np.ndarray, Facts]:
     """Choose for every pair.
 
     Pairs with an empty side are dropped. With `deduplicate`, so are repetitions, and pairs that share a sentence with
     one that is drawn for validation or test: what was seen in training would measure memory.
+
+    Args:
+        unfit: bool [pairs], those that cleaning drops, as far as is known. They are not drawn: others take their
+            places, and those that were drawn beside them stay.
 
     Returns:
         One int8 a pair, DROPPED or an index of SPLITS, and how many were dropped for which reason.
@@ -30,7 +35,7 @@ def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
         TranslationError: too few pairs.
     """
     choice, source, target, both = array("b"), array("q"), array("q"), array("q")
-    wanted = {name: count for name in SPLITS if isinstance(count := getattr(recipe, name), int)}
+    wanted = drawn_counts(recipe)
     for pair in pairs:
         choice.append(TRAIN if pair[0].strip() and pair[1].strip() else DROPPED)
         if recipe.deduplicate:
@@ -58,10 +63,8 @@ def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
             f"{asked} are asked for, but there are only {len(free)} in all. Give more text, or ask for less",
             code="too-few-samples",
         )
-    drawn = iter(random.Random(recipe.seed).sample(free, sum(wanted.values())))
-    for name, count in wanted.items():
-        for _, number in zip(range(count), drawn, strict=False):
-            chosen[number] = SPLITS.index(name)
+    for name, numbers in _drawn(free, wanted, recipe.seed, unfit).items():
+        chosen[numbers] = SPLITS.index(name)
     if recipe.deduplicate:
         held = chosen > TRAIN
         like = [np.isin(side, np.array(side)[held]) for side in (source, target)]
@@ -71,6 +74,36 @@ def choose(pairs: Iterable[Pair], recipe: Recipe) -> tuple[np.ndarray, Facts]:
             f"nothing is left for train out of {len(chosen)} pairs. Give more text", code="too-few-samples"
         )
     return chosen, facts
+
+
+def drawn_counts(recipe: Recipe) -> dict[str, int]:
+    """How many pairs are to be drawn, of the splits that are drawn."""
+    return {name: count for name in SPLITS if isinstance(count := getattr(recipe, name, None), int)}
+
+
+def _drawn(free: list[int], wanted: dict[str, int], seed: int, unfit: np.ndarray | None) -> dict[str, list[int]]:
+    """Numbers of pairs for each split that is drawn."""
+    rng = random.Random(seed)
+    first = rng.sample(free, sum(wanted.values()))
+    others: Iterator[int] = iter(())
+    if unfit is not None:
+        left = sorted(set(free).difference(first))
+        rng.shuffle(left)
+        fit = sum(1 for number in free if not unfit[number])
+        if fit < len(first):
+            asked = " and ".join(f"{count} for {name}" for name, count in wanted.items())
+            raise TranslationError(
+                f"only {fit} of {len(free)} pairs are left after cleaning, {asked} are to be drawn. Allow longer "
+                "sentences (--max) or other ratios (--ratio), give more text, or ask for less",
+                code="too-few-samples",
+            )
+        others = (number for number in left if not unfit[number])
+    found, start = {}, 0
+    for name, count in wanted.items():
+        numbers = first[start : start + count]
+        found[name] = [next(others) if unfit is not None and unfit[number] else number for number in numbers]
+        start += count
+    return found
 
 
 def _drop(chosen: np.ndarray, which: np.ndarray) -> int:

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.errors import raises_error
 
@@ -22,9 +23,11 @@ pytest.importorskip("fairseq")
 
 from fairseq.data import Dictionary, data_utils
 from rich.console import Console
+from rich.progress import Progress
 
 from nlp.data import prepare as module
 from nlp.data import tokenization
+from nlp.data.binarization import count_sentences, unknown_words
 from nlp.data.corpus import TranslationError, lines_of
 from nlp.data.prepare import prepare
 from nlp.data.recipe import RECIPES, Recipe, read_recipe
@@ -99,6 +102,78 @@ def test_the_dictionary_is_joined(made):
     assert words == (output / "dict.de.txt").read_text()
     assert len(words.splitlines()) == facts["types"]
     assert len((output / "codes").read_text().splitlines()) == 41
+
+
+def test_the_share_of_unknown_words_is_that_of_the_data(made):
+    output, facts, _ = made
+    shares = unknown_words(output)
+    assert set(shares) == set(SPLITS)
+    for name, found in shares.items():
+        for code in ("en", "de"):
+            dictionary = Dictionary.load(str(output / f"dict.{code}.txt"))
+            data = data_utils.load_indexed_dataset(str(output / f"{name}.en-de.{code}"), dictionary)
+            assert data is not None
+            tokens = torch.cat([data[index] for index in range(len(data))])
+            share = 100 * (tokens == dictionary.unk()).double().mean().item()
+            assert found[code] == pytest.approx(share, rel=0.01, abs=1e-9)
+            assert count_sentences(output / f"{name}.en-de.{code}.idx") == len(data) == facts[name]
+
+
+def test_the_log_names_the_folder_itself(made):
+    output, _, _ = made
+    log = (output / "preprocess.log").read_text()
+    assert str(output) in log
+    assert ".partial" not in log
+
+
+@pytest.mark.parametrize(("languages", "warned"), [("en-zh_CN", "zh_CN"), ("ja-th", "ja and th"), ("en-ko", None)])
+def test_languages_without_spaces_get_a_warning(tmp_path, languages, warned):
+    console = Console(file=io.StringIO(), width=500)
+    recipe = Recipe(languages=languages, train=("none.tsv",), valid=1, test=1)
+    for wanted, given in ((warned, recipe), (None, recipe.model_copy(update={"tokenize": False}))):
+        with raises_error(TranslationError, code="missing-file"):
+            prepare(given, tmp_path / "bin", tmp_path, console=console)
+        text = console.file.getvalue()
+        console.file.truncate(0)
+        assert ("warning" in text) == (wanted is not None)
+        assert wanted is None or (f"{wanted}: " in text and "tokenize: false" in text)
+
+
+def test_a_header_is_named_and_left_out(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("source\ttarget\n" + "".join(f"s {number}\tt {number}\n" for number in range(40)))
+    console = Console(file=io.StringIO(), width=500)
+    recipe = Recipe(languages="en-de", train=(str(path),), valid=3, test=4, merges=5)
+    steps = module._Steps(recipe, (tmp_path,), tmp_path, 1, Progress(console=console, disable=True))
+    (tmp_path / "chosen").mkdir()
+    assert steps.choose(tmp_path / "chosen")["pairs read"] == 40
+    assert f"{path}: line 1 names the columns (source, target)" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_text_that_changes_while_it_is_read(tmp_path, change):
+    path = tmp_path / "a.tsv"
+    lines = [f"s {number}\tt {number}\n" for number in range(40)]
+    path.write_text("".join(lines))
+    recipe = Recipe(languages="en-de", train=(str(path),), valid=3, test=4, tokenize=False, merges=None)
+    steps = module._Steps(recipe, (tmp_path,), tmp_path, 1, Progress(console=QUIET, disable=True))
+    for name in ("chosen", "tokens"):
+        (tmp_path / name).mkdir()
+    steps.choose(tmp_path / "chosen")
+    path.write_text("".join([*lines, "x\ty\n"] if change > 0 else lines[:-1]))
+    with raises_error(TranslationError, code="misaligned-data", names=[str(path), "40 pairs"]):
+        steps.tokenize(tmp_path / "tokens")
+
+
+def test_a_full_disk_is_named(tmp_path):
+    def fill(folder: Path) -> dict[str, int]:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+        return {}
+
+    with raises_error(TranslationError, code="unwritable-file", names=[str(tmp_path / "s"), "No space left"]):
+        Stages({}).run(tmp_path / "s", fill)
+    assert os.listdir(tmp_path) == []
 
 
 def test_two_processes_give_the_same(made, table, tmp_path, monkeypatch):

@@ -1,0 +1,72 @@
+"""Folders that `prepare-mt` may replace or remove: those that it made itself, with nothing else in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import TranslationError
+from .resumable_steps import NOTE
+
+_OWN = re.compile(
+    r"prepared\.json|preprocess\.log|codes|dict\.\w+\.txt|test\.raw\.\w+|(train|valid|test)\.\w+-\w+\.\w+\.(bin|idx)"
+)
+
+
+def check_replaceable(output: Path, inputs: Iterable[Path] = ()) -> None:
+    """See to it that nothing is lost when a folder is replaced.
+
+    Args:
+        output: the folder; it may be missing.
+        inputs: files and folders that are read.
+
+    Raises:
+        TranslationError: there is something in its place that is not a data set of `prepare-mt` and of nothing else; or
+            an input or the working directory lies inside of it.
+    """
+    place = Path(os.path.realpath(output))
+    if not place.name:
+        raise TranslationError(f"{output}: the root cannot be replaced. Give another --output", code="file-exists")
+    check_inputs(output, inputs)
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise TranslationError(f"{output}: a file, not a folder. Give another --output", code="file-exists")
+    entries = sorted(place.iterdir())
+    foreign = next((path.name for path in entries if path.is_dir() or not _OWN.fullmatch(path.name)), None)
+    if foreign is None and entries and not _is_note(place / NOTE):
+        foreign = entries[0].name
+    if foreign is not None:
+        raise TranslationError(
+            f"{output}: holds {foreign}, which is not of a data set of prepare-mt, so nothing in it is replaced. "
+            "Give another --output",
+            code="file-exists",
+        )
+    if Path.cwd().is_relative_to(place):
+        raise TranslationError(
+            f"{output}: the working directory lies in it. Change to another one first", code="conflicting-values"
+        )
+
+
+def check_inputs(folder: Path, inputs: Iterable[Path]) -> None:
+    """See to it that nothing that is read lies in a folder that will be replaced or removed.
+
+    Raises:
+        TranslationError: something does.
+    """
+    for path in inputs:
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            raise TranslationError(
+                f"{folder}: {path} lies in it, which is read. Give another --output", code="conflicting-values"
+            )
+
+
+def _is_note(path: Path) -> bool:
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(note, dict) and {"key", "facts", "inputs"} <= note.keys()

@@ -1,0 +1,159 @@
+"""What is replaced is a data set of prepare-mt and nothing else; texts and other files stay, whatever the options."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.errors import raises_error
+from tests.support.parallel_texts import QUIET, numbered_pairs, recipe_for, write_pairs
+
+pytest.importorskip("fairseq")
+
+from nlp.data import prepare as module
+from nlp.data.corpus import TranslationError
+from nlp.data.prepare import prepare
+from nlp.data.resumable_steps import Stages
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with a text, two data sets in `data-bin` and links."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus", "data-bin/mine", "data-bin/other", "empty"):
+        (tmp_path / name).mkdir(parents=True)
+    write_pairs(tmp_path / "corpus", numbered_pairs(60))
+    for name in ("mine", "other"):
+        data_set(tmp_path / "data-bin" / name)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "to-corpus").symlink_to("corpus")
+    (tmp_path / "to-mine").symlink_to("data-bin/mine")
+    return tmp_path
+
+
+def data_set(folder: Path) -> None:
+    """Files as of another recipe."""
+    (folder / "prepared.json").unlink(missing_ok=True)
+    names = ("dict.en.txt", "codes", "train.en-de.en.bin", "test.raw.de", "preprocess.log")
+    Stages("other").run(folder, lambda partial: {name: (partial / name).write_text("x") for name in names})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def replaced(folder: Path, output: str | Path) -> None:
+    texts = [folder / "corpus" / name for name in ("train.en", "train.de")]
+    prepare(recipe_for(texts, tokenize=False, merges=None), Path(output), overwrite=True, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("output", "code"),
+    [
+        ("corpus", "conflicting-values"),
+        ("corpus/", "conflicting-values"),
+        ("to-corpus", "conflicting-values"),
+        ("data-bin/../corpus", "conflicting-values"),
+        (".", "conflicting-values"),
+        ("", "conflicting-values"),
+        ("/", "file-exists"),
+        ("data-bin", "file-exists"),
+        ("data-bin/..", "conflicting-values"),
+        ("file", "file-exists"),
+    ],
+)
+def test_other_folders_are_never_replaced(folder, output, code):
+    before = contents(folder)
+    with raises_error(TranslationError, code=code, names=["--output"]):
+        replaced(folder, output)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints/last.pt", "notes.txt", ".hidden", "train.en-de.en.bin.old"])
+def test_a_data_set_with_something_else_in_it_is_not_replaced(folder, name):
+    extra = folder / "data-bin/mine" / name
+    extra.parent.mkdir(exist_ok=True)
+    extra.write_text("mine")
+    before = contents(folder)
+    with raises_error(TranslationError, code="file-exists", names=["data-bin/mine", name.split("/")[0]]):
+        replaced(folder, "data-bin/mine")
+    assert contents(folder) == before
+
+
+def test_a_data_set_without_its_note_is_not_replaced(folder):
+    for text in (None, "{", "[]", '{"key": 1}'):
+        note = folder / "data-bin/mine/prepared.json"
+        note.unlink() if text is None else note.write_text(text)
+        before = contents(folder)
+        with raises_error(TranslationError, code="file-exists", names="data-bin/mine"):
+            replaced(folder, "data-bin/mine")
+        assert contents(folder) == before
+
+
+def test_a_text_of_another_data_set_keeps_it(folder):
+    """`test.raw.de` of a data set, given as training text of a new one in its place."""
+    mine = folder / "data-bin/mine"
+    texts = [mine / "test.raw.de", folder / "corpus/train.de"]
+    before = contents(folder)
+    with raises_error(TranslationError, code="conflicting-values", names=["test.raw.de"]):
+        prepare(recipe_for(texts), mine, overwrite=True, console=QUIET)
+    assert contents(folder) == before
+
+
+def test_the_working_directory_is_not_replaced(folder, monkeypatch):
+    monkeypatch.chdir(folder / "data-bin/mine")
+    before = contents(folder)
+    for output in (".", "../mine", str(folder / "to-mine")):
+        with raises_error(TranslationError, code="conflicting-values", names="working directory"):
+            replaced(folder, output)
+    assert contents(folder) == before
+
+
+def test_half_done_work_is_not_put_over_other_folders(folder):
+    other = folder / "out.work" / "tokens"
+    other.mkdir(parents=True)
+    (other / "notes").write_text("mine")
+    with raises_error(TranslationError, code="file-exists", names="out.work/tokens"):
+        replaced(folder, "out")
+    assert (other / "notes").read_text() == "mine"
+
+
+def test_what_was_added_while_it_ran_stays(folder, monkeypatch):
+    mine = folder / "data-bin/mine"
+    binarize = module._Steps.binarize
+
+    def slow(self, *args):
+        (mine / "results.txt").write_text("mine")
+        return binarize(self, *args)
+
+    monkeypatch.setattr(module._Steps, "binarize", slow)
+    with raises_error(TranslationError, code="file-exists", names=["data-bin/mine", "results.txt"]):
+        replaced(folder, "data-bin/mine")
+    assert (mine / "results.txt").read_text() == "mine"
+    assert (mine / "codes").read_text() == "x"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["data-bin/mine", "data-bin/mine/", "to-mine", "empty"])
+def test_a_data_set_and_an_empty_folder_are_replaced(folder, output):
+    """Through a link: where it points to. Beside it, nothing changes, and files that others put into `.work` stay."""
+    before = contents(folder)
+    work = folder / ("empty.work" if output == "empty" else "data-bin/mine.work")
+    work.mkdir()
+    (work / "notes").write_text("mine")
+    replaced(folder, output)
+    after = contents(folder)
+    assert (folder / output / "train.en-de.en.bin").stat().st_size > 1
+    place = "empty" if output == "empty" else "data-bin/mine"
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert all(name.startswith(place) for name in changed)
+    assert {name for name in after.keys() - before.keys() if not name.startswith(f"{place}/")} == {
+        f"{place}.work/notes"
+    }
+    assert (folder / "to-mine").is_symlink()
+    log = (folder / output / "preprocess.log").read_text()
+    assert str(folder / place) in log
+    assert ".partial" not in log
+    assert os.listdir(work) == ["notes"]

@@ -1,0 +1,53 @@
+"""Parallel texts of a small language, and the steps that make text in sub-words of them."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from nlp.data import prepare
+from nlp.data.recipe import Recipe
+from nlp.data.resumable_steps import Facts, Stages
+
+QUIET = Console(file=io.StringIO())
+
+
+def numbered_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Pairs that end in the same number, so that it shows which sentences belong together."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(40)]
+    lines = [rng.choices(words, k=rng.randint(3, 9)) for _ in range(count)]
+    return [
+        (f"{' '.join(line)} {number}", f"{' '.join(word[::-1] for word in line)} {number}")
+        for number, line in enumerate(lines)
+    ]
+
+
+def write_pairs(folder: Path, pairs: list[tuple[str, str]], name: str = "train") -> list[Path]:
+    """A file of each side."""
+    paths = [folder / f"{name}.{code}" for code in ("en", "de")]
+    for side, path in enumerate(paths):
+        path.write_bytes("".join(pair[side] + "\n" for pair in pairs).encode())
+    return paths
+
+
+def recipe_for(texts: list[Path], **given: Any) -> Recipe:
+    return Recipe(**{"languages": "en-de", "train": (tuple(texts),), "valid": 5, "test": 7, "merges": 20, **given})
+
+
+def sub_words(recipe: Recipe, work: Path) -> tuple[Path, Facts]:
+    """Text in sub-words by the steps of `prepare`, without fairseq: its folder, and what was found on the way."""
+    steps = prepare._Steps(recipe, (Path(),), work, 1, Progress(console=QUIET, disable=True))
+    steps, facts = prepare._cleaned(steps, Stages(prepare._inputs(recipe, Path())))
+    return steps.work / "units", facts
+
+
+def counts_of_lines(path: Path) -> set[int]:
+    """How many lines readers see that end them at line feeds, at carriage returns too, or at all separators."""
+    text = path.read_bytes().decode()
+    return {text.count("\n"), len(io.StringIO(text, newline=None).readlines()), len(text.splitlines())}
