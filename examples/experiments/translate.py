@@ -116,9 +116,7 @@ def main(
     About 10 minutes on 2 idle cores, in proportion to --updates.
     """
     console = Console()
-    if output.exists() and not any((output / name).exists() for name in ("data/prepared.json", "data.work")):
-        raise TranslationError(f"{output} is there and is not of this script. Give another --output")
-    shutil.rmtree(output, ignore_errors=True)
+    clear(output)
     recipe, base = read_recipe([str(CORPUS)], DATA)
     facts = prepare(recipe, output / "data", base, workers=2, console=console)
     console.print(f"{facts['train']:,} pairs to learn from, {facts['test']} for the test, {facts['types']:,} sub-words")
@@ -151,6 +149,21 @@ def main(
     picture = output / "translate.png"
     save(figure(trained, bleu), picture)
     console.print(f"picture {picture}", f"text    {output}/*/translate.log", sep="\n", highlight=False, soft_wrap=True)
+
+
+def clear(output: Path) -> None:
+    """Delete what an earlier call has made.
+
+    Raises:
+        TranslationError: the folder is of something else, or holds something else.
+    """
+    if not output.exists():
+        return
+    own = {"data", "data.work", "translate.png", *(folder(output, name).name for name in MODELS)}
+    is_begun = any((output / name).exists() for name in ("data/prepared.json", "data.work"))
+    if not is_begun or not {path.name for path in output.iterdir()} <= own:
+        raise TranslationError(f"{output} is there and is not of this script. Give another --output")
+    shutil.rmtree(output)
 
 
 def folder(output: Path, name: str) -> Path:

@@ -37,6 +37,8 @@ from vision.training.trainer import Trainer, TrainingError
 
 OUTPUT = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "runs" / "demo"))
 COLUMNS = (2, 4, 8, 12, 16)
+FILES = {"checkpoints", "tensorboard", "config.yaml", "curves.png", "demo.png", "unreadable.txt", LOG, ".lock"}
+"""What the demo and its run write. A folder with anything else in it is not begun afresh."""
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -44,7 +46,7 @@ def main(overrides: Sequence[str]) -> int:
     torch.set_num_threads(1)  # for so small a net more threads only wait for each other, on a busy machine for long
     config = load_config("digits", [f"output={OUTPUT}", "resume=none", *overrides])
     output = Path(config.output)
-    if (output / "config.yaml").exists():  # nothing but a run has one
+    if (output / "config.yaml").exists() and {path.name for path in output.iterdir()} <= FILES:
         shutil.rmtree(output)
     net = config.net
     console.print(
