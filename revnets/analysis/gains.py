@@ -53,20 +53,21 @@ class Bits(NamedTuple):
     entropy: float  # the least that any code could keep of these
 
 
-def read_gains(source: str, overrides: Sequence[str] = ()) -> list[CellGains]:
+def read_gains(source: str, overrides: Sequence[str] = (), trust: bool = True) -> list[CellGains]:
     """The gains of every cell but those of the first column, which has none.
 
     Args:
         source: a file of weights (.safetensors, or of `torch.save`: averaged weights are taken if there are any) or the
             folder of a run, of whatever net; or what `revnets.models.loading.load_model` knows.
         overrides: of the latter.
+        trust: may a YAML name classes of other projects?
 
     Raises:
         revnets.SpecError: there is no such thing, it cannot be read, or it has no gains.
     """
     path = Path(source)
     if path.suffix.lower() in (".yaml", ".yml") or not path.exists():
-        gains = gains_of(load_model(source, overrides), source)
+        gains = gains_of(load_model(source, overrides, trust=trust), source)
     elif overrides:
         raise SpecError(
             source, "", f"weights take no options, such as {overrides[0]}", "Leave them out", code="invalid-override"

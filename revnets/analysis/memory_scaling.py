@@ -51,11 +51,12 @@ class Step:
     shape: tuple[int, ...]  # of one sample
     batch: int
     dtype: torch.dtype  # other than float32 mean autocast
+    trust: bool = True  # may a YAML name classes of other projects?
 
     def model(self, columns: int, device: str = "cpu") -> nn.Module:
         """The net with that many columns; on the device `meta` it takes no memory."""
         with torch.device(device):
-            return load_model(self.source, [*self.overrides, f"columns={columns}"])
+            return load_model(self.source, [*self.overrides, f"columns={columns}"], trust=self.trust)
 
     def point(self, kind: str, mode: str, columns: int, parameters: int, kept: int, peak: int) -> Point:
         """What was found about it."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from revnets.cli.options import InputShape, Overrides, SpecArgument, sample_shape
+from revnets.cli.options import InputShape, Overrides, SpecArgument, Trust, sample_shape
 from revnets.cli.output import Csv, Png, deliver, outputs, print_rows, progress
 from revnets.cli.plugins import Analyses
 from revnets.config.errors import nearest, option_error
@@ -37,6 +37,7 @@ def memory(
     measure_batch: Annotated[int, typer.Option(min=1, help="Samples of the step that is measured.")] = 32,
     png: Png = Path("memory.png"),
     csv: Csv = None,
+    trust: Trust = False,
 ) -> None:
     """Memory against the number of columns, reversible and not (figure 4).
 
@@ -54,9 +55,8 @@ def memory(
 
     png, csv = outputs(png, csv)
     shape, small = sample_shape(input_shape), sample_shape(measure_input)
-    large = Step(
-        spec, tuple(overrides or ()), _counts(columns, "--columns"), _modes(modes), (), batch, parse_dtype(dtype)
-    )
+    counts, kept_modes = _counts(columns, "--columns"), _modes(modes)
+    large = Step(spec, tuple(overrides or ()), counts, kept_modes, (), batch, parse_dtype(dtype), trust)
     few = _counts(measure_columns, "--measure-columns")
     shape = shape or example_shape(large.model(large.columns[0], "meta"), spec)
     if small is None:
@@ -85,6 +85,7 @@ def gains(
     overrides: Overrides = None,
     png: Png = Path("gains.png"),
     csv: Csv = None,
+    trust: Trust = False,
 ) -> None:
     """The distribution of |gamma| in every column, and the bits that `exact` keeps because of it.
 
@@ -100,7 +101,7 @@ def gains(
     from revnets.plotting.analysis import gains_figure
 
     png, csv = outputs(png, csv)
-    console, cells = Console(), read_gains(model, overrides or [])
+    console, cells = Console(), read_gains(model, overrides or [], trust)
     bits = []
     with progress(console, len(cells)) as (tell, advance):
         for cell in cells:

@@ -14,11 +14,17 @@ from revnets.cli.common import example_shape, input_error, reversible_model, wri
 
 
 def measure(
-    source: str, overrides: Sequence[str], shape: tuple[int, ...] | None, batch: int, png: Path | None, json: bool
+    source: str,
+    overrides: Sequence[str],
+    shape: tuple[int, ...] | None,
+    batch: int,
+    png: Path | None,
+    json: bool,
+    trust: bool = True,
 ) -> int:
     """Audit a freshly initialised net on random input; returns the exit code."""
     torch.manual_seed(0)
-    net = reversible_model(source, overrides)
+    net = reversible_model(source, overrides, trust)
     shape = shape or example_shape(net, source)
     console = Console(stderr=json)
     with console.status("measuring ...") as status:

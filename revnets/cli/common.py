@@ -28,9 +28,9 @@ def write_figure(console: Console, figure: Figure, picture: Path) -> None:
     console.print(f"wrote {picture}", soft_wrap=True)
 
 
-def reversible_model(source: str, overrides: Sequence[str]) -> nn.Module:
+def reversible_model(source: str, overrides: Sequence[str], trust: bool = True) -> nn.Module:
     """The model that a command is about, if it is one for it."""
-    net = load_model(source, overrides)
+    net = load_model(source, overrides, trust=trust)
     try:
         find_columns(net)
     except ValueError as error:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from revnets.cli.options import InputShape, Overrides, SpecArgument, picture_path, sample_shape
+from revnets.cli.options import InputShape, Overrides, SpecArgument, Trust, picture_path, sample_shape
 from revnets.cli.plugins import Commands
 
 app = typer.Typer(
@@ -31,11 +31,16 @@ def show(
         Path | None, typer.Option(help="Draw columns, levels and wires into this file.", callback=picture_path)
     ] = None,
     png: Annotated[Path | None, typer.Option(help="The same as a PNG file.", callback=picture_path)] = None,
+    trust: Trust = False,
 ) -> None:
-    """Show a net: its graph, parameters and multiply-accumulates, as a table and as a picture."""
+    """Show a net: its graph, parameters and multiply-accumulates, as a table and as a picture.
+
+    A YAML file is a program: it can name any class. This command runs no code but this project's, so it is safe with
+    files of others; a file that names other classes needs --trust.
+    """
     from revnets.cli.show import describe
 
-    describe(spec, overrides or [], sample_shape(input_shape), [path for path in (svg, png) if path])
+    describe(spec, overrides or [], sample_shape(input_shape), [path for path in (svg, png) if path], trust)
 
 
 @app.command()
@@ -46,14 +51,17 @@ def audit(
     batch: Annotated[int, typer.Option(min=1, help="Samples in the batch that is measured.")] = 2,
     png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.", callback=picture_path)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+    trust: Trust = True,
 ) -> None:
     """Measure whether a net is reversible, whether its gradients are right, and what it keeps for backward.
 
     Exit code 1 if a gradient is wrong. Every step is taken on random input, with the weights of the initialisation.
+
+    A YAML file is a program: the classes that it names are imported and run. Give --no-trust with files of others.
     """
     from revnets.cli.audit import measure
 
-    raise typer.Exit(measure(spec, overrides or [], sample_shape(input_shape), batch, png, json))
+    raise typer.Exit(measure(spec, overrides or [], sample_shape(input_shape), batch, png, json, trust))
 
 
 @app.command()
@@ -78,13 +86,17 @@ def plan(
     budget: Annotated[str | None, typer.Option(help="Fastest way under it: 24GiB, or a mode (its peak).")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.", callback=picture_path)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+    trust: Trust = True,
 ) -> None:
-    """Predict the memory of a training step in every memory mode, without taking it."""
+    """Predict the memory of a training step in every memory mode, without taking it.
+
+    A YAML file is a program: the classes that it names are imported and run. Give --no-trust with files of others.
+    """
     from revnets.cli.plan import forecast
 
     request = {"dtype": dtype, "optimizer": optimizer, "ranks": ranks, "sharding": sharding}
     request |= {"grad_accum": grad_accum, "budget": budget}
-    forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json)
+    forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json, trust)
 
 
 def main() -> None:

@@ -18,6 +18,15 @@ Overrides = Annotated[
 ]
 
 
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust/--no-trust",
+        help="Import and run classes of other projects that the configuration names, such as a block of your own.",
+    ),
+]
+
+
 InputShape = Annotated[
     str | None,
     typer.Option("--input", help="Shape of one sample, e.g. 3,224,224 (images), 197,768 (tokens) or 64 (vectors)."),

@@ -26,6 +26,7 @@ def forecast(
     request: dict[str, Any],
     png: Path | None,
     json: bool,
+    trust: bool = True,
 ) -> None:
     """Plan a training step of a net that is never built.
 
@@ -36,7 +37,7 @@ def forecast(
     from revnets.plotting.memory_plan import plan_figure
 
     with torch.device("meta"):
-        net = reversible_model(source, overrides)
+        net = reversible_model(source, overrides, trust)
     shape = shape or example_shape(net, source)
     console = Console(stderr=json)
     with console.status("simulating ...") as status:

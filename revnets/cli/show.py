@@ -23,10 +23,16 @@ if TYPE_CHECKING:
     pass
 
 
-def describe(source: str, overrides: Sequence[str], shape: tuple[int, ...] | None, pictures: Sequence[Path]) -> None:
-    """Print levels, wires, parameters and multiply-accumulates of a net; draw it into `pictures`."""
+def describe(
+    source: str, overrides: Sequence[str], shape: tuple[int, ...] | None, pictures: Sequence[Path], trust: bool = False
+) -> None:
+    """Print levels, wires, parameters and multiply-accumulates of a net; draw it into `pictures`.
+
+    Args:
+        trust: may a YAML file name classes of other projects?
+    """
     with torch.device("meta"):
-        net = load_model(source, overrides)
+        net = load_model(source, overrides, trust=trust)
     if not isinstance(getattr(net, "spec", None), NetSpec):
         raise SpecError(
             source, "", f"{type(net).__name__} has no spec to show", "Give a YAML file, or use audit", code="no-spec"

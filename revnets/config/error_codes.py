@@ -25,6 +25,7 @@ COMPONENTS = {
     "missing-module": "the module in `package.module:Class` does not exist",
     "import-failed": "the module in `package.module:Class` exists, but importing it fails",
     "invalid-component": "a class or function that cannot serve as the component or model that is needed",
+    "not-trusted": "a configuration names code or a file that may only be used if the user trusts it",
     "component-failed": "a component, model or optimizer refuses its options",
     "name-clash": "two things have the same name",
     "unknown-model": "a model that does not exist",

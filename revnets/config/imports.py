@@ -1,8 +1,9 @@
-"""Classes and functions by their import path `package.module:name`, from folders of the user."""
+"""Classes and functions by their import path `package.module:name`, from folders of the user if they are trusted."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from revnets.config.errors import nearest
+from revnets.config.errors import SpecError, nearest
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder in which the packages of this project are installed."""
+
+PACKAGES = ("revnets", "vision", "revnets_nlp" if (ROOT / "revnets_nlp").is_dir() else "nlp")
+"""Packages of this project; a wheel installs `nlp` as `revnets_nlp`."""
+
+ALLOW = "If you trust its authors, allow it: --trust, trust=True in Python, REVNETS_TRUST=1 with fairseq"
+"""What to do about a configuration that is not trusted and needs to be."""
 
 
 class PartError(ValueError):
@@ -22,17 +32,24 @@ class PartError(ValueError):
         self.problem, self.remedy, self.code = problem, remedy, code
 
 
-def imported(kind: str, name: str, folders: Sequence[Path] = ()) -> Callable[..., Any]:
+def imported(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = True) -> Callable[..., Any]:
     """The class or function `package.module:name`.
 
     Args:
         kind: what errors call it.
-        folders: searched before `sys.path`.
+        folders: searched before `sys.path`, except for the modules of this project.
+        trust: may any module be imported? Otherwise only classes that this project defines are given, and the module
+            of another name is not even looked for.
 
     Raises:
-        PartError: there is none, or its module cannot be imported.
+        PartError: there is none, its module cannot be imported, or it is not trusted.
     """
     module_name, _, attribute = name.partition(":")
+    is_own = is_in_project(module_name)
+    if not (trust or is_own):
+        raise _not_trusted(kind, name)
+    if is_own:
+        folders = ()  # in which another package might have the name of one that the module imports
     try:
         with importable(*folders):
             module = importlib.import_module(module_name)
@@ -61,7 +78,26 @@ def imported(kind: str, name: str, folders: Sequence[Path] = ()) -> Callable[...
             nearest(attribute, public, "Classes and functions of the module are") if public else "Name a class",
             code="invalid-component",
         )
+    if not (trust or is_in_project(getattr(factory, "__module__", None) or "")):
+        raise _not_trusted(kind, name)  # a module of this project has only imported it
     return factory
+
+
+def is_in_project(module_name: str) -> bool:
+    """Does a module belong to this project, and not to another package of the same name? Nothing is imported."""
+    package = module_name.partition(".")[0]
+    if package not in PACKAGES:
+        return False
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module that was put into sys.modules by hand
+        return False
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve().parent == ROOT / package
+
+
+def foreign_file(source: str, key: str) -> SpecError:
+    """The error for a configuration that is not trusted and names another file at `key`."""
+    return SpecError(source, key, "it names another file, which is not trusted", ALLOW, code="not-trusted")
 
 
 @contextmanager
@@ -74,6 +110,11 @@ def importable(*folders: Path) -> Iterator[None]:
     finally:
         for folder in added:
             sys.path.remove(folder)
+
+
+def _not_trusted(kind: str, name: str) -> PartError:
+    problem = f'{kind} "{name}" is neither registered nor a class of this project, and code of others is not trusted'
+    return PartError(problem, ALLOW, code="not-trusted")
 
 
 def _failed(kind: str, name: str, error: BaseException) -> PartError:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 from revnets.config.errors import nearest, problem, show, what
-from revnets.config.loader import Overrides, Source, Strict, load
+from revnets.config.loader import Overrides, Source, Strict, read_layers
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.registry import PartSpec, find_component, name_and_options, options, part
 from revnets.engine.graph import READS, Graph, ReadError, ReadToken, wire
@@ -232,13 +232,14 @@ class NetSpec(ColumnsSpec, _Stem):
         return self
 
 
-def load_spec(source: Source | NetSpec, overrides: Overrides = ()) -> NetSpec:
+def load_spec(source: Source | NetSpec, overrides: Overrides = (), *, trust: bool = True) -> NetSpec:
     """Read and check the specification of a net.
 
     Args:
         source: path of a YAML file, a mapping of the same form, or a spec.
         overrides: `key.path=value` texts, such as `columns=8` or `levels.2.depth=6`, or a mapping of key paths to
             values.
+        trust: may it name classes of other projects? Their modules are imported, which runs them.
 
     Raises:
         revnets.SpecError: names the file, the key, the value and the remedy.
@@ -247,7 +248,9 @@ def load_spec(source: Source | NetSpec, overrides: Overrides = ()) -> NetSpec:
         if not overrides:
             return source
         source = dump(source)
-    return load(NetSpec, source, overrides)
+    layers = read_layers(source)
+    layers.apply(overrides)
+    return layers.check(NetSpec, trust=trust)
 
 
 def dump(spec: ColumnsSpec) -> dict[str, Any]:

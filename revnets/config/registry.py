@@ -1,4 +1,4 @@
-"""Blocks, fusions, stems and heads by name; or any class by its import path `package.module:Class`.
+"""Blocks, fusions, stems and heads by name; or any subclass of nn.Module by its import path `package.module:Class`.
 
 The components of `revnets.nn` register themselves when `revnets` is imported.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, ValidationInfo
+from torch import nn
 
 from revnets.config.errors import ArgumentError, explain, nearest, problem, show, what
 from revnets.config.imports import PartError, imported
@@ -75,21 +76,31 @@ def names(kind: str) -> list[str]:
     return sorted(_REGISTRY[kind])
 
 
-def find_component(kind: str, name: str, folders: Sequence[Path] = ()) -> Factory:
-    """The factory of a component.
+def find_component(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = True) -> Factory:
+    """The factory of a component: what is registered, or a subclass of `nn.Module`. It is not called.
 
     Args:
         kind: block, fusion, stem or head.
         name: under which it is registered, or `package.module:Class`.
         folders: searched for the module before `sys.path`.
+        trust: may the module be one of another project? It is imported, which runs it.
 
     Raises:
-        PartError: no such name, module or class.
+        PartError: no such name, module or class, or one that is not trusted.
     """
-    if name in _REGISTRY[kind]:
-        return _REGISTRY[kind][name]
+    registered = _REGISTRY[kind]
+    if name in registered:
+        return registered[name]
     if ":" in name:
-        return imported(kind, name, folders)
+        factory = imported(kind, name, folders, trust)
+        is_module = isinstance(factory, type) and issubclass(factory, nn.Module)
+        if not is_module and not any(factory is item for item in registered.values()):
+            raise PartError(
+                f'{kind} "{name}" is no subclass of torch.nn.Module',
+                f"Derive it from torch.nn.Module, or decorate a function with revnets.register_{kind}",
+                code="invalid-component",
+            )
+        return factory
     problem = f'there is no {kind} "{name}"'
     if "." in name:
         raise PartError(
@@ -102,13 +113,13 @@ def find_component(kind: str, name: str, folders: Sequence[Path] = ()) -> Factor
     )
 
 
-def options(kind: str, name: str, folders: Sequence[Path] = ()) -> dict[str, inspect.Parameter]:
+def options(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = True) -> dict[str, inspect.Parameter]:
     """What may be set for a part, by name; a part that takes `**kwargs` has the entry `**`.
 
     Raises:
-        PartError: no such part, or one that does not take what the framework passes.
+        PartError: no such part, one that is not trusted, or one that does not take what the framework passes.
     """
-    factory = find_component(kind, name, folders)
+    factory = find_component(kind, name, folders, trust)
     try:
         signature = inspect.signature(factory, eval_str=True)
     except Exception:  # annotations that cannot be evaluated here check nothing
@@ -164,7 +175,8 @@ def name_and_options(
 
     Args:
         reserved: keys that are no options.
-        info: of pydantic; its context may name `folders` of modules, as `revnets.config.loader` gives it.
+        info: of pydantic; its context may name `folders` of modules, as `revnets.config.loader` gives it, and say
+            whether the configuration is worth `trust`.
         short: the name stands alone, so complaints about it belong to the place itself.
     """
     if key not in given:
@@ -177,7 +189,8 @@ def name_and_options(
     if not isinstance(name, str):
         raise problem(what(name), f"Give the name of a {kind}, or package.module:Class", key, code="wrong-type")
     try:
-        allowed = options(kind, name, (info.context or {}).get("folders", ()))
+        context = info.context or {}
+        allowed = options(kind, name, context.get("folders", ()), context.get("trust", True))
     except PartError as error:
         raise problem(error.problem, error.remedy, *(() if short else (key,)), code=error.code) from None
     checked = {}

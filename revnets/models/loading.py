@@ -32,22 +32,23 @@ class Zoo(Protocol):
     def create(self, name: str, **options: Any) -> nn.Module: ...
 
 
-def load_model(source: Source | NetSpec, overrides: Sequence[str] = ()) -> nn.Module:
+def load_model(source: Source | NetSpec, overrides: Sequence[str] = (), *, trust: bool = True) -> nn.Module:
     """Build the model that a word, a file, a dict or a spec stands for.
 
     Args:
         source: a YAML file, a dict or a `NetSpec`; the name of a model, such as timm's `revcol_tiny`; or
             `package.module:function`, which is called.
         overrides: `key=value`; of a YAML as in `revnets.build`, else keyword arguments of the model.
+        trust: may a YAML file, dict or spec name classes of other projects? An import path in `source` is called.
 
     Raises:
-        revnets.SpecError: there is no such file or model, or it refuses its options.
+        revnets.SpecError: there is no such file or model, it is not trusted, or it refuses its options.
     """
     if isinstance(source, (Mapping, NetSpec)):
-        return build(source, overrides)
+        return build(source, overrides, trust=trust)
     name, file = str(source), Path(source)
     if file.suffix.lower() in (".yaml", ".yml") or file.exists():
-        return build(file, overrides)
+        return build(file, overrides, trust=trust)
     options = _options(overrides)
     if ":" in name:
         with importable(Path.cwd()):

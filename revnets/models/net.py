@@ -100,13 +100,17 @@ class Net(nn.Module):
         return other
 
 
-def build(source: ConfigSource | NetSpec, overrides: Sequence[str] = ()) -> Net:
+def build(source: ConfigSource | NetSpec, overrides: Sequence[str] = (), *, trust: bool = True) -> Net:
     """Build the net that a YAML file, a dict or a spec describes.
 
+    Args:
+        source, overrides: as in `load_spec`.
+        trust: may it name classes of other projects? Their modules are imported and their constructors called.
+
     Raises:
-        revnets.SpecError: the spec is wrong, or a part refuses its options.
+        revnets.SpecError: the spec is wrong, not trusted, or a part refuses its options.
     """
-    spec = load_spec(source, overrides)
+    spec = load_spec(source, overrides, trust=trust)
     name = "spec" if isinstance(source, NetSpec) else "dict" if isinstance(source, Mapping) else str(source)
     stem = build_stem(spec, name)
     columns = build_columns(spec, name)
@@ -174,7 +178,7 @@ def _gain(spec: ColumnsSpec, node: Node, dim: int) -> Gain | FixedGain | None:
     return Gain(dim, spec.gain.init, spec.gain.min_abs) if spec.gain.learn else FixedGain(spec.gain.init)
 
 
-def _part(source: str, key: str, kind: str, name: str, **arguments: Any) -> nn.Module:
+def _part(source: str, key: str, kind: str, name: str, /, **arguments: Any) -> nn.Module:
     """Build one part. If it refuses its arguments, that is a mistake in the spec: say where."""
     who = f'"{name}"' if key == kind else f'{kind} "{name}"'
     factory = find_component(kind, name)

@@ -29,6 +29,7 @@ def plan(
     grad_accum: int = 1,
     budget: int | str | None = None,
     modes: Sequence[str] = tuple(Memory),
+    trust: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Predict the memory of a training step in each mode; under a budget, choose the fastest that fits.
@@ -44,6 +45,7 @@ def plan(
         sharding: `ddp` (replicas), or `fsdp` (`fully_shard` on every cell).
         grad_accum: forward passes per update. With several, gradients of the earlier ones are there all along.
         budget: bytes, text such as `24GiB`, or a memory mode, whose peak is meant; `Plan.chosen` is the choice.
+        trust: may a YAML file, dict or spec name classes of other projects? They are imported and called.
 
     Raises:
         PlanError: nothing fits the budget (the message says what the least is and what to change).
@@ -56,7 +58,7 @@ def plan(
         model = model_or_spec
     else:
         with torch.device("meta"):
-            model = load_model(model_or_spec)
+            model = load_model(model_or_spec, trust=trust)
     example = input_shape if isinstance(input_shape, Tensor) else torch.empty(tuple(input_shape), device="meta")
     return plan_module(
         model,

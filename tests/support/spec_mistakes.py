@@ -203,9 +203,9 @@ MISTAKES = [
     bad(
         "block: vit, heads: 3",
         "block: 'argparse:Namespace'",
-        "levels.1",
+        "levels.1.block",
         "invalid-component",
-        "Namespace",
+        "argparse:Namespace",
         "torch.nn.Module",
     ),
     bad(LEVELS, f"levels:\n{2 * IDENTITY}", "drop_path", "conflicting-values", "0.1"),

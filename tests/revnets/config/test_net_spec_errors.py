@@ -69,7 +69,7 @@ def nothing(dim):
         ("levels.0.block", "lacking:Block", "import-failed", ["nothing_of_that_name"]),
         ("levels.0", "own_blocks:Picky", "component-failed", ['"own_blocks:Picky": no 8 for me']),
         ("levels.0", "own_blocks:Broken", "component-failed", ["KeyError: 'colour'"]),
-        ("levels.0", "own_blocks:nothing", "invalid-component", ["NoneType", "torch.nn.Module"]),
+        ("levels.0.block", "own_blocks:nothing", "invalid-component", ["own_blocks:nothing", "torch.nn.Module"]),
     ],
 )
 def test_bad_block_of_ones_own(own_modules: Path, key: str, block: str, code: str, names: list[str]) -> None:

@@ -82,11 +82,23 @@ def test_options_are_the_arguments_that_the_framework_leaves() -> None:
     assert list(options("block", "torch.nn:Identity")) == ["**"]
 
 
-def test_a_function_is_a_part_too(own_modules: Path) -> None:
-    (own_modules / "own_function.py").write_text(
-        "from torch import nn\ndef pair(dim: int, *, bias: bool = True):\n    return nn.Linear(dim, dim, bias)\n"
-    )
-    assert list(options("block", "own_function:pair", [own_modules])) == ["bias"]
+FUNCTION = """
+from torch import nn
+
+def pair(dim: int, *, bias: bool = True):
+    return nn.Linear(dim, dim, bias)
+"""
+
+
+def test_a_function_is_a_part_if_it_is_registered(own_modules: Path) -> None:
+    (own_modules / "own_function.py").write_text(FUNCTION)
+    with raises_error(PartError, code="invalid-component", names=["own_function:pair", "revnets.register_block"]):
+        options("block", "own_function:pair", [own_modules])
+    registered = FUNCTION.replace("def pair", "@revnets.register_block('pair')\ndef pair")
+    (own_modules / "own_registered.py").write_text(f"import revnets\n{registered}")
+    importlib.invalidate_caches()
+    assert list(options("block", "own_registered:pair", [own_modules])) == ["bias"]
+    assert list(options("block", "pair")) == ["bias"]
 
 
 def test_modules_beside_the_file_and_in_the_working_directory(own_modules: Path, monkeypatch) -> None:

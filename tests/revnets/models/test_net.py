@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import revnets
 from revnets import FixedGain, Gain
+from revnets.config.imports import importable
 from revnets.config.net_spec import dump
 from revnets.config.registry import PROVIDED
 from revnets.models.net import Level, Net
@@ -226,3 +227,19 @@ def test_a_copy_is_independent() -> None:
     twin(x).sum().backward()
     assert all(parameter.grad is None for parameter in net.parameters())
     assert torch.equal(net(x), twin(x))
+
+
+def test_options_may_have_the_names_that_errors_use(own_modules) -> None:
+    (own_modules / "named.py").write_text(
+        "from revnets.nn.blocks import MLPBlock\n"
+        "class Named(MLPBlock):\n"
+        "    def __init__(self, dim: int, name: str, kind: str, key: str, source: str):\n"
+        "        super().__init__(dim)\n"
+        "        self.given = (name, kind, key, source)\n"
+    )
+    block = {"block": "named:Named", "name": "a", "kind": "b", "key": "c", "source": "d"}
+    level = {"dim": 4, "depth": 1, **block}
+    data = {"columns": 1, "stem": {"type": "linear", "in_dim": 3}, "fusion": "linear", "levels": [level] * 2}
+    with importable(own_modules):
+        net = revnets.build(data)
+    assert net.columns.cells[0][0].function.blocks[0].given == ("a", "b", "c", "d")
