@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_task_of_the_page_trains(folder):
     settings = yaml.safe_load((folder / "brightness.yaml").read_text())
-    for command in (["train", "brightness.yaml"], ["eval", settings["output"]]):
+    for command in (["train", "brightness.yaml"], ["eval", settings["output"], "--trust"]):
         assert f"    revnets {' '.join(command)}\n" in TEXT
         result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
         assert result.exit_code == 0, result.output

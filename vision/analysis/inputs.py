@@ -19,7 +19,7 @@ from vision.training.loaded_run import LoadedRun, fresh_run, load_run
 
 
 def load_source(
-    source: str, overrides: Sequence[str] = (), weights: str = "auto"
+    source: str, overrides: Sequence[str] = (), weights: str = "auto", trust: bool = False
 ) -> tuple[LoadedRun, ReversibleColumns]:
     """A model with its data, and its reversible columns.
 
@@ -28,6 +28,7 @@ def load_source(
             timm's or a YAML of a run, with the weights of its initialisation (or with `model.pretrained=true`).
         overrides: of the run's configuration, such as `data.root=/data/imagenet` or `memory=store`.
         weights: of a checkpoint: `raw`, `ema` (averaged over training), or `auto` for the averaged ones if it has any.
+        trust: may the configuration, of a checkpoint or a YAML, name classes of other projects?
 
     Raises:
         vision.errors.CheckpointError: the checkpoint cannot be used.
@@ -35,11 +36,11 @@ def load_source(
     """
     path = Path(source)
     if path.suffix.lower() not in (".yaml", ".yml") and path.exists():
-        run = load_run(path, weights, overrides)
+        run = load_run(path, weights, overrides, trust=trust)
     elif timm.is_model(source):
-        run = fresh_run(load_config({"model": {"timm": source}, "output": "."}, overrides), source)
+        run = fresh_run(load_config({"model": {"timm": source}, "output": "."}, overrides, trust=trust), source)
     elif path.exists() or (CONFIGS / f"{source}.yaml").exists():
-        run = fresh_run(load_config(source, overrides), source)
+        run = fresh_run(load_config(source, overrides, trust=trust), source)
     else:
         known = [*timm.list_models("*revcol*"), *(file.stem for file in CONFIGS.glob("*.yaml"))]
         problem = "neither a checkpoint, the folder of a run, a model of timm's, nor a YAML of a run"

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from revnets.cli.options import Trust
 from revnets.cli.output import Csv, Png, deliver, outputs, print_rows, progress
 from vision.cli.common import Overrides, reported
 
@@ -32,6 +33,7 @@ def cka(
     weights: WeightsOption = "auto",
     png: Png = Path("cka.png"),
     csv: Csv = None,
+    trust: Trust = False,
 ) -> None:
     """How similar every level of every column is to the images and to their labels (figure 9).
 
@@ -52,7 +54,7 @@ def cka(
 
         png, csv = outputs(png, csv)
         console = Console()
-        run, columns = load_source(source, overrides or [], weights)
+        run, columns = load_source(source, overrides or [], weights, trust)
         size, count = batch_plan(run, batch, batches)
         with progress(console, count) as (tell, advance):
             tell(f"{size} images a batch")
@@ -76,6 +78,7 @@ def layercam(
     weights: WeightsOption = "auto",
     png: Png = Path("layercam.png"),
     csv: Csv = None,
+    trust: Trust = False,
 ) -> None:
     """Where every level of every column sees a class: LayerCAM over an image (figure 8).
 
@@ -96,7 +99,7 @@ def layercam(
         console = Console()
         with progress(console, None) as (tell, _):
             tell("reading")
-            run, columns = load_source(source, overrides or [], weights)
+            run, columns = load_source(source, overrides or [], weights, trust)
             wanted = None if target is None else torch.tensor([class_number(run.classes, target)], device=run.device)
             pixels, true = (image_from(run, image), None) if image else image_at(run, index)
             tell("one forward and backward")

@@ -56,6 +56,7 @@ def evaluate_checkpoint(
     png: Path | None = None,
     recipe: str | None = None,
     by_name: bool = False,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Print the metrics of every set of weights that a checkpoint holds.
 
@@ -66,6 +67,7 @@ def evaluate_checkpoint(
         png: where to draw the confusion of the weights that count, the averaged ones if there are any.
         recipe: a YAML of a run, or the name of a recipe, with the model and the data of the weights.
         by_name: the classes of the data are some of the model's, and are matched by name (`vision.data.class_subsets`).
+        trust: may the configuration, in the checkpoint or of `recipe`, name classes of other projects?
 
     Raises:
         vision.checkpoints.manager.CheckpointError: there is no such checkpoint, or it cannot be used.
@@ -76,7 +78,7 @@ def evaluate_checkpoint(
             "--png", f"{png} is no picture", f"Let it end in .{', .'.join(FORMATS)}", code="unknown-suffix"
         )
     console = Console()
-    given = _of_run(path, overrides) if recipe is None else _of_weights(path, recipe, overrides)
+    given = _of_run(path, overrides, trust) if recipe is None else _of_weights(path, recipe, overrides, trust)
     config, device = given.config, builders.choose_device(given.config.device)
     if by_name and not any(text.strip().startswith("data.num_classes") for text in overrides):
         config = _without_count(config)
@@ -127,13 +129,13 @@ def evaluate_checkpoint(
     return found
 
 
-def _of_run(path: Path, overrides: Sequence[str]) -> Candidate:
-    found = load_checkpoint(path, overrides)
+def _of_run(path: Path, overrides: Sequence[str], trust: bool) -> Candidate:
+    found = load_checkpoint(path, overrides, trust=trust)
     return Candidate(found.path, found.config, found.weight_sets, found.classes, is_run=True)
 
 
-def _of_weights(path: Path, recipe: str, overrides: Sequence[str]) -> Candidate:
-    config = load_config(recipe, overrides).model_copy(update={"supervision": None})
+def _of_weights(path: Path, recipe: str, overrides: Sequence[str], trust: bool) -> Candidate:
+    config = load_config(recipe, overrides, trust=trust).model_copy(update={"supervision": None})
     content, name = finetune.find_pretrained(str(path), World())
     sets = {"raw": files.tensors_in(content, "raw", path)}
     with suppress(CheckpointError):  # it has no averaged ones

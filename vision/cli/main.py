@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from revnets.cli.options import Trust
 from vision.cli.common import Overrides, reported
 from vision.paths import CONFIGS
 
@@ -25,6 +26,8 @@ def train(
     tensorboard/, curves.png and config.yaml. The same command again goes on
     where the run stopped, bit for bit. SIGTERM and Ctrl-C save first; the exit
     code is then 128 + the signal.
+
+    A YAML file is a program: the classes that it names are imported and run.
 
     Several processes: torchrun --no-python --nproc-per-node 8 revnets train CONFIG.
     """
@@ -56,8 +59,12 @@ def evaluate(
     subset: Annotated[
         bool, typer.Option("--subset", help="The data have some of the model's classes: match them by their names.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one.
+
+    The configuration that the checkpoint holds runs no code but this project's; one that names a task or a block of
+    your own needs --trust.
 
     Weights of ImageNet-22K on ImageNet-1K, matched by WordNet ids:
     revnets eval revcol_base_22k.pth data.root=DIR --config revcol_base_in22k --subset
@@ -65,7 +72,7 @@ def evaluate(
     with reported():
         from vision.cli.evaluate import evaluate_checkpoint
 
-        evaluate_checkpoint(checkpoint, overrides or [], png, config, subset)
+        evaluate_checkpoint(checkpoint, overrides or [], png, config, subset, trust)
 
 
 def reshard(

@@ -20,7 +20,7 @@ from pydantic import (
 
 from revnets.config import memory_modes
 from revnets.config.errors import SpecError, nearest, problem, what
-from revnets.config.imports import PartError, imported
+from revnets.config.imports import PartError, foreign_file, imported
 from revnets.config.loader import Source, Strict, read_layers
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
@@ -81,10 +81,11 @@ def _task(value: Any, info: ValidationInfo) -> Any:
         raise problem(
             f"there is no task {name!r}", nearest(name, list(TASKS), "Give package.module:Class, or choose among")
         )
+    context = info.context or {}
     try:
-        imported("task", name, (info.context or {}).get("folders", ()))
+        imported("task", name, context.get("folders", ()), context.get("trust", True))
     except PartError as error:
-        raise problem(error.problem, error.remedy) from None
+        raise problem(error.problem, error.remedy, code=error.code) from None
     return value
 
 
@@ -223,7 +224,9 @@ class TrainConfig(Strict):
         return self.model_dump(mode="json")
 
 
-def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    source: Source, overrides: Sequence[str] = (), *, trust: bool = True, name: str = "dict"
+) -> TrainConfig:
     """Read and check the configuration of a run.
 
     Args:
@@ -231,25 +234,32 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
             a path, it is relative to the file.
         overrides: `key.path=value` pairs, such as `epochs=5` or `model.columns=8`. A path in `model=` is relative to
             the working directory, where it was typed.
+        trust: may it name classes of other projects? Their modules are imported, which runs them. A mapping that is not
+            trusted names no files either.
+        name: of a mapping, for error messages.
 
     Raises:
         revnets.SpecError: names the file, the key, the value and the remedy.
     """
+    if isinstance(source, Mapping) and not trust:
+        for key in ("base", "model"):
+            if isinstance(source.get(key), str):
+                raise foreign_file(name, key)
     if not isinstance(source, Mapping):
         source = _file_of(Path(source))
     inner = [text for text in overrides if text.strip().startswith("model.")]
     outer = [text for text in overrides if text not in inner]
-    layers = read_layers(source)
+    layers = read_layers(source, name)
     config = layers.copy()
     config.apply(outer)
     model = config.data.get("model")
     if not isinstance(model, str):
         layers.apply(overrides)
-        return layers.check(TrainConfig)
+        return layers.check(TrainConfig, trust=trust)
     given_here = any(text.strip().startswith("model=") for text in outer)
     folder = Path.cwd() if given_here or isinstance(source, Mapping) else source.parent
-    spec = load_spec(folder / model, [text.strip().removeprefix("model.") for text in inner])
-    return config.check(TrainConfig, net=spec)
+    spec = load_spec(folder / model, [text.strip().removeprefix("model.") for text in inner], trust=trust)
+    return config.check(TrainConfig, net=spec, trust=trust)
 
 
 def _file_of(path: Path) -> Path:

@@ -109,9 +109,11 @@ def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int
         if config.is_stream:
             samples = config.train_samples if part == "train" else config.val_samples
             given |= {"is_training": part == "train", "seed": seed, "num_samples": samples}
-            if config.name.startswith("wds/"):
-                _require_folder(Path(config.root or ""))
-        return create_reader(config.name, root=config.root, split=split, **given)
+        root = config.root
+        if config.name.startswith("wds/"):
+            _require_folder(Path(root or ""))
+            root = str(Path(root or "").resolve())  # webdataset would run what a name that begins with `pipe:` says
+        return create_reader(config.name, root=root, split=split, **given)
     except ImportError as error:
         problem = f"{config.name} needs a package ({error})"
         raise run_error("data.name", problem, "pip install 'revnets[data]'", code="missing-dependency") from None

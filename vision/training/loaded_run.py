@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -24,6 +24,9 @@ from vision.errors import CheckpointError, run_error
 from vision.training import builders
 
 WEIGHTS = ("auto", "raw", "ema")
+
+TIMM_WEIGHTS = ("pretrained", "checkpoint_path")
+"""Arguments of `timm.create_model` that make it look for weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,25 +139,29 @@ class LoadedRun:
         return found[0][None].to(self.device), int(found[1])
 
 
-def load_run(path: str | Path, weights: str = "auto", overrides: Sequence[str] = ()) -> LoadedRun:
+def load_run(
+    path: str | Path, weights: str = "auto", overrides: Sequence[str] = (), *, trust: bool = False
+) -> LoadedRun:
     """The model of a checkpoint of `revnets train`, with its classes and its transform.
 
     Args:
         path: a checkpoint, or the folder of a run: then its best one, or the last.
         weights: `raw`, `ema` (averaged over training), or `auto` for the averaged ones if the run kept them.
         overrides: of the run's configuration, such as `data.root=/data/imagenet`, `device=cpu` or `memory=store`.
+        trust: may the configuration in the checkpoint name classes of other projects, such as a task or a block of
+            your own? They are imported and run.
 
     The data of the run need not be there, unless they are asked for.
 
     Raises:
         vision.errors.CheckpointError: there is no such checkpoint, or it cannot be used.
-        revnets.SpecError: an override is wrong.
+        revnets.SpecError: an override is wrong, or the configuration names code that is not trusted.
         ValueError: there are no weights of this kind.
     """
     if weights not in WEIGHTS:
         problem = f"weights {weights!r}: choose among {', '.join(WEIGHTS)}"
         raise ArgumentError(problem, "weights", code="unknown-choice")
-    checkpoint = load_checkpoint(path, overrides)
+    checkpoint = load_checkpoint(path, overrides, trust=trust)
     sets, config = checkpoint.weight_sets, checkpoint.config
     name = ("ema" if "ema" in sets else "raw") if weights == "auto" else weights
     if name not in sets:
@@ -186,22 +193,34 @@ def fresh_run(config: TrainConfig, name: str) -> LoadedRun:
     return run
 
 
-def load_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Checkpoint:
+def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> Checkpoint:
     """A checkpoint of `revnets train`, and its configuration with overrides.
 
     Args:
         path: a checkpoint, or the folder of a run: then its best one, or the last if none is marked as it.
+        trust: may the configuration name classes of other projects?
 
     Raises:
         vision.errors.CheckpointError: there is no such checkpoint, or it holds weights alone.
-        revnets.SpecError: an override is wrong.
+        revnets.SpecError: an override is wrong, or the configuration names code that is not trusted.
     """
     path = manager.in_run(Path(path))
     if path.suffix in (".safetensors", ".pth") and path.exists():
         remedy = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
         raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy, code="missing-config")
     state = manager.read(path)
-    return Checkpoint(path, load_config(state["config"], overrides), state)
+    if not isinstance(state["config"], Mapping):
+        raise CheckpointError(path, "its configuration is no mapping", "Use a file that `revnets train` wrote")
+    config = _without_weights(state["config"])
+    return Checkpoint(path, load_config(config, overrides, trust=trust, name=str(path)), state)
+
+
+def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a checkpoint, whose weights are all that its model needs: none are fetched or read."""
+    model = config.get("model")
+    if not isinstance(model, Mapping):
+        return dict(config)
+    return {**config, "model": {key: value for key, value in model.items() if key not in TIMM_WEIGHTS}}
 
 
 def _without_images(config: TrainConfig, classes: tuple[str, ...]) -> ImageData:

@@ -103,13 +103,13 @@ def test_commands_train_and_evaluate_it(tmp_path):
     assert result.exit_code == 0, result.output
     line = read_log(tmp_path / "run" / LOG)[-1]
     assert f"best error {line['ema_mae']:.3f} levels, " in result.stdout
-    result = CliRunner().invoke(app, ["eval", str(tmp_path / "run")], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "run"), "--trust"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     for name in ("raw", "ema"):
         values = [f"{line[f'{name}_{metric}']:.4f}" for metric in ("mae", "median", "count")]
         assert re.search(rf"{name} .*{'.*'.join(map(re.escape, values))}", result.stdout)
     for words, key in ((["--subset"], "--subset"), (["--png", str(tmp_path / "x.png")], "--png")):
-        result = CliRunner().invoke(app, ["eval", str(tmp_path / "run"), *words])
+        result = CliRunner().invoke(app, ["eval", str(tmp_path / "run"), "--trust", *words])
         assert isinstance(result.exception, SpecError)
         assert result.exception.key == key
 
