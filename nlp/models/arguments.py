@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from revnets import ColumnsSpec
 from revnets.config.errors import ArgumentError
 from revnets.config.memory_budget import BudgetSpec
 
-from .encoder_spec import DEFAULTS, encoder_spec, read_spec
+from .encoder_spec import DEFAULTS, are_trusted, encoder_spec, read_spec, trust_columns
+
+_typed: set[str] = set()
+"""What this process was given on its command line for options that can name code of others."""
 
 
 def add_arguments(parser: Any) -> None:
@@ -22,7 +26,7 @@ def add_arguments(parser: Any) -> None:
 
     add("--revcol-columns", "columns of the encoder", type=_count, metavar="N")
     add("--revcol-blocks", "transformer blocks of each level of a column", type=_counts, metavar="N,N,...")
-    add("--revcol-fusion", "how a level joins what it reads, as in docs/reference/yaml.md", metavar="YAML")
+    add("--revcol-fusion", "how a level joins what it reads, as in docs/reference/yaml.md", type=_note, metavar="YAML")
     add(
         "--revcol-attention",
         "by dot products, or by the cosines of Swin Transformer V2",
@@ -43,7 +47,9 @@ def add_arguments(parser: Any) -> None:
     add("--revcol-stored", "cells that keep everything, counted from the end", type=_number, metavar="N")
     add(
         "--revcol-spec",
-        "YAML file of columns and blocks (docs/guides/translation-model.md); options that are given override it",
+        "YAML file of columns and blocks (docs/guides/translation-model.md); options that are given override it. The "
+        "file is a program: the classes that it names are imported and run",
+        type=_note,
         metavar="FILE",
     )
 
@@ -52,14 +58,17 @@ def settle(args: argparse.Namespace, encoder_layers: int | None) -> None:
     """Check the options of a new model and fill in all that its checkpoints should record.
 
     Args:
-        args: complete, but for options of the encoder's columns.
+        args: complete, but for options of the encoder's columns; from the command line, or out of a checkpoint. In a
+            checkpoint they may name blocks and fusions of this project alone (`encoder_spec.TRUST`).
         encoder_layers: `--encoder-layers`, if it was given.
 
     Raises:
         ArgumentError: an option that this encoder cannot honour; its key is the option.
         revnets.SpecError: something is wrong with the net.
     """
+    _refuse_expressions(args)
     _settle_norm(args)
+    trust = _is_typed(args)
     if not getattr(args, "revcol_spec", None):
         for key, value in DEFAULTS.items():
             if getattr(args, key, None) is None:
@@ -72,7 +81,9 @@ def settle(args: argparse.Namespace, encoder_layers: int | None) -> None:
                 code="conflicting-values",
             )
         args.revcol_spec = str(Path(args.revcol_spec).resolve())
-        args.revcol_net = read_spec(Path(args.revcol_spec), vars(args))
+        args.revcol_net = read_spec(Path(args.revcol_spec), vars(args), trust or are_trusted(vars(args)))
+    if trust:
+        trust_columns(vars(args))
     spec = encoder_spec(vars(args))
     _check_stored(getattr(args, "revcol_stored", None) or 0, spec)
     blocks = spec.columns * sum(level.depth for level in spec.levels)
@@ -84,6 +95,31 @@ def settle(args: argparse.Namespace, encoder_layers: int | None) -> None:
             code="conflicting-values",
         )
     args.encoder_layers = blocks
+
+
+def _note(text: str) -> str:
+    """The type of an option that can name code of others. argparse calls it for what a user gives alone."""
+    _typed.add(text)
+    return text
+
+
+def _is_typed(args: argparse.Namespace) -> bool:
+    """Are the options that can name code of others from the command line of this process, and not out of a file?"""
+    given = [getattr(args, key, None) for key in ("revcol_spec", "revcol_fusion")]
+    others = [value for value in given if value not in (None, DEFAULTS["revcol_fusion"])]
+    return bool(others) and not getattr(args, "revcol_net", None) and all(value in _typed for value in others)
+
+
+def _refuse_expressions(args: argparse.Namespace) -> None:
+    """fairseq's decoder evaluates some options as Python, in a checkpoint as well."""
+    for key in ("adaptive_softmax_cutoff", "decoder_xformers_att_config"):
+        text = getattr(args, key, None)
+        if not isinstance(text, str):
+            continue
+        try:
+            ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError(f"--{key.replace('_', '-')} {text[:60]!r}: give plain numbers or a plain dict") from None
 
 
 def _settle_norm(args: argparse.Namespace) -> None:

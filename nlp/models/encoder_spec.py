@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from revnets import ColumnsSpec, ReversibleColumns, SpecError, build_columns
 from revnets.config.errors import ArgumentError, problem
+from revnets.config.imports import foreign_file
 from revnets.config.loader import Layers, parse_value, read_layers
 from revnets.config.net_spec import dump
 from revnets.models.net import Level
@@ -57,6 +60,13 @@ MEANINGLESS = {
 """Options of fairseq's transformer that this encoder cannot honour, each with the reason."""
 
 
+TRUST = "REVNETS_TRUST"
+"""Environment variable: with 1, columns in checkpoints may name classes of other projects, which are imported and run.
+
+Besides, it hands on to the processes that fairseq starts which columns were given on the command line.
+"""
+
+
 class EncoderSpec(ColumnsSpec):
     """The columns of an encoder. fairseq's embedding is its stem: that of a file which describes a whole net is left
     out, and a head or taps are refused.
@@ -76,19 +86,39 @@ class EncoderSpec(ColumnsSpec):
         return default | {key: item for key, item in value.items() if key not in ("stem", "head", "taps")}
 
 
-def read_spec(path: Path, options: Mapping[str, Any]) -> str:
+def trust_columns(options: Mapping[str, Any]) -> None:
+    """Let exactly these columns name classes of other projects, in this process and in those that it starts."""
+    os.environ[TRUST] = ",".join(filter(None, (os.environ.get(TRUST), _digest(options))))
+
+
+def are_trusted(options: Mapping[str, Any]) -> bool:
+    """May the columns that these options describe name classes of other projects?"""
+    return not {"1", _digest(options)}.isdisjoint(os.environ.get(TRUST, "").split(","))
+
+
+def _digest(options: Mapping[str, Any]) -> str:
+    names = [options.get(key) for key in ("revcol_net", "revcol_fusion", "revcol_spec")]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def read_spec(path: Path, options: Mapping[str, Any], trust: bool) -> str:
     """The columns of a YAML file as JSON text, for `revcol_net`. Options that were given besides change what it says.
+
+    Args:
+        trust: may the file name classes of other projects?
 
     Raises:
         revnets.SpecError: something in the file or in the options is wrong.
     """
     layers = read_layers(path)
     layers.apply(_overrides({key: value for key, value in options.items() if value is not None}))
-    return json.dumps(dump(layers.check(EncoderSpec)))
+    return json.dumps(dump(layers.check(EncoderSpec, trust=trust)))
 
 
 def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
     """The specification of the encoder's columns, with every option of its blocks; it is checked once per model.
+
+    Options of a checkpoint may name blocks and fusions of this project alone, see `TRUST`.
 
     Args:
         options: the flat options of a model, such as `vars(args)`. Those of an old checkpoint may lack some.
@@ -102,35 +132,46 @@ def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
         if value := options.get(key):
             option = f"--{key.replace('_', '-')}"
             raise ArgumentError(f"{option} {value}: {reason}", option, code="reserved-key")
+    for key in ("revcol_net", "revcol_spec", "revcol_blocks", "revcol_fusion", "revcol_memory"):
+        if not isinstance(options.get(key), str | None):
+            option = f"--{key.replace('_', '-')}"
+            raise ArgumentError(f"{option} {options[key]!r:.60}: this is no text", option, code="wrong-type")
     keys = (*DEFAULTS, *BLOCK_OPTIONS.values(), "encoder_embed_dim", "revcol_net", "revcol_spec")
     given = DEFAULTS | {key: options[key] for key in keys if options.get(key) is not None}
-    return _checked(json.dumps(given, sort_keys=True))
+    return _checked(json.dumps(given, sort_keys=True), are_trusted(options))
 
 
 @lru_cache(maxsize=16)
-def _checked(options: str) -> EncoderSpec:
+def _checked(options: str, trust: bool) -> EncoderSpec:
     """The spec for options as JSON. fairseq asks for it several times: for the command line, for the model."""
     given = json.loads(options)
-    spec = _layers(given).check(EncoderSpec)
+    spec = _layers(given, trust).check(EncoderSpec, trust=trust)
     with torch.device("meta"):  # what only shows when it is built is a mistake of the options, too
         encoder_columns(spec, given["encoder_embed_dim"], given.get("revcol_spec") or "options")
     return spec
 
 
-def _layers(given: Mapping[str, Any]) -> Layers:
+def _layers(given: Mapping[str, Any], trust: bool) -> Layers:
     """Blocks `transformer` take the options of the model, unless their level says something else."""
     if given.get("revcol_net"):
         data = json.loads(given["revcol_net"])
+        if not isinstance(data, dict) or not isinstance(data.get("levels"), list):
+            raise ValueError("revcol_net: these are no columns")
+        if "base" in data:
+            raise foreign_file("revcol_net", "base")
     else:
         level = {"dim": given["encoder_embed_dim"], "block": "transformer"}
         depths = given["revcol_blocks"].split(",")
         data = {"columns": 1, "levels": [{**level, "depth": int(depth)} for depth in depths]}
     defaults = {key: given[option] for key, option in BLOCK_OPTIONS.items() if option in given}
-    data["levels"] = [defaults | level if level["block"] == "transformer" else level for level in data["levels"]]
+    data["levels"] = [
+        defaults | level if isinstance(level, dict) and level.get("block") == "transformer" else level
+        for level in data["levels"]
+    ]
     layers = read_layers(data, "options")
     if not given.get("revcol_net"):
         layers.apply(_overrides(given))
-    elif given.get("revcol_spec"):  # blocks may lie beside the file that was read
+    elif given.get("revcol_spec") and trust:  # blocks may lie beside the file that was read
         layers.folders = [Path(given["revcol_spec"]).parent, *layers.folders]
     return layers
 

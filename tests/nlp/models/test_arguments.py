@@ -19,7 +19,7 @@ from fairseq.models.transformer import TransformerConfig
 from nlp.layers.transformer import TransformerBlock
 from nlp.models.arguments import add_arguments
 from nlp.models.encoder import RevColEncoder
-from nlp.models.encoder_spec import DEFAULTS, MEANINGLESS, encoder_spec
+from nlp.models.encoder_spec import DEFAULTS, MEANINGLESS, TRUST, encoder_spec
 from nlp.models.revcol_transformer import RevColTransformerModel
 from revnets.config.errors import ArgumentError
 from revnets.config.net_spec import dump
@@ -187,6 +187,7 @@ def test_a_yaml_replaces_blocks_and_columns(tmp_path):
 
 
 def test_a_net_from_yaml_is_rebuilt_without_the_file(tmp_path, own_modules, monkeypatch):
+    monkeypatch.setenv(TRUST, "1")
     (tmp_path / "my_masked_blocks.py").write_text(OWN)
     path = write(tmp_path, NET.replace("block: mlp", 'block: "my_masked_blocks:Masked"'))
     args = options(revcol_spec=str(path))
@@ -259,10 +260,11 @@ def test_the_page_names_every_option_that_is_refused():
         assert f"`--{option.replace('_', '-')}`" in PAGE
 
 
-def test_the_net_on_the_page_can_be_built(tmp_path, own_modules):
+def test_the_net_on_the_page_can_be_built(tmp_path, own_modules, monkeypatch):
+    monkeypatch.setenv(TRUST, "")
     (tmp_path / "my_blocks.py").write_text(OWN.replace("Masked", "Mixer"))
     net = re.search(r"```yaml\n(columns.*?)```", PAGE, re.DOTALL)[1]
-    args = options("revcol_transformer", revcol_spec=str(write(tmp_path, net)))
+    args = options("revcol_transformer", **vars(command_line("--revcol-spec", str(write(tmp_path, net)))))
     assert args.encoder_layers == 8 * (1 + 2 + 1)
 
 

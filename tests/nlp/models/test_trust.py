@@ -1,0 +1,123 @@
+"""Checkpoints of fairseq name no code of others: their columns, the file that these came from, and other options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
+
+from nlp.models import arguments
+from nlp.models.arguments import add_arguments, settle
+from nlp.models.encoder_spec import TRUST, are_trusted, encoder_spec
+from tests.support.errors import raises_error
+from tests.support.fairseq import build, options
+from tests.support.paths import ROOT
+
+CODE = "__import__('pathlib').Path('canary').touch()"
+MODULE = """
+from pathlib import Path
+from torch import nn
+Path('canary').touch()
+class Masked(nn.Module):
+    def __init__(self, dim, **options):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+    def forward(self, x, padding_mask=None):
+        return x + self.linear(x)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(own_modules, monkeypatch) -> Path:
+    """The working directory, with a module whose import leaves a file there, and a folder of another."""
+    monkeypatch.chdir(own_modules)
+    monkeypatch.setenv(TRUST, "")
+    monkeypatch.setattr(arguments, "_typed", set())
+    (own_modules / "stranger.py").write_text(MODULE)
+    (own_modules / "elsewhere").mkdir()
+    (own_modules / "elsewhere" / "neighbour.py").write_text(MODULE)
+    return own_modules
+
+
+def columns(block: str, **given: object) -> str:
+    level = {"dim": 64, "depth": 1, "block": "transformer"}
+    return json.dumps({"columns": 2, "levels": [level, {**level, "block": block, **given}, level]})
+
+
+def command_line(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    add_arguments(parser)
+    return parser.parse_args(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"revcol_net": columns("sympy:simplify", expr=CODE)}, "sympy:simplify"),
+        ({"revcol_net": columns("stranger:Masked")}, "stranger:Masked"),
+        ({"revcol_net": columns("neighbour:Masked"), "revcol_spec": "elsewhere/net.yaml"}, "neighbour:Masked"),
+        ({"revcol_net": json.dumps({**json.loads(columns("mlp")), "base": "elsewhere/net.yaml"})}, "base"),
+        ({"revcol_spec": "elsewhere/net.yaml"}, "neighbour:Masked"),
+        ({"revcol_fusion": "{type: 'sympy:simplify', expr: \"" + CODE + '"}'}, "sympy:simplify"),
+        ({"revcol_fusion": "stranger:Masked"}, "stranger:Masked"),
+        ({"adaptive_softmax_cutoff": CODE}, "adaptive-softmax-cutoff"),
+        ({"decoder_xformers_att_config": CODE}, "decoder-xformers-att-config"),
+        ({"encoder_xformers_att_config": CODE}, "encoder-xformers-att-config"),
+        ({"revcol_net": "[1]"}, "revcol_net"),
+        ({"revcol_net": ["levels"]}, "revcol_net"),
+    ],
+)
+def test_options_of_a_checkpoint_run_nothing(folder, given, name):
+    (folder / "elsewhere" / "net.yaml").write_text(columns("neighbour:Masked"))
+    with pytest.raises(SystemExit) as caught:  # as in `fairseq-generate`, whose last line it is
+        build(**given)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "canary").exists()
+
+
+def test_model_overrides_run_nothing(folder):
+    """fairseq-generate has its overrides in the options that a model is built from."""
+    args = options()
+    args.revcol_fusion = "stranger:Masked"
+    with raises_error(code="not-trusted", key="fusion"):
+        encoder_spec(vars(args))
+    assert not (folder / "canary").exists()
+
+
+@pytest.mark.parametrize("option", ["spec", "fusion"])
+def test_the_command_line_is_trusted_and_so_are_processes_that_it_starts(folder, option):
+    (folder / "net.yaml").write_text(columns("stranger:Masked"))
+    (folder / "fuse.py").write_text("from revnets.nn.fusions import LinearFusion\nclass Fuse(LinearFusion): pass\n")
+    given = {"spec": ("--revcol-spec", "net.yaml"), "fusion": ("--revcol-fusion", "fuse:Fuse")}[option]
+    args = options(**vars(command_line(*given)))
+    assert are_trusted(vars(args))
+    settle(args, None)  # fairseq does it again when it builds the model
+    recorded = json.dumps(vars(args))
+    code = (
+        "import argparse, json, sys; from nlp.models.encoder_spec import encoder_spec; "
+        "print(encoder_spec(json.loads(sys.argv[1])).columns)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for trust, columns_there in ((os.environ[TRUST], True), ("1", True), ("", False), ("0", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, recorded], env={**environment, TRUST: trust}, capture_output=True, text=True
+        )
+        assert (done.returncode == 0) is columns_there, done.stderr
+        assert columns_there or "not trusted" in done.stderr.splitlines()[-1]
+
+
+def test_trust_is_for_the_columns_that_were_given(folder):
+    (folder / "net.yaml").write_text(columns("stranger:Masked"))
+    args = options(**vars(command_line("--revcol-spec", "net.yaml")))
+    (folder / "canary").unlink()
+    with pytest.raises(SystemExit, match="neighbour:Masked"):
+        build(revcol_spec=args.revcol_spec, revcol_net=columns("neighbour:Masked"))
+    assert not (folder / "canary").exists()
