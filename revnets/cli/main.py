@@ -35,8 +35,7 @@ def show(
 ) -> None:
     """Show a net: its graph, parameters and multiply-accumulates, as a table and as a picture.
 
-    A YAML file is a program: it can name any class. This command runs no code but this project's, so it is safe with
-    files of others; a file that names other classes needs --trust.
+    A YAML file is a program. This command refuses to run code of other projects that it names, unless --trust is given.
     """
     from revnets.cli.show import describe
 

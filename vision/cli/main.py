@@ -63,8 +63,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one.
 
-    The configuration that the checkpoint holds runs no code but this project's; one that names a task or a block of
-    your own needs --trust.
+    A configuration that names code of other projects, such as a task of your own, needs --trust.
 
     Weights of ImageNet-22K on ImageNet-1K, matched by WordNet ids:
     revnets eval revcol_base_22k.pth data.root=DIR --config revcol_base_in22k --subset
