@@ -119,7 +119,9 @@ def _refuse_expressions(args: argparse.Namespace) -> None:
         try:
             ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise ValueError(f"--{key.replace('_', '-')} {text[:60]!r}: give plain numbers or a plain dict") from None
+            option = f"--{key.replace('_', '-')}"
+            problem = f"{option} {text[:60]!r}: give plain numbers or a plain dict"
+            raise ArgumentError(problem, option, code="invalid-syntax") from None
 
 
 def _settle_norm(args: argparse.Namespace) -> None:

@@ -134,8 +134,7 @@ def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
             raise ArgumentError(f"{option} {value}: {reason}", option, code="reserved-key")
     for key in ("revcol_net", "revcol_spec", "revcol_blocks", "revcol_fusion", "revcol_memory"):
         if not isinstance(options.get(key), str | None):
-            option = f"--{key.replace('_', '-')}"
-            raise ArgumentError(f"{option} {options[key]!r:.60}: this is no text", option, code="wrong-type")
+            raise ArgumentError(f"{key} {options[key]!r:.60}: this is no text", key, code="wrong-type")
     keys = (*DEFAULTS, *BLOCK_OPTIONS.values(), "encoder_embed_dim", "revcol_net", "revcol_spec")
     given = DEFAULTS | {key: options[key] for key in keys if options.get(key) is not None}
     return _checked(json.dumps(given, sort_keys=True), are_trusted(options))
@@ -156,7 +155,7 @@ def _layers(given: Mapping[str, Any], trust: bool) -> Layers:
     if given.get("revcol_net"):
         data = json.loads(given["revcol_net"])
         if not isinstance(data, dict) or not isinstance(data.get("levels"), list):
-            raise ValueError("revcol_net: these are no columns")
+            raise ArgumentError("revcol_net: these are no columns", "revcol_net", code="wrong-format")
         if "base" in data:
             raise foreign_file("revcol_net", "base")
     else:
