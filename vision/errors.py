@@ -10,7 +10,7 @@ from revnets.config.errors import ConfigError
 
 def run_error(key: str, message: str, hint: str = "", code: str = "invalid-value") -> ConfigError:
     """The error for a key of a training run that only fails when the run is set up, such as `data.root`."""
-    return ConfigError("training run", key, message, hint, code)
+    return ConfigError("training run", key, printable(message), hint, code)
 
 
 class TrainingError(RuntimeError):
@@ -64,6 +64,15 @@ class CheckpointError(RuntimeError):
 
 EXPECTED = (TrainingError, DataError, CheckpointError)
 """Errors that users can do something about."""
+
+
+def printable(text: str) -> str:
+    """A text on one line that every terminal and file takes: line feeds and bytes that are not UTF-8 are escaped."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    )
 
 
 def first_line(error: BaseException) -> str:

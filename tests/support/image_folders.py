@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +58,8 @@ def shards(root: Path, count: int = 4, each: int = 6, broken: bool = False) -> P
                     data = jpeg(label, 100 * shard + number + 1000 * (split == "val"))
                     if broken and (split, shard, number) == ("train", 1, 2):
                         data = data[: len(data) // 3]
-                    _add(tar, f"{shard}_{number}.jpg", data)
-                    _add(tar, f"{shard}_{number}.cls", str(label).encode())
+                    add(tar, f"{shard}_{number}.jpg", data)
+                    add(tar, f"{shard}_{number}.cls", str(label).encode())
     names = {"train": [f"train-{n}.tar" for n in range(count)], "validation": ["val-0.tar"]}
     info = {
         "splits": {
@@ -74,7 +76,19 @@ def shards(root: Path, count: int = 4, each: int = 6, broken: bool = False) -> P
     return root
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of that many black pixels a side, as its header says."""
+    packer = zlib.compressobj(9)
+    rows = [packer.compress(bytes(side + 1)) for _ in range(10)]
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"".join([*rows, packer.flush()])) + chunk(b"IEND", b"")

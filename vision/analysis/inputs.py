@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import timm
-from PIL import Image
 from torch import Tensor
 
 from revnets import ReversibleColumns, SpecError
 from revnets.config.errors import nearest, option_error
 from vision.config.run import load_config
-from vision.errors import first_line
+from vision.data.decoding import open_regular, read_image
+from vision.errors import first_line, printable
 from vision.paths import CONFIGS
 from vision.training.builders import columns_of
 from vision.training.loaded_run import LoadedRun, fresh_run, load_run
@@ -116,11 +117,12 @@ def image_from(run: LoadedRun, path: Path) -> Tensor:
     Raises:
         revnets.SpecError: it cannot be read.
     """
+    mode, exif = run.decoding
     try:
-        picture = Image.open(path)
-        picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        problem = f"{path} cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
+        with open_regular(path) as file, warnings.catch_warnings(action="ignore"):  # Pillow's about large pictures
+            picture = read_image(file, mode, exif)
+    except Exception as error:  # decoders raise whatever they like
+        problem = printable(f"{path} cannot be read ({getattr(error, 'strerror', None) or first_line(error)})")
         raise option_error(
             "--image", problem, "Give a picture such as a .jpg or .png", code="unreadable-file"
         ) from None

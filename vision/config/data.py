@@ -87,7 +87,7 @@ class ImagesConfig(Strict):
     num_classes: int | None = Field(default=None, ge=2)  # where the reader cannot tell
     train_samples: int | None = Field(default=None, ge=1)  # of a stream that does not tell its length
     val_samples: int | None = Field(default=None, ge=1)
-    input_key: str | None = None  # names of fields, see timm's readers
+    input_key: str | None = None  # endings of folder and tar, such as .jpg;.webp; else names of fields, see timm's
     target_key: str | None = None
     img_size: int = Field(default=224, ge=8)
     mean: Triple = IMAGENET_DEFAULT_MEAN
@@ -96,6 +96,7 @@ class ImagesConfig(Strict):
     crop_mode: Literal["center", "squash", "border"] = "center"
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of validation
     augment: AugmentConfig = AugmentConfig()
+    exif: Literal["ignore", "apply"] = "ignore"  # turn images as their EXIF orientation says, or leave them as stored
     unreadable: Literal["skip", "stop"] = "skip"  # replace a broken image by the next and count it, or stop
 
     @property

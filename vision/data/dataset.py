@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vision.errors import DataError
+from vision.errors import DataError, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Unreadable:
         Raises:
             DataError: the policy is to stop.
         """
-        reason = " ".join(str(error).split()) or type(error).__name__
+        what = printable(what)
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
         if self.policy == "stop":
             remedy = "Mend or remove it, or let data.unreadable be skip"
             raise DataError(f"{what}: cannot be read ({reason.rstrip('.')}). {remedy}")
@@ -71,6 +72,7 @@ class ImageData:
     mean: tuple[float, ...]  # of the normalisation, one value or one a channel
     std: tuple[float, ...]
     unreadable: Unreadable = field(default_factory=Unreadable)
+    remarks: tuple[str, ...] = ()  # lines about what is not as expected, but does no harm
 
 
 def class_names(found: dict[str, int], count: int | None) -> tuple[str, ...]:

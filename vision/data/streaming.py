@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vision.data.dataset import Unreadable
+from vision.data.decoding import Exif, converted
 from vision.data.samplers import seeded
 from vision.distributed.context import World
-from vision.errors import DataError, first_line
+from vision.errors import DataError, first_line, printable
 
 
 class Stream(IterableDataset[tuple[Tensor, int]]):
@@ -29,6 +31,10 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
         unreadable: what happens with images that cannot be read.
         world: the processes that share a validation set. (For training the reader asks torch.distributed itself.)
         seed: of the augmentations; None for validation.
+        exif: is the orientation in EXIF data applied? Data sets of Hugging Face always apply it to streams.
+
+    Attributes:
+        count: number of classes; None if labels are not compared with it.
     """
 
     def __init__(
@@ -38,7 +44,10 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
         unreadable: Unreadable,
         world: World,
         seed: int | None = None,
+        exif: Exif = "ignore",
     ):
+        self.exif: Exif = exif
+        self.count: int | None = None
         self.reader, self.transform, self.unreadable, self.world, self.seed = make(), transform, unreadable, world, seed
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers live longer than an epoch
         if seed is None:  # every process reads all of it and takes its share, so that nothing is missed or seen twice
@@ -82,19 +91,48 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
     def _augmented(self, seed: int) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
         place = (seed, self.epoch, self.world.rank, worker.id if worker else 0)
-        for number, (image, label) in enumerate(self._read()):
-            with seeded(*place, number):
-                sample = self.transform(image), int(label)
-            yield sample
+        for number, (picture, label) in enumerate(self._read()):
+            image = self._image(picture)
+            if image is not None:
+                with seeded(*place, number):
+                    sample = self.transform(image), class_of(int(label), self.count, f"sample {number}", True)
+                yield sample
 
     def _share(self) -> Iterator[tuple[Tensor, int]]:
-        size, number, blank = self.world.size, -1, None
-        for number, (image, label) in enumerate(self._read()):
+        size, number, blank = self.world.size, -1, Image.new("RGB", (8, 8))
+        for number, (picture, label) in enumerate(self._read()):
             if number % size == self.world.rank:
-                yield self.transform(image), -1 if label is None else int(label)
-            blank = image
-        if blank is not None and number % size < self.world.rank:  # shares are equally long, see `Share`
+                image, label = self._image(picture), -1 if label is None else int(label)
+                if image is None:
+                    yield self.transform(blank), -1
+                else:
+                    yield self.transform(image), class_of(label, self.count, f"sample {number}", False)
+        if number % size < self.world.rank and number >= 0:  # shares are equally long, see `Share`
             yield self.transform(blank), -1
+
+    def _image(self, picture: Image.Image) -> Image.Image | None:
+        """A picture as RGB; None if its mode cannot be, which is noted."""
+        try:
+            return converted(picture, exif=self.exif)
+        except Exception as error:
+            self.unreadable.note(type(self.reader).__name__, error)
+            return None
+
+
+def class_of(label: int, count: int | None, name: str, is_training: bool) -> int:
+    """A class number that is one.
+
+    Args:
+        count: of classes; None if nothing is known.
+        name: of the sample.
+        is_training: for validation -1 is a sample that does not count.
+
+    Raises:
+        DataError: it is none.
+    """
+    if count is not None and (label >= count or label < (0 if is_training else -1)):
+        raise DataError(f"{printable(name)}: its class is {label}, and there are {count} from 0 on. Check the labels")
+    return label
 
 
 class _Notes(logging.Handler):

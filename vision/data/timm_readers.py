@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from timm.data.readers import create_reader
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.class_map import load_class_map
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from revnets.config.errors import SpecError
 from vision.config.data import ImagesConfig
 from vision.data.dataset import ImageData, Unreadable, class_names
+from vision.data.decoding import Exif, read_image
+from vision.data.image_files import ImageFiles, listed
 from vision.data.samplers import Key, seeded
-from vision.data.streaming import Stream
+from vision.data.streaming import Stream, class_of
 from vision.data.transforms import Transform, train_transform, val_transform
 from vision.distributed.context import World
-from vision.errors import DataError, first_line, run_error
+from vision.errors import DataError, first_line, printable, run_error
 
 RETRIES = 10
 """Unreadable images in a row that are skipped; more mean that something else is wrong."""
+
+LARGEST = 10**6
+"""More classes than any data set has."""
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
 
@@ -34,24 +40,37 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
         revnets.SpecError: the data are missing or empty, or their classes do not fit together.
     """
     if config.is_stream:
-        train: Any = Stream(lambda: _reader(config, "train", seed), train_transform(config), unreadable, world, seed)
-        val: Any = Stream(lambda: _reader(config, "val", seed), val_transform(config), unreadable, world)
-        classes = _classes(config, train.class_to_idx)
+        train_steps, val_steps = train_transform(config), val_transform(config)
+        reader: Any = Stream(lambda: _reader(config, "train", seed), train_steps, unreadable, world, seed, config.exif)
+        val_reader: Any = Stream(lambda: _reader(config, "val", seed), val_steps, unreadable, world, None, config.exif)
     else:
         reader, val_reader = _reader(config, "train", seed), _reader(config, "val", seed)
-        found, others = class_to_idx(reader), class_to_idx(val_reader)
+    found, others = class_to_idx(reader), class_to_idx(val_reader)
+    remarks = [*getattr(reader, "remarks", ()), *getattr(val_reader, "remarks", ())]
+    if config.class_map is None and found:
         if strange := sorted(set(others) - set(found)):
-            problem = f"the class {strange[0]} of {config.val_split} does not occur in {config.train_split}"
+            noun = "classes" if len(strange) > 1 else "class"
+            problem = f"{config.val_split} has the {noun} {listed(strange)}, and {config.train_split} has not"
             raise run_error(
                 "data.root", problem, "Give both splits the same classes, or a class_map", code="class-mismatch"
             )
-        if others != found and config.class_map is None:  # numbers are given in the order of names
+        if others and others != found:  # numbers are given in the order of names
+            if config.is_stream:
+                problem = f"{config.val_split} numbers its classes otherwise than {config.train_split}"
+                raise run_error("data", problem, "Give a class_map", code="class-mismatch")
             val_reader = _reader(config, "val", seed, found)
-        classes = _classes(config, found)
-        train = Images(reader, train_transform(config), unreadable, seed)
-        val = Images(val_reader, val_transform(config), unreadable)
+        if missing := [name for name in found if name not in getattr(val_reader, "classes", others or found)]:
+            remarks.append(f"{config.val_split} has no images of {listed(missing)}")
+    classes = _classes(config, found)
+    count = len(classes)
+    if config.is_stream:
+        train, val = reader, val_reader
+        train.count = val.count = count
+    else:
+        train = Images(reader, train_transform(config), unreadable, seed, config.exif, count)
+        val = Images(val_reader, val_transform(config), unreadable, None, config.exif, count)
     shape = (3, config.img_size, config.img_size)
-    return ImageData(train, val, classes, shape, config.mean, config.std, unreadable)
+    return ImageData(train, val, classes, shape, config.mean, config.std, unreadable, tuple(remarks))
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -65,10 +84,22 @@ class Images(Dataset[tuple[Tensor, int]]):
         transform: from a PIL image to a tensor.
         unreadable: what happens with images that cannot be read.
         seed: of the augmentations; None for validation.
+        exif: is the orientation in EXIF data applied?
+        count: number of classes; None if labels are not compared with it.
     """
 
-    def __init__(self, reader: Any, transform: Transform, unreadable: Unreadable, seed: int | None = None):
+    def __init__(
+        self,
+        reader: Any,
+        transform: Transform,
+        unreadable: Unreadable,
+        seed: int | None = None,
+        exif: Exif = "ignore",
+        count: int | None = None,
+    ):
         self.reader, self.transform, self.unreadable, self.seed = reader, transform, unreadable, seed
+        self.exif: Exif = exif
+        self.count = count
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -82,17 +113,24 @@ class Images(Dataset[tuple[Tensor, int]]):
             if image:
                 with seeded(self.seed or 0, *key):
                     return self.transform(image), label
-        raise DataError(f"{RETRIES} images in a row cannot be read, from number {key.index} on. Check data.root")
+        place = f"from number {key.index} on ({printable(self.reader.filename(key.index))})"
+        raise DataError(f"{RETRIES} images in a row cannot be read, {place}. Check data.root")
 
     def read(self, index: int) -> tuple[Image.Image | None, int]:
-        """The image as RGB and its class; None if it cannot be read, which is noted."""
+        """The image as RGB and its class; None if it cannot be read, which is noted.
+
+        Raises:
+            DataError: there is no such class, or unreadable images are to stop the run.
+        """
         try:
             file, label = self.reader[index]
             with file:
-                return Image.open(file).convert("RGB"), -1 if label is None else int(label)
+                image = read_image(file, exif=self.exif)
+            label = -1 if label is None else int(label)
         except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, DecompressionBombError
             self.unreadable.note(self.reader.filename(index), error)
             return None, -1
+        return image, class_of(label, self.count, self.reader.filename(index), self.seed is not None)
 
 
 def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int] | None = None) -> Any:
@@ -101,14 +139,15 @@ def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int
     given: dict[str, Any] = {"class_map": class_map or config.class_map}
     try:
         if config.name in ("folder", "tar"):
-            root = split_path(Path(config.root or ""), split, config.name)
-            if config.name == "tar":
-                return ReaderImageInTar(str(root), class_map=given["class_map"] or "")
-            return create_reader("", root=str(root), input_key=config.input_key, **given)
+            root = str(split_path(Path(config.root or ""), split, config.name))
+            numbers = (
+                class_map if class_map is not None or config.class_map is None else _read_map(config.class_map, root)
+            )
+            return ImageFiles(root, split, config.name == "tar", config.input_key, numbers, may_lack=part == "val")
         given |= {"input_key": config.input_key, "target_key": config.target_key}
         if config.is_stream:
             samples = config.train_samples if part == "train" else config.val_samples
-            given |= {"is_training": part == "train", "seed": seed, "num_samples": samples}
+            given |= {"is_training": part == "train", "seed": seed, "num_samples": samples, "input_img_mode": ""}
         root = config.root
         if config.name.startswith("wds/"):
             _require_folder(Path(root or ""))
@@ -141,12 +180,23 @@ def split_path(root: Path, split: str, kind: str = "folder") -> Path:
         raise run_error(
             "data.root", problem, "Let it hold one folder per split, or set train_split, val_split", code="missing-file"
         )
-    endings = {".tar"} if kind == "tar" else set(get_img_extensions(as_set=True))
-    if path.is_dir() and not any(item.suffix.lower() in endings for item in path.rglob("*")):
-        raise run_error(
-            "data.root", f"{path} holds no {'tars' if kind == 'tar' else 'images'}", "Check it", code="empty-data"
-        )
+    if kind == "tar" and path.is_dir() and not any(name.lower().endswith(".tar") for name in os.listdir(path)):
+        raise run_error("data.root", f"{path} holds no tars", "Check it", code="empty-data")
     return path
+
+
+def _read_map(file: str, root: str) -> dict[str, int]:
+    """A class map as timm reads it: a class name a line. An empty last line is no class."""
+    numbers = load_class_map(file, root)
+    if file.lower().endswith(".txt"):
+        place = file if os.path.exists(file) else os.path.join(root, file)
+        names = Path(place).read_text(encoding="utf-8").rstrip().splitlines()
+        repeated = [name for name, times in Counter(name.strip() for name in names).items() if times > 1]
+        if repeated:
+            problem = f"{place} names {repeated[0] or 'an empty class'} twice"
+            raise run_error("data.class_map", problem, "Name every class once", code="name-clash")
+        numbers = {name: number for name, number in numbers.items() if number < len(names)}
+    return numbers
 
 
 def class_to_idx(reader: Any) -> dict[str, int]:
@@ -155,6 +205,9 @@ def class_to_idx(reader: Any) -> dict[str, int]:
 
 
 def _classes(config: ImagesConfig, found: dict[str, int]) -> tuple[str, ...]:
+    if not all(isinstance(number, int) and 0 <= number < LARGEST for number in found.values()):
+        problem = f"the classes have numbers that are not from 0 to {LARGEST - 1}"
+        raise run_error("data.class_map", problem, "Number the classes from 0 on", code="out-of-range")
     known = max(found.values(), default=-1) + 1
     if config.num_classes is None and not known:
         problem = f"{config.name} does not tell how many classes there are"

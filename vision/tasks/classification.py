@@ -45,6 +45,9 @@ class Classification(Task):
         Raises:
             revnets.SpecError: it cannot be built, does not take these images, or has another number of classes.
         """
+        if len(data.classes) < 2 or "" in data.classes:  # as if all images lay in one folder, or in none
+            problem = f"the classes of the images are {', '.join(map(repr, data.classes))}"
+            raise run_error("data", problem, "Put the images of each class into a folder", code="class-mismatch")
         model = create_model(self.config, num_classes=len(data.classes), in_chans=data.shape[0])
         output = fake_output(model, data.shape)
         if not isinstance(output, Tensor) or output.ndim != 2:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from revnets import SpecError
 from tests.support.errors import raises_error
+from tests.support.image_folders import bomb
 from tests.support.training_runs import tiny
 from vision.analysis.cka import Similarity, similarity
 from vision.analysis.figures import cka_figure, layercam_figure
@@ -191,3 +194,26 @@ def test_layercam_figure_shows_no_rounding() -> None:
     shown = layercam_figure(pixels, [[value]], "").axes[1].images[0].get_array()
     assert shown is not None
     assert shown.std((0, 1)).max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["bomb", "small bomb", "numbers", "pipe", "folder"])
+def test_pictures_that_cannot_be_shown_are_one_line(run: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "odd.png"
+    if "bomb" in kind:
+        path.write_bytes(bomb(10_000 if kind == "small bomb" else 20_000))
+    elif kind == "numbers":
+        Image.fromarray(torch.rand(8, 8).numpy()).save(path, "TIFF")
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with warnings.catch_warnings(action="error"), raises_error(code="unreadable-file", key="--image", names="odd.png"):
+        call("layercam", run, "--image", path, "--png", tmp_path / "map.png")
+
+
+def test_a_picture_of_16_bits_is_that_of_8(run: Path, tmp_path: Path) -> None:
+    subject, _ = load_source(str(run))
+    ramp = torch.arange(256).view(16, 16).numpy().astype("uint16")
+    for name, picture in (("8.png", ramp.astype("uint8")), ("16.png", ramp * 256)):
+        Image.fromarray(picture).save(tmp_path / name)
+    found, wanted = (image_from(subject, tmp_path / name) for name in ("16.png", "8.png"))
+    assert torch.equal(found, wanted)
+    assert torch.equal(subject.transform(Image.open(tmp_path / "16.png")), wanted[0])

@@ -136,6 +136,14 @@ def test_webdataset(tmp_path, workers):
     assert sorted(torch.cat([labels for _, labels in val]).tolist()) == [0, 0, 1, 1, 2, 2]
 
 
+def test_labels_of_a_stream_are_those_of_its_classes(tmp_path):
+    pytest.importorskip("webdataset")
+    _, train, val = open_data(settings("wds", images.shards(tmp_path), data={"num_classes": 2}))
+    for loader in (train.epoch(0), val):
+        with raises_error(DataError, code="unreadable-data", names=["its class is 2", "there are 2"]):
+            list(loader)
+
+
 def test_webdataset_without_description(tmp_path):
     pytest.importorskip("webdataset")
     root = images.shards(tmp_path)

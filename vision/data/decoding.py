@@ -1,0 +1,100 @@
+"""From the bytes of an image to pixels of eight bits: one way for training, evaluation and analyses."""
+
+from __future__ import annotations
+
+import os
+import stat
+from functools import cache
+from typing import IO, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Exif = Literal["ignore", "apply"]
+
+SIXTEEN_BITS = ("PNG", "PPM")
+"""Formats whose greyscale has 16 bits at most, although versions of Pillow open it in the mode of 32 bits."""
+
+
+LARGE, PACKED = 2**26, 50
+"""Pixels of a picture that takes long to decode, and how many a byte of its file may hold then; of photos, 2 to 30."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading; pipes and devices, which may never end, are refused.
+
+    Raises:
+        OSError: there is no such file, or it is none of these.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("not a regular file")
+    return file
+
+
+def read_image(file: IO[bytes], mode: str = "RGB", exif: Exif = "ignore") -> Image.Image:
+    """The first picture of a file, whatever its name ends in.
+
+    Args:
+        file: opened; needed no more afterwards.
+        mode, exif: as for `converted`.
+
+    Raises:
+        Exception: it cannot be decoded; decoders raise whatever they like (OSError, SyntaxError, ValueError,
+            DecompressionBombError).
+    """
+    try:
+        picture = Image.open(file, formats=_formats())
+    except UnidentifiedImageError:  # whose message is a description of the object `file`
+        raise OSError("cannot identify a picture in it") from None
+    _require_real_size(picture, file)
+    picture.load()
+    return converted(picture, mode, exif)
+
+
+def converted(picture: Image.Image, mode: str = "RGB", exif: Exif = "ignore") -> Image.Image:
+    """A picture of any mode in one of eight bits a channel.
+
+    Of 16 bits the upper eight stay. Transparency is dropped, as timm and torchvision do it: colors are those that the
+    file has below it.
+
+    Args:
+        mode: `RGB` or `L`.
+        exif: `apply` turns and mirrors a picture as its EXIF orientation says; `ignore` leaves it as it is stored.
+
+    Raises:
+        ValueError: its numbers have no scale: integers of 32 bits, or floats.
+    """
+    if exif == "apply":
+        picture = _upright(picture)
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in SIXTEEN_BITS):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels are numbers of 32 bits (mode {picture.mode}), which have no scale")
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # the same colors; Pillow warns about any other way
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _require_real_size(picture: Image.Image, file: IO[bytes]) -> None:
+    """Refuse what Pillow's own limit of 179 million pixels lets pass: it would fill 2 GB."""
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    if picture.width * picture.height > max(LARGE, PACKED * size):
+        raise ValueError(f"{size} bytes would be unpacked to {picture.width} x {picture.height} pixels")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # the picture is right, its EXIF data are damaged
+        return picture
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that Pillow reads by itself: for EPS it runs Ghostscript, and a file's name does not tell its format."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")

@@ -1,0 +1,162 @@
+"""A reader of images in class folders and in tars, and the classes that the names of the folders stand for."""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO
+
+from vision.data.decoding import open_regular
+from vision.data.listing import Listing, list_folder, list_tars
+from vision.errors import printable, run_error
+
+ENDINGS = (".png", ".jpg", ".jpeg")
+"""Of the files that are read by default, in any case: those of timm."""
+
+
+class ImageFiles:
+    """A reader as timm's: `reader[index]` is (file, class number). Images are in the natural order of their names.
+
+    Args:
+        root: a folder with class folders; with `tars`, a tar with such folders, or a folder of tars.
+        name: of the split, for messages.
+        endings: of the files that are read, such as `.webp;.tif`; by default `ENDINGS`.
+        numbers: the classes that count. By default all that are found, numbered in the natural order of their names.
+        may_lack: may classes have no images, as in a validation set?
+
+    Attributes:
+        class_to_idx: numbers of the classes by name.
+        remarks: lines about what is not as expected, but does no harm.
+
+    Raises:
+        revnets.SpecError: there are no images, or the folders are no clear classes.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        name: str,
+        tars: bool = False,
+        endings: str | None = None,
+        numbers: Mapping[str, int] | None = None,
+        may_lack: bool = False,
+    ):
+        self.root = root
+        found = (list_tars if tars else list_folder)(root, _endings(endings))
+        found.files.sort(key=lambda file: (natural_key(file.name), file))
+        found.unread.sort()
+        _require_images(root, found)
+        if numbers is None:
+            _require_clear_classes(root, found)
+            if not may_lack:
+                _require_no_empty_class(root, found)
+        classes = {folder: printable(posixpath.basename(folder)) for folder in {file.folder for file in found.files}}
+        self.class_to_idx = numbered(classes.values()) if numbers is None else dict(numbers)
+        self.files = [file for file in found.files if classes[file.folder] in self.class_to_idx]
+        self.targets = [self.class_to_idx[classes[file.folder]] for file in self.files]
+        self.classes = set(classes.values())  # with images
+        self.remarks = _remarks(name, found)
+        if not self.files:
+            problem = f"{root} holds no images of the classes in data.class_map"
+            raise run_error("data.class_map", problem, "Name the class folders in it, one a line", code="empty-data")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
+        file, target = self.files[index], self.targets[index]
+        if not file.archive:
+            return open_regular(os.path.join(self.root, file.name)), target
+        if file.start < 0:
+            raise OSError("the tar does not hold its bytes")
+        with open_regular(file.archive) as archive:
+            archive.seek(file.start)
+            return io.BytesIO(archive.read(file.size)), target
+
+    def filename(self, index: int) -> str:
+        """What an image is called in messages."""
+        file = self.files[index]
+        return f"{os.path.basename(file.archive)}/{file.name}" if file.archive else file.name
+
+
+def natural_key(text: str) -> list[str | int]:
+    """What sorts x2 before x10 and a before B, as timm does it."""
+    parts = re.split(r"(\d+)", text.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
+def numbered(names: Iterable[str]) -> dict[str, int]:
+    """Numbers of classes in the natural order of their names; names that differ in case alone always in the same."""
+    return {name: number for number, name in enumerate(sorted(set(names), key=lambda name: (natural_key(name), name)))}
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of some names, for messages."""
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def _endings(text: str | None) -> frozenset[str]:
+    given = [ending.strip().lower() for ending in (text or "").split(";")]
+    return frozenset(ending if ending.startswith(".") else f".{ending}" for ending in given if ending) or frozenset(
+        ENDINGS
+    )
+
+
+def _require_images(root: str, found: Listing) -> None:
+    if not found.files:
+        other = f", but {len(found.unread)} with others, such as {found.unread[0]}" if found.unread else ""
+        problem = f"{root} holds no images with the endings {' '.join(sorted(found.endings))}{other}"
+        raise run_error("data.root", problem, _about_endings(found) or "Check it", code="empty-data")
+
+
+def _require_clear_classes(root: str, found: Listing) -> None:
+    """Refuse images beside class folders, and folders of one name in different places."""
+    remedy = "Let {} lie in class folders, or name the class folders in a file, data.class_map"
+    example = {file.folder: file.name for file in reversed(found.files)}
+    places: dict[str, str] = {}
+    for folder in sorted(example):
+        for above in _above(folder):
+            if above in example:
+                problem = f"{root}: {example[above]} lies beside the folder {folder}, which holds images as well"
+                raise run_error("data.root", problem, remedy.format("all images"), code="class-mismatch")
+        inner = folder.partition("/")[2] or folder if found.tars else folder
+        other = places.setdefault(posixpath.basename(folder), inner)
+        if other != inner:
+            problem = f"{root}: {other} and {inner} have the same name, which would make them one class"
+            raise run_error("data.root", problem, "Rename one, or name it in data.class_map", code="class-mismatch")
+
+
+def _require_no_empty_class(root: str, found: Listing) -> None:
+    """Refuse a folder without images where class folders are: its class would be missing, and others renumbered."""
+    holding = {file.folder for file in found.files}
+    filled = holding.union(*map(_above, holding))
+    for folder in sorted(found.folders):
+        if folder not in filled and posixpath.dirname(folder) not in holding:
+            own = [name for name in found.unread if name.startswith(f"{folder}/")]
+            other = f", but {len(own)} with others, such as {own[0]}" if own else ""
+            problem = f"{root}: {folder} holds no images with the endings {' '.join(sorted(found.endings))}{other}"
+            remedy = "Remove it, or name the classes that count in a file, data.class_map"
+            raise run_error("data.root", problem, _about_endings(found) if own else remedy, code="empty-data")
+
+
+def _remarks(split: str, found: Listing) -> list[str]:
+    if not found.unread:
+        return []
+    count, example = len(found.unread), printable(found.unread[0])
+    return [f"{split}: {count} pictures are not read, such as {example}. {_about_endings(found)}"]
+
+
+def _about_endings(found: Listing) -> str:
+    if not found.unread:
+        return ""
+    others = {os.path.splitext(name)[1].lower() for name in found.unread}
+    return f'To read them, set data.input_key to "{";".join(sorted(found.endings | others))}"'
+
+
+def _above(folder: str) -> list[str]:
+    """The folders that a folder lies in, the listed one (the empty name) included."""
+    parts = folder.split("/") if folder else []
+    return ["/".join(parts[:count]) for count in range(len(parts))]

@@ -1,0 +1,218 @@
+"""Which images lie in a folder, in a tar, or in a folder of tars.
+
+timm's readers of folders and tars take whatever they meet for images and classes. These leave out what programs leave
+behind, follow links without going in circles, and report what they do not read, for `vision.data.image_files`.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import tarfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any, NamedTuple
+
+from vision.data.decoding import open_regular
+from vision.errors import first_line, run_error
+
+NOT_DATA = frozenset(
+    {"__macosx", "__pycache__", "@eadir", "@tmp", "@recycle", "@__thumb", "#recycle", "#snapshot"}
+    | {"$recycle.bin", "system volume information", "lost+found"}
+)
+"""Folders, in lower case, that systems and programs leave behind. Those that begin with a dot do not count either."""
+
+PICTURES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm"}
+    | {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga"}
+)
+"""Endings of pictures, of which only some are read."""
+
+VISITS = 64
+"""How often links may lead to the same folder."""
+
+LONGEST = 4096
+"""Characters of a name in a tar."""
+
+
+class ImageFile(NamedTuple):
+    """Where the bytes of an image are.
+
+    Attributes:
+        name: relative to the listed folder, or in its tar.
+        folder: the class folder and those above it, as in `animals/ant`; of a tar among others its name comes first.
+        archive: the tar; empty for an image in a file of its own.
+        start, size: bytes in the tar; a start of -1 if the tar does not hold them.
+    """
+
+    name: str
+    folder: str
+    archive: str = ""
+    start: int = 0
+    size: int = 0
+
+
+@dataclass
+class Listing:
+    """What was found.
+
+    Attributes:
+        folders: all that were seen, also those without images, and links that lead nowhere.
+        unread: pictures whose endings are not among those that are read.
+        tars: does every folder's name begin with that of its tar?
+    """
+
+    endings: frozenset[str]
+    files: list[ImageFile] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    tars: bool = False
+
+    def add(self, file: ImageFile) -> None:
+        """Take a file that may be an image."""
+        ending = os.path.splitext(file.name)[1].lower()
+        if ending in self.endings:
+            self.files.append(file)
+        elif ending in PICTURES:
+            self.unread.append(posixpath.join(file.folder, posixpath.basename(file.name)))
+
+
+def is_hidden(name: str) -> bool:
+    """Is this the name of something that is no data: `.ipynb_checkpoints`, `._0.jpg`, `@eaDir`?"""
+    return name.startswith(".") or name.lower() in NOT_DATA
+
+
+def list_folder(root: str, endings: frozenset[str]) -> Listing:
+    """The images below a folder, links followed.
+
+    Raises:
+        revnets.SpecError: links lead to one folder again and again.
+        OSError: a folder cannot be read.
+    """
+    found, visits = Listing(endings), Counter()
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while waiting:
+        folder, above = waiting.pop()
+        place = os.path.join(root, folder)
+        status = os.stat(place)
+        here = status.st_dev, status.st_ino
+        if here in above:  # a link to a folder that it lies in
+            continue
+        visits[here] += 1
+        if visits[here] > VISITS:
+            problem = f"links lead to {place} more than {VISITS} times"
+            raise run_error("data.root", problem, "Remove links between folders", code="circular-reference")
+        if folder:
+            found.folders.append(folder)
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                name = posixpath.join(folder, entry.name)
+                if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                    waiting.append((name, (*above, here)))
+                elif os.path.splitext(name)[1].lower() in PICTURES | endings or not _leads_nowhere(entry):
+                    found.add(ImageFile(name, folder))
+                else:
+                    found.folders.append(name)  # perhaps a class, whose disk is not there
+    return found
+
+
+def list_tars(root: str, endings: frozenset[str]) -> Listing:
+    """The images of a tar, or of all tars in a folder; tars in them are read as folders.
+
+    Raises:
+        revnets.SpecError: a tar is damaged, or something else lies beside the tars.
+        OSError: a folder cannot be read.
+    """
+    found = Listing(endings, tars=os.path.isdir(root))
+    if not found.tars:
+        _list_archive(root, "", found)
+        return found
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if is_hidden(entry.name):
+            continue
+        name, ending = os.path.splitext(entry.name)
+        if ending.lower() == ".tar" and not entry.is_dir():
+            found.folders.append(name)
+            _list_archive(entry.path, name, found)
+        elif _is_data(entry.name, endings) or (entry.is_dir() and _holds_data(entry.path, endings)):
+            remedy = "Move it away, or put it into a tar"
+            raise run_error("data.root", f"{root} holds {entry.name} beside tars", remedy, code="class-mismatch")
+    return found
+
+
+def _list_archive(path: str, folder: str, found: Listing) -> None:
+    try:
+        with open_regular(path) as file:
+            _list_members(file, path, folder, found)
+    except (OSError, tarfile.TarError, ValueError, EOFError, RecursionError, OverflowError, MemoryError) as error:
+        text = getattr(error, "strerror", None) or first_line(error)
+        problem = f"{path} cannot be read ({text})"
+        raise run_error("data.root", problem, "Fetch or write the tar again", code="damaged-file") from None
+
+
+def _list_members(file: Any, path: str, folder: str, found: Listing, start: int = 0, is_inner: bool = False) -> None:
+    """Add the images of a tar that begins at byte `start` of the file at `path`."""
+    members: dict[str, tarfile.TarInfo] = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if len(member.name) > LONGEST:
+                raise ValueError(f"a name has {len(member.name)} characters")
+            parts = [part for part in posixpath.normpath(member.name).split("/") if part not in ("", ".", "..")]
+            if parts and not any(map(is_hidden, parts)):
+                members["/".join(parts)] = member  # of several with one name the last counts, as for tar -x
+        _require_end(file, tar.offset)
+        for name, member in members.items():
+            source, place = _source(name, members), posixpath.join(folder, name)
+            if member.isdir() or (source is None and not _is_data(name, found.endings)):
+                found.folders.append(place)
+            elif source is not None and name.lower().endswith(".tar"):
+                if is_inner:
+                    raise ValueError(f"{member.name} is a tar in a tar in a tar")
+                inner, begin = place[: -len(".tar")], start + source.offset_data
+                found.folders.append(inner)
+                _list_members(tar.extractfile(source), path, inner, found, begin, is_inner=True)
+            elif source is None or source.issparse():
+                found.add(ImageFile(member.name, posixpath.dirname(place), path, -1))
+            else:
+                begin = start + source.offset_data
+                found.add(ImageFile(member.name, posixpath.dirname(place), path, begin, source.size))
+
+
+def _source(name: str, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The regular file that a member is or links to; None for a folder, and for what the tar does not hold."""
+    for _ in range(8):
+        member = members.get(name)
+        if member is None or not (member.issym() or member.islnk()):
+            return member if member is not None and member.isreg() else None
+        target = posixpath.join(posixpath.dirname(name), member.linkname) if member.issym() else member.linkname
+        name = posixpath.normpath(target).lstrip("/")
+    return None
+
+
+def _require_end(file: IO[bytes], offset: int) -> None:
+    """A tar ends in a block of zeros; tarfile takes anything that is no header for the end."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+        raise ValueError(f"it is damaged or cut short at byte {offset}")
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def _is_data(name: str, endings: frozenset[str]) -> bool:
+    return os.path.splitext(name)[1].lower() in PICTURES | endings | {".tar"}
+
+
+def _holds_data(path: str, endings: frozenset[str]) -> bool:
+    """Does a folder hold pictures or tars, or a folder that does? It is looked into two levels of folders."""
+    for entry in (entry for entry in os.scandir(path) if not is_hidden(entry.name)):
+        if _is_data(entry.name, endings):
+            return True
+        if entry.is_dir(follow_symlinks=False) and any(_is_data(name, endings) for name in os.listdir(entry.path)):
+            return True
+    return False
