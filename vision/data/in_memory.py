@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,12 @@ IDX = {
     "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 """The four files of MNIST and of all that follow it."""
+
+BOUND = 2**27
+"""Bytes that images may always fill when they are unpacked or enlarged."""
+
+EXPANSION = 24
+"""How many times as many bytes they may fill otherwise; images of handwriting are packed about 5 to 1."""
 
 
 def load_digits(config: DigitsConfig, seed: int) -> ImageData:
@@ -50,6 +58,7 @@ def load_idx(config: IdxConfig, seed: int) -> ImageData:
         revnets.SpecError: a file is missing, damaged or no idx file, or the files do not belong together.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    side = config.img_size
     for part, (images_name, labels_name) in IDX.items():
         images, labels = read_idx(Path(config.root), images_name, 3), read_idx(Path(config.root), labels_name, 1)
         if len(images) != len(labels):
@@ -57,7 +66,11 @@ def load_idx(config: IdxConfig, seed: int) -> ImageData:
             raise run_error(
                 "data.root", f"{config.root}: {problem}", "Give files of one data set", code="misaligned-data"
             )
-        found[part] = (_resized(images[:, None], config.img_size), labels.long())
+        if (size := len(images) * side**2) > max(BOUND, EXPANSION * images.nbytes):
+            height, width = images.shape[1:]
+            problem = f"{side}, but {images_name} has {len(images)} images of {height} x {width}: {size} bytes"
+            raise run_error("data.img_size", problem, "Lower it, or check the file", code="out-of-range")
+        found[part] = (_resized(images[:, None], side), labels.long())
     count = int(max(labels.max() for _, labels in found.values())) + 1
     names = config.classes or tuple(str(number) for number in range(count))
     if len(names) < count:
@@ -65,7 +78,10 @@ def load_idx(config: IdxConfig, seed: int) -> ImageData:
             "data.classes", f"{len(names)} names for {count} classes", "Name every class", code="wrong-length"
         )
     images, labels = (tensor[: config.train_samples] for tensor in found["train"])
-    return _data(config, seed, (images, labels), found["val"], names)
+    data = _data(config, seed, (images, labels), found["val"], names)
+    strange = sorted(set(found["val"][1].tolist()) - set(labels.tolist()))
+    remarks = (f"no training image has the class {names[strange[0]]} of the validation set",) if strange else ()
+    return replace(data, remarks=remarks)
 
 
 def read_idx(folder: Path, name: str, axes: int) -> Tensor:
@@ -74,20 +90,26 @@ def read_idx(folder: Path, name: str, axes: int) -> Tensor:
     Raises:
         revnets.SpecError: it is missing, damaged or of another kind.
     """
-    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
+    path = next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
     if path is None:
         problem = f"{folder} has no {name}, gzipped or not"
         raise run_error("data.root", problem, "Give the folder with the four idx files", code="missing-file")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic, *sizes = struct.unpack_from(f">{1 + axes}i", data)
-        if magic != 0x0800 + axes or min(sizes) < 1:
-            raise ValueError(f"no idx file of bytes with {axes} axes")
-        return torch.from_numpy(np.frombuffer(data, np.uint8, math.prod(sizes), 4 * (1 + axes)).reshape(sizes).copy())
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            magic, *sizes = struct.unpack(f">{1 + axes}i", file.read(4 * (1 + axes)))
+            if magic != 0x0800 + axes or min(sizes) < 1:
+                raise ValueError(f"no idx file of bytes with {axes} axes")
+            count, on_disk = math.prod(sizes), path.stat().st_size  # sizes are of a file and may be anything
+            if count > (max(BOUND, EXPANSION * on_disk) if path.suffix == ".gz" else on_disk):
+                raise ValueError(f"{on_disk} bytes cannot hold {' x '.join(map(str, sizes))}")
+            data = file.read(count + 1)
+        if len(data) != count:
+            more = "more" if len(data) > count else f"{len(data)}"
+            raise ValueError(f"it has {more} bytes for {' x '.join(map(str, sizes))}")
+        return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(sizes).copy())
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise run_error(
-            "data.root", f"{path}: {first_line(error)}", "Fetch the file again", code="damaged-file"
-        ) from None
+        text = getattr(error, "strerror", None) or first_line(error)
+        raise run_error("data.root", f"{path}: {text}", "Fetch the file again", code="damaged-file") from None
 
 
 def _resized(images: Tensor, side: int) -> Tensor:
@@ -108,6 +130,8 @@ def _data(
 ) -> ImageData:
     pixels = scaled(train[0])
     mean, std = pixels.mean().item(), pixels.std().item()
+    if not std > 0:
+        raise run_error("data.root", "all training images are of one gray", "Check the files", code="unreadable-data")
     return ImageData(
         train=Augmented(*train, RandomAffine(config, seed), mean, std),
         val=Plain((scaled(val[0]) - mean) / std, val[1]),

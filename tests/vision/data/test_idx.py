@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 
 import pytest
 import torch
@@ -95,3 +96,60 @@ def test_idx_files_that_are_not_right(fashion, damage, code, names):
     damage(fashion)
     with raises_error(code=code, key="data.root", source="training run", names=names):
         open_data(idx_run(fashion))
+
+
+def header(*sizes):
+    return struct.pack(f">{1 + len(sizes)}i", 0x0800 + len(sizes), *sizes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(2**31 - 1, 2**31 - 1, 2**31 - 1),
+        header(-3, 28, 28),
+        header(12, 28, 28),
+        header(12, 28, 28) + bytes(12 * 28 * 28 - 1),
+        header(12, 28, 28) + bytes(12 * 28 * 28 + 1),
+        b"",
+    ],
+    ids=["2^93", "negative", "header alone", "a byte short", "a byte more", "empty"],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_sizes_of_an_idx_file_are_those_of_its_bytes(fashion, content, zipped):
+    (fashion / "train-images-idx3-ubyte.gz").unlink()
+    path = fashion / ("train-images-idx3-ubyte" + ".gz" * zipped)
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    with raises_error(code="damaged-file", key="data.root", names=f"{path}: "):
+        open_data(idx_run(fashion))
+
+
+def test_a_gzip_bomb_is_not_unpacked(fashion):
+    """256 MB of zeros in 1 MB, as its header says; and what small images would fill when they are enlarged."""
+    sizes = (2**28 // 784, 28, 28)
+    packer = zlib.compressobj(1, wbits=31)
+    parts = [packer.compress(header(*sizes)), *(packer.compress(bytes(2**24)) for _ in range(2**4)), packer.flush()]
+    path = fashion / "train-images-idx3-ubyte.gz"
+    path.write_bytes(b"".join(parts))
+    assert path.stat().st_size < 2**28 / 100
+    with raises_error(code="damaged-file", key="data.root", names=[str(path), str(sizes[0])]):
+        open_data(idx_run(fashion))
+    path.unlink()
+    idx(fashion, "train-images-idx3-ubyte", torch.ones(2**18, 1, 1, dtype=torch.uint8))
+    idx(fashion, "train-labels-idx1-ubyte", torch.ones(2**18, dtype=torch.uint8))
+    (fashion / "train-labels-idx1-ubyte.gz").unlink()
+    with raises_error(code="out-of-range", key="data.img_size", names="1 x 1"):
+        open_data(idx_run(fashion))
+
+
+@pytest.mark.parametrize("root", ["x" * 5000, "a\0b"])
+def test_a_path_that_no_file_can_have(root):
+    with raises_error(code="missing-file", key="data.root"):
+        open_data(idx_run(root))
+
+
+def test_classes_that_are_never_trained_are_remarked(fashion):
+    for count, remarks in ((2, 1), (5, 0)):
+        config = load_config(idx_run(fashion, train_samples=count, classes=["ant", "bee", "cat"]))
+        found = load_data(config.data, 0).remarks
+        assert len(found) == remarks
+        assert all("cat" in remark for remark in found)
