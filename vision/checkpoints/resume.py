@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from revnets import SpecError
 from vision.checkpoints import manager
+from vision.config.data import DataConfig
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
-from vision.errors import CheckpointError, run_error
+from vision.errors import CheckpointError, printable, run_error
 
 FIXED = ("task", "seed", "data", "batch_size", "optimizer", "supervision", "pretrained")
 """Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.
@@ -73,12 +77,13 @@ def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path
     return None
 
 
-def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], path: Path) -> None:
+def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], path: Path, data: object = None) -> None:
     """Refuse a configuration with which a run could not be continued bit for bit, or not sensibly.
 
     Args:
         size: processes of this run.
         state: the checkpoint at `path`.
+        data: of this run. Wherever they lie now, they must have the classes and as many images as before.
 
     Raises:
         revnets.SpecError: names the key, what it is and what it was.
@@ -88,6 +93,8 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
         ours, theirs = new[key], old.get(key, IMPLIED.get(key))
         if key == "optimizer":
             ours, theirs = {**ours, "lr": None}, {**theirs, "lr": None}
+        if key == "data":
+            ours, theirs = _without_place(ours), _without_place(theirs)
         if ours != theirs:
             _refuse(*_first_difference(key, ours, theirs), path)
     passes, before = new["grad_accum"] * size, old["grad_accum"] * state["world"]
@@ -100,6 +107,47 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
     if config.batch_is_stream and (size, new["workers"]) != (state["world"], old["workers"]):
         ours, theirs = f"{new['workers']} with {size} processes", f"{old['workers']} with {state['world']} processes"
         _refuse("workers", f"{ours} (they deal out the stream)", theirs, path)
+    _require_same_data(data, state, path)
+
+
+def facts(data: object) -> dict[str, int]:
+    """Samples of the training and the validation set, which a checkpoint records, as far as they are known."""
+    found = {}
+    for part in ("train", "val"):
+        with suppress(TypeError, AttributeError):
+            found[part] = len(getattr(data, part))
+    return found
+
+
+def _require_same_data(data: object, state: dict[str, Any], path: Path) -> None:
+    ours, theirs = getattr(data, "classes", None), state.get("classes")
+    if isinstance(ours, tuple) and isinstance(theirs, list):
+        if len(ours) != len(theirs):
+            _refuse("data", f"{len(ours)} classes", len(theirs), path)
+        different = (
+            (one, other)
+            for one, other in zip(ours, theirs, strict=True)
+            if printable(str(one)) != printable(str(other))
+        )
+        for one, other in different:
+            _refuse("data", f"the class {printable(str(one))}", f"{printable(str(other))} in its place", path)
+    before = state.get("samples")
+    for part, count in facts(data).items():
+        if isinstance(before, dict) and before.get(part, count) != count:
+            _refuse("data", f"{count} samples in {part}", before[part], path)
+
+
+def _without_place(data: dict[str, Any]) -> dict[str, Any]:
+    """The key `data` without where the data lie, and with keys that checkpoints of earlier versions lack."""
+    with suppress(ValidationError):
+        data = TypeAdapter(DataConfig).validate_python(data).model_dump(mode="json")
+    kind, _, name = str(data.get("name")).partition("/")
+    places = {"root": None, "class_map": None} if "root" in data else {}
+    return {
+        **data,
+        **places,
+        "name": f"{kind}/{Path(name).name}" if name and kind in ("hfds", "hfids") else data["name"],
+    }
 
 
 def _refuse(key: str, ours: Any, theirs: Any, path: Path) -> None:

@@ -86,6 +86,8 @@ def evaluate_checkpoint(
     if not isinstance(task, Classification):
         _refuse_classes(config, png, by_name)
     data = task.load_data()
+    for remark in getattr(data, "remarks", ()):
+        console.print(remark, style="yellow", soft_wrap=True, highlight=False, markup=False)
     chosen, known = _known(given, data, by_name, console) if isinstance(task, Classification) else (None, data)
     training_task = builders.build_task(
         config.model_copy(update={"ema": None}), task.build_model(known), known, device, task
@@ -161,6 +163,11 @@ def _known(
             problem = f"the weights are for {count} classes, the data have {len(data.classes)}"
             remedy = "If these are some of the model's, add --subset, which matches them by name"
             raise option_error("--subset", problem, remedy, code="class-mismatch")
+        if given.classes and (difference := class_subsets.class_difference(given.classes, data.classes)):
+            if set(given.classes) == set(data.classes):  # in another order
+                return class_subsets.subset(given.classes, data.classes), replace(data, classes=given.classes)
+            remedy = "Give data with the classes of the model, or add --subset, which matches them by name"
+            raise option_error("--subset", difference, remedy, code="class-mismatch")
         named = sum(not name.isdecimal() for name in data.classes)
         if 0 < named < len(data.classes):
             text = f"data.num_classes is {len(data.classes)}, but the data name {named} classes, here the first ones."

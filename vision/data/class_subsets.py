@@ -10,6 +10,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from revnets.config.errors import option_error
+from vision.errors import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,25 @@ class Subset:
         """Scores (B, all classes) to those of the subset, (B, classes); unknown ones have the lowest of their row."""
         index = self.index.to(scores.device)
         return torch.where(index >= 0, scores[:, index.clamp(min=0)], scores.amin(1, keepdim=True))
+
+
+def has_names(classes: Sequence[str]) -> bool:
+    """Have classes names? Those of a source that does not name them are called as they are numbered."""
+    return any(name != str(number) for number, name in enumerate(classes))
+
+
+def class_difference(known: Sequence[str], classes: Sequence[str]) -> str:
+    """The first class in which some data differ from a model of as many classes; empty if there is none.
+
+    Where one of them has no names, there is nothing to compare.
+    """
+    if has_names(known) and has_names(classes):
+        for number, (ours, theirs) in enumerate(zip(classes, known, strict=False)):
+            if printable(str(ours)) != printable(str(theirs)):
+                return (
+                    f"class {number} is {printable(str(ours))} in the data, and {printable(str(theirs))} in the model"
+                )
+    return ""
 
 
 def subset(known: Sequence[str], classes: Sequence[str]) -> Subset:

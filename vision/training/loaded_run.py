@@ -18,7 +18,9 @@ from revnets.config.errors import ArgumentError
 from vision.checkpoints import manager
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
+from vision.data.class_subsets import class_difference
 from vision.data.dataset import ImageData
+from vision.data.decoding import Exif, converted
 from vision.data.loading import load_data, val_loader
 from vision.errors import CheckpointError, run_error
 from vision.training import builders
@@ -75,12 +77,14 @@ class LoadedRun:
         """Training and validation set of the run, opened when they are first asked for.
 
         Raises:
-            revnets.SpecError: they are not there, or have another number of classes.
+            revnets.SpecError: they are not there, or have other classes.
         """
         data = load_data(self.config.data, self.config.seed)
         if len(data.classes) != len(self.classes):
             problem = f"{len(data.classes)} classes, but the model is for {len(self.classes)}"
             raise run_error("data", problem, "Give the data of the run", code="class-mismatch")
+        if difference := class_difference(self.classes, data.classes):
+            raise run_error("data", difference, "Give the data of the run", code="class-mismatch")
         return data
 
     @property
@@ -90,12 +94,17 @@ class LoadedRun:
             from vision.data.transforms import val_transform
 
             transform = val_transform(self.config.data)
-            return lambda picture: transform(picture.convert("RGB"))
+            return lambda picture: transform(converted(picture, *self.decoding))
         return self._small_image
+
+    @property
+    def decoding(self) -> tuple[str, Exif]:
+        """The mode of the images of the run, `RGB` or `L`, and whether their EXIF orientation is applied."""
+        return ("RGB", self.config.data.exif) if isinstance(self.config.data, ImagesConfig) else ("L", "ignore")
 
     def _small_image(self, picture: Image.Image) -> Tensor:
         side = self.config.data.img_size
-        pixels = picture.convert("L").resize((side, side))
+        pixels = converted(picture, *self.decoding).resize((side, side))
         image = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).view(1, side, side)
         return (image.float() / 255 - self.data.mean[0]) / self.data.std[0]
 

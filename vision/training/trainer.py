@@ -74,6 +74,8 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written, read or used.
             revnets.SpecError: the folder holds a run that this one does not continue.
         """
+        for remark in getattr(self.data, "remarks", ()):
+            self._warn(remark)
         self._resume()
         self.world.by_main(self._write_config)
         if self.state.beginning:
@@ -163,6 +165,7 @@ class Trainer:
             "versions": manager.versions(),
             "config": self.config.plain(),
             "world": self.world.size,
+            "samples": resume.facts(self.data),
             **self.task.metadata(self.data),
             "progress": self.progress.plain(self.losses),
             **self.state.state(),
@@ -175,7 +178,7 @@ class Trainer:
         if path is None:
             return
         state = manager.read(path, self.world)
-        resume.require_same_course(self.config, self.world.size, state, path)
+        resume.require_same_course(self.config, self.world.size, state, path, self.data)
         self.state.load_state(state, path)
         progress: dict[str, Any] = dict(state["progress"])
         self.losses.begin(progress.pop("losses"))
