@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from revnets import ColumnsSpec, ReversibleColumns, SpecError, build_columns
 from revnets.config.errors import ArgumentError, problem
 from revnets.config.imports import foreign_file
-from revnets.config.loader import Layers, parse_value, read_layers
+from revnets.config.loader import Layers, read_layers
 from revnets.config.net_spec import dump
+from revnets.config.overrides import parse_value
 from revnets.models.net import Level
 from revnets.nn.blocks import MLPBlock
 

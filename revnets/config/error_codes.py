@@ -11,6 +11,7 @@ VALUES = {
     "number-as-text": "text that looks like a number where a number is needed, such as `1e-3` in YAML",
     "not-finite": "a number that is infinite or not a number",
     "out-of-range": "a number that is too small or too large",
+    "too-large": "more values, nesting, files or bytes than a configuration may have",
     "wrong-length": "a list with too few or too many items",
     "unknown-choice": "a word that is none of the choices",
     "not-divisible": "a size that must be a multiple of another one",
@@ -51,7 +52,7 @@ MEMORY = {
 }
 FILES = {
     "missing-file": "a file or folder does not exist",
-    "not-a-file": "a folder where a file is needed",
+    "not-a-file": "a folder, a pipe or a device where a file is needed",
     "empty-file": "the file is empty",
     "unreadable-file": "the file cannot be opened",
     "invalid-encoding": "the text is not encoded as UTF-8",

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -28,7 +29,8 @@ class ConfigError(ValueError):
     def __init__(self, source: str, key: str, message: str, hint: str = "", code: str = "invalid-value"):
         self.source, self.key, self.message, self.hint = source, _line(key), _line(message), _line(hint)
         self.code = code
-        where = f"{source}: {self.key}" if self.key else source
+        where = _printable(str(source))
+        where += f": {self.key}" if self.key else ""
         super().__init__(f"{where}: {self.message}{'.' if hint else ''} {self.hint}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
@@ -146,8 +148,25 @@ _WANTED = {
 }
 """Pydantic's type errors, and what the user should have given."""
 
-EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 """A number in scientific notation that YAML 1.1 takes for text unless it has a dot and a signed exponent."""
+
+AMBIGUOUS = re.compile(
+    r"[-+]?(0[\d_]*\d|0b[01_]+|0o[0-7_]+|0x[\da-fA-F_]+|\d[\d_]*(:\d[\d_]*)+|(?=.*_)\d[\d_]*)(\.[\d_]*)?"
+)
+"""A number with leading zeros (octal in YAML 1.1), colons (to the base of 60), underscores, or another base."""
+
+
+def _decimal(text: str) -> str:
+    """What a person means by a number that is ambiguous in YAML."""
+    digits = text.replace("_", "")
+    sign, digits = (digits[0], digits[1:]) if digits[0] in "+-" else ("", digits)
+    if ":" in digits:
+        return "it as one number"
+    if digits[1:2] in ("b", "o", "x"):
+        return f"{sign}{int(digits[:60], 0)}"
+    digits = digits[:60].lstrip("0")
+    return f"{sign}{digits}" if digits[:1].isdecimal() else f"{sign}0{digits}"
 
 
 def _wrong_type(value: Any, wanted: list[str]) -> tuple[str, str, str]:
@@ -156,17 +175,23 @@ def _wrong_type(value: Any, wanted: list[str]) -> tuple[str, str, str]:
         if EXPONENT.fullmatch(value):
             mantissa, exponent = re.split("[eE]", value)
             dot, sign = "" if "." in mantissa else ".0", "" if exponent[0] in "+-" else "+"
-            better = f"{mantissa}{dot}e{sign}{exponent}" if "a number" in wanted else f"{float(value):.0f}"
+            whole = f"{float(value):.0f}" if abs(float(value)) < 1e18 else "a smaller number"
+            better = f"{mantissa}{dot}e{sign}{exponent}" if "a number" in wanted else whole
             return f"YAML reads {value} as text, not as a number", f"Write {better}", "number-as-text"
+        if AMBIGUOUS.fullmatch(value):
+            text = f"{show(value)} is text, for YAML 1.1 reads it in another way than people do"
+            return text, f"Write {_decimal(value)}", "number-as-text"
         if re.fullmatch(r"[-+]?\d+(\.\d+)?", value):
             return f"{show(value)} is text", f"Give {' or '.join(wanted)}, without quotes", "number-as-text"
+    if wanted == ["text"] and isinstance(value, (bool, int, float)):
+        return what(value), "Give text: put it in quotes", "wrong-type"
     return what(value), f"Give {' or '.join(wanted)}", "wrong-type"
 
 
 def nearest(word: Any, known: Iterable[str], otherwise: str) -> str:
     """A remedy for a name that is not known: the most similar one, or the first dozen after the words `otherwise`."""
-    known = list(known)
-    near = get_close_matches(str(word), known, n=1)
+    known = list(islice(known, 10_000))
+    near = get_close_matches(str(word)[:200], known, n=1)
     few = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return f"Did you mean {near[0]}?" if near else f"{otherwise} {few}"
 
@@ -189,11 +214,33 @@ def what(value: Any) -> str:
 
 def show(value: Any) -> str:
     """The value in the notation of YAML, shortened to a part of a line."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError):
-        text = _line(repr(value))
+    text = _line(json.dumps(_beginning(value, [60]), ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _beginning(value: Any, room: list[int]) -> Any:
+    """As much of a value as a line can show: lists may refer to each other, and so be large beyond all bounds.
+
+    Args:
+        room: how many values are left to show; each takes two characters or more.
+    """
+    room[0] -= 1
+    if isinstance(value, str):
+        return value[:200]
+    if isinstance(value, int) and value.bit_length() > 256:
+        return hex(value)[:60]  # longer ones have no decimal text in Python
+    if isinstance(value, dict):
+        items = takewhile(lambda _: room[0] > 0, value.items())
+        return {
+            key[:200] if isinstance(key, str) else type(key).__name__: _beginning(item, room) for key, item in items
+        }
+    if isinstance(value, (list, tuple)):
+        return [_beginning(item, room) for item in takewhile(lambda _: room[0] > 0, value)]
+    return f"a {type(value).__name__}" if isinstance(value, (set, frozenset)) else value
+
+
+def _key(key: Any) -> str:
+    return key[:200] if isinstance(key, str) else str(key) if isinstance(key, (int, float)) else type(key).__name__
 
 
 def path(keys: Sequence[str | int]) -> str:
@@ -233,5 +280,13 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _line(text: str) -> str:
     """Any text on one line, without the full stop that a sentence of ours will add."""
-    line = " ".join(text.split())
+    line = _printable(text)
     return line if line.endswith("...") else line.removesuffix(".")
+
+
+def _printable(text: str, most: int = 2000) -> str:
+    """A text on one line that every terminal can show: escapes stand for all characters that it could obey."""
+    line = " ".join(text[: 2 * most].split())
+    if not line.isprintable():
+        line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    return line if len(line) <= most else line[:most] + "..."

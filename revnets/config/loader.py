@@ -5,21 +5,26 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from revnets.config.errors import EXPONENT, Keys, SpecError, explain, option_error, path, show, what
+from revnets.config import load_errors as errors
+from revnets.config.errors import ArgumentError, Keys, SpecError, explain, path, problem, show, what
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 Source = str | Path | Mapping[str, Any]
 Overrides = Sequence[str] | Mapping[str, Any]
 """`key.path=value` as text, or key paths and their values."""
+
+MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_BASES = 1_000_000, 100_000, 64, 32
+"""Bounds of a file, of its values (aliases count as often as they are used), of their nesting, and of chained bases."""
 
 
 class Strict(BaseModel):
@@ -32,7 +37,7 @@ class Layer(dict[str, Any]):
     """The keys of one file (or dict), and the name under which its mistakes are reported."""
 
     def __init__(self, name: str, data: Any):
-        super().__init__(_plain(name, (), data, ()))
+        super().__init__(_plain(name, (), data))
         self.name = name
 
 
@@ -48,7 +53,7 @@ class Layers:
         self.folders = folders
         self.data: dict[str, Any] = {}
         self.name = layers[-1].name
-        self._origins: dict[Keys, str] = {}
+        self._origins: dict[Any, Any] = {}  # a tree of keys; the entry `None` of a branch is its origin
         for layer in layers:
             self._merge(self.data, layer, (), layer.name)
 
@@ -63,8 +68,10 @@ class Layers:
 
     def _set(self, place: Any, key: Any, value: Any, keys: Keys, name: str) -> None:
         place[key] = value
-        self._origins = {known: origin for known, origin in self._origins.items() if known[: len(keys)] != keys}
-        self._origins[keys] = name
+        branch = self._origins
+        for outer in keys[:-1]:
+            branch = branch.setdefault(outer, {})
+        branch[keys[-1]] = {None: name}
 
     def copy(self) -> Layers:
         """Layers that can be changed without changing these."""
@@ -81,38 +88,34 @@ class Layers:
 
     def override(self, text: str) -> None:
         """Apply one `key.path=value`."""
-        name = "command line"
-        place_text, equals, value_text = text.partition("=")
-        keys = [key.strip() for key in place_text.split(".")]
-        if not equals or not all(keys):
-            raise SpecError(
-                name,
-                text,
-                "an override has the form key.path=value",
-                "For example levels.2.depth=6",
-                code="invalid-override",
-            )
-        self.set(".".join(keys), parse_value(value_text, place_text))
+        from revnets.config.overrides import parse_override  # which reads YAML as here
+
+        self.set(*parse_override(text))
 
     def set(self, key_path: str, value: Any) -> None:
         """Replace the value at `key.path`, or add it."""
-        name, keys = "command line", key_path.split(".")
-        value = _plain(name, tuple(keys), value, ())
+        from revnets.config.overrides import index_of, split_keys
+
+        name, keys = "command line", split_keys(key_path)
+        value = _plain(name, keys, value)
         place: Any = self.data
         found: Keys = ()
         for key in keys[:-1]:
-            index = _index(place, key, found)
+            index = index_of(place, key, found)
             found = (*found, index)
             if isinstance(place, dict) and index not in place:
                 self._set(place, index, {}, found, name)
             place = place[index]
-        index = _index(place, keys[-1], found)
+        index = index_of(place, keys[-1], found)
         self._set(place, index, value, (*found, index), name)
 
     def origin(self, keys: Keys) -> str:
         """The file that a value came from; of a missing one, the file that it is missing in."""
-        prefixes = (keys[:length] for length in range(len(keys), 0, -1))
-        return next((self._origins[prefix] for prefix in prefixes if prefix in self._origins), self.name)
+        branch, found = self._origins, self.name
+        for key in keys:
+            branch = branch.get(key, {})
+            found = branch.get(None, found)
+        return found
 
     def check(self, model: type[M], **context: Any) -> M:
         """Validate the values.
@@ -159,24 +162,21 @@ def read_layers(source: Source, name: str = "dict") -> Layers:
     """
     if isinstance(source, Mapping):
         return Layers(*_with_bases(Layer(name, source), Path.cwd(), ()))
-    return Layers(*_read(Path(source), ()))
+    if not isinstance(source, (str, os.PathLike)):
+        raise errors.no_keys(name, source)
+    return Layers(*_read(Path(os.path.expanduser(source)), ()))
 
 
-def parse_value(text: str, key: str = "") -> Any:
-    """A value of the command line: YAML, in which 1e-3 is a number.
+def _home(text: str) -> str:
+    expanded = os.path.expanduser(text)
+    user, slash, _ = expanded.partition("/")
+    if user[:1] == "~" and slash and not os.path.exists(user):
+        raise problem(f"{show(user)} is the home folder of no user", f"Write the path in full, or ./{text}")
+    return expanded
 
-    Args:
-        key: names the value in error messages.
 
-    Raises:
-        SpecError: it is no YAML.
-    """
-    try:
-        return yaml.load(text, _CommandLineLoader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise option_error(
-            key, f"{show(text)} is not a YAML value", "Put it in quotes", code="invalid-syntax"
-        ) from None
+UserPath = Annotated[str, AfterValidator(_home)]
+"""A path in a configuration, in which `~` is the home folder."""
 
 
 def validate(adapter: TypeAdapter[T], data: Any, context: Mapping[str, Any] | None = None) -> T:
@@ -195,35 +195,15 @@ def _read(file: Path, seen: tuple[Path, ...]) -> tuple[list[Layer], list[Path]]:
     """The layers of a file, its bases first, and the folders in which they lie."""
     name = str(file)
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SpecError(name, "", "there is no such file", _similar(file), code="missing-file") from None
-    except IsADirectoryError:
-        raise SpecError(name, "", "this is a folder", "Give a YAML file inside of it", code="not-a-file") from None
-    except UnicodeDecodeError as error:
-        raise SpecError(
-            name, "", f"not UTF-8 text (byte {error.start})", "Save it as UTF-8 YAML", code="invalid-encoding"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpecError(
-            name, "", f"cannot be read ({reason})", "Check path and permissions", code="unreadable-file"
-        ) from None
-    try:
-        data = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise SpecError(name, "", *_syntax(error), code="invalid-syntax") from None
-    except RecursionError:
-        raise SpecError(
-            name, "", "not valid YAML: brackets nested too deep", "Close them", code="invalid-syntax"
-        ) from None
-    if data is None:
-        raise SpecError(
-            name, "", "the file is empty", "Write `key: value` lines (docs/reference/yaml.md)", code="empty-file"
-        )
+        if not (file.is_file() or file.is_dir()) and file.exists():
+            raise ArgumentError("this is a pipe or a device", code="not-a-file")  # reading may never end
+        if file.is_file() and file.stat().st_size > MAX_BYTES:
+            raise ArgumentError(f"more than {MAX_BYTES:,} bytes", code="too-large")
+        data = Loader(file.read_text(encoding="utf-8")).get_single_data()
+    except Exception as error:  # PyYAML raises more than YAMLError, such as KeyError for `!!bool x`
+        raise errors.unreadable(file, error) from None
     if not isinstance(data, dict):
-        remedy = "Write `key: value` lines (docs/reference/yaml.md)"
-        raise SpecError(name, "", f"no keys with values: {what(data)}", remedy, code="wrong-format")
+        raise errors.no_keys(name, data)
     return _with_bases(Layer(name, data), file.parent, (*seen, file.resolve()))
 
 
@@ -232,105 +212,138 @@ def _with_bases(layer: Layer, folder: Path, seen: tuple[Path, ...]) -> tuple[lis
         return [layer], [folder.resolve()]
     base = layer.pop("base")
     if not isinstance(base, str):
-        raise SpecError(
-            layer.name, "base", what(base), "Give the path of one YAML file, relative to this one", code="wrong-type"
-        )
-    file = folder / base
+        raise errors.no_base(layer.name, base)
+    file = folder / os.path.expanduser(base)
     try:
         absolute, there = file.resolve(), file.exists()
-    except (OSError, ValueError):  # no path at all
+    except (OSError, ValueError, RuntimeError):  # no path at all, or links in a circle
         absolute, there = file, False
     if absolute in seen:
-        circle = " -> ".join(item.name for item in (*seen[seen.index(absolute) :], file))
-        raise SpecError(
-            layer.name,
-            "base",
-            f"the files are based on each other ({circle})",
-            "Break the circle",
-            code="circular-reference",
-        )
+        raise errors.circular_base(layer.name, (*seen[seen.index(absolute) :], file))
     if not there:
-        raise SpecError(layer.name, "base", f"there is no file {file}", _similar(file), code="missing-file")
+        raise errors.missing_base(layer.name, file)
+    if len(seen) == MAX_BASES:
+        raise errors.too_large(layer.name, "base", f"more than {MAX_BASES} files are based on each other")
     layers, folders = _read(file, seen)
     return [*layers, layer], [folder.resolve(), *folders]
 
 
-def _similar(file: Path) -> str:
-    near = get_close_matches(file.name, [item.name for item in file.parent.glob("*.y*ml")], n=1)
-    return f"Did you mean {file.parent / near[0]}?" if near else "Check the path"
+class Loader(yaml.SafeLoader):
+    """Safe YAML of bounded size whose keys are text and are given once, and whose numbers are decimal or 0x."""
 
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._nodes = self._depth = 0
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML whose keys are text and are given once."""
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._nodes, self._depth = self._nodes + 1, self._depth + 1
+        if self._depth > MAX_DEPTH:
+            text = f"brackets nested too deep, in more than {MAX_DEPTH} levels"
+            raise yaml.MarkedYAMLError(None, None, text, self.peek_event().start_mark)
+        _check_bounds(self._nodes, self._depth)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _measure(node, (), {})
+        return super().construct_document(node)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Refuses text that an explicit tag does not fit, as in `!!int 1:30`."""
+        text, kind = super().construct_scalar(node), node.tag.rpartition(":")[2]
+        if kind in ("bool", "int", "float", "null"):
+            plain = self.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
+            if plain != kind and (plain, kind) != ("int", "float"):
+                raise yaml.constructor.ConstructorError(None, None, f"{show(text)} is no !!{kind}", node.start_mark)
+        return text
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
+        seen: set[Any] = set()
+        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
             key = self.construct_object(key_node, deep=True)
-            wrong = None
-            if not isinstance(key, str):
-                wrong = f"the key {what(key)}, not text; put it in quotes"
-            elif key in seen:
-                wrong = f"the key {key} is given twice"
-            if wrong:
-                raise yaml.constructor.ConstructorError(None, None, wrong, key_node.start_mark)
+            is_text = isinstance(key, str)
+            if not is_text or key in seen:
+                wrong = f"{key} is given twice" if is_text else f"{what(key)}, not text; put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, f"the key {wrong}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# Dates are text here, and what needs an explicit tag (!!binary, !!set, ...) has no place in a configuration.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+def _check_bounds(nodes: int, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ArgumentError(f"values nested in more than {MAX_DEPTH} levels", code="too-large")
+    if nodes > MAX_NODES:
+        raise ArgumentError(f"more than {MAX_NODES:,} values, aliases written out", code="too-large")
+
+
+def _measure(node: yaml.Node, keys: Keys, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Values in a node and its depth, with aliases and merge keys written out, before anything is."""
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise ArgumentError("the value contains itself", path(keys), "circular-reference")
+        return found
+    known[id(node)] = None
+    parts: list[tuple[int, int]] = []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+            parts += [_measure(key, keys, known), _measure(value, (*keys, name), known)]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = [_measure(item, (*keys, index), known) for index, item in enumerate(node.value)]
+    known[id(node)] = found = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
+    _check_bounds(*found)
+    return found
+
+
+# Dates are text here, and what needs an explicit tag (!!binary, !!set, ...) has no place in a configuration. So are
+# numbers that YAML 1.1 reads in another way than people do: 010 is 8, 1:30 is 90, 0b11 is 3, 1_0 is 10.
+_REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float"))
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_INT = r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)$"
+_FLOAT = r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+for _tag, _pattern in (("int", _INT), ("float", _FLOAT)):
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789"))
 for _tag in ("timestamp", "binary", "set", "omap", "pairs"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
+    Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
 
 
-class _CommandLineLoader(_Loader):
-    """Reads 1e-3 as a number, as every shell user expects."""
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
+"""Characters that neither a path nor a file in UTF-8 can hold."""
 
 
-_CommandLineLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+def _plain(name: str, keys: Keys, value: Any) -> Any:
+    """A copy out of fresh dicts and lists; refuses what no configuration can mean, and what is too large for one."""
+    count = 0
 
+    def copied(keys: Keys, value: Any, around: tuple[int, ...]) -> Any:
+        nonlocal count
+        count += 1
+        if id(value) in around:
+            raise SpecError(name, path(keys), "the value contains itself", "Write it out", code="circular-reference")
+        try:
+            _check_bounds(count, len(around) + 1)
+        except ArgumentError as error:
+            raise errors.too_large(name, path(keys[:1]), str(error)) from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SpecError(name, path(keys), f"{value} is not a finite number", "Give a finite one", code="not-finite")
+        if isinstance(value, int) and value.bit_length() > 256:
+            raise SpecError(name, path(keys), f"{show(value)} is too large", "Give a smaller one", code="out-of-range")
+        if isinstance(value, str) and keys != ("base",) and _UNUSABLE.search(value):
+            raise errors.unusable_text(name, keys, value)
+        around = (*around, id(value))
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str):
+                    raise SpecError(name, path(keys), f"the key {what(key)}, not text", "Use text", "wrong-type")
+                if _UNUSABLE.search(key):
+                    raise errors.unusable_text(name, keys, key)
+            return {key: copied((*keys, key), item, around) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [copied((*keys, index), item, around) for index, item in enumerate(value)]
+        return value
 
-def _syntax(error: Exception) -> tuple[str, str]:
-    """Problem and remedy of text that is no YAML."""
-    said = " ".join(str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
-    mark = getattr(error, "problem_mark", None)
-    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return f"not valid YAML{where}: {said or str(error).splitlines()[0]}", "Correct that line" if mark else "Correct it"
-
-
-def _index(place: Any, key: str, found: Keys) -> str | int:
-    """The key or number under which an override finds its place."""
-    if isinstance(place, dict):
-        return key
-    if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
-        return int(key)
-    wrong, remedy = f"{path(found)} holds no keys: {what(place)}", f"Set {path(found)} as a whole"
-    if isinstance(place, list):
-        wrong = f"{path(found)} is a list of {len(place)}, it has no item {key}"
-        remedy = f"Use 0 to {len(place) - 1}" if place else remedy
-    raise option_error(path((*found, key)), wrong, remedy, code="invalid-override")
-
-
-def _plain(name: str, keys: Keys, value: Any, around: tuple[int, ...]) -> Any:
-    """A copy out of fresh dicts and lists; refuses what no configuration can mean."""
-    if id(value) in around:
-        raise SpecError(name, path(keys), "the value contains itself", "Write it out", code="circular-reference")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise SpecError(name, path(keys), f"{value} is not a finite number", "Give a finite one", code="not-finite")
-    around = (*around, id(value))
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise SpecError(
-                    name, path(keys), f"the key {what(key)}, not text", "Use text as keys", code="wrong-type"
-                )
-        return {key: _plain(name, (*keys, key), item, around) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(name, (*keys, index), item, around) for index, item in enumerate(value)]
-    return value
+    return copied(keys, value, ())

@@ -49,6 +49,8 @@ def _modes(value: Any) -> Any:
 def _some_levels(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise problem(what(value), "Give a list with the levels of a column", code="wrong-type")
+    if len(value) > MAX_LEVELS:
+        raise problem(f"{len(value)} levels are too many", f"Give at most {MAX_LEVELS}", code="out-of-range")
     return tuple(value)
 
 
@@ -62,6 +64,9 @@ Columns = Annotated[tuple[int, ...], _some(int, "the number of a column")]
 
 MAX_COUNT = 10_000
 """Bound of the number of columns, and of the blocks of a level: larger numbers are typing errors."""
+
+MAX_LEVELS, MAX_SIZE = 256, 10_000
+"""Bounds of the levels of a column, and of the cells, blocks and wires of a whole net, which are built one by one."""
 
 
 class LevelSpec(Strict):
@@ -143,6 +148,7 @@ class ColumnsSpec(_ColumnCount):
                 "levels",
                 code="wrong-length",
             )
+        self._check_size()
         _check_reads(self.reads, m, "reads")
         for index, level in enumerate(self.levels):
             if level.reads is not None:
@@ -167,6 +173,17 @@ class ColumnsSpec(_ColumnCount):
         """How many states back the residual of each level is; 0 for none."""
         default = len(self.levels) if self.residual is None else self.residual
         return [default if level.residual is None else level.residual for level in self.levels]
+
+    def _check_size(self) -> None:
+        m, blocks = len(self.levels), sum(level.depth for level in self.levels)
+        reads = [self.reads if level.reads is None else level.reads for level in self.levels]
+        # Wires beyond the two of a RevCol cell: `full` and `before` read all levels.
+        wires = sum(m if token in ("full", "before") else 1 for tokens in reads for token in tokens) - 2 * m
+        for kind, count in (("cells and blocks", m + blocks), ("wires", wires)):
+            if self.columns * count > MAX_SIZE:
+                text = f"{self.columns} columns of {m} levels have {self.columns * count:,} {kind}"
+                remedy = f"Give fewer columns, levels or blocks: {MAX_SIZE:,} at most"
+                raise problem(text, remedy, "columns", code="out-of-range")
 
     def _check_residuals(self) -> None:
         m, shapes = len(self.levels), list(zip((level.dim for level in self.levels), self.reductions(), strict=True))

@@ -6,6 +6,7 @@ with `names()`, which lists them, and `create(name, **options)`, which builds on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -47,7 +48,7 @@ def load_model(source: Source | NetSpec, overrides: Sequence[str] = (), *, trust
     if isinstance(source, (Mapping, NetSpec)):
         return build(source, overrides, trust=trust)
     name, file = str(source), Path(source)
-    if file.suffix.lower() in (".yaml", ".yml") or file.exists():
+    if file.suffix.lower() in (".yaml", ".yml") or os.path.exists(file):  # False for what is no path at all
         return build(file, overrides, trust=trust)
     options = _options(overrides)
     if ":" in name:

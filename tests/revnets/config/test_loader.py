@@ -77,7 +77,7 @@ def fails(given: Any, *overrides: str, **about: Any) -> SpecError:
         ("name: *one\n", "invalid-syntax", "alias 'one'"),
         ("name: !!python/object:os.system one\n", "invalid-syntax", "constructor"),
         ("name: !!binary aGVsbG8=\n", "invalid-syntax", "constructor"),
-        ("name: 0b_\n", "invalid-syntax", "int()"),
+        ("name: !!int 0b_\n", "invalid-syntax", "!!int"),
         ("name: one\x00\n", "invalid-syntax", "#x0000"),
         ("name: one\nfree: " + 3000 * "[" + "\n", "invalid-syntax", "brackets"),
         (b"name: \xff\xfe", "invalid-encoding", ["UTF-8", "byte 6"]),

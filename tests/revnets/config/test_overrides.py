@@ -1,0 +1,143 @@
+"""Values of the command line and of files that YAML reads in another way than people do, and paths with `~`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from revnets import load_spec
+from revnets.config.loader import Strict, UserPath, load
+from revnets.config.overrides import parse_value
+from tests.support.errors import raises_error
+
+
+class Numbers(Strict):
+    whole: int = 0
+    real: float = 0.0
+    text: str = ""
+    path: UserPath = ""
+
+
+@pytest.mark.parametrize("text", ["runs/try #3", "#3", "3 # three", "{a: 1} # b", "[1, #2\n]", "'x' # y"])
+def test_what_follows_a_hash_is_not_dropped(text: str) -> None:
+    with raises_error(code="invalid-syntax", key="text", names="#"):
+        parse_value(text, "text")
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", "'a\nb'", "a\n", "a\rb", "a\u2028b", "x\ny: 1", "[a\n b]", "{x: 'a\n b'}", "\na"]
+)
+def test_line_feeds_are_not_dropped(text: str) -> None:
+    with raises_error(code="invalid-syntax", key="text"):
+        parse_value(text, "text")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("runs/try#3", "runs/try#3"),
+        ("'runs/try #3'", "runs/try #3"),
+        ('"a\\nb"', "a\nb"),
+        ("- {dim: 8}\n- {dim: 9}", [{"dim": 8}, {"dim": 9}]),
+        ("{a: 1,\n b: 2}", {"a": 1, "b": 2}),
+        ("|\n  a\n  b", "a\nb"),
+        (" 3 ", 3),
+        ("", None),
+        ("1e-3", 1e-3),
+        ("1.e+3", 1e3),
+        ("-.5", -0.5),
+        ("0x1F", 31),
+        ("off", False),
+        ("2024-05-06", "2024-05-06"),
+    ],
+)
+def test_values_that_are_read_as_they_are(text: str, value: object) -> None:
+    found = parse_value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+AMBIGUOUS = {
+    "010": "10",
+    "08": "8",
+    "-010": "-10",
+    "0b11": "3",
+    "0o17": "15",
+    "1_000": "1000",
+    "0x1_0": "16",
+    "1:30": "",
+}
+
+
+@pytest.mark.parametrize("text", [*AMBIGUOUS, "1_0.5", "190:20:30", "1:30.5", "00"])
+def test_numbers_that_yaml_reads_in_another_way_than_people(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "numbers.yaml"
+    for key in ("whole", "real"):
+        file.write_text(f"{key}: {text}")
+        with raises_error(code="number-as-text", key=key, source=file) as caught:
+            load(Numbers, file)
+        with raises_error(code="number-as-text", key=key, source="command line"):
+            load(Numbers, {}, [f"{key}={text}"])
+        assert AMBIGUOUS.get(text, "") in caught.value.hint
+    file.write_text(f"text: {text}")
+    assert load(Numbers, file).text == load(Numbers, {}, [f"text={text}"]).text == text
+
+
+def test_a_number_of_many_digits_is_matched_in_linear_time() -> None:
+    with raises_error(code="number-as-text"):
+        load(Numbers, {"whole": "1" * 500_000})
+    assert parse_value("1" * 500_000 + "x") == "1" * 500_000 + "x"
+
+
+def test_yes_and_no_where_text_is_wanted() -> None:
+    with raises_error(code="wrong-type", key="text", names="quotes"):
+        load(Numbers, {}, ["text=no"])
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "net.yaml").write_text(
+        "columns: 2\nstem: {type: patchify, patch: 4}\nlevels: [&level {dim: 8, depth: 1, block: convnext}, *level]"
+    )
+    return tmp_path
+
+
+def test_the_home_folder_in_paths_of_files_and_bases(home: Path) -> None:
+    (home / "child.yaml").write_text("base: ~/net.yaml\ncolumns: 3")
+    assert load_spec("~/child.yaml").columns == 3
+    assert load_spec({"base": "~/net.yaml"}).columns == 2
+
+
+def test_the_home_folder_in_values(home: Path) -> None:
+    assert load(Numbers, {"path": "~/a/~b"}).path == f"{home}/a/~b"
+    assert load(Numbers, {}, ["path=~/a"]).path == f"{home}/a"
+    assert load(Numbers, {"path": "~root/a"}).path == str(Path("~root/a").expanduser())
+    assert load(Numbers, {"path": "./~/a"}).path == "./~/a"
+    assert load(Numbers, {"text": "~/a"}).text == "~/a"  # no path
+
+
+def test_the_home_folder_of_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with raises_error(code="invalid-value", key="path", names="~nobody_at_all"):
+        load(Numbers, {"path": "~nobody_at_all/a"})
+    monkeypatch.chdir(home)
+    (home / "~nobody_at_all").mkdir()
+    assert load(Numbers, {"path": "~nobody_at_all/a"}).path == "~nobody_at_all/a"
+
+
+def test_the_home_folder_in_options_that_no_shell_has_read(home: Path) -> None:
+    words = ["show", "~/net.yaml", "--png=~/net.png", "--svg", "~/net.svg"]
+    done = subprocess.run([sys.executable, "-m", "revnets", *words], capture_output=True, text=True, cwd=home / "..")
+    assert done.returncode == 0, done.stderr
+    assert (home / "net.png").exists()
+    assert (home / "net.svg").exists()
+
+
+def test_a_path_that_is_too_long_for_the_system(home: Path) -> None:
+    words = [sys.executable, "-m", "revnets", "show", "x" * 5000]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=home)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
