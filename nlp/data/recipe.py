@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from revnets.config.errors import SpecError, nearest, problem
-from revnets.config.loader import Strict, load
+from revnets.config.loader import Strict, UserPath, load
 
 from .corpus import Corpus, Pair, TranslationError, find_files, languages, named
 from .download import Download
@@ -19,7 +19,12 @@ from .download import Download
 RECIPES = Path(__file__).parents[1] / "configs" / "data"
 """Recipes that come along: `revnets prepare-mt wmt16_en_de` means `configs/data/wmt16_en_de.yaml`."""
 
-Text = str | tuple[Path, ...]
+
+def _home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+Text = UserPath | tuple[Annotated[Path, BeforeValidator(_home)], ...]
 """A text: the name of a table, or of two files, where {lang} stands for each language; or the two paths."""
 
 
@@ -157,9 +162,9 @@ def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Reci
             given[key] = [str(path.resolve()) for path in named(given[key], codes)]
     recipe = RECIPES / f"{corpus[0]}.yaml"
     if len(corpus) == 1 and (recipe.is_file() or corpus[0].endswith((".yaml", ".yml"))):
-        path = recipe if recipe.is_file() else Path(corpus[0])
+        path = recipe if recipe.is_file() else Path(os.path.expanduser(corpus[0]))
         return load(Recipe, path, _overrides(given)), path.resolve().parent
-    if len(corpus) == 1 and not Path(corpus[0]).suffix and not Path(corpus[0]).exists():
+    if len(corpus) == 1 and not Path(corpus[0]).suffix and not os.path.exists(corpus[0]):
         known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
         raise SpecError(
             corpus[0], "", "neither a file nor a recipe", nearest(corpus[0], known, "Recipes are"), code="missing-file"
@@ -177,11 +182,12 @@ def _beside(folder: Path, names: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _overrides(values: Mapping[str, Any]) -> list[str]:
-    """`key=value` for the configuration, so that mistakes are said to be on the command line."""
-    found = []
+def _overrides(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Key paths and values for the configuration, so that mistakes are said to be on the command line."""
+    found = {}
     for key, value in values.items():
-        inner = value if isinstance(value, dict) else {}
-        found += [f"{key}.{name}={json.dumps(part)}" for name, part in inner.items() if part is not None]
-        found += [] if isinstance(value, dict) else [f"{key}={json.dumps(value)}"]
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": part for name, part in value.items() if part is not None}
+        else:
+            found[key] = value
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def settle(args: argparse.Namespace, encoder_layers: int | None) -> None:
                 "--revcol-blocks",
                 code="conflicting-values",
             )
-        args.revcol_spec = str(Path(args.revcol_spec).resolve())
+        args.revcol_spec = str(Path(os.path.expanduser(args.revcol_spec)).resolve())
         args.revcol_net = read_spec(Path(args.revcol_spec), vars(args), trust or are_trusted(vars(args)))
     if trust:
         trust_columns(vars(args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -98,16 +99,26 @@ def plan(
     forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json, trust)
 
 
+def _expanded(word: str) -> str:
+    """`~` as the home folder where no shell has replaced it: behind `--option=`, or in a call without a shell."""
+    option, equals, value = word.partition("=")
+    if word.startswith("-") and equals:
+        return f"{option}={os.path.expanduser(value)}"
+    return word if os.path.lexists(word) else os.path.expanduser(word)
+
+
 def main() -> None:
     """Entry point: every expected mistake is one line on stderr and exit code 2, never a traceback."""
     try:
-        app()
+        app(args=[_expanded(word) for word in sys.argv[1:]])
     except Exception as error:
         from revnets.config.errors import SpecError
         from revnets.models.plan import PlanError  # with the planner, which most commands do without
 
+        if isinstance(error, OSError) and error.filename and error.strerror:  # such as a name that is too long
+            error = SpecError(str(error.filename), "", error.strerror, "Check the path", "unreadable-file")
         if not isinstance(error, (SpecError, PlanError)):
-            raise
+            raise error
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print("error:", style="red", end=" ")
         console.print(str(error), markup=False)

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from revnets.config.errors import explain, nearest, problem, what
-from revnets.config.loader import Strict, validate
+from revnets.config.loader import Strict, UserPath, validate
 
 Triple = tuple[float, float, float]
 Pair = tuple[float, float]
@@ -34,7 +34,7 @@ class IdxConfig(SmallImagesConfig):
     """MNIST, Fashion-MNIST and whatever else comes as four files in idx format, gzipped or not."""
 
     name: Literal["idx"]
-    root: str = Field(examples=["/usr/share/datasets/fashion-mnist"], min_length=1)  # folder with the four files
+    root: UserPath = Field(examples=["/usr/share/datasets/fashion-mnist"], min_length=1)  # folder with the four files
     img_size: int = Field(default=28, ge=8, le=128)
     classes: tuple[str, ...] | None = None  # their names, 0 first
     train_samples: int | None = Field(default=None, ge=1)  # only the first ones, for quick runs
@@ -80,16 +80,16 @@ class ImagesConfig(Strict):
     """
 
     name: str = Field(examples=["folder"])
-    root: str | None = None  # folder of the data; with hfds and hfids the cache
+    root: UserPath | None = None  # folder of the data; with hfds and hfids the cache
     train_split: str = "train"
     val_split: str = "validation"
-    class_map: str | None = None  # file with a class name a line
+    class_map: UserPath | None = None  # file with a class name a line
     num_classes: int | None = Field(default=None, ge=2)  # where the reader cannot tell
     train_samples: int | None = Field(default=None, ge=1)  # of a stream that does not tell its length
     val_samples: int | None = Field(default=None, ge=1)
     input_key: str | None = None  # endings of folder and tar, such as .jpg;.webp; else names of fields, see timm's
     target_key: str | None = None
-    img_size: int = Field(default=224, ge=8)
+    img_size: int = Field(default=224, ge=8, le=16_384)
     mean: Triple = IMAGENET_DEFAULT_MEAN
     std: Triple = IMAGENET_DEFAULT_STD
     crop_pct: float = Field(default=0.875, gt=0, le=1)  # of validation: 256, then the central 224

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from timm.optim import list_optimizers
 
 from revnets.config.errors import nearest, problem
-from revnets.config.loader import Strict
+from revnets.config.loader import Strict, UserPath
 
 
 class OptimizerConfig(Strict):
@@ -54,7 +54,7 @@ class EmaConfig(Strict):
 class PretrainedConfig(Strict):
     """Weights that a new run begins with, for fine-tuning; a run that is resumed has its own."""
 
-    source: str = Field(min_length=1, examples=["revcol_base_22k.pth"])  # a file, a run's folder, or a name of timm's
+    source: UserPath = Field(min_length=1, examples=["revcol_base_22k.pth"])  # a file, a run, or a name of timm's
     weights: Literal["raw", "ema"] = "raw"  # of a checkpoint that has both
     head: Literal["auto", "new"] = "auto"  # auto: the file's classifier, if it is for the classes of the data
     head_init_scale: float = Field(default=1e-3, ge=0)  # by which a new classifier's first weights are multiplied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,7 +22,7 @@ from pydantic import (
 from revnets.config import memory_modes
 from revnets.config.errors import SpecError, nearest, problem, what
 from revnets.config.imports import PartError, foreign_file, imported
-from revnets.config.loader import Source, Strict, read_layers
+from revnets.config.loader import Source, Strict, UserPath, read_layers
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
 from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
@@ -62,9 +63,24 @@ def _model(value: Any, info: ValidationInfo) -> Any:
     return TimmModel(**value)
 
 
+MAX_COUNT = 2**31 - 1
+"""Bound of epochs, images and updates, which tensors and ranges can still hold."""
+
+
 def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads a bare `off` as false
 
+
+def _none_if_off(value: Any) -> Any:
+    return None if value is False else value  # `off` and `no`, as for `amp`
+
+
+def _path_or_none(value: Any) -> Any:
+    return "none" if value is False else value
+
+
+Off = BeforeValidator(_none_if_off)
+"""For what is off if it is not given: it may also be switched off in words."""
 
 TASKS = {"classification": "vision.tasks.classification:Classification"}
 """Import paths of the tasks that have a name."""
@@ -96,34 +112,36 @@ class TrainConfig(Strict):
 
     # keys of a net, the path of its YAML, or {timm: name, argument: value, ...}
     model: Annotated[NetSpec | TimmModel | str, BeforeValidator(_model)] = Field(examples=["net.yaml"])
-    output: str = Field(examples=["runs/mine"], min_length=1)  # folder of this run
+    output: UserPath = Field(examples=["runs/mine"], min_length=1)  # folder of this run
     # what is learned: a name out of TASKS or package.module:Class, or {type: name, option: value, ...}
     task: Annotated[str | dict[str, Any], BeforeValidator(_task)] = "classification"
     data: DataConfig = DigitsConfig()
-    pretrained: PretrainedConfig | None = None  # what a new run begins with instead of random weights
+    pretrained: Annotated[PretrainedConfig | None, Off] = None  # what a new run begins with instead of random weights
     memory: Modes | None = None  # memory mode of the columns, one per column, or {budget: 24GiB}
-    epochs: int = Field(default=30, ge=1)
-    batch_size: int = Field(default=64, ge=1)  # images of one forward pass of one process
-    grad_accum: int = Field(default=1, ge=1)  # forward passes per update
-    seed: int = Field(default=0, ge=0)
+    epochs: int = Field(default=30, ge=1, le=MAX_COUNT)
+    batch_size: int = Field(default=64, ge=1, le=MAX_COUNT)  # images of one forward pass of one process
+    grad_accum: int = Field(default=1, ge=1, le=MAX_COUNT)  # forward passes per update
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    clip_grad: float | None = Field(default=None, gt=0)
+    clip_grad: Annotated[float | None, Off] = Field(default=None, gt=0)
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     amp: Annotated[Literal["off", "bfloat16", "float16"], BeforeValidator(_off)] = "off"
     channels_last: bool = False
-    compile: str | None = None  # compile the cells with this backend of torch.compile, such as inductor
+    compile: Annotated[str | None, Off] = None  # compile the cells with this backend of torch.compile, such as inductor
     parallel: Literal["ddp", "fsdp"] = "ddp"  # how several processes share the work
-    ema: EmaConfig | None = None
+    ema: Annotated[EmaConfig | None, Off] = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    mixup: MixupConfig | None = None
-    supervision: SupervisionConfig | None = None  # losses at some columns, of a RevCol of timm's registry
-    resume: str = "auto"  # auto: go on with the run in `output` if there is one; none; or a checkpoint
+    mixup: Annotated[MixupConfig | None, Off] = None
+    supervision: Annotated[SupervisionConfig | None, Off] = None  # losses at some columns of a RevCol
+    resume: Annotated[UserPath, BeforeValidator(_path_or_none)] = (
+        "auto"  # auto: go on with the run in `output` if there is one; none; or a checkpoint
+    )
     checkpoint: Literal["full", "sharded"] = "full"  # one file, or with fsdp one for each process
-    keep: int = Field(default=2, ge=1)  # how many of the last checkpoints stay
-    save_every: int | None = Field(default=None, ge=1)  # updates between checkpoints, besides each end of an epoch
-    log_every: int = Field(default=10, ge=1)  # updates between lines of the log
-    workers: int = Field(default=0, ge=0)  # processes that load images, for each rank; 0: none besides this one
+    keep: int = Field(default=2, ge=1, le=MAX_COUNT)  # how many of the last checkpoints stay
+    save_every: Annotated[int | None, Off] = Field(default=None, ge=1, le=MAX_COUNT)  # updates between checkpoints
+    log_every: int = Field(default=10, ge=1, le=MAX_COUNT)  # updates between lines of the log
+    workers: int = Field(default=0, ge=0, le=1024)  # processes of each rank that load images; 0: none
     device: str = "auto"  # auto: the GPU if there is one
 
     @field_validator("device")
@@ -132,7 +150,7 @@ class TrainConfig(Strict):
         try:
             if name != "auto":
                 torch.device(name)
-        except RuntimeError:
+        except (RuntimeError, ValueError, TypeError):
             raise problem(
                 f"torch has no device {name!r}", "Give auto, cpu, cuda, cuda:1, ...", code="unknown-choice"
             ) from None
@@ -246,7 +264,7 @@ def load_config(
             if isinstance(source.get(key), str):
                 raise foreign_file(name, key)
     if not isinstance(source, Mapping):
-        source = _file_of(Path(source))
+        source = _file_of(Path(os.path.expanduser(str(source))))
     inner = [text for text in overrides if text.strip().startswith("model.")]
     outer = [text for text in overrides if text not in inner]
     layers = read_layers(source, name)
@@ -258,7 +276,8 @@ def load_config(
         return layers.check(TrainConfig, trust=trust)
     given_here = any(text.strip().startswith("model=") for text in outer)
     folder = Path.cwd() if given_here or isinstance(source, Mapping) else source.parent
-    spec = load_spec(folder / model, [text.strip().removeprefix("model.") for text in inner], trust=trust)
+    words = [text.strip().removeprefix("model.") for text in inner]
+    spec = load_spec(folder / os.path.expanduser(model), words, trust=trust)
     return config.check(TrainConfig, net=spec, trust=trust)
 
 
@@ -269,7 +288,7 @@ def _file_of(path: Path) -> Path:
         revnets.SpecError: there is neither.
     """
     recipes = {file.stem: file for folder in FOLDERS for file in folder.glob("*.yaml")}
-    if path.is_file() or path.suffix or path.parent != Path("."):
+    if path.suffix or path.parent != Path(".") or (os.path.exists(path) and not os.path.isdir(path)):
         return path
     if str(path) not in recipes:
         remedy = nearest(str(path), sorted(recipes), "Recipes are")

@@ -117,7 +117,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: in
         return create_optimizer_v2(
             model, given.name, lr=lr, weight_decay=given.weight_decay, momentum=given.momentum, **options
         )
-    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+    except Exception as error:  # optimizers refuse their options in many ways
         problem = f"{given.name} refuses ({error})"
         raise run_error("optimizer.options", problem, "See timm.optim", code="component-failed") from error
 

@@ -241,3 +241,21 @@ def test_bad_recipes_get_one_line(corpus, options, code, key, names):
 def test_a_text_needs_its_languages():
     with raises_error(TranslationError, code="missing-key", names=["a.tsv", "--languages"]):
         read_recipe(["a.tsv"], {})
+
+
+def test_the_home_folder_in_paths_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "languages: en-de\ntrain: ['~/train.{lang}', ['~/a.en', b.de]]\nvalid: ~/dev.tsv\ntest: 3\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    found, base = read_recipe(["~/mine.yaml"], {"clean": {"max": 7}, "fields": (2, 3)})
+    assert base == tmp_path
+    assert found.train == (f"{tmp_path}/train.{{lang}}", (tmp_path / "a.en", Path("b.de")))
+    assert found.valid == f"{tmp_path}/dev.tsv"
+    assert (found.clean.max, found.fields) == (7, (2, 3))
+
+
+def test_names_of_texts_in_any_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["trän #1.en", "\U0001f600: x.de"]
+    found, _ = read_recipe(names, {"languages": "en-de"})
+    assert found.train == (tuple(tmp_path / name for name in names),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,48 @@ def test_every_file_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda path, **how: read.append(path.name) or original(path, **how))
     assert load_config(tmp_path / "run.yaml", ["model.columns=3", "epochs=7"]).net.columns == 3
     assert sorted(read) == ["net.yaml", "run.yaml"]
+
+
+@pytest.mark.parametrize("key", ["ema", "mixup", "compile", "supervision", "pretrained", "clip_grad", "save_every"])
+@pytest.mark.parametrize("word", ["off", "no", "false", "null"])
+def test_what_is_off_by_default_can_be_switched_off_in_words(key, word):
+    assert getattr(load_config("digits", ["output=x", f"{key}={word}"]), key) is None
+
+
+def test_no_resumption_in_words():
+    assert load_config("digits", ["output=x", "resume=no"]).resume == "none"
+
+
+def test_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "net.yaml").write_text(
+        "columns: 2\nstem: {type: patchify, patch: 4}\nlevels: [&level {dim: 8, depth: 1, block: convnext}, *level]"
+    )
+    (tmp_path / "run.yaml").write_text(
+        "model: ~/net.yaml\noutput: ~/runs/mine\nresume: ~/runs/old.pt\npretrained: {source: ~/weights.pt}\n"
+        "data: {name: folder, root: ~/data, class_map: ~/classes.txt}"
+    )
+    config = load_config("~/run.yaml")
+    assert config.net.columns == 2
+    paths = (config.output, config.resume, config.pretrained.source, config.data.root, config.data.class_map)
+    names = ("runs/mine", "runs/old.pt", "weights.pt", "data", "classes.txt")
+    assert paths == tuple(str(tmp_path / name) for name in names)
+    assert load_config("digits", ["model=~/net.yaml", "output=~/x"]).output == str(tmp_path / "x")
+    assert load_config("digits", ["data={name: idx, root: ~/idx}", "output=x"]).data.root == str(tmp_path / "idx")
+
+
+@pytest.mark.parametrize(
+    "override", ["epochs=0x" + "f" * 20, "seed=0x" + "f" * 17, "workers=2000", "batch_size=10000000000"]
+)
+def test_numbers_that_nothing_can_hold(override):
+    with raises_error(code="out-of-range", key=override.partition("=")[0]):
+        load_config("digits", ["output=x", override])
+
+
+def test_a_folder_does_not_hide_the_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert load_config("digits", ["output=x"]).epochs > 0
+    os.mkfifo("fashion")
+    with raises_error(code="not-a-file", source="fashion"):
+        load_config("fashion", ["output=x"])
