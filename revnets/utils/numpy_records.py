@@ -1,0 +1,54 @@
+"""Numbers and arrays of NumPy out of a pickle: made by functions that check sizes, in place of NumPy's own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from revnets.utils.read_bounds import Budget, RejectedError, is_shape
+
+
+class ArrayName:
+    """What a pickle means by `numpy.ndarray`."""
+
+
+def make_array(kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
+    """In place of NumPy's `_reconstruct`, which allocates any shape; a pickle always gives (0,)."""
+    if kind is not ArrayName or type(shape) is not tuple or shape != (0,):
+        raise ValueError("an array that is made otherwise than by NumPy")
+    return np.zeros(0, np.uint8)
+
+
+def make_dtype(code: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]:
+    """In place of `numpy.dtype`: types of numbers, each a copy, since a pickle changes it."""
+    dtype = np.dtype(code if type(code) is str and len(code) <= 8 else "O", copy=True)
+    if dtype.kind not in "biufc":
+        raise ValueError("an array of something else than numbers")
+    return dtype
+
+
+def make_number(dtype: Any, data: bytes) -> Any:
+    """In place of NumPy's `scalar`."""
+    if not isinstance(dtype, np.dtype) or type(data) is not bytes or dtype.itemsize != len(data) or not data:
+        raise ValueError("a number that has not the size of its type")
+    return np.frombuffer(data, dtype)[0]
+
+
+def fill_array(target: Any, state: Any, budget: Budget) -> None:
+    if isinstance(target, np.dtype):
+        if type(state) is not tuple or len(state) > 9:
+            raise TypeError("a type of numbers that is described otherwise than by NumPy")
+        _, order, *rest = state
+        if order not in ("<", "|", "=", ">") or rest[:3] != [None] * 3:
+            raise ValueError("a type with fields")
+        target.__setstate__((3, order, None, None, None, -1, -1, 0))
+        return
+    _, shape, dtype, in_fortran_order, data = state
+    if not isinstance(dtype, np.dtype) or type(data) is not bytes or not is_shape(shape):
+        raise ValueError("an array is described by other types than those of NumPy")
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise RejectedError("damaged-file", "damaged, an array has not the size of its data")
+    budget.take(len(data))
+    target.__setstate__((1, tuple(shape), dtype, bool(in_fortran_order), data))

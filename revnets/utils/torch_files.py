@@ -1,0 +1,180 @@
+"""Files of `torch.save`: a zip of a pickle and its storages, or before torch 1.6 pickles followed by storages."""
+
+from __future__ import annotations
+
+import io
+import sys
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
+import torch
+from torch import Tensor
+
+from revnets.utils.plain_pickles import PlainUnpickler, Storage
+from revnets.utils.read_bounds import MAX_NAME, Budget, RejectedError, require_bounded
+
+ZIP, PICKLE, LEGACY = b"PK\x03\x04", b"\x80", (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+"""What the two begin with; the second is a pickle of the third, a number."""
+
+FREE_PICKLE_BYTES = 2**21
+"""A pickle may have so many bytes and a quarter of the file: every byte of it can become an object of 100 bytes."""
+
+
+def read_zip(path: Path, allowed: Mapping[str, Any], mmap: bool) -> Any:
+    """What a file of torch 1.6 or newer holds.
+
+    Args:
+        allowed: what the pickle may name beside tensors and plain data.
+        mmap: leave storages in the file, from which they are read when they are used; else they are read now, and
+            their checksums are compared.
+
+    Raises:
+        RejectedError: it holds something else than plain data, or declares more than it holds.
+        Exception: it is damaged.
+    """
+    size = path.stat().st_size
+    with ZipFile(path) as archive, path.open("rb") as file:
+        records = _records(archive, size)
+        pickled = _bytes(file, records["data.pkl"], "data.pkl")
+        order = _bytes(file, records["byteorder"], "byteorder") if "byteorder" in records else b"little"
+        offsets = {name: _offset(file, record, size) for name, record in records.items() if name.startswith("data/")}
+    whole = torch.UntypedStorage.from_file(str(path), False, size)
+    found: dict[Any, Tensor] = {}
+
+    def storage(dtype: torch.dtype, key: Any, count: int) -> Storage:
+        if key not in found:
+            name, wanted = f"data/{key}", count * dtype.itemsize
+            record = records[name]
+            if record.file_size != wanted:
+                raise RejectedError("damaged-file", f"damaged, {name} has {record.file_size} bytes, not {wanted}")
+            memory: Any = whole[offsets[name] : offsets[name] + wanted]
+            if not mmap or offsets[name] % dtype.itemsize:
+                memory = memory.clone()
+            if not mmap and zlib.crc32(_buffer(as_bytes(memory))) != record.CRC:
+                raise RejectedError("damaged-file", f"damaged, the checksum of {name} differs")
+            if order != sys.byteorder.encode():
+                memory.byteswap(dtype)
+            found[key] = as_bytes(memory)
+        return Storage(found[key], dtype)
+
+    content = PlainUnpickler(io.BytesIO(pickled), Budget(size), allowed, storage).load()
+    require_bounded(content)
+    return content
+
+
+def _records(archive: ZipFile, size: int) -> dict[str, ZipInfo]:
+    """The entries by name, without the folder that all of them are in."""
+    entries = archive.infolist()
+    records = {entry.filename.partition("/")[2]: entry for entry in entries}
+    if not all(name.isprintable() and len(name) <= MAX_NAME for name in records):
+        raise RejectedError("damaged-file", "damaged, the name of an entry cannot be printed on a line")
+    if "constants.pkl" in records:
+        raise RejectedError("unsafe-file", "refused, it is a program of TorchScript, which is more than plain data")
+    if any(entry.compress_type != ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+        raise RejectedError("wrong-format", "not a checkpoint, its entries are compressed or encrypted")
+    if sum(entry.file_size for entry in entries) > size:
+        raise RejectedError("damaged-file", "damaged, its entries are larger than the file")
+    if "data.pkl" not in records:
+        raise RejectedError("wrong-format", "not a checkpoint, it is a zip without data.pkl")
+    if len(records) < len(entries):
+        raise RejectedError("damaged-file", "damaged, two of its entries have the same name")
+    if records["data.pkl"].file_size > FREE_PICKLE_BYTES + size // 4:
+        raise RejectedError("unsafe-file", "refused, it holds more structure than weights have")
+    return records
+
+
+def _offset(file: BinaryIO, record: ZipInfo, size: int) -> int:
+    """Where the data of an entry begin."""
+    file.seek(record.header_offset)
+    header = file.read(30)
+    begin = (
+        record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    )
+    if header[:4] != ZIP or begin + record.file_size > size:
+        raise RejectedError(
+            "damaged-file", f"damaged, the entry {record.filename.partition('/')[2]} is not where it should be"
+        )
+    return begin
+
+
+def _bytes(file: BinaryIO, record: ZipInfo, name: str) -> bytes:
+    file.seek(_offset(file, record, sys.maxsize))
+    data = file.read(record.file_size)
+    if zlib.crc32(data) != record.CRC:
+        raise RejectedError("damaged-file", f"damaged, the checksum of {name} differs")
+    return data
+
+
+def as_bytes(memory: torch.UntypedStorage) -> Tensor:
+    """All of it, as a tensor (uint8, 1-D)."""
+    return torch.empty(0, dtype=torch.uint8).set_(memory)  # pyright: ignore[reportArgumentType]
+
+
+def _buffer(data: Tensor) -> memoryview:
+    array: Any = data.numpy()
+    return memoryview(array)
+
+
+class _Limited:
+    """A file of which only so many bytes are read."""
+
+    def __init__(self, file: BinaryIO, left: int):
+        self.file, self.left = file, left
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise RejectedError("unsafe-file", "refused, it holds more structure than weights have")
+        return self.file.read(size)
+
+    def readline(self) -> bytes:
+        return self.file.readline(1024)
+
+
+def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
+    """What a file that is older than torch 1.6 holds.
+
+    Args:
+        allowed: what its pickles may name beside tensors and plain data.
+
+    Raises:
+        RejectedError: it holds something else than plain data, or declares more than it holds.
+        Exception: it is damaged.
+    """
+    size = path.stat().st_size
+    budget, room = Budget(size), size
+    found: dict[Any, Storage] = {}
+
+    def storage(dtype: torch.dtype, key: Any, count: int, view: Any = None) -> Storage:
+        nonlocal room
+        if key not in found:
+            room -= count * dtype.itemsize
+            if room < 0:
+                raise RejectedError("damaged-file", "damaged, it declares more data than it holds")
+            found[key] = Storage(torch.empty(count * dtype.itemsize, dtype=torch.uint8), dtype)
+        if view is None:
+            return Storage(found[key].data, dtype)
+        _, begin, length = view
+        memory = found[key].data.untyped_storage()[begin * dtype.itemsize :][: length * dtype.itemsize]
+        return Storage(as_bytes(memory), dtype)
+
+    with path.open("rb") as file:
+        limited = _Limited(file, FREE_PICKLE_BYTES + size // 4)
+        for _ in range(3):  # a number, the version of the format, the sizes of integers
+            PlainUnpickler(limited, budget, {}).load()
+        content = PlainUnpickler(limited, budget, allowed, storage).load()
+        require_bounded(content)
+        keys = PlainUnpickler(limited, budget, {}).load()
+        if type(keys) is not list or not all(type(key) in (str, int) for key in keys):
+            raise RejectedError("damaged-file", "damaged, the list of its tensors is none")
+        for key in keys:
+            data, dtype = found.pop(key)
+            count = int.from_bytes(file.read(8), "little")
+            if count * dtype.itemsize != data.numel() or file.readinto(_buffer(data)) < data.numel():
+                raise RejectedError("damaged-file", "")
+    if found:
+        raise RejectedError("damaged-file", "damaged, it lacks the data of tensors")
+    return content
