@@ -56,15 +56,28 @@ def average(paths: Iterable[Path], output: Path) -> None:
             raise TranslationError(
                 f"{path}: {name} {shape} is not in all of them. Average checkpoints of one run", code="weights-mismatch"
             )
+        if name := next((name for name in total if _is_averaged(model[name]) != _is_averaged(total[name])), None):
+            raise TranslationError(
+                f"{path}: {name} is of another type than before. Average checkpoints of one run",
+                code="weights-mismatch",
+            )
         for name, tensor in model.items():
-            double = tensor.double()
-            total[name] = total[name] + double if name in total else double
+            if not _is_averaged(tensor):
+                total[name] = tensor
+            elif name in total:
+                total[name] += tensor
+            else:
+                total[name] = tensor.to(torch.float64, copy=True)
     for name, tensor in state["model"].items():
-        if tensor.is_floating_point():
+        if _is_averaged(tensor):
             state["model"][name] = (total[name] / count).to(tensor.dtype)
     state["last_optimizer_state"] = None
     with replacing(output) as file:
         torch.save(state, file)
+
+
+def _is_averaged(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
 
 
 def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
@@ -78,7 +91,10 @@ def _load(path: Path) -> dict[str, Any]:
         hint = error.hint if error.code in ("missing-file", "unreadable-file") else "Give one of fairseq-train"
         raise TranslationError(f"{path}: {error.message}. {hint}", code=error.code) from None
     model = state.get("model") if isinstance(state, dict) else None
-    if not isinstance(model, dict) or not model or not all(isinstance(value, Tensor) for value in model.values()):
+    is_model = isinstance(model, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in model.items()
+    )
+    if not model or not is_model:
         raise TranslationError(
             f"{path}: has no `model` in it, a mapping to tensors. Give a checkpoint of fairseq-train",
             code="wrong-format",

@@ -34,6 +34,9 @@ MIN_ABS = 1e-3
 SAMPLES = 2**16
 """Elements of a cell's state on which lost bits are measured."""
 
+MAX_CELLS, MAX_CHANNELS = 1000, 2**20
+"""Of all gains in a file; each cell takes 5 ms to measure, each channel 5 us."""
+
 _GAIN = re.compile(r"(?:.*\.)?cells\.(\d+)\.(\d+)\.gain\.weight")
 
 
@@ -74,6 +77,7 @@ def read_gains(source: str, overrides: Sequence[str] = (), trust: bool = True) -
         )
     else:
         gains = gains_in(_content(_file(path)))
+        _require_measurable(gains, source)
     if not gains:
         raise SpecError(
             source,
@@ -113,9 +117,25 @@ def gains_in(content: Any) -> list[CellGains]:
             return found
     for name, tensor in content.items():
         if isinstance(name, str) and isinstance(tensor, Tensor) and (match := _GAIN.fullmatch(name)):
-            gamma = tensor.detach().double().abs().clamp_min(MIN_ABS)
+            gamma = tensor.detach().real.double().abs().clamp_min(MIN_ABS).flatten()
             found.append(CellGains(int(match[1]), int(match[2]), gamma))
     return sorted(found, key=lambda cell: (cell.column, cell.level))
+
+
+def _require_measurable(gains: Sequence[CellGains], source: str) -> None:
+    """Refuse gains out of a file that no net has, before time is spent on them."""
+    problem = ""
+    channels = sum(len(cell.gamma) for cell in gains)
+    if len(gains) > MAX_CELLS or channels > MAX_CHANNELS:
+        problem = f"gains of {len(gains)} cells and {channels} channels, which no net has"
+    for cell in gains:
+        place = f"the gain of column {cell.column}, level {cell.level}"
+        if not len(cell.gamma):
+            problem = f"{place} is for no channels"
+        elif not bool(cell.gamma.isfinite().all()):
+            problem = f"{place} is not finite"
+    if problem:
+        raise SpecError(source, "", problem, "Give a checkpoint of a net", code="wrong-format")
 
 
 def lost_bits(gamma: Tensor, samples: int = SAMPLES) -> Bits:

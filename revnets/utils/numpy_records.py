@@ -40,10 +40,10 @@ def fill_array(target: Any, state: Any, budget: Budget) -> None:
     if isinstance(target, np.dtype):
         if type(state) is not tuple or len(state) > 9:
             raise TypeError("a type of numbers that is described otherwise than by NumPy")
-        _, order, *rest = state
+        order, rest = state[1], list(state[2:])
         if order not in ("<", "|", "=", ">") or rest[:3] != [None] * 3:
             raise ValueError("a type with fields")
-        target.__setstate__((3, order, None, None, None, -1, -1, 0))
+        target.__setstate__((3, order, None, None, None, -1, -1, 0))  # pyright: ignore[reportAttributeAccessIssue]
         return
     _, shape, dtype, in_fortran_order, data = state
     if not isinstance(dtype, np.dtype) or type(data) is not bytes or not is_shape(shape):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,16 +178,20 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def read(path: Path, world: World | None = None) -> dict[str, Any]:
+def read(path: Path, world: World | None = None, needed: Iterable[str] = ()) -> dict[str, Any]:
     """Load a checkpoint into the memory of the CPU. Nothing in it is executed.
 
     Args:
         world: if several processes read it, each reads only what it needs: files are mapped into memory, and from a
             folder of as many shards each reads its own, as `Piece`s.
+        needed: entries that may be neither None nor missing, such as `vision.checkpoints.layout.TO_RESUME`.
 
     Raises:
-        CheckpointError: no such file, no access, truncated, not one of ours, or it holds more than plain data.
+        CheckpointError: no such file, no access, truncated, not one of ours, it holds more than plain data, or an entry
+            is of another kind than it should be.
     """
+    from vision.checkpoints.layout import require_layout  # new runs read nothing
+
     world = world or World()
     if path.is_dir():
         if not (path / STATE).exists():
@@ -201,21 +205,23 @@ def read(path: Path, world: World | None = None) -> dict[str, Any]:
             state = read_shards(
                 path, lambda file: _load(file, mmap=True), world.rank, world.size if world.size > 1 else 0
             )
-        except (KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except CheckpointError:
+            raise
+        except Exception:  # entries of any other kind
             raise CheckpointError(
                 path, "its shards do not belong together", "Use an older checkpoint", code="damaged-file"
             ) from None
     else:
         state = _load(path, mmap=world.size > 1)
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
-    if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
-        text = f"layout {state['format']}, but this version reads {FORMAT}"
+    number = state.get("format", FORMAT) if isinstance(state, dict) else FORMAT
+    if type(number) is int and number != FORMAT:
+        text = f"layout {number}, but this version reads {FORMAT}"
         raise CheckpointError(path, text, "Use the version of revnets that wrote it", code="version-mismatch")
     if missing:
         problem = f"not a checkpoint of a training run: {', '.join(missing)} missing"
         raise CheckpointError(path, problem, "Use a file that `revnets train` wrote")
+    require_layout(state, path, needed)
     return state
 
 
@@ -246,12 +252,18 @@ def load_heads(heads: Mapping[str, Tensor], weights: Mapping[str, Tensor | Piece
 
 def _fill(own: Mapping[str, Tensor], weights: Mapping[str, Tensor | Piece], path: Path) -> None:
     remedy = "Use its own configuration, or another output"
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(path, "it holds no weights by name", remedy)
     for name, tensor in own.items():
         given = weights.get(name)
         if given is None:
             raise CheckpointError(path, f"of another model: it lacks {name}", remedy, code="weights-mismatch")
         if given.shape != tensor.shape:
             problem = f"of another model: {name} has the shape {tuple(given.shape)}, not {tuple(tensor.shape)}"
+            raise CheckpointError(path, problem, remedy, code="weights-mismatch")
+        dtype = given.local.dtype if isinstance(given, Piece) else given.dtype
+        if dtype.is_floating_point != tensor.is_floating_point():
+            problem = f"of another model: {name} is of the type {dtype}, not {tensor.dtype}"
             raise CheckpointError(path, problem, remedy, code="weights-mismatch")
     if extra := sorted(set(weights) - set(own)):
         raise CheckpointError(path, f"of another model: it also has {extra[0]}", remedy, code="weights-mismatch")

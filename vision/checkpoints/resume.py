@@ -38,6 +38,8 @@ def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: C
         revnets.SpecError: the folder holds a run that this one would overwrite.
         CheckpointError: none can be read.
     """
+    from vision.checkpoints.layout import TO_RESUME
+
     name, resume = "training run", config.resume
     if resume == "auto":
         return _newest(world, there, say)
@@ -48,7 +50,7 @@ def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: C
                 name, "output", f"{config.output} holds a run already ({there[-1].name})", remedy, code="run-exists"
             )
         return None
-    state = manager.read(Path(resume), world)
+    state = manager.read(Path(resume), world, TO_RESUME)
     if there and manager.step_of(there[-1]) > state["progress"]["step"]:
         raise SpecError(
             name, "output", f"{config.output} holds a later checkpoint, {there[-1].name}", remedy, code="run-exists"
@@ -57,10 +59,12 @@ def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: C
 
 
 def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
+    from vision.checkpoints.layout import TO_RESUME
+
     problems = []
     for path in reversed(there):
         try:
-            manager.read(path, world)
+            manager.read(path, world, TO_RESUME)
         except CheckpointError as error:
             problems.append(error)
             continue

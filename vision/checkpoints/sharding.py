@@ -101,25 +101,35 @@ def read_shards(folder: Path, load: Callable[[Path], Any], rank: int = 0, count:
     Args:
         load: reads one file.
         rank, count: with as many processes as wrote it, divided tensors come as `Piece`s; otherwise whole.
+
+    Raises:
+        Exception: parts are missing, or do not fit together.
     """
     state = load(folder / STATE)
     shards = state.pop("shards")
+    if type(shards) is not int or shards < 1:
+        raise ValueError("the number of shards is none")
     files: dict[int, dict[str, Tensor]] = {}
 
-    def part(number: int, name: str) -> Tensor:
+    def part(number: int, name: str, shape: torch.Size) -> Tensor:
         if number not in files:
             files[number] = load(folder / shard_name(number, shards))
-        return files[number][name]
+        tensor = files[number][name]
+        if tensor.shape != own_part(torch.empty(shape, device="meta"), number, shards).shape:
+            raise ValueError(f"{name} has another shape in shard {number}")
+        return tensor
 
-    def leaf(_: str, found: Any) -> Any:
+    def leaf(place: str, found: Any) -> Any:
         if not isinstance(found, Mapping):
             return found
-        name = found[PLACE]
+        name, shape = found[PLACE], torch.Size(found["shape"])
+        if name != place:  # nor are many tensors made of one
+            raise ValueError(f"{place} is not of this checkpoint")
 
         def whole() -> Tensor:
-            return torch.cat([part(number, name) for number in range(shards)])
+            return torch.cat([part(number, name, shape) for number in range(shards)])
 
-        return Piece(part(rank, name), found["shape"], whole) if shards == count else whole()
+        return Piece(part(rank, name, shape), shape, whole) if shards == count else whole()
 
     return mapped(state, leaf)
 

@@ -43,8 +43,9 @@ class PatchEmbed(nn.Module):
 def fit_positions(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights of a model for another size of image: position embeddings (H, W, C) are interpolated."""
     name = "stem.pos_embed"
-    if name in state:
-        height, width, _ = model.get_parameter(name).shape
+    own = dict(model.named_parameters()).get(name)
+    if own is not None and name in state and state[name].dim() == 3 and state[name].shape[2] == own.shape[2]:
+        height, width, _ = own.shape
         state = {**state, name: resample_abs_pos_embed_nhwc(state[name][None], [height, width])[0]}
     return state
 

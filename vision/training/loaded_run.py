@@ -16,6 +16,7 @@ from torch.utils.data import Subset
 
 from revnets.config.errors import ArgumentError
 from vision.checkpoints import manager
+from vision.checkpoints.layout import TO_EVALUATE
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
 from vision.data.class_subsets import class_difference
@@ -50,7 +51,7 @@ class Checkpoint:
         """Weights of the model and of heads at its columns, by `raw` and `ema`: those that there are."""
         keys = {"raw": ("model", "heads"), "ema": ("ema", "heads_ema")}
         return {
-            name: (self.state[model], self.state[heads])
+            name: (self.state[model], self.state[heads] or {})
             for name, (model, heads) in keys.items()
             if self.state[model] is not None
         }
@@ -217,9 +218,7 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, trust: b
     if path.suffix in (".safetensors", ".pth") and path.exists():
         remedy = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
         raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy, code="missing-config")
-    state = manager.read(path)
-    if not isinstance(state["config"], Mapping):
-        raise CheckpointError(path, "its configuration is no mapping", "Use a file that `revnets train` wrote")
+    state = manager.read(path, needed=TO_EVALUATE)
     config = _without_weights(state["config"])
     return Checkpoint(path, load_config(config, overrides, trust=trust, name=str(path)), state)
 

@@ -169,6 +169,8 @@ class TrainState:
         Raises:
             vision.checkpoints.manager.CheckpointError: it is the state of another model.
         """
+        from vision.checkpoints.layout import require_optimizer
+
         manager.load_weights(self.model, state["model"], path)
         manager.load_heads(self.training_task.get_task_state(), state["heads"], path)
         if self.ema is not None:
@@ -176,8 +178,12 @@ class TrainState:
             manager.load_weights(self.ema, state["ema"] if averaged else state["model"], path)
             heads = state["heads_ema"] if averaged else state["heads"]
             manager.load_heads(self.training_task.get_task_state(ema=True), heads, path)
+        require_optimizer(state["optimizer"], self.optimizer, path)
         self.optimizer.load_state_dict(self._optimizer_state(state["optimizer"]))
         if self.scaler.is_enabled() and state["scaler"]:
+            if missing := self.scaler.state_dict().keys() - state["scaler"]:
+                problem = f"`scaler.{min(missing)}` is missing in it"
+                raise manager.CheckpointError(path, problem, "Use another checkpoint", code="wrong-format")
             self.scaler.load_state_dict(state["scaler"])
         self.schedule.step_update(state["progress"]["step"])
 

@@ -177,7 +177,9 @@ class Trainer:
         path = self.resumed
         if path is None:
             return
-        state = manager.read(path, self.world)
+        from vision.checkpoints.layout import TO_RESUME
+
+        state = manager.read(path, self.world, TO_RESUME)
         resume.require_same_course(self.config, self.world.size, state, path, self.data)
         self.state.load_state(state, path)
         progress: dict[str, Any] = dict(state["progress"])

@@ -127,18 +127,18 @@ def channels_in(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _chosen(content: Mapping[str, Any], weights: str, path: Path | str) -> Mapping[str, Any]:
-    if "progress" in content and "ema" in content:  # of `revnets train`
-        averaged, raw = content["ema"], content["model"]
-        heads = content.get("heads_ema" if weights == "ema" else "heads") or {}
-        averaged, raw = averaged and {**averaged, **heads}, {**raw, **heads}
+    is_run = "progress" in content and "ema" in content  # of `revnets train`
+    if weights == "ema":
+        state = content["ema"] if is_run else content.get("state_dict_ema")
     else:
-        averaged = content.get("state_dict_ema")
-        raw = content.get("model", content.get("state_dict", content))
-    if weights == "ema" and not averaged:
+        state = content.get("model") if is_run else content.get("model", content.get("state_dict", content))
+    is_absent = state is None or (isinstance(state, Mapping) and not state)
+    if weights == "ema" and is_absent:
         raise CheckpointError(
             path, "it holds no averaged weights", "Take those of the model: raw", code="missing-weights"
         )
-    state = averaged if weights == "ema" else raw
-    if not isinstance(state, Mapping):
-        raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
-    return state
+    heads = content.get("heads_ema" if weights == "ema" else "heads") if is_run else None
+    for part in (state, heads if heads is not None else {}):
+        if not isinstance(part, Mapping):
+            raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
+    return {**state, **heads} if heads else state

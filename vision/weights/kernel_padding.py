@@ -50,7 +50,7 @@ def fit_kernels(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
             continue
         for key in (name, *(official_name(name, BACKBONE) or ())[:1]):
             given = state.get(key)
-            if given is not None and given.dim() == 4 and given.shape[0] == tensor.shape[0]:
+            if given is not None and given.dim() == 4 and given.shape[:3] == (*tensor.shape[:2], given.shape[-1]):
                 size = tensor.shape[-1]
                 if given.shape[-1] < size and (size - given.shape[-1]) % 2 == 0:
                     fitted[key] = padded(given, size)

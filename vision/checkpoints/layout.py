@@ -1,0 +1,197 @@
+"""What the entries of a checkpoint of `revnets train` must be: compared with a file before anything in it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from vision.checkpoints.sharding import Piece
+from vision.errors import CheckpointError
+
+MAX_COUNT = 2**40
+"""Of updates, epochs and processes."""
+
+PROGRESS = ("epoch", "step", "best", "best_step", "losses")
+HYPERPARAMETERS = (bool, int, float, str, type(None))
+
+Kind = tuple[str, Callable[[Any], bool]]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value <= MAX_COUNT
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(type(key) in (str, int) and _is_plain(item) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return type(value) in (str, int, float, bool, type(None))
+
+
+def _holds(kinds: type | tuple[type, ...]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, Mapping) and all(type(key) is str and isinstance(item, kinds) for key, item in value.items())
+    )
+
+
+_holds_tensors = _holds((Tensor, Piece))
+
+_COUNT: Kind = ("a whole number from 0 on", _is_count)
+_POSITIVE: Kind = ("a whole number from 1 on", lambda value: _is_count(value, 1))
+_MAPPING: Kind = ("a mapping", lambda value: isinstance(value, Mapping))
+_TENSORS: Kind = ("a mapping of tensors", _holds_tensors)
+_WEIGHTS: Kind = ("a mapping of tensors", lambda value: isinstance(value, Tensor) or _holds_tensors(value))
+
+KINDS: dict[str, Kind] = {
+    "versions": ("a mapping of texts", _holds(str)),
+    "config": ("a mapping of plain values", lambda value: type(value) is dict and _is_plain(value)),
+    "config.optimizer": _MAPPING,
+    "config.grad_accum": _POSITIVE,
+    "config.workers": _COUNT,
+    "world": _POSITIVE,
+    "classes": (
+        "a list of names",
+        lambda value: type(value) in (list, tuple) and all(type(name) is str for name in value),
+    ),
+    "progress": (
+        f"a mapping of {', '.join(PROGRESS)}",
+        lambda value: isinstance(value, Mapping) and all(key in PROGRESS for key in value),
+    ),
+    "progress.epoch": _COUNT,
+    "progress.step": _COUNT,
+    "progress.best": ("a number", _is_number),
+    "progress.best_step": ("a whole number from -1 on", lambda value: _is_count(value, -1)),
+    "progress.losses": (
+        "a tensor with one axis",
+        lambda value: isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point(),
+    ),
+    "model": _WEIGHTS,
+    "ema": _WEIGHTS,
+    "heads": _TENSORS,
+    "heads_ema": _TENSORS,
+    "optimizer": _MAPPING,
+    "optimizer.state": (
+        "a mapping of numbers to mappings",
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(_is_count(key) and isinstance(entry, Mapping) for key, entry in value.items())
+        ),
+    ),
+    "optimizer.param_groups": (
+        "a list of mappings",
+        lambda value: (
+            type(value) is list
+            and all(isinstance(group, Mapping) and type(group.get("params")) is list for group in value)
+        ),
+    ),
+    "scaler": ("a mapping of numbers", _holds((int, float))),
+}
+"""What each entry must be, unless it is None or missing."""
+
+TO_EVALUATE = ("config", "model")
+TO_RESUME = (
+    *("config", "world", "model", "heads", "heads_ema", "scaler", "progress", "optimizer"),
+    *("config.optimizer", "config.grad_accum", "config.workers"),
+    *(f"progress.{key}" for key in PROGRESS),
+    *("optimizer.state", "optimizer.param_groups"),
+)
+"""Entries that may be neither None nor missing."""
+
+
+def require_layout(state: Mapping[str, Any], path: Path, needed: Iterable[str] = ()) -> None:
+    """Refuse a checkpoint of which an entry is of another kind than it should be.
+
+    Args:
+        path: where it comes from, for the message.
+        needed: entries that must be there.
+
+    Raises:
+        CheckpointError: names the entry, and what it should be.
+    """
+    for place, (kind, fits) in KINDS.items():
+        value = _at(state, place)
+        if value is not None and not fits(value):
+            raise _wrong(path, f"`{place}` in it is not {kind}")
+    needed = tuple(needed)
+    for place in needed:
+        if _at(state, place) is None:
+            raise _wrong(path, f"`{place}` is missing in it")
+    progress = state["progress"]
+    if "progress.losses" in needed and max(progress["epoch"], progress["losses"].numel()) > progress["step"]:
+        raise _wrong(path, f"`progress.step` in it is {progress['step']}, less than its epochs or losses")
+
+
+def _at(state: Mapping[str, Any], place: str) -> Any:
+    value: Any = state
+    for key in place.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def require_optimizer(saved: Mapping[str, Any], own: Optimizer, path: Path) -> None:
+    """Refuse the state of another optimizer, or of other parameters; `load_state_dict` compares little.
+
+    Args:
+        saved: the entry `optimizer` of a checkpoint.
+        own: the optimizer that it is for.
+
+    Raises:
+        CheckpointError: says where the two differ.
+    """
+    groups, theirs = own.param_groups, saved["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in theirs]:
+        raise _wrong(path, "its optimizer has other groups of parameters", "weights-mismatch")
+    for group, given in zip(groups, theirs, strict=True):
+        for name, value in group.items():
+            if name != "params" and name in given and not _is_alike(value, given[name]):
+                raise _wrong(path, f"`{name}` of its optimizer is of another kind")
+    indices = [index for group in theirs for index in group["params"]]
+    if indices != list(range(len(indices))):
+        raise _wrong(path, "the parameters of its optimizer are not numbered from 0 on")
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for index, entry in saved["state"].items():
+        if index >= len(parameters):
+            raise _wrong(
+                path, f"its optimizer has a parameter {index} that the model does not have", "weights-mismatch"
+            )
+        for name, value in entry.items():
+            if isinstance(value, (Tensor, Piece)) and not _fits(value.shape, parameters[index].shape):
+                text = f"{name} of parameter {index} has the shape {tuple(value.shape)}"
+                raise _wrong(path, f"of another model: {text}", "weights-mismatch")
+
+
+def _is_alike(own: Any, given: Any) -> bool:
+    """Can a hyperparameter be used in place of another?"""
+    if isinstance(own, (tuple, list)):
+        return isinstance(given, (tuple, list)) and len(own) == len(given) and all(map(_is_alike, own, given))
+    if isinstance(own, Tensor) or isinstance(given, Tensor):
+        return (isinstance(given, Tensor) and given.numel() == 1) or _is_number(given)
+    if type(given) not in HYPERPARAMETERS or (isinstance(given, float) and not math.isfinite(given)):
+        return False
+    if own is None or given is None:
+        return not isinstance(given, str)
+    return isinstance(own, str) == isinstance(given, str)
+
+
+def _fits(shape: Iterable[int], parameter: Iterable[int]) -> bool:
+    """Can a state have this shape? It is a number, or like the parameter, or sums of its rows or columns."""
+    shape, parameter = tuple(shape), tuple(parameter)
+    if len(shape) == len(parameter):
+        return all(size in (1, own) for size, own in zip(shape, parameter, strict=True))
+    return math.prod(shape) <= max(1, math.prod(parameter))
+
+
+def _wrong(path: Path, problem: str, code: str = "wrong-format") -> CheckpointError:
+    return CheckpointError(path, problem, "Use a file that `revnets train` wrote for this model", code=code)
