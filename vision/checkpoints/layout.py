@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -155,42 +156,59 @@ def require_optimizer(saved: Mapping[str, Any], own: Optimizer, path: Path) -> N
         raise _wrong(path, "its optimizer has other groups of parameters", "weights-mismatch")
     for group, given in zip(groups, theirs, strict=True):
         for name, value in group.items():
-            if name != "params" and name in given and not _is_alike(value, given[name]):
+            same = isinstance(value, tuple)  # momentum: the run has its configuration's
+            if (
+                name in given
+                and name != "params"
+                and not (_is_alike(value, given[name]) and (not same or value == tuple(given[name])))
+            ):
                 raise _wrong(path, f"`{name}` of its optimizer is of another kind")
     indices = [index for group in theirs for index in group["params"]]
     if indices != list(range(len(indices))):
         raise _wrong(path, "the parameters of its optimizer are not numbered from 0 on")
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    expected = _states(own)
     for index, entry in saved["state"].items():
-        if index >= len(parameters):
-            raise _wrong(
-                path, f"its optimizer has a parameter {index} that the model does not have", "weights-mismatch"
-            )
-        for name, value in entry.items():
-            if isinstance(value, (Tensor, Piece)) and not _fits(value.shape, parameters[index].shape):
-                text = f"{name} of parameter {index} has the shape {tuple(value.shape)}"
-                raise _wrong(path, f"of another model: {text}", "weights-mismatch")
+        if index >= len(expected):
+            raise _wrong(path, f"its optimizer has no parameter {index}", "weights-mismatch")
+        for name, value in expected[index].items():
+            if name not in entry:
+                raise _wrong(path, f"`{name}` of parameter {index} is missing in its optimizer")
+            if not _is_alike(value, entry[name]):
+                raise _wrong(path, f"`{name}` of parameter {index} in its optimizer is of another kind or shape")
+
+
+def _states(own: Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer keeps for each parameter, found by a step of one like it on tensors without memory."""
+    groups = [{**group, "params": [_without_memory(item) for item in group["params"]]} for group in own.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    try:
+        other = type(own)(groups)  # type: ignore[call-arg]
+        other.step()
+    except Exception:  # some need other arguments, or look at values
+        return [{} for _ in parameters]
+    return [dict(other.state[parameter]) for parameter in parameters]
+
+
+def _without_memory(parameter: Tensor) -> Tensor:
+    with torch.device("meta"):
+        other = torch.empty(parameter.shape, dtype=parameter.dtype, requires_grad=True)
+        other.grad = torch.empty(parameter.shape, dtype=parameter.dtype)
+    return other
 
 
 def _is_alike(own: Any, given: Any) -> bool:
-    """Can a hyperparameter be used in place of another?"""
+    """Can a value be used in place of another, as a number, a tensor of its shape or a switch?"""
     if isinstance(own, (tuple, list)):
         return isinstance(given, (tuple, list)) and len(own) == len(given) and all(map(_is_alike, own, given))
-    if isinstance(own, Tensor) or isinstance(given, Tensor):
-        return (isinstance(given, Tensor) and given.numel() == 1) or _is_number(given)
+    if isinstance(given, (Tensor, Piece)):
+        return isinstance(own, Tensor) and own.shape == given.shape
+    if isinstance(own, Tensor):
+        return own.ndim == 0 and _is_number(given)
     if type(given) not in HYPERPARAMETERS or (isinstance(given, float) and not math.isfinite(given)):
         return False
     if own is None or given is None:
         return not isinstance(given, str)
     return isinstance(own, str) == isinstance(given, str)
-
-
-def _fits(shape: Iterable[int], parameter: Iterable[int]) -> bool:
-    """Can a state have this shape? It is a number, or like the parameter, or sums of its rows or columns."""
-    shape, parameter = tuple(shape), tuple(parameter)
-    if len(shape) == len(parameter):
-        return all(size in (1, own) for size, own in zip(shape, parameter, strict=True))
-    return math.prod(shape) <= max(1, math.prod(parameter))
 
 
 def _wrong(path: Path, problem: str, code: str = "wrong-format") -> CheckpointError:

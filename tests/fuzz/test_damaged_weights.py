@@ -1,0 +1,24 @@
+"""Damaged files of weights end in one line with the name of the file, whatever reads them, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+COUNT = 200
+"""Files of each kind. Their seeds are fixed."""
+
+KINDS = {"run", "legacy", "official", "fairseq", "safetensors", "shards"}
+
+
+def test_damaged_files_of_every_kind(tmp_path):
+    command = [sys.executable, "-m", "tests.fuzz.read_damaged_weights", str(tmp_path), str(COUNT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {entry["kind"] for entry in found} == KINDS
+    assert [entry["wrong"] for entry in found] == [[]] * len(KINDS)
+    for entry in found:
+        assert sum(entry["outcomes"].values()) == COUNT
+        assert entry["outcomes"]["read"] < COUNT / 2  # or nothing was damaged
