@@ -54,6 +54,7 @@ _TENSORS: Kind = ("a mapping of tensors", _holds_tensors)
 _WEIGHTS: Kind = ("a mapping of tensors", lambda value: isinstance(value, Tensor) or _holds_tensors(value))
 
 KINDS: dict[str, Kind] = {
+    "format": _COUNT,
     "versions": ("a mapping of texts", _holds(str)),
     "config": ("a mapping of plain values", lambda value: type(value) is dict and _is_plain(value)),
     "config.optimizer": _MAPPING,

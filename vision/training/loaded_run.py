@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from revnets import NetSpec
 from revnets.config.errors import ArgumentError
 from vision.checkpoints import manager
 from vision.checkpoints.layout import TO_EVALUATE
@@ -24,12 +26,16 @@ from vision.data.dataset import ImageData
 from vision.data.decoding import Exif, converted
 from vision.data.loading import load_data, val_loader
 from vision.errors import CheckpointError, run_error
+from vision.tasks.creation import create_model
 from vision.training import builders
 
 WEIGHTS = ("auto", "raw", "ema")
 
 TIMM_WEIGHTS = ("pretrained", "checkpoint_path")
 """Arguments of `timm.create_model` that make it look for weights."""
+
+FREE_ELEMENTS, FREE_BLOCKS = 2**24, 100
+"""A model may have so much more than its checkpoint; what differs is found out when they are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +226,9 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, trust: b
         raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy, code="missing-config")
     state = manager.read(path, needed=TO_EVALUATE)
     config = _without_weights(state["config"])
-    return Checkpoint(path, load_config(config, overrides, trust=trust, name=str(path)), state)
+    checkpoint = Checkpoint(path, load_config(config, overrides, trust=trust, name=str(path)), state)
+    _require_size(checkpoint)
+    return checkpoint
 
 
 def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,6 +237,32 @@ def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model, Mapping):
         return dict(config)
     return {**config, "model": {key: value for key, value in model.items() if key not in TIMM_WEIGHTS}}
+
+
+def _require_size(checkpoint: Checkpoint) -> None:
+    """Refuse a configuration whose model is much larger than the weights beside it, before memory is taken for it.
+
+    Raises:
+        vision.errors.CheckpointError: it is.
+    """
+    weights = checkpoint.state["model"]
+    if not isinstance(weights, Mapping):
+        return
+    model = checkpoint.config.model
+    if isinstance(model, NetSpec):
+        blocks = model.columns * sum(level.depth for level in model.levels)
+        if blocks > len(weights) + FREE_BLOCKS:  # every block has a tensor
+            problem = f"its configuration is of a net with {blocks} blocks, but it holds {len(weights)} tensors"
+            raise CheckpointError(checkpoint.path, problem, "Use another checkpoint", code="weights-mismatch")
+    held = sum(math.prod(tensor.shape) for tensor in weights.values())
+    try:
+        with torch.device("meta"):
+            declared = sum(tensor.numel() for tensor in create_model(checkpoint.config).state_dict().values())
+    except Exception:  # it is built again, with an error for the user, or cannot be built without memory
+        return
+    if declared > 2 * held + FREE_ELEMENTS:
+        problem = f"its configuration is of a model with {declared} numbers, but it holds {held}"
+        raise CheckpointError(checkpoint.path, problem, "Use another checkpoint", code="weights-mismatch")
 
 
 def _without_images(config: TrainConfig, classes: tuple[str, ...]) -> ImageData:
