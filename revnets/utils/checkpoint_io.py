@@ -10,11 +10,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from revnets.utils.numpy_records import ArrayName, make_array, make_dtype, make_number
-from revnets.utils.read_bounds import RejectedError, require_bounded
-
-Allowed: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], str]
-"""A class or function that a pickle may name; with a text, one that is taken where the pickle has this name."""
+Allowed: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], str] | str
+"""A class or function that a pickle may name; with a text, one that is taken where the pickle has this name. A text
+alone is a name of NumPy's, for which a function of `revnets.utils.numpy_records` is taken."""
 
 TEXTS = {
     "missing-file": ("there is no such file", "Check the path"),
@@ -29,11 +27,10 @@ TEXTS = {
 
 RECORDS: tuple[Allowed, ...] = (
     argparse.Namespace,
-    (ArrayName, "numpy.ndarray"),
-    (make_dtype, "numpy.dtype"),
+    *("numpy.ndarray", "numpy.dtype"),
     # NumPy 1 and 2 have these two functions in modules of different names.
-    *((make_array, f"{module}.multiarray._reconstruct") for module in ("numpy.core", "numpy._core")),
-    *((make_number, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")),
+    *("numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"),
+    *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"),
 )
 """Options as a Namespace, and numbers and arrays of NumPy: what fairseq's checkpoints hold beside tensors."""
 
@@ -76,6 +73,8 @@ def read_checkpoint(path: Path | str, allowed: Sequence[Allowed] = (), mmap: boo
         CheckpointReadError: the file is missing, a folder, not permitted, damaged, not a checkpoint, or it holds more
             than `allowed` and plain data.
     """
+    from revnets.utils.read_bounds import RejectedError
+
     path, message = Path(path), ""
     try:
         mode = path.stat().st_mode
@@ -102,12 +101,15 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
     except ImportError:
         raise CheckpointReadError(path, code="missing-dependency") from None
+    from revnets.utils.read_bounds import require_bounded
+
     content = load_file(path)
     require_bounded(content)
     return content
 
 
 def _read_torch_file(path: Path, head: bytes, allowed: Sequence[Allowed], mmap: bool) -> Any:
+    from revnets.utils.read_bounds import RejectedError
     from revnets.utils.torch_files import LEGACY, PICKLE, ZIP, read_legacy, read_zip
 
     names = dict(_named(entry) for entry in allowed)
@@ -120,6 +122,10 @@ def _read_torch_file(path: Path, head: bytes, allowed: Sequence[Allowed], mmap: 
 
 
 def _named(entry: Allowed) -> tuple[str, Any]:
+    if isinstance(entry, str):
+        from revnets.utils.numpy_records import MAKERS
+
+        return entry, MAKERS[entry.rpartition(".")[2]]
     if isinstance(entry, tuple):
         return entry[1], entry[0]
     return f"{entry.__module__}.{entry.__qualname__}", entry
@@ -127,6 +133,8 @@ def _named(entry: Allowed) -> tuple[str, Any]:
 
 def _diagnosis(error: Exception) -> tuple[str, str]:
     """The code of a failure, and what is wrong if `TEXTS` is too general."""
+    from revnets.utils.read_bounds import RejectedError
+
     if isinstance(error, RejectedError):
         return error.code, error.message
     if isinstance(error, MemoryError) or "allocate memory" in str(error):

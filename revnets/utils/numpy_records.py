@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from revnets.utils.read_bounds import Budget, RejectedError, is_shape
+from revnets.utils.read_bounds import Allowance, RejectedError, is_shape
 
 
 class ArrayName:
@@ -36,7 +36,11 @@ def make_number(dtype: Any, data: bytes) -> Any:
     return np.frombuffer(data, dtype)[0]
 
 
-def fill_array(target: Any, state: Any, budget: Budget) -> None:
+MAKERS = {"ndarray": ArrayName, "dtype": make_dtype, "_reconstruct": make_array, "scalar": make_number}
+"""What is taken for the names of NumPy."""
+
+
+def fill_array(target: Any, state: Any, allowance: Allowance) -> None:
     if isinstance(target, np.dtype):
         if type(state) is not tuple or len(state) > 9:
             raise TypeError("a type of numbers that is described otherwise than by NumPy")
@@ -50,5 +54,5 @@ def fill_array(target: Any, state: Any, budget: Budget) -> None:
         raise ValueError("an array is described by other types than those of NumPy")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise RejectedError("damaged-file", "damaged, an array has not the size of its data")
-    budget.take(len(data))
+    allowance.take(len(data))
     target.__setstate__((1, tuple(shape), dtype, bool(in_fortran_order), data))

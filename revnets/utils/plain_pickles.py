@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.utils.numpy_records import fill_array
-from revnets.utils.read_bounds import MAX_NAME, Budget, RejectedError, checked_key, is_shape, is_size
+from revnets.utils.read_bounds import MAX_NAME, Allowance, RejectedError, checked_key, is_shape, is_size
 
 MAX_ELEMENTS = 2**48
 """Of a tensor, where an axis of length 0 counts as 1."""
@@ -65,7 +65,7 @@ class PlainUnpickler(pickle._Unpickler):
 
     Args:
         file: where the pickle begins.
-        budget: of the file.
+        allowance: of the file.
         allowed: what the pickle may name beside tensors and plain data, by its name there.
         storage: gives the memory that a persistent id stands for.
     """
@@ -87,12 +87,12 @@ class PlainUnpickler(pickle._Unpickler):
     def __init__(
         self,
         file: File,
-        budget: Budget,
+        allowance: Allowance,
         allowed: Mapping[str, Any],
         storage: Callable[..., Storage] | None = None,
     ):
         super().__init__(file, encoding="utf-8")  # pyright: ignore[reportArgumentType]
-        self.budget, self.storage = budget, storage
+        self.allowance, self.storage = allowance, storage
         self.classes = tuple(kind for kind in allowed.values() if isinstance(kind, type))
         makers: dict[str, Any] = {
             "torch._utils._rebuild_tensor": self._tensor,
@@ -119,7 +119,7 @@ class PlainUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         path = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if path not in self.known:
-            shown = path if path.isprintable() and len(path) <= MAX_NAME else "something"
+            shown = path.removeprefix("builtins.") if path.isprintable() and len(path) <= MAX_NAME else "something"
             raise RejectedError("unsafe-file", f"refused, it names {shown}, which is more than plain data")
         return self.known[path]
 
@@ -143,15 +143,15 @@ class PlainUnpickler(pickle._Unpickler):
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is OrderedDict:  # state_dict() notes versions of modules; what others note is not needed
             if isinstance(state, dict) and isinstance(versions := state.get("_metadata"), dict):
-                self.budget.take(500 * len(versions))
+                self.allowance.take(500 * len(versions))
                 target._metadata = _versions(versions)  # type: ignore[attr-defined]
         elif type(target) is argparse.Namespace:
-            self.budget.take(100 * len(state))
+            self.allowance.take(100 * len(state))
             if not all(type(name) is str for name in state):
                 raise TypeError("an option whose name is no text")
             vars(target).update(state)
         elif isinstance(target, (np.ndarray, np.dtype)):
-            fill_array(target, state, self.budget)
+            fill_array(target, state, self.allowance)
         elif isinstance(target, self.classes) and hasattr(target, "__setstate__"):
             target.__setstate__(state)
         else:
@@ -211,7 +211,7 @@ class PlainUnpickler(pickle._Unpickler):
         extent = math.prod(max(size, 1) for size in shape)
         if (last + 1) * dtype.itemsize > storage.data.numel() or extent > MAX_ELEMENTS:
             raise RejectedError("damaged-file", "damaged, a tensor is larger than its data")
-        self.budget.take(count * dtype.itemsize)
+        self.allowance.take(count * dtype.itemsize)
         tensor = torch.empty(0, dtype=dtype)
         tensor.set_(storage.data.untyped_storage(), offset if count else 0, shape, stride)
         return tensor.requires_grad_(bool(grad))
@@ -244,26 +244,26 @@ class PlainUnpickler(pickle._Unpickler):
     def _ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
         if type(pairs) not in (list, tuple):
             raise TypeError("a mapping that is made of no list")
-        self.budget.take(200 * len(pairs))
+        self.allowance.take(200 * len(pairs))
         return OrderedDict((checked_key(key), value) for key, value in pairs)
 
     def _counter(self, counts: Any = None) -> Counter[Any]:
         counts = {} if counts is None else counts
         if type(counts) is not dict:
             raise TypeError("counts that are no mapping")
-        self.budget.take(200 * len(counts))
+        self.allowance.take(200 * len(counts))
         return Counter(counts)
 
     def _set(self, items: Any = ()) -> set[Any]:
         if type(items) not in (list, tuple):
             raise TypeError("a set that is made of no list")
-        self.budget.take(200 * len(items))
+        self.allowance.take(200 * len(items))
         return {checked_key(item) for item in items}
 
     def _encoded(self, text: Any, encoding: Any = "latin1") -> bytes:  # how protocol 2 has bytes
         if type(text) is not str or encoding not in ("latin1", "latin-1"):
             raise ValueError("bytes that are no text in latin1")
-        self.budget.take(len(text))
+        self.allowance.take(len(text))
         return text.encode("latin1")
 
 

@@ -32,7 +32,7 @@ class RejectedError(Exception):
         self.code, self.message = code, message
 
 
-class Budget:
+class Allowance:
     """What reading one file may still allocate.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from revnets.utils.plain_pickles import PlainUnpickler, Storage
-from revnets.utils.read_bounds import MAX_NAME, Budget, RejectedError, require_bounded
+from revnets.utils.read_bounds import MAX_NAME, Allowance, RejectedError, require_bounded
 
 ZIP, PICKLE, LEGACY = b"PK\x03\x04", b"\x80", (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 """What the two begin with; the second is a pickle of the third, a number."""
@@ -60,7 +60,7 @@ def read_zip(path: Path, allowed: Mapping[str, Any], mmap: bool) -> Any:
             found[key] = as_bytes(memory)
         return Storage(found[key], dtype)
 
-    content = PlainUnpickler(io.BytesIO(pickled), Budget(size), allowed, storage).load()
+    content = PlainUnpickler(io.BytesIO(pickled), Allowance(size), allowed, storage).load()
     require_bounded(content)
     return content
 
@@ -145,7 +145,7 @@ def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
         Exception: it is damaged.
     """
     size = path.stat().st_size
-    budget, room = Budget(size), size
+    allowance, room = Allowance(size), size
     found: dict[Any, Storage] = {}
 
     def storage(dtype: torch.dtype, key: Any, count: int, view: Any = None) -> Storage:
@@ -164,10 +164,10 @@ def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
     with path.open("rb") as file:
         limited = _Limited(file, FREE_PICKLE_BYTES + size // 4)
         for _ in range(3):  # a number, the version of the format, the sizes of integers
-            PlainUnpickler(limited, budget, {}).load()
-        content = PlainUnpickler(limited, budget, allowed, storage).load()
+            PlainUnpickler(limited, allowance, {}).load()
+        content = PlainUnpickler(limited, allowance, allowed, storage).load()
         require_bounded(content)
-        keys = PlainUnpickler(limited, budget, {}).load()
+        keys = PlainUnpickler(limited, allowance, {}).load()
         if type(keys) is not list or not all(type(key) in (str, int) for key in keys):
             raise RejectedError("damaged-file", "damaged, the list of its tensors is none")
         for key in keys:

@@ -38,8 +38,6 @@ def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: C
         revnets.SpecError: the folder holds a run that this one would overwrite.
         CheckpointError: none can be read.
     """
-    from vision.checkpoints.layout import TO_RESUME
-
     name, resume = "training run", config.resume
     if resume == "auto":
         return _newest(world, there, say)
@@ -50,7 +48,7 @@ def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: C
                 name, "output", f"{config.output} holds a run already ({there[-1].name})", remedy, code="run-exists"
             )
         return None
-    state = manager.read(Path(resume), world, TO_RESUME)
+    state = read(Path(resume), world)
     if there and manager.step_of(there[-1]) > state["progress"]["step"]:
         raise SpecError(
             name, "output", f"{config.output} holds a later checkpoint, {there[-1].name}", remedy, code="run-exists"
@@ -58,13 +56,22 @@ def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: C
     return Path(resume)
 
 
-def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
-    from vision.checkpoints.layout import TO_RESUME
+def read(path: Path, world: World) -> dict[str, Any]:
+    """A checkpoint that has everything that a run needs to go on.
 
+    Raises:
+        CheckpointError: it cannot be read, or lacks something.
+    """
+    from vision.checkpoints.layout import TO_RESUME  # a new run reads nothing
+
+    return manager.read(path, world, TO_RESUME)
+
+
+def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
     problems = []
     for path in reversed(there):
         try:
-            manager.read(path, world, TO_RESUME)
+            read(path, world)
         except CheckpointError as error:
             problems.append(error)
             continue

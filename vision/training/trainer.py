@@ -177,9 +177,7 @@ class Trainer:
         path = self.resumed
         if path is None:
             return
-        from vision.checkpoints.layout import TO_RESUME
-
-        state = manager.read(path, self.world, TO_RESUME)
+        state = resume.read(path, self.world)
         resume.require_same_course(self.config, self.world.size, state, path, self.data)
         self.state.load_state(state, path)
         progress: dict[str, Any] = dict(state["progress"])
