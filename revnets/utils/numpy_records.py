@@ -44,7 +44,7 @@ def fill_array(target: Any, state: Any, allowance: Allowance) -> None:
     if isinstance(target, np.dtype):
         if type(state) is not tuple or len(state) > 9:
             raise TypeError("a type of numbers that is described otherwise than by NumPy")
-        order, rest = state[1], list(state[2:])
+        order, *rest = list(state)[1:]
         if order not in ("<", "|", "=", ">") or rest[:3] != [None] * 3:
             raise ValueError("a type with fields")
         target.__setstate__((3, order, None, None, None, -1, -1, 0))  # pyright: ignore[reportAttributeAccessIssue]

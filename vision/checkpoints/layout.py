@@ -24,7 +24,7 @@ Kind = tuple[str, Callable[[Any], bool]]
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _is_count(value: Any, least: int = 0) -> bool:

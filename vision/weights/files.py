@@ -138,7 +138,7 @@ def _chosen(content: Mapping[str, Any], weights: str, path: Path | str) -> Mappi
             path, "it holds no averaged weights", "Take those of the model: raw", code="missing-weights"
         )
     heads = content.get("heads_ema" if weights == "ema" else "heads") if is_run else None
-    for part in (state, heads if heads is not None else {}):
-        if not isinstance(part, Mapping):
-            raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
-    return {**state, **heads} if heads else state
+    heads = {} if heads is None else heads
+    if not isinstance(state, Mapping) or not isinstance(heads, Mapping):
+        raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
+    return {**state, **heads}
