@@ -23,7 +23,7 @@ def prepare_mt(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False, readable=False)],
     languages: Annotated[
         str | None,
         typer.Option("--languages", "-l", help="Source and target, e.g. en-de or en-pt_BR.", show_default=False),
@@ -45,7 +45,9 @@ def prepare_mt(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes. (one a core, at most 16)", show_default=False)
     ] = None,
-    downloads: Annotated[Path, typer.Option(help="Where archives of a recipe are kept.")] = Path("downloads"),
+    downloads: Annotated[Path, typer.Option(help="Where archives of a recipe are kept.", readable=False)] = Path(
+        "downloads"
+    ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder made in another way.")] = False,
 ) -> None:
     """Make a fairseq data set from raw parallel text.
@@ -84,9 +86,11 @@ def prepare_mt(
 
 def average_checkpoints(
     checkpoints: Annotated[
-        list[Path], typer.Argument(help="Checkpoints, or the --save-dir of a run.", show_default=False)
+        list[Path], typer.Argument(help="Checkpoints, or the --save-dir of a run.", show_default=False, readable=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint to write.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Checkpoint to write.", show_default=False, readable=False)
+    ],
     last: Annotated[int, typer.Option(min=1, help="Of a run: how many of the newest.")] = 10,
     updates: Annotated[
         bool, typer.Option("--updates", help="Of a run: those saved by updates (checkpoint_1_5000.pt), not epochs.")
@@ -114,7 +118,9 @@ def score_mt(
     generated: Annotated[
         Path,
         typer.Argument(
-            help="What fairseq-generate, or fairseq-interactive, wrote to its standard output.", show_default=False
+            help="What fairseq-generate, or fairseq-interactive, wrote to its standard output.",
+            show_default=False,
+            readable=False,
         ),
     ],
     language: Annotated[
@@ -122,7 +128,10 @@ def score_mt(
         typer.Option("--language", "-l", help="Of the translation, e.g. de or pt_BR.", show_default=False),
     ],
     reference: Annotated[
-        Path | None, typer.Option(help="Untokenised reference, such as test.raw.de of prepare-mt.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Untokenised reference, such as test.raw.de of prepare-mt.", show_default=False, readable=False
+        ),
     ] = None,
     test_set: Annotated[
         str | None,

@@ -29,9 +29,12 @@ def show(
     overrides: Overrides = None,
     input_shape: InputShape = None,
     svg: Annotated[
-        Path | None, typer.Option(help="Draw columns, levels and wires into this file.", callback=picture_path)
+        Path | None,
+        typer.Option(help="Draw columns, levels and wires into this file.", callback=picture_path, readable=False),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="The same as a PNG file.", callback=picture_path)] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="The same as a PNG file.", callback=picture_path, readable=False)
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Show a net: its graph, parameters and multiply-accumulates, as a table and as a picture.
@@ -49,7 +52,9 @@ def audit(
     overrides: Overrides = None,
     input_shape: InputShape = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in the batch that is measured.")] = 2,
-    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.", callback=picture_path)] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the figures into this file.", callback=picture_path, readable=False)
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
     trust: Trust = True,
 ) -> None:
@@ -84,7 +89,9 @@ def plan(
         int | None, typer.Option(min=1, help="Forward passes per update.", show_default="the YAML's, or 1")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Fastest way under it: 24GiB, or a mode (its peak).")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.", callback=picture_path)] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the figure into this file.", callback=picture_path, readable=False)
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
     trust: Trust = True,
 ) -> None:

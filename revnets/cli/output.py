@@ -21,9 +21,12 @@ from revnets.utils.format import table_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Png = Annotated[Path, typer.Option(help="Draw into this file: .png, .svg or .pdf.", callback=picture_path)]
+Png = Annotated[
+    Path, typer.Option(help="Draw into this file: .png, .svg or .pdf.", callback=picture_path, readable=False)
+]
 Csv = Annotated[
-    Path | None, typer.Option(help="Where the numbers go; beside the picture by default.", show_default=False)
+    Path | None,
+    typer.Option(help="Where the numbers go; beside the picture by default.", show_default=False, readable=False),
 ]
 
 

@@ -53,6 +53,7 @@ MEMORY = {
 FILES = {
     "missing-file": "a file or folder does not exist",
     "not-a-file": "a folder, a pipe or a device where a file is needed",
+    "not-a-folder": "something else where a folder is needed, such as a file or a link to nowhere",
     "empty-file": "the file is empty",
     "unreadable-file": "the file cannot be opened",
     "invalid-encoding": "the text is not encoded as UTF-8",
@@ -71,6 +72,7 @@ RUNS = {
     "missing-weights": "the file holds no weights of the kind that is needed",
     "missing-config": "the file does not state how its weights are evaluated",
     "run-exists": "the output folder holds a run, or a later checkpoint",
+    "output-in-use": "another process is writing to the same output",
     "settings-differ": "existing output was made with other settings",
     "class-mismatch": "the classes of model, weights and data do not fit together",
     "unreadable-data": "samples cannot be read",
@@ -78,6 +80,7 @@ RUNS = {
     "too-few-samples": "fewer samples than are needed",
     "misaligned-data": "files that must correspond line by line or item by item do not",
     "loss-not-finite": "the loss is infinite or not a number",
+    "invalid-environment": "an environment variable of a launcher such as torchrun is missing or cannot be used",
     "process-lost": "another process of the run ended",
     "process-failed": "an external program failed",
 }

@@ -6,6 +6,7 @@ import multiprocessing
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(  # what is not installed is passed over
-    ["torch.distributed.fsdp", "torch.nn.parallel", "vision.training.trainer", "torch.utils.tensorboard",
+    ["torch.distributed.fsdp", "torch.nn.parallel", "vision.training.trainer",
+     "tensorboard.summary.writer.record_writer", "tensorboard.compat.proto.event_pb2",
      "sklearn.datasets", "sklearn.model_selection", "matplotlib.backends.backend_agg"]
 )  # fmt: skip

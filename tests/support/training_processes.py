@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ MOMENTS = {
     "before the best gets its name": (atomic_files.os, "link", "before"),
     "images that are no numbers": (train_state.TrainState, "_moved", "poisoned"),
 }
+
+
+FILE_OPERATION = "before a file operation"
+"""A moment: something in the folder of the run is about to be opened for writing, renamed, linked, made or removed."""
 
 
 def process(config: dict[str, Any], moment: str = "", count: int = 0, number: int = signal.SIGKILL) -> int:
@@ -79,7 +84,9 @@ def _run(
     if size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    if moment:
+    if moment == FILE_OPERATION:
+        _arm_files(config["output"], count, number)
+    elif moment:
         _arm(moment, count, number)
     if limit is not None:
         import resource
@@ -119,6 +126,22 @@ def _arm(moment: str, count: int, number: int) -> None:
         return original(*args, **kwargs) if when == "before" else result
 
     setattr(owner, name, interrupted)
+
+
+def _arm_files(folder: str, count: int, number: int) -> None:
+    events = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+    calls = iter(range(1, 10_000))
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if not (writes or event in events):
+            return
+        inside = any(os.fsdecode(path).startswith(folder) for path in args[:2] if isinstance(path, (str, bytes, Path)))
+        relative = event != "open" and not os.path.isabs(args[0])  # in a folder that is being removed
+        if (inside or relative) and next(calls) == count:
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
 
 
 def _free_port() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnets.utils.atomic_files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
+from revnets.utils.atomic_files import link, make_folder, remove_leftovers, replacing, replacing_folder, temporary_path
 from revnets.utils.checkpoint_io import CheckpointReadError, read_checkpoint
 from vision.checkpoints.sharding import DIVISIBLE, STATE, Piece, copy_into, divided, gathered, read_shards, shard_name
 from vision.distributed.context import World
@@ -60,8 +60,23 @@ class Checkpoints:
         return max(there, key=lambda path: path.stat().st_mtime_ns, default=self.folder / f"best{self.suffix}")
 
     def all(self) -> list[Path]:
-        """The last checkpoints, oldest first."""
-        return sorted((path for path in self.folder.glob("step-*") if _STEP.fullmatch(path.name)), key=step_of)
+        """The last checkpoints, oldest first.
+
+        Raises:
+            CheckpointError: the folder is there, but cannot be listed. It may hold a run.
+        """
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            problem = f"this folder cannot be listed ({error.strerror})"
+            raise CheckpointError(self.folder, problem, "Check its permissions", code="unreadable-file") from error
+        return sorted((self.folder / name for name in names if _STEP.fullmatch(name)), key=step_of)
+
+    def remove_leftovers(self, exclusive: bool = False) -> None:
+        """Delete what killed runs have left half-written; `exclusive` as in `revnets.utils.atomic_files`."""
+        remove_leftovers(self.folder, exclusive=exclusive)
 
     def save(self, state: Mapping[str, Any], best: bool = False) -> Path:
         """Write a checkpoint, then drop those beyond `keep`. All processes call it together.
@@ -84,11 +99,11 @@ class Checkpoints:
 
     def _save_shards(self, path: Path, state: Mapping[str, Any]) -> None:
         """Every process fills a folder that is only given its name when all are done."""
-        world, filling = self.world, path.with_name(f".{path.name}{TEMPORARY}")
+        world, filling = self.world, self.world.by_main(lambda: temporary_path(path.with_name(f"{path.name}.shards")))
         rest, parts = divided(state)
 
         def begin() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             shutil.rmtree(filling, ignore_errors=True)
             filling.mkdir()
 
@@ -138,7 +153,7 @@ class Checkpoints:
 
     def name_best(self, path: Path) -> None:
         """Let `best.pt`, or the folder `best`, be this checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if path.is_dir():
             with replacing_folder(self.folder / "best") as folder:
                 for file in path.iterdir():
@@ -161,14 +176,18 @@ def in_run(path: Path) -> Path:
     """The checkpoint that a path means: of the folder of a run the best one, or the last if none is marked as it.
 
     Raises:
-        CheckpointError: the folder is neither a checkpoint nor a run.
+        CheckpointError: the folder is neither a checkpoint nor a run, or cannot be read.
     """
-    if not path.is_dir() or (path / STATE).exists():
-        return path
-    run = Checkpoints(path / "checkpoints", keep=1)
-    for candidate in (run.best, *reversed(run.all())):
-        if candidate.exists():
-            return candidate
+    try:
+        if not path.is_dir() or (path / STATE).exists():
+            return path
+        run = Checkpoints(path / "checkpoints", keep=1)
+        for candidate in (run.best, *reversed(run.all())):
+            if candidate.exists():
+                return candidate
+    except OSError as error:
+        problem = f"this folder cannot be read ({error.strerror})"
+        raise CheckpointError(path, problem, "Check its permissions", code="unreadable-file") from error
     raise CheckpointError(path, "this folder holds no checkpoints", "Give a run, or a checkpoint", code="missing-file")
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from revnets.utils.atomic_files import replacing_folder
 from vision.checkpoints.manager import read, save_file
+from vision.checkpoints.new_file import new_file
 from vision.checkpoints.sharding import STATE, shard_name, split
-from vision.errors import CheckpointError, first_line
 
 
 def reshard(source: Path, target: Path, count: int) -> None:
@@ -22,9 +22,7 @@ def reshard(source: Path, target: Path, count: int) -> None:
         CheckpointError: the source cannot be read, or the target exists or cannot be written. The source is untouched.
     """
     state = read(source)
-    if target.exists():
-        raise CheckpointError(target, "exists already", "Give a new path", code="file-exists")
-    try:
+    with new_file(target, f"; {source} is untouched"):
         if not count:
             save_file(target, state)
             return
@@ -33,8 +31,3 @@ def reshard(source: Path, target: Path, count: int) -> None:
             for rank, part in enumerate(parts):
                 save_file(folder / shard_name(rank, count), part)
             save_file(folder / STATE, {**rest, "shards": count})
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        problem = f"cannot be written ({first_line(error)}); {source} is untouched"
-        raise CheckpointError(
-            target, problem, "Free some space, or give another path", code="unwritable-file"
-        ) from error

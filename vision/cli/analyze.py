@@ -68,7 +68,9 @@ def layercam(
     source: SourceArgument,
     overrides: Overrides = None,
     index: Annotated[int, typer.Option(min=0, help="Which image of the validation set.")] = 0,
-    image: Annotated[Path | None, typer.Option(help="Another picture instead.", show_default=False)] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Another picture instead.", show_default=False, readable=False)
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(

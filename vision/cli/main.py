@@ -47,11 +47,15 @@ def train(
 
 def evaluate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, or the folder of a run: then its best one.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A checkpoint, or the folder of a run: then its best one.", show_default=False, readable=False
+        ),
     ],
     overrides: Overrides = None,
     png: Annotated[
-        Path | None, typer.Option(help="Draw which class is taken for which: a .png, .svg or .pdf file.")
+        Path | None,
+        typer.Option(help="Draw which class is taken for which: a .png, .svg or .pdf file.", readable=False),
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="For weights alone, official ones too: the recipe of their model and data.")
@@ -75,8 +79,12 @@ def evaluate(
 
 
 def reshard(
-    source: Annotated[Path, typer.Argument(help="A checkpoint: a .pt file, or a step-N folder.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="What to write: a new file, or a new folder.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint: a .pt file, or a step-N folder.", show_default=False, readable=False)
+    ],
+    target: Annotated[
+        Path, typer.Argument(help="What to write: a new file, or a new folder.", show_default=False, readable=False)
+    ],
     shards: Annotated[int, typer.Option(min=0, help="Number of shards; 0: one whole file.")] = 0,
 ) -> None:
     """Rewrite a checkpoint of `checkpoint: sharded` as one file, or one file as shards."""
@@ -90,11 +98,15 @@ def reshard(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(help="An official .pth, a checkpoint of revnets train, or .safetensors.", show_default=False),
+        typer.Argument(
+            help="An official .pth, a checkpoint of revnets train, or .safetensors.", show_default=False, readable=False
+        ),
     ],
     target: Annotated[
         Path,
-        typer.Argument(help="A new file: .safetensors for ours, .pth for the official layout.", show_default=False),
+        typer.Argument(
+            help="A new file: .safetensors for ours, .pth for the official layout.", show_default=False, readable=False
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="What it should be, as revcol_tiny. By default the shapes tell.")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -15,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vision.errors import TrainingError
+from revnets.config.errors import ConfigError
+from vision.errors import TrainingError, first_line
 
 T = TypeVar("T")
 
@@ -89,24 +92,108 @@ class World:
             dist.barrier()
 
 
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun; SLURM_NTASKS is that of the whole allocation
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+)
+"""Environment variables from which a process knows its rank, the number of processes, and its rank on its machine."""
+
+PATIENCE = 20.0
+"""Seconds after which a process says that it waits for others to start."""
+
+
+def world_of(variables: Mapping[str, str]) -> World:
+    """The world that a launcher describes; the first one whose variables are set counts. An empty one is not set.
+
+    Args:
+        variables: of the environment.
+
+    Raises:
+        revnets.SpecError: a variable is missing or cannot be used, or processes could not find one another.
+    """
+    given = {name: value.strip() for name, value in variables.items() if value.strip()}
+    names = next((names for names in LAUNCHERS if names[0] in given or names[1] in given), None)
+    if names is None:
+        return World()
+    rank_name, size_name, local_name = names
+    size = _number(given, size_name, 1)
+    if size is None and _number(given, rank_name, 0):
+        raise _launch_error(size_name, f"is not set, but {rank_name} is {given[rank_name]}")
+    if size is None or (size == 1 and rank_name not in given):
+        return World()
+    rank = _number(given, rank_name, 0)
+    if rank is None:
+        raise _launch_error(rank_name, f"is not set, but {size_name} is {size}")
+    if rank >= size:
+        raise _launch_error(rank_name, f"{rank} is no rank among {size_name}={size} processes")
+    if size > 1:
+        _require_address(given, f"{size_name} is {size}")
+    return World(rank, size, _number(given, local_name, 0) or 0)
+
+
+def _number(given: Mapping[str, str], name: str, least: int) -> int | None:
+    if name not in given:
+        return None
+    text = given[name]
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+        raise _launch_error(name, f"{text!r} is no whole number from {least} on")
+    return int(text)
+
+
+def _require_address(given: Mapping[str, str], reason: str) -> None:
+    """Look at where the processes are to meet. With a wrong address they would wait for one another for long."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in given:
+            raise _launch_error(name, f"is not set, but {reason}")
+    host, port = given["MASTER_ADDR"], _number(given, "MASTER_PORT", 1)
+    if port is not None and port > 65535:
+        raise _launch_error("MASTER_PORT", f"{port} is no port; the last one is 65535")
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        raise _launch_error("MASTER_ADDR", f"{host!r} cannot be found ({first_line(error)})") from None
+
+
+def _launch_error(name: str, problem: str) -> ConfigError:
+    remedy = "Start several processes with torchrun, or unset it for one alone"
+    return ConfigError("environment", name, problem, remedy, code="invalid-environment")
+
+
 @contextmanager
 def joined(device: str = "auto") -> Iterator[World]:
-    """The world as torchrun describes it; alone without torchrun.
+    """The world as torchrun, srun or mpirun describes it; alone without them.
 
     Args:
         device: of the run; with GPUs tensors go by NCCL, and gloo carries what stays on the CPU.
 
     Raises:
+        revnets.SpecError: the launcher's variables cannot be used, or the processes do not meet.
         TrainingError: another process has gone, so nothing can be said to it any more.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield World()
-        return
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+    world = world_of(os.environ)
     on_gpu = torch.cuda.is_available() and device != "cpu"
+    if on_gpu and world.local_rank >= (count := torch.cuda.device_count()):
+        problem = f"{world.local_rank} is no GPU of this machine, which shows {count} to this process"
+        raise _launch_error("LOCAL_RANK", problem)
+    if world.size == 1:
+        yield world
+        return
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size)
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = f"process {world.rank} of {world.size} waits for the others at {place}"
+    waiting = threading.Timer(PATIENCE, print, (text,), {"file": sys.stderr, "flush": True})
+    waiting.start()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size)
+    except (RuntimeError, ValueError) as error:
+        problem = f"process {world.rank} of {world.size} does not meet the others at {place} ({first_line(error)})"
+        remedy = "Give a port that is free, and start all of them"
+        raise ConfigError("environment", "MASTER_PORT", problem, remedy, code="invalid-environment") from error
+    finally:
+        waiting.cancel()
     try:
         yield world
         world.wait()  # nobody leaves while others still wait for it

@@ -44,7 +44,7 @@ def draw_loss(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
 
 def draw_metric(axes: Axes, log: Sequence[dict[str, Any]], curve: Curve) -> None:
     """A metric of the validation set by epoch, of the weights and of their average; its best value is marked."""
-    val = _of(log, "eval")
+    val = [line for line in _of(log, "eval") if f"raw_{curve.metric}" in line]
     style(axes, "epoch", curve.axis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     for name, label, color in (("raw", "weights", GREY), ("ema", "averaged weights", BLUE)):

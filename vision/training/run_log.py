@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import platform
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,55 +19,134 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from revnets.utils.atomic_files import replacing
+from revnets.utils.atomic_files import append, replacing
 from vision.distributed.context import World
 from vision.errors import TrainingError
 
 LOG = "log.jsonl"
 
 
+KINDS = ("train", "eval")
+LARGEST = 1e100
+"""No number of a log is beyond it; figures would fail."""
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that a kill cut short."""
+    """The lines of a log, without those that are damaged."""
+    return read_records(path)[0]
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a log, and how many are left out: cut short by a kill, filled with zeros by a power cut, edited.
+
+    A line is a mapping with `kind`, `epoch` and `step`; all else in it are numbers, and training has a `loss`.
+    """
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # a whole line ends with a newline
+        return [], 0
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    found = [_record(line) for line in lines]
+    records = [record for record in found if record is not None]
+    return records, len(lines) - len(records)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("kind") not in KINDS:
+        return None
+    values = [value for key, value in record.items() if key != "kind"]
+    if not all(isinstance(value, (int, float)) and not LARGEST < abs(value) < math.inf for value in values):
+        return None
+    if not all(type(record.get(key)) is int and record[key] >= 1 for key in ("epoch", "step")):
+        return None
+    return None if record["kind"] == "train" and "loss" not in record else record
 
 
 class RunLogger:
-    """Log and TensorBoard of one run.
+    """Log and TensorBoard files of one run.
 
     Args:
-        folder: of the run.
-        step: where the run begins. Whatever a killed run wrote about later steps is dropped, since it comes again.
+        folder: of the run. It may be removed while the run goes on: then its files begin anew.
+        step, epoch: where the run begins: updates, and epochs that are evaluated (None: all that the log has). Whatever
+            a killed run wrote about later ones is dropped, since it comes again.
+
+    Attributes:
+        damaged: how many lines of the log were left out because nobody could read them.
     """
 
-    def __init__(self, folder: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
+    def __init__(self, folder: Path, step: int, epoch: int | None = None):
         self.path = folder / LOG
-        kept = [line for line in read_log(self.path) if line["step"] <= step]
+        lines, self.damaged = read_records(self.path)
+        kept = [line for line in lines if line["step"] <= step]
+        if epoch is not None:  # a run may be killed between an evaluation and its checkpoint
+            kept = [line for line in kept if line["kind"] != "eval" or line["epoch"] <= epoch]
         with replacing(self.path, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
-        self._log = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed in `close`)
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        # The evaluation at this step may be missing in TensorBoard or may come again, so what it has there is replaced.
+        self._events = EventFile(folder / "tensorboard", step)
+        for line in kept:
+            if line["step"] == step:
+                self._add_events(line)
 
     def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
         """One line: kind (`train` or `eval`), place, values."""
-        self._log.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
-        self._log.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        line = {"kind": kind, "epoch": epoch, "step": step, **values}
+        append(self.path, (json.dumps(line) + "\n").encode())
+        self._add_events(line)
 
-    def close(self) -> None:
-        self._log.close()
-        self._tensorboard.close()
+    def sync(self) -> None:
+        """Have everything on the disk that was written, as it must be before a checkpoint that counts on it."""
+        for path in (self.path, self._events.path):
+            append(path, b"", sync=True)
 
     def __enter__(self) -> RunLogger:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.sync()
+
+    def _add_events(self, line: dict[str, Any]) -> None:
+        values = {key: value for key, value in line.items() if key not in ("kind", "epoch", "step")}
+        self._events.add({f"{line['kind']}/{key}": value for key, value in values.items()}, line["step"])
+
+
+class EventFile:
+    """A file of scalars for TensorBoard, written at once and in the calling thread.
+
+    TensorBoard's own writer has a thread, which dies with a traceback when the folder is removed, and holds back two
+    minutes of events, which a kill loses.
+
+    Args:
+        step: readers drop what older files of the folder have of this step and later ones.
+    """
+
+    _numbers = count()
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+        name = f"events.out.tfevents.{time.time():017.6f}.{platform.node()}.{os.getpid()}.{next(self._numbers)}"
+        self.path = folder / name
+        self._write(step, file_version="brain.Event:2")
+        self._write(step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._write(
+            step, summary=Summary(value=[Summary.Value(tag=name, simple_value=values[name]) for name in values])
+        )
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        append(self.path, record.getvalue())
 
 
 class ProgressDisplay:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 from rich.console import Console
 
 from revnets.plotting.style import save
-from revnets.utils.atomic_files import replacing
+from revnets.utils.atomic_files import make_folder, remove_leftovers, replacing
+from revnets.utils.file_lock import FileLock, LockedError
 from vision.checkpoints import manager, resume
 from vision.checkpoints.manager import Checkpoints
 from vision.config.run import TrainConfig
@@ -28,6 +30,7 @@ from vision.training.figures import training_figure
 from vision.training.run_log import LOG, Clock, Losses, ProgressDisplay, RunLogger, read_log
 from vision.training.train_state import TrainState
 
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 CONFIG_HEAD = "# Written by `revnets train` whenever this run starts or goes on.\n"
 
 
@@ -49,17 +52,18 @@ class Trainer:
         self.config, self.world = config, world or World()
         self.console = (console or Console()) if self.world.is_main else Console(quiet=True)
         self.output = Path(config.output)
+        self._lock, self._logger = FileLock(self.output / LOCK), cast(RunLogger | None, None)
+        self.world.by_main(self._check_output)
         notes = self.output / ("unreadable.txt" if self.world.is_main else f"unreadable-{self.world.rank}.txt")
         self.task = create_task(config)
         self.data = self.task.load_data(notes, self.world)
         self.batches = self.task.train_batches(self.data, self.world)
         self.val_batches = self.task.val_batches(self.data, self.world)
         sharded = config.checkpoint == "sharded" and self.world.size > 1
-        self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep, sharded, self.world)
+        self.checkpoints = Checkpoints(self.output / CHECKPOINTS, config.keep, sharded, self.world)
         # The main process decides from which file the run goes on; then pretrained weights are not needed any more.
-        self.resumed = self.world.by_main(
-            lambda: resume.find_checkpoint(config, self.world, self.checkpoints.all(), self._warn)
-        )
+        self.there = self.world.by_main(self.checkpoints.all)
+        self.resumed = self.world.by_main(lambda: resume.find_checkpoint(config, self.world, self.there, self._warn))
         anew = config if self.resumed is None else config.model_copy(update={"pretrained": None})
         self.state = TrainState(anew, self.data, self.batches.updates, self.world, self.task)
         self.progress, self.losses = Progress(), Losses(self.world)
@@ -72,8 +76,15 @@ class Trainer:
             TrainingError: the loss is not finite.
             DataError: images cannot be read.
             CheckpointError: a checkpoint cannot be written, read or used.
-            revnets.SpecError: the folder holds a run that this one does not continue.
+            revnets.SpecError: the folder holds a run that this one does not continue, or another run uses it.
         """
+        try:
+            self.world.by_main(self._begin)
+            return self._fit()
+        finally:
+            self._lock.release()
+
+    def _fit(self) -> Outcome:
         for remark in getattr(self.data, "remarks", ()):
             self._warn(remark)
         self._resume()
@@ -82,10 +93,10 @@ class Trainer:
             self._say(f"Begins with {self.state.beginning}")
         if self.state.note:
             self._say(f"Memory: {self.state.note}")
-        with StopSignals(self.world) as stop, self._reporting() as (logger, display):
+        with StopSignals(self.world) as stop, self._reporting() as display:
             try:
                 while self.progress.epoch < self.config.epochs:
-                    self._epoch(stop, logger, display)
+                    self._epoch(stop, display)
             except Stopped as stopped:
                 path, step = self._save(), self.progress.step
                 where = f"in epoch {self.progress.epoch + 1}, step {step}"
@@ -97,17 +108,19 @@ class Trainer:
         return self._outcome()
 
     @contextmanager
-    def _reporting(self) -> Iterator[tuple[RunLogger | None, ProgressDisplay]]:
+    def _reporting(self) -> Iterator[ProgressDisplay]:
         display = ProgressDisplay(self.console, self.config.epochs, self.batches.updates)
         if not self.world.is_main:
-            yield None, display
+            yield display
             return
-        with RunLogger(self.output, self.progress.step) as logger, display:
-            yield logger, display
+        with RunLogger(self.output, self.progress.step, self.progress.epoch) as self._logger, display:
+            if self._logger.damaged:
+                self._warn(f"{self._logger.path}: damaged lines left out: {self._logger.damaged}")
+            yield display
 
-    def _epoch(self, stop: StopSignals, logger: RunLogger | None, display: ProgressDisplay) -> None:
+    def _epoch(self, stop: StopSignals, display: ProgressDisplay) -> None:
         started, progress, unread = time.perf_counter(), self.progress, self.data.unreadable.count()
-        self._updates(stop, logger, display)
+        self._updates(stop, display)
         display.validating()
         found = {name: scalars(metrics) for name, metrics in self.state.evaluate(self.val_batches, stop.check).items()}
         losses = self._checked_losses()
@@ -116,8 +129,10 @@ class Trainer:
         progress.epoch += 1
         self.losses.begin()
         values = {f"{name}_{key}": value for name, metrics in found.items() for key, value in metrics.items()}
-        if logger:
-            logger.write("eval", progress.epoch, progress.step, values | ({"unreadable": skipped} if skipped else {}))
+        if self._logger:
+            self._logger.write(
+                "eval", progress.epoch, progress.step, values | ({"unreadable": skipped} if skipped else {})
+            )
         self.score = score = self.task.score(found)
         is_first = progress.best_step < 0 and not math.isnan(score)
         better = is_first or self.task.is_better(score, progress.best)
@@ -130,7 +145,7 @@ class Trainer:
         if skipped:
             display.line(f"{skipped} times an image could not be read; see {self.data.unreadable.file}")
 
-    def _updates(self, stop: StopSignals, logger: RunLogger | None, display: ProgressDisplay) -> None:
+    def _updates(self, stop: StopSignals, display: ProgressDisplay) -> None:
         """The updates that this epoch still lacks: all of them, unless the run was resumed in its middle."""
         config, progress, updates = self.config, self.progress, self.batches.updates
         begun = progress.epoch * updates
@@ -144,8 +159,8 @@ class Trainer:
                 unit, short = self.task.samples
                 rate = clock.rate(self.state.samples) * self.world.size
                 values = {"loss": sum(window) / len(window), "lr": self.state.lr, f"{unit}_per_second": rate}
-                if logger:
-                    logger.write("train", progress.epoch + 1, progress.step, values)
+                if self._logger:
+                    self._logger.write("train", progress.epoch + 1, progress.step, values)
                 score = "" if self.score is None else self.task.text(self.score, self.task.digits - 1)
                 display.note(values["loss"], score, values["lr"], f"{rate:.0f} {short}/s")
             display.training(progress.epoch, progress.step)
@@ -160,6 +175,8 @@ class Trainer:
 
     def _save(self, best: bool = False) -> Path:
         self._checked_losses()  # what follows a loss that is not finite is no state to keep
+        if self._logger:
+            self._logger.sync()
         state = {
             "format": manager.FORMAT,
             "versions": manager.versions(),
@@ -188,6 +205,42 @@ class Trainer:
         left = self.config.epochs - self.progress.epoch
         where = f"in epoch {self.progress.epoch + 1}" if left > 0 else "finished"
         self._say(f"Resumed {path}: {where}, step {self.progress.step}")
+
+    # ------------------------------------------------------------------- output
+
+    def _check_output(self) -> None:
+        """Look at the folder before any work is done."""
+        for folder in (self.output, self.output / CHECKPOINTS):
+            _require_folder(folder)
+        if self.output.exists():
+            self._take_lock()
+            self._lock.release()
+
+    def _begin(self) -> None:
+        """Take the folder for this run."""
+        self._take_lock()
+        if not self._lock.is_reliable:
+            self._warn(f"{self.output}: this file system has no locks. Let no other run write there at the same time")
+        exclusive = self._lock.is_reliable
+        remove_leftovers(self.output, exclusive=exclusive)
+        self.checkpoints.remove_leftovers(exclusive)
+        if self.checkpoints.all() != self.there:
+            problem = f"another run has written to {self.output} since this one started"
+            raise run_error("output", problem, "Start again, to go on from where it is", code="output-in-use")
+
+    def _take_lock(self) -> None:
+        remedy = "Wait for its end, or give another output"
+        try:
+            make_folder(self.output)
+            self._lock.acquire()
+        except LockedError as error:
+            problem = f"{self.output} is in use by {error.owner or 'another process'}"
+            raise run_error("output", problem, remedy, code="output-in-use") from None
+        except OSError as error:
+            problem = f"{self.output} cannot be written to ({error.strerror})"
+            raise run_error(
+                "output", problem, "Check its permissions and the disk, or give another", code="unwritable-file"
+            ) from error
 
     def _write_config(self) -> None:
         path = self.output / "config.yaml"
@@ -223,6 +276,23 @@ class Trainer:
             text=f"{self.task.name()} {self.task.text(self.progress.best)}",
             signal=signal,
         )
+
+
+def _require_folder(path: Path) -> None:
+    """A folder is there, or can be made.
+
+    Raises:
+        revnets.SpecError: a file or a link to nowhere has the name, or that of a folder above.
+    """
+    for folder in (path, *path.parents):
+        if os.path.lexists(folder):
+            if folder.is_dir():
+                return
+            if folder.is_symlink():
+                problem, remedy = f"{folder} is a link to {os.readlink(folder)}, where no folder is", "Make that folder"
+            else:
+                problem, remedy = f"{folder} is no folder", "Rename it"
+            raise run_error("output", problem, f"{remedy}, or give another output", code="not-a-folder")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from torch import Tensor
 from revnets import NetSpec
 from revnets.config.errors import option_error
 from revnets.utils.atomic_files import replacing
+from vision.checkpoints.new_file import new_file
 from vision.config.supervision import SupervisionConfig
-from vision.errors import CheckpointError, why_not_written
+from vision.errors import CheckpointError, first_line
 from vision.models.architecture import RevCol
 from vision.supervision.supervised import Supervised
 from vision.weights.files import Weights, channels_in, class_count, read, select
@@ -200,7 +202,7 @@ def convert_file(
     if kind is None:
         text = "Let it end in .safetensors (our layout) or .pth (the official one)"
         raise option_error("TARGET", f"{target} has no known suffix", text, code="unknown-suffix")
-    if target.exists():
+    if os.path.lexists(target):
         raise CheckpointError(target, "exists already", "Give a new path", code="file-exists")
     with errors.status(f"reading {source}"):
         found = select(read(source), weights, source)
@@ -227,24 +229,21 @@ def convert_file(
 
 
 def write(target: Path, done: Converted, layout: str = "classification", weights: str = "raw") -> None:
-    """Write a file in full or not at all.
+    """Write a new file in full or not at all.
 
     Raises:
-        CheckpointError: no space, no permission and the like.
+        CheckpointError: it exists, another process is writing it, no space, no permission and the like.
     """
     tensors = {key: _alone(tensor) for key, tensor in done.tensors.items()}
-    try:
-        with replacing(target) as file:
-            if SUFFIXES[target.suffix] == "ours":
-                facts = {"format": "pt", "model": done.model, "weights": weights}
-                save_file(tensors, file.name, facts | {key: str(value) for key, value in done.options.items()})
-            else:
-                torch.save(_wrapped(tensors, layout), file)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer turns a full disk into a RuntimeError
-        problem = f"cannot be written ({why_not_written(error)})"
-        raise CheckpointError(
-            target, problem, "Free some space, or give another path", code="unwritable-file"
-        ) from error
+    with new_file(target), replacing(target) as file:
+        if SUFFIXES[target.suffix] == "official":
+            torch.save(_wrapped(tensors, layout), file)
+            return
+        facts = {"format": "pt", "model": done.model, "weights": weights}
+        try:
+            save_file(tensors, file.name, facts | {key: str(value) for key, value in done.options.items()})
+        except SafetensorError as error:
+            raise OSError(first_line(error)) from error
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 
 import pytest
+import torch
 
-from revnets.utils.atomic_files import TEMPORARY, link, remove_leftovers, replacing, replacing_folder
+from revnets.utils.atomic_files import TEMPORARY, append, link, remove_leftovers, replacing, replacing_folder
+from revnets.utils.file_lock import Owner
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -88,3 +92,52 @@ def test_folders_of_killed_processes_are_removed(tmp_path):
     (left / "part").touch()
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["state", "a.1", "set [v2]*"])
+def test_writing_a_file_removes_what_killed_processes_left_of_it(tmp_path, name):
+    for left in (f".{name}.123{TEMPORARY}", f".{name}.4000000000@{Owner.current().host}{TEMPORARY}"):
+        (tmp_path / left).write_bytes(b"half")
+    (tmp_path / f".other.123{TEMPORARY}").write_bytes(b"half of another")
+    with replacing(tmp_path / name) as file:
+        file.write(b"whole")
+    assert sorted(os.listdir(tmp_path)) == sorted([name, f".other.123{TEMPORARY}"])
+
+
+def test_files_of_another_machine_stay_for_a_day_unless_it_cannot_be_writing(tmp_path):
+    left = tmp_path / f".state.123@elsewhere{TEMPORARY}"
+    left.write_bytes(b"half")
+    remove_leftovers(tmp_path)
+    assert left.exists()
+    remove_leftovers(tmp_path, exclusive=True)
+    assert not left.exists()
+
+
+def test_a_folder_that_was_set_aside_gets_its_name_back(tmp_path):
+    """A process may be killed between the two renames of `replacing_folder`."""
+    aside = tmp_path / f".data.4000000000@{Owner.current().host}.old{TEMPORARY}"
+    aside.mkdir()
+    (aside / "part").write_text("first")
+    remove_leftovers(tmp_path)
+    assert (tmp_path / "data" / "part").read_text() == "first"
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "state"
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))
+    try:
+        for write in (lambda file: file.write(bytes(1 << 16)), lambda file: torch.save(torch.zeros(1 << 14), file)):
+            with pytest.raises(OSError, match="File too large") as caught, replacing(path) as file:
+                write(file)
+            assert caught.value.filename == str(path)
+        with pytest.raises(OSError, match="File too large") as caught:
+            append(path, bytes(1 << 16))
+        assert caught.value.filename == str(path)
+        with pytest.raises(OSError, match="File too large") as caught, replacing_folder(tmp_path / "data") as folder:
+            (folder / "part").write_bytes(bytes(1 << 16))
+        assert caught.value.filename == str(tmp_path / "data")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)

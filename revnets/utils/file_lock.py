@@ -1,0 +1,168 @@
+"""Which process uses a file: locks that end with their process, and what a process is called."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class Owner(NamedTuple):
+    """A process of some machine."""
+
+    pid: int
+    host: str
+
+    @classmethod
+    def current(cls) -> Owner:
+        return cls(os.getpid(), platform.node().partition(".")[0][:32])
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    def may_have_written(self, path: Path) -> bool:
+        """Is this a process that runs on this machine, and did so when the file was last changed?
+
+        A process that started later has only been given the number of the one that wrote the file.
+        """
+        if self.host != Owner.current().host:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except PermissionError:
+            pass  # it is there, of another user
+        except (OSError, OverflowError):
+            return False
+        try:
+            return _start(self.pid) <= path.stat().st_ctime
+        except (OSError, ValueError, IndexError):  # no /proc
+            return True
+
+
+def _start(pid: int) -> float:
+    """When a process of this machine started, as a time stamp."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder without waiting; False if it is locked already, None if there are no locks here.
+
+    The lock lasts until the last copy of the descriptor is closed: at the latest when the process and its forks end.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES) else None
+    return True
+
+
+class LockedError(Exception):
+    """Somebody else has a lock; `owner` is the process, or None if the file does not say."""
+
+    def __init__(self, path: Path, owner: Owner | None):
+        super().__init__(f"{path} is locked by {owner or 'another process'}")
+        self.path, self.owner = path, owner
+
+    def __reduce__(self) -> tuple[type[LockedError], tuple[Path, Owner | None]]:  # errors cross process borders
+        return LockedError, (self.path, self.owner)
+
+
+class FileLock:
+    """A lock with a name in the file system, whose file says which process has it.
+
+    It is released when the process ends, in whatever way; its forks do not keep it. `release` removes the file.
+
+    Attributes:
+        path: of the file.
+        is_reliable: False where the file system has no locks: then only a live process of this machine is noticed.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.is_reliable = path, True
+        self._file: IO[bytes] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock without waiting.
+
+        Raises:
+            LockedError: another process has it, or another lock of this process.
+            OSError: the file cannot be written.
+        """
+        while self._file is None:
+            file = open(self.path, "a+b")  # noqa: SIM115  (it is closed in `release`)
+            try:
+                locked = try_lock(file.fileno())
+                owner = None if locked else _read_owner(file)
+                in_use = owner not in (None, Owner.current()) and owner.may_have_written(self.path)
+                if locked is False or (locked is None and in_use):
+                    raise LockedError(self.path, owner)
+                if _has_name(file, self.path):  # else its last owner has removed it in between
+                    file.truncate(0)
+                    file.write("{} {}\n".format(*Owner.current()).encode())
+                    file.flush()
+                    self._file, self.is_reliable = file, locked is not None
+                    _held.add(self)
+            finally:
+                if self._file is None:
+                    file.close()
+
+    def release(self) -> None:
+        """Give the lock back, if it is held, and remove its file."""
+        if self._file is not None:
+            with suppress(OSError):
+                if _has_name(self._file, self.path):
+                    self.path.unlink()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file of the lock, as in a fork, which must not keep it."""
+        if self._file is not None:
+            _held.discard(self)
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def __enter__(self) -> FileLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _read_owner(file: IO[bytes]) -> Owner | None:
+    file.seek(0)
+    pid, _, host = file.read(256).decode(errors="replace").strip().partition(" ")
+    return Owner(int(pid), host) if pid.isascii() and pid.isdecimal() and host.isprintable() else None
+
+
+def _has_name(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+_held: set[FileLock] = set()
+
+
+def _abandon_all() -> None:
+    for lock in list(_held):
+        lock.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)

@@ -1,0 +1,107 @@
+"""The variables of launchers give the right world, or one line that names the one that is wrong."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.errors import raises_error
+from vision.distributed import context
+from vision.distributed.context import World, joined, world_of
+
+PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "world"),
+    [
+        ({}, World()),
+        ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": " "}, World()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, World()),  # without an address: nobody is to be met
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}, World(0, 1, 3)),
+        ({"RANK": "0"}, World()),
+        ({"WORLD_SIZE": "1"}, World()),
+        ({"LOCAL_RANK": "2"}, World()),
+        (PLACE, World()),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **PLACE}, World(3, 4, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", **PLACE}, World(1, 2)),
+        # a shell or a batch script inside of an allocation, which nothing has started several times
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, World()),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, World()),
+        ({"SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2", **PLACE}, World(6, 8, 2)),
+        ({"WORLD_SIZE": "1", "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8"}, World()),  # asked to be alone
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", **PLACE},
+            World(1, 2, 1),
+        ),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, World()),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", **PLACE}, World(1, 2, 1)),
+    ],
+)
+def test_worlds(variables, world):
+    assert world_of(variables) == world
+
+
+@pytest.mark.parametrize(
+    ("variables", "key"),
+    [
+        ({"RANK": "zero", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "1.0", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2", **PLACE}, "RANK"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK"),
+        ({"RANK": "1"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "4"}, "RANK"),
+        ({"RANK": "", "WORLD_SIZE": "4"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x", **PLACE}, "LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "", "MASTER_PORT": ""}, "MASTER_ADDR"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **PLACE, "MASTER_PORT": "http"}, "MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **PLACE, "MASTER_PORT": "0"}, "MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **PLACE, "MASTER_PORT": "70000"}, "MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **PLACE, "MASTER_ADDR": "no-such-host.invalid"}, "MASTER_ADDR"),
+        ({"SLURM_PROCID": "1"}, "SLURM_STEP_NUM_TASKS"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "MASTER_ADDR"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_RANK"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "4"}, "MASTER_ADDR"),
+    ],
+)
+def test_variables_that_cannot_be_used(variables, key):
+    with raises_error(code="invalid-environment", key=key, source="environment"):
+        world_of(variables)
+
+
+def test_a_rank_beyond_the_gpus_of_the_machine(monkeypatch):
+    monkeypatch.setattr(context.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(context.torch.cuda, "device_count", lambda: 2)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", **PLACE}.items():
+        monkeypatch.setenv(name, value)
+    with raises_error(code="invalid-environment", key="LOCAL_RANK", names=["3", "2"]), joined("cuda"):
+        pass
+
+
+def train(tmp_path, **variables: str) -> subprocess.CompletedProcess[str]:
+    words = ["digits", f"output={tmp_path / 'run'}", "epochs=1", "batch_size=700", "model.columns=2", "device=cpu"]
+    command = [sys.executable, "-m", "revnets", "train", *words]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=280)
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = train(tmp_path, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert (
+        f"error: environment: MASTER_PORT: process 0 of 2 does not meet the others at 127.0.0.1:{port}" in done.stderr
+    )

@@ -1,0 +1,38 @@
+"""Files that a command writes where there was none: checkpoints in another form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from revnets.utils.atomic_files import make_folder
+from revnets.utils.file_lock import FileLock, LockedError
+from vision.errors import CheckpointError, why_not_written
+
+
+@contextmanager
+def new_file(path: Path, note: str = "") -> Iterator[None]:
+    """A file or folder is to be written where none is, by this process alone.
+
+    Args:
+        note: what to add to what is wrong if it cannot be written.
+
+    Raises:
+        CheckpointError: it exists, another process is writing it, or it cannot be written.
+    """
+    try:
+        make_folder(path.parent)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if os.path.lexists(path):
+                raise CheckpointError(path, "exists already", "Give a new path", code="file-exists")
+            yield
+    except LockedError as error:
+        problem = f"{error.owner or 'another process'} is writing it"
+        raise CheckpointError(path, problem, "Wait for its end, or give another path", code="output-in-use") from None
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        if isinstance(error, CheckpointError):
+            raise
+        problem = f"cannot be written ({why_not_written(error)}){note}"
+        raise CheckpointError(path, problem, "Free some space, or give another path", code="unwritable-file") from error
