@@ -11,6 +11,7 @@ from revnets.engine.columns import ReversibleColumns, ReversibleSequence
 from revnets.engine.errors import ReconstructionError, ReplayError
 from revnets.engine.graph import Graph, Node, wire
 from revnets.engine.memory_mode import Memory, MemoryPolicy
+from revnets.engine.replay.threads import is_replaying
 from revnets.models.net import Net, build, build_columns
 from revnets.nn import blocks as blocks
 
@@ -46,6 +47,7 @@ __all__ = [
     "audit",
     "build",
     "build_columns",
+    "is_replaying",
     "keep_budget",
     "load_spec",
     "plan",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from revnets.engine.coupling import PlainCoupling, subtract
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
-from revnets.engine.tape import Tape, is_inside
+from revnets.engine.replay.threads import is_inside
+from revnets.engine.tape import Tape
 from revnets.engine.torch_internals import is_transformed, tree_leaves, without_dynamo
 
 

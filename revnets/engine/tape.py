@@ -28,8 +28,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,6 +50,8 @@ from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
 from revnets.engine.replay.buffers import Overwritten
 from revnets.engine.replay.replay_context import ReplayContext
+from revnets.engine.replay.threads import inside
+from revnets.engine.torch_internals import may_read_again, running_node, without_transforms
 
 
 class LivenessToken:
@@ -66,27 +67,6 @@ class PackedHandle(NamedTuple):
     t: int
     k: int
     liveness: LivenessToken
-
-
-class _Nesting(threading.local):
-    inside = False
-
-
-_nesting = _Nesting()
-
-
-@contextmanager
-def _inside() -> Generator[None]:
-    before, _nesting.inside = _nesting.inside, True
-    try:
-        yield
-    finally:
-        _nesting.inside = before
-
-
-def is_inside() -> bool:
-    """Is this thread in a cell whose saved tensors are handles? (Rule 7)"""
-    return _nesting.inside
 
 
 def unpack(handle: PackedHandle) -> Tensor:
@@ -145,7 +125,7 @@ class Tape:
         else:
             devices = frozenset(read.device for read in reads)
             recording = ReplayContext.record(cell, devices, self.overwritten)
-            with recording as record.replay_context, saved_tensors_hooks(pack, unpack), _inside():
+            with saved_tensors_hooks(pack, unpack), inside(), recording as record.replay_context:
                 state = call()
         if couple is not None:
             couple.check(state, self.graph.name(node.index))
@@ -199,10 +179,26 @@ class Tape:
                 self.move_to(t)
                 self._replay(record, collect=True)
                 self._let_go()
-            saved = record.saved.pop(k)  # one use a pass; a second pass replays (Rule 3)
+            saved = record.saved[k]
+            self._release(record, k)
         if saved.tensor._version == saved.version:  # to put the name together takes longer than all else here
             return saved.tensor
         return trusted(saved, f"a tensor that {self._name(record.node)} saved")
+
+    def _release(self, record: CellRecord, k: int) -> None:
+        """Forget a saved tensor once its node has used it: one use a pass, and a second pass replays (Rule 3)."""
+        node = running_node()
+        if node is None:
+            return  # somebody looks at the graph, perhaps again; forgotten when the window moves on
+        if not may_read_again(node):
+            del record.saved[k]
+            return
+
+        def done(*_: object) -> None:
+            handle.remove()
+            record.saved.pop(k, None)
+
+        handle = node.register_hook(done)
 
     def move_to(self, index: int) -> None:
         if self.cursor < index:
@@ -246,7 +242,13 @@ class Tape:
 
         # Gradients are enabled even where nothing is collected: without them some modules take other kernels.
         couple = None if node.residual is None else ReplayCoupling(self, record)
-        with record.replay_context.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _never), _inside():
+        with (
+            without_transforms(),  # one replay for all of a batched backward
+            torch.enable_grad(),
+            saved_tensors_hooks(pack, _never),
+            inside(replaying=True),
+            record.replay_context.restored(),
+        ):
             reads = [self._read(read, grad) for read, grad in zip(node.reads, record.grad_reads, strict=True)]
             state = self.cells[node.index](*reads, couple=couple, **Constant.fresh(self.context))
         if self.verifier is not None:

@@ -3,26 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils import _pytree
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "FakeTensor",
     "buffers_of",
     "children_of",
+    "draw_key",
     "has_values",
+    "intercepted_draws",
+    "is_compiled",
     "is_transformed",
+    "may_read_again",
     "parameters_of",
     "raise_compile_limits",
+    "running_node",
+    "saving_hook",
     "storage_key",
     "tree_leaves",
     "tree_map",
     "without_dynamo",
+    "without_transforms",
 ]
 
 P = ParamSpec("P")
@@ -69,3 +80,156 @@ def raise_compile_limits(least: int) -> None:
     limits = cast(Any, torch._dynamo).config
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(limits, name, max(getattr(limits, name), least))
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """As that of PyTorch, whose helper is a closure that refers to itself: garbage for the collector in every call."""
+    kind = _pytree.SUPPORTED_NODES.get(_pytree._get_node_type(tree))
+    if kind is None:
+        return function(tree)
+    children, context = kind.flatten_fn(tree)
+    return kind.unflatten_fn([tree_map(function, child) for child in children], context)
+
+
+def saving_hook() -> object:
+    """The hook that packs what is saved now, if there is one."""
+    hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+_VMAP = torch._C._dispatch_key_parse("VmapMode")
+
+
+@contextmanager
+def without_transforms() -> Generator[None]:
+    """Leave all transforms of `torch.func`, and the older `vmap` of batched gradients, and return to them.
+
+    Hooks on saved tensors, which these transforms refuse, are allowed in the body.
+    """
+    autograd = cast(Any, torch._C)._autograd
+    refusal = autograd._saved_tensors_hooks_get_disabled_error_message()
+    with ExitStack() as stack:
+        if refusal is not None:
+            autograd._saved_tensors_hooks_enable()
+            stack.callback(autograd._saved_tensors_hooks_disable, refusal)
+        if torch._C._dispatch_tls_is_dispatch_key_included(_VMAP):
+            stack.enter_context(torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_VMAP)))
+        if torch._C._are_functorch_transforms_active():
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        yield
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Is the module, as `compile()` leaves it or as `torch.compile` returns it, run by Dynamo?"""
+    return module._compiled_call_impl is not None or "_torchdynamo_orig_callable" in vars(module)
+
+
+def running_node() -> torch.autograd.graph.Node | None:
+    """The node of the graph whose backward this thread runs, if it runs one."""
+    return cast("torch.autograd.graph.Node | None", torch._C._current_autograd_node())
+
+
+def may_read_again(node: torch.autograd.graph.Node) -> bool:
+    """May the node ask for what it saved more than once in its backward?
+
+    A `torch.autograd.Function` may. PyTorch's own nodes do not, and neither does compiled code, which is a Function but
+    lets go of what it saved as it goes.
+    """
+    return isinstance(node, torch.autograd.function.BackwardCFunction) and not hasattr(
+        cast(Any, node)._forward_cls, "_aot_id"
+    )
+
+
+_Draw = Callable[[Callable[[torch.Generator], Any]], Any]
+_draws = threading.local()
+
+
+@contextmanager
+def intercepted_draws(key: Any, draw: _Draw) -> Generator[None]:
+    """Let `draw` carry out the random operations of this thread that use the default generator of the CPU.
+
+    They are redirected by the dispatcher, below Python and for no other operation: by a key that PyTorch keeps for
+    tests of modes, which this thread alone includes.
+
+    Args:
+        key: from `draw_key`.
+        draw: called with the operation, which takes the generator to use.
+    """
+    before = getattr(_draws, "draw", None)
+    with torch._C._IncludeDispatchKeyGuard(key):
+        _draws.draw = draw
+        try:
+            yield
+        finally:
+            _draws.draw = before
+
+
+_KEY = "TESTING_ONLY_GenericMode"
+_RANDOM = (
+    "bernoulli bernoulli_ binomial cauchy_ exponential_ geometric_ log_normal_ multinomial native_dropout normal "
+    "normal_ poisson rand rand_like randint randint_like randn randn_like random_ randperm rrelu rrelu_ "
+    "rrelu_with_noise rrelu_with_noise_ uniform_ _sample_dirichlet _standard_gamma"
+)
+"""All others, such as `dropout`, call one of these."""
+
+_libraries: list[torch.library.Library] = []  # a registration lasts as long as its library
+
+
+@cache
+def draw_key() -> Any:
+    """The dispatch key, once the random operations have kernels there and all others pass it by.
+
+    The first call is for one thread alone.
+    """
+    everything, aten = torch.library.Library("_", "IMPL", _KEY), torch.library.Library("aten", "IMPL", _KEY)
+    everything.fallback(torch.library.fallthrough_kernel)
+    for name in _RANDOM.split():
+        packet = getattr(torch.ops.aten, name)
+        for operation in (getattr(packet, overload) for overload in packet.overloads()):
+            names = [argument.name for argument in operation._schema.arguments]
+            place = names.index("generator") if "generator" in names else None
+            aten.impl(operation, partial(_intercept, operation, place), with_keyset=True)
+    _libraries.extend((everything, aten))
+    return torch._C._dispatch_key_parse(_KEY)
+
+
+def _intercept(operation: Any, place: int | None, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """The kernel of a random operation; its generator is argument number `place`."""
+    run = partial(operation.redispatch, keys & torch._C._dispatch_keyset_full_after(draw_key()))
+    tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    given = kwargs.get("generator") if place is None or place >= len(args) else args[place]
+    draw = getattr(_draws, "draw", None)
+    if draw is None or given not in (None, torch.default_generator) or not _is_on_cpu(tensor, kwargs.get("device")):
+        return run(*args, **kwargs)
+    if place is not None and tensor is not None:
+
+        def call(generator: torch.Generator) -> Any:
+            if place < len(args):
+                return run(*args[:place], generator, *args[place + 1 :], **kwargs)
+            return run(*args, **{**kwargs, "generator": generator})
+
+        return draw(call)
+    if not torch._C._len_torch_dispatch_stack():
+        return run(*args, **kwargs)  # what it calls is intercepted
+    return draw(partial(_with_default, partial(run, *args, **kwargs)))  # what a mode calls is not
+
+
+def _is_on_cpu(tensor: Tensor | None, device: Any) -> bool:
+    """Does the operation draw numbers of the CPU? Tensors of other types carry out operations of their own."""
+    if tensor is None:
+        return device is None or torch.device(device).type == "cpu"
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
+
+
+def _with_default(operation: Callable[[], Any], generator: torch.Generator) -> Any:
+    """Run an operation that takes no generator, as if the one given were the default generator."""
+    before = torch.get_rng_state()
+    try:
+        torch.set_rng_state(generator.get_state())
+        result = operation()
+        generator.set_state(torch.get_rng_state())
+    finally:
+        torch.set_rng_state(before)
+    return result

@@ -9,8 +9,7 @@ numbers.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -21,7 +20,9 @@ from torch.nn.parameter import is_lazy
 
 from revnets.engine.errors import ReplayError
 from revnets.engine.replay.buffers import CellBuffers, Overwritten, use_of
-from revnets.engine.torch_internals import children_of, parameters_of
+from revnets.engine.replay.random_numbers import RandomNumbers
+from revnets.engine.replay.threads import exclusive, process_lock
+from revnets.engine.torch_internals import children_of, is_compiled, parameters_of
 
 
 class Weight(NamedTuple):
@@ -37,8 +38,8 @@ class Weight(NamedTuple):
 class ReplayContext:
     """What surrounds one cell's forward. It belongs to the pass, not to the module."""
 
-    def __init__(self, cell: nn.Module, devices: frozenset[torch.device], overwritten: Overwritten):
-        self._modules = _modules_of(cell)
+    def __init__(self, modules: list[nn.Module], devices: frozenset[torch.device], overwritten: Overwritten):
+        self._modules = modules
         for module in self._modules:
             if isinstance(module, LazyModuleMixin) and any(is_lazy(weight) for weight in module.parameters()):
                 raise ValueError(
@@ -56,7 +57,8 @@ class ReplayContext:
         kinds = sorted({"cpu"} | {device.type for device in self._devices})
         self._autocast = [Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
         self._attention = _attention_kernels()
-        self._rng: dict[torch.device, Tensor] = {}
+        compiled = any(is_compiled(module) for module in self._modules)
+        self._random = RandomNumbers(_accelerators(self._devices), always=compiled)
         self._buffers = CellBuffers(self._modules, overwritten)
 
     @classmethod
@@ -71,12 +73,11 @@ class ReplayContext:
         Args:
             overwritten: what cells of this pass have written. A cell before may have read it, and finds it here.
         """
-        self = cls(cell, devices, overwritten)
-        rng = _rng_states(self._devices)
-        with self._buffers.recorded(use_of(cell, self._training)):
-            yield self
-        after = _rng_states(self._devices)
-        self._rng = {device: state for device, state in rng.items() if not _same(state, after[device])}
+        modules = _modules_of(cell)
+        with exclusive(modules, _accelerators(devices)):
+            self = cls(modules, devices, overwritten)
+            with self._random.recorded(), self._buffers.recorded(use_of(cell, self._training)):
+                yield self
 
     @contextmanager
     def restored(self) -> Generator[None]:
@@ -85,15 +86,10 @@ class ReplayContext:
         Raises:
             ReplayError: a parameter or a buffer was changed in place between the forward and its backward.
         """
-        for weight in self._weights:
-            if weight.tensor._version != weight.version:
-                raise ReplayError(
-                    f"a parameter of shape {tuple(weight.tensor.shape)} was changed in place (an optimizer step?) "
-                    "between the forward and its backward; call backward() before the step",
-                    code="changed-in-place",
-                )
-        self._buffers.check()
         with ExitStack() as stack:
+            stack.enter_context(exclusive(self._modules, _accelerators(self._devices)))
+            self._check_weights()
+            self._buffers.check()
             for autocast in self._autocast:
                 kind, enabled, dtype, cache = autocast
                 if autocast != Autocast.now(kind):
@@ -102,9 +98,17 @@ class ReplayContext:
             stack.enter_context(_flags(self._modules, self._training))
             stack.enter_context(self._weights_of_the_forward())
             stack.enter_context(self._buffers.restored())
-            if self._rng:
-                stack.enter_context(_rng_as(self._rng))
+            stack.enter_context(self._random.restored())
             yield
+
+    def _check_weights(self) -> None:
+        for weight in self._weights:
+            if weight.tensor._version != weight.version:
+                raise ReplayError(
+                    f"a parameter of shape {tuple(weight.tensor.shape)} was changed in place (an optimizer step?) "
+                    "between the forward and its backward; call backward() before the step",
+                    code="changed-in-place",
+                )
 
     @contextmanager
     def _weights_of_the_forward(self) -> Generator[None]:
@@ -139,6 +143,10 @@ def _modules_of(cell: nn.Module) -> list[nn.Module]:
     return left
 
 
+def _accelerators(devices: Iterable[torch.device]) -> frozenset[torch.device]:
+    return frozenset(device for device in devices if device.type not in ("cpu", "meta"))
+
+
 @contextmanager
 def _flags(modules: list[nn.Module], training: list[bool]) -> Generator[None]:
     now = [module.training for module in modules]
@@ -169,49 +177,18 @@ def _attention_kernels() -> tuple[bool, ...]:
 
 @contextmanager
 def _attention_as(kernels: tuple[bool, ...]) -> Generator[None]:
-    now = _attention_kernels()
-    if now == kernels:
+    if _attention_kernels() == kernels:
         yield
         return
-    try:
-        for (_, allow), value in zip(_ATTENTION, kernels, strict=True):
-            allow(value)
-        yield
-    finally:
-        for (_, allow), value in zip(_ATTENTION, now, strict=True):
-            allow(value)
-
-
-@contextmanager
-def _rng_as(states: dict[torch.device, Tensor]) -> Generator[None]:
-    now = _rng_states(frozenset(states))
-    try:
-        _set_rng_states(states)
-        yield
-    finally:
-        _set_rng_states(now)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Are two generator states equal? Read past the dispatcher: among fake tensors these are real all the same."""
-    return ctypes.string_at(a.data_ptr(), a.nbytes) == ctypes.string_at(b.data_ptr(), b.nbytes)
-
-
-def _rng_states(devices: frozenset[torch.device]) -> dict[torch.device, Tensor]:
-    """Generator states of the CPU and of every device given; none is started that was not in use."""
-    states = {torch.device("cpu"): torch.get_rng_state()}
-    for device in devices:
-        if device.type not in ("cpu", "meta"):
-            states[device] = torch.get_device_module(device).get_rng_state(device)
-    return states
-
-
-def _set_rng_states(states: dict[torch.device, Tensor]) -> None:
-    for device, state in states.items():
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
+    with process_lock():
+        now = _attention_kernels()
+        try:
+            for (_, allow), value in zip(_ATTENTION, kernels, strict=True):
+                allow(value)
+            yield
+        finally:
+            for (_, allow), value in zip(_ATTENTION, now, strict=True):
+                allow(value)
 
 
 class Autocast(NamedTuple):
