@@ -79,7 +79,7 @@ def read_checkpoint(path: Path | str, allowed: Sequence[Allowed] = (), mmap: boo
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # a pipe would be waited for
-            raise RejectedError("not-a-file", "" if stat.S_ISDIR(mode) else "is not a regular file")
+            raise RejectedError(code="not-a-file", message="" if stat.S_ISDIR(mode) else "is not a regular file")
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         with path.open("rb") as file:

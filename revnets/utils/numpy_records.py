@@ -53,6 +53,6 @@ def fill_array(target: Any, state: Any, allowance: Allowance) -> None:
     if not isinstance(dtype, np.dtype) or type(data) is not bytes or not is_shape(shape):
         raise ValueError("an array is described by other types than those of NumPy")
     if math.prod(shape) * dtype.itemsize != len(data):
-        raise RejectedError("damaged-file", "damaged, an array has not the size of its data")
+        raise RejectedError(code="damaged-file", message="damaged, an array has not the size of its data")
     allowance.take(len(data))
     target.__setstate__((1, tuple(shape), dtype, bool(in_fortran_order), data))

@@ -120,12 +120,14 @@ class PlainUnpickler(pickle._Unpickler):
         path = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if path not in self.known:
             shown = path.removeprefix("builtins.") if path.isprintable() and len(path) <= MAX_NAME else "something"
-            raise RejectedError("unsafe-file", f"refused, it names {shown}, which is more than plain data")
+            raise RejectedError(code="unsafe-file", message=f"refused, it names {shown}, which is more than plain data")
         return self.known[path]
 
     def persistent_load(self, pid: Any) -> Storage:
         if self.storage is None or type(pid) is not tuple or pid[0] != "storage":
-            raise RejectedError("unsafe-file", "refused, it refers to something else than the memory of tensors")
+            raise RejectedError(
+                code="unsafe-file", message="refused, it refers to something else than the memory of tensors"
+            )
         _, dtype, key, _, count, *view = pid
         if dtype not in _STORAGES.values() or type(key) not in (str, int) or not is_size(count):
             raise ValueError("a storage is described by other types than those of torch")
@@ -134,7 +136,7 @@ class PlainUnpickler(pickle._Unpickler):
     def load_reduce(self) -> None:
         args, maker = self.stack.pop(), self.stack.pop()
         if id(maker) not in self.makers:
-            raise RejectedError("unsafe-file", "refused, it calls something else than what makes tensors")
+            raise RejectedError(code="unsafe-file", message="refused, it calls something else than what makes tensors")
         if type(args) is not tuple or len(args) > MAX_ARGUMENTS:
             raise TypeError("arguments that are no short tuple")
         self.append(maker(*args))
@@ -155,7 +157,7 @@ class PlainUnpickler(pickle._Unpickler):
         elif isinstance(target, self.classes) and hasattr(target, "__setstate__"):
             target.__setstate__(state)
         else:
-            raise RejectedError("unsafe-file", f"refused, it sets attributes of a {type(target).__name__}")
+            raise RejectedError(code="unsafe-file", message=f"refused, it sets attributes of a {type(target).__name__}")
 
     def load_append(self) -> None:
         item = self.stack.pop()
@@ -210,7 +212,7 @@ class PlainUnpickler(pickle._Unpickler):
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if count else -1
         extent = math.prod(max(size, 1) for size in shape)
         if (last + 1) * dtype.itemsize > storage.data.numel() or extent > MAX_ELEMENTS:
-            raise RejectedError("damaged-file", "damaged, a tensor is larger than its data")
+            raise RejectedError(code="damaged-file", message="damaged, a tensor is larger than its data")
         self.allowance.take(count * dtype.itemsize)
         tensor = torch.empty(0, dtype=dtype)
         tensor.set_(storage.data.untyped_storage(), offset if count else 0, shape, stride)
@@ -223,7 +225,7 @@ class PlainUnpickler(pickle._Unpickler):
 
     def _without_attributes(self, maker: Any, kind: Any, args: Any, state: Any) -> Any:
         if kind not in (Tensor, nn.Parameter) or maker not in (self._tensor, self._tensor_of_type, self._parameter):
-            raise RejectedError("unsafe-file", "refused, it holds a tensor of a class of its own")
+            raise RejectedError(code="unsafe-file", message="refused, it holds a tensor of a class of its own")
         return maker(*args)
 
     def _size(self, sizes: Any) -> torch.Size:

@@ -45,7 +45,7 @@ class Allowance:
     def take(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise RejectedError("unsafe-file", "refused, it declares much more data than it holds")
+            raise RejectedError(code="unsafe-file", message="refused, it declares much more data than it holds")
 
 
 def is_size(value: Any) -> bool:
@@ -82,21 +82,23 @@ def require_bounded(content: Any) -> None:
             open_ones.discard(id(value))
             sizes[id(value)] = 1 + sum(_weight(part, sizes) for part in parts)
         elif id(value) in open_ones:
-            raise RejectedError("unsafe-file", "refused, it contains itself")
+            raise RejectedError(code="unsafe-file", message="refused, it contains itself")
         elif id(value) not in sizes:
             open_ones.add(id(value))
             if len(open_ones) > MAX_DEPTH:
-                raise RejectedError("unsafe-file", f"refused, it is nested more than {MAX_DEPTH} deep")
+                raise RejectedError(code="unsafe-file", message=f"refused, it is nested more than {MAX_DEPTH} deep")
             stack.append((value, True))
             stack.extend((part, False) for part in parts)
     if sizes.get(id(content), 0) > FREE_NODES + 2 * len(sizes):
-        raise RejectedError("unsafe-file", "refused, it contains the same values millions of times")
+        raise RejectedError(code="unsafe-file", message="refused, it contains the same values millions of times")
 
 
 def _parts(value: Any) -> list[Any] | None:
     if isinstance(value, Mapping):
         if any(isinstance(key, str) and (len(key) > MAX_NAME or not key.isprintable()) for key in value):
-            raise RejectedError("damaged-file", "damaged, the name of an entry cannot be printed on a line")
+            raise RejectedError(
+                code="damaged-file", message="damaged, the name of an entry cannot be printed on a line"
+            )
         return [*value.keys(), *value.values()]
     if isinstance(value, argparse.Namespace):
         return list(vars(value).values())

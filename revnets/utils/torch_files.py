@@ -49,12 +49,14 @@ def read_zip(path: Path, allowed: Mapping[str, Any], mmap: bool) -> Any:
             name, wanted = f"data/{key}", count * dtype.itemsize
             record = records[name]
             if record.file_size != wanted:
-                raise RejectedError("damaged-file", f"damaged, {name} has {record.file_size} bytes, not {wanted}")
+                raise RejectedError(
+                    code="damaged-file", message=f"damaged, {name} has {record.file_size} bytes, not {wanted}"
+                )
             memory: Any = whole[offsets[name] : offsets[name] + wanted]
             if not mmap or offsets[name] % dtype.itemsize:
                 memory = memory.clone()
             if not mmap and zlib.crc32(_buffer(as_bytes(memory))) != record.CRC:
-                raise RejectedError("damaged-file", f"damaged, the checksum of {name} differs")
+                raise RejectedError(code="damaged-file", message=f"damaged, the checksum of {name} differs")
             if order != sys.byteorder.encode():
                 memory.byteswap(dtype)
             found[key] = as_bytes(memory)
@@ -70,19 +72,21 @@ def _records(archive: ZipFile, size: int) -> dict[str, ZipInfo]:
     entries = archive.infolist()
     records = {entry.filename.partition("/")[2]: entry for entry in entries}
     if not all(name.isprintable() and len(name) <= MAX_NAME for name in records):
-        raise RejectedError("damaged-file", "damaged, the name of an entry cannot be printed on a line")
+        raise RejectedError(code="damaged-file", message="damaged, the name of an entry cannot be printed on a line")
     if "constants.pkl" in records:
-        raise RejectedError("unsafe-file", "refused, it is a program of TorchScript, which is more than plain data")
+        raise RejectedError(
+            code="unsafe-file", message="refused, it is a program of TorchScript, which is more than plain data"
+        )
     if any(entry.compress_type != ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-        raise RejectedError("wrong-format", "not a checkpoint, its entries are compressed or encrypted")
+        raise RejectedError(code="wrong-format", message="not a checkpoint, its entries are compressed or encrypted")
     if sum(entry.file_size for entry in entries) > size:
-        raise RejectedError("damaged-file", "damaged, its entries are larger than the file")
+        raise RejectedError(code="damaged-file", message="damaged, its entries are larger than the file")
     if "data.pkl" not in records:
-        raise RejectedError("wrong-format", "not a checkpoint, it is a zip without data.pkl")
+        raise RejectedError(code="wrong-format", message="not a checkpoint, it is a zip without data.pkl")
     if len(records) < len(entries):
-        raise RejectedError("damaged-file", "damaged, two of its entries have the same name")
+        raise RejectedError(code="damaged-file", message="damaged, two of its entries have the same name")
     if records["data.pkl"].file_size > FREE_PICKLE_BYTES + size // 4:
-        raise RejectedError("unsafe-file", "refused, it holds more structure than weights have")
+        raise RejectedError(code="unsafe-file", message="refused, it holds more structure than weights have")
     return records
 
 
@@ -95,7 +99,8 @@ def _offset(file: BinaryIO, record: ZipInfo, size: int) -> int:
     )
     if header[:4] != ZIP or begin + record.file_size > size:
         raise RejectedError(
-            "damaged-file", f"damaged, the entry {record.filename.partition('/')[2]} is not where it should be"
+            code="damaged-file",
+            message=f"damaged, the entry {record.filename.partition('/')[2]} is not where it should be",
         )
     return begin
 
@@ -104,7 +109,7 @@ def _bytes(file: BinaryIO, record: ZipInfo, name: str) -> bytes:
     file.seek(_offset(file, record, sys.maxsize))
     data = file.read(record.file_size)
     if zlib.crc32(data) != record.CRC:
-        raise RejectedError("damaged-file", f"damaged, the checksum of {name} differs")
+        raise RejectedError(code="damaged-file", message=f"damaged, the checksum of {name} differs")
     return data
 
 
@@ -127,7 +132,7 @@ class _Limited:
     def read(self, size: int) -> bytes:
         self.left -= size
         if self.left < 0:
-            raise RejectedError("unsafe-file", "refused, it holds more structure than weights have")
+            raise RejectedError(code="unsafe-file", message="refused, it holds more structure than weights have")
         return self.file.read(size)
 
     def readline(self) -> bytes:
@@ -153,7 +158,7 @@ def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
         if key not in found:
             room -= count * dtype.itemsize
             if room < 0:
-                raise RejectedError("damaged-file", "damaged, it declares more data than it holds")
+                raise RejectedError(code="damaged-file", message="damaged, it declares more data than it holds")
             found[key] = Storage(torch.empty(count * dtype.itemsize, dtype=torch.uint8), dtype)
         if view is None:
             return Storage(found[key].data, dtype)
@@ -169,12 +174,12 @@ def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
         require_bounded(content)
         keys = PlainUnpickler(limited, allowance, {}).load()
         if type(keys) is not list or not all(type(key) in (str, int) for key in keys):
-            raise RejectedError("damaged-file", "damaged, the list of its tensors is none")
+            raise RejectedError(code="damaged-file", message="damaged, the list of its tensors is none")
         for key in keys:
             data, dtype = found.pop(key)
             count = int.from_bytes(file.read(8), "little")
             if count * dtype.itemsize != data.numel() or file.readinto(_buffer(data)) < data.numel():
-                raise RejectedError("damaged-file", "")
+                raise RejectedError(code="damaged-file", message="")
     if found:
-        raise RejectedError("damaged-file", "damaged, it lacks the data of tensors")
+        raise RejectedError(code="damaged-file", message="damaged, it lacks the data of tensors")
     return content

@@ -28,7 +28,7 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.slow
 def test_two_tables_share_a_model_and_nothing_is_trained_again(tmp_path: Path) -> None:
     root = make_files(tmp_path)
-    words = ("--root", root, "--output", tmp_path / "run", "--tables", "7,6", "--seeds", 1, "--epochs", 4, *QUICK)
+    words = ("--root", root, "--output", tmp_path / "run", "--tables", "7,6", "--seeds", 1, "--epochs", 2, *QUICK)
     text = said(started("ablations", *words))
     found = [line.split("│")[2].strip() for line in text.splitlines() if "│" in line]
     assert found == ["multi-branch", "RevNet", "RevCol", "RevCol", "RevCol, supervised"]

@@ -19,7 +19,7 @@ from vision.errors import DataError
 from vision.models.architecture import RevCol
 from vision.supervision.task import SupervisionTask
 
-ARGUMENTS = ("--seeds", 1, "epochs=4", *QUICK)
+ARGUMENTS = ("--seeds", 1, "epochs=2", *QUICK)
 
 
 @pytest.fixture
