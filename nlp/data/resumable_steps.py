@@ -52,9 +52,9 @@ class Stages:
                     note = {"key": self.key, "facts": facts, "inputs": self.inputs}
                     (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
             except OSError as error:
-                if error.filename:
+                if error.filename not in (None, str(folder)):
                     raise
-                raise TranslationError(  # a write to an open file does not know its name
+                raise TranslationError(  # a write to an open file does not know its name, but the folder is known
                     f"{folder}: {error.strerror or error}. Check the free space, and run the command again to go on",
                     code="unwritable-file",
                 ) from error

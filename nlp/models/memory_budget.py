@@ -113,11 +113,11 @@ def log_encoder_memory(model: Any) -> None:
     """Log at the first training forward what the encoder keeps for backward of this batch, and what `store` would."""
 
     def report(module: Any, _: Any, inputs: dict[str, Any]) -> None:
-        if not (module.training and torch.is_grad_enabled()):
-            return
-        handle.remove()
         words = inputs.get("src_tokens")
-        if words is None or torch.compiler.is_compiling() or not logger.isEnabledFor(logging.INFO):
+        if not (module.training and torch.is_grad_enabled()) or type(words) is not Tensor or words.is_meta:
+            return  # evaluation, or a step without values that the plan of a budget takes
+        handle.remove()
+        if torch.compiler.is_compiling() or not logger.isEnabledFor(logging.INFO):
             return
         shape = tuple(words.shape)
         try:

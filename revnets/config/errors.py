@@ -88,7 +88,7 @@ def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = N
         data: what was validated; tells keys of the data from names of types, which pydantic lists among them.
         model: gives the known keys and examples of missing ones.
     """
-    found = [(_keys_in(data, item["loc"]), item) for item in error.errors(include_url=False)]
+    found = [(_keys_in(data, item["loc"], item["type"] == "missing"), item) for item in error.errors(include_url=False)]
     # A misspelt key is also a missing one, and the misspelling is what to mend.
     keys, first = next((pair for pair in found if pair[1]["type"] == "extra_forbidden"), found[0])
     inside = [pair for pair in found if pair[0][: len(keys)] == keys]
@@ -247,11 +247,15 @@ def path(keys: Sequence[str | int]) -> str:
     return ".".join(str(key) for key in keys)
 
 
-def _keys_in(data: Any, location: Sequence[str | int]) -> Keys:
-    """The part of pydantic's location that leads through the data, without the names of a union's branches."""
+def _keys_in(data: Any, location: Sequence[str | int], is_missing: bool) -> Keys:
+    """The part of pydantic's location that leads through the data, without the names of a union's branches.
+
+    Args:
+        is_missing: is the last one the name of a key that the data lack?
+    """
     keys: list[str | int] = []
     for depth, key in enumerate(location):
-        if isinstance(data, dict) and (key in data or depth == len(location) - 1):
+        if isinstance(data, dict) and (key in data or (is_missing and depth == len(location) - 1)):
             data = data.get(key)
         elif isinstance(data, (list, tuple)) and isinstance(key, int):
             data = data[key] if key < len(data) else None

@@ -141,9 +141,9 @@ def test_a_gzip_bomb_is_not_unpacked(fashion):
         open_data(idx_run(fashion))
 
 
-@pytest.mark.parametrize("root", ["x" * 5000, "a\0b"])
-def test_a_path_that_no_file_can_have(root):
-    with raises_error(code="missing-file", key="data.root"):
+@pytest.mark.parametrize(("root", "code"), [("x" * 5000, "missing-file"), ("a\0b", "invalid-encoding")])
+def test_a_path_that_no_file_can_have(root, code):
+    with raises_error(code=code, key="data.root"):
         open_data(idx_run(root))
 
 
