@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
+from revnets.engine.errors import ArgumentError as ArgumentError
+
 Keys = tuple[str | int, ...]
 
 
@@ -52,19 +54,6 @@ SpecError = ConfigError
 def option_error(option: str, message: str, hint: str = "", code: str = "invalid-value") -> ConfigError:
     """The error for an option or argument of a command, such as `--png`."""
     return ConfigError("command line", option, message, hint, code)
-
-
-class ArgumentError(ValueError):
-    """An argument of a Python call, such as an option of a component, cannot be used.
-
-    Attributes:
-        key: the name of the argument.
-        code: the kind of error, as in `ConfigError`.
-    """
-
-    def __init__(self, message: str, key: str = "", code: str = "invalid-value"):
-        super().__init__(message)
-        self.key, self.code = key, code
 
 
 class Complaint(NamedTuple):

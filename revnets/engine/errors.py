@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 
+class ArgumentError(ValueError):
+    """An argument of a Python call, such as an option of a component, cannot be used.
+
+    Attributes:
+        key: the name of the argument; of an error in a forward pass, the name of the cell, such as "c1.l0", or of the
+            class of a module.
+        code: the kind of error, as in `ReplayError`.
+    """
+
+    def __init__(self, message: str, key: str = "", code: str = "invalid-value"):
+        super().__init__(message)
+        self.key, self.code = key, code
+
+
 class ReplayError(RuntimeError):
     """A replay that cannot give, or did not give, what the forward gave.
 
