@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revnets.engine.errors import ArgumentError
+
 Couple = Callable[[Tensor, "Tensor | float"], Tensor]
 """(F_t(reads), gamma_t) -> x_t. Whoever calls a cell brings x_{t-m} along inside of it."""
 
@@ -24,7 +26,8 @@ class Gain(nn.Module):
     def __init__(self, dim: int, init: float = 0.5, min_abs: float = 1e-3):
         super().__init__()
         if min_abs <= 0:
-            raise ValueError(f"min_abs = {min_abs}: the bound of |gamma| must be positive, or nothing can be inverted")
+            text = f"min_abs = {min_abs}: the bound of |gamma| must be positive, or nothing can be inverted"
+            raise ArgumentError(text, "min_abs", code="out-of-range")
         self.init, self.min_abs = float(init), min_abs
         self.weight = nn.Parameter(torch.full((dim,), self.init))
 
@@ -45,7 +48,7 @@ class FixedGain(nn.Module):
     def __init__(self, value: float = 1.0):
         super().__init__()
         if value == 0:
-            raise ValueError("gain 0 cannot be inverted; give any other number")
+            raise ArgumentError("gain 0 cannot be inverted; give any other number", "value", code="out-of-range")
         self.value = float(value)
 
     def forward(self) -> float:
@@ -73,7 +76,8 @@ class Cell(nn.Module):
         if couple is None:
             return first_state(update)
         if self.gain is None:
-            raise ValueError("a cell without a gain stands in the first column and has no x_{t-m} to couple with")
+            text = "a cell without a gain stands in the first column and has no x_{t-m} to couple with"
+            raise ArgumentError(text, "couple", code="conflicting-values")
         return couple(update, self.gain())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from revnets.engine import executor
 from revnets.engine.cell import Cell, FixedGain
+from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import Graph, ReadToken, wire
 from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes, stored_cells
 from revnets.engine.torch_internals import raise_compile_limits, without_dynamo
@@ -41,10 +42,12 @@ class ReversibleColumns(nn.Module):
     ):
         super().__init__()
         if len(cells) != len(graph.nodes):
-            raise ValueError(f"the graph has {len(graph.nodes)} nodes, but {len(cells)} cells were given")
+            text = f"the graph has {len(graph.nodes)} nodes, but {len(cells)} cells were given"
+            raise ArgumentError(text, "cells", code="wrong-length")
         for node, cell in zip(graph.nodes, cells, strict=True):
             if (cell.gain is None) != (node.residual is None):
-                raise ValueError(f"{graph.name(node.index)}: a cell has a gain exactly if it has a residual")
+                text = f"{graph.name(node.index)}: a cell has a gain exactly if it has a residual"
+                raise ArgumentError(text, "cells", code="conflicting-values")
         self.graph = graph
         self.cells = nn.ModuleList(
             nn.ModuleList(cells[start : start + graph.m]) for start in range(0, len(cells), graph.m)
@@ -63,7 +66,7 @@ class ReversibleColumns(nn.Module):
         """What is kept for backward.
 
         Raises:
-            ValueError: (when set) another number of modes than columns, or a stored cell that does not exist.
+            ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
         """
         return self._policy
 
@@ -91,7 +94,7 @@ class ReversibleColumns(nn.Module):
             verify: as for the attribute `verify`.
 
         Raises:
-            ValueError: as the attributes do.
+            ArgumentError: as the attributes do.
         """
         found = self._policy
         try:
@@ -178,11 +181,11 @@ class ReversibleColumns(nn.Module):
             with taps, the pair (that list, list of tapped states).
 
         Raises:
-            ValueError: there is no such tap or cell.
+            ArgumentError: there is no such tap or cell.
         """
         policy, graph, cells = self._policy, self.graph, self.flat()
         if stop is not None:
-            graph, cells = _first(graph, stop), cells[:stop]
+            graph, cells = _first(graph, stop, "stop"), cells[:stop]
         if policy.budget is not None and self.training and torch.is_grad_enabled() and not executor.is_transformed():
             _warn_of_pending(self, policy.budget)
         if Memory.INVERT in policy.modes and torch.is_grad_enabled() and not executor.is_transformed():
@@ -199,9 +202,9 @@ class ReversibleColumns(nn.Module):
         Stored cells that are left out leave the policy as well; a pending budget stays pending.
 
         Raises:
-            ValueError: there is no cell left, or there are not so many.
+            ArgumentError: there is no cell left, or there are not so many.
         """
-        graph = _first(self.graph, length)
+        graph = _first(self.graph, length, "length")
         result = ReversibleColumns(graph, self.flat()[:length])
         for module in (result, result.cells, *result.cells):  # the flags of the cells are their own
             module.training = self.training
@@ -220,13 +223,15 @@ class ReversibleColumns(nn.Module):
             x: the stem's output, as given to `forward`.
 
         Raises:
-            ValueError: another number of states, or cells without residuals, behind which nothing comes back.
+            ArgumentError: another number of states, or cells without residuals, behind which nothing comes back.
         """
         if not self.graph.is_invertible:
-            raise ValueError("cells without residuals replace no state, and so give none back; nothing can be inverted")
+            text = "cells without residuals replace no state, and so give none back; nothing can be inverted"
+            raise ArgumentError(text, "residuals", code="no-columns")
         expected = len(self.graph.last)
         if len(levels) != expected:
-            raise ValueError(f"{len(levels)} states were given; the inverse starts from the last {expected}")
+            text = f"{len(levels)} states were given; the inverse starts from the last {expected}"
+            raise ArgumentError(text, "levels", code="wrong-length")
         return executor.invert(self.graph, self.flat(), levels, x, context)
 
     def compile(self, *args: Any, dynamic: bool | None = False, **kwargs: Any) -> None:
@@ -283,10 +288,13 @@ _VERSIONS = 8
 """How often a cell may be compiled, for other shapes or without gradients: PyTorch's own limit for one function."""
 
 
-def _first(graph: Graph, length: int) -> Graph:
+def _first(graph: Graph, length: int, name: str) -> Graph:
+    """The first cells; `name` is the argument that gives their number."""
     total = len(graph.nodes)
     if not 1 <= length <= total:
-        raise ValueError(f"the first {length} cells: there are {total}, and at least one must run")
+        raise ArgumentError(
+            f"the first {length} cells: there are {total}, and at least one must run", name, code="out-of-range"
+        )
     return graph if length == total else Graph(graph.m, graph.nodes[:length])
 
 
@@ -309,10 +317,12 @@ def tap_index(graph: Graph, column: int) -> int:
     """The state that a tap at this column hands out: its last level.
 
     Raises:
-        ValueError: there is no such column.
+        ArgumentError: there is no such column.
     """
     if isinstance(column, bool) or not 0 <= column < graph.columns:
-        raise ValueError(f"tap {column!r}: columns are numbered 0 to {graph.columns - 1}")
+        raise ArgumentError(
+            f"tap {column!r}: columns are numbered 0 to {graph.columns - 1}", "taps", code="out-of-range"
+        )
     return min((column + 1) * graph.m, len(graph.nodes)) - 1
 
 
@@ -320,7 +330,7 @@ def find_columns(model: nn.Module) -> ReversibleColumns:
     """The reversible columns of a model: itself, its `.columns`, or the only ones among its submodules.
 
     Raises:
-        ValueError: there are none, or several.
+        ArgumentError: there are none, or several.
     """
     for candidate in (model, getattr(model, "columns", None)):
         if isinstance(candidate, ReversibleColumns):
@@ -329,5 +339,6 @@ def find_columns(model: nn.Module) -> ReversibleColumns:
     found = {name: module for name, module in modules if isinstance(module, ReversibleColumns)}
     if len(found) != 1:
         places = f"several, at {', '.join(found)}: pass one of them" if found else "none"
-        raise ValueError(f"{type(model).__name__} must be or contain exactly one ReversibleColumns; it has {places}")
+        text = f"{type(model).__name__} must be or contain exactly one ReversibleColumns; it has {places}"
+        raise ArgumentError(text, "model", code="no-columns")
     return next(iter(found.values()))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from revnets.engine import lost_bits
 from revnets.engine.cell_record import CellRecord, Held, is_unchanged, with_stride
-from revnets.engine.errors import ReplayError
+from revnets.engine.errors import ArgumentError, ReplayError
 from revnets.engine.memory_mode import Memory
 
 if TYPE_CHECKING:
@@ -45,19 +45,23 @@ class PlainCoupling:
     """x_t from x_{t-m}; nothing is kept for backward.
 
     Args:
-        name: of the cell, for errors.
+        cell: short name of the cell, such as "c1.l0".
         past: x_{t-m}.
+        name: of the cell, for the text of errors; by default the short one.
     """
 
-    def __init__(self, name: str, past: Tensor):
-        self.name = name
+    def __init__(self, cell: str, past: Tensor, name: str = ""):
+        self.cell = cell
         self.past = past
+        self.name = name or cell
 
     def __call__(self, update: Tensor, gamma: Tensor | float) -> Tensor:
         if update.shape != self.past.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.name} gives a tensor of shape {tuple(update.shape)}, but the state x_(t-m) that it is added to "
-                f"has {tuple(self.past.shape)}; both must be equal"
+                f"has {tuple(self.past.shape)}; both must be equal",
+                self.cell,
+                code="shape-mismatch",
             )
         return add(self.past, update, gamma)
 
@@ -71,8 +75,8 @@ class RecordingCoupling(PlainCoupling):
         record: of the cell that is called.
     """
 
-    def __init__(self, name: str, past: Tensor, record: CellRecord):
-        super().__init__(name, past)
+    def __init__(self, cell: str, past: Tensor, name: str, record: CellRecord):
+        super().__init__(cell, past, name)
         self.record = record
         self._made: tuple[Tensor, int] | None = None  # x_t and its version
 
@@ -89,12 +93,11 @@ class RecordingCoupling(PlainCoupling):
         self._made = self._made or (state, state._version)
         return state
 
-    def check(self, state: Tensor, cell: str) -> None:
+    def check(self, state: Tensor) -> None:
         """Make sure that the cell returned x_t as the coupling made it.
 
         Args:
             state: what the cell returned.
-            cell: short name of the cell, for the error.
 
         Raises:
             ReplayError: the cell returned something else, or never called its coupling.
@@ -104,14 +107,14 @@ class RecordingCoupling(PlainCoupling):
                 f"{self.name} has a residual, but its forward never calls `couple`, so x_(t-m) is lost and nothing can "
                 "be inverted. Return couple(update, gain), as `revnets.Cell` does",
                 code="not-coupled",
-                cell=cell,
+                cell=self.cell,
             )
         if not is_unchanged(state, *self._made):
             raise ReplayError(
                 f"{self.name} does not return the state that its coupling made; a forward hook on the cell, "
                 "perhaps? What lies behind the coupling cannot be inverted: hook `cell.function` instead",
                 code="output-changed",
-                cell=cell,
+                cell=self.cell,
             )
 
 

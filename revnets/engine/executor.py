@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.engine.coupling import PlainCoupling, subtract
+from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
 from revnets.engine.replay.threads import is_inside
@@ -74,9 +75,11 @@ def _run_taped(
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
     if stem.is_inference():
-        raise ValueError(
+        raise ArgumentError(
             "the input was made under torch.inference_mode(), so no gradient can be taken through what reads it; "
-            "clone() it, or make it under torch.no_grad()"
+            "clone() it, or make it under torch.no_grad()",
+            "x",
+            code="invalid-value",
         )
     tape = Tape(graph, cells, stem, context, verify)
     states: dict[int, Tensor] = {}

@@ -93,7 +93,15 @@ class Graph:
 
 
 class ReadError(ValueError):
-    """A read that no cell of this level can have."""
+    """An argument of `wire` cannot be used, such as a read that no cell of this level can have.
+
+    Attributes:
+        key, code: as those of `revnets.engine.errors.ArgumentError`; importing that one would import torch.
+    """
+
+    def __init__(self, message: str, key: str = "reads", code: str = "invalid-value"):
+        super().__init__(message)
+        self.key, self.code = key, code
 
 
 def wire(length: int, m: int, reads: Sequence[Sequence[ReadToken]], residuals: Sequence[int] | None = None) -> Graph:
@@ -106,12 +114,13 @@ def wire(length: int, m: int, reads: Sequence[Sequence[ReadToken]], residuals: S
         residuals: per level, k for the residual x_{t-k}, 1 <= k <= m; 0 for none. By default m everywhere.
 
     Raises:
-        ReadError: an unknown name, an offset outside the window, or a state that another one has replaced.
+        ReadError: too few levels or cells; an unknown name, an offset outside the window, or a state that another one
+            has replaced.
     """
     if m < 2:
-        raise ValueError(f"m = {m}: a reversible column has at least 2 levels")
+        raise ReadError(f"m = {m}: a reversible column has at least 2 levels", "m", code="out-of-range")
     if length < 1:
-        raise ValueError(f"length = {length}: at least one cell is needed")
+        raise ReadError(f"length = {length}: at least one cell is needed", "length", code="out-of-range")
     nodes: list[Node] = []
     replaced: dict[int, int] = {}  # by which state
     for t in range(length):
@@ -120,7 +129,8 @@ def wire(length: int, m: int, reads: Sequence[Sequence[ReadToken]], residuals: S
         residual = t - step if step and t >= step else None
         if residual is not None:
             if residual in replaced:
-                raise ReadError(f"level {level}: its residual, {step} states back, is taken by a level between")
+                text = f"level {level}: its residual, {step} states back, is taken by a level between"
+                raise ReadError(text, "residuals", code="conflicting-values")
             replaced[residual] = t
         wires: dict[int, None] = {}  # a set that keeps the order
         for token in reads[level]:
@@ -128,7 +138,9 @@ def wire(length: int, m: int, reads: Sequence[Sequence[ReadToken]], residuals: S
                 if read in replaced:
                     raise ReadError(
                         f"level {level} reads a state {t - read} back, which is replaced by then: it is the residual "
-                        f"of level {replaced[read] % m}. Without residuals (0) nothing is"
+                        f"of level {replaced[read] % m}. Without residuals (0) nothing is",
+                        "reads",
+                        code="conflicting-values",
                     )
                 if read >= 0 or read == STEM:
                     wires[read] = None
@@ -147,12 +159,13 @@ def _resolve(token: ReadToken, t: int, m: int) -> list[int]:
         return t - k if t >= k else nowhere
 
     if isinstance(token, bool) or not isinstance(token, (str, int)):
-        raise ReadError(f"{token!r} is neither a name out of {', '.join(READS)} nor an offset")
+        raise ReadError(
+            f"{token!r} is neither a name out of {', '.join(READS)} nor an offset", "reads", code="wrong-type"
+        )
     if isinstance(token, int):
         if not 1 <= token <= m - 1:
-            raise ReadError(
-                f"offset {token} reaches out of the window: with {m} levels a cell can read x_(t-1) to x_(t-{m - 1})"
-            )
+            text = f"offset {token} reaches out of the window: with {m} levels a cell can read x_(t-1) to x_(t-{m - 1})"
+            raise ReadError(text, "reads", code="out-of-range")
         return [state(token)]
     if token == "below":
         return [t - 1 if level else STEM]
@@ -166,4 +179,5 @@ def _resolve(token: ReadToken, t: int, m: int) -> list[int]:
         return ([] if level else [STEM]) + [state(k) for k in range(1, m)]
     if token == "before":
         return list(range(start - m, start)) if start else []
-    raise ReadError(f"{token!r} is not a read; there are {', '.join(READS)}, and offsets 1 to {m - 1}")
+    text = f"{token!r} is not a read; there are {', '.join(READS)}, and offsets 1 to {m - 1}"
+    raise ReadError(text, "reads", code="unknown-choice")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from revnets.engine.errors import ArgumentError
+
 
 class Memory(StrEnum):
     """How the state x_{t-m}, which cell t replaces, comes back in backward."""
@@ -38,7 +40,7 @@ class MemoryPolicy:
     """What reversible columns keep for backward. It is immutable; `dataclasses.replace` makes another one.
 
     Raises:
-        ValueError: an unknown memory mode.
+        ArgumentError: an unknown memory mode.
     """
 
     modes: tuple[Memory, ...]  # one per column
@@ -56,14 +58,17 @@ def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]
     """One memory mode per column, from one for all or a list.
 
     Raises:
-        ValueError: an unknown mode, or a list of another length.
+        ArgumentError: an unknown mode, or a list of another length.
     """
     values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value] * columns
     for item in values:
         if item not in list(Memory):
-            raise ValueError(f"memory mode {item!r} is unknown; choose {', '.join(Memory)}")
+            raise ArgumentError(
+                f"memory mode {item!r} is unknown; choose {', '.join(Memory)}", "memory", code="unknown-choice"
+            )
     if len(values) != columns:
-        raise ValueError(f"{len(values)} memory modes for {columns} columns; give one for all or one per column")
+        text = f"{len(values)} memory modes for {columns} columns; give one for all or one per column"
+        raise ArgumentError(text, "memory", code="wrong-length")
     return tuple(Memory(item) for item in values)
 
 
@@ -71,13 +76,15 @@ def stored_cells(value: int | Iterable[int], cells: int) -> frozenset[int]:
     """Indices of stored cells, from the indices or from a number of cells counted from the end.
 
     Raises:
-        ValueError: there are fewer cells, or none of that index.
+        ArgumentError: there are fewer cells, or none of that index.
     """
     if isinstance(value, int):
         if not 0 <= value <= cells:
-            raise ValueError(f"stored = {value}: give a number of cells, 0 to {cells}, or their indices")
+            text = f"stored = {value}: give a number of cells, 0 to {cells}, or their indices"
+            raise ArgumentError(text, "stored", code="out-of-range")
         value = range(cells - value, cells)
     stored = frozenset(value)
     if not stored <= set(range(cells)):
-        raise ValueError(f"stored: there is no cell {min(stored - set(range(cells)))}; they are 0 to {cells - 1}")
+        text = f"stored: there is no cell {min(stored - set(range(cells)))}; they are 0 to {cells - 1}"
+        raise ArgumentError(text, "stored", code="out-of-range")
     return stored

@@ -111,7 +111,8 @@ class Tape:
         record.grad_reads = [read.requires_grad for read in reads]
         versions = [read._version for read in reads]
         cell = self.cells[node.index]
-        couple = None if past is None else RecordingCoupling(self._name(node), past, record)
+        short = self.graph.name(node.index)
+        couple = None if past is None else RecordingCoupling(short, past, self._name(node), record)
         liveness = LivenessToken()
         record.liveness = weakref.ref(liveness)
 
@@ -128,7 +129,7 @@ class Tape:
             with saved_tensors_hooks(pack, unpack), inside(), recording as record.replay_context:
                 state = call()
         if couple is not None:
-            couple.check(state, self.graph.name(node.index))
+            couple.check(state)
         if [read._version for read in reads] != versions:
             raise ReplayError(
                 f"{self._name(node)} changed one of its reads in place; other cells still need that state. "

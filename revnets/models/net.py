@@ -44,21 +44,25 @@ class Level(nn.Module):
         """States (B, ..., C) of the reads to (B, ..., dim).
 
         Raises:
-            ValueError: a part gives another shape than its neighbours rely on.
+            ArgumentError: a part gives another shape than its neighbours rely on.
         """
         x = self.fusion(*reads)
         if x.shape[-1] != self.dim:
-            raise ValueError(
+            raise ArgumentError(
                 f"cell {self.name}: the fusion {type(self.fusion).__name__} gives shape {tuple(x.shape)}, but the "
-                f"level has dim {self.dim}. Channels are the last axis; is it the stem that gives another number?"
+                f"level has dim {self.dim}. Channels are the last axis; is it the stem that gives another number?",
+                self.name,
+                code="shape-mismatch",
             )
         for index, block in enumerate(self.blocks):
             y = block(x, **context)
             if y.shape != x.shape:
-                raise ValueError(
+                raise ArgumentError(
                     f"cell {self.name}: block {index} ({type(block).__name__}) makes {tuple(y.shape)} out of "
                     f"{tuple(x.shape)}. A block must keep the shape; resolution and dim change between levels, in "
-                    "the fusion"
+                    "the fusion",
+                    self.name,
+                    code="shape-mismatch",
                 )
             x = y
         return x

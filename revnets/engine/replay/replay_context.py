@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from revnets.engine.errors import ReplayError
+from revnets.engine.errors import ArgumentError, ReplayError
 from revnets.engine.replay.buffers import CellBuffers, Overwritten, use_of
 from revnets.engine.replay.random_numbers import RandomNumbers
 from revnets.engine.replay.threads import exclusive, process_lock
@@ -42,9 +42,11 @@ class ReplayContext:
         self._modules = modules
         for module in self._modules:
             if isinstance(module, LazyModuleMixin) and any(is_lazy(weight) for weight in module.parameters()):
-                raise ValueError(
+                raise ArgumentError(
                     f"{type(module).__name__} has no weights before its first input; run the net once under "
-                    "torch.no_grad(), then train it"
+                    "torch.no_grad(), then train it",
+                    type(module).__name__,
+                    code="invalid-value",
                 )
         self._training = [module.training for module in self._modules]
         self._weights = [

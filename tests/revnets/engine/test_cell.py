@@ -10,6 +10,8 @@ from torch import nn
 
 from revnets.engine.cell import Cell, FixedGain, Gain, first_state
 from revnets.engine.coupling import add, subtract
+from revnets.engine.errors import ArgumentError
+from tests.support.errors import raises_error
 
 
 @pytest.mark.parametrize(
@@ -40,9 +42,9 @@ def test_gain_leaves_an_exact_0():
 
 
 def test_gains_that_cannot_be_inverted():
-    with pytest.raises(ValueError, match="min_abs = 0"):
+    with raises_error(ArgumentError, code="out-of-range", key="min_abs", names="0"):
         Gain(3, min_abs=0)
-    with pytest.raises(ValueError, match="gain 0"):
+    with raises_error(ArgumentError, code="out-of-range", key="value", names="0"):
         FixedGain(0)
 
 
@@ -98,7 +100,7 @@ def test_the_caller_decides_how_the_update_meets_the_past():
 
 
 def test_a_cell_of_the_first_column_has_no_past():
-    with pytest.raises(ValueError, match="first column"):
+    with raises_error(ArgumentError, code="conflicting-values", key="couple", names="first column"):
         Cell(nn.Identity(), None)(torch.randn(2, 3), couple=partial(add, torch.randn(2, 3)))
 
 

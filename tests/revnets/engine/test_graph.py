@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from revnets.engine import graph as graph_module
 from revnets.engine.graph import STEM, Graph, ReadError, wire
+from tests.support.errors import raises_error
 
 
 def reads(graph: Graph) -> list[tuple[int, ...]]:
@@ -74,16 +74,23 @@ def test_names_kinds_and_table():
     ]
 
 
-@pytest.mark.parametrize("token", [0, 3, 4, -1, True, "side", None, 1.0])
-def test_reads_outside_the_window(token):
-    with pytest.raises(ReadError, match=re.escape(str(token))) as caught:
+@pytest.mark.parametrize(
+    ("token", "code"),
+    [
+        *((offset, "out-of-range") for offset in (0, 3, 4, -1)),
+        *((token, "wrong-type") for token in (True, None, 1.0)),
+        ("side", "unknown-choice"),
+    ],
+)
+def test_reads_outside_the_window(token, code):
+    with raises_error(ReadError, code=code, key="reads", names=str(token)) as caught:
         wire(6, 3, [[token]] * 3)
     assert "--" not in str(caught.value)  # x_(t--1) is no name of anything
 
 
-@pytest.mark.parametrize(("length", "m", "message"), [(4, 1, "m = 1"), (0, 2, "length = 0")])
-def test_sizes_that_make_no_column(length, m, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("length", "m", "key", "value"), [(4, 1, "m", "1"), (0, 2, "length", "0")])
+def test_sizes_that_make_no_column(length, m, key, value):
+    with raises_error(ReadError, code="out-of-range", key=key, names=f"{key} = {value}"):
         wire(length, m, [["below"]] * m)
 
 

@@ -12,6 +12,8 @@ import torch
 
 from revnets import Memory, MemoryPolicy, ReversibleColumns
 from revnets.config.memory_budget import BudgetSpec
+from revnets.engine.errors import ArgumentError
+from tests.support.errors import raises_error
 from tests.support.networks import token_net
 
 BUDGET = BudgetSpec(budget="24GiB", optimizer="sgd")
@@ -45,7 +47,7 @@ def test_fields_are_brought_to_their_types() -> None:
     policy = MemoryPolicy(["exact", "store"], [3, 1, 3])  # type: ignore[arg-type]
     assert policy == MemoryPolicy((Memory.EXACT, Memory.STORE), frozenset({1, 3}))
     assert all(type(mode) is Memory for mode in policy.modes)
-    with pytest.raises(ValueError, match="memory mode 'most' is unknown"):
+    with raises_error(ArgumentError, code="unknown-choice", key="memory", names="'most'"):
         MemoryPolicy(("most",))  # type: ignore[arg-type]
 
 
@@ -65,15 +67,15 @@ def test_setting_the_rest_changes_that_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "key", "names"),
     [
-        ({"modes": (Memory.EXACT,) * 2}, "2 memory modes for 3 columns"),
-        ({"stored": frozenset({99})}, "there is no cell 99"),
+        ({"modes": (Memory.EXACT,) * 2}, "wrong-length", "memory", ["2", "3 columns"]),
+        ({"stored": frozenset({99})}, "out-of-range", "stored", "cell 99"),
     ],
 )
-def test_a_policy_of_other_columns_is_refused(changes, message) -> None:
+def test_a_policy_of_other_columns_is_refused(changes, code, key, names) -> None:
     net, policy = with_policy()
-    with pytest.raises(ValueError, match=message):
+    with raises_error(ArgumentError, code=code, key=key, names=names):
         net.policy = replace(policy, **changes)
     assert net.policy is policy
 
@@ -90,7 +92,10 @@ def test_using_restores_after_an_exception() -> None:
     net, policy = with_policy()
     with pytest.raises(KeyError), net.using(modes="store"):
         raise KeyError
-    with pytest.raises(ValueError, match="there is no cell 99"), net.using(modes="store", stored=[99]):
+    with (
+        raises_error(ArgumentError, code="out-of-range", key="stored", names="99"),
+        net.using(modes="store", stored=[99]),
+    ):
         pass
     assert net.policy is policy
 

@@ -16,8 +16,10 @@ from revnets import FixedGain, Gain
 from revnets.config.imports import importable
 from revnets.config.net_spec import dump
 from revnets.config.registry import PROVIDED
+from revnets.engine.errors import ArgumentError
 from revnets.models.net import Level, Net
 from revnets.nn.blocks import ConvNeXtBlock, DropPath, ViTBlock
+from tests.support.errors import raises_error
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples/configs"
@@ -213,10 +215,12 @@ class Widening(nn.Module):
 
 def test_parts_that_change_the_shape_are_named() -> None:
     level = Level(nn.Identity(), [nn.Identity(), Widening()], 3, "c2.l1")
-    with pytest.raises(ValueError, match=r"cell c2\.l1: block 1 \(Widening\) makes \(2, 6\) out of \(2, 3\)"):
+    with raises_error(
+        ArgumentError, code="shape-mismatch", key="c2.l1", names=["block 1 (Widening)", "(2, 6)", "(2, 3)"]
+    ):
         level(torch.ones(2, 3))
     level = Level(Widening(), [], 3, "c2.l1")
-    with pytest.raises(ValueError, match=r"c2\.l1: the fusion Widening gives shape \(2, 6\), .* dim 3"):
+    with raises_error(ArgumentError, code="shape-mismatch", key="c2.l1", names=["Widening", "(2, 6)", "dim 3"]):
         level(torch.ones(2, 3))
 
 
