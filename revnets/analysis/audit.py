@@ -25,7 +25,7 @@ from revnets.analysis.gradient_distance import GradientDistance, gradient_distan
 from revnets.analysis.reconstruction import reconstruction
 from revnets.engine.columns import ReversibleColumns, find_columns
 from revnets.engine.drift import DriftWarning
-from revnets.engine.errors import ReplayError
+from revnets.engine.errors import ArgumentError, ReplayError
 from revnets.engine.memory_mode import Memory
 from revnets.engine.replay.replay_context import outside_of_autocast
 from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
@@ -61,17 +61,21 @@ def audit(
         progress: is told what is measured next.
 
     Raises:
-        ValueError: no reversible columns, or several; an unknown mode; nothing that could get a gradient.
+        ArgumentError: no reversible columns, or several; an unknown mode; nothing that could get a gradient.
     """
     columns = find_columns(model)
     modes = (modes,) if isinstance(modes, str) else modes
     for mode in modes:
         if mode not in MODES:
-            raise ValueError(f"memory mode {mode!r} is unknown; choose {', '.join(MODES)}")
+            raise ArgumentError(
+                f"memory mode {mode!r} is unknown; choose {', '.join(MODES)}", "modes", code="unknown-choice"
+            )
     leaves = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     leaves |= {f"input {index}": tensor for index, tensor in enumerate(tensors(x)) if tensor.requires_grad}
     if not leaves:
-        raise ValueError("no parameter and no input requires a gradient, so there is none to compare")
+        raise ArgumentError(
+            "no parameter and no input requires a gradient, so there is none to compare", "model", code="no-gradient"
+        )
     tell = progress or (lambda _: None)
 
     with _left_as_found(model, columns) as restore, outside_of_autocast() as region, warnings.catch_warnings():
@@ -200,9 +204,11 @@ def _require_finite(gradients: Gradients) -> None:
         if gradient is not None and not math.isfinite(
             norm(gradient.coalesce().values() if gradient.is_sparse else gradient)
         ):
-            raise ValueError(
+            raise ArgumentError(
                 f"the gradient of {name} is not finite with ordinary autograd either (memory mode store), so nothing "
-                "can be held against it; check the input and the loss"
+                "can be held against it; check the input and the loss",
+                "model",
+                code="not-finite",
             )
 
 
@@ -217,11 +223,14 @@ def _roots(output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
     if loss is not None:
         value = loss(output)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            raise ValueError("loss must turn the model's output into one number that requires a gradient")
+            text = "loss must turn the model's output into one number that requires a gradient"
+            raise ArgumentError(text, "loss", code="invalid-value")
         return [value]
     roots = [tensor for tensor in tensors(output) if tensor.requires_grad]
     if not roots:
-        raise ValueError("no output of the model requires a gradient; is all of it frozen, or detached?")
+        raise ArgumentError(
+            "no output of the model requires a gradient; is all of it frozen, or detached?", "model", code="no-gradient"
+        )
     return roots
 
 

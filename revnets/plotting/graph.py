@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
+from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.plotting.style import INK
 
@@ -43,12 +44,14 @@ def graph_figure(graph: Graph, labels: Sequence[str] | None = None) -> Figure:
         labels: of each level, level 0 first, such as `64 x 56 x 56`; may have several lines.
 
     Raises:
-        ValueError: the number of labels is not that of the levels.
+        ArgumentError: the number of labels is not that of the levels.
     """
     from matplotlib.figure import Figure
 
     if labels is not None and len(labels) != graph.m:
-        raise ValueError(f"{len(labels)} labels for {graph.m} levels; give one per level")
+        raise ArgumentError(
+            f"{len(labels)} labels for {graph.m} levels; give one per level", "labels", code="wrong-length"
+        )
     layout = _layout(graph, labels)
     figure = Figure(figsize=(layout.width, layout.height), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, layout.width), ylim=(0, layout.height))  # one unit is one inch

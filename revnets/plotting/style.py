@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from revnets.engine.errors import ArgumentError
 from revnets.utils.atomic_files import replacing
 
 if TYPE_CHECKING:
@@ -23,14 +24,15 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure in the format that the suffix names. The file appears complete or not at all.
 
     Raises:
-        ValueError: the suffix is none of .png, .svg and .pdf.
+        ArgumentError: the suffix is none of .png, .svg and .pdf.
     """
     import matplotlib
 
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
-        raise ValueError(f"{path}: a picture is saved as .{', .'.join(FORMATS)}; give the file one of these suffixes")
+        text = f"{path}: a picture is saved as .{', .'.join(FORMATS)}; give the file one of these suffixes"
+        raise ArgumentError(text, "path", code="unknown-suffix")
     # No dates and no random ids: the same figure gives the same file. Whole fonts in PDF, as publishers ask for.
     date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with replacing(path) as file, matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "revnets"}):
