@@ -40,7 +40,7 @@ from seed_runner import (
 
 from revnets.plotting.style import save
 from vision.data.loading import load_data
-from vision.errors import DataError
+from vision.errors import TrainingError
 from vision.paths import CONFIGS
 from vision.training.figures import INK, style
 
@@ -122,12 +122,14 @@ def choose(tables: str) -> dict[str, Ablation]:
     """The tables by their numbers, `5,7`.
 
     Raises:
-        DataError: there is no such table.
+        TrainingError: there is no such table.
     """
     numbers = [number.strip() for number in tables.split(",") if number.strip()]
     unknown = [number for number in numbers if number not in TABLES]
     if unknown or not numbers:
-        raise DataError(f"--tables {tables!r}: give some of {', '.join(TABLES)}, as in --tables 5,7")
+        raise TrainingError(
+            f"--tables {tables!r}: give some of {', '.join(TABLES)}, as in --tables 5,7", code="unknown-choice"
+        )
     return {number: TABLES[number] for number in TABLES if number in numbers}
 
 

@@ -140,7 +140,7 @@ def planned(models: Models, model: str, seed: int, overrides: Sequence[str], out
     """A run with its configuration.
 
     Raises:
-        DataError: its folder has a run with another configuration.
+        TrainingError: its folder has a run with another configuration.
         revnets.SpecError: there is no such configuration.
     """
     folder = output / re.sub(r"\W+", "-", f"{model} {seed}".lower())
@@ -148,7 +148,8 @@ def planned(models: Models, model: str, seed: int, overrides: Sequence[str], out
     run = Run(model, seed, load_config(RECIPE, words), words)
     before = folder / "config.yaml"
     if before.exists() and load_config(before).plain() != run.config.plain():
-        raise DataError(f"{folder} holds a run with other settings. Give the same ones again, or another --output")
+        text = f"{folder} holds a run with other settings. Give the same ones again, or another --output"
+        raise TrainingError(text, code="settings-differ")
     return run
 
 
@@ -164,11 +165,12 @@ def size_of(config: TrainConfig, data: ImageData) -> Size:
 
 
 def require_equal(sizes: Mapping[str, Size], parameters: float, macs: float) -> None:
-    """Raises DataError unless parameters and multiply-accumulates of all are the same within these shares."""
+    """Raises TrainingError unless parameters and multiply-accumulates of all are the same within these shares."""
     for kind, share in (("parameters", parameters), ("macs", macs)):
         values = [getattr(size, kind) for size in sizes.values()]
         if max(values) > (1 + share) * min(values):
-            raise DataError(f"the models are to have equal {kind} within {share:.0%}, and have {values}")
+            text = f"the models are to have equal {kind} within {share:.0%}, and have {values}"
+            raise TrainingError(text, code="conflicting-values")
 
 
 def compare(runs: Sequence[Run], data: ImageData, jobs: int, output: Path, console: Console) -> None:
@@ -189,14 +191,15 @@ def locked(output: Path) -> Iterator[int]:
     """Holds a lock on the folder, which processes inherit.
 
     Raises:
-        DataError: another call, or a process that one left behind, is at work there.
+        TrainingError: another call, or a process that one left behind, is at work there.
     """
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"runs in {output} are still going on. Wait for them, or give another --output") from None
+            text = f"runs in {output} are still going on. Wait for them, or give another --output"
+            raise TrainingError(text, code="output-in-use") from None
         yield file.fileno()
 
 

@@ -7,10 +7,11 @@ from types import ModuleType
 
 import pytest
 
+from tests.support.errors import raises_error
 from tests.support.fashion_mnist import QUICK, make_files, rows, said, script, started
 from vision.config.supervision import SupervisionConfig
 from vision.data.dataset import ImageData
-from vision.errors import DataError
+from vision.errors import TrainingError
 
 DATA = ImageData(None, None, tuple("0123456789"), (1, 32, 32), (0.3,), (0.3,))
 
@@ -62,7 +63,7 @@ def test_models_of_a_table_are_of_equal_size(ablations: ModuleType, proof: Modul
         macs = [size.macs for size in of_table.values()]
         assert max(macs) <= 1.02 * min(macs)
         unequal = {**of_table, "RevCol": sizes["RevCol"]._replace(macs=2 * sizes["RevCol"].macs)}
-        with pytest.raises(DataError, match="equal macs within 2%"):
+        with raises_error(TrainingError, code="conflicting-values", names=["macs", "2%"]):
             proof.require_equal(unequal, **ablations.EQUAL)
     assert {name for ablation in ablations.TABLES.values() for name in ablation.models} == set(ablations.MODELS)
     supervised = {name for name, run in runs.items() if run.config.supervision == SupervisionConfig()}
@@ -76,6 +77,6 @@ def test_models_of_a_table_are_of_equal_size(ablations: ModuleType, proof: Modul
 
 @pytest.mark.parametrize("tables", ["4", "5,8", "", "five"])
 def test_tables_that_do_not_exist(ablations: ModuleType, tables: str) -> None:
-    with pytest.raises(DataError, match=f"--tables '{tables}': give some of 5, 6, 7"):
+    with raises_error(TrainingError, code="unknown-choice", names=[f"--tables '{tables}'", "5, 6, 7"]):
         ablations.choose(tables)
     assert list(ablations.choose("7, 5")) == ["5", "7"]

@@ -12,10 +12,11 @@ from typing import cast
 import pytest
 import timm
 
+from tests.support.errors import raises_error
 from tests.support.fashion_mnist import QUICK, make_files, rows, said, script, started
 from vision.config.supervision import SupervisionConfig
 from vision.data.dataset import ImageData
-from vision.errors import DataError
+from vision.errors import TrainingError
 from vision.models.architecture import RevCol
 from vision.supervision.task import SupervisionTask
 
@@ -45,7 +46,7 @@ def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, 
     while not list(output.glob("*/checkpoints/step-*.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    with pytest.raises(DataError, match="are still going on"), proof.locked(output):
+    with raises_error(TrainingError, code="output-in-use", names=str(output)), proof.locked(output):
         pass
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on" in said(process, 128 + signal.SIGTERM)
@@ -66,7 +67,7 @@ def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, 
     assert rows(said(started("fashion_mnist", *words))) == found  # what is finished is shown again, and not run again
     assert {path: path.read_text() for path in output.glob("*/train.log")} == logs
     assert picture.exists()
-    with pytest.raises(DataError, match=r"convnext-0 holds a run with other settings\. Give the same ones again"):
+    with raises_error(TrainingError, code="settings-differ", names="convnext-0"):
         proof.planned(fashion.MODELS, "ConvNeXt", 0, ["epochs=6"], output)
 
 
@@ -116,7 +117,7 @@ def test_models_are_of_equal_size_and_of_the_same_blocks(
     assert sizes["RevCol, supervised"].with_heads == sum(weight.numel() for weight in task.parameters())
 
     sizes["RevCol"] = sizes["RevCol"]._replace(macs=int(1.03 * sizes["RevCol"].macs))
-    with pytest.raises(DataError, match="equal macs within 2%"):
+    with raises_error(TrainingError, code="conflicting-values", names=["macs", "2%"]):
         proof.require_equal(sizes, parameters=fashion.EQUAL, macs=fashion.EQUAL)
 
 
