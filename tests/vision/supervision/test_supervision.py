@@ -12,6 +12,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models import group_parameters
 from torch.testing import assert_close
 
+from revnets.config.errors import explain, path
 from tests.support.errors import raises_error
 from tests.support.supervision_tasks import CLASSES, batch, create_task
 from vision.config.supervision import SupervisionConfig
@@ -56,19 +57,21 @@ def test_other_schedules() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "key", "code"),
     [
-        ({"alpha": [1.0, 2.0]}, "2 weights for 4 heads"),
-        ({"alpha": -1.0}, "has a weight below 0"),
-        ({"beta": [1.0, 1.0, 1.0, 0.0]}, "the last weight is 0"),
-        ({"heads": 0}, "greater than or equal to 1"),
-        ({"decoder": "deep"}, "staged"),
-        ({"alhpa": 1.0}, "alhpa"),
+        ({"alpha": [1.0, 2.0]}, "alpha", "wrong-length"),
+        ({"alpha": -1.0}, "alpha", "out-of-range"),
+        ({"beta": [1.0, 1.0, 1.0, 0.0]}, "beta", "out-of-range"),
+        ({"heads": 0}, "heads", "out-of-range"),
+        ({"decoder": "deep"}, "decoder", "unknown-choice"),
+        ({"alhpa": 1.0}, "alhpa", "unknown-key"),
     ],
 )
-def test_wrong_configurations(options: dict, message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_wrong_configurations(options: dict, key: str, code: str) -> None:
+    with pytest.raises(ValidationError) as caught:
         SupervisionConfig(**options)
+    complaint = explain(caught.value, options, SupervisionConfig)
+    assert (path(complaint.keys), complaint.code) == (key, code)
 
 
 def test_what_does_not_fit_the_model() -> None:
