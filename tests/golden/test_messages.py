@@ -7,6 +7,8 @@ Other tests check codes and keys. After a change of wording:
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,13 @@ from revnets.cli import output
 from revnets.cli.common import parse_dtype, reversible_model
 from revnets.config.errors import ConfigError
 from revnets.config.registry import find_component
+from revnets.engine.cell import FixedGain, Gain
+from revnets.engine.columns import find_columns
 from revnets.models.loading import load_model
 from revnets.nn.blocks import ConvNeXtBlock, DropPath, ViTBlock
 from revnets.nn.stems import TokenStem
+from revnets.plotting.graph import graph_figure
+from revnets.plotting.style import save
 from tests.support.spec_mistakes import GOOD, MISTAKES
 
 GOLDEN = Path(__file__).parent / "messages.txt"
@@ -148,7 +154,52 @@ def _unlike() -> None:
     net(torch.ones(2, 4))[-1].sum().backward()
 
 
-def engine_cases() -> list[Case]:
+def argument_cases() -> list[Case]:
+    """Arguments of the engine, the audit and the figures that cannot be used."""
+    net = revnets.ReversibleSequence([nn.Linear(4, 4) for _ in range(4)])
+    x = torch.ones(2, 4)
+    wide = revnets.ReversibleSequence([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5)])
+    lazy = revnets.ReversibleSequence([nn.LazyLinear(4) for _ in range(3)])
+    plain = revnets.ReversibleColumns(
+        revnets.wire(4, 2, [[1]] * 2, [0, 0]), [revnets.Cell(nn.Linear(4, 4), None) for _ in range(4)]
+    )
+    with torch.inference_mode():
+        of_inference = torch.ones(2, 4)
+    return [
+        ("engine: memory mode", lambda: setattr(net, "memory", "fast")),
+        ("engine: number of modes", lambda: setattr(net, "memory", ["exact"] * 3)),
+        ("engine: number of stored cells", lambda: setattr(net, "stored", 5)),
+        ("engine: stored cell", lambda: setattr(net, "stored", [99])),
+        ("engine: tap", lambda: net(x, taps=[2])),
+        ("engine: stop", lambda: net(x, stop=0)),
+        ("engine: number of states", lambda: net.inverse([x], x)),
+        ("engine: nothing to invert", lambda: plain.inverse([x, x], x)),
+        ("engine: shape of a cell", lambda: wide(x)),
+        ("engine: lazy weights", lambda: lazy(x)),
+        ("engine: input of inference mode", lambda: net(of_inference)),
+        ("engine: number of cells", lambda: revnets.ReversibleColumns(net.graph, net.flat()[:3])),
+        ("engine: cells without gain", lambda: revnets.ReversibleColumns(net.graph, plain.flat())),
+        ("engine: smallest gain", lambda: Gain(4, min_abs=0)),
+        ("engine: gain of 0", lambda: FixedGain(0)),
+        ("engine: coupling without gain", lambda: plain.flat()[0](x, couple=torch.add)),
+        ("engine: several columns", lambda: find_columns(nn.ModuleDict({"a": net, "b": plain}))),
+        ("wire: levels", lambda: revnets.wire(4, 1, [["below"]])),
+        ("wire: cells", lambda: revnets.wire(0, 2, [["below"]] * 2)),
+        ("wire: offset", lambda: revnets.wire(4, 2, [[2]] * 2)),
+        ("wire: name", lambda: revnets.wire(4, 2, [["side"]] * 2)),
+        ("wire: type", lambda: revnets.wire(4, 2, [[1.0]] * 2)),  # type: ignore[list-item]
+        ("wire: replaced", lambda: revnets.wire(9, 3, [["before"]] * 3)),
+        ("wire: residuals", lambda: revnets.wire(9, 3, [[1]] * 3, [2, 3, 3])),
+        ("audit: memory mode", lambda: revnets.audit(net, x, modes=["exakt"])),
+        ("audit: frozen", lambda: revnets.audit(copy.deepcopy(net).requires_grad_(False), x)),
+        ("audit: loss", lambda: revnets.audit(net, x, loss=lambda levels: levels[0])),
+        ("audit: loss not finite", lambda: revnets.audit(net, x, loss=lambda levels: levels[0].sum() * math.nan)),
+        ("figure: labels", lambda: graph_figure(net.graph, ["a"])),
+        ("figure: suffix", lambda: save(graph_figure(net.graph), "picture.jpg")),
+    ]
+
+
+def replay_cases() -> list[Case]:
     """Replays that cannot be trusted."""
     return [("replay: a weight changed in place", lambda: _in_place("exact")), ("replay: another path", _unlike)]
 
@@ -247,7 +298,8 @@ def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pyte
         *spec_cases(tmp_path),
         *file_cases(),
         *model_cases(),
-        *engine_cases(),
+        *argument_cases(),
+        *replay_cases(),
         *command_cases(),
         *vision_cases(tmp_path),
         *nlp_cases(),
