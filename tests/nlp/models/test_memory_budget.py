@@ -76,7 +76,7 @@ def run(budget: str, caplog: pytest.LogCaptureFixture, *given: str) -> tuple[Rev
         model.eval()(**sample((11, 7)))
         assert not caplog.messages  # nothing to plan without a step
         model.train()(**sample((11, 7)))
-    return model, caplog.messages[-1]
+    return model, next(line for line in caplog.messages if line.startswith("memory for"))
 
 
 @pytest.fixture(scope="module")
