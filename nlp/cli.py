@@ -103,14 +103,15 @@ def average_checkpoints(
     checkpoint.
     """
     with reported():
-        from rich.progress import track
+        from revnets.cli.output import tracked
 
         from .evaluation.checkpoint_averaging import average, select_checkpoints
 
         paths = checkpoints
         if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix != ".pt"):
             paths = select_checkpoints(paths[0], last, updates)
-        average(track(paths, "average", transient=True), output)
+        with tracked(paths, "average") as bar:
+            average(bar, output)
     typer.echo(f"{output}: the average of {', '.join(path.name for path in paths)}")
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv as csv_format
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 
 from revnets.cli.options import picture_path
 from revnets.config.errors import SpecError, option_error
 from revnets.utils.atomic_files import replacing
 from revnets.utils.format import table_of
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,6 +85,18 @@ def progress(console: Console, total: int | None) -> Iterator[tuple[Callable[[st
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)
+
+
+@contextmanager
+def tracked(items: Iterable[T], description: str, console: Console | None = None) -> Iterator[Iterator[T]]:
+    """The items, with a bar on a terminal that ends with the body, also if that raises.
+
+    A bar that the garbage collector ends may wait for the thread that draws it, which waits for the console.
+    """
+    disable = console is not None and not console.is_terminal
+    bar = track(items, description, console=console, transient=True, disable=disable)
+    with closing(cast("Generator[T]", bar)) as left:
+        yield left
 
 
 def check_place(option: str, path: Path) -> None:

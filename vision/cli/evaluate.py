@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 from torch import Tensor
 
+from revnets.cli.output import tracked
 from revnets.config.errors import option_error
 from revnets.plotting.style import FORMATS, save
 from vision.checkpoints import manager
@@ -101,11 +101,11 @@ def evaluate_checkpoint(
         fitting = tensors if given.is_run else finetune.fitted(tensors, model, str(given.path))
         manager.load_weights(model, fitting, given.path)
         manager.load_heads(training_task.get_task_state(), heads, given.path)
-        bar = track(batches, name, console=console, transient=True, disable=not console.is_terminal)
         evaluator = task.evaluator(module, data, device)
         if isinstance(evaluator, AccuracyEvaluator):
             evaluator.subset = chosen
-        found[name] = evaluate(task, module, bar, evaluator, device, autocast)
+        with tracked(batches, name, console) as bar:
+            found[name] = evaluate(task, module, bar, evaluator, device, autocast)
     counting = list(found.values())[-1]
     if not isinstance(counting, ClassificationMetrics):
         console.print(str(given.path), soft_wrap=True, highlight=False, markup=False)

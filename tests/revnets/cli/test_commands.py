@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import threading
 from importlib.metadata import EntryPoint, entry_points
 
 import pytest
@@ -12,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from revnets.cli import main, plugins
+from revnets.cli.output import tracked
 from revnets.cli.plugins import PLUGINS, LazyCommand, PluginGroup
 from tests.support.timeouts import HANG
 
@@ -106,3 +108,11 @@ def test_the_package_runs_as_a_module() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: no_such_net.yaml: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_bar_ends_with_the_error_of_its_body() -> None:
+    items = iter(range(3))
+    with pytest.raises(ZeroDivisionError), tracked(items, "dividing") as bar:
+        for item in bar:
+            1 / item
+    assert [thread for thread in threading.enumerate() if "_TrackThread" in type(thread).__name__] == []
