@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def printable(text: str) -> str:
         if text.isprintable()
         else "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     )
+
+
+def comparable(name: str) -> str:
+    """The name of a class as it is stored and compared: on one line, composed (NFC), as macOS may decompose it."""
+    return printable(unicodedata.normalize("NFC", name))
 
 
 def first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -102,6 +103,7 @@ class FileLock:
             OSError: the file cannot be written.
         """
         while self._file is None:
+            _require_regular(self.path)
             file = open(self.path, "a+b")  # noqa: SIM115  (it is closed in `release`)
             try:
                 locked = try_lock(file.fileno())
@@ -147,6 +149,13 @@ def _read_owner(file: IO[bytes]) -> Owner | None:
     file.seek(0)
     pid, _, host = file.read(256).decode(errors="replace").strip().partition(" ")
     return Owner(int(pid), host) if pid.isascii() and pid.isdecimal() and host.isprintable() else None
+
+
+def _require_regular(path: Path) -> None:
+    """A link would be followed, and the file that it leads to emptied."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.EINVAL, f"{path.name} is no regular file", str(path))
 
 
 def _has_name(file: IO[bytes], path: Path) -> bool:

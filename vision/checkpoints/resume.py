@@ -14,7 +14,7 @@ from vision.checkpoints import manager
 from vision.config.data import DataConfig
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
-from vision.errors import CheckpointError, printable, run_error
+from vision.errors import CheckpointError, comparable, run_error
 
 FIXED = ("task", "seed", "data", "batch_size", "optimizer", "supervision", "pretrained")
 """Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.
@@ -135,13 +135,9 @@ def _require_same_data(data: object, state: dict[str, Any], path: Path) -> None:
     if isinstance(ours, tuple) and isinstance(theirs, list):
         if len(ours) != len(theirs):
             _refuse("data", f"{len(ours)} classes", len(theirs), path)
-        different = (
-            (one, other)
-            for one, other in zip(ours, theirs, strict=True)
-            if printable(str(one)) != printable(str(other))
-        )
-        for one, other in different:
-            _refuse("data", f"the class {printable(str(one))}", f"{printable(str(other))} in its place", path)
+        for one, other in zip(map(comparable, ours), map(comparable, theirs), strict=True):
+            if one != other:
+                _refuse("data", f"the class {one}", f"{other} in its place", path)
     before = state.get("samples")
     for part, count in facts(data).items():
         if isinstance(before, dict) and before.get(part, count) != count:

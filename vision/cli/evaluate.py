@@ -21,7 +21,7 @@ from vision.config.run import TrainConfig, load_config
 from vision.data import class_subsets
 from vision.data.dataset import ImageData
 from vision.distributed.context import World
-from vision.errors import CheckpointError
+from vision.errors import CheckpointError, comparable
 from vision.tasks.base import scalars
 from vision.tasks.classification import AccuracyEvaluator, Classification, ClassificationMetrics
 from vision.tasks.selection import create_task
@@ -164,7 +164,7 @@ def _known(
             remedy = "If these are some of the model's, add --subset, which matches them by name"
             raise option_error("--subset", problem, remedy, code="class-mismatch")
         if given.classes and (difference := class_subsets.class_difference(given.classes, data.classes)):
-            if set(given.classes) == set(data.classes):  # in another order
+            if set(map(comparable, given.classes)) == set(map(comparable, data.classes)):  # in another order
                 return class_subsets.subset(given.classes, data.classes), replace(data, classes=given.classes)
             remedy = "Give data with the classes of the model, or add --subset, which matches them by name"
             raise option_error("--subset", difference, remedy, code="class-mismatch")

@@ -10,12 +10,12 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from revnets.config.errors import option_error
-from vision.errors import printable
+from vision.errors import comparable
 
 
 @dataclass(frozen=True, slots=True)
 class Subset:
-    """Where the scores of some classes stand among those of all that a model knows.
+    """Where the scores of some classes are among those of all that a model knows.
 
     Attributes:
         index: for every class its place among the model's, -1 if the model does not know it.
@@ -31,22 +31,20 @@ class Subset:
         return torch.where(index >= 0, scores[:, index.clamp(min=0)], scores.amin(1, keepdim=True))
 
 
-def has_names(classes: Sequence[str]) -> bool:
-    """Have classes names? Those of a source that does not name them are called as they are numbered."""
-    return any(name != str(number) for number, name in enumerate(classes))
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Are the names of classes numbers alone? Those of a source without names are numbered from 0 on."""
+    return all(name.isdecimal() for name in classes)
 
 
 def class_difference(known: Sequence[str], classes: Sequence[str]) -> str:
     """The first class in which some data differ from a model of as many classes; empty if there is none.
 
-    Where one of them has no names, there is nothing to compare.
+    Numbers are not compared with names.
     """
-    if has_names(known) and has_names(classes):
-        for number, (ours, theirs) in enumerate(zip(classes, known, strict=False)):
-            if printable(str(ours)) != printable(str(theirs)):
-                return (
-                    f"class {number} is {printable(str(ours))} in the data, and {printable(str(theirs))} in the model"
-                )
+    if are_numbers(known) == are_numbers(classes):
+        for number, (ours, theirs) in enumerate(zip(map(comparable, classes), map(comparable, known), strict=False)):
+            if ours != theirs:
+                return f"class {number} is {ours} in the data, and {theirs} in the model"
     return ""
 
 
@@ -60,10 +58,10 @@ def subset(known: Sequence[str], classes: Sequence[str]) -> Subset:
     Raises:
         revnets.SpecError: the model knows none of them.
     """
-    if len(classes) == 1000 and all(name.isdecimal() for name in classes):
+    if len(classes) == 1000 and are_numbers(classes):
         classes = ImageNetInfo("imagenet-1k").label_names()
-    places = {name: place for place, name in enumerate(known)}
-    index = [places.get(name, -1) for name in classes]
+    places = {comparable(name): place for place, name in enumerate(known)}
+    index = [places.get(comparable(name), -1) for name in classes]
     if max(index, default=-1) < 0:
         problem = f"the model knows none of the classes of the data, such as {classes[0]}; it knows {known[0]}, ..."
         raise option_error(
@@ -74,7 +72,7 @@ def subset(known: Sequence[str], classes: Sequence[str]) -> Subset:
 
 
 def imagenet_classes(count: int) -> tuple[str, ...]:
-    """The WordNet ids of a variant of ImageNet in the order of its classes, told by how many there are.
+    """The WordNet ids of a variant of ImageNet in the order of its classes, found by their number.
 
     As timm has them: 21841 of ImageNet-22K in alphabetical order, as folders are read; 21842 with those of ImageNet-1K
     before the others (Microsoft); 21843 (Google); 11221 (MIIL); 11821 (timm's 12K); 1000.

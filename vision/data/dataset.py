@@ -30,7 +30,7 @@ class Unreadable:
         what = printable(what)
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         if self.policy == "stop":
-            remedy = "Mend or remove it, or let data.unreadable be skip"
+            remedy = "Repair or remove it, or set data.unreadable to skip"
             raise DataError(f"{what}: cannot be read ({reason.rstrip('.')}). {remedy}")
         if self.file is not None:
             with open(self.file, "a", encoding="utf-8") as file:

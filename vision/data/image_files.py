@@ -6,12 +6,12 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import IO
 
 from vision.data.decoding import open_regular
 from vision.data.listing import Listing, list_folder, list_tars
-from vision.errors import printable, run_error
+from vision.errors import comparable, printable, run_error
 
 ENDINGS = (".png", ".jpg", ".jpeg")
 """Of the files that are read by default, in any case: those of timm."""
@@ -53,12 +53,12 @@ class ImageFiles:
             _require_clear_classes(root, found)
             if not may_lack:
                 _require_no_empty_class(root, found)
-        classes = {folder: printable(posixpath.basename(folder)) for folder in {file.folder for file in found.files}}
+        classes = {folder: comparable(posixpath.basename(folder)) for folder in {file.folder for file in found.files}}
         self.class_to_idx = numbered(classes.values()) if numbers is None else dict(numbers)
         self.files = [file for file in found.files if classes[file.folder] in self.class_to_idx]
         self.targets = [self.class_to_idx[classes[file.folder]] for file in self.files]
         self.classes = set(classes.values())  # with images
-        self.remarks = _remarks(name, found)
+        self.remarks = _remarks(name, found, self.classes, self.class_to_idx)
         if not self.files:
             problem = f"{root} holds no images of the classes in data.class_map"
             raise run_error("data.class_map", problem, "Name the class folders in it, one a line", code="empty-data")
@@ -123,7 +123,7 @@ def _require_clear_classes(root: str, found: Listing) -> None:
                 problem = f"{root}: {example[above]} lies beside the folder {folder}, which holds images as well"
                 raise run_error("data.root", problem, remedy.format("all images"), code="class-mismatch")
         inner = folder.partition("/")[2] or folder if found.tars else folder
-        other = places.setdefault(posixpath.basename(folder), inner)
+        other = places.setdefault(comparable(posixpath.basename(folder)), inner)
         if other != inner:
             problem = f"{root}: {other} and {inner} have the same name, which would make them one class"
             raise run_error("data.root", problem, "Rename one, or name it in data.class_map", code="class-mismatch")
@@ -142,11 +142,14 @@ def _require_no_empty_class(root: str, found: Listing) -> None:
             raise run_error("data.root", problem, _about_endings(found) if own else remedy, code="empty-data")
 
 
-def _remarks(split: str, found: Listing) -> list[str]:
-    if not found.unread:
-        return []
-    count, example = len(found.unread), printable(found.unread[0])
-    return [f"{split}: {count} pictures are not read, such as {example}. {_about_endings(found)}"]
+def _remarks(split: str, found: Listing, classes: Collection[str], numbers: Mapping[str, int]) -> list[str]:
+    remarks = []
+    if found.unread:
+        count, example = len(found.unread), printable(found.unread[0])
+        remarks.append(f"{split}: {count} pictures are not read, such as {example}. {_about_endings(found)}")
+    if left_out := sorted(set(classes) - set(numbers)):
+        remarks.append(f"{split}: data.class_map leaves out the images of {listed([name or '.' for name in left_out])}")
+    return remarks
 
 
 def _about_endings(found: Listing) -> str:

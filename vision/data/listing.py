@@ -19,7 +19,8 @@ from vision.errors import first_line, run_error
 
 NOT_DATA = frozenset(
     {"__macosx", "__pycache__", "@eadir", "@tmp", "@recycle", "@__thumb", "#recycle", "#snapshot"}
-    | {"$recycle.bin", "system volume information", "lost+found"}
+    | {"$recycle.bin", "recycler", "found.000", "system volume information", "lost+found"}
+    | {"network trash folder", "temporary items", "thevolumesettingsfolder"}
 )
 """Folders, in lower case, that systems and programs leave behind. Those that begin with a dot do not count either."""
 
@@ -28,6 +29,9 @@ PICTURES = frozenset(
     | {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga"}
 )
 """Endings of pictures, of which only some are read."""
+
+ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
+"""Endings of archives that are not read; each may hold a class."""
 
 VISITS = 64
 """How often links may lead to the same folder."""
@@ -138,7 +142,7 @@ def list_tars(root: str, endings: frozenset[str]) -> Listing:
             found.folders.append(name)
             _list_archive(entry.path, name, found)
         elif _is_data(entry.name, endings) or (entry.is_dir() and _holds_data(entry.path, endings)):
-            remedy = "Move it away, or put it into a tar"
+            remedy = "Move it away, or put it into a tar that is not compressed"
             raise run_error("data.root", f"{root} holds {entry.name} beside tars", remedy, code="class-mismatch")
     return found
 
@@ -174,6 +178,8 @@ def _list_members(file: Any, path: str, folder: str, found: Listing, start: int 
                 inner, begin = place[: -len(".tar")], start + source.offset_data
                 found.folders.append(inner)
                 _list_members(tar.extractfile(source), path, inner, found, begin, is_inner=True)
+            elif name.lower().endswith(ARCHIVES):
+                raise ValueError(f"{member.name} is an archive of another kind than tar")
             elif source is None or source.issparse():
                 found.add(ImageFile(member.name, posixpath.dirname(place), path, -1))
             else:
@@ -205,7 +211,7 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_data(name: str, endings: frozenset[str]) -> bool:
-    return os.path.splitext(name)[1].lower() in PICTURES | endings | {".tar"}
+    return os.path.splitext(name)[1].lower() in PICTURES | endings or name.lower().endswith((".tar", *ARCHIVES))
 
 
 def _holds_data(path: str, endings: frozenset[str]) -> bool:

@@ -16,19 +16,22 @@ from torch.utils.data import Dataset
 from revnets.config.errors import SpecError
 from vision.config.data import ImagesConfig
 from vision.data.dataset import ImageData, Unreadable, class_names
-from vision.data.decoding import Exif, read_image
+from vision.data.decoding import Exif, open_regular, read_image
 from vision.data.image_files import ImageFiles, listed
 from vision.data.samplers import Key, seeded
 from vision.data.streaming import Stream, class_of
 from vision.data.transforms import Transform, train_transform, val_transform
 from vision.distributed.context import World
-from vision.errors import DataError, first_line, printable, run_error
+from vision.errors import DataError, comparable, first_line, printable, run_error
 
 RETRIES = 10
 """Unreadable images in a row that are skipped; more mean that something else is wrong."""
 
 LARGEST = 10**6
 """More classes than any data set has."""
+
+LONGEST_MAP = 2**24
+"""Bytes of a class map."""
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
 
@@ -59,8 +62,9 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
                 problem = f"{config.val_split} numbers its classes otherwise than {config.train_split}"
                 raise run_error("data", problem, "Give a class_map", code="class-mismatch")
             val_reader = _reader(config, "val", seed, found)
-        if missing := [name for name in found if name not in getattr(val_reader, "classes", others or found)]:
-            remarks.append(f"{config.val_split} has no images of {listed(missing)}")
+    for split, source, names in ((config.train_split, reader, found), (config.val_split, val_reader, others or found)):
+        if missing := [name for name in found if name not in getattr(source, "classes", names)]:
+            remarks.append(f"{split} has no images of {listed(missing)}")
     classes = _classes(config, found)
     count = len(classes)
     if config.is_stream:
@@ -136,13 +140,11 @@ class Images(Dataset[tuple[Tensor, int]]):
 def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int] | None = None) -> Any:
     """timm's reader of `train` or `val`."""
     split = config.train_split if part == "train" else config.val_split
-    given: dict[str, Any] = {"class_map": class_map or config.class_map}
     try:
+        given: dict[str, Any] = {"class_map": class_map or _read_map(config)}
         if config.name in ("folder", "tar"):
             root = str(split_path(Path(config.root or ""), split, config.name))
-            numbers = (
-                class_map if class_map is not None or config.class_map is None else _read_map(config.class_map, root)
-            )
+            numbers = _read_map(config, root) if class_map is None else class_map
             return ImageFiles(root, split, config.name == "tar", config.input_key, numbers, may_lack=part == "val")
         given |= {"input_key": config.input_key, "target_key": config.target_key}
         if config.is_stream:
@@ -185,18 +187,38 @@ def split_path(root: Path, split: str, kind: str = "folder") -> Path:
     return path
 
 
-def _read_map(file: str, root: str) -> dict[str, int]:
-    """A class map as timm reads it: a class name a line. An empty last line is no class."""
-    numbers = load_class_map(file, root)
-    if file.lower().endswith(".txt"):
-        place = file if os.path.exists(file) else os.path.join(root, file)
-        names = Path(place).read_text(encoding="utf-8").rstrip().splitlines()
-        repeated = [name for name, times in Counter(name.strip() for name in names).items() if times > 1]
-        if repeated:
-            problem = f"{place} names {repeated[0] or 'an empty class'} twice"
-            raise run_error("data.class_map", problem, "Name every class once", code="name-clash")
-        numbers = {name: number for name, number in numbers.items() if number < len(names)}
-    return numbers
+def _read_map(config: ImagesConfig, root: str = "") -> dict[Any, int] | None:
+    """A class map: the name of a class a line, numbered from 0 on, or a pickle as timm reads it.
+
+    Raises:
+        revnets.SpecError: there is no such file, or it is no class map.
+    """
+    if config.class_map is None:
+        return None
+    file = config.class_map if os.path.exists(config.class_map) else os.path.join(root, config.class_map)
+    try:
+        with open_regular(file) as stream:
+            content = stream.read(LONGEST_MAP + 1)
+        if len(content) > LONGEST_MAP:
+            raise run_error("data.class_map", f"{file} is too large", "Check it", code="too-large")
+        if not file.lower().endswith(".txt"):
+            return load_class_map(file)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        problem = f"{file} cannot be read ({error.strerror or first_line(error)})"
+        raise run_error("data.class_map", problem, "Check the path", code="missing-file") from None
+    except UnicodeDecodeError:
+        raise run_error("data.class_map", f"{file} is not UTF-8", "Convert it", code="invalid-encoding") from None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")
+    names = [comparable(line.strip()) for line in lines]
+    for number, name in enumerate(names, 1):
+        if not name and len(names) > 1:
+            raise run_error("data.class_map", f"line {number} of {file} is empty", "Remove it", code="invalid-syntax")
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise run_error(
+            "data.class_map", f"{file} names {repeated[0]} twice", "Name every class once", code="name-clash"
+        )
+    return {name: number for number, name in enumerate(names)}
 
 
 def class_to_idx(reader: Any) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -40,9 +41,14 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a log, and how many are left out: cut short by a kill, filled with zeros by a power cut, edited.
 
     A line is a mapping with `kind`, `epoch` and `step`; all else in it are numbers, and training has a `loss`.
+
+    Raises:
+        OSError: the log cannot be read, or is no regular file.
     """
     if not path.exists():
         return [], 0
+    if not path.is_file():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     found = [_record(line) for line in lines]
     records = [record for record in found if record is not None]

@@ -16,7 +16,7 @@ from revnets.models.net import Net
 from vision.checkpoints import manager
 from vision.config.optimization import PretrainedConfig
 from vision.distributed.context import World
-from vision.errors import CheckpointError, first_line
+from vision.errors import CheckpointError, comparable, first_line
 from vision.models.architecture import RevCol
 from vision.weights.files import read, tensors_in
 from vision.weights.kernel_padding import fit_kernels
@@ -49,7 +49,7 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
     own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(heads)}
     is_kept = (
         config.head == "auto"
-        and (names is None or names == tuple(classes))
+        and (names is None or list(map(comparable, names)) == list(map(comparable, classes)))
         and all(key in state and state[key].shape == tensor.shape for key, tensor in own.items())
     )
     if not is_kept:

@@ -115,6 +115,20 @@ def test_a_damaged_lock_file_is_taken_over(tmp_path, content):
         assert path.read_text().split()[0] == str(os.getpid())
 
 
+@pytest.mark.parametrize("kind", ["link", "link to nowhere", "pipe", "folder"])
+def test_what_is_no_regular_file_is_left_alone(tmp_path, kind):
+    path, other = tmp_path / "lock", tmp_path / "other"
+    if kind == "link":
+        other.write_text("precious")
+    make = {"pipe": os.mkfifo, "folder": os.mkdir}.get(kind, lambda path: path.symlink_to(other))
+    make(path)
+    with pytest.raises(OSError, match="lock is no regular file"):
+        FileLock(path).acquire()
+    assert path.is_symlink() or path.exists()
+    assert other.exists() == (kind == "link")
+    assert kind != "link" or other.read_text() == "precious"
+
+
 WRITE = """
 import sys, time
 from pathlib import Path

@@ -128,6 +128,7 @@ def test_names_are_compared_where_there_are_some():
     assert class_difference(("ant", "bee"), ("0", "1")) == ""  # of a stream
     assert class_difference(("0", "1"), ("ant", "bee")) == ""
     assert "class 1 is cat" in class_difference(("ant", "bee"), ("ant", "cat"))
+    assert "class 0 is 1" in class_difference(("0", "1"), ("1", "2"))
 
 
 def test_a_new_head_for_other_classes_of_equal_number(finished, tmp_path):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from tests.support import image_folders as images
 from tests.support.errors import raises_error
 from vision.config.run import load_config
+from vision.data.class_subsets import class_difference
 from vision.data.loading import load_data
 from vision.data.samplers import Key
 from vision.errors import DataError
@@ -77,6 +79,8 @@ LEFT_BEHIND = [
     "train/ant/Thumbs.db",
     "val/ant/._1.jpg",
     "val/bee/.DS_Store",
+    "train/ant/RECYCLER/0.jpg",
+    "train/ant/Temporary Items/0.jpg",
 ]
 
 
@@ -131,6 +135,7 @@ def test_a_flat_folder_has_no_classes(tmp_path):
 ORDER = """
 import sys
 from vision.config.run import load_config
+from vision.data.class_subsets import class_difference
 from vision.data.loading import load_data
 data = {"name": sys.argv[1], "root": sys.argv[2], "img_size": 32}
 data = load_data(load_config({"model": {"timm": "test_revcol"}, "output": "x", "data": data}).data, 0)
@@ -266,6 +271,44 @@ def test_class_map(tmp_path):
         opened(root, class_map=str(tmp_path / "map.txt"))
 
 
+@pytest.mark.parametrize("content", ["ant\nbee\ncat\n", "\ufeffant\r\nbee\r\ncat", " ant\rbee \rcat\r\r"])
+def test_a_class_map_of_any_editor_is_read(tmp_path, content):
+    (tmp_path / "map.txt").write_bytes(content.encode())
+    data = opened(tree(tmp_path / "data"), class_map=str(tmp_path / "map.txt"))
+    assert (data.classes, labels(data), data.remarks) == (images.CLASSES, [0, 0, 1, 1, 2, 2], ())
+
+
+def test_a_class_map_of_other_classes_is_remarked(tmp_path):
+    (tmp_path / "map.txt").write_text("ant\nbee\nyak\n")
+    assert opened(tree(tmp_path / "data"), class_map=str(tmp_path / "map.txt")).remarks == (
+        "train: data.class_map leaves out the images of cat",
+        "validation: data.class_map leaves out the images of cat",
+        "train has no images of yak",
+        "validation has no images of yak",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"ant\n\nbee\n", "invalid-syntax"),
+        ("ant\nbee\n".encode("utf-16"), "invalid-encoding"),
+        (None, "missing-file"),
+    ],
+)
+def test_damaged_class_maps(tmp_path, content, code):
+    if content is not None:
+        (tmp_path / "map.txt").write_bytes(content)
+    with raises_error(code=code, key="data.class_map", names="map.txt"):
+        opened(tree(tmp_path / "data"), class_map=str(tmp_path / "map.txt"))
+
+
+def test_a_pipe_is_no_class_map(tmp_path):
+    os.mkfifo(tmp_path / "map.txt")
+    with raises_error(code="missing-file", key="data.class_map", names="map.txt"):
+        opened(tree(tmp_path / "data"), class_map=str(tmp_path / "map.txt"))
+
+
 # ----------------------------------------------------------------------------------------------------------- tars
 
 
@@ -347,12 +390,22 @@ def test_sizes_in_a_tar_are_those_of_its_bytes(tmp_path):
             opened(root, "tar")
 
 
-@pytest.mark.parametrize("stray", ["train/preview.jpg", "train/dog/0.jpg", "train/more/dog.tar"])
+@pytest.mark.parametrize(
+    "stray",
+    ["train/preview.jpg", "train/dog/0.jpg", "train/more/dog.tar", "train/dog.tar.gz", "train/dog.TGZ", "val/dog.zip"],
+)
 def test_nothing_lies_beside_tars(tmp_path, stray):
     root = packed(tree(tmp_path / "data"), "tars")
     put(root / stray, images.jpeg(0, 0))
     with raises_error(code="class-mismatch", key="data.root", names=stray.split("/")[1]):
         opened(root, "tar")
+
+
+def test_an_archive_in_a_tar_is_no_missing_class(tmp_path):
+    with tarfile.open(two_tars(tmp_path) / "train.tar", "a") as tar:
+        add(tar, "cat.tar.gz", b"packed")
+    with raises_error(code="damaged-file", key="data.root", names="cat.tar.gz"):
+        opened(tmp_path, "tar")
 
 
 def test_an_empty_tar_and_one_of_another_case(tmp_path):
@@ -374,6 +427,18 @@ def test_any_path(tmp_path, name, kind):
     data = opened(packed(tree(root), kind), kind)
     assert (data.classes, len(data.train), sorted(labels(data))) == (images.CLASSES, 12, [0, 0, 1, 1, 2, 2])
     assert opened(f"{root}//").classes == images.CLASSES
+
+
+def test_composed_and_decomposed_names_are_one_class(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Äsche") for form in ("NFC", "NFD"))
+    root = tree(tmp_path / "data", classes=("bee", composed))
+    (root / "val" / composed).rename(root / "val" / decomposed)
+    data = opened(root)
+    assert (data.classes, labels(data)) == (("bee", composed), [1, 1, 0, 0])
+    assert class_difference(data.classes, ("bee", decomposed)) == ""
+    put(root / "train" / decomposed / "0.jpg", images.jpeg(0, 0))
+    with raises_error(code="class-mismatch", key="data.root", names=composed):
+        opened(root)
 
 
 def test_names_that_are_not_text(tmp_path):

@@ -136,6 +136,12 @@ def test_a_run_goes_on_with_a_damaged_log_and_says_how_many_lines_are_lost(tmp_p
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_log_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / LOG)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_log(tmp_path / LOG)
+
+
 @pytest.mark.parametrize("folder", ["", "tensorboard", LOG, "checkpoints"])
 def test_a_run_goes_on_when_its_folder_is_removed(tmp_path, capfd, folder):
     run = trainer(tmp_path / "run", save_every=1)
