@@ -71,7 +71,7 @@ def try_lock(descriptor: int) -> bool | None:
 
 
 class LockedError(Exception):
-    """Somebody else has a lock; `owner` is the process, or None if the file does not say."""
+    """Another process has the lock; `owner` is the process, or None if the file does not say."""
 
     def __init__(self, path: Path, owner: Owner | None):
         super().__init__(f"{path} is locked by {owner or 'another process'}")

@@ -17,7 +17,7 @@ class ArrayName:
 def make_array(kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
     """In place of NumPy's `_reconstruct`, which allocates any shape; a pickle always gives (0,)."""
     if kind is not ArrayName or type(shape) is not tuple or shape != (0,):
-        raise ValueError("an array that is made otherwise than by NumPy")
+        raise ValueError("an array that is not made as NumPy makes it")
     return np.zeros(0, np.uint8)
 
 
@@ -43,7 +43,7 @@ MAKERS = {"ndarray": ArrayName, "dtype": make_dtype, "_reconstruct": make_array,
 def fill_array(target: Any, state: Any, allowance: Allowance) -> None:
     if isinstance(target, np.dtype):
         if type(state) is not tuple or len(state) > 9:
-            raise TypeError("a type of numbers that is described otherwise than by NumPy")
+            raise TypeError("a type of numbers that is not described as NumPy describes it")
         order, *rest = list(state)[1:]
         if order not in ("<", "|", "=", ">") or rest[:3] != [None] * 3:
             raise ValueError("a type with fields")

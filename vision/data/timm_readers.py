@@ -59,7 +59,7 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
             )
         if others and others != found:  # numbers are given in the order of names
             if config.is_stream:
-                problem = f"{config.val_split} numbers its classes otherwise than {config.train_split}"
+                problem = f"{config.val_split} numbers its classes differently from {config.train_split}"
                 raise run_error("data", problem, "Give a class_map", code="class-mismatch")
             val_reader = _reader(config, "val", seed, found)
     for split, source, names in ((config.train_split, reader, found), (config.val_split, val_reader, others or found)):

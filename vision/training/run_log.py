@@ -79,7 +79,7 @@ class RunLogger:
             a killed run wrote about later ones is dropped, since it comes again.
 
     Attributes:
-        damaged: how many lines of the log were left out because nobody could read them.
+        damaged: how many lines of the log were left out because they could not be read.
     """
 
     def __init__(self, folder: Path, step: int, epoch: int | None = None):
