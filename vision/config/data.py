@@ -72,6 +72,10 @@ STREAMS = ("hfids/", "wds/")
 """Those that are read from front to back."""
 
 
+UNSAFE = ("pandas", "spark")
+"""Formats of Hugging Face `datasets` that unpickle the files of the working directory, or run more than a reader."""
+
+
 class ImagesConfig(Strict):
     """Images from one of timm's readers.
 
@@ -106,6 +110,10 @@ class ImagesConfig(Strict):
     @field_validator("name")
     @classmethod
     def _reader(cls, name: str) -> str:
+        if name.rstrip("/").split("/", 1)[-1] in UNSAFE:
+            raise problem(
+                f"{name!r} would run what pickled files hold", "Give a data set of images", code="unsafe-file"
+            )
         if name in ("folder", "tar", "wds", "wds/") or (
             name.startswith(("hfds/", "hfids/", "wds/")) and name[-1] != "/"
         ):
@@ -133,6 +141,8 @@ def _by_name(value: Any) -> Any:
         return value
     if not isinstance(value, dict):
         raise problem(what(value), "Give a mapping, as in {name: folder, root: /data/imagenet}", code="wrong-type")
+    if not isinstance(value.get("name", "digits"), str):
+        raise problem(what(value["name"]), "Give the name of a data set, such as digits", "name", code="wrong-type")
     kind = {"digits": DigitsConfig, "idx": IdxConfig}.get(value.get("name", "digits"), ImagesConfig)
     try:
         return validate(TypeAdapter(kind), value)

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from timm.data.readers import create_reader
-from timm.data.readers.class_map import load_class_map
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from revnets.config.errors import SpecError
 from vision.config.data import ImagesConfig
+from vision.data.class_maps import read_class_map
 from vision.data.dataset import ImageData, Unreadable, class_names
-from vision.data.decoding import Exif, open_regular, read_image
+from vision.data.decoding import Exif, read_image
 from vision.data.image_files import ImageFiles, listed
 from vision.data.samplers import Key, seeded
+from vision.data.shard_names import check_shards
 from vision.data.streaming import Stream, class_of
 from vision.data.transforms import Transform, train_transform, val_transform
 from vision.distributed.context import World
-from vision.errors import DataError, comparable, first_line, printable, run_error
+from vision.errors import DataError, first_line, printable, run_error
 
 RETRIES = 10
 """Unreadable images in a row that are skipped; more mean that something else is wrong."""
 
 LARGEST = 10**6
 """More classes than any data set has."""
-
-LONGEST_MAP = 2**24
-"""Bytes of a class map."""
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
 
@@ -140,12 +137,16 @@ class Images(Dataset[tuple[Tensor, int]]):
 def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int] | None = None) -> Any:
     """timm's reader of `train` or `val`."""
     split = config.train_split if part == "train" else config.val_split
+    given: dict[str, Any] = {}
     try:
-        given: dict[str, Any] = {"class_map": class_map or _read_map(config)}
         if config.name in ("folder", "tar"):
             root = str(split_path(Path(config.root or ""), split, config.name))
-            numbers = _read_map(config, root) if class_map is None else class_map
-            return ImageFiles(root, split, config.name == "tar", config.input_key, numbers, may_lack=part == "val")
+            if class_map is None and config.class_map is not None:
+                class_map = read_class_map(config.class_map, root)
+            return ImageFiles(root, split, config.name == "tar", config.input_key, class_map, may_lack=part == "val")
+        if class_map is None and config.class_map is not None:
+            class_map = read_class_map(config.class_map)
+        given |= {"class_map": class_map or None}
         given |= {"input_key": config.input_key, "target_key": config.target_key}
         if config.is_stream:
             samples = config.train_samples if part == "train" else config.val_samples
@@ -153,6 +154,7 @@ def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int
         root = config.root
         if config.name.startswith("wds/"):
             _require_folder(Path(root or ""))
+            check_shards(Path(root or ""), split)
             root = str(Path(root or "").resolve())  # webdataset would run what a name that begins with `pipe:` says
         return create_reader(config.name, root=root, split=split, **given)
     except ImportError as error:
@@ -185,40 +187,6 @@ def split_path(root: Path, split: str, kind: str = "folder") -> Path:
     if kind == "tar" and path.is_dir() and not any(name.lower().endswith(".tar") for name in os.listdir(path)):
         raise run_error("data.root", f"{path} holds no tars", "Check it", code="empty-data")
     return path
-
-
-def _read_map(config: ImagesConfig, root: str = "") -> dict[Any, int] | None:
-    """A class map: the name of a class a line, numbered from 0 on, or a pickle as timm reads it.
-
-    Raises:
-        revnets.SpecError: there is no such file, or it is no class map.
-    """
-    if config.class_map is None:
-        return None
-    file = config.class_map if os.path.exists(config.class_map) else os.path.join(root, config.class_map)
-    try:
-        with open_regular(file) as stream:
-            content = stream.read(LONGEST_MAP + 1)
-        if len(content) > LONGEST_MAP:
-            raise run_error("data.class_map", f"{file} is too large", "Check it", code="too-large")
-        if not file.lower().endswith(".txt"):
-            return load_class_map(file)
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        problem = f"{file} cannot be read ({error.strerror or first_line(error)})"
-        raise run_error("data.class_map", problem, "Check the path", code="missing-file") from None
-    except UnicodeDecodeError:
-        raise run_error("data.class_map", f"{file} is not UTF-8", "Convert it", code="invalid-encoding") from None
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")
-    names = [comparable(line.strip()) for line in lines]
-    for number, name in enumerate(names, 1):
-        if not name and len(names) > 1:
-            raise run_error("data.class_map", f"line {number} of {file} is empty", "Remove it", code="invalid-syntax")
-    if repeated := [name for name, times in Counter(names).items() if times > 1]:
-        raise run_error(
-            "data.class_map", f"{file} names {repeated[0]} twice", "Name every class once", code="name-clash"
-        )
-    return {name: number for number, name in enumerate(names)}
 
 
 def class_to_idx(reader: Any) -> dict[str, int]:

@@ -1,0 +1,106 @@
+"""Class maps and names of shards that are pipes, endless, or stand for more than fits into memory."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import tracemalloc
+
+import pytest
+
+from tests.support.errors import raises_error
+from vision.config.run import load_config
+from vision.data.class_maps import read_class_map
+from vision.data.shard_names import MAX_SHARDS, check_shards, count_names
+
+NAMES = {"cat": 0, "dog": 1}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickled_dict_of_every_protocol_is_a_class_map(tmp_path, protocol):
+    numbers = {f"class {number}": number for number in range(1000)}
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps(numbers, protocol))
+    assert read_class_map("map.pkl", str(tmp_path)) == numbers
+
+
+def test_a_text_is_a_class_map(tmp_path):
+    (tmp_path / "map.txt").write_text("cat\ndog\n\n")
+    assert read_class_map(str(tmp_path / "map.txt")) == NAMES
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["map.txt", "map.pkl"])
+def test_a_pipe_is_no_class_map(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_class_map(str(tmp_path / name))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs devices")
+def test_a_link_to_a_device_is_no_class_map(tmp_path):
+    (tmp_path / "map.txt").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_class_map(str(tmp_path / "map.txt"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickle.PROTO + b"\x02}r" + struct.pack("<I", 2**26) + b".",
+        b"}p" + b"99999999\n.",
+        pickle.PROTO + b"\x05\x96" + struct.pack("<Q", 2**28) + b".",
+        pickle.PROTO + b"\x04B" + struct.pack("<I", 2**28) + b".",
+    ],
+)
+def test_a_class_map_takes_no_more_memory_than_it_has_bytes_for(tmp_path, data):
+    (tmp_path / "map.pkl").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Exception):  # noqa: B017  (readers of pickles raise whatever they like)
+            read_class_map(str(tmp_path / "map.pkl"))
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("split", "count"),
+    [("train", 1), ("train-{0000..0099}.tar", 100), ("{a,b}-{9..0}.tar|5", 20), ("{a,{b,c}}.tar", 4)],
+)
+def test_names_in_braces_are_counted(split, count):
+    assert count_names(split) == count
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        "x-{0..99999999999}.tar",
+        "{0..9999}{0..9999}.tar",
+        "{a,b}" * 40 + ".tar",
+        "{a..z}" * 6,
+        "{" * 10**6,
+        f"{{0..{'9' * 10**4}}}",
+    ],
+)
+def test_more_shards_than_any_data_set_has_are_refused(tmp_path, split):
+    assert count_names(split) > MAX_SHARDS
+    with raises_error(code="out-of-range", key="data", names=split[:40]):
+        check_shards(tmp_path, split)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["info.json", "_info.json"])
+def test_a_pipe_describes_no_shards(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with raises_error(code="not-a-file", key="data.root", names=name):
+        check_shards(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("hfds/pandas", "unsafe-file"), ("hfids/pandas/", "unsafe-file"), (["digits"], "wrong-type"), ({}, "wrong-type")],
+)
+def test_a_name_of_data_is_text_and_unpickles_nothing(name, code):
+    with raises_error(code=code, key="data.name"):
+        load_config({"model": {"timm": "revcol_tiny"}, "output": "run", "data": {"name": name}})

@@ -1,0 +1,68 @@
+"""Files that number the classes of a data set, as timm reads them: names, one a line, or a pickled dict."""
+
+from __future__ import annotations
+
+import os
+import pickletools
+from collections import Counter
+from pathlib import Path
+
+from timm.data.readers.class_map import load_class_map
+
+from vision.data.decoding import open_regular
+from vision.errors import comparable, first_line, run_error
+
+MAX_BYTES = 2**26
+"""Names of a million classes, with room to spare."""
+
+
+def read_class_map(file: str, root: str = "") -> dict[str, int]:
+    """The numbers of the classes by name.
+
+    Args:
+        file: a `.txt` has the name of a class a line, numbered from 0 on; others are pickles as timm reads them.
+        root: where the file is looked for if it is not in the working directory.
+
+    Raises:
+        revnets.SpecError: there is no such file, it is too large, or its lines are not the names of classes.
+        Exception: it is no class map.
+    """
+    place = file if os.path.exists(file) else os.path.join(root, file)
+    try:
+        with open_regular(place) as opened:
+            data = opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        problem = f"{place} cannot be read ({error.strerror or first_line(error)})"
+        raise run_error("data.class_map", problem, "Check the path", code="missing-file") from None
+    if len(data) > MAX_BYTES:
+        raise run_error("data.class_map", f"{place} is too large", "Check it", code="too-large")
+    if file.lower().endswith(".txt"):
+        return _numbers(data, place)
+    if file.lower().endswith(".pkl"):
+        _check_sizes(data, place)
+    return load_class_map(file, root)
+
+
+def _numbers(data: bytes, place: str) -> dict[str, int]:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise run_error("data.class_map", f"{place} is not UTF-8", "Convert it", code="invalid-encoding") from None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")
+    names = [comparable(line.strip()) for line in lines]
+    for number, name in enumerate(names, 1):
+        if not name and len(names) > 1:
+            problem = f"line {number} of {place} is empty"
+            raise run_error("data.class_map", problem, "Remove it", code="invalid-syntax")
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        problem = f"{place} names {repeated[0]} twice"
+        raise run_error("data.class_map", problem, "Name every class once", code="name-clash")
+    return {name: number for number, name in enumerate(names)}
+
+
+def _check_sizes(data: bytes, place: str | Path) -> None:
+    """Refuse a pickle that makes its reader allocate more than the file has bytes for."""
+    for code, argument, _ in pickletools.genops(data):
+        is_far = code.name.endswith("PUT") and (argument or 0) > len(data)  # the memo is a list of that length
+        if is_far or code.name == "BYTEARRAY8":
+            raise ValueError(f"{place}: it holds more than class names and numbers")

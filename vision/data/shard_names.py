@@ -1,0 +1,49 @@
+"""Names of shards of webdataset in braces, `train-{0000..0099}.tar`, counted before they are written out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vision.errors import run_error
+
+MAX_SHARDS = 10**6
+"""More shards than any data set has."""
+
+LONGEST = 2**14
+"""Characters of a split."""
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?$")
+_LETTERS = 100  # at most, from one letter to another
+
+
+def check_shards(root: Path, split: str) -> None:
+    """Check what webdataset would open without a look at it.
+
+    Raises:
+        revnets.SpecError: the braces of a split stand for too many names, or a description is a pipe or a device.
+    """
+    if count_names(split) > MAX_SHARDS:
+        problem = f"{split:.80} stands for more than {MAX_SHARDS:,} shards"
+        raise run_error("data", problem, "Give smaller numbers in braces", code="out-of-range")
+    for file in (root / "_info.json", root / "info.json"):
+        if file.exists() and not file.is_file():
+            raise run_error("data.root", f"{file} is no regular file", "Remove it", code="not-a-file")
+
+
+def count_names(text: str) -> int:
+    """A bound of how many names a text with braces stands for; it does not go far beyond `MAX_SHARDS`."""
+    count = 1 if len(text) <= LONGEST else MAX_SHARDS + 1
+    while count <= MAX_SHARDS and (found := _BRACES.search(text)):
+        count *= _choices(found[1])
+        text = text[: found.start()] + text[found.end() :]
+    return count
+
+
+def _choices(inside: str) -> int:
+    if found := _RANGE.match(inside):
+        if any(len(number) > 18 for number in found.groups()):
+            return MAX_SHARDS + 1
+        return abs(int(found[2]) - int(found[1])) + 1
+    return _LETTERS if ".." in inside else inside.count(",") + 1
