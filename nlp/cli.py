@@ -215,14 +215,14 @@ def _show(output: Path, facts: dict[str, Any]) -> None:
 
 
 def _count(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdecimal() else text
+    return int(text) if text is not None and text.isdecimal() and len(text) < 20 else text
 
 
 def _numbers(text: str | None) -> list[int] | None:
     if text is None:
         return None
     parts = text.split(",")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 20 and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"{text!r}: give two numbers, counted from 1, such as 2,3", param_hint="--fields")
     return [int(part) for part in parts]
 

@@ -30,7 +30,7 @@ class Stages:
         try:
             note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
             return note["facts"] if note["key"] == self.key else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def run(self, folder: Path, make: Callable[[Path], Facts]) -> Facts:

@@ -138,6 +138,10 @@ def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
             raise ArgumentError(f"{key} {options[key]!r:.60}: this is no text", key, code="wrong-type")
     keys = (*DEFAULTS, *BLOCK_OPTIONS.values(), "encoder_embed_dim", "revcol_net", "revcol_spec")
     given = DEFAULTS | {key: options[key] for key in keys if options.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, str | float | int) or (isinstance(value, int) and value.bit_length() > 64):
+            problem = f"{key}: {type(value).__name__}, where text or a number is needed"
+            raise ArgumentError(problem, key, code="wrong-type")
     return _checked(json.dumps(given, sort_keys=True), are_trusted(options))
 
 
@@ -154,14 +158,21 @@ def _checked(options: str, trust: bool) -> EncoderSpec:
 def _layers(given: Mapping[str, Any], trust: bool) -> Layers:
     """Blocks `transformer` take the options of the model, unless their level says something else."""
     if given.get("revcol_net"):
-        data = json.loads(given["revcol_net"])
+        try:
+            data = json.loads(given["revcol_net"])
+        except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, or nested too deep
+            data = None
         if not isinstance(data, dict) or not isinstance(data.get("levels"), list):
             raise ArgumentError("revcol_net: these are no columns", "revcol_net", code="wrong-format")
         if "base" in data:
             raise foreign_file("revcol_net", "base")
     else:
         level = {"dim": given["encoder_embed_dim"], "block": "transformer"}
-        depths = given["revcol_blocks"].split(",")
+        depths = [part.strip() for part in given["revcol_blocks"].split(",")]
+        if not all(part.isdecimal() and len(part) < 10 for part in depths):
+            option = "--revcol-blocks"
+            problem = f"{option} {given['revcol_blocks']!r:.60}: give numbers, as in 1,1,1,1"
+            raise ArgumentError(problem, option, code="invalid-syntax")
         data = {"columns": 1, "levels": [{**level, "depth": int(depth)} for depth in depths]}
     defaults = {key: given[option] for key, option in BLOCK_OPTIONS.items() if option in given}
     data["levels"] = [

@@ -71,7 +71,14 @@ def command_line(*given: str) -> argparse.Namespace:
         ({"decoder_xformers_att_config": CODE}, "decoder-xformers-att-config"),
         ({"encoder_xformers_att_config": CODE}, "encoder-xformers-att-config"),
         ({"revcol_net": "[1]"}, "revcol_net"),
+        ({"revcol_net": "[" * 100_000}, "revcol_net"),
+        ({"revcol_net": '{"levels": '}, "revcol_net"),
+        ({"revcol_net": '{"levels": [], "columns": %s}' % ("9" * 5000)}, "revcol_net"),
         ({"revcol_net": ["levels"]}, "revcol_net"),
+        ({"revcol_blocks": "1,x"}, "revcol-blocks"),
+        ({"revcol_blocks": "9" * 5000}, "revcol-blocks"),
+        ({"dropout": {1}}, "dropout"),
+        ({"revcol_columns": 10**5000}, "revcol_columns"),
     ],
 )
 def test_options_of_a_checkpoint_run_nothing(folder, given, name):
