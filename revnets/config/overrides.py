@@ -10,6 +10,9 @@ from revnets.config import load_errors as errors
 from revnets.config.errors import EXPONENT, ArgumentError, Keys, option_error, path, what
 from revnets.config.loader import MAX_DEPTH, Loader
 
+MAX_DIGITS = 20
+"""Digits of a number of an item; Python refuses to read some thousands of them."""
+
 
 def parse_override(text: str) -> tuple[str, Any]:
     """The key path and the value of one `key.path=value`.
@@ -55,7 +58,7 @@ def index_of(place: Any, key: str, found: Keys) -> str | int:
     """The key or number under which an override finds its place."""
     if isinstance(place, dict):
         return key
-    if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
+    if isinstance(place, list) and key.isdecimal() and len(key) < MAX_DIGITS and int(key) < len(place):
         return int(key)
     wrong, remedy = f"{path(found)} holds no keys: {what(place)}", f"Set {path(found)} as a whole"
     if isinstance(place, list):

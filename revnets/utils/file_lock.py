@@ -148,7 +148,7 @@ class FileLock:
 def _read_owner(file: IO[bytes]) -> Owner | None:
     file.seek(0)
     pid, _, host = file.read(256).decode(errors="replace").strip().partition(" ")
-    return Owner(int(pid), host) if pid.isascii() and pid.isdecimal() and host.isprintable() else None
+    return Owner(int(pid), host) if pid.isascii() and pid.isdecimal() and len(pid) < 20 and host.isprintable() else None
 
 
 def _require_regular(path: Path) -> None:

@@ -79,7 +79,7 @@ def class_number(classes: Sequence[str], name: str) -> int:
     """
     if name in classes:
         return classes.index(name)
-    if name.isdecimal() and int(name) < len(classes):
+    if name.isdecimal() and len(name) < 20 and int(name) < len(classes):
         return int(name)
     raise option_error(
         "--class", f"there is no class {name!r}", nearest(name, classes, "There are"), code="unknown-choice"

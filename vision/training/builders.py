@@ -38,7 +38,9 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
         name = f"cuda:{world.local_rank if world else 0}"
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds shapes without numbers")
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise run_error(
             "device", f"{name} cannot be used ({first_line(error)})", "Give auto or cpu", code="unusable-device"
         ) from None

@@ -252,7 +252,7 @@ class Trainer:
 
     def _require_no_files_of_others(self, config: Path) -> None:
         """A run begins in a new folder, or in one where it was killed before its first checkpoint."""
-        if config.exists():
+        if config.is_file():
             with open(config, encoding="utf-8", errors="replace") as file:
                 if file.readline() == CONFIG_HEAD:
                     return

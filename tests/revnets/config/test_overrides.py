@@ -141,3 +141,9 @@ def test_a_path_that_is_too_long_for_the_system(home: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, cwd=home)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", ["2", "9" * 30, "9" * 5000])
+def test_an_item_that_a_list_does_not_have_is_refused(number: str) -> None:
+    with raises_error(code="invalid-override", names=number[:30]):
+        load_spec({"columns": 1, "levels": [{"dim": 4, "depth": 1}] * 2}, [f"levels.{number}.dim=3"])

@@ -274,6 +274,8 @@ def test_evaluation_is_that_of_the_weights_and_of_their_average(engine, batches,
         ({"model": {**TINY["model"], "taps": [0]}}, "shape-mismatch", "model", "taps"),
         ({"optimizer": {"options": {"beta": 3}}}, "component-failed", "optimizer.options", ["adamw", "beta"]),
         ({"device": "cuda:77"}, "unusable-device", "device", ["cuda:77", "auto"]),
+        ({"device": "meta"}, "unusable-device", "device", ["meta", "auto"]),
+        ({"device": "hpu"}, "unusable-device", "device", ["hpu", "auto"]),
     ],
 )
 def test_what_does_not_fit_the_data_or_the_machine(engine, changes, code, key, names):
