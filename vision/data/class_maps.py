@@ -30,11 +30,12 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
     place = file if os.path.exists(file) else os.path.join(root, file)
     try:
         with open_regular(place) as opened:
-            data = opened.read(MAX_BYTES + 1)
+            size = os.fstat(opened.fileno()).st_size
+            data = opened.read(size) if size <= MAX_BYTES else None
     except OSError as error:
         problem = f"{place} cannot be read ({error.strerror or first_line(error)})"
         raise run_error("data.class_map", problem, "Check the path", code="missing-file") from None
-    if len(data) > MAX_BYTES:
+    if data is None:
         raise run_error("data.class_map", f"{place} is too large", "Check it", code="too-large")
     if file.lower().endswith(".txt"):
         return _numbers(data, place)

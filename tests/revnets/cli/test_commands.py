@@ -111,8 +111,6 @@ def test_the_package_runs_as_a_module() -> None:
 
 
 def test_a_bar_ends_with_the_error_of_its_body() -> None:
-    items = iter(range(3))
-    with pytest.raises(ZeroDivisionError), tracked(items, "dividing") as bar:
-        for item in bar:
-            1 / item
+    with pytest.raises(ZeroDivisionError), tracked(iter(range(3)), "dividing") as bar:
+        [1 / item for item in bar]
     assert [thread for thread in threading.enumerate() if "_TrackThread" in type(thread).__name__] == []

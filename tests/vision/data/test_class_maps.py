@@ -33,14 +33,14 @@ def test_a_text_is_a_class_map(tmp_path):
 @pytest.mark.parametrize("name", ["map.txt", "map.pkl"])
 def test_a_pipe_is_no_class_map(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(OSError, match="not a regular file"):
+    with raises_error(code="missing-file", key="data.class_map", names="not a regular file"):
         read_class_map(str(tmp_path / name))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs devices")
 def test_a_link_to_a_device_is_no_class_map(tmp_path):
     (tmp_path / "map.txt").symlink_to("/dev/zero")
-    with pytest.raises(OSError, match="not a regular file"):
+    with raises_error(code="missing-file", key="data.class_map", names="not a regular file"):
         read_class_map(str(tmp_path / "map.txt"))
 
 
