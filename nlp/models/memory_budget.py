@@ -119,7 +119,7 @@ def log_encoder_memory(model: Any) -> None:
         handle.remove()
         if torch.compiler.is_compiling() or not logger.isEnabledFor(logging.INFO):
             return
-        shape = tuple(words.shape)
+        shape = (words.shape[0], words.shape[1])
         try:
             kept = encoder_bytes(module.encoder, shape)
             with module.encoder.columns.using(modes="store"):
