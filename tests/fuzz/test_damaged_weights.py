@@ -21,4 +21,4 @@ def test_damaged_files_of_every_kind(tmp_path):
     assert [entry["wrong"] for entry in found] == [[]] * len(KINDS)
     for entry in found:
         assert sum(entry["outcomes"].values()) == COUNT
-        assert entry["outcomes"]["read"] < COUNT / 2  # or nothing was damaged
+        assert entry["outcomes"]["read"] < 2 * COUNT / 3  # or nothing was damaged; bits of a tensor may differ

@@ -161,11 +161,11 @@ def require_optimizer(saved: Mapping[str, Any], own: Optimizer, path: Path) -> N
             if (
                 name in given
                 and name != "params"
-                and not (_is_alike(value, given[name]) and (not same or value == tuple(given[name])))
+                and not (_is_alike(value, given[name]) and (not same or _is_same(value, given[name])))
             ):
                 raise _wrong(path, f"`{name}` of its optimizer is of another kind")
     indices = [index for group in theirs for index in group["params"]]
-    if indices != list(range(len(indices))):
+    if not all(type(index) is int for index in indices) or indices != list(range(len(indices))):
         raise _wrong(path, "the parameters of its optimizer are not numbered from 0 on")
     expected = _states(own)
     for index, entry in saved["state"].items():
@@ -176,6 +176,11 @@ def require_optimizer(saved: Mapping[str, Any], own: Optimizer, path: Path) -> N
                 raise _wrong(path, f"`{name}` of parameter {index} is missing in its optimizer")
             if not _is_alike(value, entry[name]):
                 raise _wrong(path, f"`{name}` of parameter {index} in its optimizer is of another kind or shape")
+
+
+def _is_same(numbers: tuple[Any, ...], given: Any) -> bool:
+    """Are these the same numbers? Tensors among them have no single answer to a comparison."""
+    return all(isinstance(number, (int, float)) for number in given) and numbers == tuple(given)
 
 
 def _states(own: Optimizer) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     Raises:
         OSError: the log cannot be read, or is no regular file.
     """
-    if not path.is_file():  # a pipe would be waited for
+    if not path.exists():
         return [], 0
     if not path.is_file():  # a pipe would be waited for
         raise OSError(errno.EINVAL, "not a regular file", str(path))

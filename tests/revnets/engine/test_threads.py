@@ -214,7 +214,7 @@ def test_a_fork_while_another_thread_holds_the_locks(other_thread):
 
     def child() -> None:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-        net(torch.randn(2, 8))[-1].sum().backward()
+        net(torch.randn(2, 8))  # no backward: autograd refuses it in forks of a process that has run its threads
 
     threading.Thread(target=hold).start()
     assert held.wait(60)
