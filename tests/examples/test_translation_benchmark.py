@@ -29,7 +29,7 @@ def test_benchmark_of_translation(benchmark, tmp_path, capsys, monkeypatch):
     measured = []
     monkeypatch.setattr(benchmark, "speed_table", lambda rows, *rest: measured.append(rows) or speed(rows, *rest))
     monkeypatch.setattr(benchmark, "memory_table", lambda rows: measured.append(rows) or memory(rows))
-    benchmark.main(scale=1, tokens=128, rounds=1, png=tmp_path / "nlp.png")
+    benchmark.main(scale=1, tokens=256, rounds=1, png=tmp_path / "nlp.png")
     printed = capsys.readouterr().out
     assert "in exact" in printed
     assert "RevCol, transformer's peak" in printed

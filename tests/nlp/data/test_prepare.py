@@ -205,7 +205,7 @@ from nlp.data.recipe import read_recipe
 steps, stage = module._Steps, sys.argv[3]
 before = getattr(steps, stage)
 
-def killed(self, folder):
+def killed(self, folder, *rest):
     before(self, folder)
     os.kill(os.getpid(), signal.SIGKILL)
 
