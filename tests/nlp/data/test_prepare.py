@@ -206,7 +206,7 @@ steps, stage = module._Steps, sys.argv[3]
 before = getattr(steps, stage)
 
 def killed(self, folder, *rest):
-    before(self, folder)
+    before(self, folder, *rest)
     os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
