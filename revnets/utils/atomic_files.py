@@ -121,7 +121,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def temporary_path(path: Path) -> Path:
     """The name under which this process writes a file or folder until it is complete."""
-    return path.with_name(f".{path.name}.{{}}@{{}}{TEMPORARY}".format(*Owner.current()))
+    owner = Owner.current()
+    return path.with_name(f".{path.name}.{owner.pid}@{owner.host}{TEMPORARY}")
 
 
 def make_folder(path: Path) -> None:

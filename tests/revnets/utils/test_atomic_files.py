@@ -141,3 +141,14 @@ def test_a_full_disk_names_the_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("name", ["{0}", "{name}", "a%s", "[b]", "*"])
+def test_names_with_characters_of_patterns(tmp_path, name):
+    for _ in range(2):
+        with replacing(tmp_path / name, "w") as file:
+            file.write("text")
+        with replacing_folder(tmp_path / f"{name}.d") as folder:
+            (folder / "x").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"{name}.d"])
+    assert (tmp_path / name).read_text() == "text"
