@@ -1,4 +1,4 @@
-"""A run that is killed at any of its file operations leaves, in the end, what one leaves that nothing interrupted."""
+"""A run that is killed at its file operations and resumed leaves the same files as a run without an interruption."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ KINDS = {
     "rare checkpoints": ({**FEW, "save_every": 2}, 1),  # only where an epoch ends
     "shards": ({**FEW, "grad_accum": 1, "parallel": "fsdp", "checkpoint": "sharded"}, 2),
 }
+
+
+STRIDES = {"plain": 13, "rare checkpoints": 17, "shards": 53}
+"""Every so many file operations are tried. They are prime, so that a kill hits other operations in every epoch."""
 
 
 def run(output: Path, kind: str, count: int = 0) -> int:
@@ -88,10 +92,10 @@ def test_killed_here_and_there(tmp_path, whole, counts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_every_file_operation(tmp_path, whole, kind):
+def test_killed_from_the_first_file_operation_to_the_last(tmp_path, whole, kind):
     if kind == "shards" and not dist.is_gloo_available():
         pytest.skip("needs gloo")
-    for count in itertools.count(1):
+    for count in itertools.count(1, STRIDES[kind]):
         if killed_at(tmp_path / str(count), kind, (count, 1 + count * 7 % 40), whole(kind)):
             break
     assert count > 40
