@@ -6,7 +6,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from revnets.config.errors import ConfigError
+from revnets.config.errors import ConfigError, printable
 
 
 def run_error(key: str, message: str, hint: str = "", code: str = "invalid-value") -> ConfigError:
@@ -65,15 +65,6 @@ class CheckpointError(RuntimeError):
 
 EXPECTED = (TrainingError, DataError, CheckpointError)
 """Errors that users can do something about."""
-
-
-def printable(text: str) -> str:
-    """A text on one line that every terminal and file takes: line feeds and bytes that are not UTF-8 are escaped."""
-    return (
-        text
-        if text.isprintable()
-        else "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    )
 
 
 def comparable(name: str) -> str:

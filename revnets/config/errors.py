@@ -31,7 +31,7 @@ class ConfigError(ValueError):
     def __init__(self, source: str, key: str, message: str, hint: str = "", code: str = "invalid-value"):
         self.source, self.key, self.message, self.hint = source, _line(key), _line(message), _line(hint)
         self.code = code
-        where = _printable(str(source))
+        where = _shortened(str(source))
         where += f": {self.key}" if self.key else ""
         super().__init__(f"{where}: {self.message}{'.' if hint else ''} {self.hint}".rstrip())
 
@@ -273,13 +273,16 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _line(text: str) -> str:
     """Any text on one line, without the full stop that a sentence of ours will add."""
-    line = _printable(text)
+    line = _shortened(text)
     return line if line.endswith("...") else line.removesuffix(".")
 
 
-def _printable(text: str, most: int = 2000) -> str:
-    """A text on one line that every terminal can show: escapes stand for all characters that it could obey."""
-    line = " ".join(text[: 2 * most].split())
-    if not line.isprintable():
-        line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+def _shortened(text: str, most: int = 2000) -> str:
+    """A text on one line of at most this many characters, and an ellipsis."""
+    line = printable(" ".join(text[: 2 * most].split()))
     return line if len(line) <= most else line[:most] + "..."
+
+
+def printable(text: str) -> str:
+    """A text on one line that every terminal and file accepts: control characters and lone surrogates are escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
