@@ -89,7 +89,7 @@ def link(source: Path, target: Path) -> None:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Fill a folder under a temporary name; it takes its name when the body is done, in place of one that had it.
 
-    If the body raises, the folder that had the name before stays as it was. What killed processes have left of the same
+    If it fails, the folder that had the name before stays as it was. What killed processes have left of the same
     name is removed.
 
     Raises:
@@ -111,7 +111,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 _sync(file)
             if path.exists():  # no system replaces a folder that is not empty
                 os.rename(path, old)
-            _take_name(temporary, path)
+            try:
+                _take_name(temporary, path)
+            except BaseException:
+                if old.exists() and not path.exists():
+                    os.rename(old, path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         finally:
             if lock is not None:

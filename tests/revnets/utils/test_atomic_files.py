@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -83,6 +84,22 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert (path / "part").read_text() == "first"
     fill("second")
     assert (path / "part").read_text() == "second"
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "data"
+    with replacing_folder(path) as folder:
+        (folder / "part").write_text("first")
+
+    def refuse(source, target):
+        raise OSError(errno.EIO, "Input/output error", str(source))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="Input/output error") as caught, replacing_folder(path) as folder:
+        (folder / "part").write_text("second")
+    assert caught.value.filename == str(path)
+    assert (path / "part").read_text() == "first"
     assert os.listdir(tmp_path) == ["data"]
 
 
