@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -52,7 +52,8 @@ class Trainer:
         self.config, self.world = config, world or World()
         self.console = (console or Console()) if self.world.is_main else Console(quiet=True)
         self.output = Path(config.output)
-        self._lock, self._logger = FileLock(self.output / LOCK), cast(RunLogger | None, None)
+        self._lock = FileLock(self.output / LOCK)
+        self._logger: RunLogger | None = None
         self.world.by_main(self._check_output)
         notes = self.output / ("unreadable.txt" if self.world.is_main else f"unreadable-{self.world.rank}.txt")
         self.task = create_task(config)
@@ -229,12 +230,12 @@ class Trainer:
             raise run_error("output", problem, "Start again, to go on from where it is", code="output-in-use")
 
     def _take_lock(self) -> None:
-        remedy = "Wait for its end, or give another output"
         try:
             make_folder(self.output)
             self._lock.acquire()
         except LockedError as error:
             problem = f"{self.output} is in use by {error.owner or 'another process'}"
+            remedy = "Wait until it has ended, or give another output"
             raise run_error("output", problem, remedy, code="output-in-use") from None
         except OSError as error:
             problem = f"{self.output} cannot be written to ({error.strerror})"
