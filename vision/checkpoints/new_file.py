@@ -30,7 +30,9 @@ def new_file(path: Path, note: str = "") -> Iterator[None]:
             yield
     except LockedError as error:
         problem = f"{error.owner or 'another process'} is writing it"
-        raise CheckpointError(path, problem, "Wait until it has ended, or give another path", code="output-in-use") from None
+        raise CheckpointError(
+            path, problem, "Wait until it is done, or give another path", code="output-in-use"
+        ) from None
     except CheckpointError:
         raise
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
