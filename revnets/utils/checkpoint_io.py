@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -137,6 +138,8 @@ def _diagnosis(error: Exception) -> tuple[str, str]:
 
     if isinstance(error, RejectedError):
         return error.code, error.message
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE):
+        return "unreadable-file", f"cannot be read ({error.strerror})"
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "unreadable-file", "there is too little memory to read it"
     return "damaged-file", ""

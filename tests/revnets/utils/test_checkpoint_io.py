@@ -196,3 +196,12 @@ def test_torch_reads_as_before(tmp_path):
     torch.save(CONTENT, tmp_path / "a.pt")
     read_checkpoint(tmp_path / "a.pt", allowed=RECORDS)
     assert vars(restricted) == before
+
+
+@pytest.mark.parametrize("kind", ["a long name", "links in a circle"])
+def test_a_path_that_the_system_refuses_is_no_damaged_file(tmp_path, kind):
+    path = tmp_path / ("a" * 300 + ".pt" if kind == "a long name" else "loop.pt")
+    if kind == "links in a circle":
+        path.symlink_to(path)
+    with raises_error(CheckpointReadError, code="unreadable-file", names=path.name):
+        read_checkpoint(path)
