@@ -94,7 +94,7 @@ def read_checkpoint(path: Path | str, allowed: Sequence[Allowed] = (), mmap: boo
         code = "unreadable-file"
     except Exception as error:  # a damaged file may raise anything
         code, message = _diagnosis(error)
-    raise CheckpointReadError(path, code, message) from None  # what a reader says of its internals helps nobody
+    raise CheckpointReadError(path, code, message) from None  # errors of the readers describe their internals
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Which process uses a file: locks that end with their process, and what a process is called."""
+"""Locks on files that end with their process, and the identity of the process that holds one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class LockedError(Exception):
 class FileLock:
     """A lock with a name in the file system, whose file says which process has it.
 
-    It is released when the process ends, in whatever way; its forks do not keep it. `release` removes the file.
+    It is released when the process ends, even when it is killed; its forks do not keep it. `release` removes the file.
 
     Attributes:
         path: of the file.
@@ -122,7 +122,7 @@ class FileLock:
                     file.close()
 
     def release(self) -> None:
-        """Give the lock back, if it is held, and remove its file."""
+        """Release the lock, if it is held, and remove its file."""
         if self._file is not None:
             with suppress(OSError):
                 if _has_name(self._file, self.path):
@@ -155,7 +155,7 @@ def _require_regular(path: Path) -> None:
     """A link would be followed, and the file that it leads to emptied."""
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise OSError(errno.EINVAL, f"{path.name} is no regular file", str(path))
+            raise OSError(errno.EINVAL, f"{path.name} is not a regular file", str(path))
 
 
 def _has_name(file: IO[bytes], path: Path) -> bool:

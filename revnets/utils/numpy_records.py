@@ -11,7 +11,7 @@ from revnets.utils.read_bounds import Allowance, RejectedError, is_shape
 
 
 class ArrayName:
-    """What a pickle means by `numpy.ndarray`."""
+    """Placeholder for `numpy.ndarray` in a pickle."""
 
 
 def make_array(kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
@@ -32,12 +32,12 @@ def make_dtype(code: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]
 def make_number(dtype: Any, data: bytes) -> Any:
     """In place of NumPy's `scalar`."""
     if not isinstance(dtype, np.dtype) or type(data) is not bytes or dtype.itemsize != len(data) or not data:
-        raise ValueError("a number that has not the size of its type")
+        raise ValueError("a number whose size is not that of its type")
     return np.frombuffer(data, dtype)[0]
 
 
 MAKERS = {"ndarray": ArrayName, "dtype": make_dtype, "_reconstruct": make_array, "scalar": make_number}
-"""What is taken for the names of NumPy."""
+"""Functions that replace those of NumPy, by name."""
 
 
 def fill_array(target: Any, state: Any, allowance: Allowance) -> None:
@@ -53,6 +53,6 @@ def fill_array(target: Any, state: Any, allowance: Allowance) -> None:
     if not isinstance(dtype, np.dtype) or type(data) is not bytes or not is_shape(shape):
         raise ValueError("an array is described by other types than those of NumPy")
     if math.prod(shape) * dtype.itemsize != len(data):
-        raise RejectedError(code="damaged-file", message="damaged, an array has not the size of its data")
+        raise RejectedError(code="damaged-file", message="damaged, the size of an array is not that of its data")
     allowance.take(len(data))
     target.__setstate__((1, tuple(shape), dtype, bool(in_fortran_order), data))

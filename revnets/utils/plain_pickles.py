@@ -1,4 +1,4 @@
-"""Pickles read as data: numbers, text, containers and tensors, within bounds. What a pickle may name is a short list.
+"""Pickles read as data: numbers, text, containers and tensors, within bounds. A pickle may name only a short list.
 
 `torch.load(weights_only=True)` executes no foreign code either, but it allocates what a file declares: a pickle of 60
 bytes can ask for 40 GB. Here the size of everything is compared with the size of the file before it is made.
@@ -24,7 +24,7 @@ MAX_ELEMENTS = 2**48
 """Of a tensor, where an axis of length 0 counts as 1."""
 
 MAX_ARGUMENTS = 12
-"""Of what a pickle calls; the most that torch gives are 8."""
+"""Of what a pickle calls; torch passes at most 8."""
 
 _STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -67,7 +67,7 @@ class PlainUnpickler(pickle._Unpickler):
         file: where the pickle begins.
         allowance: of the file.
         allowed: what the pickle may name beside tensors and plain data, by its name there.
-        storage: gives the memory that a persistent id stands for.
+        storage: returns the memory of a persistent id.
     """
 
     stack: list[Any]  # this and the next are attributes of the base class

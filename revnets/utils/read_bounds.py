@@ -1,4 +1,4 @@
-"""Bounds on what is read from a file: how much it may declare, how deeply it may nest, how often it may repeat."""
+"""Bounds on the content of a file: the data it may declare, its depth of nesting, its repetitions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FREE_BYTES, FACTOR = 2**24, 16
 count for each of their names; so do views that repeat a value (`Tensor.expand`)."""
 
 MAX_NAME = 1000
-"""Letters of a key."""
+"""Length of a key in characters."""
 
 FREE_NODES = 10**6
-"""Containers that occur in several places count everywhere; these may be so many values more than are in the file."""
+"""Containers that occur in several places count in each of them; they may add this many values to those in the file."""
 
 _KEYS = (str, int, float, bool, bytes, type(None))
 
 
 class RejectedError(Exception):
-    """A file that holds something else than plain data, or more than it has room for."""
+    """A file that holds more than plain data, or declares more data than it has."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -65,10 +65,10 @@ def checked_key(key: Any) -> Any:
 
 
 def require_bounded(content: Any) -> None:
-    """Refuse what would take forever to walk: cycles, deep nesting, and containers that contain others many times.
+    """Refuse content that takes too long to traverse: cycles, deep nesting and repeated containers.
 
     Raises:
-        RejectedError: says which.
+        RejectedError: names the reason.
     """
     sizes: dict[int, int] = {}  # of the containers that are done, with all that they contain
     open_ones: set[int] = set()

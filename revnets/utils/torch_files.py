@@ -20,7 +20,7 @@ ZIP, PICKLE, LEGACY = b"PK\x03\x04", b"\x80", (0x1950A86A20F9469CFC6C).to_bytes(
 """What the two begin with; the second is a pickle of the third, a number."""
 
 FREE_PICKLE_BYTES = 2**21
-"""A pickle may have so many bytes and a quarter of the file: every byte of it can become an object of 100 bytes."""
+"""A pickle may have this many bytes plus a quarter of the file: every byte of it can become an object of 100 bytes."""
 
 
 def read_zip(path: Path, allowed: Mapping[str, Any], mmap: bool) -> Any:
@@ -124,7 +124,7 @@ def _buffer(data: Tensor) -> memoryview:
 
 
 class _Limited:
-    """A file of which only so many bytes are read."""
+    """A file with a limit on the number of bytes that are read."""
 
     def __init__(self, file: BinaryIO, left: int):
         self.file, self.left = file, left
@@ -174,7 +174,7 @@ def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
         require_bounded(content)
         keys = PlainUnpickler(limited, allowance, {}).load()
         if type(keys) is not list or not all(type(key) in (str, int) for key in keys):
-            raise RejectedError(code="damaged-file", message="damaged, the list of its tensors is none")
+            raise RejectedError(code="damaged-file", message="damaged, its list of tensors is invalid")
         for key in keys:
             data, dtype = found.pop(key)
             count = int.from_bytes(file.read(8), "little")

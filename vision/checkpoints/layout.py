@@ -1,4 +1,4 @@
-"""What the entries of a checkpoint of `revnets train` must be: compared with a file before anything in it is used."""
+"""The layout of a checkpoint of `revnets train`: a file is validated against it before any of it is used."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ KINDS: dict[str, Kind] = {
     ),
     "scaler": ("a mapping of numbers", _holds((int, float))),
 }
-"""What each entry must be, unless it is None or missing."""
+"""The kind of each entry, unless it is None or missing."""
 
 TO_EVALUATE = ("config", "model")
 TO_RESUME = (
@@ -111,7 +111,7 @@ TO_RESUME = (
 
 
 def require_layout(state: Mapping[str, Any], path: Path, needed: Iterable[str] = ()) -> None:
-    """Refuse a checkpoint of which an entry is of another kind than it should be.
+    """Refuse a checkpoint with an entry of the wrong kind.
 
     Args:
         path: where it comes from, for the message.

@@ -101,7 +101,7 @@ LAUNCHERS = (
 """Environment variables from which a process knows its rank, the number of processes, and its rank on its machine."""
 
 PATIENCE = 20.0
-"""Seconds after which a process says that it waits for others to start."""
+"""Seconds after which a process reports that it is waiting for the others."""
 
 
 def world_of(variables: Mapping[str, str]) -> World:
@@ -127,7 +127,7 @@ def world_of(variables: Mapping[str, str]) -> World:
     if rank is None:
         raise _launch_error(rank_name, f"is not set, but {size_name} is {size}")
     if rank >= size:
-        raise _launch_error(rank_name, f"{rank} is no rank among {size_name}={size} processes")
+        raise _launch_error(rank_name, f"{rank} is not a rank of {size_name}={size} processes")
     if size > 1:
         _require_address(given, f"{size_name} is {size}")
     return World(rank, size, _number(given, local_name, 0) or 0)
@@ -138,18 +138,18 @@ def _number(given: Mapping[str, str], name: str, least: int) -> int | None:
         return None
     text = given[name]
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
-        raise _launch_error(name, f"{text!r} is no whole number from {least} on")
+        raise _launch_error(name, f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
 
 def _require_address(given: Mapping[str, str], reason: str) -> None:
-    """Look at where the processes are to meet. With a wrong address they would wait for one another for long."""
+    """Check the address at which the processes meet. With a wrong one they would wait for a long time."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in given:
             raise _launch_error(name, f"is not set, but {reason}")
     host, port = given["MASTER_ADDR"], _number(given, "MASTER_PORT", 1)
     if port is not None and port > 65535:
-        raise _launch_error("MASTER_PORT", f"{port} is no port; the last one is 65535")
+        raise _launch_error("MASTER_PORT", f"{port} is not a port; the highest is 65535")
     try:
         socket.getaddrinfo(host, port)
     except (OSError, UnicodeError) as error:
@@ -170,7 +170,7 @@ def joined(device: str = "auto") -> Iterator[World]:
 
     Raises:
         revnets.SpecError: the launcher's variables cannot be used, or the processes do not meet.
-        TrainingError: another process has gone, so nothing can be said to it any more.
+        TrainingError: another process has ended, so it cannot be reached any more.
     """
     world = world_of(os.environ)
     on_gpu = torch.cuda.is_available() and device != "cpu"

@@ -35,7 +35,7 @@ TIMM_WEIGHTS = ("pretrained", "checkpoint_path")
 """Arguments of `timm.create_model` that make it look for weights."""
 
 FREE_ELEMENTS, FREE_BLOCKS = 2**24, 100
-"""A model may have so much more than its checkpoint; what differs is found out when they are compared."""
+"""How much larger than its checkpoint a model may be; smaller differences are found when the two are compared."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,7 @@ class RunLogger:
         self._add_events(line)
 
     def sync(self) -> None:
-        """Have everything on the disk that was written, as it must be before a checkpoint that counts on it."""
+        """Flush all files to the disk, before a checkpoint that relies on them."""
         for path in (self.path, self._events.path):
             append(path, b"", sync=True)
 
