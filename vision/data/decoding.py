@@ -66,9 +66,10 @@ def converted(picture: Image.Image, mode: str = "RGB", exif: Exif = "ignore") ->
     Raises:
         ValueError: its numbers have no scale: integers of 32 bits, or floats.
     """
+    has_16_bits = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in SIXTEEN_BITS)
     if exif == "apply":
-        picture = _upright(picture)
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in SIXTEEN_BITS):
+        picture = _upright(picture)  # which does not keep the format
+    if has_16_bits:
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError(f"its pixels are numbers of 32 bits (mode {picture.mode}), which have no scale")

@@ -33,8 +33,9 @@ def read(content: bytes, mode: str = "RGB", **options) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_ramp_of_16_bits_keeps_its_256_levels(kind, mode):
-    found = read(saved(Image.fromarray(RAMP * 256 + 7), kind), mode)
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_a_ramp_of_16_bits_keeps_its_256_levels(kind, mode, exif):
+    found = read(saved(Image.fromarray(RAMP * 256 + 7), kind), mode, exif=exif)
     assert np.array_equal(found, np.stack([RAMP] * 3, 2) if mode == "RGB" else RAMP)
 
 
