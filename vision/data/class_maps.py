@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickletools
 from collections import Counter
-from pathlib import Path
 
 from timm.data.readers.class_map import load_class_map
 
@@ -14,6 +13,14 @@ from vision.errors import comparable, first_line, run_error
 
 MAX_BYTES = 2**26
 """Names of a million classes, with room to spare."""
+
+_PLAIN = frozenset(
+    {"PROTO", "FRAME", "STOP", "MARK", "DICT", "EMPTY_DICT", "SETITEM", "SETITEMS"}
+    | {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"}
+    | {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+    | {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+)
+"""Opcodes of a pickled dict of names and numbers. The hash of nested tuples would take exponential time."""
 
 
 def read_class_map(file: str, root: str = "") -> dict[str, int]:
@@ -40,7 +47,7 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
     if file.lower().endswith(".txt"):
         return _numbers(data, place)
     if file.lower().endswith(".pkl"):
-        _check_sizes(data, place)
+        _require_plain(data, place)
     return load_class_map(file, root)
 
 
@@ -61,9 +68,9 @@ def _numbers(data: bytes, place: str) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-def _check_sizes(data: bytes, place: str | Path) -> None:
-    """Refuse a pickle that makes its reader allocate more than the file has bytes for."""
+def _require_plain(data: bytes, place: str) -> None:
+    """Refuse a pickle of anything but names and numbers, or with a memo that is longer than the file."""
     for code, argument, _ in pickletools.genops(data):
         is_far = code.name.endswith("PUT") and (argument or 0) > len(data)  # the memo is a list of that length
-        if is_far or code.name == "BYTEARRAY8":
+        if is_far or code.name not in _PLAIN:
             raise ValueError(f"{place}: it holds more than class names and numbers")

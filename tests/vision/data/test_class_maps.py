@@ -64,6 +64,13 @@ def test_a_class_map_takes_no_more_memory_than_it_has_bytes_for(tmp_path, data):
         tracemalloc.stop()
 
 
+def test_a_class_map_with_nested_tuples_is_refused_before_they_are_hashed(tmp_path):
+    nested = b"K\x00" + 60 * (pickle.DUP + pickle.TUPLE2)  # its hash takes 2**60 steps
+    (tmp_path / "map.pkl").write_bytes(b"\x80\x02}" + nested + b"K\x01s.")
+    with pytest.raises(ValueError, match="more than class names and numbers"):
+        read_class_map(str(tmp_path / "map.pkl"))
+
+
 @pytest.mark.parametrize(
     ("split", "count"),
     [("train", 1), ("train-{0000..0099}.tar", 100), ("{a,b}-{9..0}.tar|5", 20), ("{a,{b,c}}.tar", 4)],
