@@ -37,7 +37,7 @@ VISITS = 64
 """How often links may lead to the same folder."""
 
 LONGEST = 4096
-"""Characters of a name in a tar."""
+"""Characters of a name in a tar, and of the target of a link."""
 
 
 class ImageFile(NamedTuple):
@@ -162,8 +162,8 @@ def _list_members(file: Any, path: str, folder: str, found: Listing, start: int 
     members: dict[str, tarfile.TarInfo] = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            if len(member.name) > LONGEST:
-                raise ValueError(f"a name has {len(member.name)} characters")
+            if (length := max(len(member.name), len(member.linkname))) > LONGEST:
+                raise ValueError(f"a name has {length} characters")
             parts = [part for part in posixpath.normpath(member.name).split("/") if part not in ("", ".", "..")]
             if parts and not any(map(is_hidden, parts)):
                 members["/".join(parts)] = member  # of several with one name the last counts, as for tar -x

@@ -380,6 +380,16 @@ def test_a_damaged_tar_loses_no_class_unnoticed(tmp_path, damage):
         opened(root, "tar")
 
 
+@pytest.mark.parametrize("key", ["path", "linkpath"])
+def test_a_tar_with_an_overlong_name_is_refused(tmp_path, key):
+    """A global header would give a name of megabytes to every member."""
+    root = two_tars(tmp_path)
+    with tarfile.open(root / "train.tar", "w", pax_headers={key: "a/" * 4000 + "b"}) as tar:
+        add(tar, "ant/0.jpg", type=tarfile.SYMTYPE, linkname="1.jpg")
+    with raises_error(code="damaged-file", key="data.root", names="8001 characters"):
+        opened(root, "tar")
+
+
 def test_sizes_in_a_tar_are_those_of_its_bytes(tmp_path):
     root = two_tars(tmp_path)
     for kind, size in ((tarfile.REGTYPE, 2**62), (tarfile.REGTYPE, 2**33), (tarfile.GNUTYPE_LONGNAME, 2**40)):
