@@ -88,7 +88,7 @@ class ImagesConfig(Strict):
     train_split: str = "train"
     val_split: str = "validation"
     class_map: UserPath | None = None  # file with a class name a line
-    num_classes: int | None = Field(default=None, ge=2)  # where the reader cannot tell
+    num_classes: int | None = Field(default=None, ge=2, le=10**6)  # where the reader cannot tell
     train_samples: int | None = Field(default=None, ge=1)  # of a stream that does not tell its length
     val_samples: int | None = Field(default=None, ge=1)
     input_key: str | None = None  # endings of folder and tar, such as .jpg;.webp; else names of fields, see timm's

@@ -152,6 +152,12 @@ def test_numbers_that_nothing_can_hold(override):
         load_config("digits", ["output=x", override])
 
 
+def test_a_number_of_classes_without_bound_is_refused():
+    data = {"name": "folder", "root": "data", "num_classes": 10**15}
+    with raises_error(code="out-of-range", key="data.num_classes"):
+        load_config({"model": {"timm": "revcol_tiny"}, "output": "run", "data": data})
+
+
 def test_a_folder_does_not_hide_the_recipe_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
