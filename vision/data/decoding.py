@@ -34,7 +34,7 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def read_image(file: IO[bytes], mode: str = "RGB", exif: Exif = "ignore") -> Image.Image:
-    """The first picture of a file, whatever its name ends in.
+    """The first picture of a file, whatever its extension.
 
     Args:
         file: opened; needed no more afterwards.

@@ -1,4 +1,4 @@
-"""A reader of images in class folders and in tars, and the classes that the names of the folders stand for."""
+"""A reader of images in class folders and in tars, and the classes that their folders name."""
 
 from __future__ import annotations
 
@@ -113,14 +113,14 @@ def _require_images(root: str, found: Listing) -> None:
 
 
 def _require_clear_classes(root: str, found: Listing) -> None:
-    """Refuse images beside class folders, and folders of one name in different places."""
-    remedy = "Let {} lie in class folders, or name the class folders in a file, data.class_map"
+    """Refuse images next to class folders, and folders of one name in different places."""
+    remedy = "Put {} into class folders, or name the class folders in a file, data.class_map"
     example = {file.folder: file.name for file in reversed(found.files)}
     places: dict[str, str] = {}
     for folder in sorted(example):
         for above in _above(folder):
             if above in example:
-                problem = f"{root}: {example[above]} lies beside the folder {folder}, which holds images as well"
+                problem = f"{root}: {example[above]} is next to the folder {folder}, which holds images as well"
                 raise run_error("data.root", problem, remedy.format("all images"), code="class-mismatch")
         inner = folder.partition("/")[2] or folder if found.tars else folder
         other = places.setdefault(comparable(posixpath.basename(folder)), inner)
@@ -160,6 +160,6 @@ def _about_endings(found: Listing) -> str:
 
 
 def _above(folder: str) -> list[str]:
-    """The folders that a folder lies in, the listed one (the empty name) included."""
+    """The parents of a folder, the listed one (the empty name) included."""
     parts = folder.split("/") if folder else []
     return ["/".join(parts[:count]) for count in range(len(parts))]

@@ -1,7 +1,7 @@
-"""Which images lie in a folder, in a tar, or in a folder of tars.
+"""The images in a folder, in a tar, or in a folder of tars.
 
-timm's readers of folders and tars take whatever they meet for images and classes. These leave out what programs leave
-behind, follow links without going in circles, and report what they do not read, for `vision.data.image_files`.
+timm's readers treat every file and folder as an image or a class. These functions skip what programs leave behind,
+follow links without going in circles, and report what they do not read, for `vision.data.image_files`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def list_folder(root: str, endings: frozenset[str]) -> Listing:
         place = os.path.join(root, folder)
         status = os.stat(place)
         here = status.st_dev, status.st_ino
-        if here in above:  # a link to a folder that it lies in
+        if here in above:  # a link to one of its parents
             continue
         visits[here] += 1
         if visits[here] > VISITS:
@@ -127,7 +127,7 @@ def list_tars(root: str, endings: frozenset[str]) -> Listing:
     """The images of a tar, or of all tars in a folder; tars in them are read as folders.
 
     Raises:
-        revnets.SpecError: a tar is damaged, or something else lies beside the tars.
+        revnets.SpecError: a tar is damaged, or there is other data next to the tars.
         OSError: a folder cannot be read.
     """
     found = Listing(endings, tars=os.path.isdir(root))

@@ -19,13 +19,13 @@ _LETTERS = 100  # at most, from one letter to another
 
 
 def check_shards(root: Path, split: str) -> None:
-    """Check what webdataset would open without a look at it.
+    """Check what webdataset would open unchecked.
 
     Raises:
-        revnets.SpecError: the braces of a split stand for too many names, or a description is a pipe or a device.
+        revnets.SpecError: the braces of a split expand to too many names, or a description is a pipe or a device.
     """
     if count_names(split) > MAX_SHARDS:
-        problem = f"{split:.80} stands for more than {MAX_SHARDS:,} shards"
+        problem = f"{split:.80} expands to more than {MAX_SHARDS:,} shards"
         raise run_error("data", problem, "Give smaller numbers in braces", code="out-of-range")
     for file in (root / "_info.json", root / "info.json"):
         if file.exists() and not file.is_file():
@@ -33,7 +33,7 @@ def check_shards(root: Path, split: str) -> None:
 
 
 def count_names(text: str) -> int:
-    """A bound of how many names a text with braces stands for; it does not go far beyond `MAX_SHARDS`."""
+    """An upper bound on the number of names that braces expand to; it does not go far beyond `MAX_SHARDS`."""
     count = 1 if len(text) <= LONGEST else MAX_SHARDS + 1
     while count <= MAX_SHARDS and (found := _BRACES.search(text)):
         count *= _choices(found[1])
