@@ -196,3 +196,8 @@ def test_pixels_of_a_run_of_today(tmp_path):
     for index in range(4):
         path = root / "val" / data.val.reader.filename(index)
         assert torch.equal(data.val[index][0], transform(Image.open(path).convert("RGB")))
+
+
+def test_a_format_for_which_another_program_runs_is_not_opened():
+    with pytest.raises(OSError, match="cannot identify"):
+        read_image(io.BytesIO(saved(images.image(1, 0), "EPS")))
