@@ -28,6 +28,7 @@ from revnets.config.loader import Strict
 from revnets.utils.atomic_files import TEMPORARY, replacing_folder
 
 from .errors import TranslationError
+from .output_folder import sole_writer
 
 BLOCK = 1 << 20
 DIGITS = {"md5": 32, "sha1": 40, "sha256": 64}
@@ -119,32 +120,36 @@ def fetch(item: Download, folder: Path, progress: Progress, attempts: int = 5, w
     later one.
 
     Raises:
-        TranslationError: it cannot be had, or is not what the recipe names.
+        TranslationError: it cannot be had, is not what the recipe names, or another process is downloading it.
     """
     path = folder / item.file
     task = progress.add_task(escape(item.file), total=item.size)
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{item.file}{TEMPORARY}"
-        for attempt in range(attempts):
-            try:
-                _receive(item, partial, progress, task)
-                break
-            except TranslationError:
-                raise
-            except (*NETWORK, ValueError) as error:  # the latter of an address or a length that a server gave
-                if attempt + 1 == attempts or _is_lasting(item, error):
-                    reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-                    raise TranslationError(
-                        f"{item.url}: {reason}. Run the command again to go on, or put the file at {path} by hand",
-                        code="download-failed",
-                    ) from error
-                time.sleep(wait * 2**attempt)
-        _check(item, partial, progress, task)
-        os.replace(partial, path)
+        with sole_writer(path):
+            _download(item, path, progress, task, attempts, wait)
     else:
         _check(item, path, progress, task)
     return path
+
+
+def _download(item: Download, path: Path, progress: Progress, task: TaskID, attempts: int, wait: float) -> None:
+    partial = path.with_name(f".{path.name}{TEMPORARY}")
+    for attempt in range(attempts):
+        try:
+            _receive(item, partial, progress, task)
+            break
+        except TranslationError:
+            raise
+        except (*NETWORK, ValueError) as error:  # the latter of an address or a length that a server gave
+            if attempt + 1 == attempts or _is_lasting(item, error):
+                reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+                raise TranslationError(
+                    f"{item.url}: {reason}. Run the command again to go on, or put the file at {path} by hand",
+                    code="download-failed",
+                ) from error
+            time.sleep(wait * 2**attempt)
+    _check(item, partial, progress, task)
+    os.replace(partial, path)
 
 
 def _is_lasting(item: Download, error: Exception) -> bool:

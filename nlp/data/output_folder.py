@@ -1,12 +1,16 @@
-"""Folders that `prepare-mt` may replace or remove: those that it made itself, with nothing else in them."""
+"""Folders that `prepare-mt` may replace or remove: data sets of its own, with no other files, one process at a time."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from revnets.utils.atomic_files import make_folder
+from revnets.utils.file_lock import FileLock, LockedError
 
 from .errors import TranslationError
 from .resumable_steps import NOTE
@@ -14,6 +18,25 @@ from .resumable_steps import NOTE
 _OWN = re.compile(
     r"prepared\.json|preprocess\.log|codes|dict\.\w+\.txt|test\.raw\.\w+|(train|valid|test)\.\w+-\w+\.\w+\.(bin|idx)"
 )
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Hold a lock beside a file or folder while it is written.
+
+    Raises:
+        TranslationError: another process holds it.
+        OSError: the lock cannot be written.
+    """
+    make_folder(path.parent)
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            yield
+    except LockedError as error:
+        raise TranslationError(
+            f"{path}: {error.owner or 'another process'} is writing it. Wait for its end, or give another path",
+            code="output-in-use",
+        ) from None
 
 
 def check_replaceable(output: Path, inputs: Iterable[Path] = ()) -> None:

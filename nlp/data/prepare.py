@@ -24,7 +24,7 @@ from .binarization import LOG, check_sentences, rename_in_log, run_preprocess
 from .corpus import Pair, TranslationError, named
 from .download import extract_archive, fetch
 from .languages import UNSEGMENTED, base_language
-from .output_folder import check_inputs, check_replaceable
+from .output_folder import check_inputs, check_replaceable, sole_writer
 from .recipe import Clean, Recipe
 from .resumable_steps import NOTE, Facts, Stages
 from .sentence_pairs import PairWriter, SentencePair, read_lines, read_pairs, same, segmented, tokenized
@@ -61,7 +61,7 @@ def prepare(
         Counts of pairs and types, and why pairs were dropped.
 
     Raises:
-        TranslationError: one line on what is wrong with the data.
+        TranslationError: one line on what is wrong with the data, or another process is making this folder.
     """
     console = console or Console()
     inputs = _inputs(recipe, base)
@@ -74,43 +74,44 @@ def prepare(
     check_replaceable(named_output, read)
     work = output.with_name(output.name + ".work")
     check_inputs(work, read)
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise TranslationError(
-            f"{named_output} is there, made in another way. Give another --output, or --overwrite to replace it",
-            code="settings-differ",
-        )
-    if find_spec("fairseq_cli") is None:  # it comes last, and the other steps can take hours
-        raise TranslationError(
-            "fairseq is not installed, which binarises the text. Try: pip install 'revnets[nlp]'",
-            code="missing-dependency",
-        )
-    if recipe.tokenize and (unsegmented := [code for code in recipe.codes if base_language(code) in UNSEGMENTED]):
-        console.print(
-            f"warning: {' and '.join(unsegmented)}: Moses' tokenizer does not segment text without spaces, so that "
-            "clauses become words. Segment it first, and set `tokenize: false` in a recipe",
-            style="yellow",
-            soft_wrap=True,
-        )
-    remove_leftovers(output.parent, output.name)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns, console=console) as progress:
-            archives = [fetch(item, downloads, progress) for item in recipe.downloads]
-            folders = [extract_archive(archive, work, progress) for archive in archives]
-            steps = _Steps(recipe, (*folders, base), work, workers, progress)
-            steps, found = _cleaned(steps, stages)
+    with sole_writer(output):
+        if output.exists() and any(output.iterdir()) and not overwrite:
+            raise TranslationError(
+                f"{named_output} is there, made in another way. Give another --output, or --overwrite to replace it",
+                code="settings-differ",
+            )
+        if find_spec("fairseq_cli") is None:  # it comes last, and the other steps can take hours
+            raise TranslationError(
+                "fairseq is not installed, which binarises the text. Try: pip install 'revnets[nlp]'",
+                code="missing-dependency",
+            )
+        if recipe.tokenize and (unsegmented := [code for code in recipe.codes if base_language(code) in UNSEGMENTED]):
+            console.print(
+                f"warning: {' and '.join(unsegmented)}: Moses' tokenizer does not segment text without spaces, so that "
+                "clauses become words. Segment it first, and set `tokenize: false` in a recipe",
+                style="yellow",
+                soft_wrap=True,
+            )
+        remove_leftovers(output.parent, output.name)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        try:
+            with Progress(*columns, console=console) as progress:
+                archives = [fetch(item, downloads, progress) for item in recipe.downloads]
+                folders = [extract_archive(archive, work, progress) for archive in archives]
+                steps = _Steps(recipe, (*folders, base), work, workers, progress)
+                steps, found = _cleaned(steps, stages)
 
-            def fill(folder: Path) -> Facts:
-                facts = found | steps.binarize(folder, output, found)
-                check_replaceable(named_output, read)  # hours may have passed
-                return facts
+                def fill(folder: Path) -> Facts:
+                    facts = found | steps.binarize(folder, output, found)
+                    check_replaceable(named_output, read)  # hours may have passed
+                    return facts
 
-            facts = stages.run(output, fill)
-    finally:
-        with suppress(OSError):  # it is not there, or not empty: it is of use for the next call
-            work.rmdir()
-    _remove(work, [folder.name for folder in folders])
-    return facts
+                facts = stages.run(output, fill)
+        finally:
+            with suppress(OSError):  # it is not there, or not empty: it is of use for the next call
+                work.rmdir()
+        _remove(work, [folder.name for folder in folders])
+        return facts
 
 
 def _cleaned(steps: _Steps, stages: Stages) -> tuple[_Steps, Facts]:

@@ -27,6 +27,7 @@ from nlp.data.corpus import TranslationError
 from nlp.data.download import Download, extract_archive, fetch
 from nlp.data.recipe import Recipe
 from revnets.config.loader import load
+from revnets.utils.file_lock import FileLock
 
 CONTENT = random.Random(0).randbytes(300_007)
 DIGEST = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
@@ -239,6 +240,17 @@ def test_more_than_the_recipe_says_is_not_taken(server, tmp_path):
         get(server.url(), tmp_path, size=1000)
     assert os.listdir(tmp_path) == []
     assert get(server.url(), tmp_path, size=len(CONTENT)).read_bytes() == CONTENT
+
+
+def test_two_processes_do_not_write_one_download(server, tmp_path):
+    with (
+        FileLock(tmp_path / ".file.bin.lock"),
+        raises_error(TranslationError, code="output-in-use", names=[str(tmp_path / "file.bin")]),
+    ):
+        get(server.url(), tmp_path)
+    assert server.asked == []
+    assert get(server.url(), tmp_path).read_bytes() == CONTENT
+    assert os.listdir(tmp_path) == ["file.bin"]
 
 
 def test_an_unknown_host_is_not_asked_again(tmp_path, monkeypatch):

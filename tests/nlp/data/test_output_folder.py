@@ -16,6 +16,7 @@ from nlp.data import prepare as module
 from nlp.data.corpus import TranslationError
 from nlp.data.prepare import prepare
 from nlp.data.resumable_steps import Stages
+from revnets.utils.file_lock import FileLock
 
 
 @pytest.fixture
@@ -133,6 +134,14 @@ def test_what_was_added_while_it_ran_stays(folder, monkeypatch):
         replaced(folder, "data-bin/mine")
     assert (mine / "results.txt").read_text() == "mine"
     assert (mine / "codes").read_text() == "x"
+
+
+def test_two_processes_do_not_make_one_folder(folder):
+    lock = FileLock(folder / "data-bin" / ".mine.lock")
+    before = contents(folder)
+    with lock, raises_error(TranslationError, code="output-in-use", names=["data-bin/mine", f"process {os.getpid()}"]):
+        replaced(folder, "to-mine")
+    assert contents(folder) == before
 
 
 @pytest.mark.slow
