@@ -40,15 +40,15 @@ def sole_writer(path: Path) -> Iterator[None]:
 
 
 def check_replaceable(output: Path, inputs: Iterable[Path] = ()) -> None:
-    """See to it that nothing is lost when a folder is replaced.
+    """Check that replacing a folder deletes neither an input nor other files.
 
     Args:
         output: the folder; it may be missing.
         inputs: files and folders that are read.
 
     Raises:
-        TranslationError: there is something in its place that is not a data set of `prepare-mt` and of nothing else; or
-            an input or the working directory lies inside of it.
+        TranslationError: it is not a data set of `prepare-mt`, it contains other files, or it contains an input or the
+            working directory.
     """
     place = Path(os.path.realpath(output))
     if not place.name:
@@ -64,26 +64,26 @@ def check_replaceable(output: Path, inputs: Iterable[Path] = ()) -> None:
         foreign = entries[0].name
     if foreign is not None:
         raise TranslationError(
-            f"{output}: holds {foreign}, which is not of a data set of prepare-mt, so nothing in it is replaced. "
+            f"{output}: contains {foreign}, which prepare-mt did not write, so the folder is not replaced. "
             "Give another --output",
             code="file-exists",
         )
     if Path.cwd().is_relative_to(place):
         raise TranslationError(
-            f"{output}: the working directory lies in it. Change to another one first", code="conflicting-values"
+            f"{output}: contains the working directory. Change to another one first", code="conflicting-values"
         )
 
 
 def check_inputs(folder: Path, inputs: Iterable[Path]) -> None:
-    """See to it that nothing that is read lies in a folder that will be replaced or removed.
+    """Check that a folder to be replaced or removed contains no input.
 
     Raises:
-        TranslationError: something does.
+        TranslationError: it contains one.
     """
     for path in inputs:
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise TranslationError(
-                f"{folder}: {path} lies in it, which is read. Give another --output", code="conflicting-values"
+                f"{folder}: contains the input {path}. Give another --output", code="conflicting-values"
             )
 
 
