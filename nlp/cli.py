@@ -184,9 +184,11 @@ def score_mt(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    text = "tokens" if output.tokenised else "detokenised text"
-    table = Table(title=f"{generated}, {len(output.hypotheses)} sentences of {text}", title_justify="left")
+    form = "tokens" if output.tokenised else "detokenised text"
+    title = Text(f"{generated}, {len(output.hypotheses)} sentences of {form}")
+    table = Table(title=title, title_justify="left")
     table.add_column("BLEU")
     table.add_column("%", justify="right")
     table.add_column("n-grams, lengths and signature", overflow="fold")

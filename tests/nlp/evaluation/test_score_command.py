@@ -41,6 +41,15 @@ def test_the_tokenizer_is_printed_in_the_signature(output):
     assert "tok:intl|" in out
 
 
+def test_brackets_in_the_name_of_the_output(output):
+    path = output.with_name("[") / "x] [bold].out"
+    path.parent.mkdir()
+    output.rename(path)
+    code, out, _ = call(path, "-l", "de")
+    assert code == 0
+    assert "[/x] [bold].out, 2 sentences" in "".join(out.split("\n"))
+
+
 def test_a_missing_dictionary_is_a_warning(output, monkeypatch):
     monkeypatch.setattr("nlp.evaluation.tokenizers.default_tokenizer", lambda language: "char")
     code, out, err = call(output, "-l", "ja_JP", "--json")
