@@ -21,6 +21,9 @@ LANGUAGES = frozenset(_CODES.split())
 UNSEGMENTED = frozenset(["bo", "dz", "ja", "km", "lo", "my", "th", "yue", "zh"])
 """Languages that are written without spaces between words, which Moses' tokenizer does not segment."""
 
+LONGEST = 100
+"""Characters of a pair of languages. A longer text takes too long to be split in every way."""
+
 _TAG = re.compile(r"([A-Za-z]{2,3})(?:[-_]([A-Za-z]{4}))?(?:[-_]([A-Za-z]{2}|[0-9]{3}))?")
 _OTHER_SEPARATOR = re.compile(r"\s*(?:->|=>|[_:>/,→+|;.]|\bto\b|\s)\s*")
 _FORM = "Give source and target with a hyphen between, such as en-de, and a region behind an underscore: en-pt_BR"
@@ -34,6 +37,8 @@ def languages(text: str) -> tuple[str, str]:
     Raises:
         TranslationError: not two different languages, or none that are known.
     """
+    if len(text) > LONGEST:
+        raise TranslationError(f"languages {text[:LONGEST]!r}...: too long. {_FORM}", code="invalid-syntax")
     parts = text.split("-")
     readings = []
     for cut in range(1, len(parts)):
@@ -85,11 +90,11 @@ def canonical(code: str) -> str | None:
 
 
 def base_language(code: str) -> str:
-    """The language without script and region, by which Moses' rules go."""
+    """The language without script and region: Moses has rules for languages alone."""
     return code.partition("_")[0]
 
 
 def _cased(side: str) -> bool:
-    """Whether language and region have the case by which they are told apart."""
+    """Whether the case distinguishes language and region, as in `pt-BR`."""
     language, *rest = re.split("[-_]", side)
     return language.islower() and not (rest and rest[-1].islower() and len(rest[-1]) == 2)

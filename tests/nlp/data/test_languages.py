@@ -49,6 +49,7 @@ def test_pairs_that_can_be_read_in_one_way(text, pair):
         ("en-", "unknown-choice", ["''"]),
         ("eng-deu", "unknown-choice", ["'eng'", "two letters"]),
         ("en-pt_", "unknown-choice", ["'pt_'", "pt"]),
+        pytest.param("en-" * 1_000_000, "invalid-syntax", ["too long", "en-de"], id="megabytes"),
     ],
 )
 def test_other_pairs_get_one_line_with_what_to_write(text, code, names):
