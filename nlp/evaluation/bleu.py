@@ -13,12 +13,13 @@ from sacrebleu.utils import get_reference_files
 from revnets.config.errors import nearest
 
 from ..data.corpus import TranslationError, lines_of
+from ..data.languages import UNSEGMENTED
 from ..data.tokenization import detokenize
 from .alignment import first_mismatch
 from .generated_output import LEFT_OUT
 from .generated_output import Output as Output
 from .generated_output import read_output as read_output
-from .tokenizers import UNSEGMENTED, default_tokenizer, metric, target_language
+from .tokenizers import default_tokenizer, metric, target_language
 
 
 @dataclass(frozen=True)

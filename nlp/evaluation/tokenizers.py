@@ -8,7 +8,8 @@ from sacrebleu.metrics.bleu import BLEU
 
 from revnets.config.errors import nearest
 
-from ..data.corpus import TranslationError, known_language
+from ..data.errors import TranslationError
+from ..data.languages import UNSEGMENTED, known_language
 
 _CODES = """
     afr:af amh:am arb:ar ara:ar asm:as azj:az bel:be ben:bn bod:bo bos:bs bul:bg cat:ca ces:cs cmn:zh cym:cy dan:da
@@ -21,13 +22,8 @@ _CODES = """
 THREE_LETTERS = {pair[:3]: pair[4:] for pair in _CODES.split()}
 """ISO 639-3, as in the codes of FLORES (deu_Latn), and the codes of two letters."""
 
-TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"} | dict.fromkeys(
-    ("th", "lo", "km", "my", "bo", "dz"), "char"
-)
+TOKENIZERS = dict.fromkeys(UNSEGMENTED, "char") | {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
 """Tokenizers of sacrebleu for languages to which its usual one, 13a, does not apply."""
-
-UNSEGMENTED = TOKENIZERS.keys() - {"ko"}
-"""Languages that do not put spaces between words, so that Moses' tokenizer does not find them."""
 
 
 def target_language(tag: str) -> str:
