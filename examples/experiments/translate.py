@@ -155,14 +155,14 @@ def clear(output: Path) -> None:
     """Delete what an earlier call has made.
 
     Raises:
-        TranslationError: the folder is of something else, or holds something else.
+        TranslationError: the folder was not made by this script, or contains other files.
     """
     if not output.exists():
         return
     own = {"data", "data.work", "translate.png", *(folder(output, name).name for name in MODELS)}
     is_begun = any((output / name).exists() for name in ("data/prepared.json", "data.work"))
     if not is_begun or not {path.name for path in output.iterdir()} <= own:
-        raise TranslationError(f"{output} is there and is not of this script. Give another --output")
+        raise TranslationError(f"{output} exists and was not made by this script, or contains other files. Give another --output")
     shutil.rmtree(output)
 
 

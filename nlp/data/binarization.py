@@ -14,13 +14,13 @@ from .errors import TranslationError
 from .splits import SPLITS
 
 LOG = "preprocess.log"
-"""What fairseq-preprocess writes beside its files."""
+"""The log of fairseq-preprocess, in the folder of its other files."""
 
 _SUMMARY = re.compile(r"\[(\w+)\] .*?(\w+)\.\1: \d+ sents, \d+ tokens, ([\d.e+-]+)% replaced")
 
 
 def run_preprocess(units: Path, folder: Path, codes: Pair, words: int | None, workers: int, log: Path) -> None:
-    """Binarise the splits that lie in `units`.
+    """Binarise the splits in the folder `units`.
 
     Args:
         folder: takes fairseq's files; an absolute path.
@@ -47,10 +47,10 @@ def run_preprocess(units: Path, folder: Path, codes: Pair, words: int | None, wo
 
 
 def check_sentences(folder: Path, codes: Pair, written: Mapping[str, int]) -> None:
-    """See to it that both sides of every split have the sentences that were written, in number.
+    """Check that both sides of every split have as many sentences as were written.
 
     Raises:
-        TranslationError: one has not.
+        TranslationError: one has another number.
     """
     for name in SPLITS:
         for code in codes:

@@ -243,7 +243,7 @@ _DAMAGE = (
 
 
 class _Member(tarfile.TarInfo):
-    """A file of an archive. `tarfile` reads long names and other headers into memory, of whatever size they claim."""
+    """A file of an archive. `tarfile` reads long names and other headers into memory, whatever size they declare."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:

@@ -158,7 +158,7 @@ class _Steps:
     before: Path | None = None  # which pairs cleaning dropped, when this was done before
 
     def choose(self, folder: Path) -> Facts:
-        """Read everything once, so that bad input is told before any work is done, and choose the splits."""
+        """Read everything once, so that bad input is reported before any work is done, and choose the splits."""
         for corpus in chain.from_iterable(self.recipe.corpora(name, self.folders) for name in SPLITS):
             if header := corpus.header():
                 text = f"{corpus}: line 1 names the columns ({', '.join(header)}), so it is no pair"
@@ -226,7 +226,7 @@ class _Steps:
         return dict(dropped | kept)
 
     def binarize(self, folder: Path, output: Path, written: Facts) -> Facts:
-        """fairseq-preprocess, and beside its files whatever else translating and scoring need.
+        """fairseq-preprocess, and in the same folder the other files that translating and scoring need.
 
         Args:
             output: the name that the folder is going to have.

@@ -183,7 +183,7 @@ def _beside(folder: Path, names: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _overrides(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Key paths and values for the configuration, so that mistakes are said to be on the command line."""
+    """Key paths and values for the configuration, so that errors name the command line as their source."""
     found = {}
     for key, value in values.items():
         if isinstance(value, dict):

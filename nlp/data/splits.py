@@ -26,7 +26,7 @@ def choose(pairs: Iterable[Pair], recipe: Recipe, unfit: np.ndarray | None = Non
 
     Args:
         unfit: bool [pairs], those that cleaning drops, as far as is known. They are not drawn: others take their
-            places, and those that were drawn beside them stay.
+            places, and the other pairs that were drawn stay.
 
     Returns:
         One int8 a pair, DROPPED or an index of SPLITS, and how many were dropped for which reason.
