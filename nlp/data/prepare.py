@@ -160,7 +160,7 @@ class _Steps:
     def choose(self, folder: Path) -> Facts:
         """Read everything once, so that bad input is reported before any work is done, and choose the splits."""
         for corpus in chain.from_iterable(self.recipe.corpora(name, self.folders) for name in SPLITS):
-            if header := corpus.header():
+            if self.before is None and (header := corpus.header()):  # else it was printed before
                 text = f"{corpus}: line 1 names the columns ({', '.join(header)}), so it is no pair"
                 self.progress.console.print(text, soft_wrap=True, markup=False)
         task = self.progress.add_task("read", total=None)
