@@ -162,7 +162,9 @@ def clear(output: Path) -> None:
     own = {"data", "data.work", "translate.png", *(folder(output, name).name for name in MODELS)}
     is_begun = any((output / name).exists() for name in ("data/prepared.json", "data.work"))
     if not is_begun or not {path.name for path in output.iterdir()} <= own:
-        raise TranslationError(f"{output} exists and was not made by this script, or contains other files. Give another --output")
+        raise TranslationError(
+            f"{output} exists and was not made by this script, or contains other files. Give another --output"
+        )
     shutil.rmtree(output)
 
 
