@@ -141,7 +141,8 @@ EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 """A number in scientific notation that YAML 1.1 takes for text unless it has a dot and a signed exponent."""
 
 AMBIGUOUS = re.compile(
-    r"[-+]?(0[\d_]*\d|0b[01_]+|0o[0-7_]+|0x[\da-fA-F_]+|\d[\d_]*(:\d[\d_]*)+|(?=.*_)\d[\d_]*)(\.[\d_]*)?"
+    r"[-+]?(0b_*[01][01_]*|0o_*[0-7][0-7_]*|0x_*[\da-fA-F][\da-fA-F_]*"
+    r"|(0[\d_]*\d|\d[\d_]*(:\d[\d_]*)+|(?=.*_)\d[\d_]*)(\.[\d_]*)?)"
 )
 """A number with leading zeros (octal in YAML 1.1), colons (to the base of 60), underscores, or another base."""
 

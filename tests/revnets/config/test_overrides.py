@@ -86,6 +86,12 @@ def test_numbers_that_yaml_reads_in_another_way_than_people(tmp_path: Path, text
     assert load(Numbers, file).text == load(Numbers, {}, [f"text={text}"]).text == text
 
 
+@pytest.mark.parametrize("text", ["0b_", "0o_", "0x_", "0x1F.5", "0b11.5", "0o17."])
+def test_prefixes_without_a_whole_number(text: str) -> None:
+    with raises_error(code="wrong-type", key="real", names=text):
+        load(Numbers, {"real": text})
+
+
 def test_a_number_of_many_digits_is_matched_in_linear_time() -> None:
     with raises_error(code="number-as-text"):
         load(Numbers, {"whole": "1" * 500_000})
