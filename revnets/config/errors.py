@@ -229,10 +229,6 @@ def _beginning(value: Any, room: list[int]) -> Any:
     return f"a {type(value).__name__}" if isinstance(value, (set, frozenset)) else value
 
 
-def _key(key: Any) -> str:
-    return key[:200] if isinstance(key, str) else str(key) if isinstance(key, (int, float)) else type(key).__name__
-
-
 def path(keys: Sequence[str | int]) -> str:
     return ".".join(str(key) for key in keys)
 
