@@ -262,9 +262,9 @@ def load_spec(source: Source | NetSpec, overrides: Overrides = (), *, trust: boo
         revnets.SpecError: names the file, the key, the value and the remedy.
     """
     if isinstance(source, NetSpec):
-        if not overrides:
+        if trust and not overrides:
             return source
-        source = dump(source)
+        source = dump(source)  # to be checked again
     layers = read_layers(source)
     layers.apply(overrides)
     return layers.check(NetSpec, trust=trust)

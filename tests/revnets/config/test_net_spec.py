@@ -167,3 +167,11 @@ def test_columns_need_no_stem() -> None:
 
 def test_overrides_may_be_values() -> None:
     assert load_spec(net(), {"columns": 5, "gain.init": 0.25}) == load_spec(net(), ["columns=5", "gain.init=0.25"])
+
+
+def test_a_spec_that_is_not_trusted_is_checked_again() -> None:
+    spec = load_spec(net())
+    first = spec.levels[0].model_copy(update={"block": "torch.nn:Identity", "options": {}})
+    with raises_error(code="not-trusted", key="levels.0.block"):
+        revnets.build(spec.model_copy(update={"levels": (first, *spec.levels[1:])}), trust=False)
+    assert load_spec(spec, trust=False) == spec
