@@ -1,4 +1,4 @@
-"""What stops a run, each told in one line: bad data, bad checkpoints, a loss that is not finite."""
+"""Errors that stop a run, one line each: bad data, bad checkpoints, a loss that is not finite."""
 
 from __future__ import annotations
 

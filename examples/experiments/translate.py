@@ -159,7 +159,7 @@ def clear(output: Path) -> None:
     """
     if not output.exists():
         return
-    own = {"data", "data.work", "translate.png", *(folder(output, name).name for name in MODELS)}
+    own = {"data", "data.work", ".data.lock", "translate.png", *(folder(output, name).name for name in MODELS)}
     is_begun = any((output / name).exists() for name in ("data/prepared.json", "data.work"))
     if not is_begun or not {path.name for path in output.iterdir()} <= own:
         raise TranslationError(

@@ -58,7 +58,7 @@ def imported(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = T
             raise _failed(kind, name, error) from error  # the module is there, but not what it imports
         raise PartError(
             f'{kind} "{name}": there is no module {error.name}',
-            "Check its spelling, and that it lies beside the file, in the working directory or on PYTHONPATH",
+            "Check its spelling, and that it is in the folder of the file, in the working directory or on PYTHONPATH",
             code="missing-module",
         ) from error
     except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported

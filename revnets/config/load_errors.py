@@ -1,4 +1,4 @@
-"""What is said about files and overrides that cannot be read as a configuration."""
+"""Errors about files and overrides that cannot be read as a configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REMEDIES = {
 
 
 def unreadable(file: Path, error: Exception) -> ConfigError:
-    """The error for a file that is there or not, but no YAML that can be used."""
+    """The error for a file that is missing or is not usable YAML."""
     name = str(file)
     match error:
         case FileNotFoundError():

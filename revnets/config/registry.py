@@ -171,13 +171,13 @@ def part(kind: str) -> BeforeValidator:
 def name_and_options(
     kind: str, given: dict[str, Any], key: str, reserved: Sequence[str], info: ValidationInfo, short: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """The name that stands at `key`, and all that is not reserved as options, checked against the signature.
+    """The name at `key`, and all other keys that are not reserved as options, checked against the signature.
 
     Args:
         reserved: keys that are no options.
         info: of pydantic; its context may name `folders` of modules, as `revnets.config.loader` gives it, and say
             whether the configuration is worth `trust`.
-        short: the name stands alone, so complaints about it belong to the place itself.
+        short: the name is given without a mapping, so errors about it belong to the place itself.
     """
     if key not in given:
         for other in get_close_matches(key, given, n=1):

@@ -76,7 +76,7 @@ class Cell(nn.Module):
         if couple is None:
             return first_state(update)
         if self.gain is None:
-            text = "a cell without a gain stands in the first column and has no x_{t-m} to couple with"
+            text = "a cell without a gain is in the first column and has no x_{t-m} to couple with"
             raise ArgumentError(text, "couple", code="conflicting-values")
         return couple(update, self.gain())
 

@@ -190,7 +190,7 @@ class Tape:
         """Forget a saved tensor once its node has used it: one use a pass, and a second pass replays (Rule 3)."""
         node = running_node()
         if node is None:
-            return  # somebody looks at the graph, perhaps again; forgotten when the window moves on
+            return  # read outside of a backward, perhaps again; forgotten when the window moves on
         if not may_read_again(node):
             del record.saved[k]
             return

@@ -55,7 +55,7 @@ def evaluate(
     overrides: Overrides = None,
     png: Annotated[
         Path | None,
-        typer.Option(help="Draw which class is taken for which: a .png, .svg or .pdf file.", readable=False),
+        typer.Option(help="Draw the confusion matrix into a .png, .svg or .pdf file.", readable=False),
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="For weights alone, official ones too: the recipe of their model and data.")
@@ -67,7 +67,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one.
 
-    A configuration that names code of other projects, such as a task of your own, needs --trust.
+    A configuration that names code of other projects, such as a custom task, needs --trust.
 
     Weights of ImageNet-22K on ImageNet-1K, matched by WordNet ids:
     revnets eval revcol_base_22k.pth data.root=DIR --config revcol_base_in22k --subset

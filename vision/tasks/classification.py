@@ -22,7 +22,7 @@ from vision.tasks.base import Task
 from vision.tasks.creation import create_model, fake_output
 
 CONFUSIBLE = 1000
-"""Up to so many classes it is counted which is taken for which; for 21841 the table would take 4 GB."""
+"""The most classes for which a confusion matrix is counted; for 21841 it would take 4 GB."""
 
 
 class Classification(Task):

@@ -73,7 +73,7 @@ def draw_metric(axes: Axes, log: Sequence[dict[str, Any]], curve: Curve) -> None
 
 
 def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
-    """Which class is taken for which. At most 30 classes get their names.
+    """The confusion matrix. At most 30 classes get their names.
 
     Args:
         confusion: (true class, predicted class), counts.
