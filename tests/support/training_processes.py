@@ -50,12 +50,15 @@ def together(
     size: int = 2,
     victim: int = 0,
     limit: int | None = None,
+    patience: float = HANG,
 ) -> list[int]:
     """The exit codes of a run of several processes.
 
     Args:
         moment, count, number: at the `count`-th occurrence of a moment `victim` gets this signal, or bad images.
         limit: bytes that `victim` can write to a file.
+        patience: seconds that the others have to end after `victim`. Then they are killed, as a launcher does it: one
+            that has not met the victim yet would wait for it for half an hour.
     """
     port = _free_port() if size > 1 else 0
     children = []
@@ -63,8 +66,12 @@ def together(
         what = (moment, count, number, limit) if rank == victim else ("", 0, 0, None)
         children.append(processes.Process(target=_run, args=(config, rank, size, port, *what)))
         children[-1].start()
+    children[victim].join(HANG)
     for child in children:
-        child.join(HANG)
+        child.join(patience)
+        if child.exitcode is None and patience < HANG:
+            child.kill()
+            child.join()
         if child.exitcode is None:
             for other in children:
                 other.kill()
