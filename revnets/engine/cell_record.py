@@ -47,6 +47,7 @@ class CellRecord:
     def __init__(self, node: Node, mode: Memory):
         self.node = node
         self.mode = mode
+        self.context: Any = None  # keyword arguments of the cell, with constants in place of tensors
         self.kept: Held | None = None  # x_{t-m}, in store and recompute
         self.lost: lost_bits.LostBits | None = None  # what the inverse misses of it, in exact
         self.past_stride: tuple[int, ...] = ()

@@ -41,6 +41,11 @@ def subtract(state: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
     return difference.div_(gamma.to(state.dtype))
 
 
+def _is_zero(gamma: Tensor | float) -> bool:
+    """Is x_{t-m} lost from x_t, so that it must be kept? A learned gamma never is 0 (`Gain`)."""
+    return not isinstance(gamma, Tensor) and gamma == 0.0
+
+
 class PlainCoupling:
     """x_t from x_{t-m}; nothing is kept for backward.
 
@@ -69,7 +74,7 @@ class PlainCoupling:
 class RecordingCoupling(PlainCoupling):
     """x_t from x_{t-m}, and into the record of the cell what its memory mode needs to return to x_{t-m}.
 
-    `store` and `recompute` keep x_{t-m}, `exact` its lost bits, `invert` nothing.
+    `store` and `recompute` keep x_{t-m}, `exact` its lost bits, `invert` nothing. Where gamma is 0, every mode keeps it.
 
     Args:
         record: of the cell that is called.
@@ -84,7 +89,7 @@ class RecordingCoupling(PlainCoupling):
         past, record = self.past, self.record
         state = super().__call__(update, gamma)
         record.past_stride, record.past_grad = past.stride(), past.requires_grad
-        if record.mode in (Memory.STORE, Memory.RECOMPUTE):
+        if record.mode in (Memory.STORE, Memory.RECOMPUTE) or _is_zero(gamma):
             record.kept = Held.of(past)
         elif record.mode is Memory.EXACT:
             with torch.no_grad():

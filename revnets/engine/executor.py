@@ -41,25 +41,126 @@ def run(
         stored: indices of cells that run in `store`, whatever the mode of their column.
         verify: compare what backward rebuilds with checksums (`revnets/engine/replay/checksums.py`).
     """
-    modes = [Memory.STORE if node.index in stored else modes[node.column] for node in graph.nodes]
-    if not torch.is_grad_enabled() or all(mode is Memory.STORE for mode in modes) or is_transformed():
+    modes = modes_of_cells(graph, modes, stored)
+    if not is_recorded(modes):
         return _run_plain(graph, cells, stem, context, taps)
     return _run_taped(graph, cells, stem, modes, context, taps, verify)
+
+
+def modes_of_cells(graph: Graph, modes: Sequence[Memory], stored: Collection[int]) -> list[Memory]:
+    """The memory mode of each cell, from those of the columns and the stored cells."""
+    return [Memory.STORE if node.index in stored else modes[node.column] for node in graph.nodes]
+
+
+def is_recorded(modes: Sequence[Memory]) -> bool:
+    """Does a pass in these modes need a tape: is there a gradient to record, and can hooks see it?"""
+    return torch.is_grad_enabled() and any(mode is not Memory.STORE for mode in modes) and not is_transformed()
+
+
+class PlainPass:
+    """One pass over the cells without a tape: the states that later cells still need, and the tapped ones.
+
+    Args:
+        graph, cells, stem, taps: as of `run`.
+    """
+
+    def __init__(self, graph: Graph, cells: Sequence[nn.Module], stem: Tensor, taps: Sequence[int] = ()):
+        self.graph = graph
+        self.cells = cells
+        self.stem = stem
+        self.taps = taps
+        self.states: dict[int, Tensor] = {}
+        self.tapped: dict[int, Tensor] = {}
+
+    def step(self, node: Node, context: Mapping[str, Any]) -> Tensor:
+        """Run the next cell and return its state, which takes the place of its residual."""
+        state = self._call(node, self._reads(node), self._past(node), context)
+        self._advance(node, state)
+        self.states.pop(node.index - self.graph.window, None)
+        return state
+
+    def _call(self, node: Node, reads: list[Tensor], past: Tensor | None, context: Mapping[str, Any]) -> Tensor:
+        couple = None if past is None else PlainCoupling(self.graph.name(node.index), past)
+        return self.cells[node.index](*reads, couple=couple, **context)
+
+    def _reads(self, node: Node) -> list[Tensor]:
+        return [self.stem if read == STEM else self.states[read] for read in node.reads]
+
+    def _past(self, node: Node) -> Tensor | None:
+        return None if node.residual is None else self.states[node.residual]
+
+    def _advance(self, node: Node, state: Tensor) -> None:
+        self.states[node.index] = state
+        if node.residual is not None:
+            self.states.pop(node.residual, None)
+        if node.index in self.taps:
+            self.tapped[node.index] = state
+
+    def results(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The states `graph.last` and the tapped ones, at the end."""
+        return [self.states[index] for index in self.graph.last], [self.tapped[index] for index in self.taps]
+
+
+class TapedPass(PlainPass):
+    """One pass that is recorded on a tape, from the first cell on that needs a gradient.
+
+    Args:
+        modes: memory mode of each cell.
+        context: keyword arguments that all cells have in common; `step` may be given others.
+
+    Raises:
+        ArgumentError: the stem is an inference tensor, through which no gradient can be taken.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        cells: Sequence[nn.Module],
+        stem: Tensor,
+        modes: Sequence[Memory],
+        context: Mapping[str, Any],
+        taps: Sequence[int] = (),
+        verify: bool = False,
+    ):
+        super().__init__(graph, cells, stem, taps)
+        if stem.is_inference():
+            raise ArgumentError(
+                "the input was made under torch.inference_mode(), so no gradient can be taken through what reads it; "
+                "clone() it, or make it under torch.no_grad()",
+                "x",
+                code="invalid-value",
+            )
+        self.modes = modes
+        self.context = context
+        self.tape = Tape(graph, cells, stem, context, verify)
+        self.started = False  # has anything so far needed a gradient?
+
+    def step(self, node: Node, context: Mapping[str, Any]) -> Tensor:
+        past, reads = self._past(node), self._reads(node)
+        self.started = self.started or _needs_grad(self.cells[node.index], reads, context)
+        if self.started:
+            state = self.tape.record(node, reads, past, self.modes[node.index], context, context is self.context)
+        else:
+            state = self._call(node, reads, past, context)
+            self.tape.skip()
+        self._advance(node, state)
+        return state
+
+    def close(self) -> None:
+        """Let backward start from the present states. Further cells may follow, and another call of this method.
+
+        A state that none has replaced stays on the tape, for none gives it back.
+        """
+        self.tape.close(self.states)
 
 
 def _run_plain(
     graph: Graph, cells: Sequence[nn.Module], stem: Tensor, context: Mapping[str, Any], taps: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    states: dict[int, Tensor] = {}
-    tapped: dict[int, Tensor] = {}
+    run = PlainPass(graph, cells, stem, taps)
     for node in graph.nodes:
-        past = None if node.residual is None else states[node.residual]
-        couple = None if past is None else PlainCoupling(graph.name(node.index), past)
-        reads = [stem if read == STEM else states[read] for read in node.reads]
-        state = cells[node.index](*reads, couple=couple, **context)
-        _advance(states, tapped, node, state, taps)
-        states.pop(node.index - graph.window, None)
-    return [states[index] for index in graph.last], [tapped[index] for index in taps]
+        run.step(node, context)
+    return run.results()
 
 
 @without_dynamo  # the tape is plain Python; to compile the cells, call compile() of the columns
@@ -74,41 +175,11 @@ def _run_taped(
 ) -> tuple[list[Tensor], list[Tensor]]:
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
-    if stem.is_inference():
-        raise ArgumentError(
-            "the input was made under torch.inference_mode(), so no gradient can be taken through what reads it; "
-            "clone() it, or make it under torch.no_grad()",
-            "x",
-            code="invalid-value",
-        )
-    tape = Tape(graph, cells, stem, context, verify)
-    states: dict[int, Tensor] = {}
-    tapped: dict[int, Tensor] = {}
-    started = False  # has anything so far needed a gradient?
+    run = TapedPass(graph, cells, stem, modes, context, taps, verify)
     for node in graph.nodes:
-        past = None if node.residual is None else states[node.residual]
-        reads = [stem if read == STEM else states[read] for read in node.reads]
-        started = started or _needs_grad(cells[node.index], reads, context)
-        if started:
-            state = tape.record(node, reads, past, modes[node.index], context)
-        else:
-            couple = None if past is None else PlainCoupling(graph.name(node.index), past)
-            state = cells[node.index](*reads, couple=couple, **context)
-            tape.skip()
-        _advance(states, tapped, node, state, taps)
-    tape.close(states)  # a state that none has replaced stays there, for none gives it back
-    return [states[index] for index in graph.last], [tapped[index] for index in taps]
-
-
-def _advance(
-    states: dict[int, Tensor], tapped: dict[int, Tensor], node: Node, state: Tensor, taps: Sequence[int]
-) -> None:
-    """x_t takes the place of its residual."""
-    states[node.index] = state
-    if node.residual is not None:
-        states.pop(node.residual, None)
-    if node.index in taps:
-        tapped[node.index] = state
+        run.step(node, context)
+    run.close()
+    return run.results()
 
 
 def invert(

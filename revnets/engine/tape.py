@@ -103,11 +103,25 @@ class Tape:
 
     # ---------------------------------------------------------------- forward
 
-    def record(self, node: Node, reads: list[Tensor], past: Tensor | None, mode: Memory, context: Any) -> Tensor:
-        """Run a cell so that the graph keeps handles in place of what it saves."""
+    def record(
+        self,
+        node: Node,
+        reads: list[Tensor],
+        past: Tensor | None,
+        mode: Memory,
+        context: Mapping[str, Any],
+        is_common: bool = True,
+    ) -> Tensor:
+        """Run a cell so that the graph keeps handles in place of what it saves.
+
+        Args:
+            context: keyword arguments of the cell.
+            is_common: are they those of the tape, which all cells have in common? Others are noted for the replay.
+        """
         if past is not None and mode is not Memory.STORE and is_same_memory(past, self.stem.tensor):
             mode = Memory.RECOMPUTE  # a stream that starts as the stem, as RevNet's do: the tape holds it anyway
         record = CellRecord(node, mode)
+        record.context = self.context if is_common else Constant.of(dict(context))
         record.grad_reads = [read.requires_grad for read in reads]
         versions = [read._version for read in reads]
         cell = self.cells[node.index]
@@ -251,7 +265,7 @@ class Tape:
             record.replay_context.restored(),
         ):
             reads = [self._read(read, grad) for read, grad in zip(node.reads, record.grad_reads, strict=True)]
-            state = self.cells[node.index](*reads, couple=couple, **Constant.fresh(self.context))
+            state = self.cells[node.index](*reads, couple=couple, **Constant.fresh(record.context))
         if self.verifier is not None:
             self.verifier.replayed(node, self._name(node), state)
         if collect:
