@@ -31,6 +31,8 @@ COMPONENTS = {
     "name-clash": "two things have the same name",
     "unknown-model": "a model that does not exist",
     "no-columns": "the model has no reversible columns, or too few of them",
+    "no-blocks": "the model has no stack of blocks that could become reversible",
+    "unsupported-block": "a block that cannot be part of a reversible sequence",
     "no-spec": "the model is not described by a specification",
     "input-rejected": "the model does not accept an input of this shape",
     "shape-mismatch": "tensors, levels or layers whose shapes do not fit together",

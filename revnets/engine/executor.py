@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,7 +63,12 @@ class PlainPass:
 
     Args:
         graph, cells, stem, taps: as of `run`.
+
+    Attributes:
+        context: keyword arguments that all cells have in common.
     """
+
+    context: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, graph: Graph, cells: Sequence[nn.Module], stem: Tensor, taps: Sequence[int] = ()):
         self.graph = graph
@@ -95,6 +101,12 @@ class PlainPass:
             self.states.pop(node.residual, None)
         if node.index in self.taps:
             self.tapped[node.index] = state
+
+    def close(self) -> None:
+        """Let backward start from the present states. Further cells may follow, and another call of this method.
+
+        Without a tape there is nothing to do.
+        """
 
     def results(self) -> tuple[list[Tensor], list[Tensor]]:
         """The states `graph.last` and the tapped ones, at the end."""
@@ -147,11 +159,7 @@ class TapedPass(PlainPass):
         return state
 
     def close(self) -> None:
-        """Let backward start from the present states. Further cells may follow, and another call of this method.
-
-        A state that none has replaced stays on the tape, for none gives it back.
-        """
-        self.tape.close(self.states)
+        self.tape.close(self.states)  # a state that none has replaced stays there, for none gives it back
 
 
 def _run_plain(

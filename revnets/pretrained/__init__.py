@@ -1,0 +1,5 @@
+"""Networks that were trained as usual, made reversible for their fine-tuning."""
+
+from revnets.pretrained.rewiring import make_reversible, undo_reversible
+
+__all__ = ["make_reversible", "undo_reversible"]

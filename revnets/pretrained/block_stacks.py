@@ -1,0 +1,155 @@
+"""Finds the stacks of residual blocks in a network: the parts that can become reversible sequences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import nn
+
+from revnets.engine.columns import ReversibleColumns
+from revnets.engine.errors import ArgumentError
+
+CONTAINERS = re.compile(r"(blocks?|layers?\d*|h|resblocks|stages?|encoder|decoder|\d+)")
+"""Last parts of the names that timm, transformers and torchvision give to containers of blocks."""
+
+MIXTURE = re.compile(r"Experts|Router|Moe(?![a-z])|MoE|SwitchTransformers")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStack:
+    """Consecutive blocks of one shape."""
+
+    name: str  # of their container
+    names: tuple[str, ...]  # of the blocks
+    blocks: tuple[nn.Module, ...]
+
+
+def find_stacks(model: nn.Module, names: str | Sequence[str] | None = None) -> list[BlockStack]:
+    """The stacks of a network, in the order in which it lists them.
+
+    Args:
+        names: of containers (`nn.Sequential`, `nn.ModuleList`), all of whose blocks are taken. By default those that
+            look like stacks are found: at least two consecutive blocks of one class whose parameters have the same
+            shapes, in a container named as timm, transformers or torchvision name theirs.
+
+    Raises:
+        ArgumentError: there is no such container or no stack, blocks of a named container differ in shape, or a block
+            cannot be replayed by itself.
+    """
+    stacks = list(_found(model)) if names is None else [_named(model, name) for name in _as_list(names)]
+    if not stacks:
+        text = (
+            f"{type(model).__name__} has no stack of at least two blocks of one shape under a usual name. If it has "
+            "one, give the name of its container, such as blocks='encoder.blocks'"
+        )
+        raise ArgumentError(text, "blocks", code="no-blocks")
+    for stack in stacks:
+        for name, block in zip(stack.names, stack.blocks, strict=True):
+            _check(name, block)
+    _check_distinct(stacks)
+    _check_model(model)
+    return stacks
+
+
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    result = [names] if isinstance(names, str) else list(names)
+    if not result or not all(isinstance(name, str) for name in result):
+        raise ArgumentError("blocks: give the name of a container of blocks, or a list", "blocks", code="wrong-type")
+    return result
+
+
+def _found(model: nn.Module) -> Iterator[BlockStack]:
+    taken: tuple[str, ...] = ()
+    for name, container in model.named_modules():
+        if name.startswith(taken or "\0") or not isinstance(container, nn.Sequential | nn.ModuleList):
+            continue
+        usual = CONTAINERS.fullmatch(name.rpartition(".")[2]) is not None
+        children = [(f"{name}.{key}" if name else key, child) for key, child in container.named_children()]
+        if not (usual or all(_is_checkpointed(child) for _, child in children)):
+            continue
+        for _, run in groupby(children, key=lambda item: _signature(item[1])):
+            blocks = list(run)
+            if len(blocks) < 2 or not _is_composite(blocks[0][1]):
+                continue
+            taken = (*taken, *(f"{block}." for block, _ in blocks))
+            yield BlockStack(name, tuple(key for key, _ in blocks), tuple(block for _, block in blocks))
+
+
+def _named(model: nn.Module, name: str) -> BlockStack:
+    try:
+        container = model.get_submodule(name)
+    except AttributeError:
+        text = f"{type(model).__name__} has no module {name!r}"
+        raise ArgumentError(text, "blocks", code="unknown-choice") from None
+    children = list(container.named_children()) if isinstance(container, nn.Sequential | nn.ModuleList) else []
+    if len(children) < 2:
+        text = f"{name} is a {type(container).__name__}; give a Sequential or ModuleList of at least two blocks"
+        raise ArgumentError(text, "blocks", code="no-blocks")
+    _, first = children[0]
+    for key, child in children[1:]:
+        if _signature(child)[1:] != _signature(first)[1:]:
+            text = (
+                f"{name}.{key} ({type(child).__name__}) has parameters of other shapes than {name}.{children[0][0]}; "
+                "the blocks of a reversible sequence have one shape. Does one of them change the resolution?"
+            )
+            raise ArgumentError(text, "blocks", code="shape-mismatch")
+    return BlockStack(name, tuple(f"{name}.{key}" for key, _ in children), tuple(child for _, child in children))
+
+
+def _signature(block: nn.Module) -> tuple[object, ...]:
+    return type(block), tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
+
+
+def _is_composite(block: nn.Module) -> bool:
+    """Has it layers inside? A linear layer or a convolution is no residual block."""
+    return any(next(child.parameters(), None) is not None for child in block.children())
+
+
+def _is_checkpointed(block: nn.Module) -> bool:
+    """Is it a layer that transformers can checkpoint? They are what is repeated in its networks."""
+    return any(base.__name__ == "GradientCheckpointingLayer" for base in type(block).__mro__)
+
+
+def _check(name: str, block: nn.Module) -> None:
+    kind = type(block).__name__
+    if "_reversible_call" in vars(block):
+        text = f"{name} is reversible already; call revnets.undo_reversible(model) first"
+        raise ArgumentError(text, "blocks", code="conflicting-values")
+    for module in block.modules():
+        if isinstance(module, ReversibleColumns):
+            text = f"{name} ({kind}) contains reversible columns"
+            raise ArgumentError(f"{text}; tapes do not nest", "blocks", code="unsupported-block")
+        if MIXTURE.search(type(module).__name__):
+            text = (
+                f"{name} ({kind}) routes tokens to experts ({type(module).__name__}); routing may communicate between "
+                "processes and drop tokens, so a replay need not repeat it"
+            )
+            raise ArgumentError(text, "blocks", code="unsupported-block")
+        if getattr(module, "is_kv_shared_layer", False):
+            text = f"{name} ({kind}) reads keys and values of an earlier layer, which a replay of it does not find"
+            raise ArgumentError(text, "blocks", code="unsupported-block")
+
+
+def _check_distinct(stacks: Sequence[BlockStack]) -> None:
+    seen: dict[int, str] = {}
+    for stack in stacks:
+        for name, block in zip(stack.names, stack.blocks, strict=True):
+            if id(block) in seen:
+                text = f"{name} and {seen[id(block)]} are the same module; a block has one place in a sequence"
+                raise ArgumentError(text, "blocks", code="unsupported-block")
+            seen[id(block)] = name
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        skipping = next((key for key in ("layerdrop", "layer_drop") if _is_positive(getattr(module, key, 0))), None)
+        if skipping is not None:
+            text = f"{name or type(model).__name__} skips layers at random in training ({skipping}); set it to 0"
+            raise ArgumentError(text, "blocks", code="unsupported-block")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and value > 0

@@ -1,0 +1,130 @@
+"""How a trained residual block enters a reversible update: the coefficients of each published rule.
+
+A block G(x) = x + f(x) of a network takes part in
+
+    x_t = keep * x_{t-1} + scale * f(x_{t-1}) + residual * x_{t-2},        x_{-1} = x_0
+
+with two equal states at the start. `residual` is the gamma of the engine: x_{t-2} = (x_t - F_t) / gamma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from revnets.engine.cell import FixedGain, Gain
+from revnets.engine.errors import ArgumentError
+
+Scalar: TypeAlias = "float | Tensor"
+
+
+class Coefficients(NamedTuple):
+    """Weights of x_{t-1}, of f(x_{t-1}) and of x_{t-2}."""
+
+    keep: Scalar
+    scale: Scalar
+    residual: Scalar
+
+
+RULES: dict[str, Callable[[Scalar], Coefficients]] = {
+    "blend": lambda b: Coefficients(1.0 - b, 1.0, b),  # the network itself at b = 0 (Dr2Net, arXiv 2401.04105)
+    "midpoint": lambda h: Coefficients(0.0, 2.0 * h, 1.0),  # Reversing LLMs, arXiv 2512.02056; i-RevNet at h = 1/2
+    "leapfrog": lambda h: Coefficients(2.0, h * h, -1.0),  # x'' = f(x), arXiv 2512.02056
+    "momentum": lambda g: Coefficients(1.0 + g, 1.0 - g, -g),  # Momentum ResNets, arXiv 2102.07870
+    "bdia": lambda g: Coefficients(1.0 - g, 1.0 + g, g),  # BDIA, arXiv 2407.09093; in training with a random sign
+    "meft": lambda b: Coefficients(1.0, 1.0, b),  # MEFT, arXiv 2306.00477; its adapters are for PEFT to add
+}
+"""Coefficients of each rule, from its one number."""
+
+
+class Blend(nn.Module):
+    """The number of an update rule, and what follows from it for a block.
+
+    Args:
+        value: b of the rule, in (0, 1].
+        rule: one of `RULES`.
+        learned: a parameter that is trained with the network takes the place of the value; it belongs to one block.
+
+    Raises:
+        ArgumentError: an unknown rule, a value outside (0, 1], or a rule that cannot be learned.
+    """
+
+    def __init__(self, value: float, rule: str = "blend", learned: Gain | None = None):
+        super().__init__()
+        if rule not in RULES:
+            text = f"update rule {rule!r} is unknown; choose {', '.join(RULES)}"
+            raise ArgumentError(text, "rule", code="unknown-choice")
+        if learned is not None and rule == "bdia":
+            text = "the number of the rule bdia has a random sign and cannot be learned"
+            raise ArgumentError(text, "learn_blend", code="conflicting-values")
+        self.rule = rule
+        self.value = checked_blend(value)
+        self.learned = learned
+
+    def forward(self, x: Tensor, is_training: bool) -> Coefficients:
+        """Coefficients for a state (B, ..., C).
+
+        In training, `bdia` draws one sign per sample; in evaluation it takes the mean of both, which is the network
+        itself.
+        """
+        value: Scalar = self.value if self.learned is None else self.learned()
+        if self.rule == "bdia":
+            if not is_training:
+                value = 0.0
+            else:
+                shape = (len(x), *(1 for _ in x.shape[1:]))
+                value = (torch.randint(0, 2, shape, device=x.device) * 2 - 1).to(x.dtype) * value
+        return RULES[self.rule](value)
+
+    def extra_repr(self) -> str:
+        return f"{self.value}, rule={self.rule}, learned={self.learned is not None}"
+
+
+def checked_blend(value: float, least: float = 0.0) -> float:
+    """The value itself.
+
+    Args:
+        least: values above it are allowed, up to 1.
+
+    Raises:
+        ArgumentError: it is no number in (least, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= 1:
+        text = f"blend = {value!r}: give a number above {least:g}, and 1 at most"
+        raise ArgumentError(text, "blend", code="out-of-range")
+    return float(value)
+
+
+def update_of(output: Tensor, x: Tensor, coefficients: Coefficients) -> Tensor:
+    """F_t: all of the update but the residual, from the output G(x) of a block.
+
+    Args:
+        output: G(x) = x + f(x), shape (B, ..., C).
+        x: x_{t-1} of the same shape.
+    """
+    keep, scale, _ = coefficients
+    output = output.to(torch.promote_types(output.dtype, x.dtype))
+    if isinstance(scale, Tensor) or scale != 1.0:
+        output = output * _as(scale, output)
+    rest = _as(keep, x) - _as(scale, x)
+    if isinstance(rest, Tensor):
+        return torch.addcmul(output, rest, x)
+    return output if rest == 0.0 else torch.add(output, x, alpha=rest)
+
+
+def start_of(coefficients: Coefficients) -> Coefficients:
+    """The coefficients of the first block, whose x_{t-1} and x_{t-2} are the same state."""
+    keep, scale, residual = coefficients
+    total = keep + residual
+    if not isinstance(total, Tensor) and abs(total - 1.0) < 1e-12:
+        total = 1.0  # (1 - b) + b, without its rounding error
+    return Coefficients(total, scale, 0.0)
+
+
+def _as(value: Scalar, like: Tensor) -> Scalar:
+    return value.to(like.dtype) if isinstance(value, Tensor) else value
+
+
