@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from revnets.engine.drift import DriftWarning, predict_drift
     from revnets.memory.auto_budget import keep_budget
     from revnets.models.plan import Plan, PlanError, plan
+    from revnets.pretrained.blend_schedule import BlendSchedule
+    from revnets.pretrained.rewiring import make_reversible, undo_reversible
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Audit",
+    "BlendSchedule",
     "Cell",
     "ColumnsSpec",
     "ConfigError",
@@ -50,12 +53,14 @@ __all__ = [
     "is_replaying",
     "keep_budget",
     "load_spec",
+    "make_reversible",
     "plan",
     "predict_drift",
     "register_block",
     "register_fusion",
     "register_head",
     "register_stem",
+    "undo_reversible",
     "wire",
 ]
 
@@ -68,6 +73,9 @@ _LAZY = {
     "Plan": "revnets.models.plan",
     "PlanError": "revnets.models.plan",
     "plan": "revnets.models.plan",
+    "BlendSchedule": "revnets.pretrained.blend_schedule",
+    "make_reversible": "revnets.pretrained.rewiring",
+    "undo_reversible": "revnets.pretrained.rewiring",
 }
 """Modules that are imported when one of their names is first used: a net is built and trained without them."""
 

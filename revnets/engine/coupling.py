@@ -74,7 +74,7 @@ class PlainCoupling:
 class RecordingCoupling(PlainCoupling):
     """x_t from x_{t-m}, and into the record of the cell what its memory mode needs to return to x_{t-m}.
 
-    `store` and `recompute` keep x_{t-m}, `exact` its lost bits, `invert` nothing. Where gamma is 0, every mode keeps it.
+    `store` and `recompute` keep x_{t-m}, `exact` its lost bits, `invert` nothing. Where gamma is 0, all keep it.
 
     Args:
         record: of the cell that is called.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,12 +67,11 @@ class PlainPass:
         context: keyword arguments that all cells have in common.
     """
 
-    context: Mapping[str, Any] = MappingProxyType({})
-
     def __init__(self, graph: Graph, cells: Sequence[nn.Module], stem: Tensor, taps: Sequence[int] = ()):
         self.graph = graph
         self.cells = cells
         self.stem = stem
+        self.context: Mapping[str, Any] = {}
         self.taps = taps
         self.states: dict[int, Tensor] = {}
         self.tapped: dict[int, Tensor] = {}

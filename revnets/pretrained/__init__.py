@@ -1,5 +1,6 @@
 """Networks that were trained as usual, made reversible for their fine-tuning."""
 
+from revnets.pretrained.blend_schedule import BlendSchedule
 from revnets.pretrained.rewiring import make_reversible, undo_reversible
 
-__all__ = ["make_reversible", "undo_reversible"]
+__all__ = ["BlendSchedule", "make_reversible", "undo_reversible"]

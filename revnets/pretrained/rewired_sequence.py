@@ -23,6 +23,9 @@ from revnets.engine.replay.threads import is_inside
 from revnets.engine.torch_internals import tree_leaves, without_dynamo
 from revnets.pretrained.update_rules import Blend, start_of, update_of
 
+CALL = "_reversible_call"
+"""Attribute of a rewired block: its `BlockCall`."""
+
 CHECKPOINTING = "gradient checkpointing stays off: the blocks are reversible and rebuild their inputs already"
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -158,9 +161,7 @@ class RewiredSequence(ReversibleSequence):
         return self._step(position, x, arguments, lambda: PlainPass(self.graph, self.flat(), x))
 
     @without_dynamo
-    def _recorded_step(
-        self, position: int, x: Tensor, arguments: Arguments
-    ) -> tuple[Tensor, tuple[Any, ...] | None]:
+    def _recorded_step(self, position: int, x: Tensor, arguments: Arguments) -> tuple[Tensor, tuple[Any, ...] | None]:
         self._turn_off_checkpointing()
         for value in tree_leaves(arguments):
             if hasattr(value, "get_seq_length"):  # any cache of transformers
@@ -220,6 +221,12 @@ class RewiredSequence(ReversibleSequence):
             )
             raise ArgumentError(text, f"{self.name}.{position}", code="unsupported-block")
         return run
+
+
+def rewired_sequences(model: nn.Module) -> list[RewiredSequence]:
+    """The sequences to which blocks of a model belong, in the order of the model; none if it is not rewired."""
+    calls = (vars(module).get(CALL) for module in model.modules())
+    return list(dict.fromkeys(call.sequence for call in calls if call is not None))
 
 
 class BlockCall:

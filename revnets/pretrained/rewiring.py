@@ -15,13 +15,10 @@ from revnets.engine.columns import ReversibleColumns
 from revnets.engine.errors import ArgumentError
 from revnets.engine.memory_mode import memory_modes
 from revnets.pretrained.block_stacks import BlockStack, find_stacks
-from revnets.pretrained.rewired_sequence import CHECKPOINTING, BlockCall, RewiredSequence
+from revnets.pretrained.rewired_sequence import CALL, CHECKPOINTING, BlockCall, RewiredSequence
 from revnets.pretrained.update_rules import Blend, checked_blend
 
 Model = TypeVar("Model", bound=nn.Module)
-
-CALL = "_reversible_call"
-"""Attribute of a rewired block: its `BlockCall`."""
 
 
 def make_reversible(
@@ -70,15 +67,14 @@ def make_reversible(
     if learn_blend:
         _require_free(stacks)
         Blend(blend, rule, Gain(1, blend))  # refuses rules that cannot be learned
-    states = [_state_name(name, block) for stack in stacks for name, block in zip(stack.names, stack.blocks)]
-    names = iter(states)
-    for stack in stacks:
+    state_names = [_state_names(stack) for stack in stacks]
+    for stack, names in zip(stacks, state_names, strict=True):
         blends = [constant] * len(stack.blocks)
         if learn_blend:
             blends[1:] = [_learned(block, blend, rule) for block in stack.blocks[1:]]
         sequence = RewiredSequence(stack.name, stack.blocks, blends, mode)
-        for position, block in enumerate(stack.blocks):
-            call = BlockCall(sequence, position, next(names))
+        for position, (block, name) in enumerate(zip(stack.blocks, names, strict=True)):
+            call = BlockCall(sequence, position, name)
             block.__dict__[CALL] = call  # not __setattr__, which looks at every value for modules and parameters
             block.__dict__["forward"] = call.forward
     _without_checkpointing(model)
@@ -135,17 +131,16 @@ def _learned(block: nn.Module, blend: float, rule: str) -> Blend:
     return Blend(blend, rule, gain)
 
 
-def _state_name(name: str, block: nn.Module) -> str:
-    """The first argument of a block, which is its state."""
-    parameters = [
-        parameter
-        for parameter in inspect.signature(block.forward).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
-        text = f"{name} ({type(block).__name__}) takes no state as its first argument"
-        raise ArgumentError(text, "blocks", code="unsupported-block")
-    return parameters[0].name
+def _state_names(stack: BlockStack) -> list[str]:
+    """The first argument of each block, which is its state."""
+    names = []
+    for name, block in zip(stack.names, stack.blocks, strict=True):
+        first = next(iter(inspect.signature(block.forward).parameters.values()), None)
+        if first is None or first.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+            text = f"{name} ({type(block).__name__}) takes no state as its first argument"
+            raise ArgumentError(text, "blocks", code="unsupported-block")
+        names.append(first.name)
+    return names
 
 
 def _without_checkpointing(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from revnets.engine.cell import FixedGain, Gain
+from revnets.engine.cell import Gain
 from revnets.engine.errors import ArgumentError
 
 Scalar: TypeAlias = "float | Tensor"
@@ -71,12 +71,11 @@ class Blend(nn.Module):
         itself.
         """
         value: Scalar = self.value if self.learned is None else self.learned()
-        if self.rule == "bdia":
-            if not is_training:
-                value = 0.0
-            else:
-                shape = (len(x), *(1 for _ in x.shape[1:]))
-                value = (torch.randint(0, 2, shape, device=x.device) * 2 - 1).to(x.dtype) * value
+        if self.rule == "bdia" and not is_training:
+            value = 0.0
+        elif self.rule == "bdia":
+            sign = torch.randint(0, 2, (len(x), *(1 for _ in x.shape[1:])), device=x.device) * 2 - 1
+            value = sign.to(x.dtype) * value
         return RULES[self.rule](value)
 
     def extra_repr(self) -> str:
@@ -126,5 +125,3 @@ def start_of(coefficients: Coefficients) -> Coefficients:
 
 def _as(value: Scalar, like: Tensor) -> Scalar:
     return value.to(like.dtype) if isinstance(value, Tensor) else value
-
-
