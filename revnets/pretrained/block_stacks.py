@@ -67,7 +67,7 @@ def _found(model: nn.Module) -> Iterator[BlockStack]:
         if name.startswith(taken or "\0") or not isinstance(container, nn.Sequential | nn.ModuleList):
             continue
         usual = CONTAINERS.fullmatch(name.rpartition(".")[2]) is not None
-        children = [(f"{name}.{key}" if name else key, child) for key, child in container.named_children()]
+        children = [(f"{name}.{key}" if name else key, child) for key, child in _children(container)]
         if not (usual or all(_is_checkpointed(child) for _, child in children)):
             continue
         for _, run in groupby(children, key=lambda item: _signature(item[1])):
@@ -84,7 +84,7 @@ def _named(model: nn.Module, name: str) -> BlockStack:
     except AttributeError:
         text = f"{type(model).__name__} has no module {name!r}"
         raise ArgumentError(text, "blocks", code="unknown-choice") from None
-    children = list(container.named_children()) if isinstance(container, nn.Sequential | nn.ModuleList) else []
+    children = _children(container) if isinstance(container, nn.Sequential | nn.ModuleList) else []
     if len(children) < 2:
         text = f"{name} is a {type(container).__name__}; give a Sequential or ModuleList of at least two blocks"
         raise ArgumentError(text, "blocks", code="no-blocks")
@@ -97,6 +97,11 @@ def _named(model: nn.Module, name: str) -> BlockStack:
             )
             raise ArgumentError(text, "blocks", code="shape-mismatch")
     return BlockStack(name, tuple(f"{name}.{key}" for key, _ in children), tuple(child for _, child in children))
+
+
+def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
+    """As `named_children`, which leaves out a module that is there twice."""
+    return [(key, child) for key, child in container._modules.items() if child is not None]
 
 
 def _signature(block: nn.Module) -> tuple[object, ...]:

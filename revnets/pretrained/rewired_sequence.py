@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,19 +38,19 @@ class BlockCell(Cell):
 
     Args:
         block: shape-preserving module G(x) = x + f(x); its first argument is the state.
-        run: its forward, from before it was rewired.
         blend: the rule that combines G(x_{t-1}) with x_{t-1} and x_{t-2}.
         is_first: is it the first block, for which x_{t-2} = x_{t-1}?
     """
 
     function: nn.Module
 
-    def __init__(self, block: nn.Module, run: Callable[..., Any], blend: Blend, is_first: bool):
+    def __init__(self, block: nn.Module, blend: Blend, is_first: bool):
         super().__init__(block, None if is_first else FixedGain(1.0))
         if not is_first:
             self.gain = blend  # type: ignore[assignment]  # it takes the state and gives all coefficients
         self.blend = blend
-        self.run = run
+        self.wrapper: Callable[..., Any] | None = vars(block).get("forward")  # that another tool has put there
+        self.compiled: Callable[..., Any] | None = None
         self.is_first = is_first
 
     def forward(
@@ -71,7 +72,8 @@ class BlockCell(Cell):
         """
         (x,) = reads
         positional, keywords = arguments
-        output = self.run(x, *positional, **keywords, **context)
+        forward = self.compiled or self._block_forward()
+        output = forward(x, *positional, **keywords, **context)
         rest = None
         if isinstance(output, tuple | list):
             output, *further = output
@@ -96,7 +98,11 @@ class BlockCell(Cell):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block's own forward. What is around it stays outside of the compiled code."""
-        self.run = torch.compile(self.run, *args, **kwargs)
+        self.compiled = torch.compile(self._block_forward(), *args, **kwargs)
+
+    def _block_forward(self) -> Callable[..., Any]:
+        """The forward of the block as it was before; looked up in each call, so that copies call their own."""
+        return self.wrapper or partial(type(self.function).forward, self.function)
 
 
 class Start(nn.Module):
@@ -126,8 +132,7 @@ class RewiredSequence(ReversibleSequence):
         memory: str | Sequence[str] = "exact",
     ):
         cells = [
-            BlockCell(block, block.forward, blend, index == 0)
-            for index, (block, blend) in enumerate(zip(blocks, blends, strict=True))
+            BlockCell(block, blend, index == 0) for index, (block, blend) in enumerate(zip(blocks, blends, strict=True))
         ]
         super().__init__([Cell(Start(), None), *cells], memory=memory)
         self.name = name
@@ -197,7 +202,7 @@ class RewiredSequence(ReversibleSequence):
         try:
             state = run.step(nodes[position + 1], {"arguments": arguments, "extras": extras})
         except BaseException:
-            del self._passes[thread]
+            self._passes.pop(thread, None)
             raise
         run.close()
         if position + 2 == len(nodes):

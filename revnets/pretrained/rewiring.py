@@ -88,19 +88,23 @@ def make_reversible(
 def undo_reversible(model: Model) -> Model:
     """Give a rewired network its former blocks back; weights that were trained meanwhile stay.
 
-    Learned blends are dropped. Nothing happens to a model that is not rewired.
+    Learned blends are dropped.
 
     Returns:
         The same module.
+
+    Raises:
+        ArgumentError: the model is not rewired.
     """
-    for block in list(model.modules()):
-        call = block.__dict__.pop(CALL, None)
-        if call is None:
-            continue
+    blocks = [module for module in model.modules() if CALL in vars(module)]
+    if not blocks:
+        raise ArgumentError(f"{type(model).__name__} is not rewired", "model", code="no-columns")
+    for block in blocks:
+        call = block.__dict__.pop(CALL)
         cell = call.sequence.block_cells[call.position]
         del block.__dict__["forward"]
-        if cell.run != block.forward:  # somebody else's, from before
-            block.__dict__["forward"] = cell.run
+        if cell.wrapper is not None:
+            block.__dict__["forward"] = cell.wrapper
         if cell.blend.learned is not None:
             del block.blend
     for module in model.modules():
@@ -112,7 +116,7 @@ def _budget(memory: Mapping[str, Any]) -> BudgetSpec:
     try:
         return BudgetSpec(**memory)
     except (TypeError, ValueError) as error:
-        text = f"memory = {dict(memory)!r}: give a memory mode, or a budget such as {{'budget': '8GiB'}}"
+        text = f"memory = {memory!r}: give a memory mode, or a budget such as {{'budget': '8GiB'}}"
         raise ArgumentError(text, "memory", code="invalid-value") from error
 
 

@@ -1,0 +1,77 @@
+"""The blend that grows from 0, and its gradients on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import revnets
+from revnets.engine.errors import ArgumentError
+from tests.support.residual_networks import ResidualNetwork, assert_same_tensors, inputs, training_step
+
+
+def test_it_starts_as_the_original_network():
+    model = ResidualNetwork().eval()
+    expected = model(inputs())
+    revnets.BlendSchedule(revnets.make_reversible(model, 0.5), 7)
+    torch.testing.assert_close(model(inputs()), expected)
+
+
+def test_it_reaches_the_target_and_stays_there():
+    model = revnets.make_reversible(ResidualNetwork().eval(), 0.5)
+    expected = model(inputs())
+    schedule = revnets.BlendSchedule(model, 3)
+    values = []
+    for _ in range(5):
+        schedule.step()
+        values.append(schedule.value)
+    assert values == [0.5 / 3, 1.0 / 3, 0.5, 0.5, 0.5]
+    assert torch.equal(model(inputs()), expected)
+
+
+@pytest.mark.parametrize("update", [0, 1, 5])
+def test_gradients_on_the_way_are_those_of_store(update):
+    model = revnets.make_reversible(ResidualNetwork(), 0.5)
+    schedule = revnets.BlendSchedule(model, 11)
+    for _ in range(update):
+        schedule.step()
+    expected = training_step(model, inputs(), memory="store")
+    assert_same_tensors(training_step(model, inputs(), memory="exact"), expected)
+
+
+def test_a_resumed_schedule_goes_on():
+    schedule = revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork(), 0.5), 7)
+    schedule.step()
+    resumed = revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork(), 0.1), 3)
+    resumed.load_state_dict(schedule.state_dict())
+    schedule.step()
+    resumed.step()
+    assert resumed.value == schedule.value
+
+
+@pytest.mark.parametrize("updates", [0, -1, 2.5, True])
+def test_numbers_of_updates_that_cannot_be(updates):
+    with pytest.raises(ArgumentError) as error:
+        revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork()), updates)
+    assert (error.value.key, error.value.code) == ("updates", "out-of-range")
+
+
+@pytest.mark.parametrize("state", [{}, {"update": -1, "updates": 3, "blend": 0.1}, {"update": "1"}])
+def test_states_of_something_else(state):
+    schedule = revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork()), 3)
+    with pytest.raises(ArgumentError) as error:
+        schedule.load_state_dict(state)
+    assert (error.value.key, error.value.code) == ("state", "wrong-format")
+
+
+def test_a_model_that_is_not_rewired():
+    with pytest.raises(ArgumentError) as error:
+        revnets.BlendSchedule(ResidualNetwork(), 3)
+    assert (error.value.key, error.value.code) == ("model", "no-columns")
+
+
+@pytest.mark.parametrize("options", [{"learn_blend": True}, {"rule": "midpoint"}])
+def test_blends_that_have_no_schedule(options):
+    with pytest.raises(ArgumentError) as error:
+        revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork(), **options), 3)
+    assert (error.value.key, error.value.code) == ("model", "conflicting-values")

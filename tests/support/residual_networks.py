@@ -1,0 +1,78 @@
+"""Small residual networks with trained-looking weights, of which the tests of rewiring are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revnets.pretrained.rewired_sequence import rewired_sequences
+
+DIM, TOKENS, BATCH, CLASSES, DEPTH = 13, 7, 3, 5, 6
+
+
+class ResidualBlock(nn.Module):
+    """G(x) = x + f(x), with dropout and an optional shift that the caller passes."""
+
+    def __init__(self, dim: int = DIM, hidden: int = 17, dropout: float = 0.1):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, hidden)
+        self.drop = nn.Dropout(dropout)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = self.down(self.drop(nn.functional.gelu(self.up(self.norm(x)))))
+        return x + y if shift is None else x + y + shift
+
+
+class TupleBlock(ResidualBlock):
+    """Returns its hidden layer's mean besides the state, as attention layers return their weights."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x, shift)
+        return y, y.mean(-1)
+
+
+class ResidualNetwork(nn.Module):
+    """Stem, blocks in a loop as transformers write it, and a classifier."""
+
+    def __init__(self, depth: int = DEPTH, block: type[nn.Module] = ResidualBlock, **options: Any):
+        super().__init__()
+        self.stem = nn.Linear(11, DIM)
+        self.layers = nn.ModuleList(block(**options) for _ in range(depth))
+        self.head = nn.Linear(DIM, CLASSES)
+
+    def forward(self, x: Tensor, shifts: Tensor | None = None) -> Tensor:
+        x = self.stem(x)
+        for index, layer in enumerate(self.layers):
+            out = layer(x, shift=None if shifts is None else shifts[index])
+            x = out[0] if isinstance(out, tuple) else out
+        return self.head(x.mean(1))
+
+
+def inputs(seed: int = 0) -> Tensor:
+    return torch.randn(BATCH, TOKENS, 11, generator=torch.Generator().manual_seed(seed))
+
+
+def set_memory(model: nn.Module, mode: str) -> None:
+    for sequence in rewired_sequences(model):
+        sequence.memory = mode
+
+
+def training_step(model: nn.Module, *args: Any, memory: str) -> list[Tensor | None]:
+    """The output and the gradients of all parameters, in that order."""
+    set_memory(model, memory)
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    output = model(*args)
+    output.square().sum().backward()
+    return [output.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def assert_same_tensors(one: list[Tensor | None], other: list[Tensor | None]) -> None:
+    assert len(one) == len(other)
+    for left, right in zip(one, other, strict=True):
+        assert (left is None) == (right is None)
+        assert left is None or right is None or torch.equal(left, right)
