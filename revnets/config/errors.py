@@ -56,6 +56,14 @@ def option_error(option: str, message: str, hint: str = "", code: str = "invalid
     return ConfigError("command line", option, message, hint, code)
 
 
+class PartError(ValueError):
+    """A name that refers to no component. `remedy` says what to do, `code` is the kind of error."""
+
+    def __init__(self, problem: str, remedy: str, code: str):
+        super().__init__(f"{problem}. {remedy}")
+        self.problem, self.remedy, self.code = problem, remedy, code
+
+
 class Complaint(NamedTuple):
     """One mistake, before it is known which file it stands in."""
 

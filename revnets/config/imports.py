@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from revnets.config.errors import SpecError, nearest
+from revnets.config.errors import PartError, SpecError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 """The folder in which the packages of this project are installed."""
@@ -22,14 +22,6 @@ PACKAGES = ("revnets", "vision", "revnets_nlp" if (ROOT / "revnets_nlp").is_dir(
 
 ALLOW = "If you trust its authors, allow it: --trust, trust=True in Python, REVNETS_TRUST=1 with fairseq"
 """What to do about a configuration that is not trusted and needs to be."""
-
-
-class PartError(ValueError):
-    """A name that refers to no component. `remedy` says what to do, `code` is the kind of error."""
-
-    def __init__(self, problem: str, remedy: str, code: str):
-        super().__init__(f"{problem}. {remedy}")
-        self.problem, self.remedy, self.code = problem, remedy, code
 
 
 def imported(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = True) -> Callable[..., Any]:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, ValidationInfo
 from torch import nn
 
-from revnets.config.errors import ArgumentError, explain, nearest, problem, show, what
-from revnets.config.imports import PartError, imported
+from revnets.config.errors import ArgumentError, PartError, explain, nearest, problem, show, what
+from revnets.config.imports import imported
 from revnets.config.loader import Strict, validate
 
 Factory = Callable[..., Any]

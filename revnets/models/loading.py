@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from revnets.config.errors import SpecError
-from revnets.config.imports import PartError, importable, imported
+from revnets.config.errors import PartError, SpecError
+from revnets.config.imports import importable, imported
 from revnets.config.loader import Layer, Layers, Source
 from revnets.config.net_spec import NetSpec
 from revnets.models.net import build

@@ -20,8 +20,8 @@ from pydantic import (
 )
 
 from revnets.config import memory_modes
-from revnets.config.errors import SpecError, nearest, problem, what
-from revnets.config.imports import PartError, foreign_file, imported
+from revnets.config.errors import PartError, SpecError, nearest, problem, what
+from revnets.config.imports import foreign_file, imported
 from revnets.config.loader import Source, Strict, UserPath, read_layers
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig

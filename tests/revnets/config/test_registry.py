@@ -11,7 +11,7 @@ from torch import nn
 
 import revnets
 from revnets.config import registry
-from revnets.config.imports import PartError
+from revnets.config.errors import PartError
 from revnets.config.registry import find_component, names, options
 from tests.support.errors import raises_error
 
