@@ -24,7 +24,7 @@ from vision.distributed.context import World
 from vision.errors import CheckpointError, comparable
 from vision.tasks.base import scalars
 from vision.tasks.classification import AccuracyEvaluator, Classification, ClassificationMetrics
-from vision.tasks.selection import create_task
+from vision.tasks.creation import create_task
 from vision.training import builders
 from vision.training.figures import confusion_figure
 from vision.training.loaded_run import load_checkpoint

@@ -20,7 +20,6 @@ from vision.config.run import TrainConfig
 from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.distributed.context import World
 from vision.errors import run_error
-from vision.tasks.creation import create_model
 
 
 class Metrics(Protocol):
@@ -176,6 +175,8 @@ class Task:
         Raises:
             revnets.SpecError: it cannot be built, or does not fit the data.
         """
+        from vision.tasks.creation import create_model  # creates tasks, too
+
         return create_model(self.config)
 
     def begin(self, model: nn.Module, data: Any, world: World) -> str:

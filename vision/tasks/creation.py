@@ -1,9 +1,11 @@
-"""The model that the configuration of a run names, and what comes out of it, without computing anything."""
+"""The task and the model that the configuration of a run names, and the shape of what the model gives."""
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 import timm
@@ -12,11 +14,61 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from revnets import ReversibleColumns, SpecError, build
-from revnets.config.errors import nearest
+from revnets.config.errors import PartError, nearest
+from revnets.config.imports import imported
 from revnets.config.memory_budget import BudgetSpec
-from vision.config.run import TimmModel, TrainConfig
+from vision.config.run import TASKS, TimmModel, TrainConfig
 from vision.errors import first_line, run_error
 from vision.revcol import ARGUMENTS
+from vision.tasks.base import Task
+
+OPTIONAL = ("label_smoothing", "mixup", "supervision", "pretrained")
+"""Keys of a run that a task must name in `uses`, or else they would be ignored silently."""
+
+
+def create_task(config: TrainConfig) -> Task:
+    """The task that a configuration names.
+
+    Raises:
+        revnets.SpecError: it is no task, does not take its options, or does not use a key that is given.
+    """
+    name, options = config.task_and_options
+    if name == "classification" and config.supervision is not None:
+        kind = resolve_name("vision.tasks.intermediate_supervision:SupervisedClassification")
+    elif name in TASKS:
+        kind = resolve_name(TASKS[name])
+    else:
+        try:
+            kind = imported("task", name)
+        except PartError as error:
+            raise run_error("task", error.problem, error.remedy, error.code) from None
+    if not (inspect.isclass(kind) and issubclass(kind, Task)):
+        raise run_error("task", f"{name} is no task", "Derive it from vision.tasks.Task", code="invalid-component")
+    _check_options(kind, name, options)
+    for key in (key for key in OPTIONAL if key not in kind.uses):
+        if getattr(config, key) != TrainConfig.model_fields[key].default:
+            raise run_error(key, f"the task {name} does not use it", "Remove the key", code="reserved-key")
+    try:
+        return kind(config, **options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SpecError):
+            raise
+        raise run_error(
+            "task", f"{name} refuses its options ({first_line(error)})", "Change them", code="component-failed"
+        ) from error
+
+
+def _check_options(kind: type[Task], name: str, options: Mapping[str, Any]) -> None:
+    parameters = list(inspect.signature(kind).parameters.values())[1:]
+    known: Sequence[str] = [item.name for item in parameters if item.kind is not item.VAR_KEYWORD]
+    if len(known) == len(parameters):
+        for key in (key for key in options if key not in known):
+            remedy = nearest(key, known, "It takes") if known else "Remove it"
+            raise run_error(f"task.{key}", f"{name} has no such option", remedy, code="unknown-key")
+    for item in parameters:
+        is_required = item.default is item.empty and item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)
+        if is_required and item.name not in options:
+            raise run_error(f"task.{item.name}", f"{name} needs this option", "Give it", code="missing-key")
 
 
 def create_model(config: TrainConfig, **defaults: Any) -> nn.Module:

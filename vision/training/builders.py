@@ -21,7 +21,7 @@ from vision.distributed.context import World
 from vision.errors import first_line, run_error
 from vision.tasks.base import Task
 from vision.tasks.creation import columns_of as columns_of
-from vision.tasks.selection import create_task
+from vision.tasks.creation import create_task
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

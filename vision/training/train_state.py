@@ -16,7 +16,7 @@ from vision.config.run import TrainConfig
 from vision.data.samplers import seed_all
 from vision.distributed.context import World
 from vision.tasks.base import Evaluator, Task
-from vision.tasks.selection import create_task
+from vision.tasks.creation import create_task
 from vision.training import builders
 from vision.training.builders import unwrapped
 
