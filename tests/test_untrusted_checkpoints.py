@@ -17,13 +17,14 @@ from nlp.evaluation.checkpoint_averaging import average
 from revnets import SpecError
 from revnets.analysis.gains import read_gains
 from tests.support.errors import raises_error
-from vision.checkpoints import manager
+from vision.checkpoints import manager, reader
+from vision.checkpoints.layout import KEYS
 from vision.errors import CheckpointError
 from vision.weights import files
 
 READERS: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {
     "gains": (lambda path: read_gains(str(path)), SpecError),
-    "checkpoints": (manager.read, CheckpointError),
+    "checkpoints": (reader.read, CheckpointError),
     "weights": (files.read, CheckpointError),
     "averaging": (lambda path: average([path], path.with_name("average.pt")), TranslationError),
 }
@@ -42,7 +43,7 @@ class Trap:
 
 def content(**changes: Any) -> dict[str, Any]:
     """What all four read."""
-    state = dict.fromkeys(manager.KEYS) | {"format": manager.FORMAT, "progress": {"step": 1}}
+    state = dict.fromkeys(KEYS) | {"format": manager.FORMAT, "progress": {"step": 1}}
     return state | {"model": {"cells.1.0.gain.weight": torch.full((3,), 0.5)}, **changes}
 
 

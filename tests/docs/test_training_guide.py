@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tests.support.paths import ROOT
 from tests.vision.cli.test_train_and_eval import app
-from vision.checkpoints import manager
+from vision.checkpoints import reader
 from vision.distributed.context import World
 from vision.tasks import Task
 from vision.training.run_log import LOG, read_log
@@ -41,7 +41,7 @@ def test_the_task_of_the_page_trains(folder):
     }
     best = min(errors, key=errors.__getitem__)
     assert len(errors) == settings["epochs"]
-    assert manager.read(folder / settings["output"] / "checkpoints" / "best.pt")["progress"]["step"] == best
+    assert reader.read(folder / settings["output"] / "checkpoints" / "best.pt")["progress"]["step"] == best
     assert f"{errors[best]:.4f}" in result.stdout
 
     from my_tasks import MeanError  # pyright: ignore[reportMissingImports]

@@ -30,7 +30,7 @@ from revnets import SpecError
 from revnets.analysis.gains import lost_bits, read_gains
 from tests.fuzz import mutations
 from tests.support.training_runs import TINY, tiny
-from vision.checkpoints import manager, reshard
+from vision.checkpoints import manager, reader, reshard
 from vision.checkpoints.layout import TO_RESUME
 from vision.config.run import load_config
 from vision.data.dataset import ImageData
@@ -84,7 +84,7 @@ class Readers:
             run.model(torch.zeros(1, 1, 8, 8))
 
     def resumption(self, path: Path) -> None:
-        state = manager.read(path, World(), TO_RESUME)
+        state = reader.read(path, World(), TO_RESUME)
         self.state.load_state(state, path)
         self.state.update(iter([(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))] * 2), 3)
 

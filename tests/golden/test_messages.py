@@ -218,7 +218,7 @@ def command_cases() -> list[Case]:
 
 def vision_cases(folder: Path) -> list[Case]:
     """Runs, data, checkpoints and weights."""
-    from vision.checkpoints import manager
+    from vision.checkpoints import reader
     from vision.config.data import IdxConfig
     from vision.config.run import load_config
     from vision.data.in_memory import load_idx
@@ -249,11 +249,11 @@ def vision_cases(folder: Path) -> list[Case]:
         ("run: no such recipe", lambda: load_config("digit")),
         ("run: supervision", lambda: load_config(run, ["supervision={heads: 2}"])),
         ("data: no idx files", lambda: load_idx(IdxConfig(name="idx", root=str(folder)), 0)),
-        ("checkpoint: missing", lambda: manager.read(folder / "no.pt")),
-        ("checkpoint: of something else", lambda: manager.read(folder / "list.pt")),
-        ("checkpoint: another layout", lambda: manager.read(folder / "new.pt")),
-        ("checkpoint: more than data", lambda: manager.read(folder / "code.pt")),
-        ("checkpoint: cut short", lambda: manager.read(folder / "cut.pt")),
+        ("checkpoint: missing", lambda: reader.read(folder / "no.pt")),
+        ("checkpoint: of something else", lambda: reader.read(folder / "list.pt")),
+        ("checkpoint: another layout", lambda: reader.read(folder / "new.pt")),
+        ("checkpoint: more than data", lambda: reader.read(folder / "code.pt")),
+        ("checkpoint: cut short", lambda: reader.read(folder / "cut.pt")),
         ("weights: missing", lambda: read(folder / "no.pt")),
         ("weights: a folder", lambda: read(folder)),
         ("weights: refused", lambda: read(folder / "code.pt")),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vision.checkpoints import manager
+from vision.checkpoints import reader
 from vision.training.run_log import LOG, read_log
 
 TINY: dict[str, Any] = {
@@ -45,7 +45,7 @@ def tiny(output: Path, **changes: Any) -> dict[str, Any]:
 def assert_same_run(mine: Path, other: Path, suffix: str = ".pt") -> None:
     """The same weights, state and log, bit for bit; `suffix` is empty for checkpoints in shards."""
     for name in (f"step-0000010{suffix}", f"best{suffix}"):
-        ours, theirs = (manager.read(folder / "checkpoints" / name) for folder in (mine, other))
+        ours, theirs = (reader.read(folder / "checkpoints" / name) for folder in (mine, other))
         for part in ("model", "ema", "heads", "heads_ema", "optimizer", "progress", "scaler"):
             assert_same(ours[part], theirs[part], part)
     logs = [

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vision.checkpoints.sharding import Piece
+from vision.checkpoints.sharding import DIVISIBLE, Piece
 from vision.errors import CheckpointError
+
+KEYS = ("format", "versions", "config", "world", "progress", "scaler", *DIVISIBLE)
+"""What a checkpoint holds.
+
+Newer ones also have `classes`, their names. There is no state of the schedule, of the sampler, and of the generators of
+random numbers: all are functions of the seed and of `progress`, see `vision.data.samplers`.
+"""
 
 MAX_COUNT = 2**40
 """Of updates, epochs and processes."""

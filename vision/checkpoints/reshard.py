@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from revnets.utils.atomic_files import replacing_folder
-from vision.checkpoints.manager import read, save_file
+from vision.checkpoints.manager import save_file
 from vision.checkpoints.new_file import new_file
+from vision.checkpoints.reader import read
 from vision.checkpoints.sharding import STATE, shard_name, split
 
 

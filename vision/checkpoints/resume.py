@@ -10,7 +10,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from revnets import SpecError
-from vision.checkpoints import manager
+from vision.checkpoints import reader
+from vision.checkpoints.layout import TO_RESUME
+from vision.checkpoints.manager import sample_counts, step_of
 from vision.config.data import DataConfig
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
@@ -49,7 +51,7 @@ def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: C
             )
         return None
     state = read(Path(resume), world)
-    if there and manager.step_of(there[-1]) > state["progress"]["step"]:
+    if there and step_of(there[-1]) > state["progress"]["step"]:
         raise SpecError(
             name, "output", f"{config.output} holds a later checkpoint, {there[-1].name}", remedy, code="run-exists"
         )
@@ -62,9 +64,7 @@ def read(path: Path, world: World) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or lacks something.
     """
-    from vision.checkpoints.layout import TO_RESUME  # a new run reads nothing
-
-    return manager.read(path, world, TO_RESUME)
+    return reader.read(path, world, TO_RESUME)
 
 
 def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
@@ -121,15 +121,6 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
     _require_same_data(data, state, path)
 
 
-def facts(data: object) -> dict[str, int]:
-    """Samples of the training and the validation set, which a checkpoint records, as far as they are known."""
-    found = {}
-    for part in ("train", "val"):
-        with suppress(TypeError, AttributeError):
-            found[part] = len(getattr(data, part))
-    return found
-
-
 def _require_same_data(data: object, state: dict[str, Any], path: Path) -> None:
     ours, theirs = getattr(data, "classes", None), state.get("classes")
     if isinstance(ours, tuple) and isinstance(theirs, list):
@@ -139,7 +130,7 @@ def _require_same_data(data: object, state: dict[str, Any], path: Path) -> None:
             if one != other:
                 _refuse("data", f"the class {one}", f"{other} in its place", path)
     before = state.get("samples")
-    for part, count in facts(data).items():
+    for part, count in sample_counts(data).items():
         if isinstance(before, dict) and before.get(part, count) != count:
             _refuse("data", f"{count} samples in {part}", before[part], path)
 

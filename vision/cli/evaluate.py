@@ -15,7 +15,7 @@ from torch import Tensor
 from revnets.cli.output import tracked
 from revnets.config.errors import option_error
 from revnets.plotting.style import FORMATS, save
-from vision.checkpoints import manager
+from vision.checkpoints import reader
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
 from vision.data import class_subsets
@@ -99,8 +99,8 @@ def evaluate_checkpoint(
     found = {}
     for name, (tensors, heads) in given.sets.items():
         fitting = tensors if given.is_run else finetune.fitted(tensors, model, str(given.path))
-        manager.load_weights(model, fitting, given.path)
-        manager.load_heads(training_task.get_task_state(), heads, given.path)
+        reader.load_weights(model, fitting, given.path)
+        reader.load_heads(training_task.get_task_state(), heads, given.path)
         evaluator = task.evaluator(module, data, device)
         if isinstance(evaluator, AccuracyEvaluator):
             evaluator.subset = chosen

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 from revnets import NetSpec
 from revnets.config.errors import ArgumentError
-from vision.checkpoints import manager
+from vision.checkpoints import reader
 from vision.checkpoints.layout import TO_EVALUATE
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
@@ -190,7 +190,7 @@ def load_run(
     data = None if checkpoint.classes else load_data(config.data, config.seed)
     classes = checkpoint.classes or (data.classes if data else ())
     model = builders.build_model(config, data or _without_images(config, classes))
-    manager.load_weights(model, sets[name][0], checkpoint.path)
+    reader.load_weights(model, sets[name][0], checkpoint.path)
     device = builders.choose_device(config.device)
     return LoadedRun(str(checkpoint.path), model.to(device).eval(), config, classes, device)
 
@@ -220,11 +220,11 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, trust: b
         vision.errors.CheckpointError: there is no such checkpoint, or it holds weights alone.
         revnets.SpecError: an override is wrong, or the configuration names code that is not trusted.
     """
-    path = manager.in_run(Path(path))
+    path = reader.in_run(Path(path))
     if path.suffix in (".safetensors", ".pth") and path.exists():
         remedy = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
         raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy, code="missing-config")
-    state = manager.read(path, needed=TO_EVALUATE)
+    state = reader.read(path, needed=TO_EVALUATE)
     config = _without_weights(state["config"])
     checkpoint = Checkpoint(path, load_config(config, overrides, trust=trust, name=str(path)), state)
     _require_size(checkpoint)

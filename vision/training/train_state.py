@@ -11,10 +11,10 @@ import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
-from vision.checkpoints import manager
 from vision.config.run import TrainConfig
 from vision.data.samplers import seed_all
 from vision.distributed.context import World
+from vision.errors import CheckpointError
 from vision.tasks.base import Evaluator, Task
 from vision.tasks.creation import create_task
 from vision.training import builders
@@ -167,23 +167,24 @@ class TrainState:
             path: where it comes from, for messages.
 
         Raises:
-            vision.checkpoints.manager.CheckpointError: it is the state of another model.
+            CheckpointError: it is the state of another model.
         """
+        from vision.checkpoints import reader  # a new run reads nothing
         from vision.checkpoints.layout import require_optimizer
 
-        manager.load_weights(self.model, state["model"], path)
-        manager.load_heads(self.training_task.get_task_state(), state["heads"], path)
+        reader.load_weights(self.model, state["model"], path)
+        reader.load_heads(self.training_task.get_task_state(), state["heads"], path)
         if self.ema is not None:
             averaged = state["ema"] is not None
-            manager.load_weights(self.ema, state["ema"] if averaged else state["model"], path)
+            reader.load_weights(self.ema, state["ema"] if averaged else state["model"], path)
             heads = state["heads_ema"] if averaged else state["heads"]
-            manager.load_heads(self.training_task.get_task_state(ema=True), heads, path)
+            reader.load_heads(self.training_task.get_task_state(ema=True), heads, path)
         require_optimizer(state["optimizer"], self.optimizer, path)
         self.optimizer.load_state_dict(self._optimizer_state(state["optimizer"]))
         if self.scaler.is_enabled() and state["scaler"]:
             if missing := self.scaler.state_dict().keys() - state["scaler"]:
                 problem = f"`scaler.{min(missing)}` is missing in it"
-                raise manager.CheckpointError(path, problem, "Use another checkpoint", code="wrong-format")
+                raise CheckpointError(path, problem, "Use another checkpoint", code="wrong-format")
             self.scaler.load_state_dict(state["scaler"])
         self.schedule.step_update(state["progress"]["step"])
 

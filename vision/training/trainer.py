@@ -18,7 +18,7 @@ from rich.console import Console
 from revnets.plotting.style import save
 from revnets.utils.atomic_files import make_folder, remove_leftovers, replacing
 from revnets.utils.file_lock import FileLock, LockedError
-from vision.checkpoints import manager, resume
+from vision.checkpoints import manager
 from vision.checkpoints.manager import Checkpoints
 from vision.config.run import TrainConfig
 from vision.distributed.context import Stopped, StopSignals, World
@@ -64,7 +64,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.output / CHECKPOINTS, config.keep, sharded, self.world)
         # The main process decides from which file the run goes on; then pretrained weights are not needed any more.
         self.there = self.world.by_main(self.checkpoints.all)
-        self.resumed = self.world.by_main(lambda: resume.find_checkpoint(config, self.world, self.there, self._warn))
+        self.resumed = self.world.by_main(self._find_checkpoint)
         anew = config if self.resumed is None else config.model_copy(update={"pretrained": None})
         self.state = TrainState(anew, self.data, self.batches.updates, self.world, self.task)
         self.progress, self.losses = Progress(), Losses(self.world)
@@ -183,18 +183,28 @@ class Trainer:
             "versions": manager.versions(),
             "config": self.config.plain(),
             "world": self.world.size,
-            "samples": resume.facts(self.data),
+            "samples": manager.sample_counts(self.data),
             **self.task.metadata(self.data),
             "progress": self.progress.plain(self.losses),
             **self.state.state(),
         }
         return self.checkpoints.save(state, best)
 
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint from which the run goes on; None for a new run."""
+        if not self.there and self.config.resume in ("auto", "none"):
+            return None
+        from vision.checkpoints.resume import find_checkpoint  # a new run reads nothing
+
+        return find_checkpoint(self.config, self.world, self.there, self._warn)
+
     def _resume(self) -> None:
         """Load the checkpoint from which the run goes on."""
         path = self.resumed
         if path is None:
             return
+        from vision.checkpoints import resume
+
         state = resume.read(path, self.world)
         resume.require_same_course(self.config, self.world.size, state, path, self.data)
         self.state.load_state(state, path)

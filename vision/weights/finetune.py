@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from revnets.config.errors import nearest
 from revnets.models.net import Net
-from vision.checkpoints import manager
+from vision.checkpoints import reader
 from vision.config.optimization import PretrainedConfig
 from vision.distributed.context import World
 from vision.errors import CheckpointError, comparable, first_line
@@ -68,8 +68,8 @@ def find_pretrained(source: str, world: World) -> tuple[Mapping[str, Any], str]:
     """
     path = Path(source)
     if path.is_dir():
-        path = manager.in_run(path)
-        content = manager.read(path) if path.is_dir() else read(path)
+        path = reader.in_run(path)
+        content = reader.read(path) if path.is_dir() else read(path)
     elif path.exists():
         content = read(path)
     elif timm.is_model_pretrained(source):

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from tests.support.errors import raises_error
-from vision.checkpoints import manager
+from vision.checkpoints import manager, reader
+from vision.checkpoints.layout import KEYS
 from vision.checkpoints.manager import CheckpointError, Checkpoints
 from vision.checkpoints.reshard import reshard
 
 
 def state(step: int, **changes):
-    empty = dict.fromkeys(manager.KEYS)
+    empty = dict.fromkeys(KEYS)
     return {**empty, "format": manager.FORMAT, "progress": {"step": step}, "model": torch.randn(5), **changes}
 
 
@@ -38,8 +39,8 @@ def test_the_last_ones_stay_and_the_best_outlives_them(tmp_path):
         run.save(item, best=index == 1)
     assert [manager.step_of(path) for path in run.all()] == [11, 100]
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "step-0000011.pt", "step-0000100.pt"]
-    assert torch.equal(manager.read(run.best)["model"], states[1]["model"])
-    assert torch.equal(manager.read(run.all()[-1])["model"], states[3]["model"])
+    assert torch.equal(reader.read(run.best)["model"], states[1]["model"])
+    assert torch.equal(reader.read(run.all()[-1])["model"], states[3]["model"])
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.99, 0.9999])
@@ -47,14 +48,14 @@ def test_a_truncated_file(tmp_path, part):
     path = Checkpoints(tmp_path, keep=1).save(state(1, model=torch.randn(10_000)))
     os.truncate(path, int(path.stat().st_size * part))
     with raises_error(CheckpointError, code="damaged-file", source=path):
-        manager.read(path)
+        reader.read(path)
 
 
 def test_nothing_in_a_file_is_executed(tmp_path):
     trap = tmp_path / "trap"
     torch.save(state(1, config=Evil(trap)), tmp_path / "evil.pt")
     with raises_error(CheckpointError, code="unsafe-file", source=tmp_path / "evil.pt", names="plain data"):
-        manager.read(tmp_path / "evil.pt")
+        reader.read(tmp_path / "evil.pt")
     assert not trap.exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert trap.exists()  # it would have been
@@ -65,7 +66,7 @@ def test_shards_that_are_missing_foreign_or_malicious(tmp_path):
 
     def shards(name: str) -> Path:
         reshard(step, tmp_path / name, 2)
-        assert torch.equal(manager.read(tmp_path / name)["model"]["weight"], manager.read(step)["model"]["weight"])
+        assert torch.equal(reader.read(tmp_path / name)["model"]["weight"], reader.read(step)["model"]["weight"])
         return tmp_path / name
 
     (missing := shards("missing")).joinpath("shard-00001-of-00002.pt").unlink()
@@ -82,7 +83,7 @@ def test_shards_that_are_missing_foreign_or_malicious(tmp_path):
         (evil, "unsafe-file", evil / "shard-00001-of-00002.pt"),
     ):
         with raises_error(CheckpointError, code=code, source=source):
-            manager.read(path)
+            reader.read(path)
     assert not trap.exists()
 
 
@@ -97,7 +98,7 @@ def test_shards_that_are_missing_foreign_or_malicious(tmp_path):
 def test_files_of_other_kinds(tmp_path, content, code, names):
     torch.save(content, tmp_path / "x.pt")
     with raises_error(CheckpointError, code=code, source=tmp_path / "x.pt", names=names):
-        manager.read(tmp_path / "x.pt")
+        reader.read(tmp_path / "x.pt")
 
 
 def test_paths_that_are_no_files(tmp_path):
@@ -108,7 +109,7 @@ def test_paths_that_are_no_files(tmp_path):
         (tmp_path / "text.pt", "wrong-format"),
     ):
         with raises_error(CheckpointError, code=code, source=path):
-            manager.read(path)
+            reader.read(path)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
@@ -124,7 +125,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "step-0000001.pt"]
-    assert torch.equal(manager.read(run.best)["model"], before["model"])
+    assert torch.equal(reader.read(run.best)["model"], before["model"])
 
 
 def test_a_file_left_by_a_killed_process_goes(tmp_path):
@@ -145,5 +146,5 @@ def test_weights_of_another_model_are_refused_untouched():
         (extra, "also has extra"),
     ):
         with raises_error(CheckpointError, code="weights-mismatch", source="x.pt", names=names):
-            manager.load_weights(model, other.state_dict(), Path("x.pt"))
+            reader.load_weights(model, other.state_dict(), Path("x.pt"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -13,7 +13,7 @@ from rich.console import Console
 from tests.support import image_folders as images
 from tests.support.errors import raises_error
 from tests.support.training_runs import assert_same
-from vision.checkpoints import manager, resume
+from vision.checkpoints import reader, resume
 from vision.cli.evaluate import evaluate_checkpoint
 from vision.config.run import load_config
 from vision.data.class_subsets import class_difference
@@ -61,7 +61,7 @@ def test_a_run_goes_on_wherever_its_data_lie(copied, tmp_path, monkeypatch):
     monkeypatch.chdir(copied)
     for number, root in enumerate((copied / "data", "data", f"{tmp_path / 'link'}/", tmp_path / "moved")):
         output = shutil.copytree(copied / "run", tmp_path / f"run{number}")
-        states.append(manager.read(fit(output, root, epochs=2).last))
+        states.append(reader.read(fit(output, root, epochs=2).last))
     for state in states[1:]:
         assert_same(state["model"], states[0]["model"], "model")
     assert states[0]["samples"] == {"train": 24, "val": 9}

@@ -15,7 +15,7 @@ from tests.support import image_folders as images
 from tests.support.errors import raises_error
 from tests.support.training_processes import process, said, together
 from tests.support.training_runs import assert_same
-from vision.checkpoints import manager
+from vision.checkpoints import reader
 from vision.config.run import load_config
 from vision.data.loading import TrainBatches, load_data, val_loader
 from vision.data.samplers import Key, seeded
@@ -310,6 +310,6 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, root, name, workers, size
     assert together(runs[1], "before an update", update, size=size)[0] == -signal.SIGKILL
     assert set(together(runs[1], size=size)) == {0}, said(runs[1])
     last = f"step-{12 // size:07d}.pt"
-    states = [manager.read(tmp_path / output / "checkpoints" / last) for output in ("whole", "killed")]
+    states = [reader.read(tmp_path / output / "checkpoints" / last) for output in ("whole", "killed")]
     for part in ("model", "ema", "heads", "optimizer", "progress"):
         assert_same(states[1][part], states[0][part], part)

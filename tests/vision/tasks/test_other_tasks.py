@@ -23,7 +23,7 @@ from tests.support.image_tasks import Brightness
 from tests.support.training_processes import process, said, together
 from tests.support.training_runs import TINY, assert_same, assert_same_run, tiny
 from tests.vision.cli.test_train_and_eval import app
-from vision.checkpoints import manager
+from vision.checkpoints import reader
 from vision.config.run import load_config
 from vision.tasks import create_task
 from vision.training.run_log import LOG, read_log
@@ -77,9 +77,9 @@ def test_the_best_checkpoint_has_the_least_error(tmp_path):
     best = min(errors, key=errors.__getitem__)
     assert best < 20 == max(errors, key=errors.__getitem__)
     assert outcome.score == errors[best]
-    progress = manager.read(outcome.best)["progress"]
+    progress = reader.read(outcome.best)["progress"]
     assert (progress["step"], progress["best_step"], progress["best"]) == (best, best, errors[best])
-    assert manager.read(outcome.last)["progress"]["best_step"] == best
+    assert reader.read(outcome.last)["progress"]["best_step"] == best
 
 
 def test_log_lines_and_figure_have_the_metrics_of_the_task(whole):
@@ -94,7 +94,7 @@ def test_log_lines_and_figure_have_the_metrics_of_the_task(whole):
         values = f"error raw {line['raw_mae']:.3f} levels  ema {line['ema_mae']:.3f} levels"
         assert re.search(rf"epoch {line['epoch']}/2  loss \d+\.\d{{4}}  {values}  ", shown)
     assert (whole / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert "classes" not in manager.read(whole / "checkpoints" / "best.pt")
+    assert "classes" not in reader.read(whole / "checkpoints" / "best.pt")
 
 
 def test_commands_train_and_evaluate_it(tmp_path):
@@ -141,7 +141,7 @@ def test_a_detector_trains_with_its_own_data_batches_and_losses(tmp_path):
     assert max(found) > max(0.3, found[0])
     assert process(killed, "before an update", 30) == -signal.SIGKILL
     assert process(killed) == 0
-    ours, theirs = (manager.read(tmp_path / name / "checkpoints" / "step-0000080.pt") for name in ("killed", "whole"))
+    ours, theirs = (reader.read(tmp_path / name / "checkpoints" / "step-0000080.pt") for name in ("killed", "whole"))
     for part in ("model", "optimizer", "progress"):
         assert_same(ours[part], theirs[part], part)
     assert theirs["progress"]["best"] == max(found)
@@ -202,4 +202,4 @@ def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(Brightness, "score", lambda *_: next(scores))
     _, outcome, _ = trained(brightness(tmp_path, epochs=3))
     assert outcome.score == 3.0
-    assert manager.read(outcome.best)["progress"]["step"] == 10
+    assert reader.read(outcome.best)["progress"]["step"] == 10

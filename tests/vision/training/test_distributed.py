@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tests.support.errors import raises_error
 from tests.support.training_processes import process, said, together
 from tests.support.training_runs import assert_same, assert_same_run, tiny
-from vision.checkpoints import manager
+from vision.checkpoints import manager, reader
 from vision.checkpoints.reshard import reshard
 from vision.checkpoints.sharding import own_part
 from vision.cli.evaluate import evaluate_checkpoint
@@ -44,7 +44,7 @@ def whole(tmp_path_factory):
 
 
 def final(folder, kind="one"):
-    return manager.read(folder / kind / "checkpoints" / f"step-0000010{SUFFIX.get(kind, '.pt')}")
+    return reader.read(folder / kind / "checkpoints" / f"step-0000010{SUFFIX.get(kind, '.pt')}")
 
 
 def losses(folder, kind):
@@ -60,7 +60,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(tmp_path, kind):
         assert "error: the loss is nan in epoch 1, step 4." in text
         assert f"The last good state is {tmp_path}/run/checkpoints/step-0000002{SUFFIX[kind]}." in text
     assert os.listdir(tmp_path / "run" / "checkpoints") == [f"step-0000002{SUFFIX[kind]}"]
-    state = manager.read(tmp_path / "run" / "checkpoints" / f"step-0000002{SUFFIX[kind]}")
+    state = reader.read(tmp_path / "run" / "checkpoints" / f"step-0000002{SUFFIX[kind]}")
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
@@ -122,20 +122,20 @@ def test_a_full_disk_of_one_process_stops_both_and_leaves_the_checkpoint_before(
     assert "cannot be written" in said(config)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert together(config) == [0, 0], said(config)
-    ended = manager.read(tmp_path / "run" / "checkpoints" / "step-0000010")
+    ended = reader.read(tmp_path / "run" / "checkpoints" / "step-0000010")
     assert_same(ended["model"], final(whole, "shards")["model"], "model")
 
 
 def test_shards_and_whole_files_become_one_another(tmp_path, whole):
     """Checkpoints of one step written by two processes in shards, and gathered, hold the same; so do conversions."""
     shards, file = whole / "shards" / "checkpoints" / "step-0000010", whole / "fsdp" / "checkpoints" / "step-0000010.pt"
-    assert_same(manager.read(shards)["model"], manager.read(file)["model"], "model")
+    assert_same(reader.read(shards)["model"], reader.read(file)["model"], "model")
     reshard(shards, tmp_path / "whole.pt", 0)
     reshard(tmp_path / "whole.pt", tmp_path / "again", 2)
     reshard(tmp_path / "again", tmp_path / "three", 3)
-    expected = manager.read(shards)
+    expected = reader.read(shards)
     for path in ("whole.pt", "again", "three"):
-        assert_same(manager.read(tmp_path / path), expected, path)
+        assert_same(reader.read(tmp_path / path), expected, path)
     for name in ("shard-00000-of-00002.pt", "shard-00001-of-00002.pt"):
         ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (tmp_path / "again", shards))
         assert {key: value for key, value in ours.items() if key in theirs}.keys() == theirs.keys()
@@ -187,8 +187,8 @@ def test_float16_in_shards_skips_the_same_updates_as_one_process(tmp_path):
     assert together(config) == [0, 0], said(config)
     one = tiny(tmp_path / "one", **changes)
     assert process(one) == 0
-    ours = manager.read(tmp_path / "shards" / "checkpoints" / "step-0000005")
-    theirs = manager.read(tmp_path / "one" / "checkpoints" / "step-0000005.pt")
+    ours = reader.read(tmp_path / "shards" / "checkpoints" / "step-0000005")
+    theirs = reader.read(tmp_path / "one" / "checkpoints" / "step-0000005.pt")
     assert ours["scaler"] == theirs["scaler"]
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0.02, atol=0.01)
 
@@ -207,7 +207,7 @@ def test_supervised_in_shards(tmp_path, whole):
     assert together(configs[0]) == [0, 0], said(configs[0])
     assert -signal.SIGKILL in together(configs[1], "before an update", 4)
     assert together(configs[1]) == [0, 0], said(configs[1])
-    states = [manager.read(tmp_path / name / "checkpoints" / "step-0000005") for name in ("whole", "killed")]
+    states = [reader.read(tmp_path / name / "checkpoints" / "step-0000005") for name in ("whole", "killed")]
     for part in ("model", "heads", "ema", "heads_ema", "optimizer"):
         assert states[0][part]
         assert_same(states[1][part], states[0][part], part)

@@ -17,7 +17,7 @@ from rich.text import Text
 from tests.support.errors import raises_error
 from tests.support.training_processes import process, said
 from tests.support.training_runs import assert_same, assert_same_run, tiny
-from vision.checkpoints import manager
+from vision.checkpoints import manager, reader
 from vision.checkpoints.manager import CheckpointError
 from vision.config.run import load_config
 from vision.training.run_log import LOG, RunLogger, read_log
@@ -60,7 +60,7 @@ def test_killed_again_and_again(tmp_path, whole):
         codes.append(process(config, "before an update", 4))
         assert len(codes) < 10
     assert codes[:-1] == [-signal.SIGKILL] * 3  # 3 updates and their checkpoints at a time
-    ours, theirs = (manager.read(folder / "checkpoints" / "step-0000010.pt") for folder in (tmp_path / "run", whole))
+    ours, theirs = (reader.read(folder / "checkpoints" / "step-0000010.pt") for folder in (tmp_path / "run", whole))
     assert_same(ours["model"], theirs["model"], "model")
 
 
@@ -168,7 +168,7 @@ def test_progress_bar_is_live_on_a_terminal_only(tmp_path):
 
 def test_memory_mode_changes_no_bit(tmp_path):
     runs = [trainer(tmp_path / mode, memory=mode, epochs=1) for mode in ("store", "recompute", "exact")]
-    finals = [manager.read(run.fit().last)["model"] for run in runs]
+    finals = [reader.read(run.fit().last)["model"] for run in runs]
     assert_same(finals[1], finals[0], "recompute")
     assert_same(finals[2], finals[0], "exact")
 
@@ -176,11 +176,11 @@ def test_memory_mode_changes_no_bit(tmp_path):
 def test_float16_run_resumes_with_its_loss_scale(tmp_path):
     config = tiny(tmp_path / "run", amp="float16", keep=9)
     assert process(config) == 0
-    expected = manager.read(tmp_path / "run" / "checkpoints" / "step-0000010.pt")
+    expected = reader.read(tmp_path / "run" / "checkpoints" / "step-0000010.pt")
     assert expected["scaler"]["_growth_tracker"] == 10
     path = tmp_path / "run" / "checkpoints" / "step-0000004.pt"
     assert process({**config, "output": str(tmp_path / "branch"), "resume": str(path)}) == 0
-    resumed = manager.read(tmp_path / "branch" / "checkpoints" / "step-0000010.pt")
+    resumed = reader.read(tmp_path / "branch" / "checkpoints" / "step-0000010.pt")
     assert_same(resumed["model"], expected["model"], "model")
     assert_same(resumed["scaler"], expected["scaler"], "scaler")
 
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
         TrainingError, code="loss-not-finite", names=["nan", "epoch 1, step 4", "step-0000003.pt", "optimizer.lr"]
     ):
         run.fit()
-    state = manager.read(tmp_path / "checkpoints" / "step-0000003.pt")
+    state = reader.read(tmp_path / "checkpoints" / "step-0000003.pt")
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     assert not (tmp_path / "checkpoints" / "step-0000004.pt").exists()
     assert trainer(tmp_path, epochs=1).fit().last.name == "step-0000005.pt"

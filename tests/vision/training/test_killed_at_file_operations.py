@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.training_processes import FILE_OPERATION, process, said, together
 from tests.support.training_runs import assert_same, tiny
-from vision.checkpoints import manager
+from vision.checkpoints import manager, reader
 from vision.training.run_log import LOG, read_log
 
 FEW = {"epochs": 2, "batch_size": 340, "save_every": 1, "log_every": 1}  # 2 updates an epoch, a checkpoint after each
@@ -59,8 +59,8 @@ def files_of(output: Path) -> list[str]:
 def assert_nothing_happened(mine: Path, other: Path) -> None:
     """Weights, log, TensorBoard and names of files are those of a run that was never killed."""
     assert files_of(mine) == files_of(other)
-    for path in [*manager.Checkpoints(mine / "checkpoints", 9).all(), manager.in_run(mine)]:
-        ours, theirs = (manager.read(folder / path.relative_to(mine)) for folder in (mine, other))
+    for path in [*manager.Checkpoints(mine / "checkpoints", 9).all(), reader.in_run(mine)]:
+        ours, theirs = (reader.read(folder / path.relative_to(mine)) for folder in (mine, other))
         for part in ("model", "ema", "heads", "heads_ema", "optimizer", "progress", "scaler"):
             assert_same(ours[part], theirs[part], part)
     logs = [

@@ -16,7 +16,7 @@ from revnets.utils.file_lock import FileLock, Owner
 from tests.support.errors import raises_error
 from tests.support.training_processes import process, said
 from tests.support.training_runs import tiny
-from vision.checkpoints import manager
+from vision.checkpoints import reader
 from vision.checkpoints.manager import CheckpointError
 from vision.checkpoints.reshard import reshard
 from vision.config.run import load_config
@@ -155,7 +155,7 @@ def test_a_run_goes_on_when_its_folder_is_removed(tmp_path, capfd, folder):
     run.state.evaluate = removing
     outcome = run.fit()
     assert outcome.last is not None
-    assert manager.read(outcome.last)["progress"]["epoch"] == 1
+    assert reader.read(outcome.last)["progress"]["epoch"] == 1
     assert read_log(tmp_path / "run" / LOG)[-1]["kind"] == "eval"
     assert capfd.readouterr().err == ""
 

@@ -16,7 +16,7 @@ from tests.support import official_reference as official
 from tests.support.errors import raises_error
 from tests.support.official_reference import TEST, Net
 from tests.support.training_runs import tiny
-from vision.checkpoints import manager
+from vision.checkpoints import reader
 from vision.config.optimization import PretrainedConfig
 from vision.config.run import load_config
 from vision.data.dataset import ImageData
@@ -264,7 +264,7 @@ def engine(source, **changes) -> TrainState:
 def test_a_run_begins_with_another(first):
     """With its folder or its file, its weights or their average; averages begin there too, and heads are fresh."""
     best = first / "checkpoints" / "best.pt"
-    saved = manager.read(best)
+    saved = reader.read(best)
     assert saved["classes"] == [str(digit) for digit in range(10)]
     for source, weights, key in ((first, "ema", "ema"), (best, "raw", "model")):
         mine = engine(source, pretrained={"weights": weights}, supervision={"heads": 2})
@@ -287,7 +287,7 @@ def load_renamed():
 def test_nets_of_the_engine_begin_with_nets(tmp_path):
     saved = Trainer(load_config(tiny(tmp_path / "run", epochs=1))).fit().last
     mine = engine(saved, model=tiny(Path("x"))["model"])
-    assert_close(dict(mine.model.state_dict()), dict(manager.read(saved)["model"]), rtol=0, atol=0)
+    assert_close(dict(mine.model.state_dict()), dict(reader.read(saved)["model"]), rtol=0, atol=0)
     fresh = TrainState(load_config(tiny(Path("x"))), load_renamed(), 5)
     new = engine(saved, model=tiny(Path("x"))["model"], pretrained={"head": "new"})
     assert_close(new.model.head.fc.weight, fresh.model.head.fc.weight * 1e-3)
