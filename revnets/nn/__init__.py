@@ -2,5 +2,4 @@
 
 from revnets.nn import blocks as blocks
 from revnets.nn import fusions as fusions
-from revnets.nn import heads as heads
-from revnets.nn import stems as stems
+from revnets.nn import stems_and_heads as stems_and_heads

@@ -27,7 +27,7 @@ from revnets.engine.cell import FixedGain, Gain
 from revnets.engine.columns import find_columns
 from revnets.models.loading import load_model
 from revnets.nn.blocks import ConvNeXtBlock, DropPath, ViTBlock
-from revnets.nn.stems import TokenStem
+from revnets.nn.stems_and_heads import TokenStem
 from revnets.plotting.graph import graph_figure
 from revnets.plotting.style import save
 from tests.support.spec_mistakes import GOOD, MISTAKES

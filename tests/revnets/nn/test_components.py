@@ -18,8 +18,7 @@ import revnets
 from revnets.memory.tracker import OpCounter
 from revnets.nn.blocks import Attention, ConvNeXtBlock, DropPath, MLPBlock, ViTBlock
 from revnets.nn.fusions import ConvNeXtFusion, Down, IdentityFusion, LinearFusion, Project, Source, Up
-from revnets.nn.heads import ClassifierHead
-from revnets.nn.stems import LinearStem, PatchifyStem, TokenStem
+from revnets.nn.stems_and_heads import ClassifierHead, LinearStem, PatchifyStem, TokenStem
 from tests.support.errors import raises_error
 
 

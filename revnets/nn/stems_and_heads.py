@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from revnets.config.errors import ArgumentError
-from revnets.config.registry import register_stem
-from revnets.nn.blocks import EPS, Count, init_weights
+from revnets.config.registry import register_head, register_stem
+from revnets.nn.blocks import EPS, Count, Rate, init_weights
 
 
 @register_stem("patchify")
@@ -75,3 +77,19 @@ class LinearStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
+
+
+@register_head("classifier")
+class ClassifierHead(nn.Module):
+    """Mean over all positions of the top level, LayerNorm, Linear: (B, ..., C) to (B, num_classes)."""
+
+    def __init__(self, dims: Sequence[int], num_classes: Count, dropout: Rate = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(dims[-1], eps=EPS)
+        self.drop = nn.Dropout(dropout)
+        self.fc = nn.Linear(dims[-1], num_classes)
+        self.apply(init_weights)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        top = levels[-1]
+        return self.fc(self.drop(self.norm(top.flatten(1, -2).mean(1) if top.dim() > 2 else top)))
