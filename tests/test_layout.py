@@ -57,7 +57,7 @@ SAME_TOPIC = {
         ("vision.vit:PatchEmbed", "vision.models.vit_blocks:PatchEmbed"),
         ("vision.vit:PostNormBlock", "vision.models.vit_blocks:PostNormBlock"),
         ("vision.task:SupervisionTask", "vision.supervision.task:SupervisionTask"),
-        ("vision.supervision:SupervisionConfig", "vision.config.supervision:SupervisionConfig"),
+        ("vision.supervision:SupervisionConfig", "vision.config.learning:SupervisionConfig"),
         ("vision.supervision:HeadsEvaluator", "vision.supervision.supervised:HeadsEvaluator"),
         ("nlp.data.corpus:DataError", "nlp.data.corpus:TranslationError"),
         ("nlp.model:RevColTransformerModel", "nlp.models.revcol_transformer:RevColTransformerModel"),

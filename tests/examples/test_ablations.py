@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.errors import raises_error
 from tests.support.fashion_mnist import QUICK, make_files, rows, said, script, started
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import SupervisionConfig
 from vision.data.dataset import ImageData
 from vision.errors import TrainingError
 

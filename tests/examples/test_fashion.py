@@ -14,7 +14,7 @@ import timm
 
 from tests.support.errors import raises_error
 from tests.support.fashion_mnist import QUICK, make_files, rows, said, script, started
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import SupervisionConfig
 from vision.data.dataset import ImageData
 from vision.errors import TrainingError
 from vision.models.architecture import RevCol

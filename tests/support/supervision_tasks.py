@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor
 
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import SupervisionConfig
 from vision.supervision.task import SupervisionTask
 
 CLASSES = 5

@@ -25,8 +25,14 @@ from revnets.config.imports import foreign_file, imported
 from revnets.config.loader import Source, Strict, UserPath, read_layers
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
-from vision.config.optimization import EmaConfig, MixupConfig, OptimizerConfig, PretrainedConfig, ScheduleConfig
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import (
+    EmaConfig,
+    MixupConfig,
+    OptimizerConfig,
+    PretrainedConfig,
+    ScheduleConfig,
+    SupervisionConfig,
+)
 from vision.paths import FOLDERS
 
 
@@ -176,12 +182,8 @@ class TrainConfig(Strict):
                 code="conflicting-values",
             )
         if self.mixup and self.batch_size % 2:
-            raise problem(
-                f"mixup pairs images, and {self.batch_size} is odd",
-                "Give an even number",
-                "batch_size",
-                code="conflicting-values",
-            )
+            text = f"mixup pairs images, and {self.batch_size} is odd"
+            raise problem(text, "Give an even number", "batch_size", code="conflicting-values")
         if isinstance(self.memory, (str, tuple)) and isinstance(self.model, NetSpec):
             try:
                 memory_modes(self.memory, self.model.columns)

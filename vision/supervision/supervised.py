@@ -19,7 +19,7 @@ from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 
 from revnets.config.errors import ArgumentError
-from vision.config.supervision import Stop, SupervisionConfig
+from vision.config.learning import Stop, SupervisionConfig
 
 if TYPE_CHECKING:
     from vision.models.architecture import RevCol

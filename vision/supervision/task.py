@@ -12,7 +12,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from revnets.config.errors import ArgumentError
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import SupervisionConfig
 from vision.models.architecture import RevCol
 from vision.supervision.supervised import Outputs, Supervised, reconstruction_loss
 

@@ -9,7 +9,7 @@ import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from vision.config.supervision import Stop
+from vision.config.learning import Stop
 from vision.data.dataset import ImageData
 from vision.errors import first_line, run_error
 from vision.models.architecture import RevCol

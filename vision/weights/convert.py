@@ -20,7 +20,7 @@ from revnets import NetSpec
 from revnets.config.errors import option_error
 from revnets.utils.atomic_files import replacing
 from vision.checkpoints.new_file import new_file
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import SupervisionConfig
 from vision.errors import CheckpointError, first_line
 from vision.models.architecture import RevCol
 from vision.supervision.supervised import Supervised

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from revnets.config.errors import nearest
 from revnets.models.net import Net
 from vision.checkpoints import reader
-from vision.config.optimization import PretrainedConfig
+from vision.config.learning import PretrainedConfig
 from vision.distributed.context import World
 from vision.errors import CheckpointError, comparable, first_line
 from vision.models.architecture import RevCol

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import revnets
 import vision
 from tests.support.paths import ROOT
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import SupervisionConfig
 from vision.revcol import MODELS, REVISED
 from vision.supervision.supervised import Supervised
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tests.support.supervision_tasks import batch, create_task
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import SupervisionConfig
 from vision.supervision.decoders import SingleDecoder, StagedDecoder
 from vision.supervision.supervised import Supervised, reconstruction_loss
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from revnets.config.errors import explain, path
 from tests.support.errors import raises_error
 from tests.support.supervision_tasks import CLASSES, batch, create_task
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import SupervisionConfig
 from vision.supervision.supervised import HeadsEvaluator, Supervised
 
 # ------------------------------------------------------------------------------------------------- where heads stand

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from tests.support import official_reference as official
 from tests.support.errors import raises_error
 from tests.support.official_reference import TEST, TEST_HUGE, Net
-from vision.config.supervision import SupervisionConfig
+from vision.config.learning import SupervisionConfig
 from vision.errors import CheckpointError
 from vision.models.architecture import RevCol
 from vision.supervision.supervised import Supervised

@@ -17,7 +17,7 @@ from tests.support.errors import raises_error
 from tests.support.official_reference import TEST, Net
 from tests.support.training_runs import tiny
 from vision.checkpoints import reader
-from vision.config.optimization import PretrainedConfig
+from vision.config.learning import PretrainedConfig
 from vision.config.run import load_config
 from vision.data.dataset import ImageData
 from vision.data.loading import load_data
