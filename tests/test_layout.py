@@ -37,7 +37,6 @@ SAME_TOPIC = {
     "errors": "the exceptions of a folder",
     "figures": "the figures of a folder",
     "graph": "the graph and its figure",
-    "loading": "models and data, loaded by name or configuration",
     "main": "the commands of a package",
     "memory_budget": "the key of a specification, and what training does with it in vision and in nlp",
     "plan": "the memory plan of a model and its command",

@@ -39,7 +39,7 @@ from seed_runner import (
 )
 
 from revnets.plotting.style import save
-from vision.data.loading import load_data
+from vision.data.dataset import load_data
 from vision.errors import TrainingError
 from vision.paths import CONFIGS
 from vision.training.figures import INK, style

@@ -38,7 +38,7 @@ from seed_runner import (
 )
 
 from revnets.plotting.style import save
-from vision.data.loading import load_data
+from vision.data.dataset import load_data
 from vision.training.figures import INK, style
 
 OUTPUT = Path(os.path.relpath(REPO / "runs" / "fashion"))

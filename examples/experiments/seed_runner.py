@@ -31,7 +31,7 @@ from revnets.utils.atomic_files import replacing
 from vision.config.run import TrainConfig, load_config
 from vision.data.dataset import ImageData
 from vision.data.in_memory import IDX
-from vision.data.loading import TrainBatches
+from vision.data.samplers import TrainBatches
 from vision.errors import DataError, TrainingError
 from vision.models.architecture import RevCol
 from vision.paths import CONFIGS

@@ -1,4 +1,9 @@
-"""The data of a run: a training set, a validation set, and the images that cannot be read."""
+"""The data of a run: a training set, a validation set, and the images that cannot be read.
+
+A sample of the training set is asked for by its key (epoch, index), and draws its augmentation from generators that
+are seeded with (seed, epoch, index). So neither the number of workers, nor the number of processes, nor where a run
+was interrupted makes a difference to any image. (Streams have no index: see `vision.data.streaming`.)
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
+from vision.distributed.context import World
 from vision.errors import DataError, printable
 
 
@@ -73,6 +80,32 @@ class ImageData:
     std: tuple[float, ...]
     unreadable: Unreadable = field(default_factory=Unreadable)
     remarks: tuple[str, ...] = ()  # lines about what is not as expected, but does no harm
+
+
+def load_data(
+    config: DigitsConfig | IdxConfig | ImagesConfig, seed: int, notes: Path | None = None, world: World | None = None
+) -> ImageData:
+    """The data that a configuration names.
+
+    Args:
+        seed: of the augmentations. The split into training and validation set is always the same.
+        notes: file that lists images that could not be read.
+        world: the processes that share a stream.
+
+    Raises:
+        revnets.SpecError: there are no such data.
+    """
+    if isinstance(config, DigitsConfig):
+        from vision.data.in_memory import load_digits
+
+        return load_digits(config, seed)
+    if isinstance(config, IdxConfig):
+        from vision.data.in_memory import load_idx
+
+        return load_idx(config, seed)
+    from vision.data.timm_readers import load_images  # every kind of data has requirements of its own
+
+    return load_images(config, seed, Unreadable(notes, config.unreadable), world or World())
 
 
 def class_names(found: dict[str, int], count: int | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Which samples make up which batch of which epoch, and which process gets it; and the seeds of random numbers.
+"""The batches of an epoch: which samples make them up, and which process gets them; and the seeds of random numbers.
 
 Random numbers are functions of (seed, place), so that a run has no generator whose state would have to be kept.
 """
@@ -8,15 +8,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from revnets.config.errors import ArgumentError
-from vision.distributed.context import World
+from vision.config.run import TrainConfig
+from vision.data.dataset import DataSplits, ImageData
+from vision.distributed.context import World, leave_signals_to_parent
+from vision.errors import run_error
+
+Collate = Callable[[list[Any]], Any]
 
 
 class Key(NamedTuple):
@@ -92,6 +98,87 @@ def without_class(sample: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
     """The same image with the class -1, which no evaluation counts."""
     image, label = sample
     return image, torch.full_like(label, -1) if isinstance(label, Tensor) else -1
+
+
+class TrainBatches:
+    """The training batches of a process, epoch by epoch.
+
+    Args:
+        config: of the run.
+        data: what it trains on.
+        world: the processes of the run.
+        collate: makes a batch of samples; torch's by default.
+
+    Raises:
+        revnets.SpecError: the set does not fill one update.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageData | DataSplits,
+        world: World | None = None,
+        collate: Collate = default_collate,
+    ):
+        world = world or World()
+        self.accum = config.grad_accum
+        try:
+            self.order = EpochBatches(
+                len(data.train), config.batch_size, self.accum, config.seed, world.rank, world.size
+            )
+        except ValueError as error:
+            raise run_error(
+                "batch_size", str(error), "Lower batch_size or grad_accum", code="too-few-samples"
+            ) from None
+        self.stream: Any = data.train if config.batch_is_stream else None
+        options: dict[str, Any] = {"batch_size": config.batch_size} if self.stream else {"batch_sampler": self.order}
+        self.loader = _loader(data.train, config, collate, **options)
+
+    @property
+    def updates(self) -> int:
+        """Updates of an epoch."""
+        return self.order.updates
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Batches from update `start` of the epoch on: for `ImageData`, images (B, C, H, W) and class numbers (B,)."""
+        if self.stream is None:
+            self.order.begin(epoch, start)
+            return iter(self.loader)
+        self.stream.epoch = epoch
+        return islice(self.loader, start * self.accum, self.updates * self.accum)
+
+
+def val_loader(
+    config: TrainConfig,
+    data: ImageData | DataSplits,
+    world: World | None = None,
+    collate: Collate = default_collate,
+    padding: Callable[[Any], Any] = without_class,
+) -> DataLoader:
+    """The validation set's loader: this process's share, padded to equal length with samples that do not count.
+
+    Args:
+        collate: makes a batch of samples; torch's by default.
+        padding: makes a sample that does not count from one that does; by default an image of the class -1.
+    """
+    val = data.val if config.batch_is_stream else Share(data.val, world or World(), padding)
+    return _loader(val, config, collate, batch_size=config.batch_size)
+
+
+def _loader(dataset: Dataset, config: TrainConfig, collate: Collate, **options: Any) -> DataLoader:
+    # A loader draws a number for its workers at the start of every epoch; from the global generator that would make
+    # the numbers that the model draws depend on how often a run was interrupted.
+    generator = torch.Generator().manual_seed(config.seed)
+    return DataLoader(
+        dataset,
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        generator=generator,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_parent,
+        **options,
+    )
 
 
 def seed_all(*place: int) -> None:

@@ -17,7 +17,8 @@ from torch.utils.data import default_collate
 
 from revnets.config.errors import nearest
 from vision.config.run import TrainConfig
-from vision.data.loading import TrainBatches, load_data, val_loader
+from vision.data.dataset import load_data
+from vision.data.samplers import TrainBatches, val_loader
 from vision.distributed.context import World
 from vision.errors import run_error
 

@@ -22,9 +22,9 @@ from vision.checkpoints.layout import TO_EVALUATE
 from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
 from vision.data.class_subsets import class_difference
-from vision.data.dataset import ImageData
+from vision.data.dataset import ImageData, load_data
 from vision.data.decoding import Exif, converted
-from vision.data.loading import load_data, val_loader
+from vision.data.samplers import val_loader
 from vision.errors import CheckpointError, run_error
 from vision.tasks.creation import create_model
 from vision.training import builders

@@ -22,7 +22,7 @@ from vision.cli import main
 from vision.cli.evaluate import evaluate_checkpoint
 from vision.config.run import load_config
 from vision.data.class_subsets import imagenet_classes, subset
-from vision.data.loading import load_data
+from vision.data.dataset import load_data
 from vision.errors import CheckpointError
 from vision.training.trainer import Trainer
 from vision.weights.convert import convert_file

@@ -14,8 +14,9 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from tests.support import image_folders as images
 from vision.config.run import load_config
+from vision.data.dataset import load_data
 from vision.data.decoding import converted, open_regular, read_image
-from vision.data.loading import TrainBatches, load_data
+from vision.data.samplers import TrainBatches
 from vision.data.transforms import val_transform
 
 RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16)

@@ -11,7 +11,8 @@ import torch
 
 from tests.support.errors import raises_error
 from vision.config.run import load_config
-from vision.data.loading import TrainBatches, load_data, val_loader
+from vision.data.dataset import load_data
+from vision.data.samplers import TrainBatches, val_loader
 
 
 def open_data(run):

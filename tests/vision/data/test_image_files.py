@@ -17,7 +17,7 @@ from tests.support import image_folders as images
 from tests.support.errors import raises_error
 from vision.config.run import load_config
 from vision.data.class_subsets import class_difference
-from vision.data.loading import load_data
+from vision.data.dataset import load_data
 from vision.data.samplers import Key
 from vision.errors import DataError
 from vision.training.builders import build_model
@@ -136,7 +136,7 @@ ORDER = """
 import sys
 from vision.config.run import load_config
 from vision.data.class_subsets import class_difference
-from vision.data.loading import load_data
+from vision.data.dataset import load_data
 data = {"name": sys.argv[1], "root": sys.argv[2], "img_size": 32}
 data = load_data(load_config({"model": {"timm": "test_revcol"}, "output": "x", "data": data}).data, 0)
 print(*data.classes)

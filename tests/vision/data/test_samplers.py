@@ -13,9 +13,9 @@ from tests.support.errors import raises_error
 from tests.support.training_runs import tiny
 from vision.config.data import DigitsConfig
 from vision.config.run import load_config
+from vision.data.dataset import load_data
 from vision.data.in_memory import RandomAffine
-from vision.data.loading import TrainBatches, load_data, val_loader
-from vision.data.samplers import EpochBatches, Key
+from vision.data.samplers import EpochBatches, Key, TrainBatches, val_loader
 
 
 def test_digits_are_split_evenly_and_without_overlap():

@@ -17,8 +17,8 @@ from tests.support.training_processes import process, said, together
 from tests.support.training_runs import assert_same
 from vision.checkpoints import reader
 from vision.config.run import load_config
-from vision.data.loading import TrainBatches, load_data, val_loader
-from vision.data.samplers import Key, seeded
+from vision.data.dataset import load_data
+from vision.data.samplers import Key, TrainBatches, seeded, val_loader
 from vision.data.transforms import posterize, train_transform
 from vision.distributed.context import World
 from vision.errors import DataError

@@ -14,7 +14,7 @@ from revnets.engine.cell import Gain
 from tests.support.errors import raises_error
 from tests.support.training_runs import TINY, tiny
 from vision.config.run import load_config
-from vision.data.loading import load_data
+from vision.data.dataset import load_data
 from vision.data.samplers import Key
 from vision.distributed.context import World
 from vision.training import builders, memory_budget

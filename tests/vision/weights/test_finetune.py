@@ -19,8 +19,7 @@ from tests.support.training_runs import tiny
 from vision.checkpoints import reader
 from vision.config.learning import PretrainedConfig
 from vision.config.run import load_config
-from vision.data.dataset import ImageData
-from vision.data.loading import load_data
+from vision.data.dataset import ImageData, load_data
 from vision.errors import CheckpointError
 from vision.paths import CONFIGS
 from vision.training import builders

@@ -14,7 +14,7 @@ from tests.support.errors import raises_error
 from tests.support.official_reference import TEST
 from tests.support.training_runs import tiny
 from vision.config.run import load_config
-from vision.data.loading import load_data
+from vision.data.dataset import load_data
 from vision.errors import CheckpointError
 from vision.training.train_state import TrainState
 from vision.weights.files import read
