@@ -36,7 +36,7 @@ from vision.errors import DataError, TrainingError
 from vision.models.architecture import RevCol
 from vision.paths import CONFIGS
 from vision.supervision.supervised import Supervised
-from vision.training.builders import build_model
+from vision.tasks.builders import build_model
 from vision.training.run_log import LOG, read_log
 
 REPO = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from vision.config.run import load_config
 from vision.data.decoding import open_regular, read_image
 from vision.errors import first_line, printable
 from vision.paths import CONFIGS
-from vision.training.builders import columns_of
+from vision.tasks.builders import columns_of
 from vision.training.loaded_run import LoadedRun, fresh_run, load_run
 
 

@@ -22,10 +22,10 @@ from vision.data import class_subsets
 from vision.data.dataset import ImageData
 from vision.distributed.context import World
 from vision.errors import CheckpointError, comparable
+from vision.tasks import builders
 from vision.tasks.base import scalars
+from vision.tasks.builders import create_task
 from vision.tasks.classification import AccuracyEvaluator, Classification, ClassificationMetrics
-from vision.tasks.creation import create_task
-from vision.training import builders
 from vision.training.figures import confusion_figure
 from vision.training.loaded_run import load_checkpoint
 from vision.training.train_state import evaluate

@@ -1,6 +1,6 @@
 """What a run learns: `Task`, and its implementations."""
 
 from vision.tasks.base import Batches, Curve, Evaluator, LossTask, Metrics, Task, scalars
-from vision.tasks.creation import create_task
+from vision.tasks.builders import create_task
 
 __all__ = ["Batches", "Curve", "Evaluator", "LossTask", "Metrics", "Task", "create_task", "scalars"]

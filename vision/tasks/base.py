@@ -176,7 +176,7 @@ class Task:
         Raises:
             revnets.SpecError: it cannot be built, or does not fit the data.
         """
-        from vision.tasks.creation import create_model  # creates tasks, too
+        from vision.tasks.builders import create_model  # which imports this module
 
         return create_model(self.config)
 

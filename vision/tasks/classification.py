@@ -19,7 +19,7 @@ from vision.data.samplers import without_class
 from vision.distributed.context import World
 from vision.errors import run_error
 from vision.tasks.base import Task
-from vision.tasks.creation import create_model, fake_output
+from vision.tasks.builders import create_model, fake_output
 
 CONFUSIBLE = 1000
 """The most classes for which a confusion matrix is counted; for 21841 it would take 4 GB."""

@@ -26,8 +26,8 @@ from vision.data.dataset import ImageData, load_data
 from vision.data.decoding import Exif, converted
 from vision.data.samplers import val_loader
 from vision.errors import CheckpointError, run_error
-from vision.tasks.creation import create_model
-from vision.training import builders
+from vision.tasks import builders
+from vision.tasks.builders import create_model
 
 WEIGHTS = ("auto", "raw", "ema")
 

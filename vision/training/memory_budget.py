@@ -15,7 +15,7 @@ from revnets.models.plan import PlanError
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import first_line, run_error
-from vision.training.builders import DTYPES, build_optimizer, columns_of
+from vision.tasks.builders import DTYPES, build_optimizer, columns_of
 
 
 def plan_run_memory(config: TrainConfig, model: nn.Module, shape: Sequence[int] | None, world: World) -> str | None:

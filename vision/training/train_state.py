@@ -15,10 +15,9 @@ from vision.config.run import TrainConfig
 from vision.data.samplers import seed_all
 from vision.distributed.context import World
 from vision.errors import CheckpointError
+from vision.tasks import builders
 from vision.tasks.base import Evaluator, Task
-from vision.tasks.creation import create_task
-from vision.training import builders
-from vision.training.builders import unwrapped
+from vision.tasks.builders import create_task, unwrapped
 
 
 class TrainState:

@@ -25,7 +25,7 @@ from vision.distributed.context import Stopped, StopSignals, World
 from vision.errors import TrainingError as TrainingError
 from vision.errors import run_error
 from vision.tasks.base import scalars
-from vision.tasks.creation import create_task
+from vision.tasks.builders import create_task
 from vision.training.figures import training_figure
 from vision.training.run_log import LOG, Clock, Losses, ProgressDisplay, RunLogger, read_log
 from vision.training.train_state import TrainState

@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 from vision.config.run import load_config
 from vision.data.dataset import ImageData
 from vision.paths import CONFIGS
-from vision.training.builders import build_model
+from vision.tasks.builders import build_model
 
 FOLDER = CONFIGS / "ablations"
 PAGE = (ROOT / "docs/results/ablations.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from vision.config.data import ImagesConfig
 from vision.config.run import load_config
 from vision.data.dataset import ImageData
 from vision.paths import CONFIGS
-from vision.training import builders
+from vision.tasks import builders
 
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 

@@ -20,7 +20,7 @@ from vision.data.class_subsets import class_difference
 from vision.data.dataset import load_data
 from vision.data.samplers import Key
 from vision.errors import DataError
-from vision.training.builders import build_model
+from vision.tasks.builders import build_model
 
 CASES = ("folder", "tar", "tars")
 """A folder of class folders, a tar of them, and a folder of one tar per class."""

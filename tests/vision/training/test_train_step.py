@@ -17,7 +17,8 @@ from vision.config.run import load_config
 from vision.data.dataset import load_data
 from vision.data.samplers import Key
 from vision.distributed.context import World
-from vision.training import builders, memory_budget
+from vision.tasks import builders
+from vision.training import memory_budget
 from vision.training.train_state import TrainState
 
 PLAIN = {

@@ -22,7 +22,7 @@ from vision.config.run import load_config
 from vision.data.dataset import ImageData, load_data
 from vision.errors import CheckpointError
 from vision.paths import CONFIGS
-from vision.training import builders
+from vision.tasks import builders
 from vision.training.train_state import TrainState
 from vision.training.trainer import Trainer
 from vision.weights import finetune
