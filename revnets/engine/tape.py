@@ -30,7 +30,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +48,12 @@ from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Memory
-from revnets.engine.replay.buffers import Overwritten
 from revnets.engine.replay.replay_context import ReplayContext
 from revnets.engine.replay.threads import inside
 from revnets.engine.torch_internals import may_read_again, running_node, without_transforms
+
+if TYPE_CHECKING:
+    from revnets.engine.replay.buffers import Overwritten
 
 
 class LivenessToken:

@@ -93,8 +93,9 @@ class CellBuffers:
         self._overwritten = overwritten
 
     @contextmanager
-    def recorded(self, use: BufferUse) -> Generator[None]:
-        """Let the body run the cell, and note which buffers it writes."""
+    def recorded(self, cell: nn.Module, training: Sequence[bool]) -> Generator[None]:
+        """Let the body run the cell, whose modules have these train/eval flags, and note which buffers it writes."""
+        use = use_of(cell, training)
         before = [
             _Before(
                 place,

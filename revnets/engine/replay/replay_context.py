@@ -10,8 +10,8 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from revnets.engine.errors import ArgumentError, ReplayError
-from revnets.engine.replay.buffers import CellBuffers, Overwritten, use_of
 from revnets.engine.replay.random_numbers import RandomNumbers
 from revnets.engine.replay.threads import exclusive, process_lock
-from revnets.engine.torch_internals import children_of, is_compiled, parameters_of
+from revnets.engine.torch_internals import buffers_of, children_of, is_compiled, parameters_of
+
+if TYPE_CHECKING:
+    from revnets.engine.replay.buffers import CellBuffers, Overwritten
 
 
 class Weight(NamedTuple):
@@ -61,7 +63,8 @@ class ReplayContext:
         self._attention = _attention_kernels()
         compiled = any(is_compiled(module) for module in self._modules)
         self._random = RandomNumbers(_accelerators(self._devices), always=compiled)
-        self._buffers = CellBuffers(self._modules, overwritten)
+        self._overwritten = overwritten
+        self._buffers = self._cell_buffers()
 
     @classmethod
     @contextmanager
@@ -78,7 +81,8 @@ class ReplayContext:
         modules = _modules_of(cell)
         with exclusive(modules, _accelerators(devices)):
             self = cls(modules, devices, overwritten)
-            with self._random.recorded(), self._buffers.recorded(use_of(cell, self._training)):
+            buffers = nullcontext() if self._buffers is None else self._buffers.recorded(cell, self._training)
+            with self._random.recorded(), buffers:
                 yield self
 
     @contextmanager
@@ -91,7 +95,9 @@ class ReplayContext:
         with ExitStack() as stack:
             stack.enter_context(exclusive(self._modules, _accelerators(self._devices)))
             self._check_weights()
-            self._buffers.check()
+            buffers = self._buffers or self._cell_buffers()  # the forward itself may have made the first one
+            if buffers is not None:
+                buffers.check()
             for autocast in self._autocast:
                 kind, enabled, dtype, cache = autocast
                 if autocast != Autocast.now(kind):
@@ -99,9 +105,18 @@ class ReplayContext:
             stack.enter_context(_attention_as(self._attention))
             stack.enter_context(_flags(self._modules, self._training))
             stack.enter_context(self._weights_of_the_forward())
-            stack.enter_context(self._buffers.restored())
+            if buffers is not None:
+                stack.enter_context(buffers.restored())
             stack.enter_context(self._random.restored())
             yield
+
+    def _cell_buffers(self) -> CellBuffers | None:
+        """The buffers of the cell; None if it has none, as most cells without BatchNorm."""
+        if not any(buffers_of(module) for module in self._modules):
+            return None
+        from revnets.engine.replay.buffers import CellBuffers
+
+        return CellBuffers(self._modules, self._overwritten)
 
     def _check_weights(self) -> None:
         for weight in self._weights:

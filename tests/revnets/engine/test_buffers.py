@@ -82,6 +82,20 @@ class Late(Table):
             self.table.mul_(0.9)
 
 
+class MadeLate(nn.Module):
+    """Makes its only buffer, a number of calls, in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "calls" not in dict(self.named_buffers()):
+            self.register_buffer("calls", torch.zeros(()))
+        self.calls += 1
+        return torch.tanh(self.linear(x))
+
+
 def net_of(kind: type[Table], memory: str = "exact", cells: int = 6) -> ReversibleColumns:
     return cells_net([kind() for _ in range(cells)], memory=memory)
 
@@ -201,6 +215,14 @@ def test_a_large_buffer_of_the_call_is_seen_by_the_replay():
 
     expected = step(net, x, "store", passed)
     assert_same(step(net, x, "exact", passed), expected)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "exact"])
+def test_the_replay_does_not_write_the_first_buffer_of_a_cell_again(memory):
+    net = cells_net([MadeLate() for _ in range(6)], memory=memory)
+    for calls in (1, 2):
+        loss_of(net(tokens())).backward()
+        assert [int(buffer) for buffer in net.buffers()] == [calls] * 6
 
 
 def test_what_is_known_of_a_cell_does_not_keep_it_alive():
