@@ -70,7 +70,7 @@ def evaluate_checkpoint(
         trust: may the configuration, in the checkpoint or of `recipe`, name classes of other projects?
 
     Raises:
-        vision.checkpoints.manager.CheckpointError: there is no such checkpoint, or it cannot be used.
+        vision.errors.CheckpointError: there is no such checkpoint, or it cannot be used.
         revnets.SpecError: an override is wrong, `png` has another suffix than those of pictures, or classes do not fit.
     """
     if png is not None and png.suffix.lower().removeprefix(".") not in FORMATS:
