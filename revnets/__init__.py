@@ -17,6 +17,7 @@ from revnets.nn import blocks as blocks
 
 if TYPE_CHECKING:
     from revnets.analysis.audit import Audit, audit
+    from revnets.engine.columns_group import ColumnsGroup, find_columns
     from revnets.engine.drift import DriftWarning, predict_drift
     from revnets.memory.auto_budget import keep_budget
     from revnets.models.plan import Plan, PlanError, plan
@@ -29,6 +30,7 @@ __all__ = [
     "Audit",
     "BlendSchedule",
     "Cell",
+    "ColumnsGroup",
     "ColumnsSpec",
     "ConfigError",
     "DriftWarning",
@@ -50,6 +52,7 @@ __all__ = [
     "audit",
     "build",
     "build_columns",
+    "find_columns",
     "is_replaying",
     "keep_budget",
     "load_spec",
@@ -67,6 +70,8 @@ __all__ = [
 _LAZY = {
     "Audit": "revnets.analysis.audit",
     "audit": "revnets.analysis.audit",
+    "ColumnsGroup": "revnets.engine.columns_group",
+    "find_columns": "revnets.engine.columns_group",
     "DriftWarning": "revnets.engine.drift",
     "predict_drift": "revnets.engine.drift",
     "keep_budget": "revnets.memory.auto_budget",

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from revnets.analysis.audit_report import Audit, ModeAudit
+from revnets.analysis.column_bytes import bytes_by_column
 from revnets.analysis.gradient_distance import GradientDistance, gradient_distance, norm, same_bits
 from revnets.analysis.reconstruction import reconstruction
-from revnets.engine.columns import ReversibleColumns, find_columns
+from revnets.engine.columns_group import ColumnsGroup, find_columns
 from revnets.engine.drift import DriftWarning
 from revnets.engine.errors import ArgumentError, ReplayError
 from revnets.engine.memory_mode import Memory
@@ -52,7 +52,7 @@ def audit(
     `torch.autograd.grad`, so hooks that wait for `.grad` do not fire.
 
     Args:
-        model: a `ReversibleColumns`, a module that has one as `.columns`, or one that contains exactly one.
+        model: has reversible columns, see `revnets.find_columns`.
         x: the model's input; a tuple is passed on as positional, a mapping as keyword arguments.
         modes: memory modes to measure. `store` runs in any case: it is what the others are held against.
         loss: from the model's output to a scalar. By default a fixed random projection of all outputs, so that every
@@ -61,7 +61,7 @@ def audit(
         progress: is told what is measured next.
 
     Raises:
-        ArgumentError: no reversible columns, or several; an unknown mode; nothing that could get a gradient.
+        ArgumentError: no reversible columns; an unknown mode; nothing that could get a gradient.
     """
     columns = find_columns(model)
     modes = (modes,) if isinstance(modes, str) else modes
@@ -100,14 +100,19 @@ def audit(
             if mode != Memory.STORE:
                 tell(mode)
             measured = again if mode == Memory.STORE else step(Memory(mode))
-            results.append(_mode_audit(mode, measured, reference))
+            results.append(_mode_audit(mode, measured, reference, columns.first_columns))
         noise = gradient_distance(again.gradients, reference).relative
         tell("time")
         seconds = _times(columns, forward, losses, leaves, seed, restore, results)
         results = [replace(mode, seconds=seconds.get(mode.mode, math.nan)) for mode in results]
         tell("reconstruction")
-        rebuilt = reconstruction(columns, forward, seed)
-    return Audit(type(model).__name__, columns.graph.m, rebuilt, tuple(results), noise)
+        rebuilt = [
+            replace(column, column=first + column.column)
+            for member, first in zip(columns, columns.first_columns, strict=True)
+            for column in reconstruction(member, forward, seed)
+        ]
+    levels = max(member.graph.m for member in columns)
+    return Audit(type(model).__name__, levels, tuple(rebuilt), tuple(results), noise)
 
 
 Gradients = dict[str, Tensor | None]
@@ -119,7 +124,7 @@ class _Measured(NamedTuple):
     gradients: Gradients
     kept: int
     peak: int
-    column_bytes: tuple[int, ...]
+    column_bytes: dict[int, int]
     forward: OpCounter
     backward: OpCounter
     failure: str
@@ -131,10 +136,10 @@ def _step(columns, forward, losses, leaves, seed, restore, mode: Memory) -> _Mea
     torch.manual_seed(seed)
     tracker, going, coming = MemoryTracker(), OpCounter(), OpCounter()
     gradients: Gradients = {}
-    added: list[int] = []
+    added: dict[int, int] = {}
     kept, failure = 0, ""
     try:
-        with tracker, going, _bytes_by_column(columns, tracker) as added:
+        with tracker, going, bytes_by_column(columns, tracker) as added:
             output = forward()
         kept = tracker.live
         with tracker, going:
@@ -146,7 +151,7 @@ def _step(columns, forward, losses, leaves, seed, restore, mode: Memory) -> _Mea
         gradients = dict(zip(leaves, found, strict=True))
     except ReplayError as error:
         failure = str(error)
-    return _Measured(gradients, kept, tracker.peak, tuple(added), going, coming, failure)
+    return _Measured(gradients, kept, tracker.peak, added, going, coming, failure)
 
 
 def _times(columns, forward, losses, leaves, seed, restore, modes: Sequence[ModeAudit]) -> dict[str, float]:
@@ -177,7 +182,7 @@ def _clock(on_cpu: bool) -> float:
     return time.perf_counter()
 
 
-def _mode_audit(mode: str, measured: _Measured, reference: Gradients) -> ModeAudit:
+def _mode_audit(mode: str, measured: _Measured, reference: Gradients, first_columns: Sequence[int]) -> ModeAudit:
     if measured.failure:
         apart = GradientDistance(math.nan, "", math.nan, False)
     else:
@@ -190,7 +195,8 @@ def _mode_audit(mode: str, measured: _Measured, reference: Gradients) -> ModeAud
         equal=apart.equal,
         kept_bytes=measured.kept,
         peak_bytes=measured.peak,
-        column_bytes=measured.column_bytes,
+        column_bytes=tuple(measured.column_bytes.values()),
+        first_columns=tuple(i for i, column in enumerate(measured.column_bytes) if column in first_columns),
         forward_matmuls=measured.forward.matmuls,
         backward_matmuls=measured.backward.matmuls,
         forward_flops=measured.forward.flops,
@@ -247,38 +253,7 @@ def _projection(roots: list[Tensor], seed: int) -> list[Tensor | None]:
 
 
 @contextmanager
-def _bytes_by_column(columns: ReversibleColumns, tracker: MemoryTracker) -> Iterator[list[int]]:
-    """Fill a list with what each column's forward adds to the bytes alive, from its first cell to the next one's.
-
-    Weights that autocast has cast live in its cache until the region ends. They are nothing that a column keeps.
-    """
-    added: list[int] = []
-    marks: list[int] = []
-
-    def begin(*_: Any) -> None:
-        tracker.label = len(marks)
-        marks.append(tracker.live)
-
-    def end(*_: Any) -> None:
-        marks.append(tracker.live)
-        before = tracker.live_by_label.copy()
-        torch.clear_autocast_cache()
-        cast = before - tracker.live_by_label
-        tracker.label = None
-        added.extend(after - start - cast[column] for column, (start, after) in enumerate(pairwise(marks)))
-
-    first = dict.fromkeys(columns.flat()[:: columns.graph.m])  # a set: one cell may serve several columns
-    handles = [cell.register_forward_pre_hook(begin) for cell in first]
-    handles.append(columns.register_forward_hook(end))
-    try:
-        yield added
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _left_as_found(model: nn.Module, columns: ReversibleColumns) -> Iterator[Callable[[], None]]:
+def _left_as_found(model: nn.Module, columns: ColumnsGroup) -> Iterator[Callable[[], None]]:
     """Put buffers, generators and the memory policy back at the end; yields what puts the buffers back in between."""
     found = [
         (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())

@@ -59,12 +59,16 @@ class ModeAudit:
     forward_flops: int
     backward_flops: int
     failure: str = ""  # the error, if the pass ended in one
+    first_columns: tuple[int, ...] = (0,)  # places in column_bytes of the columns with which a sequence starts
     seconds: float = field(default=math.nan, compare=False)  # of one step: CPU time, on an accelerator elapsed time
 
     @property
     def bytes_per_column(self) -> float:
-        """By how much one more column raises what is kept. The first does not count: it brings the window of states."""
-        added = self.column_bytes[1:]
+        """By how much one more column raises what is kept.
+
+        The first one of a sequence does not count: it brings the window of states.
+        """
+        added = [count for place, count in enumerate(self.column_bytes) if place not in self.first_columns]
         return sum(added) / len(added) if added else math.nan
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from revnets.config.errors import SpecError
 from revnets.engine import lost_bits as lostbits
-from revnets.engine.columns import find_columns
+from revnets.engine.columns_group import find_columns
 from revnets.engine.coupling import add, subtract
 from revnets.models.loading import load_model
 from revnets.utils.checkpoint_io import RECORDS, CheckpointReadError, read_checkpoint
@@ -96,14 +96,15 @@ def gains_of(model: nn.Module, name: str = "model") -> list[CellGains]:
         revnets.SpecError: it has none.
     """
     try:
-        columns = find_columns(model)
+        group = find_columns(model)
     except ValueError as error:
         raise SpecError(name, "", str(error), code="no-columns") from None
     found = []
-    for node, cell in zip(columns.graph.nodes, columns.flat(), strict=True):
-        if cell.gain is not None:
-            gamma = torch.as_tensor(cell.gain()).detach().double().abs().flatten()
-            found.append(CellGains(node.column, node.level, gamma))
+    for columns, first in zip(group, group.first_columns, strict=True):
+        for node, cell in zip(columns.graph.nodes, columns.flat(), strict=True):
+            if cell.gain is not None:
+                gamma = torch.as_tensor(cell.gain()).detach().double().abs().flatten()
+                found.append(CellGains(first + node.column, node.level, gamma))
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.config.errors import SpecError
-from revnets.engine.columns import find_columns
+from revnets.engine.columns_group import find_columns
 from revnets.engine.drift import DriftWarning
 from revnets.memory.simulation import total
 from revnets.memory.tracker import MemoryTracker

@@ -27,18 +27,18 @@ def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: in
 
     Args:
         columns: whose states.
-        call: runs the model around them. Where it calls the columns, their states are rebuilt as well, on the same
+        call: runs the model around them. Where it calls the first cell, the states are rebuilt as well, on the same
             input, with the same arguments and under the same autocast.
         seed: for the random numbers inside of the cells.
     """
     found: list[tuple[ColumnAudit, ...]] = []
 
-    def probe(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not found:
-            context = {name: value for name, value in kwargs.items() if name not in ("x", "taps", "stop")}
-            found.append(_compare(columns, args[0] if args else kwargs["x"], context, seed))
+    def probe(cell: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()  # the comparison calls the cell as well
+        context = {name: value for name, value in kwargs.items() if name != "couple"}
+        found.append(_compare(columns, args[0], context, seed))
 
-    handle = columns.register_forward_pre_hook(probe, with_kwargs=True)
+    handle = columns.flat()[0].register_forward_pre_hook(probe, with_kwargs=True)
     try:
         with torch.no_grad():
             call()

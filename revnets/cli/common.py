@@ -12,7 +12,7 @@ from torch import nn
 
 from revnets.cli.output import told_if_unwritable
 from revnets.config.errors import SpecError, option_error
-from revnets.engine.columns import find_columns
+from revnets.engine.columns_group import find_columns
 from revnets.models.loading import load_model
 
 if TYPE_CHECKING:

@@ -324,21 +324,3 @@ def tap_index(graph: Graph, column: int) -> int:
             f"tap {column!r}: columns are numbered 0 to {graph.columns - 1}", "taps", code="out-of-range"
         )
     return min((column + 1) * graph.m, len(graph.nodes)) - 1
-
-
-def find_columns(model: nn.Module) -> ReversibleColumns:
-    """The reversible columns of a model: itself, its `.columns`, or the only ones among its submodules.
-
-    Raises:
-        ArgumentError: there are none, or several.
-    """
-    for candidate in (model, getattr(model, "columns", None)):
-        if isinstance(candidate, ReversibleColumns):
-            return candidate
-    modules = cast(Iterable[tuple[str, nn.Module]], model.named_modules())
-    found = {name: module for name, module in modules if isinstance(module, ReversibleColumns)}
-    if len(found) != 1:
-        places = f"several, at {', '.join(found)}: pass one of them" if found else "none"
-        text = f"{type(model).__name__} must be or contain exactly one ReversibleColumns; it has {places}"
-        raise ArgumentError(text, "model", code="no-columns")
-    return next(iter(found.values()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revnets.config.memory_budget import BudgetSpec, parse_budget
-from revnets.engine.columns import ReversibleColumns, find_columns
+from revnets.engine.columns_group import ColumnsGroup, find_columns
 from revnets.engine.executor import is_transformed
 from revnets.engine.memory_mode import Budget
 from revnets.engine.replay.replay_context import outside_of_autocast
@@ -37,7 +37,7 @@ def keep_budget(model: nn.Module, budget: Budget | int | str) -> None:
     The first input should be the largest. A warning tells of larger ones later.
 
     Args:
-        model: contains reversible columns, see `revnets.engine.columns.find_columns`; its forward is the one looked at.
+        model: contains reversible columns, see `revnets.find_columns`; its forward is the one looked at.
         budget: bytes, text such as `24GiB`, a memory mode, whose peak is meant, or a `BudgetSpec`.
 
     Raises:
@@ -112,7 +112,7 @@ class _Entry(nn.Module):
         self.model, self.method = model, method
 
     @property
-    def columns(self) -> ReversibleColumns:
+    def columns(self) -> ColumnsGroup:
         return find_columns(self.model)
 
     def forward(self, *inputs: Any) -> Any:
@@ -179,7 +179,7 @@ def _compare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if plan is None:
         return
     chosen = plan.chosen
-    if (list(columns.memory), columns.stored) != (chosen.memory(columns.graph.columns), set(chosen.stored)):
+    if (list(columns.memory), columns.stored) != (chosen.memory(columns.column_count), set(chosen.stored)):
         return  # somebody has set another mode since
     shape = next((tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ())
     if math.prod(shape) > math.prod(plan.input_shape):

@@ -10,7 +10,7 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.config.memory_budget import OPTIMIZERS, SHARDINGS
-from revnets.engine.columns import ReversibleColumns, find_columns
+from revnets.engine.columns_group import find_columns
 from revnets.engine.memory_mode import Memory
 from revnets.memory.simulation import Footprint, simulate
 from revnets.memory.store_selection import Cost, costs_of_cells, order
@@ -94,7 +94,7 @@ class Plan:
                 code="missing-budget",
             )
         columns = find_columns(model)
-        columns.memory, columns.stored = self.chosen.memory(columns.graph.columns), self.chosen.stored
+        columns.memory, columns.stored = self.chosen.memory(columns.column_count), self.chosen.stored
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
@@ -158,8 +158,7 @@ class _Predictor:
 
     def __init__(self, model, inputs, dtype, run: _Run, progress):
         self.model, self.inputs, self.dtype, self.run, self.progress = model, inputs, dtype, run, progress
-        self.columns: ReversibleColumns = find_columns(model)
-        self.cells = len(self.columns.graph.nodes)
+        self.columns = find_columns(model)
         self.shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
 
     def predict(
@@ -170,7 +169,7 @@ class _Predictor:
         recomputed: Collection[int] = (),
     ) -> Prediction:
         self.progress(_name(mode, stored, recomputed))
-        modes = _memory(mode, recomputed, self.columns.graph.columns)
+        modes = _memory(mode, recomputed, self.columns.column_count)
         try:
             with self.columns.using(modes=modes, stored=stored):
                 found = simulate(self.model, self.inputs, self.dtype, not self.run.sharded, self.run.accumulates)
@@ -183,14 +182,22 @@ class _Predictor:
         ways = {"mode": mode, "stored": tuple(sorted(stored)), "recomputed": tuple(sorted(recomputed))}
         return self._of_one_rank(found, ways, found.flops / max(flops, 1))
 
-    def costs(self) -> list[Cost]:
+    def costs(self) -> dict[int, Cost]:
         """What it takes to store each cell.
 
         Gradients give no room where they are there all along, or gone as soon as they are whole (of sharded weights).
         """
         self.progress("costs of the cells")
         costs = costs_of_cells(self.model, self.inputs, self.dtype)
-        return [replace(cost, gradients=0) for cost in costs] if self.run.sharded or self.run.accumulates else costs
+        if not (self.run.sharded or self.run.accumulates):
+            return costs
+        return {index: replace(cost, gradients=0) for index, cost in costs.items()}
+
+    def rebuilt_columns(self, cells: Iterable[int]) -> list[int]:
+        """The columns of these cells, in their order, except for the first of each sequence: none is before it."""
+        columns = self.columns.column_of_cell
+        in_order = dict.fromkeys(columns[cell] for cell in cells)
+        return [column for column in in_order if column not in self.columns.first_columns]
 
     def _of_one_rank(self, found: Footprint, ways: dict[str, Any], extra: float) -> Prediction:
         """Add to a single process's footprint what the optimizer and the other ranks bring."""
@@ -250,10 +257,12 @@ def _choose(predictor: _Predictor, base: Prediction, budget: int, spare: float =
         raise PlanError(
             f"nothing fits {size(budget)}: the smallest peak is {smallest}. Of it, {turn}", "budget", code="over-budget"
         )
-    cells = order(predictor.costs())
+    costs = predictor.costs()
+    indices = list(costs)
+    cells = [indices[place] for place in order(list(costs.values()))]
     best = _most(len(cells) - 1, least, fits, lambda n: predictor.predict("exact", base, cells[:n]))
-    stored, columns = best.stored, range(predictor.columns.graph.columns)
-    return _most(len(columns) - 1, best, fits, lambda n: predictor.predict("exact", base, stored, columns[-n:]))
+    stored, columns = best.stored, predictor.rebuilt_columns(costs)
+    return _most(len(columns), best, fits, lambda n: predictor.predict("exact", base, stored, columns[-n:]))
 
 
 def _most(

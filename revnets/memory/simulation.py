@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from revnets.config.errors import ArgumentError
 from revnets.engine import lost_bits
 from revnets.engine.cell import FixedGain, Gain
+from revnets.engine.columns_group import all_modules
 from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 
 
@@ -103,9 +104,10 @@ def _fake_tensor(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 
 def _all_tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, nn.Module):
-        yield from value.parameters()
-        yield from value.buffers()
-        for module in value.modules():  # tensors that nobody registered, such as masks that are made once
+        for module in all_modules(value):
+            yield from module.parameters(recurse=False)
+            yield from module.buffers(recurse=False)
+            # tensors that nobody registered, such as masks that are made once
             yield from (tensor for tensor in vars(module).values() if isinstance(tensor, Tensor))
     elif isinstance(value, tuple):
         for item in value:
@@ -117,7 +119,7 @@ def _all_tensors(value: Any) -> Iterator[Tensor]:
 def typical_gamma(model: nn.Module) -> float:
     """The median |gamma| of a model's gains; of freshly built ones on the meta device, their first value."""
     found = []
-    for module in model.modules():
+    for module in all_modules(model):
         if isinstance(module, FixedGain):
             found.append(abs(module.value))
         elif isinstance(module, Gain):

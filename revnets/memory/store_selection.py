@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from revnets.engine.columns import find_columns
+from revnets.engine.cell import Cell
+from revnets.engine.columns_group import find_columns
 from revnets.engine.memory_mode import Memory
 from revnets.memory.simulation import fake, total
 from revnets.memory.tracker import MemoryTracker, OpCounter
@@ -65,13 +66,18 @@ WORKING = 1.5
 """What the backward of a cell needs, in terms of what its forward keeps: gradients of activations come on top."""
 
 
-def costs_of_cells(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> list[Cost]:
-    """What each cell of a model would cost, found on fake copies of the model and its inputs."""
-    found: list[Cost] = []
+def costs_of_cells(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> dict[int, Cost]:
+    """What each cell of a model would cost, found on fake copies of the model and its inputs.
+
+    Returns:
+        The cost by the index of the cell (`ColumnsGroup.stored`), in the order of the forward.
+    """
+    found: dict[int, Cost] = {}
     with FakeTensorMode() as mode:
         model, inputs = fake((model, inputs), mode)
         columns = find_columns(model)
         columns.memory = Memory.STORE
+        indices = columns.call_indices()
         with MemoryTracker() as tracker, OpCounter() as counter:
             before: list[tuple[int, int]] = []
 
@@ -80,9 +86,12 @@ def costs_of_cells(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype
 
             def end(cell: nn.Module, *_: Any) -> None:
                 live, flops = before.pop()
-                found.append(Cost(tracker.live - live, counter.flops - flops, _gradients(cell)))
+                index = next(indices[cast(Cell, cell)])
+                known = found.get(index, Cost(0, 0, 0))  # of an earlier call, if the model runs its columns again
+                kept, work = known.kept + tracker.live - live, known.flops + counter.flops - flops
+                found[index] = Cost(kept, work, _gradients(cell))
 
-            for cell in columns.flat():
+            for cell in indices:
                 cell.register_forward_pre_hook(begin)
                 cell.register_forward_hook(end)
             tracker.register(model)

@@ -24,7 +24,7 @@ from revnets.cli.common import parse_dtype, reversible_model
 from revnets.config.errors import ConfigError
 from revnets.config.registry import find_component
 from revnets.engine.cell import FixedGain, Gain
-from revnets.engine.columns import find_columns
+from revnets.engine.columns_group import find_columns
 from revnets.models.loading import load_model
 from revnets.nn.blocks import ConvNeXtBlock, DropPath, ViTBlock
 from revnets.nn.stems_and_heads import TokenStem
@@ -182,7 +182,7 @@ def argument_cases() -> list[Case]:
         ("engine: smallest gain", lambda: Gain(4, min_abs=0)),
         ("engine: gain of 0", lambda: FixedGain(0)),
         ("engine: coupling without gain", lambda: plain.flat()[0](x, couple=torch.add)),
-        ("engine: several columns", lambda: find_columns(nn.ModuleDict({"a": net, "b": plain}))),
+        ("engine: no columns", lambda: find_columns(nn.ModuleDict({"a": nn.Linear(4, 4)}))),
         ("wire: levels", lambda: revnets.wire(4, 1, [["below"]])),
         ("wire: cells", lambda: revnets.wire(0, 2, [["below"]] * 2)),
         ("wire: offset", lambda: revnets.wire(4, 2, [[2]] * 2)),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from revnets.analysis.audit import ROUNDS, audit
 from revnets.analysis.gradient_distance import same_bits
-from revnets.engine.columns import ReversibleSequence, find_columns
+from revnets.engine.columns import ReversibleSequence
+from revnets.engine.columns_group import find_columns
 from revnets.engine.errors import ArgumentError
 from tests.support.audit_networks import ConvLevel, Net, by_mode, conv_columns, render, stem_output
 from tests.support.errors import raises_error
@@ -159,14 +160,13 @@ def test_the_same_seed_gives_the_same_numbers():
 def test_columns_are_found_wherever_they_are():
     columns = conv_columns(2)
     net = Net(columns)
-    assert find_columns(columns) is columns
-    assert find_columns(net) is columns
-    assert find_columns(nn.Sequential(nn.Identity(), net)) is columns
+    assert list(find_columns(columns)) == [columns]
+    assert list(find_columns(net)) == [columns]
+    assert list(find_columns(nn.Sequential(nn.Identity(), net))) == [columns]
     several = nn.ModuleDict({"a": conv_columns(1), "b": conv_columns(1)})
-    with raises_error(ArgumentError, code="no-columns", key="model", names="several, at a, b"):
-        find_columns(several)
+    assert list(find_columns(several)) == [several["a"], several["b"]]
     several.columns = columns
-    assert find_columns(several) is columns
+    assert list(find_columns(several)) == [columns]
     with raises_error(ArgumentError, code="no-columns", key="model", names=["Linear", "none"]):
         find_columns(nn.Linear(1, 1))
 

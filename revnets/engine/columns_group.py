@@ -1,0 +1,227 @@
+"""All reversible columns of a model under one policy: a pretrained net has a sequence of blocks in each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate, cycle, pairwise
+from typing import Any, cast, overload
+
+from torch import nn
+
+from revnets.engine.cell import Cell
+from revnets.engine.columns import ReversibleColumns
+from revnets.engine.errors import ArgumentError
+from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes, stored_cells
+
+
+class ColumnsGroup(Sequence[ReversibleColumns]):
+    """An immutable sequence of `ReversibleColumns`, with the attributes of one for all of them together.
+
+    Columns and cells are numbered through: those of the second member follow those of the first.
+
+        group = revnets.find_columns(model)
+        group.memory = "exact"  # all columns of all members
+        group.stored = 5  # the last five cells of the model
+        group[0].memory = "store"  # the first member alone
+
+    Args:
+        members: in the order in which the model runs them.
+    """
+
+    def __init__(self, members: Iterable[ReversibleColumns]):
+        self._members = tuple(members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @overload
+    def __getitem__(self, index: int) -> ReversibleColumns: ...
+    @overload
+    def __getitem__(self, index: slice) -> ColumnsGroup: ...
+
+    def __getitem__(self, index: int | slice) -> ReversibleColumns | ColumnsGroup:
+        return ColumnsGroup(self._members[index]) if isinstance(index, slice) else self._members[index]
+
+    def __iter__(self) -> Iterator[ReversibleColumns]:
+        return iter(self._members)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} members, {self.column_count} columns, {self.cell_count} cells)"
+
+    @property
+    def column_count(self) -> int:
+        """Columns of all members."""
+        return sum(columns.graph.columns for columns in self)
+
+    @property
+    def cell_count(self) -> int:
+        """Cells of all members."""
+        return sum(len(columns.graph.nodes) for columns in self)
+
+    @property
+    def first_columns(self) -> tuple[int, ...]:
+        """The number of each member's first column."""
+        return tuple(start for start, _ in self._spans(lambda columns: columns.graph.columns))
+
+    @property
+    def column_of_cell(self) -> list[int]:
+        """The number of each cell's column."""
+        starts = zip(self, self.first_columns, strict=True)
+        return [first + node.column for columns, first in starts for node in columns.graph.nodes]
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """The policies of all members as one. Setting it sets all of them, or none if it does not fit.
+
+        Raises:
+            ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
+        """
+        return MemoryPolicy(self.memory, self.stored, self.verify, self.budget)
+
+    @policy.setter
+    def policy(self, value: MemoryPolicy) -> None:
+        memory_modes(value.modes, self.column_count)
+        stored_cells(value.stored, self.cell_count)
+        self.memory, self.stored = value.modes, value.stored
+        self.verify, self.budget = value.verify, value.budget
+
+    @contextmanager
+    def using(
+        self,
+        policy: MemoryPolicy | None = None,
+        *,
+        modes: str | Sequence[str] | None = None,
+        stored: int | Iterable[int] | None = None,
+        verify: bool | None = None,
+    ) -> Generator[MemoryPolicy]:
+        """Run a `with` block under another policy, as `ReversibleColumns.using` does; yields the one in force.
+
+        Args:
+            policy, modes, stored, verify: for all members together; what is not given stays as each member has it.
+
+        Raises:
+            ArgumentError: as the attributes do.
+        """
+        with ExitStack() as stack:
+            for columns in self:
+                stack.enter_context(columns.using())
+            if policy is not None:
+                self.policy = policy
+            if modes is not None:
+                self.memory = modes
+            if stored is not None:
+                self.stored = stored
+            if verify is not None:
+                self.verify = verify
+            yield self.policy
+
+    @property
+    def memory(self) -> tuple[Memory, ...]:
+        """The memory mode of each column. Set it to one mode for all or to one per column; a pending budget ends."""
+        return tuple(mode for columns in self for mode in columns.memory)
+
+    @memory.setter
+    def memory(self, value: str | Sequence[str]) -> None:
+        modes = memory_modes(value, self.column_count)
+        for columns, (start, stop) in zip(self, self._spans(lambda c: c.graph.columns), strict=True):
+            columns.memory = modes[start:stop]
+
+    @property
+    def stored(self) -> frozenset[int]:
+        """Cells that keep all they save. Set it to their indices, or to a number of cells counted from the end."""
+        starts = (start for start, _ in self._spans(_cells_of))
+        return frozenset(start + index for columns, start in zip(self, starts, strict=True) for index in columns.stored)
+
+    @stored.setter
+    def stored(self, value: int | Iterable[int]) -> None:
+        stored = stored_cells(value, self.cell_count)
+        for columns, (start, stop) in zip(self, self._spans(_cells_of), strict=True):
+            columns.stored = [index - start for index in stored if start <= index < stop]
+
+    @property
+    def verify(self) -> bool:
+        """Do all members compare what backward rebuilds with checksums of the forward?"""
+        return all(columns.verify for columns in self)
+
+    @verify.setter
+    def verify(self, value: bool) -> None:
+        for columns in self:
+            columns.verify = value
+
+    @property
+    def budget(self) -> Budget | None:
+        """The memory budget of the whole model, as long as it is pending for a member; see `revnets.keep_budget`."""
+        return next((columns.budget for columns in self if columns.budget is not None), None)
+
+    @budget.setter
+    def budget(self, value: Budget | None) -> None:
+        for columns in self:
+            columns.budget = value
+
+    def flat(self) -> list[Cell]:
+        """All cells, those of the first member first."""
+        return [cell for columns in self for cell in columns.flat()]
+
+    def call_indices(self) -> dict[Cell, Iterator[int]]:
+        """For each cell, the index of its next call, without end: one cell may serve several columns or passes."""
+        found: dict[Cell, list[int]] = {}
+        for index, cell in enumerate(self.flat()):
+            found.setdefault(cell, []).append(index)
+        return {cell: cycle(indices) for cell, indices in found.items()}
+
+    def _spans(self, count: Callable[[ReversibleColumns], int]) -> list[tuple[int, int]]:
+        """The numbers of each member's columns or cells, from the first to the one past the last."""
+        return list(pairwise(accumulate((count(columns) for columns in self), initial=0)))
+
+
+def _cells_of(columns: ReversibleColumns) -> int:
+    return len(columns.graph.nodes)
+
+
+def find_columns(model: nn.Module) -> ColumnsGroup:
+    """The reversible columns of a model: itself, its `.columns`, or all among its submodules.
+
+    Columns inside of a cell of others do not count. Sequences that are no submodules count where their blocks are: a
+    block that runs as a cell of one has it as the attribute `sequence` of its `_reversible_call`.
+
+    Returns:
+        The columns in the order in which the model lists its submodules.
+
+    Raises:
+        ArgumentError: there are none.
+    """
+    for candidate in (model, getattr(model, "columns", None)):
+        if isinstance(candidate, ColumnsGroup):
+            return candidate
+        if isinstance(candidate, ReversibleColumns):
+            return ColumnsGroup([candidate])
+    found = dict.fromkeys(_outermost(model, set()))
+    if not found:
+        text = f"{type(model).__name__} must be or contain reversible columns; it has none"
+        raise ArgumentError(text, "model", code="no-columns")
+    return ColumnsGroup(found)
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model, and those of its sequences that are no submodules."""
+    registered = list(model.modules())
+    roots = (model, *filter(None, map(_sequence_of, registered)))
+    return list(dict.fromkeys(module for root in roots for module in root.modules()))
+
+
+def _outermost(module: nn.Module, seen: set[nn.Module]) -> Iterator[ReversibleColumns]:
+    if module in seen:
+        return
+    seen.add(module)
+    if (columns := module if isinstance(module, ReversibleColumns) else _sequence_of(module)) is not None:
+        yield columns
+        return
+    for child in module.children():
+        yield from _outermost(child, seen)
+
+
+def _sequence_of(block: nn.Module) -> ReversibleColumns | None:
+    """The sequence that runs this block as one of its cells."""
+    call: Any = vars(block).get("_reversible_call")
+    return None if call is None else cast(ReversibleColumns, call.sequence)
