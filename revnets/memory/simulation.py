@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from revnets.config.errors import ArgumentError
 from revnets.engine import lost_bits
-from revnets.engine.cell import FixedGain, Gain
+from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns_group import all_modules
 from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 
@@ -125,4 +125,6 @@ def typical_gamma(model: nn.Module) -> float:
         elif isinstance(module, Gain):
             known = module.weight.device.type != "meta"
             found.append(float(module.weight.detach().abs().median()) if known else abs(module.init))
+        elif isinstance(module, Cell) and (gamma := getattr(module.gain, "gamma", 0.0)) > 0:
+            found.append(gamma)  # of a rewired block; 0 keeps the states, and there are no lost bits
     return sorted(found)[len(found) // 2] if found else 1.0

@@ -78,6 +78,13 @@ class Blend(nn.Module):
             value = sign.to(x.dtype) * value
         return RULES[self.rule](value)
 
+    @property
+    def gamma(self) -> float:
+        """|gamma|, the weight of x_{t-2} in training; on the meta device, its first value."""
+        is_known = self.learned is not None and self.learned.weight.device.type != "meta"
+        value = float(self.learned().detach()) if self.learned is not None and is_known else self.value
+        return abs(float(RULES[self.rule](value).residual))
+
     def extra_repr(self) -> str:
         return f"{self.value}, rule={self.rule}, learned={self.learned is not None}"
 
