@@ -1,0 +1,117 @@
+"""Plans and budgets of a model with several reversible sequences: one choice over the cells and columns of all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import revnets
+from revnets.analysis.memory_scaling import step_bytes
+from revnets.memory.simulation import typical_gamma
+from revnets.memory.store_selection import costs_of_cells
+from revnets.memory.tracker import OpCounter
+from tests.support.staged_networks import DEPTHS, RewiredNet, StagedNet, images, staged_net
+
+KINDS = pytest.mark.parametrize("kind", [StagedNet, RewiredNet])
+
+
+def between(kind: type[StagedNet], share: float) -> int:
+    """A budget between the least and the most that the net can take."""
+    modes = {row.mode: row.peak for row in plan(kind).modes}
+    return int(modes["exact"] + share * (modes["store"] - modes["exact"]))
+
+
+def plan(kind: type[StagedNet], **request) -> revnets.Plan:
+    return revnets.plan(staged_net(kind), images(), optimizer="none", **request)
+
+
+@KINDS
+def test_predicted_memory_is_what_a_step_takes(kind):
+    net = staged_net(kind)
+    for row in plan(kind).modes:
+        revnets.find_columns(net).memory = row.mode
+        parameters, kept, peak = step_bytes(net, images())
+        net.zero_grad()
+        assert row.parameters == parameters
+        assert row.kept == pytest.approx(kept, rel=0.003)
+        assert row.peak == pytest.approx(peak, rel=0.003)
+
+
+@KINDS
+def test_a_budget_is_kept_with_cells_and_columns_of_both_sequences(kind):
+    budget, net = between(kind, 0.5), staged_net(kind)
+    found = plan(kind, modes=(), budget=budget)
+    found.apply(net)
+    group, late = revnets.find_columns(net), DEPTHS[1]
+    assert found.chosen is not None
+    assert group.stored == set(found.chosen.stored)
+    assert [str(mode) for mode in group.memory] == found.chosen.memory(group.column_count)
+    assert group[0].stored == {index for index in found.chosen.stored if index < late}
+    assert all(columns.stored for columns in group)
+    assert all("recompute" in columns.memory for columns in group)
+    assert not set(group.first_columns) & set(found.chosen.recomputed)  # no states before them
+    _, kept, peak = step_bytes(net, images())
+    assert 0.85 * budget < peak <= budget
+    assert kept == pytest.approx(found.chosen.kept, rel=0.003)
+
+
+@KINDS
+def test_a_pending_budget_is_planned_for_all_sequences(kind):
+    budget, net = between(kind, 0.5), staged_net(kind)
+    revnets.keep_budget(net, revnets.config.memory_budget.BudgetSpec(budget=budget, optimizer="none"))
+    group = revnets.find_columns(net)
+    assert group.budget is not None
+    net(images())
+    expected = plan(kind, modes=(), budget=budget).chosen
+    assert expected is not None
+    assert net.memory_plan.chosen == expected
+    assert (group.budget, group.stored) == (None, set(expected.stored))
+    with pytest.warns(UserWarning, match="larger ones"):
+        net(torch.randn(5, 3, 29, 23))
+
+
+@KINDS
+def test_costs_come_in_the_order_of_the_forward_by_the_number_of_the_cell(kind):
+    """The sequence that runs first is listed last."""
+    net = staged_net(kind)
+    costs, (late, early) = costs_of_cells(net, (images(),)), DEPTHS[::-1]
+    assert list(costs) == [*range(late, late + early), *range(late)]
+    weights = [sum(parameter.nbytes for parameter in cell.parameters()) for cell in revnets.find_columns(net).flat()]
+    assert {index: cost.gradients for index, cost in costs.items()} == dict(enumerate(weights))
+    modes = {row.mode: row for row in plan(kind, modes=("store", "invert")).modes}
+    assert sum(cost.flops for cost in costs.values()) == modes["invert"].flops - modes["store"].flops
+
+
+def test_a_model_that_runs_its_columns_twice_has_costs_of_both_runs():
+    class Twice(StagedNet):
+        def forward(self, images):
+            return super().forward(images) + super().forward(images.flip(-1))
+
+    once, twice = (costs_of_cells(staged_net(kind), (images(),)) for kind in (StagedNet, Twice))
+    assert list(twice) == list(once)
+    assert all(twice[index].flops == 2 * once[index].flops for index in once)
+    assert all(twice[index].gradients == once[index].gradients for index in once)
+
+
+def test_a_stored_cell_is_not_replayed_in_whichever_sequence_it_is():
+    net, spared = staged_net(), []
+    group, costs = revnets.find_columns(net), costs_of_cells(staged_net(), (images(),))
+
+    def work(stored: tuple[int, ...]) -> int:
+        group.stored = stored
+        with OpCounter() as counter:
+            torch.autograd.grad(net(images()).sum(), list(net.parameters()))
+        return counter.flops
+
+    for index in (DEPTHS[1] - 1, DEPTHS[1]):  # the last of the one and the first of the other
+        spared.append((work(()) - work((index,)), costs[index].flops))
+    assert all(found == expected for found, expected in spared)
+
+
+def test_gains_of_sequences_that_are_no_submodules_are_known():
+    net = staged_net(RewiredNet)
+    for columns in revnets.find_columns(net):
+        for cell in columns.flat():
+            if cell.gain is not None:
+                cell.gain = revnets.FixedGain(0.3)
+    assert typical_gamma(net) == 0.3
