@@ -6,18 +6,23 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from itertools import count, groupby
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from revnets.analysis.audit_report import ColumnAudit
 from revnets.analysis.gradient_distance import Distance, distance, ratio
+from revnets.engine.cell import Cell
 from revnets.engine.columns import ReversibleColumns
+from revnets.engine.columns_group import ColumnsGroup
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM
 from revnets.engine.memory_mode import Memory
 from revnets.engine.tape import Tape
+
+Contexts: TypeAlias = "dict[int, dict[str, Any]]"
+"""Keyword arguments of each cell, by its index."""
 
 
 def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: int) -> tuple[ColumnAudit, ...]:
@@ -27,31 +32,47 @@ def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: in
 
     Args:
         columns: whose states.
-        call: runs the model around them. Where it calls the first cell, the states are rebuilt as well, on the same
-            input, with the same arguments and under the same autocast.
+        call: runs the model around them. When it has run the cells, their states are rebuilt, on the same input, with
+            the same arguments of each cell and under the same autocast.
         seed: for the random numbers inside of the cells.
     """
     found: list[tuple[ColumnAudit, ...]] = []
+    stems: list[Tensor] = []
+    contexts: Contexts = {}  # by index of the cell: a rewired block has arguments of its own
+    indices = ColumnsGroup([columns]).call_indices()
 
-    def probe(cell: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        handle.remove()  # the comparison calls the cell as well
-        context = {name: value for name, value in kwargs.items() if name != "couple"}
-        found.append(_compare(columns, args[0], context, seed))
+    def enter(cell: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        index = next(indices[cast(Cell, cell)])
+        if index == 0:
+            stems.append(args[0])
+        contexts[index] = {name: value for name, value in kwargs.items() if name != "couple"}
 
-    handle = columns.flat()[0].register_forward_pre_hook(probe, with_kwargs=True)
+    def leave(*_: Any) -> None:
+        if len(contexts) == len(columns.graph.nodes):
+            finish()
+
+    def finish(*_: Any) -> None:
+        for handle in handles:
+            handle.remove()  # the comparison calls the cells as well
+        found.append(_compare(columns, stems[0], contexts, seed))
+
+    handles = [cell.register_forward_pre_hook(enter, with_kwargs=True) for cell in indices]
+    handles += [cell.register_forward_hook(leave) for cell in indices]
+    handles.append(columns.register_forward_hook(finish))  # some cells may be left out
     try:
         with torch.no_grad():
             call()
     except ReplayError:
         return ()  # a cell that cannot be taped: every mode but `store` has failed on it and said why
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return found[0] if found else ()
 
 
-def _compare(columns: ReversibleColumns, stem: Tensor, context: dict[str, Any], seed: int) -> tuple[ColumnAudit, ...]:
-    by_inverse = _rebuilt(columns, stem, context, seed, Memory.INVERT)
-    by_lost_bits = _rebuilt(columns, stem, context, seed, Memory.EXACT)
+def _compare(columns: ReversibleColumns, stem: Tensor, contexts: Contexts, seed: int) -> tuple[ColumnAudit, ...]:
+    by_inverse = _rebuilt(columns, stem, contexts, seed, Memory.INVERT)
+    by_lost_bits = _rebuilt(columns, stem, contexts, seed, Memory.EXACT)
     result = []
     for column, group in groupby(sorted(by_inverse), key=lambda t: t // columns.graph.m):
         indices = list(group)
@@ -73,18 +94,21 @@ def _compare(columns: ReversibleColumns, stem: Tensor, context: dict[str, Any], 
 
 
 def _rebuilt(
-    columns: ReversibleColumns, stem: Tensor, context: dict[str, Any], seed: int, mode: Memory
+    columns: ReversibleColumns, stem: Tensor, contexts: Contexts, seed: int, mode: Memory
 ) -> dict[int, Distance]:
     """Run all cells on a tape, keep every state beside it, let it come down as backward does, and compare."""
     graph, cells = columns.graph, columns.flat()
-    tape = Tape(graph, cells, stem, context)
+    common = contexts[0]  # of cells that the model has left out as well
+    tape = Tape(graph, cells, stem, common)
     states: list[Tensor] = []
     torch.manual_seed(seed)
     with torch.enable_grad():
         for node in graph.nodes:
             reads = [stem if read == STEM else states[read] for read in node.reads]
             past = None if node.residual is None else states[node.residual]
-            states.append(tape.record(node, reads, past, mode, context))
+            context = contexts.get(node.index, common)
+            is_common = context.keys() == common.keys() and all(context[name] is common[name] for name in common)
+            states.append(tape.record(node, reads, past, mode, context, is_common))
     replaced = graph.replaced
     tape.close({t: state for t, state in enumerate(states) if t not in replaced})
     states = [state.detach() for state in states]

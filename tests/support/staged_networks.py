@@ -63,25 +63,29 @@ class Residual(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.function(x)
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x + scale * self.function(x)
 
 
 class StagedBlocks(nn.Module):
-    """Two stages of residual blocks as pretrained networks have them, to be rewired."""
+    """Two stages of residual blocks as pretrained networks have them, to be rewired. Each block has an argument."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, DIMS[0], 3, padding=1)
         self.stages = nn.ModuleList(
-            nn.Sequential(*map(Residual, blocks(dim, depth))) for dim, depth in zip(DIMS, DEPTHS, strict=True)
+            nn.ModuleList(map(Residual, blocks(dim, depth))) for dim, depth in zip(DIMS, DEPTHS, strict=True)
         )
         self.downsample = nn.Conv2d(*DIMS, 3, stride=2)
         self.head = nn.Linear(DIMS[1], 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stages[0](self.stem(images))
-        return self.head(self.stages[1](self.downsample(x)).mean((2, 3)))
+        x = self.stem(images)
+        for between, stage in zip((nn.Identity(), self.downsample), self.stages, strict=True):
+            x = between(x)
+            for position, block in enumerate(stage, start=1):
+                x = block(x, torch.tensor(1.0 / position))
+        return self.head(x.mean((2, 3)))
 
 
 def staged_net(kind: type[StagedNet] = StagedNet) -> StagedNet:
