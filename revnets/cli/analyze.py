@@ -50,7 +50,7 @@ def memory(
     from rich.console import Console
 
     from revnets.analysis.memory_scaling import Step, measured, predicted, table
-    from revnets.cli.common import example_shape, parse_dtype
+    from revnets.cli.common import parse_dtype, sample_shape_of
     from revnets.plotting.analysis import memory_figure
 
     png, csv = outputs(png, csv)
@@ -58,7 +58,7 @@ def memory(
     counts, kept_modes = _counts(columns, "--columns"), _modes(modes)
     large = Step(spec, tuple(overrides or ()), counts, kept_modes, (), batch, parse_dtype(dtype), trust)
     few = _counts(measure_columns, "--measure-columns")
-    shape = shape or example_shape(large.model(large.columns[0], "meta"), spec)
+    shape = shape or sample_shape_of(large.model(large.columns[0], "meta"), spec)
     if small is None:
         small = (shape[0], 64, 64) if len(shape) == 3 and min(shape[1:]) > 64 else shape
     large = replace(large, shape=shape)

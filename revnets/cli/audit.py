@@ -10,7 +10,9 @@ import torch
 from rich.console import Console
 
 from revnets.analysis.audit import audit
-from revnets.cli.common import example_shape, input_error, reversible_model, write_figure
+from revnets.analysis.fidelity import fidelity
+from revnets.cli.common import input_error, reversible_model, sample_shape_of, write_figure
+from revnets.models.example_inputs import example_input
 
 
 def measure(
@@ -21,22 +23,31 @@ def measure(
     png: Path | None,
     json: bool,
     trust: bool = True,
+    blend: float | None = None,
 ) -> int:
-    """Audit a freshly initialised net on random input; returns the exit code."""
+    """Audit a net on random input; returns the exit code.
+
+    Args:
+        blend: make a network of ordinary blocks reversible first, and compare it with the original.
+    """
     torch.manual_seed(0)
-    net = reversible_model(source, overrides, trust)
-    shape = shape or example_shape(net, source)
+    net = reversible_model(source, overrides, trust, blend)
+    shape = shape or sample_shape_of(net, source)
     console = Console(stderr=json)
     with console.status("measuring ...") as status:
         try:
-            x = torch.randn(batch, *shape)
+            x = example_input(net, (batch, *shape))
+            agreement = None if blend is None else fidelity(net, x)
             result = audit(net, x, progress=lambda what: status.update(f"measuring {what} ..."))
         except (RuntimeError, ValueError) as error:
             raise input_error(source, shape, error) from error
     if json:
-        print(json_format.dumps(result.to_dict(), indent=2))
+        numbers = result.to_dict() | ({} if agreement is None else {"fidelity": agreement.to_dict()})
+        print(json_format.dumps(numbers, indent=2))
     else:
         console.print(result.table())
+        if agreement is not None:
+            console.print(agreement.sentence)
     if png is not None:
         from revnets.plotting.audit import audit_figure
 

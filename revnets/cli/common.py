@@ -13,6 +13,8 @@ from torch import nn
 from revnets.cli.output import told_if_unwritable
 from revnets.config.errors import SpecError, option_error
 from revnets.engine.columns_group import find_columns
+from revnets.engine.errors import ArgumentError
+from revnets.models.example_inputs import example_shape
 from revnets.models.loading import load_model
 
 if TYPE_CHECKING:
@@ -28,13 +30,24 @@ def write_figure(console: Console, figure: Figure, picture: Path) -> None:
     console.print(f"wrote {picture}", soft_wrap=True)
 
 
-def reversible_model(source: str, overrides: Sequence[str], trust: bool = True) -> nn.Module:
-    """The model that a command is about, if it is one for it."""
+def reversible_model(
+    source: str, overrides: Sequence[str], trust: bool = True, blend: float | None = None
+) -> nn.Module:
+    """The model that a command is about, if it is one for it.
+
+    Args:
+        blend: make a network of ordinary blocks reversible, with this blend.
+    """
     net = load_model(source, overrides, trust=trust)
     try:
+        if blend is not None:
+            from revnets.pretrained import make_reversible
+
+            make_reversible(net, blend)
         find_columns(net)
-    except ValueError as error:
-        raise SpecError(source, "", str(error), code="no-columns") from None
+    except ArgumentError as error:
+        remedy = "Give --reversible 0.1 to rewire its blocks" if error.code == "no-columns" else ""
+        raise SpecError(source, error.key, str(error), remedy, code=error.code) from None
     return net
 
 
@@ -56,9 +69,9 @@ def parse_dtype(name: str) -> torch.dtype:
     return known[name]
 
 
-def example_shape(net: nn.Module, source: str) -> tuple[int, ...]:
-    """A shape of one sample that the model's stem says it takes."""
-    shape = getattr(getattr(net, "stem", None), "example_shape", None)
+def sample_shape_of(net: nn.Module, source: str) -> tuple[int, ...]:
+    """A shape of one sample that the model says it takes."""
+    shape = example_shape(net)
     if shape is None:
         raise SpecError(
             source,
@@ -67,4 +80,4 @@ def example_shape(net: nn.Module, source: str) -> tuple[int, ...]:
             "Give --input, e.g. --input 3,224,224",
             code="missing-shape",
         )
-    return tuple(shape)
+    return shape

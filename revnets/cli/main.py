@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from revnets.cli.options import InputShape, Overrides, SpecArgument, Trust, picture_path, sample_shape
+from revnets.cli.options import InputShape, Overrides, Reversible, SpecArgument, Trust, picture_path, sample_shape
 from revnets.cli.plugins import Commands
 
 app = typer.Typer(
@@ -56,17 +56,18 @@ def audit(
         Path | None, typer.Option(help="Draw the figures into this file.", callback=picture_path, readable=False)
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+    reversible: Reversible = None,
     trust: Trust = True,
 ) -> None:
     """Measure whether a net is reversible, whether its gradients are right, and what it keeps for backward.
 
-    Exit code 1 if a gradient is wrong. Every step is taken on random input, with the weights of the initialisation.
+    Exit code 1 if a gradient is wrong. Every step is taken on random input, with the weights of the initialization.
 
     A YAML file is a program: the classes that it names are imported and run. Give --no-trust with files of others.
     """
     from revnets.cli.audit import measure
 
-    raise typer.Exit(measure(spec, overrides or [], sample_shape(input_shape), batch, png, json, trust))
+    raise typer.Exit(measure(spec, overrides or [], sample_shape(input_shape), batch, png, json, trust, reversible))
 
 
 @app.command()
@@ -93,6 +94,7 @@ def plan(
         Path | None, typer.Option(help="Draw the figure into this file.", callback=picture_path, readable=False)
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+    reversible: Reversible = None,
     trust: Trust = True,
 ) -> None:
     """Predict the memory of a training step in every memory mode, without taking it.
@@ -103,7 +105,7 @@ def plan(
 
     request = {"dtype": dtype, "optimizer": optimizer, "ranks": ranks, "sharding": sharding}
     request |= {"grad_accum": grad_accum, "budget": budget}
-    forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json, trust)
+    forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json, trust, reversible)
 
 
 def _expanded(word: str) -> str:

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-_MODEL = "YAML file of a net (docs/reference/yaml.md), name of a timm model (revcol_tiny), or package.module:function."
+_MODEL = (
+    "YAML file of a net (docs/reference/yaml.md), name of a timm model (revcol_tiny), hf:FOLDER of a transformers "
+    "model, or package.module:function."
+)
 
 
 SpecArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
@@ -23,6 +26,17 @@ Trust = Annotated[
     typer.Option(
         "--trust/--no-trust",
         help="Import and run classes of other projects that the configuration names, such as a block of your own.",
+    ),
+]
+
+
+Reversible = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BLEND",
+        help="Rewire the residual blocks of an ordinary network, such as timm's vit_base_patch16_224, with this blend "
+        "(0.1, say): revnets.make_reversible.",
+        show_default=False,
     ),
 ]
 

@@ -12,9 +12,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from revnets.cli.common import example_shape, parse_dtype, reversible_model, write_figure
+from revnets.cli.common import parse_dtype, reversible_model, sample_shape_of, write_figure
 from revnets.config.memory_budget import BudgetSpec
 from revnets.memory.planner import Plan
+from revnets.models.example_inputs import example_input
 from revnets.utils.format import size
 
 
@@ -27,25 +28,28 @@ def forecast(
     png: Path | None,
     json: bool,
     trust: bool = True,
+    blend: float | None = None,
 ) -> None:
     """Plan a training step of a net that is never built.
 
     Args:
+        blend: make a network of ordinary blocks reversible first.
         request: goes to `revnets.plan`; what is None in it is as the budget in the net's YAML says, if there is one.
     """
     from revnets.models.plan import plan
     from revnets.plotting.memory_plan import plan_figure
 
     with torch.device("meta"):
-        net = reversible_model(source, overrides, trust)
-    shape = shape or example_shape(net, source)
+        net = reversible_model(source, overrides, trust, blend)
+    shape = shape or sample_shape_of(net, source)
     console = Console(stderr=json)
     with console.status("simulating ...") as status:
         memory = getattr(getattr(net, "spec", None), "memory", None)
         own = memory.model_dump() if isinstance(memory, BudgetSpec) else {}
         given = {**request, "dtype": parse_dtype(request["dtype"])}
         request = {key: value for one in (own, given) for key, value in one.items() if value is not None}
-        result = plan(net, (batch, *shape), progress=lambda what: status.update(f"simulating {what} ..."), **request)
+        example = example_input(net, (batch, *shape), device="meta")
+        result = plan(net, example, progress=lambda what: status.update(f"simulating {what} ..."), **request)
     if json:
         print(json_format.dumps(result.to_dict(), indent=2))
     else:

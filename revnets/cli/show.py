@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from revnets.cli.common import example_shape, input_error, write_figure
+from revnets.cli.common import input_error, sample_shape_of, write_figure
 from revnets.config.errors import SpecError
 from revnets.config.net_spec import NetSpec
 from revnets.engine.graph import STEM
@@ -38,7 +38,7 @@ def describe(
             source, "", f"{type(net).__name__} has no spec to show", "Give a YAML file, or use audit", code="no-spec"
         )
     net = cast(Net, net)  # or a model with the same parts
-    shape = shape or example_shape(net, source)
+    shape = shape or sample_shape_of(net, source)
     macs, sizes = _walk(net, shape, source)
     console = Console()
     console.print(_levels(net, sizes))

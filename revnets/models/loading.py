@@ -1,7 +1,8 @@
 """Whole models by one word: a YAML file, a name that an installed package knows, or an import path.
 
 A package makes its models known through the entry-point group `revnets.models`: each entry is a module (or any object)
-with `names()`, which lists them, and `create(name, **options)`, which builds one.
+with `names()`, which lists them, and `create(name, **options)`, which builds one. `ENTRY:name` asks one entry alone,
+such as `timm:vit_base_patch16_224` or `hf:FOLDER`, whether or not it lists the name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ def load_model(source: Source | NetSpec, overrides: Sequence[str] = (), *, trust
 
     Args:
         source: a YAML file, a dict or a `NetSpec`; the name of a model, such as timm's `revcol_tiny`; or
-            `package.module:function`, which is called.
+            `package.module:function`, which is called; or `timm:NAME`, `hf:NAME`.
         overrides: `key=value`; of a YAML as in `revnets.build`, else keyword arguments of the model.
         trust: may a YAML file, dict or spec name classes of other projects? An import path in `source` is called.
 
@@ -51,7 +52,11 @@ def load_model(source: Source | NetSpec, overrides: Sequence[str] = (), *, trust
     if file.suffix.lower() in (".yaml", ".yml") or os.path.exists(file):  # False for what is no path at all
         return build(file, overrides, trust=trust)
     options = _options(overrides)
-    if ":" in name:
+    prefix, separator, rest = name.partition(":")
+    entry = next((entry for entry in entry_points(group=GROUP) if separator and entry.name == prefix), None)
+    if entry is not None:
+        return _called(name, partial(_loaded(entry, name).create, rest), options)
+    if separator:
         with importable(Path.cwd()):
             try:
                 return _called(name, imported("model", name, [Path.cwd()]), options)
@@ -66,6 +71,13 @@ def load_model(source: Source | NetSpec, overrides: Sequence[str] = (), *, trust
     remedy = f"Did you mean {near[0]}?" if near else "Give a YAML file, a model's name or package.module:function"
     reason = f" (names of {', '.join(missing)} are not available)" if missing else ""
     raise SpecError(name, "", f"there is neither such a file nor such a model{reason}", remedy, code="unknown-model")
+
+
+def _loaded(entry: EntryPoint, name: str) -> Zoo:
+    try:
+        return entry.load()
+    except ImportError as error:
+        raise SpecError(name, "", f"names of {entry.name} are not available: {error}", code="missing-module") from None
 
 
 def _zoos() -> tuple[list[Zoo], list[str]]:

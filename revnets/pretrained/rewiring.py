@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -96,10 +97,7 @@ def undo_reversible(model: Model) -> Model:
     Raises:
         ArgumentError: the model is not rewired.
     """
-    blocks = [module for module in model.modules() if CALL in vars(module)]
-    if not blocks:
-        raise ArgumentError(f"{type(model).__name__} is not rewired", "model", code="no-columns")
-    for block in blocks:
+    for block in _rewired_blocks(model):
         call = block.__dict__.pop(CALL)
         cell = call.sequence.block_cells[call.position]
         del block.__dict__["forward"]
@@ -110,6 +108,34 @@ def undo_reversible(model: Model) -> Model:
     for module in model.modules():
         module.__dict__.pop("set_grad_checkpointing", None)
     return model
+
+
+@contextmanager
+def original_blocks(model: nn.Module) -> Generator[None]:
+    """Run a `with` block in which a rewired network computes what it did before.
+
+    Raises:
+        ArgumentError: the model is not rewired.
+    """
+    blocks = _rewired_blocks(model)
+    rewired = [block.__dict__.pop("forward") for block in blocks]
+    try:
+        for block in blocks:
+            call = vars(block)[CALL]
+            wrapper = call.sequence.block_cells[call.position].wrapper
+            if wrapper is not None:
+                block.__dict__["forward"] = wrapper
+        yield
+    finally:
+        for block, forward in zip(blocks, rewired, strict=True):
+            block.__dict__["forward"] = forward
+
+
+def _rewired_blocks(model: nn.Module) -> list[nn.Module]:
+    blocks = [module for module in model.modules() if CALL in vars(module)]
+    if not blocks:
+        raise ArgumentError(f"{type(model).__name__} is not rewired", "model", code="no-columns")
+    return blocks
 
 
 def _budget(memory: Mapping[str, Any]) -> BudgetSpec:

@@ -1,0 +1,51 @@
+"""An input that a model takes, found from what the model says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOKENS = 128
+"""Length of a text where a language model does not state one that is shorter."""
+
+
+def example_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """Shape of one sample: of the stem of a net, the configuration of a timm model, or one of transformers.
+
+    None if the model states none.
+    """
+    shape = getattr(getattr(model, "stem", None), "example_shape", None)
+    if shape is None:
+        shape = getattr(model, "pretrained_cfg", {}).get("input_size")
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        if shape is not None and size is not None:
+            shape = (shape[0], *size)  # a Vision Transformer built for images of another size
+    config: Any = getattr(model, "config", None)
+    if shape is None and takes_tokens(model):
+        shape = (min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS),)
+    if shape is None and getattr(config, "image_size", None):
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (getattr(config, "num_channels", 3), height, width)
+    return None if shape is None else tuple(shape)
+
+
+def takes_tokens(model: nn.Module) -> bool:
+    """Does the model read numbers of tokens? Models of transformers name their main input."""
+    return getattr(model, "main_input_name", None) == "input_ids"
+
+
+def example_input(model: nn.Module, shape: Sequence[int], *, device: str | None = None) -> Tensor:
+    """Random values for a model: normal ones, or numbers of tokens.
+
+    Args:
+        shape: batch first.
+        device: "meta" for an input without values; by default the default device.
+    """
+    if not takes_tokens(model):
+        return torch.randn(tuple(shape), device=device)
+    config: Any = getattr(model, "config", None)
+    return torch.randint(0, config.get_text_config().vocab_size, tuple(shape), device=device)

@@ -1,0 +1,92 @@
+"""`revnets audit` and `revnets plan` of networks that are made reversible on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from revnets.cli.audit import measure
+from revnets.cli.common import reversible_model
+from revnets.cli.plan import forecast
+from revnets.config.errors import SpecError
+
+VIT = ("vit_tiny_patch16_224", ["img_size=32", "depth=5", "embed_dim=24", "num_heads=3", "num_classes=7"])
+REQUEST = {"dtype": "float32", "optimizer": None, "ranks": None, "sharding": None, "grad_accum": None, "budget": None}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small GPT-2."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = transformers.GPT2Config(
+        vocab_size=97, n_embd=12, n_layer=5, n_head=3, n_positions=23, bos_token_id=1, eos_token_id=2
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_audit_of_a_timm_model(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("timm")
+    assert measure(*VIT, None, 2, None, True, blend=0.1) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    modes = {mode["mode"]: mode for mode in numbers["modes"]}
+    assert modes["exact"]["equal"]
+    assert modes["exact"]["kept_bytes"] < modes["store"]["kept_bytes"] / 3
+    assert 0.9 < numbers["fidelity"]["cosine"] < 1
+
+
+def test_audit_of_a_transformers_model(gpt2: Path, capsys: pytest.CaptureFixture[str]):
+    assert measure(f"hf:{gpt2}", [], None, 2, None, True, blend=0.1) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert all(mode["equal"] for mode in numbers["modes"] if mode["mode"] != "invert")
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_plan_under_a_budget(kind: str, gpt2: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("timm")
+    source, overrides = (f"timm:{VIT[0]}", VIT[1]) if kind == "timm" else (f"hf:{gpt2}", [])
+    forecast(source, overrides, None, 13, {**REQUEST, "budget": "exact"}, None, True, blend=0.1)
+    plan = json.loads(capsys.readouterr().out)
+    peaks = {mode["mode"]: mode["peak"] for mode in plan["modes"]}
+    assert peaks["exact"] < peaks["store"]
+    assert plan["chosen"]["peak"] <= peaks["exact"]
+    assert plan["input_shape"] == ([13, 3, 32, 32] if kind == "timm" else [13, 23])
+
+
+def test_weights_of_a_folder_are_read(gpt2: Path):
+    import torch
+    import transformers
+
+    expected = transformers.GPT2LMHeadModel.from_pretrained(gpt2)
+    model = reversible_model(f"hf:{gpt2}", [], blend=0.1)
+    assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("source", "blend", "key", "code"),
+    [
+        ("vit_tiny_patch16_224", None, "model", "no-columns"),
+        ("vit_tiny_patch16_224", 3.0, "blend", "out-of-range"),
+        ("resnet26", 0.1, "blocks", "no-blocks"),
+        ("timm:vit_tiny", 0.1, "", "component-failed"),
+        ("timm:revcol_tiny", 0.1, "model", "conflicting-values"),
+        ("hf:/no/such/folder", 0.1, "", "component-failed"),
+    ],
+)
+def test_models_that_cannot_be_rewired(source: str, blend: float | None, key: str, code: str):
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    with pytest.raises(SpecError) as error:
+        reversible_model(source, [], blend=blend)
+    assert (error.value.key, error.value.code) == (key, code)
+
+
+def test_a_folder_that_names_another_architecture(gpt2: Path, tmp_path: Path):
+    config = json.loads((gpt2 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["os.system"]}))
+    with pytest.raises(SpecError) as error:
+        reversible_model(f"hf:{tmp_path}", [], blend=0.1)
+    assert (error.value.key, error.value.code) == ("architectures", "unknown-model")
