@@ -22,7 +22,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SAME_MEANING = {
     "Attention": "self-attention; that of nlp takes a padding mask and fairseq's initialization",
     "CosineAttention": "the attention of Swin Transformer V2, for images and for padded sentences",
-    "names": "what a registry knows",
+    "create": "the model of a name, in a package that `revnets.models` lists",
+    "names": "what a registry, or a package of models, knows",
     "read": "the content of a file of the format that its module is about",
     "rows": "an analysis as rows of a CSV file",
     "table": "an analysis as a table of the terminal",

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from revnets.analysis.audit import audit
 from revnets.analysis.fidelity import fidelity
-from revnets.cli.common import input_error, reversible_model, sample_shape_of, write_figure
+from revnets.cli.common import REWIRE, input_error, reversible_model, sample_shape_of, write_figure
 from revnets.models.example_inputs import example_input
 
 
@@ -31,7 +31,7 @@ def measure(
         blend: make a network of ordinary blocks reversible first, and compare it with the original.
     """
     torch.manual_seed(0)
-    net = reversible_model(source, overrides, trust, blend)
+    net = reversible_model(source, overrides, trust, blend, REWIRE if blend is None else "")
     shape = shape or sample_shape_of(net, source)
     console = Console(stderr=json)
     with console.status("measuring ...") as status:

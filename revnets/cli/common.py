@@ -31,12 +31,13 @@ def write_figure(console: Console, figure: Figure, picture: Path) -> None:
 
 
 def reversible_model(
-    source: str, overrides: Sequence[str], trust: bool = True, blend: float | None = None
+    source: str, overrides: Sequence[str], trust: bool = True, blend: float | None = None, remedy: str = ""
 ) -> nn.Module:
     """The model that a command is about, if it is one for it.
 
     Args:
         blend: make a network of ordinary blocks reversible, with this blend.
+        remedy: what the user of this command can do for a model that is not reversible.
     """
     net = load_model(source, overrides, trust=trust)
     try:
@@ -46,9 +47,13 @@ def reversible_model(
             make_reversible(net, blend)
         find_columns(net)
     except ArgumentError as error:
-        remedy = "Give --reversible 0.1 to rewire its blocks" if error.code == "no-columns" else ""
-        raise SpecError(source, error.key, str(error), remedy, code=error.code) from None
+        key = "" if blend is None else error.key
+        raise SpecError(source, key, str(error), remedy, code=error.code) from None
     return net
+
+
+REWIRE = "Give --reversible 0.1 to rewire its blocks"
+"""What helps a command that has this option."""
 
 
 def input_error(source: str, shape: tuple[int, ...], error: Exception) -> SpecError:

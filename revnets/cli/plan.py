@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from revnets.cli.common import parse_dtype, reversible_model, sample_shape_of, write_figure
+from revnets.cli.common import REWIRE, parse_dtype, reversible_model, sample_shape_of, write_figure
 from revnets.config.memory_budget import BudgetSpec
 from revnets.memory.planner import Plan
 from revnets.models.example_inputs import example_input
@@ -40,7 +40,7 @@ def forecast(
     from revnets.plotting.memory_plan import plan_figure
 
     with torch.device("meta"):
-        net = reversible_model(source, overrides, trust, blend)
+        net = reversible_model(source, overrides, trust, blend, REWIRE if blend is None else "")
     shape = shape or sample_shape_of(net, source)
     console = Console(stderr=json)
     with console.status("simulating ...") as status:

@@ -136,9 +136,9 @@ def test_a_net_for_one_size_of_image_says_so(tmp_path: Path) -> None:
 def test_a_model_without_columns_is_told(tmp_path: Path, own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_modules / "plain_net.py").write_text("import torch\ndef make(columns):\n    return torch.nn.Linear(4, 4)\n")
     monkeypatch.chdir(own_modules)
-    with raises_error(code="no-columns", source="plain_net:make", names=["Linear", "ReversibleColumns"]):
+    with raises_error(code="no-columns", source="plain_net:make", names=["Linear", "reversible columns"]):
         call("memory", "plain_net:make", "--input", "4", "--png", tmp_path / "m.png")
-    with raises_error(code="no-columns", source="plain_net:make", names=["Linear", "ReversibleColumns"]):
+    with raises_error(code="no-columns", source="plain_net:make", names=["Linear", "reversible columns"]):
         call("gains", "plain_net:make", "columns=3", "--png", tmp_path / "g.png")
 
 

@@ -68,7 +68,7 @@ def test_weights_of_a_folder_are_read(gpt2: Path):
 @pytest.mark.parametrize(
     ("source", "blend", "key", "code"),
     [
-        ("vit_tiny_patch16_224", None, "model", "no-columns"),
+        ("vit_tiny_patch16_224", None, "", "no-columns"),
         ("vit_tiny_patch16_224", 3.0, "blend", "out-of-range"),
         ("resnet26", 0.1, "blocks", "no-blocks"),
         ("timm:vit_tiny", 0.1, "", "component-failed"),

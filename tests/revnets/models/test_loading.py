@@ -148,7 +148,7 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["input_shape"][:2] == [2, 3]
     failed = CliRunner().invoke(main.app, ["audit", "resnet10t", "--input", "3,32,32"])
-    assert_error(failed.exception, code="no-columns", source="resnet10t", names=["ResNet", "ReversibleColumns"])
+    assert_error(failed.exception, code="no-columns", source="resnet10t", names=["ResNet", "--reversible"])
 
 
 def test_the_wheel_names_its_models() -> None:
