@@ -90,9 +90,10 @@ class Checkpoints:
 
     def _save_shards(self, path: Path, state: Mapping[str, Any]) -> None:
         """Every process fills a folder that is only given its name when all are done."""
-        from vision.checkpoints.sharding import STATE, divided, shard_name
+        from vision.checkpoints.sharding import SAVE, STATE, divided, new_save_id, shard_name
 
-        world, filling = self.world, self.world.by_main(lambda: temporary_path(path.with_name(f"{path.name}.shards")))
+        world = self.world
+        filling, save = world.by_main(lambda: (temporary_path(path.with_name(f"{path.name}.shards")), new_save_id()))
         rest, parts = divided(state)
 
         def begin() -> None:
@@ -101,9 +102,9 @@ class Checkpoints:
             filling.mkdir()
 
         def write() -> None:
-            save_file(filling / shard_name(world.rank, world.size), parts)
+            save_file(filling / shard_name(world.rank, world.size), {**parts, SAVE: (save, world.rank)})
             if world.is_main:
-                save_file(filling / STATE, {**rest, "shards": world.size})
+                save_file(filling / STATE, {**rest, "shards": world.size, SAVE: save})
 
         def finish() -> None:
             if error is not None:

@@ -8,7 +8,7 @@ from revnets.utils.atomic_files import replacing_folder
 from vision.checkpoints.manager import save_file
 from vision.checkpoints.new_file import new_file
 from vision.checkpoints.reader import read
-from vision.checkpoints.sharding import STATE, shard_name, split
+from vision.checkpoints.sharding import SAVE, STATE, new_save_id, shard_name, split
 
 
 def reshard(source: Path, target: Path, count: int) -> None:
@@ -28,7 +28,8 @@ def reshard(source: Path, target: Path, count: int) -> None:
             save_file(target, state)
             return
         rest, parts = split(state, count)
+        save = new_save_id()
         with replacing_folder(target) as folder:
             for rank, part in enumerate(parts):
-                save_file(folder / shard_name(rank, count), part)
-            save_file(folder / STATE, {**rest, "shards": count})
+                save_file(folder / shard_name(rank, count), {**part, SAVE: (save, rank)})
+            save_file(folder / STATE, {**rest, "shards": count, SAVE: save})

@@ -1,12 +1,14 @@
 """States whose tensors are divided among processes: as one file for each process, or gathered into one.
 
 FSDP2 divides a tensor along its first axis, as `torch.chunk` does. A checkpoint in shards is a folder: `state.pt` has
-everything but the divided tensors, and `shard-R-of-N.pt` has the parts of process R. Why this is not the layout of
-torch.distributed.checkpoint is in docs/development/design-decisions.md.
+everything but the divided tensors, and `shard-R-of-N.pt` has the parts of process R. All of them carry the id of the
+save that wrote them. Why this is not the layout of torch.distributed.checkpoint is in
+docs/development/design-decisions.md.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,18 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from vision.errors import CheckpointError
+
 DIVISIBLE = ("model", "ema", "heads", "heads_ema", "optimizer")
 """Keys of a state below which tensors can be divided."""
 
 STATE = "state.pt"
 PLACE = "in shards"
 """Key of the small mapping that stands in `state.pt` for a divided tensor, and says under which name to find it."""
+
+SAVE = "save"
+"""Key of the id of a save in `state.pt`, and of the id and the number of the shard in a shard. Earlier versions have
+none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,11 @@ class Piece:
 
 def shard_name(rank: int, count: int) -> str:
     return f"shard-{rank:05d}-of-{count:05d}.pt"
+
+
+def new_save_id() -> str:
+    """A random text that no other save has."""
+    return os.urandom(16).hex()
 
 
 def mapped(tree: Any, change: Callable[[str, Any], Any], place: str = "") -> Any:
@@ -103,17 +116,22 @@ def read_shards(folder: Path, load: Callable[[Path], Any], rank: int = 0, count:
         rank, count: with as many processes as wrote it, divided tensors come as `Piece`s; otherwise whole.
 
     Raises:
+        CheckpointError: a shard is of another save than `state.pt`, or has the name of another shard.
         Exception: parts are missing, or do not fit together.
     """
     state = load(folder / STATE)
-    shards = state.pop("shards")
+    shards, save = state.pop("shards"), state.pop(SAVE, None)
     if type(shards) is not int or shards < 1:
         raise ValueError("the number of shards is none")
-    files: dict[int, dict[str, Tensor]] = {}
+    files: dict[int, dict[str, Any]] = {}
 
     def part(number: int, name: str, shape: torch.Size) -> Tensor:
         if number not in files:
-            files[number] = load(folder / shard_name(number, shards))
+            file = shard_name(number, shards)
+            files[number] = load(folder / file)
+            if files[number].get(SAVE) != (None if save is None else (save, number)):
+                problem = f"{file} in it is not the shard {number} of the save that wrote {STATE}"
+                raise CheckpointError(folder, problem, "Use an older checkpoint", code="damaged-file")
         tensor = files[number][name]
         if tensor.shape != own_part(torch.empty(shape, device="meta"), number, shards).shape:
             raise ValueError(f"{name} has another shape in shard {number}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,37 @@ def test_shards_that_are_missing_foreign_or_malicious(tmp_path):
         with raises_error(CheckpointError, code=code, source=source):
             reader.read(path)
     assert not trap.exists()
+
+
+def resharded(folder: Path, *steps: int) -> list[Path]:
+    """Checkpoints in two shards, whose tensors have equal shapes."""
+    for step in steps:
+        model = {"weight": torch.full((4, 2), float(step))}
+        whole = Checkpoints(folder / "runs" / str(step), keep=1).save(state(step, model=model))
+        reshard(whole, folder / str(step), 2)
+    return [folder / str(step) for step in steps]
+
+
+@pytest.mark.parametrize("source", ["7/shard-00001-of-00002.pt", "3/shard-00000-of-00002.pt"])
+def test_a_shard_of_equal_shapes_from_another_save_or_place(tmp_path, source):
+    folder, _ = resharded(tmp_path, 3, 7)
+    shard = folder / "shard-00001-of-00002.pt"
+    shutil.copyfile(tmp_path / source, shard)
+    with raises_error(CheckpointError, code="damaged-file", source=folder, names=shard.name):
+        reader.read(folder)
+
+
+def test_shards_of_versions_without_ids(tmp_path):
+    """All files lack the id: they are read. A shard without one next to a state with one is not."""
+    folder, other = resharded(tmp_path, 3, 7)
+    expected = reader.read(folder)["model"]
+    for path in (*folder.iterdir(), other / "shard-00000-of-00002.pt"):
+        content = torch.load(path, weights_only=True)
+        assert content.pop("save")
+        torch.save(content, path)
+    torch.testing.assert_close(reader.read(folder)["model"], expected, rtol=0, atol=0)
+    with raises_error(CheckpointError, code="damaged-file", source=other, names="shard-00000-of-00002.pt"):
+        reader.read(other)
 
 
 @pytest.mark.parametrize(
