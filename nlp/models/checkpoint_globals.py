@@ -1,13 +1,19 @@
-"""What fairseq needs to read its own checkpoints under a torch whose `torch.load` is restricted."""
+"""How fairseq reads its checkpoints: `torch.load` is restricted, and files are checked before it gets them."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+
+from revnets.utils import checkpoint_io
+
+from .encoder_spec import TRUST
 
 _NUMBERS = [np.float32(0), np.float64(0), np.int32(0), np.int64(0)]
 
@@ -33,3 +39,32 @@ def allow_fairseq_checkpoints() -> None:
     reaches it. Call it where fairseq loads the models, not where a package is imported for other reasons.
     """
     torch.serialization.add_safe_globals(list(RECORDS))
+
+
+def check_fairseq_checkpoints() -> None:
+    """Let fairseq's reader of checkpoints refuse files that `torch.load` would need unbounded memory or time for.
+
+    A file is read as `revnets average-checkpoints` reads it, with its tensors left on the disk, before fairseq loads
+    it. With `REVNETS_TRUST=1` or `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1` it is not checked, since it may hold objects of
+    other classes. Call it once, where fairseq loads the models.
+    """
+    from fairseq import checkpoint_utils
+    from fairseq.file_io import PathManager
+
+    load = checkpoint_utils.load_checkpoint_to_cpu
+
+    @functools.wraps(load)
+    def load_checked(path: str, *args: Any, **options: Any) -> Any:
+        if not _is_trusted():
+            try:
+                checkpoint_io.read_checkpoint(PathManager.get_local_path(path), checkpoint_io.RECORDS, mmap=True)
+            except checkpoint_io.CheckpointReadError as error:
+                raise SystemExit(str(error)) from error  # the last line of a command of fairseq
+        return load(path, *args, **options)
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_checked
+
+
+def _is_trusted() -> bool:
+    forced = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower()  # torch's own switch, and its values
+    return "1" in os.environ.get(TRUST, "").split(",") or forced in ("1", "y", "yes", "true")

@@ -21,7 +21,7 @@ from fairseq.models.transformer import TransformerConfig, TransformerModel, base
 from revnets.config.memory_budget import BudgetSpec
 
 from .arguments import add_arguments, settle
-from .checkpoint_globals import allow_fairseq_checkpoints
+from .checkpoint_globals import allow_fairseq_checkpoints, check_fairseq_checkpoints
 from .encoder import RevColEncoder
 from .encoder_spec import encoder_spec
 from .memory_budget import log_encoder_memory, plan_encoder_memory
@@ -29,6 +29,7 @@ from .memory_budget import log_encoder_memory, plan_encoder_memory
 logger = logging.getLogger(__name__)
 
 allow_fairseq_checkpoints()
+check_fairseq_checkpoints()
 
 
 @register_model("revcol_transformer")
