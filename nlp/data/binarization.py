@@ -9,12 +9,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from revnets.utils.regular_files import read_regular, require_regular
+
 from .corpus import Pair
 from .errors import TranslationError
 from .splits import SPLITS
 
 LOG = "preprocess.log"
 """The log of fairseq-preprocess, in the folder of its other files."""
+
+MAX_LOG = 2**24
+"""Bytes of a log that are read; it has some lines for each side of each split."""
 
 _SUMMARY = re.compile(r"\[(\w+)\] .*?(\w+)\.\1: \d+ sents, \d+ tokens, ([\d.e+-]+)% replaced")
 
@@ -29,6 +34,7 @@ def run_preprocess(units: Path, folder: Path, codes: Pair, words: int | None, wo
 
     Raises:
         TranslationError: it failed.
+        OSError: the log cannot be written.
     """
     source, target = codes
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary", "--destdir", str(folder)]
@@ -36,6 +42,7 @@ def run_preprocess(units: Path, folder: Path, codes: Pair, words: int | None, wo
     command += [word for name in SPLITS for word in (f"--{name}pref", name)]
     if words is not None:
         command += ["--nwordssrc", str(words), "--nwordstgt", str(words)]
+    require_regular(log)
     with open(log, "w", encoding="utf-8") as file:
         # It takes a comma in a path for the end of the path, and so gets none.
         done = subprocess.run(command, cwd=units, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
@@ -74,7 +81,7 @@ def count_sentences(index: Path) -> int:
 def unknown_words(folder: Path) -> dict[str, dict[str, float]]:
     """The share of `<unk>` of every split and language, in per cent, by fairseq's log; empty where there is none."""
     try:
-        text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
+        text = read_regular(folder / LOG, MAX_LOG).decode(errors="replace")
     except OSError:
         return {}
     found: dict[str, dict[str, float]] = {}

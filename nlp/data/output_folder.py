@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from revnets.utils.atomic_files import make_folder
 from revnets.utils.file_lock import FileLock, LockedError
 
 from .errors import TranslationError
-from .resumable_steps import NOTE
+from .resumable_steps import read_note
 
 _OWN = re.compile(
     r"prepared\.json|preprocess\.log|codes|dict\.\w+\.txt|test\.raw\.\w+|(train|valid|test)\.\w+-\w+\.\w+\.(bin|idx)"
@@ -60,7 +59,7 @@ def check_replaceable(output: Path, inputs: Iterable[Path] = ()) -> None:
         raise TranslationError(f"{output}: a file, not a folder. Give another --output", code="file-exists")
     entries = sorted(place.iterdir())
     foreign = next((path.name for path in entries if path.is_dir() or not _OWN.fullmatch(path.name)), None)
-    if foreign is None and entries and not _is_note(place / NOTE):
+    if foreign is None and entries and not _is_note(place):
         foreign = entries[0].name
     if foreign is not None:
         raise TranslationError(
@@ -87,9 +86,9 @@ def check_inputs(folder: Path, inputs: Iterable[Path]) -> None:
             )
 
 
-def _is_note(path: Path) -> bool:
+def _is_note(folder: Path) -> bool:
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
+        note = read_note(folder)
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(note, dict) and {"key", "facts", "inputs"} <= note.keys()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from revnets.utils.atomic_files import replacing_folder
+from revnets.utils.regular_files import read_regular
 
 from .errors import TranslationError
 
@@ -16,6 +17,19 @@ NOTE = "prepared.json"
 """In every folder: what it was made from and what was found on the way."""
 
 Facts = dict[str, Any]
+
+MAX_NOTE = 2**24
+"""Bytes of a note; one with thousands of files has less."""
+
+
+def read_note(folder: Path) -> Any:
+    """What the note of a folder says.
+
+    Raises:
+        OSError: there is none, or it is no regular file or too large.
+        ValueError, RecursionError: it is no JSON.
+    """
+    return json.loads(read_regular(folder / NOTE, MAX_NOTE).decode("utf-8"))
 
 
 class Stages:
@@ -28,7 +42,7 @@ class Stages:
     def facts(self, folder: Path) -> Facts | None:
         """What was found when the folder was made from the same inputs; None if it was not."""
         try:
-            note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+            note = read_note(folder)
             return note["facts"] if note["key"] == self.key else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None

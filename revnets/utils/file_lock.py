@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import platform
-import stat
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
+
+from revnets.utils.regular_files import require_regular
 
 try:
     import fcntl
@@ -103,7 +104,8 @@ class FileLock:
             OSError: the file cannot be written.
         """
         while self._file is None:
-            _require_regular(self.path)
+            if os.path.lexists(self.path):
+                require_regular(self.path, follow_links=False)  # a link's target would be emptied
             file = open(self.path, "a+b")  # noqa: SIM115  (it is closed in `release`)
             try:
                 locked = try_lock(file.fileno())
@@ -149,13 +151,6 @@ def _read_owner(file: IO[bytes]) -> Owner | None:
     file.seek(0)
     pid, _, host = file.read(256).decode(errors="replace").strip().partition(" ")
     return Owner(int(pid), host) if pid.isascii() and pid.isdecimal() and len(pid) < 20 and host.isprintable() else None
-
-
-def _require_regular(path: Path) -> None:
-    """A link would be followed, and the file that it leads to emptied."""
-    with suppress(FileNotFoundError):
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise OSError(errno.EINVAL, f"{path.name} is not a regular file", str(path))
 
 
 def _has_name(file: IO[bytes], path: Path) -> bool:

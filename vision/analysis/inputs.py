@@ -11,8 +11,9 @@ from torch import Tensor
 
 from revnets import ReversibleColumns, SpecError
 from revnets.config.errors import nearest, option_error
+from revnets.utils.regular_files import open_regular
 from vision.config.run import load_config
-from vision.data.decoding import open_regular, read_image
+from vision.data.decoding import read_image
 from vision.errors import first_line, printable
 from vision.paths import CONFIGS
 from vision.tasks.builders import columns_of

@@ -8,7 +8,7 @@ from collections import Counter
 
 from timm.data.readers.class_map import load_class_map
 
-from vision.data.decoding import open_regular
+from revnets.utils.regular_files import open_regular
 from vision.errors import comparable, first_line, run_error
 
 MAX_BYTES = 2**26

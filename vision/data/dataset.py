@@ -7,18 +7,23 @@ was interrupted makes a difference to any image. (Streams have no index: see `vi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from revnets.utils.regular_files import require_regular
 from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
 from vision.distributed.context import World
-from vision.errors import DataError, printable
+from vision.errors import DataError, printable, run_error
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
     """What happens with images that cannot be read.
+
+    Raises:
+        revnets.SpecError: something else than a regular file has the name of `file`.
 
     Attributes:
         file: gets a line for each; every process of a run has its own. Workers append to it, so it counts for all.
@@ -27,6 +32,14 @@ class Unreadable:
 
     file: Path | None = None
     policy: str = "skip"
+
+    def __post_init__(self) -> None:
+        if self.file is not None and os.path.lexists(self.file):
+            try:
+                require_regular(self.file)
+            except OSError as error:
+                problem = f"{error.filename}: {error.strerror}"
+                raise run_error("output", problem, "Remove it, or give another output", code="not-a-file") from None
 
     def note(self, what: str, error: BaseException | str) -> None:
         """Write one down.

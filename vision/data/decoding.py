@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from functools import cache
 from typing import IO, Literal
 
@@ -18,19 +17,6 @@ SIXTEEN_BITS = ("PNG", "PPM")
 
 LARGE, PACKED = 2**26, 50
 """Pixels of a picture that takes long to decode, and how many a byte of its file may hold then; of photos, 2 to 30."""
-
-
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a file for reading; pipes and devices, which may never end, are refused.
-
-    Raises:
-        OSError: there is no such file, or it is none of these.
-    """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError("not a regular file")
-    return file
 
 
 def read_image(file: IO[bytes], mode: str = "RGB", exif: Exif = "ignore") -> Image.Image:

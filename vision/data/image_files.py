@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import IO
 
-from vision.data.decoding import open_regular
+from revnets.utils.regular_files import open_regular
 from vision.data.listing import Listing, list_folder, list_tars
 from vision.errors import comparable, printable, run_error
 

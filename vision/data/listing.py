@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
-from vision.data.decoding import open_regular
+from revnets.utils.regular_files import open_regular
 from vision.errors import first_line, run_error
 
 NOT_DATA = frozenset(

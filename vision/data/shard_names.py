@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+from revnets.utils.regular_files import require_regular
 from vision.errors import run_error
 
 MAX_SHARDS = 10**6
@@ -27,9 +29,21 @@ def check_shards(root: Path, split: str) -> None:
     if count_names(split) > MAX_SHARDS:
         problem = f"{split:.80} expands to more than {MAX_SHARDS:,} shards"
         raise run_error("data", problem, "Give smaller numbers in braces", code="out-of-range")
-    for file in (root / "_info.json", root / "info.json"):
-        if file.exists() and not file.is_file():
-            raise run_error("data.root", f"{file} is no regular file", "Remove it", code="not-a-file")
+    check_files(root, ("_info.json", "info.json"))
+
+
+def check_files(root: Path, names: Iterable[str]) -> None:
+    """Check the files that webdataset would open: it waits for a pipe, and reads from a device without end.
+
+    Raises:
+        revnets.SpecError: one of them is a folder, a pipe or a device.
+    """
+    for name in names:
+        try:
+            require_regular(root / name)
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}"
+            raise run_error("data.root", problem, "Remove it", code="not-a-file") from None
 
 
 def count_names(text: str) -> int:

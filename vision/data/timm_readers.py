@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from PIL import Image
 from timm.data.readers import create_reader
@@ -18,7 +23,7 @@ from vision.data.dataset import ImageData, Unreadable, class_names
 from vision.data.decoding import Exif, read_image
 from vision.data.image_files import ImageFiles, listed
 from vision.data.samplers import Key, seeded
-from vision.data.shard_names import check_shards
+from vision.data.shard_names import check_files, check_shards
 from vision.data.streaming import Stream, class_of
 from vision.data.transforms import Transform, train_transform, val_transform
 from vision.distributed.context import World
@@ -156,7 +161,11 @@ def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int
             _require_folder(Path(root or ""))
             check_shards(Path(root or ""), split)
             root = str(Path(root or "").resolve())  # webdataset would run what a name that begins with `pipe:` says
-        return create_reader(config.name, root=root, split=split, **given)
+        with _without_hub() if config.name.startswith(("hfds/", "hfids/")) else nullcontext():
+            reader: Any = create_reader(config.name, root=root, split=split, **given)
+        if config.name.startswith("wds/"):
+            check_files(Path(root or ""), reader.split_info.filenames)
+        return reader
     except ImportError as error:
         problem = f"{config.name} needs a package ({error})"
         raise run_error("data.name", problem, "pip install 'revnets[data]'", code="missing-dependency") from None
@@ -166,6 +175,27 @@ def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int
         where = f"{config.name} {config.root or ''} {split}".replace("  ", " ")
         remedy = "Check root, splits and keys" + ", or set train_samples and val_samples" * config.is_stream
         raise run_error("data", f"{where}: {first_line(error)}", remedy, code="unreadable-data") from error
+
+
+@contextmanager
+def _without_hub() -> Iterator[None]:
+    """Look for data sets in folders and in the cache alone if the address of the Hugging Face Hub cannot be found.
+
+    Its client would repeat every request for 23 seconds first.
+    """
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if not getproxies():  # else the proxy finds it
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+        except OSError:
+            constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
 def split_path(root: Path, split: str, kind: str = "folder") -> Path:

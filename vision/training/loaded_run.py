@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from revnets import NetSpec
-from revnets.config.errors import ArgumentError
+from revnets.config.errors import ArgumentError, SpecError
 from vision.checkpoints import reader
 from vision.checkpoints.layout import TO_EVALUATE
 from vision.config.data import ImagesConfig
@@ -36,6 +37,10 @@ TIMM_WEIGHTS = ("pretrained", "checkpoint_path")
 
 FREE_ELEMENTS, FREE_BLOCKS = 2**24, 100
 """How much larger than its checkpoint a model may be; smaller differences are found when the two are compared."""
+
+
+MAX_BATCH = 2**29
+"""Numbers in a batch of images that the configuration in a checkpoint may ask for: 2 GiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +231,25 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, trust: b
         raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy, code="missing-config")
     state = reader.read(path, needed=TO_EVALUATE)
     config = _without_weights(state["config"])
-    checkpoint = Checkpoint(path, load_config(config, overrides, trust=trust, name=str(path)), state)
+    checkpoint = Checkpoint(path, _bounded(load_config(config, overrides, trust=trust, name=str(path)), path), state)
     _require_size(checkpoint)
     return checkpoint
+
+
+def _bounded(config: TrainConfig, path: Path) -> TrainConfig:
+    """The configuration of a checkpoint with no more workers than this machine has processors.
+
+    Raises:
+        revnets.SpecError: its batches of images are too large for an evaluation.
+    """
+    side = config.data.img_size
+    image = (3 if isinstance(config.data, ImagesConfig) else 1) * side**2
+    if config.batch_size * image > MAX_BATCH:
+        problem = f"{config.batch_size} images of {side} x {side} are more than a batch may have"
+        most = MAX_BATCH // image
+        key, remedy = ("batch_size", f"Give batch_size={most}") if most else ("data.img_size", "Give a smaller one")
+        raise SpecError(str(path), key, problem, remedy, code="out-of-range")
+    return config.model_copy(update={"workers": min(config.workers, os.cpu_count() or 1)})
 
 
 def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from tests.support.parallel_texts import QUIET, numbered_pairs, recipe_for, writ
 pytest.importorskip("fairseq")
 
 from nlp.data import prepare as module
+from nlp.data.binarization import run_preprocess, unknown_words
 from nlp.data.corpus import TranslationError
+from nlp.data.output_folder import check_replaceable
 from nlp.data.prepare import prepare
-from nlp.data.resumable_steps import Stages
+from nlp.data.resumable_steps import MAX_NOTE, Stages, read_note
 from revnets.utils.file_lock import FileLock
 
 
@@ -166,3 +168,32 @@ def test_a_data_set_and_an_empty_folder_are_replaced(folder, output):
     assert str(folder / place) in log
     assert ".partial" not in log
     assert os.listdir(work) == ["notes"]
+
+
+@pytest.mark.parametrize("name", ["prepared.json", "preprocess.log"])
+def test_a_pipe_in_a_data_set_is_not_waited_for(folder, name):
+    """Without its note a folder is not replaced; its log is that of a step, which is read after it."""
+    path = folder / "data-bin" / "mine" / name
+    path.unlink()
+    os.mkfifo(path)
+    assert unknown_words(path.parent) == {}
+    if name == "prepared.json":
+        assert Stages("other").facts(path.parent) is None
+        with raises_error(TranslationError, code="file-exists"):
+            check_replaceable(path.parent)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_log_that_is_no_file(tmp_path, make):
+    make(tmp_path / "preprocess.log")
+    with pytest.raises(OSError) as caught:
+        run_preprocess(tmp_path, tmp_path / "out", ("en", "de"), None, 1, tmp_path / "preprocess.log")
+    assert (caught.value.filename, bool(caught.value.strerror)) == (str(tmp_path / "preprocess.log"), True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_note_of_many_bytes_is_not_read(folder):
+    note = folder / "data-bin" / "mine" / "prepared.json"
+    os.truncate(note, MAX_NOTE + 1)
+    with pytest.raises(OSError, match=f"{MAX_NOTE:,}"):
+        read_note(note.parent)

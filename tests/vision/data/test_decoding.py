@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
+from revnets.utils.regular_files import open_regular
 from tests.support import image_folders as images
 from vision.config.run import load_config
 from vision.data.dataset import load_data
-from vision.data.decoding import converted, open_regular, read_image
+from vision.data.decoding import converted, read_image
 from vision.data.samplers import TrainBatches
 from vision.data.transforms import val_transform
 

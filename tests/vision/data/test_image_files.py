@@ -303,12 +303,6 @@ def test_damaged_class_maps(tmp_path, content, code):
         opened(tree(tmp_path / "data"), class_map=str(tmp_path / "map.txt"))
 
 
-def test_a_pipe_is_no_class_map(tmp_path):
-    os.mkfifo(tmp_path / "map.txt")
-    with raises_error(code="missing-file", key="data.class_map", names="map.txt"):
-        opened(tree(tmp_path / "data"), class_map=str(tmp_path / "map.txt"))
-
-
 # ----------------------------------------------------------------------------------------------------------- tars
 
 

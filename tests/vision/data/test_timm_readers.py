@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import tarfile
 
 import pytest
@@ -288,6 +289,41 @@ def test_a_folder_that_is_not_right(tmp_path, damage, code, names):
 def test_a_reader_that_finds_nothing(root, name, data, code, key, names):
     with raises_error(code=code, key=key, source="training run", names=names):
         open_data(settings(name, root, data=data))
+
+
+@pytest.mark.parametrize("name", ["hfds", "hfids"])
+def test_a_hub_without_an_address_is_asked_once(tmp_path, monkeypatch, name):
+    """Its client looks the address up for every attempt."""
+    constants = pytest.importorskip("datasets").config, pytest.importorskip("huggingface_hub").constants
+    before, looked_up = [module.HF_HUB_OFFLINE for module in constants], []
+
+    def getaddrinfo(host, *_):
+        looked_up.append(host)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("vision.data.timm_readers.getproxies", dict)
+    with raises_error(code="unreadable-data", key="data", names=f"{name}/nowhere/nothing"):
+        open_data(settings(f"{name}/nowhere/nothing", tmp_path))
+    assert looked_up == ["huggingface.co"]
+    assert [module.HF_HUB_OFFLINE for module in constants] == before
+
+
+@pytest.mark.parametrize("split", ["train", "train-{0..3}.tar|24"])
+def test_a_pipe_among_shards(tmp_path, split):
+    pytest.importorskip("webdataset")
+    root = images.shards(tmp_path)
+    (root / "train-2.tar").unlink()
+    os.mkfifo(root / "train-2.tar")
+    with raises_error(code="not-a-file", key="data.root", names="train-2.tar"):
+        open_data(settings("wds", root, data={"num_classes": 3, "train_split": split}))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_list_of_unreadable_images_that_is_no_file(root, tmp_path, make):
+    make(tmp_path / "notes.txt")
+    with raises_error(code="not-a-file", key="output", names="notes.txt"):
+        open_data(settings("folder", root), tmp_path / "notes.txt")
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs

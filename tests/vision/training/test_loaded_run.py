@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -54,6 +55,36 @@ def folder_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     }
     Trainer(load_config(given)).fit()
     return root / "run", root
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"batch_size": 2**22}, "batch_size"),
+        ({"data": {"name": "folder", "root": "x", "img_size": 16_000}}, "data.img_size"),
+        ({"data": {"name": "folder", "root": "x", "img_size": 10**9}}, "data.img_size"),
+        ({"workers": 10**9}, "workers"),
+    ],
+)
+def test_a_checkpoint_that_asks_for_too_much(run, tmp_path, changes, key):
+    state = torch.load(run / "checkpoints/best.pt", weights_only=True)
+    path = tmp_path / "a.pt"
+    torch.save({**state, "config": {**state["config"], "mixup": None, **changes}}, path)
+    with raises_error(code="out-of-range", source=str(path), key=key):
+        load_checkpoint(path)
+
+
+def test_a_smaller_batch_than_that_of_a_checkpoint(run, tmp_path):
+    state = torch.load(run / "checkpoints/best.pt", weights_only=True)
+    torch.save({**state, "config": {**state["config"], "batch_size": 2**30}}, tmp_path / "a.pt")
+    assert load_checkpoint(tmp_path / "a.pt", ["batch_size=14"]).config.batch_size == 14
+
+
+def test_a_checkpoint_starts_no_more_workers_than_there_are_processors(run, tmp_path):
+    state = torch.load(run / "checkpoints/best.pt", weights_only=True)
+    torch.save({**state, "config": {**state["config"], "workers": 1024}}, tmp_path / "a.pt")
+    assert 1 <= load_checkpoint(tmp_path / "a.pt").config.workers <= os.cpu_count()
+    assert load_checkpoint(run).config.workers == 0
 
 
 def rebuilt(run: Path, key: str) -> dict[str, Tensor]:
