@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ class World:
     Attributes:
         rank: number of this process, of all machines; 0 prints, logs and saves.
         size: how many there are.
-        local_rank: number of this process on its machine.
+        local_rank: number of this process on its machine, and so of its GPU; 0 if srun shows it no other GPU.
     """
 
     rank: int = 0
@@ -161,6 +161,14 @@ def _launch_error(name: str, problem: str) -> ConfigError:
     return ConfigError("environment", name, problem, remedy, code="invalid-environment")
 
 
+def _is_task_of_srun(local_rank: int) -> bool:
+    """Has srun started this process itself? With --gpus-per-task=1 it shows each task one GPU, as number 0.
+
+    Processes of a torchrun that srun has started have another number than the task.
+    """
+    return os.environ.get("SLURM_LOCALID", "").strip() == str(local_rank)
+
+
 @contextmanager
 def joined(device: str = "auto") -> Iterator[World]:
     """The world as torchrun, srun or mpirun describes it; alone without them.
@@ -174,6 +182,8 @@ def joined(device: str = "auto") -> Iterator[World]:
     """
     world = world_of(os.environ)
     on_gpu = torch.cuda.is_available() and device != "cpu"
+    if on_gpu and world.local_rank and torch.cuda.device_count() == 1 and _is_task_of_srun(world.local_rank):
+        world = replace(world, local_rank=0)
     if on_gpu and world.local_rank >= (count := torch.cuda.device_count()):
         problem = f"{world.local_rank} is no GPU of this machine, which shows {count} to this process"
         raise _launch_error("LOCAL_RANK", problem)

@@ -88,6 +88,48 @@ def test_a_rank_beyond_the_gpus_of_the_machine(monkeypatch):
         pass
 
 
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "3", **PLACE}
+BY_HAND = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes as many GPUs visible as a test asks for, and returns the list of those that the process takes."""
+    chosen = []
+    monkeypatch.setattr(context.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(context.torch.cuda, "set_device", chosen.append)
+    for name in ("init_process_group", "destroy_process_group", "barrier"):
+        monkeypatch.setattr(context.dist, name, lambda *_, **__: None)
+
+    def visible(count: int, **variables: str) -> list[int]:
+        monkeypatch.setattr(context.torch.cuda, "device_count", lambda: count)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return chosen
+
+    return visible
+
+
+@pytest.mark.parametrize("variables", [SRUN, {**SRUN, **BY_HAND}])
+@pytest.mark.parametrize(("count", "device"), [(1, 0), (4, 3)])
+def test_a_task_of_srun_takes_the_only_gpu_that_it_sees(gpus, variables, count, device):
+    chosen = gpus(count, **variables)
+    with joined("cuda") as world:
+        assert (world.rank, world.size, world.local_rank) == (3, 4, device)
+    assert chosen == [device]
+
+
+@pytest.mark.parametrize(
+    ("count", "variables"),
+    [(2, SRUN), (1, {**BY_HAND, **PLACE}), (1, {**SRUN, **BY_HAND, "SLURM_LOCALID": "0"})],
+)
+def test_a_process_that_lacks_a_gpu_of_its_own(gpus, count, variables):
+    """Too few for the tasks of srun; torchrun alone; a torchrun that is the only task of srun on its machine."""
+    gpus(count, **variables)
+    with raises_error(code="invalid-environment", key="LOCAL_RANK", names=["3", str(count)]), joined("cuda"):
+        pass
+
+
 def train(tmp_path, **variables: str) -> subprocess.CompletedProcess[str]:
     words = ["digits", f"output={tmp_path / 'run'}", "epochs=1", "batch_size=700", "model.columns=2", "device=cpu"]
     command = [sys.executable, "-m", "revnets", "train", *words]
