@@ -123,7 +123,7 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
 
 def _require_same_data(data: object, state: dict[str, Any], path: Path) -> None:
     ours, theirs = getattr(data, "classes", None), state.get("classes")
-    if isinstance(ours, tuple) and isinstance(theirs, list):
+    if isinstance(ours, tuple) and isinstance(theirs, (list, tuple)):
         if len(ours) != len(theirs):
             _refuse("data", f"{len(ours)} classes", len(theirs), path)
         for one, other in zip(map(comparable, ours), map(comparable, theirs), strict=True):

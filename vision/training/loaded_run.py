@@ -55,7 +55,7 @@ class Checkpoint:
     def classes(self) -> tuple[str, ...] | None:
         """Names of the classes; checkpoints of the first versions have none."""
         names = self.state.get("classes")
-        return tuple(names) if isinstance(names, list) else None
+        return tuple(names) if isinstance(names, (list, tuple)) else None
 
     @property
     def weight_sets(self) -> dict[str, tuple[Any, Any]]:

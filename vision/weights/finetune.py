@@ -86,7 +86,7 @@ def find_pretrained(source: str, world: World) -> tuple[Mapping[str, Any], str]:
 def class_names_in(content: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The names of the classes, which checkpoints of `revnets train` have."""
     names = content.get("classes")
-    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    return tuple(names) if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else None
 
 
 def _fetched(name: str) -> dict[str, Tensor]:

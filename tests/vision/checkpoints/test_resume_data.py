@@ -19,8 +19,9 @@ from vision.config.run import load_config
 from vision.data.class_subsets import class_difference
 from vision.data.dataset import ImageData
 from vision.distributed.context import World
-from vision.training.loaded_run import load_run
+from vision.training.loaded_run import Checkpoint, load_run
 from vision.training.trainer import Trainer
+from vision.weights.finetune import class_names_in
 
 
 def settings(output: Path, root: Path | str, **changes):
@@ -110,6 +111,18 @@ def test_data_sets_of_hugging_face_are_compared_by_their_last_name():
     other = load_config(settings(Path("x"), "cache", data={"name": "hfds//old/paintings"}))
     with raises_error(code="settings-differ", key="data.name"):
         resume.require_same_course(other, 1, state, path, data)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_classes_of_either_kind_are_compared(kind):
+    """A checkpoint may hold them as a list or as a tuple."""
+    config, path = load_config(settings(Path("x"), "cache")), Path("x.pt")
+    state = {"config": config.plain(), "world": 1, "classes": kind(["a", "c"])}
+    data = ImageData([], [], ("a", "b"), (3, 32, 32), (0.0,), (1.0,))
+    with raises_error(code="settings-differ", key="data", names=["class b", "c in its place"]):
+        resume.require_same_course(config, 1, state, path, data)
+    assert Checkpoint(path, config, state).classes == ("a", "c")
+    assert class_names_in(state) == ("a", "c")
 
 
 def test_classes_in_another_order_are_matched_by_name(finished, tmp_path):
