@@ -31,8 +31,7 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
         root: where the file is looked for if it is not in the working directory.
 
     Raises:
-        revnets.SpecError: there is no such file, it is too large, or its lines are not the names of classes.
-        Exception: it is no class map.
+        revnets.SpecError: there is no such file, it is too large, or it is no class map.
     """
     place = file if os.path.exists(file) else os.path.join(root, file)
     try:
@@ -46,9 +45,13 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
         raise run_error("data.class_map", f"{place} is too large", "Check it", code="too-large")
     if file.lower().endswith(".txt"):
         return _numbers(data, place)
-    if file.lower().endswith(".pkl"):
-        _require_plain(data, place)
-    return load_class_map(file, root)
+    try:
+        if file.lower().endswith(".pkl"):
+            _require_plain(data)
+        return load_class_map(file, root)
+    except Exception as error:  # readers of pickles raise whatever they like
+        problem = f"{place} is no class map ({first_line(error)})"
+        raise run_error("data.class_map", problem, "Give a .txt with a name a line", code="wrong-format") from None
 
 
 def _numbers(data: bytes, place: str) -> dict[str, int]:
@@ -68,9 +71,9 @@ def _numbers(data: bytes, place: str) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-def _require_plain(data: bytes, place: str) -> None:
+def _require_plain(data: bytes) -> None:
     """Refuse a pickle of anything but names and numbers, or with a memo that is longer than the file."""
     for code, argument, _ in pickletools.genops(data):
         is_far = code.name.endswith("PUT") and (argument or 0) > len(data)  # the memo is a list of that length
         if is_far or code.name not in _PLAIN:
-            raise ValueError(f"{place}: it holds more than class names and numbers")
+            raise ValueError("it holds more than class names and numbers")

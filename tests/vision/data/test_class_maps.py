@@ -57,7 +57,7 @@ def test_a_class_map_takes_no_more_memory_than_it_has_bytes_for(tmp_path, data):
     (tmp_path / "map.pkl").write_bytes(data)
     tracemalloc.start()
     try:
-        with pytest.raises(Exception):  # noqa: B017  (readers of pickles raise whatever they like)
+        with raises_error(code="wrong-format", key="data.class_map", names="map.pkl"):
             read_class_map(str(tmp_path / "map.pkl"))
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
@@ -67,8 +67,18 @@ def test_a_class_map_takes_no_more_memory_than_it_has_bytes_for(tmp_path, data):
 def test_a_class_map_with_nested_tuples_is_refused_before_they_are_hashed(tmp_path):
     nested = b"K\x00" + 60 * (pickle.DUP + pickle.TUPLE2)  # its hash takes 2**60 steps
     (tmp_path / "map.pkl").write_bytes(b"\x80\x02}" + nested + b"K\x01s.")
-    with pytest.raises(ValueError, match="more than class names and numbers"):
+    with raises_error(code="wrong-format", key="data.class_map", names="more than class names and numbers"):
         read_class_map(str(tmp_path / "map.pkl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("map.pkl", b"\x80\x04cos\nsystem\n."), ("map.pkl", b"no pickle"), ("map.pkl", b""), ("map.csv", b"cat,dog\n")],
+)
+def test_a_file_that_is_no_class_map(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with raises_error(code="wrong-format", key="data.class_map", names=name):
+        read_class_map(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
