@@ -131,11 +131,14 @@ def gains_in(content: Any) -> list[CellGains]:
 
 
 def _require_measurable(gains: Sequence[CellGains], source: str) -> None:
-    """Refuse gains out of a file that no net has, before time is spent on them."""
+    """Refuse gains out of a file that are too many or no numbers, before time is spent on them."""
     problem = ""
     channels = sum(len(cell.gamma) for cell in gains)
     if len(gains) > MAX_CELLS or channels > MAX_CHANNELS:
-        problem = f"gains of {len(gains)} cells and {channels} channels, which no net has"
+        problem = (
+            f"gains of {len(gains):,} cells and {channels:,} channels; at most {MAX_CELLS:,} cells and "
+            f"{MAX_CHANNELS:,} channels are measured"
+        )
     for cell in gains:
         place = f"the gain of column {cell.column}, level {cell.level}"
         if not len(cell.gamma):
