@@ -42,7 +42,7 @@ def main(
         console.print(table(errors, numbers, half))
     if png is not None:
         draw(errors, numbers, png)
-        console.print(f"wrote {png}")
+        console.print(f"wrote {png}", highlight=False, markup=False, soft_wrap=True)
 
 
 def gradient_errors(gain: float, count: int, half: bool, width: int) -> tuple[float, float]:

@@ -153,7 +153,7 @@ def main(
     console.print(f"torch {torch.__version__}, 1 thread of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     if png is not None:
         draw(results, png)
-        console.print(f"wrote {png}")
+        console.print(f"wrote {png}", highlight=False, markup=False, soft_wrap=True)
 
 
 COLUMNS = ("", "CPU s", "x plain", "kept MB", "peak MB", "gradient error")

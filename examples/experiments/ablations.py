@@ -115,7 +115,7 @@ def main(
         console.print(summary(chosen, runs, sizes))
     picture = output / "ablations.png"
     save(figure(chosen, runs), picture)
-    console.print(f"picture {picture}", highlight=False, soft_wrap=True)
+    console.print(f"picture {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def choose(tables: str) -> dict[str, Ablation]:

@@ -84,7 +84,7 @@ def main(
     console.print(summary(runs, sizes))
     picture = output / "fashion.png"
     save(figure(runs), picture)
-    console.print(f"picture {picture}", highlight=False, soft_wrap=True)
+    console.print(f"picture {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def summary(runs: Sequence[Run], sizes: Mapping[str, Size]) -> Table:

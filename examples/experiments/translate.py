@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from nlp.data.corpus import TranslationError, lines_of
 from nlp.data.prepare import prepare
@@ -148,7 +149,8 @@ def main(
     console.print(examples(found, list(lines_of(output / "data" / "test.raw.en")), reference))
     picture = output / "translate.png"
     save(figure(trained, bleu), picture)
-    console.print(f"picture {picture}", f"text    {output}/*/translate.log", sep="\n", highlight=False, soft_wrap=True)
+    lines = f"picture {picture}", f"text    {output}/*/translate.log"
+    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def clear(output: Path) -> None:
@@ -234,10 +236,10 @@ def examples(found: dict[str, Output], sources: Sequence[str], reference: Sequen
     translated = {name: output.detokenized("de") for name, output in found.items()}
     middling = [number for number, line in enumerate(sources) if 7 <= len(line.split()) <= 12]
     for number in middling[:: max(len(middling) // count, 1)][:count]:
-        table.add_row("English", sources[number])
-        table.add_row("reference", reference[number])
+        table.add_row("English", Text(sources[number]))
+        table.add_row("reference", Text(reference[number]))
         for name, lines in translated.items():
-            table.add_row(name, lines[number])
+            table.add_row(name, Text(lines[number]))
         table.add_section()
     return table
 

@@ -67,7 +67,8 @@ def main(overrides: Sequence[str]) -> int:
     console.print(summary(trainer, found, outcome.score, seconds))
     picture = output / "demo.png"
     save(demo_figure(output, by_columns, len(images)), picture)
-    console.print(f"picture      {picture}", f"best weights {outcome.best}", sep="\n", highlight=False, soft_wrap=True)
+    lines = f"picture      {picture}", f"best weights {outcome.best}"
+    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -73,7 +73,7 @@ def memory(
     for points in (found[0], found[2]):
         print_rows(console, f"{points[0].kind}: {points[0].words}", table(points))
     lines = [asdict(point) for points in found for point in points]
-    console.print(deliver(memory_figure(*found), png, lines, csv), soft_wrap=True)
+    console.print(deliver(memory_figure(*found), png, lines, csv), soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -109,7 +109,8 @@ def gains(
             bits.append(lost_bits(cell.gamma))
             advance()
     print_rows(console, f"|gamma| and lost bits per element, {model}", table(cells, bits))
-    console.print(deliver(gains_figure(cells, bits), png, rows(cells, bits), csv), soft_wrap=True)
+    written = deliver(gains_figure(cells, bits), png, rows(cells, bits), csv)
+    console.print(written, soft_wrap=True, highlight=False, markup=False)
 
 
 def _counts(text: str, option: str) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ def write_figure(console: Console, figure: Figure, picture: Path) -> None:
 
     with told_if_unwritable(picture):
         save(figure, picture)
-    console.print(f"wrote {picture}", soft_wrap=True)
+    console.print(f"wrote {picture}", soft_wrap=True, highlight=False, markup=False)
 
 
 def reversible_model(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from revnets.config.errors import option_error
 
 _MODEL = (
     "YAML file of a net (docs/reference/yaml.md), name of a timm model (revcol_tiny), hf:FOLDER of a transformers "
@@ -61,13 +64,26 @@ def sample_shape(text: str | None) -> tuple[int, ...] | None:
     return shape
 
 
+def check_place(option: str, path: Path) -> None:
+    """Look at where a command is to write a file, before any work is done.
+
+    Raises:
+        revnets.SpecError: a file could not be written there; names the option that asks for it.
+    """
+    if path.is_dir():
+        raise option_error(option, f"{path} is a folder", "Give the name of a file", code="not-a-file")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise option_error(
+            option, f"{folder} is no folder that can be written to", "Give another", code="unwritable-file"
+        )
+
+
 def picture_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuse a suffix that no picture has, and a place for no file, before any work is done."""
     from revnets.plotting.style import FORMATS
-
-    pass
-
-    from revnets.cli.output import check_place
 
     if path is not None:
         if path.suffix.lower().removeprefix(".") not in FORMATS:

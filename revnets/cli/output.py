@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv as csv_format
-import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, track
 
-from revnets.cli.options import picture_path
+from revnets.cli.options import check_place, picture_path
 from revnets.config.errors import SpecError, option_error
 from revnets.utils.atomic_files import replacing
 from revnets.utils.format import table_of
@@ -75,7 +74,7 @@ def print_rows(console: Console, title: str, rows: Sequence[Mapping[str, str]]) 
     table = table_of("", list(rows[0]), left=0)
     for row in rows:
         table.add_row(*row.values())
-    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
 
 
@@ -97,23 +96,6 @@ def tracked(items: Iterable[T], description: str, console: Console | None = None
     bar = track(items, description, console=console, transient=True, disable=disable)
     with closing(cast("Generator[T]", bar)) as left:
         yield left
-
-
-def check_place(option: str, path: Path) -> None:
-    """Look at where a command is to write a file, before any work is done.
-
-    Raises:
-        revnets.SpecError: a file could not be written there; names the option that asks for it.
-    """
-    if path.is_dir():
-        raise option_error(option, f"{path} is a folder", "Give the name of a file", code="not-a-file")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise option_error(
-            option, f"{folder} is no folder that can be written to", "Give another", code="unwritable-file"
-        )
 
 
 @contextmanager

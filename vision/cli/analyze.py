@@ -61,7 +61,8 @@ def cka(
             found = similarity(run.model, columns, run.val_batches(size, count, shuffle), advance)
         found.require_defined()
         print_rows(console, f"CKA by level, over {found.samples} images in batches of {size}", similarity_table(found))
-        console.print(deliver(cka_figure(found), png, similarity_rows(found), csv), soft_wrap=True)
+        written = deliver(cka_figure(found), png, similarity_rows(found), csv)
+        console.print(written, soft_wrap=True, highlight=False, markup=False)
 
 
 def layercam(
@@ -110,4 +111,4 @@ def layercam(
         console.print(text.replace("\n", "; "), markup=False, highlight=False)
         grid = found.grid(columns.graph.m)
         figure = layercam_figure(run.pixels(pixels[0]), grid, text)
-        console.print(deliver(figure, png, map_rows(grid), csv), soft_wrap=True)
+        console.print(deliver(figure, png, map_rows(grid), csv), soft_wrap=True, highlight=False, markup=False)

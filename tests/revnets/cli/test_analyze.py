@@ -155,6 +155,16 @@ def trained() -> revnets.Net:
     return net
 
 
+def test_brackets_in_names_of_files_are_printed(file: Path, tmp_path: Path) -> None:
+    """They are not rich's markup."""
+    source = file.rename(tmp_path / "a[bold]b.yaml")
+    png = tmp_path / "c[red]d.png"
+    code, shown, _ = call("gains", source, "--png", png)
+    assert code == 0
+    assert f"wrote {png} and {png.with_suffix('.csv')}" in shown
+    assert str(source) in shown
+
+
 def test_gains_of_files_are_those_of_the_net(tmp_path: Path) -> None:
     net, fresh = trained(), revnets.build(SPEC)
     wanted = gains_of(net)
