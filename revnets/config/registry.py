@@ -1,6 +1,7 @@
 """Blocks, fusions, stems and heads by name; or any subclass of nn.Module by its import path `package.module:Class`.
 
-The components of `revnets.nn` register themselves when `revnets` is imported.
+The components of `revnets.nn` register themselves when `revnets` is imported; those of `vision` are imported when a
+configuration names them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ PROVIDED = {
     "head": ("dims",),
 }
 """Arguments that the framework passes to a part of each kind; all others are options that a YAML may set."""
+
+IMPORTED: dict[str, dict[str, str]] = {
+    "block": {"vit_post_norm": "vision.models.vit_blocks:PostNormBlock"},
+    "stem": {"patch_embed": "vision.models.vit_blocks:PatchEmbed"},
+}
+"""Import paths of components of this project that are not registered until they are used, by kind and name."""
 
 _REGISTRY: dict[str, dict[str, Factory]] = {kind: {} for kind in PROVIDED}
 
@@ -72,8 +79,8 @@ def register_head(name: str) -> Callable[[T], T]:
 
 
 def names(kind: str) -> list[str]:
-    """All registered names of a kind: block, fusion, stem or head."""
-    return sorted(_REGISTRY[kind])
+    """All names of a kind: block, fusion, stem or head."""
+    return sorted({*_REGISTRY[kind], *IMPORTED.get(kind, ())})
 
 
 def find_component(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = True) -> Factory:
@@ -91,6 +98,7 @@ def find_component(kind: str, name: str, folders: Sequence[Path] = (), trust: bo
     registered = _REGISTRY[kind]
     if name in registered:
         return registered[name]
+    name = IMPORTED.get(kind, {}).get(name, name)
     if ":" in name:
         factory = imported(kind, name, folders, trust)
         is_module = isinstance(factory, type) and issubclass(factory, nn.Module)

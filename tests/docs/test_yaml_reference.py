@@ -71,7 +71,8 @@ def test_every_key_with_its_default(title: str, model: type, others: set[str]) -
     ("title", "kind"), [("Blocks", "block"), ("Fusions", "fusion"), ("Stems", "stem"), ("Heads", "head")]
 )
 def test_every_part_and_option_with_its_default(title: str, kind: str) -> None:
-    built_in = [name for name in names(kind) if registry.find_component(kind, name).__module__.startswith("revnets.")]
+    packages = ("revnets.", "vision.")
+    built_in = [name for name in names(kind) if registry.find_component(kind, name).__module__.startswith(packages)]
     table = {(row[0], row[1]): row[2] for row in rows(section(title))}
     expected = {
         (name, option): "required" if parameter.default is inspect.Parameter.empty else plain(parameter.default)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import revnets
@@ -38,6 +39,38 @@ def test_registered_parts_are_known_by_name() -> None:
         assert register(f"my_{kind}")(part) is part
         assert find_component(kind, f"my_{kind}") is part
         assert [other for other in kinds if f"my_{kind}" in names(other)] == [kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "path"),
+    [
+        ("block", "vit_post_norm", "vision.vit:PostNormBlock"),
+        ("stem", "patch_embed", "vision.vit:PatchEmbed"),
+    ],
+)
+def test_parts_of_vision_are_known_by_name_and_by_their_paths(kind: str, name: str, path: str) -> None:
+    pytest.importorskip("timm")
+    for trust in (True, False):
+        assert find_component(kind, name, trust=trust) is find_component(kind, path, trust=trust)
+    assert name in names(kind)
+
+
+def test_a_net_of_parts_of_vision_is_the_same_by_either_name() -> None:
+    pytest.importorskip("timm")
+    builds = []
+    for stem, block in (("patch_embed", "vit_post_norm"), ("vision.vit:PatchEmbed", "vision.vit:PostNormBlock")):
+        level = {"dim": 6, "depth": 1, "block": block, "heads": 3}
+        torch.manual_seed(0)
+        stem = {"type": stem, "img_size": 10, "patch": 5}
+        builds.append(revnets.build({"columns": 2, "stem": stem, "fusion": "linear", "levels": [level, level]}))
+    for one, other in zip(builds[0].state_dict().items(), builds[1].state_dict().items(), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1])
+
+
+def test_a_registered_block_may_have_the_name_of_one_of_vision() -> None:
+    revnets.register_block("vit_post_norm")(Doubling)
+    assert find_component("block", "vit_post_norm") is Doubling
 
 
 def test_a_registered_block_is_built_and_its_options_are_checked() -> None:
