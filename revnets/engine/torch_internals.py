@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -97,9 +98,6 @@ def saving_hook() -> object:
     return None if hooks is None else hooks[0]
 
 
-_VMAP = torch._C._dispatch_key_parse("VmapMode")
-
-
 @contextmanager
 def without_transforms() -> Generator[None]:
     """Leave all transforms of `torch.func`, and the older `vmap` of batched gradients, and return to them.
@@ -112,8 +110,9 @@ def without_transforms() -> Generator[None]:
         if refusal is not None:
             autograd._saved_tensors_hooks_enable()
             stack.callback(autograd._saved_tensors_hooks_disable, refusal)
-        if torch._C._dispatch_tls_is_dispatch_key_included(_VMAP):
-            stack.enter_context(torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_VMAP)))
+        vmap = torch._C._dispatch_key_parse("VmapMode") if hasattr(torch._C, "_dispatch_key_parse") else None
+        if vmap is not None and torch._C._dispatch_tls_is_dispatch_key_included(vmap):
+            stack.enter_context(torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(vmap)))
         if torch._C._are_functorch_transforms_active():
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
@@ -174,6 +173,9 @@ _RANDOM = (
 )
 """All others, such as `dropout`, call one of these."""
 
+_NEEDED = "_IncludeDispatchKeyGuard _dispatch_key_parse _dispatch_keyset_full_after _len_torch_dispatch_stack"
+"""Names in `torch._C`."""
+
 _libraries: list[torch.library.Library] = []  # a registration lasts as long as its library
 
 
@@ -181,8 +183,24 @@ _libraries: list[torch.library.Library] = []  # a registration lasts as long as 
 def draw_key() -> Any:
     """The dispatch key, once the random operations have kernels there and all others pass it by.
 
-    The first call is for one thread alone.
+    The first call is for one thread alone. It gives None, and warns, if this version of PyTorch lacks what is needed.
     """
+    try:
+        return _registered_draws()
+    except (AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"PyTorch {torch.__version__} lacks what noting random draws of one thread needs ({reason}); where several "
+            "threads draw random numbers at once, gradients may belong to other numbers than the loss",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _registered_draws() -> Any:
+    for name in _NEEDED.split():
+        getattr(torch._C, name)
     everything, aten = torch.library.Library("_", "IMPL", _KEY), torch.library.Library("aten", "IMPL", _KEY)
     everything.fallback(torch.library.fallthrough_kernel)
     for name in _RANDOM.split():

@@ -10,14 +10,14 @@ replay draws the same numbers from a generator of its own and leaves that of the
 
 Two things need the generator of the process itself: code that looks at its state, such as an activation checkpoint
 inside of a cell, and the random operations of accelerators. It is set back for their replays, under a lock against
-other replays (`threads.py`).
+other replays (`threads.py`). So it is for all draws where PyTorch lacks what intercepting them needs.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -55,13 +55,14 @@ class RandomNumbers:
     def recorded(self) -> Generator[None]:
         """Let the body run the cell, and note what it draws. The body runs under the hooks of its tape."""
         before = _states_of(self._devices)
-        if not self._always and is_alone():
+        key = _draw_key() if self._always or not is_alone() else None
+        if key is None:
             cpu = torch.get_rng_state()
             yield
             if not _is_equal(cpu, torch.get_rng_state()):
                 self.states[0] = cpu
         else:
-            with _intercepted(self._recording()):
+            with intercepted_draws(key, self._recording()):
                 yield
         after = _states_of(self._devices)
         self.accelerators = {device: state for device, state in before.items() if not _is_equal(state, after[device])}
@@ -95,19 +96,20 @@ class RandomNumbers:
     def restored(self) -> Generator[None]:
         """Let the body draw the same numbers; afterwards the generators are as they were."""
         alone = is_alone()
+        key = _draw_key() if self._always or (self.states and not (alone and len(self.states) == 1)) else None
         with ExitStack() as stack:
             if self.accelerators:
                 stack.enter_context(_accelerators_as(self.accelerators))
-            if self.states and (alone or self._needs_default):
+            if self.states and (alone or self._needs_default or key is None):
                 if not alone:
                     stack.enter_context(process_lock())
                 stack.enter_context(_default_as(self.states[0]))
-            if self._always or (self.states and not (alone and len(self.states) == 1)):
-                stack.enter_context(self._redrawn())
+            if key is not None:
+                stack.enter_context(self._redrawn(key))
             yield
 
     @contextmanager
-    def _redrawn(self) -> Generator[None]:
+    def _redrawn(self, key: Any) -> Generator[None]:
         """Draw from a generator of its own. That of the process follows it only where the cell looks there."""
         generator = torch.Generator()
         count, seeded = 0, False
@@ -128,17 +130,16 @@ class RandomNumbers:
 
         default = torch.get_rng_state()
         try:
-            with _intercepted(draw):
+            with intercepted_draws(key, draw):
                 yield
         finally:
             if seeded and not self._needs_default:  # the cell itself has called `manual_seed`
                 torch.set_rng_state(default)
 
 
-def _intercepted(draw: Callable[[Draw], Any]) -> AbstractContextManager[None]:
+def _draw_key() -> Any:
     with process_lock():
-        key = draw_key()
-    return intercepted_draws(key, draw)
+        return draw_key()
 
 
 @contextmanager

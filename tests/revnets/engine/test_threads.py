@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import sys
 import threading
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revnets import ReversibleSequence
+from revnets.engine import torch_internals
+from revnets.engine.replay import random_numbers
 from revnets.engine.replay.threads import exclusive, process_lock
 
 TAPED = ("recompute", "exact")
@@ -117,6 +120,35 @@ def test_masks_of_two_threads(memory):
         thread.join()
     assert len(wrong) == 2 * 30 * 6
     assert not any(wrong)
+
+
+@pytest.fixture
+def older_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets the engine find a PyTorch without one of the private names by which draws are intercepted."""
+
+    def without(name: str) -> None:
+        monkeypatch.delattr(torch._C, name)
+        spec = importlib.util.spec_from_file_location("revnets_torch_internals_again", torch_internals.__file__)
+        again = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(again)
+        monkeypatch.setattr(random_numbers, "draw_key", again.draw_key)
+
+    return without
+
+
+@pytest.mark.parametrize("name", torch_internals._NEEDED.split())
+@pytest.mark.parametrize("memory", TAPED)
+def test_a_torch_that_cannot_intercept_draws(older_torch, other_thread, memory, name):
+    """Beside a thread that draws nothing, replays draw the numbers of their forwards, and the next one is the same."""
+    block = lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh())  # noqa: E731
+    reference = gradients(block, "store")
+    older_torch(name)
+    other_thread(lambda: None)
+    with pytest.warns(RuntimeWarning, match=name) as warned:
+        ours = gradients(block, memory)
+    assert len(warned) == 1
+    assert len(str(warned[0].message).splitlines()) == 1
+    assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 
 
 @pytest.mark.parametrize("memory", TAPED)
