@@ -95,8 +95,9 @@ def _prepare(model: nn.Module, entry: str, args: tuple[Any, ...], kwargs: Mappin
         return
     if any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
         return  # a symbolic trace computes nothing
-    inputs = inspect.signature(getattr(model, entry)).bind(*args, **kwargs).args
-    plan = _plan(model, entry, inputs, columns.budget)
+    call = inspect.signature(getattr(model, entry)).bind(*args, **kwargs)
+    call.apply_defaults()  # or `args` would end before the first argument that is left out
+    plan = _plan(model, entry, call.args, call.kwargs, columns.budget)
     plan.apply(model)
     model.memory_plan = plan  # type: ignore[assignment]  # a plain attribute, as on any module
     model._planned_entry = entry  # type: ignore[assignment]
@@ -105,21 +106,25 @@ def _prepare(model: nn.Module, entry: str, args: tuple[Any, ...], kwargs: Mappin
 
 
 class _Entry(nn.Module):
-    """A model whose forward is another method of it."""
+    """A model whose forward is another method of it, or is called with keyword arguments besides its inputs."""
 
-    def __init__(self, model: nn.Module, method: str):
+    def __init__(self, model: nn.Module, method: str, keywords: Mapping[str, Any]):
         super().__init__()
         self.model, self.method = model, method
+        self.names = list(keywords)
+        for name, value in keywords.items():  # attributes, for the simulation looks for tensors there
+            setattr(self, f"keyword_{name}", value)
 
     @property
     def columns(self) -> ColumnsGroup:
         return find_columns(self.model)
 
     def forward(self, *inputs: Any) -> Any:
-        return getattr(self.model, self.method)(*inputs)
+        keywords = {name: getattr(self, f"keyword_{name}") for name in self.names}
+        return getattr(self.model, self.method)(*inputs, **keywords)
 
 
-def _plan(model: nn.Module, entry: str, inputs: tuple[Any, ...], budget: Budget) -> Plan:
+def _plan(model: nn.Module, entry: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any], budget: Budget) -> Plan:
     device = next(model.parameters()).device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
@@ -128,7 +133,7 @@ def _plan(model: nn.Module, entry: str, inputs: tuple[Any, ...], budget: Budget)
     def found() -> Plan:
         whole = _whole(model) if is_sharded else model
         return plan_module(
-            whole if entry == "forward" else _Entry(whole, entry),
+            _Entry(whole, entry, keywords) if keywords or entry != "forward" else whole,
             inputs,
             dtype=dtype,
             optimizer=budget.optimizer,

@@ -215,3 +215,29 @@ def test_the_spec_round_trip() -> None:
     assert revnets.load_spec(spec, ["memory.ranks=2"]).memory == BudgetSpec(budget="24GiB", ranks=2, sharding="fsdp")
     assert revnets.load_spec(spec, ["memory=store"]).memory == "store"
     assert all(net(budget=1, optimizer=name) for name in OPTIMIZERS)
+
+
+class Called(nn.Module):
+    """Goes through only if every argument arrives as the caller passed it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = revnets.build({**NET, "memory": "exact"})
+
+    def forward(
+        self, x: torch.Tensor, mask: object = None, scale: float = 0.0, *, weight: object = None, **more: float
+    ):
+        assert mask is None
+        assert scale == 2.0
+        assert isinstance(weight, torch.Tensor)
+        assert more == {"shift": 3.0}
+        return self.net(x) * weight * scale
+
+
+@pytest.mark.parametrize("memory", ["store", "exact"])
+def test_the_planned_step_gets_all_arguments_of_the_call(memory: str) -> None:
+    model = Called()
+    budget = "1GiB" if memory == "store" else between(0.1)
+    revnets.keep_budget(model, BudgetSpec(budget=budget, optimizer="none"))
+    model(torch.randn(SHAPE), scale=2.0, weight=torch.ones(5), shift=3.0)
+    assert model.memory_plan.chosen.mode == memory
