@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +15,7 @@ import pytest
 import timm
 
 from tests.support.errors import raises_error
-from tests.support.fashion_mnist import QUICK, make_files, rows, said, script, started
+from tests.support.fashion_mnist import QUICK, command, environment, make_files, rows, said, script, started
 from vision.config.learning import SupervisionConfig
 from vision.data.dataset import ImageData
 from vision.errors import TrainingError
@@ -21,6 +23,7 @@ from vision.models.architecture import RevCol
 from vision.supervision.task import SupervisionTask
 
 ARGUMENTS = ("--seeds", 1, "epochs=2", *QUICK)
+FOLDERS = {"ConvNeXt": "convnext-0", "RevCol": "revcol-0", "RevCol, supervised": "revcol-supervised-0"}
 
 
 @pytest.fixture
@@ -53,10 +56,12 @@ def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, 
 
     text = said(started("fashion_mnist", *words))
     found = rows(text)
-    assert list(found) == ["ConvNeXt", "RevCol", "RevCol, supervised"]
-    for _, _, _, accuracy, minutes in found.values():
+    assert list(found) == list(FOLDERS)
+    for name, (_, _, _, accuracy, minutes) in found.items():
         assert float(accuracy.removesuffix(" %")) > 60  # a guess is right in 10 %
-        assert float(minutes) > 0
+        state = json.loads((output / FOLDERS[name] / "state.json").read_text())
+        assert state["cpu_seconds"] > 0
+        assert minutes == f"{state['cpu_seconds'] / 60:.1f}"
     logs = {path: path.read_text() for path in output.glob("*/train.log")}
     assert len(logs) == 3
     assert any("Stopped by SIGTERM" in log and "Resumed" in log for log in logs.values())
@@ -74,15 +79,17 @@ def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, 
 @pytest.mark.slow
 def test_a_run_that_fails_is_told_in_a_line(files: Path, tmp_path: Path) -> None:
     words = ("--root", files, "--output", tmp_path, *ARGUMENTS, "optimizer.lr=1e30")
-    text = said(started("fashion_mnist", *words), 1)
+    text = said(started("fashion_mnist", *words, forks=False), 1)
     assert re.fullmatch(
         r"error: \w+, seed 0 ended with code 1: error: the loss is nan in epoch 1, .*train\.log\n", text
     )
 
 
 def test_without_data(tmp_path: Path) -> None:
-    text = said(started("fashion_mnist", "--root", tmp_path, "--output", tmp_path / "run"), 1)
-    assert text == (
+    words = command("fashion_mnist", "--root", tmp_path, "--output", tmp_path / "run")
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
         f"error: {tmp_path} has no train-images-idx3-ubyte.gz. Install Debian's package dataset-fashion-mnist (apt-get "
         "install dataset-fashion-mnist), or put the four idx files into a folder and give it with --root\n"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ from itertools import islice
 
 import pytest
 
+from tests.support import forked_programs
 from tests.support.paths import ROOT
 
 pytest.importorskip("fairseq")
@@ -19,26 +19,29 @@ pytest.importorskip("fairseq")
 SCRIPT = ROOT / "examples/experiments/translate.py"
 
 
-@pytest.fixture
-def script(monkeypatch, tmp_path):
-    """The script as a module, with every twentieth verse of its corpus."""
-    spec = importlib.util.spec_from_file_location("translate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "translate", module)
-    spec.loader.exec_module(module)
-    with gzip.open(module.CORPUS, "rt") as verses, gzip.open(tmp_path / "verses.tsv.gz", "wt") as few:
-        few.writelines(islice(verses, 0, None, 20))
-    monkeypatch.setattr(module, "CORPUS", tmp_path / "verses.tsv.gz")
-    monkeypatch.setattr(module, "DATA", {**module.DATA, "valid": 15, "test": 20, "merges": 300})
-    return module
+SHORT = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import translate
+translate.CORPUS = Path(sys.argv[1])
+translate.DATA = {{**translate.DATA, "valid": 15, "test": 20, "merges": 100}}
+translate.main(updates=4, points=2, output=Path(sys.argv[2]))
+"""
 
 
 @pytest.mark.slow
-def test_translate(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_translate(tmp_path):
+    """On every twentieth verse of the corpus; the commands of fairseq that it starts are forks of it."""
+    corpus = ROOT / "examples/data/kjv-elberfelder-short.en-de.tsv.gz"
+    with gzip.open(corpus, "rt") as verses, gzip.open(tmp_path / "verses.tsv.gz", "wt") as few:
+        few.writelines(islice(verses, 0, None, 20))
     output = tmp_path / "run"
-    script.main(updates=4, points=2, output=output)
-    said = capsys.readouterr().out
+    words = [sys.executable, "-c", SHORT, tmp_path / "verses.tsv.gz", output]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    done = forked_programs.run(words, env=environment, forks=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     sizes = [int(text.replace(",", "")) for text in re.search(r"parameters\W+([\d,]+)\W+([\d,]+)", said).groups()]
     assert abs(sizes[0] - sizes[1]) < 0.001 * sizes[0]  # the models are of equal size
     assert re.search(r"BLEU, sacreBLEU\W+\d+\.\d\d\W+\d+\.\d\d", said)

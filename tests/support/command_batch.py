@@ -1,4 +1,4 @@
-"""Many commands in one process, which is started once: `python -m tests.support.command_batch CASES RESULTS`.
+"""Many commands in one process: `python -m tests.support.command_batch CASES RESULTS`.
 
 A case is {folder, canary, argv}. A result is how the command ended: {exit, code, key, text, fired}, where `fired` says
 whether the canary, a file that only code of others makes, was there afterwards.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from tests.support import forked_programs
 from tests.support.paths import ROOT
 
 
@@ -22,7 +25,7 @@ def run_batch(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "tests.support.command_batch", folder / "cases.json", folder / "results.json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, cwd=folder, env=environment, timeout=600)
+    forked_programs.run(command, cwd=folder, env=environment).check_returncode()
     return json.loads((folder / "results.json").read_text())
 
 
@@ -32,9 +35,15 @@ def _call(argv: Sequence[str]) -> None:
     if argv[0] == "load_run":
         load_run(argv[1])
         return
+    _program()(list(argv), standalone_mode=False)
+
+
+@cache
+def _program() -> Any:
+    """The program `revnets`: to make it of its functions takes longer than most of the commands."""
     from revnets.cli.main import app
 
-    app(list(argv), standalone_mode=False)
+    return typer.main.get_command(app)
 
 
 def _result(argv: Sequence[str], canary: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.support.forked_programs import Program
 from tests.support.paths import ROOT
 from tests.support.timeouts import HANG
 from tests.vision.data.test_idx import idx
@@ -37,14 +37,20 @@ def make_files(root: Path) -> Path:
     return root
 
 
-def started(name: str, *words: object) -> subprocess.Popen[str]:
-    """A script of examples/ at work."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    command = [sys.executable, str(ROOT / "examples/experiments" / f"{name}.py"), *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def command(name: str, *words: object) -> list[str]:
+    return [sys.executable, str(ROOT / "examples/experiments" / f"{name}.py"), *map(str, words)]
 
 
-def said(process: subprocess.Popen[str], code: int = 0) -> str:
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def started(name: str, *words: object, forks: bool = True) -> Program:
+    """A script of examples/ at work; `forks`: the runs that it starts are forks too."""
+    return Program(command(name, *words), env=environment(), forks=forks)
+
+
+def said(process: Program, code: int = 0) -> str:
     """What it prints until it ends with that code: all, or of an error its line."""
     out, errors = process.communicate(timeout=HANG)
     assert process.returncode == code, errors

@@ -8,5 +8,6 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(  # what is not installed is passed over
     ["torch.distributed.fsdp", "torch.nn.parallel", "vision.training.trainer",
      "tensorboard.summary.writer.record_writer", "tensorboard.compat.proto.event_pb2",
-     "sklearn.datasets", "sklearn.model_selection", "matplotlib.backends.backend_agg"]
+     "sklearn.datasets", "sklearn.model_selection", "matplotlib.backends.backend_agg",
+     "fairseq.models", "fairseq.tasks.translation"]
 )  # fmt: skip

@@ -15,6 +15,8 @@ from nlp.data.prepare import prepare
 from nlp.data.splits import SPLITS
 from tests.nlp.data.test_prepare import decoded
 
+pytestmark = pytest.mark.usefixtures("forked_preprocess")
+
 SEPARATORS = [
     "\r",
     "\r\r",

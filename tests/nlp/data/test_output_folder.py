@@ -20,6 +20,8 @@ from nlp.data.prepare import prepare
 from nlp.data.resumable_steps import MAX_NOTE, Stages, read_note
 from revnets.utils.file_lock import FileLock
 
+pytestmark = pytest.mark.usefixtures("forked_preprocess")
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:

@@ -7,7 +7,6 @@ import io
 import os
 import random
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import forked_programs
 from tests.support.errors import raises_error
 
 pytest.importorskip("fairseq")
@@ -176,6 +176,7 @@ def test_a_full_disk_is_named(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.usefixtures("forked_preprocess")
 def test_two_processes_give_the_same(made, table, tmp_path, monkeypatch):
     output, facts, recipe = made
     monkeypatch.setattr(tokenization, "FEW", 0)
@@ -217,6 +218,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_preprocess")
 @pytest.mark.parametrize("stage", ["tokenize", "binarize"])
 def test_a_killed_run_goes_on(made, table, tmp_path, monkeypatch, stage):
     """Killed at the last moment of a step: nothing half-made is seen, and finished steps are not done again."""
@@ -224,7 +226,7 @@ def test_a_killed_run_goes_on(made, table, tmp_path, monkeypatch, stage):
     script = KILLED.replace("{options}", repr(OPTIONS))
     command = [sys.executable, "-c", script, str(table), str(tmp_path / "bin"), stage]
     environment = {**os.environ, "PYTHONPATH": str(RECIPES.parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked_programs.run(command, env=environment, forks=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "bin").exists()
     assert (tmp_path / "bin.work" / "chosen").exists()
@@ -259,6 +261,7 @@ def localized(name: str, urls: dict[str, str], tmp_path: Path, *overrides: str) 
     return recipe.model_copy(update={"downloads": tuple(items)})
 
 
+@pytest.mark.usefixtures("forked_preprocess")
 def test_wmt14_en_fr(tmp_path):
     """The published steps on archives of the same form: which file, which order, what is cleaned and what is not."""
     pairs = sentences(90)
@@ -307,6 +310,7 @@ def test_wmt14_en_fr(tmp_path):
     assert sorted(path.name for path in (tmp_path / "downloads").iterdir()) == sorted(urls)
 
 
+@pytest.mark.usefixtures("forked_preprocess")
 def test_wmt16_en_de(tmp_path):
     """Google's archive is in sub-words already: lines go through untouched, and the dictionary has its size."""
     pairs = [(f"the@@ s{i} &apos;s  x", f"d@@ er t{i} @-@ y") for i in range(40)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 
 from tests.support.fairseq import QUICK, TINY, USER_DIR, load, preprocess, train
+from tests.support.forked_programs import Program
 from tests.support.timeouts import HANG
 
 pytestmark = pytest.mark.slow
@@ -43,7 +45,11 @@ def start(*command: object, cwd: Path = ROOT, path: str = "") -> subprocess.Pope
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def forked(*command: object) -> Program:
+    return Program(command, cwd=ROOT, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[str] | Program) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=HANG)
     finally:
@@ -56,7 +62,7 @@ def test_two_workers_train_as_one_with_two_batches_an_update(data, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = [
-        start(
+        forked(
             *(BIN / "fairseq-train", data, "--user-dir", "nlp", "--save-dir", tmp_path / "two", *TINY, *QUICK, *SHORT),
             *("--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-world-size", 2),
             *("--distributed-rank", rank, "--distributed-no-spawn", "--distributed-backend", "gloo"),
@@ -75,8 +81,8 @@ def test_a_forgotten_user_dir(data, tmp_path):
     """What fairseq says then is quoted in docs/guides/translation-model.md, with what to do."""
     train(data, tmp_path, *SHORT)
     commands = [
-        start(BIN / "fairseq-train", data, *TINY, "--cpu"),
-        start(BIN / "fairseq-generate", data, "--path", tmp_path / "checkpoint_last.pt", "--cpu"),
+        forked(BIN / "fairseq-train", data, *TINY, "--cpu"),
+        forked(BIN / "fairseq-generate", data, "--path", tmp_path / "checkpoint_last.pt", "--cpu"),
     ]
     page = (ROOT / "docs/guides/translation-model.md").read_text()
     for command, said in zip(commands, ("invalid choice: 'revcol_transformer", "argparse.Namespace"), strict=True):
@@ -139,44 +145,75 @@ def test_the_wheel_says_that_its_packages_are_typed(site):
     assert {path.parent.name for path in site.glob("*/py.typed")} == {"revnets", "vision", "revnets_nlp"}
 
 
-@pytest.mark.parametrize("former", [True, False])
-@pytest.mark.parametrize("fairseq_first", [True, False])
-def test_imports_register_the_model_in_any_order(former, fairseq_first):
-    imports = ["import nlp", "import fairseq.models"]
-    program = [*(reversed(imports) if fairseq_first else imports)]
-    program.append("import nlp.model" if former else "import nlp.models.revcol_transformer")
-    program.append("from fairseq.models import ARCH_MODEL_REGISTRY as models")
-    program.append("print(models['revcol_transformer_tiny'].__module__)")
-    code, output = finish(start(sys.executable, "-c", "; ".join(program)))
+ORDERS = [
+    (first, second, model)
+    for first, second in itertools.permutations(["nlp", "fairseq.models"])
+    for model in ("nlp.model", "nlp.models.revcol_transformer")
+]
+
+IMPORTS = """
+import importlib, json, os, sys
+import torch  # all else is imported by a fork for each order
+
+for order in json.loads(sys.argv[1]):
+    if not os.fork():
+        assert not {"nlp", "fairseq"} & sys.modules.keys()
+        for name in order:
+            importlib.import_module(name)
+        from fairseq.models import ARCH_MODEL_REGISTRY as models
+        print(json.dumps([*order, models["revcol_transformer_tiny"].__module__]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> set[tuple[str, ...]]:
+    """The orders of imports, and where the model is found that is registered then."""
+    code, output = finish(start(sys.executable, "-c", IMPORTS, json.dumps(ORDERS)))
     assert code == 0, output
-    assert output.splitlines()[-1] == "nlp.models.revcol_transformer"
+    return {tuple(json.loads(line)) for line in re.findall(r"^\[\".*\]$", output, re.MULTILINE)}
 
 
-def assert_knows_the_model(user_dir: object, path: str = "") -> None:
-    """`fairseq-train` reads an option of the model, and refuses its value as the model does."""
+@pytest.mark.parametrize("order", ORDERS, ids=" ".join)
+def test_imports_register_the_model_in_any_order(imported, order):
+    assert (*order, "nlp.models.revcol_transformer") in imported
+
+
+def refusal(user_dir: object) -> tuple[object, ...]:
+    """A command of fairseq that reads an option of the model, and refuses its value as the model does."""
     command = (BIN / "fairseq-train", "data", "--user-dir", user_dir, "--arch", "revcol_transformer_tiny")
-    code, output = finish(start(*command, "--revcol-columns", "0", path=path))
+    return (*command, "--revcol-columns", "0")
+
+
+def assert_knows_the_model(process: subprocess.Popen[str] | Program) -> None:
+    code, output = finish(process)
     assert code == 2
     assert output.splitlines()[-1].endswith("'0' is not a number of columns; give 1 or more"), output
 
 
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """What `revnets user-dir` prints."""
+    code, output = finish(start(BIN / "revnets", "user-dir"))
+    assert code == 0, output
+    return output
+
+
 def test_fairseq_finds_the_model_in_a_checkout():
-    assert_knows_the_model("nlp")
+    assert_knows_the_model(start(*refusal("nlp")))
 
 
-def test_fairseq_finds_the_model_in_the_folder_that_is_printed():
-    code, folder = finish(start(BIN / "revnets", "user-dir"))
-    assert code == 0, folder
-    assert_knows_the_model(folder.strip())
+def test_fairseq_finds_the_model_in_the_folder_that_is_printed(printed):
+    assert_knows_the_model(forked(*refusal(printed.strip())))
 
 
 def test_fairseq_finds_the_model_in_a_wheel(site):
-    assert_knows_the_model(site / "revnets_nlp", str(site))
+    assert_knows_the_model(start(*refusal(site / "revnets_nlp"), path=str(site)))
 
 
-def test_the_folder_is_printed():
-    code, output = finish(start(BIN / "revnets", "user-dir"))
-    assert (code, output.strip()) == (0, str(USER_DIR))
+def test_the_folder_is_printed(printed):
+    assert printed.strip() == str(USER_DIR)
 
 
 WITHOUT = """
