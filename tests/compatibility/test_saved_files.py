@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import revnets
 import vision  # noqa: F401  (timm knows the family from here on)
+from tests.support import forked_programs
 from tests.support.timeouts import HANG
 
 DATA = Path(__file__).parent / "data" / "version_0_1_0"
@@ -78,9 +79,7 @@ def command(*words: object) -> str:
 
 def program(*words: object) -> None:
     """A program of this environment, in a process of its own."""
-    done = subprocess.run(
-        [BIN / str(words[0]), *map(str, words[1:])], env=environment(), capture_output=True, text=True
-    )
+    done = forked_programs.run([BIN / str(words[0]), *words[1:]], env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -93,8 +92,8 @@ def pair(*words: object) -> None:
     for rank in range(2):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        children.append(subprocess.Popen([BIN / "revnets", *words], env=environment() | variables, **streams))
+        given = {"env": environment() | variables, "stderr": subprocess.STDOUT}
+        children.append(forked_programs.Program([BIN / "revnets", *words], **given))
     try:
         said = [child.communicate(timeout=HANG)[0] for child in children]
     finally:
@@ -354,7 +353,8 @@ def test_data_that_version_0_1_0_has_prepared_are_left_alone(prepared):
 @pytest.mark.slow
 @needs_fairseq
 @pytest.mark.parametrize("step", ["tokens", "units"])
-def test_goes_on_preparing_data_where_version_0_1_0_was_killed(prepared, step):
+def test_goes_on_preparing_data_where_version_0_1_0_was_killed(prepared, monkeypatch, step):
+    monkeypatch.setattr(subprocess, "run", forked_programs.run)  # as fairseq-preprocess is started
     (prepared / "bin").rename(prepared / "expected")
     for path in (prepared / f"killed_after_{step}").iterdir():
         path.rename(prepared / path.name)

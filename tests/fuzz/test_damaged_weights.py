@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+
+from tests.support import forked_programs
 
 COUNT = 200
 """Files of each kind. Their seeds are fixed."""
@@ -14,7 +15,7 @@ KINDS = {"run", "legacy", "official", "fairseq", "safetensors", "shards"}
 
 def test_damaged_files_of_every_kind(tmp_path):
     command = [sys.executable, "-m", "tests.fuzz.read_damaged_weights", str(tmp_path), str(COUNT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    done = forked_programs.run(command)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {entry["kind"] for entry in found} == KINDS

@@ -122,6 +122,8 @@ def _become(words: list[str], folder: str, env: Mapping[str, str], streams: Iter
     os.environ.clear()
     os.environ.update(env)
     logging.root.handlers.clear()  # fairseq's import makes one
+    for name in [name for name in sys.modules if name.split(".")[0] == "nlp"]:
+        del sys.modules[name]  # fairseq imports the models in --user-dir only if the package is new
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if forks:

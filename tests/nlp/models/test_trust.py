@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 from nlp.models import arguments
 from nlp.models.arguments import add_arguments, settle
 from nlp.models.encoder_spec import TRUST, are_trusted, encoder_spec
+from tests.support import forked_programs
 from tests.support.errors import raises_error
 from tests.support.fairseq import build, options
 from tests.support.paths import ROOT
@@ -114,9 +114,7 @@ def test_the_command_line_is_trusted_and_so_are_processes_that_it_starts(folder,
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for trust, columns_there in ((os.environ[TRUST], True), ("1", True), ("", False), ("0", False)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, recorded], env={**environment, TRUST: trust}, capture_output=True, text=True
-        )
+        done = forked_programs.run([sys.executable, "-c", code, recorded], env={**environment, TRUST: trust})
         assert (done.returncode == 0) is columns_there, done.stderr
         assert columns_there or "not trusted" in done.stderr.splitlines()[-1]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from revnets.utils.file_lock import FileLock, Owner
+from tests.support import forked_programs
 from tests.support.errors import raises_error
 from tests.support.training_processes import process, said
 from tests.support.training_runs import tiny
@@ -182,18 +181,17 @@ def test_an_output_that_is_no_folder(tmp_path):
     assert (tmp_path / "real" / "checkpoints" / "best.pt").exists()
 
 
-def without_privileges(*words: object) -> subprocess.CompletedProcess[str]:
-    """A command whose process is bound by permissions, also if root runs it."""
+WITHOUT_PRIVILEGES = """
+import ctypes
+from revnets.cli.main import main
+header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capset(header, none) == 0
+main()
+"""
+"""`revnets` in a process that is bound by permissions, also if root runs it."""
 
-    def drop() -> None:
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
-    command = [sys.executable, "-m", "revnets", *map(str, words)]
-    return subprocess.run(command, preexec_fn=drop, capture_output=True, text=True, timeout=280)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs capset")
 def test_folders_without_permission_are_one_line(tmp_path):
     run = tmp_path / "run"
     last = trainer(run).fit().last
@@ -204,7 +202,7 @@ def test_folders_without_permission_are_one_line(tmp_path):
         (run, 0o000, ("eval", run), run),
     ):
         folder.chmod(mode)
-        done = without_privileges(*words)
+        done = forked_programs.run([sys.executable, "-c", WITHOUT_PRIVILEGES, *words])
         folder.chmod(0o755)
         assert done.returncode in (1, 2)
         (line,) = done.stderr.strip().splitlines()
