@@ -16,6 +16,7 @@ from nlp.data.corpus import TranslationError
 from nlp.evaluation.checkpoint_averaging import average
 from revnets import SpecError
 from revnets.analysis.gains import read_gains
+from tests.support import forked_programs
 from tests.support.errors import raises_error
 from vision.checkpoints import manager, reader
 from vision.checkpoints.layout import KEYS
@@ -91,7 +92,6 @@ def test_fairseq_may_read_its_own_checkpoints_where_it_loads_the_models(tmp_path
         "import nlp.models.revcol_transformer; from fairseq.checkpoint_utils import load_checkpoint_to_cpu; "
         "print(torch.load(sys.argv[1])['args'].lr)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "a.pt")], capture_output=True, text=True, check=True
-    )
+    done = forked_programs.run([sys.executable, "-c", code, tmp_path / "a.pt"])
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "1"

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.support import forked_programs
 from tests.support.errors import raises_error
 from vision.distributed import context
 from vision.distributed.context import World, joined, world_of
@@ -133,7 +134,7 @@ def test_a_process_that_lacks_a_gpu_of_its_own(gpus, count, variables):
 def train(tmp_path, **variables: str) -> subprocess.CompletedProcess[str]:
     words = ["digits", f"output={tmp_path / 'run'}", "epochs=1", "batch_size=700", "model.columns=2", "device=cpu"]
     command = [sys.executable, "-m", "revnets", "train", *words]
-    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=280)
+    return forked_programs.run(command, env={**os.environ, **variables})
 
 
 def test_a_port_that_is_taken_is_one_line(tmp_path):
