@@ -2,10 +2,10 @@
 budget.
 
 First, some cells keep everything (`ReversibleColumns.stored`): each saves its own replay in backward and costs its
-activations until backward comes to it. `selection.py` says in which order cells are worth it. Then, where there is room
-left, columns keep their states (mode `recompute`) in place of their lost bits, which spares no FLOPs, but the coding;
-columns near the end first, because backward is soon done with them. How many fit is found by bisection with simulated
-steps.
+activations until backward comes to it. `store_selection.py` says in which order cells are worth it. Then, where there
+is room left, columns keep their states (mode `recompute`) in place of their lost bits, which spares no FLOPs, but the
+coding; columns near the end first, because backward is soon done with them. How many fit is found by bisection with
+simulated steps.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ class _Predictor:
         self.model, self.inputs, self.dtype, self.run, self.progress = model, inputs, dtype, run, progress
         self.columns = find_columns(model)
         self.shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
+        self.simulated: dict[tuple[Any, ...], Footprint] = {}  # by memory policy: some are asked for several times
 
     def predict(
         self,
@@ -168,19 +169,25 @@ class _Predictor:
         stored: Collection[int] = (),
         recomputed: Collection[int] = (),
     ) -> Prediction:
-        self.progress(_name(mode, stored, recomputed))
+        ways = {"mode": mode, "stored": tuple(sorted(stored)), "recomputed": tuple(sorted(recomputed))}
+        policy = tuple(ways.values())
+        if policy not in self.simulated:
+            self.progress(_name(mode, stored, recomputed))
+            self.simulated[policy] = self.simulate(mode, stored, recomputed)
+        found = self.simulated[policy]
+        flops = base.flops if base else found.flops
+        return self._of_one_rank(found, ways, found.flops / max(flops, 1))
+
+    def simulate(self, mode: str, stored: Collection[int], recomputed: Collection[int]) -> Footprint:
         modes = _memory(mode, recomputed, self.columns.column_count)
         try:
             with self.columns.using(modes=modes, stored=stored):
-                found = simulate(self.model, self.inputs, self.dtype, not self.run.sharded, self.run.accumulates)
+                return simulate(self.model, self.inputs, self.dtype, not self.run.sharded, self.run.accumulates)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise PlanError(
                 f"an input of {self.shape} does not go through the net ({reason})", "input_shape", code="input-rejected"
             ) from error
-        flops = base.flops if base else found.flops
-        ways = {"mode": mode, "stored": tuple(sorted(stored)), "recomputed": tuple(sorted(recomputed))}
-        return self._of_one_rank(found, ways, found.flops / max(flops, 1))
 
     def costs(self) -> dict[int, Cost]:
         """What it takes to store each cell.
