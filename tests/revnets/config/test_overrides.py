@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from revnets import load_spec
+from revnets.cli.main import main
 from revnets.config.loader import Strict, UserPath, load
 from revnets.config.overrides import parse_value
 from tests.support.errors import raises_error
@@ -134,19 +134,27 @@ def test_the_home_folder_of_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) 
     assert load(Numbers, {"path": "~nobody_at_all/a"}).path == "~nobody_at_all/a"
 
 
-def test_the_home_folder_in_options_that_no_shell_has_read(home: Path) -> None:
+def status_of_command(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    """The exit status of a command in a folder, whose words no shell has read."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["revnets", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_the_home_folder_in_options_that_no_shell_has_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["show", "~/net.yaml", "--png=~/net.png", "--svg", "~/net.svg"]
-    done = subprocess.run([sys.executable, "-m", "revnets", *words], capture_output=True, text=True, cwd=home / "..")
-    assert done.returncode == 0, done.stderr
+    assert status_of_command(words, home / "..", monkeypatch) == 0
     assert (home / "net.png").exists()
     assert (home / "net.svg").exists()
 
 
-def test_a_path_that_is_too_long_for_the_system(home: Path) -> None:
-    words = [sys.executable, "-m", "revnets", "show", "x" * 5000]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=home)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
+def test_a_path_that_is_too_long_for_the_system(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of_command(["show", "x" * 5000], home, monkeypatch) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", ["2", "9" * 30, "9" * 5000])
