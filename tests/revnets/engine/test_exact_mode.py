@@ -99,7 +99,8 @@ def test_lost_bits_after_training(gamma: float, limit: float, half: bool) -> Non
     net = digits_net(gamma)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
     losses = []
-    for count in range(150):
+    for count in range(60):
+        net.columns.memory = "store"  # of which `exact` has the gradients, at more expense
         batch = torch.randint(len(images), (32,))
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = F.cross_entropy(net(images[batch]), labels[batch])
@@ -107,6 +108,6 @@ def test_lost_bits_after_training(gamma: float, limit: float, half: bool) -> Non
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-        if count % 50 == 49:
+        if count % 20 == 19:
             assert 0.5 <= bytes_per_element(net, images[:64], half) <= limit
-    assert sum(losses[-20:]) < 0.4 * sum(losses[:20])  # it has learned something
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])  # it has learned something
