@@ -34,7 +34,7 @@ def test_gradients_are_those_of_store(columns, gamma):
 
 
 @pytest.mark.parametrize("gamma", GAINS)
-@pytest.mark.parametrize("columns", [1, 4, 16, 32])
+@pytest.mark.parametrize("columns", [1, 4, 7, 13])
 def test_gradients_with_random_and_counting_cells_under_autocast(columns, gamma):
     net = token_net(m=4, columns=columns, blocks=list(BLOCKS), gamma=gamma, scale=0.7)
     x = stem_of(net)
@@ -184,7 +184,7 @@ def test_finite_differences(memory, gamma):
 
 @pytest.mark.parametrize("memory", MODES)
 def test_finite_differences_of_gradients(memory):
-    net = token_net(m=2, columns=3, dims=(2, 3), dtype=torch.float64, memory=memory)
+    net = token_net(m=2, columns=2, dims=(2, 3), dtype=torch.float64, memory=memory)
     x = stem_of(net, batch=1)
     assert gradgradcheck(lambda x, *_: tuple(net(x)), (x, *net.parameters()), fast_mode=True)
 
