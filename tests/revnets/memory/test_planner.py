@@ -24,20 +24,22 @@ from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples/configs"
 NARROW = ["levels.0.dim=16", "levels.1.dim=32", "levels.2.dim=64", "levels.3.dim=128"]  # activations outweigh weights
+SHALLOW = [f"levels.{level}.depth=1" for level in range(4)]
+SMALL = ["columns=2", *NARROW, *SHALLOW]
 CASES = [  # net, overrides, input shape
-    ("revcol_tiny.yaml", ["columns=3"], (3, 3, 64, 64)),
-    ("revcol_tiny.yaml", ["columns=2", "gain.init=0.2"], (2, 3, 96, 64)),
+    ("revcol_tiny.yaml", ["columns=2"], (3, 3, 64, 64)),
+    ("revcol_tiny.yaml", ["columns=2", "gain.init=0.2", *SHALLOW], (2, 3, 96, 64)),
     ("revcol_small.yaml", ["columns=3", "taps=[1]", "drop_path=0.1"], (2, 3, 64, 64)),
     (
         "huge_reads.yaml",
-        ["columns=3", "levels.0.dim=24", "levels.1.dim=48", "levels.2.dim=96", "levels.3.dim=192"],
+        ["columns=2", *SHALLOW, "levels.0.dim=24", "levels.1.dim=48", "levels.2.dim=96", "levels.3.dim=192"],
         (2, 3, 64, 64),
     ),
-    ("mixed.yaml", ["columns=2"], (2, 3, 64, 64)),
-    ("vit.yaml", ["columns=2"], None),
+    ("mixed.yaml", ["columns=2", *SHALLOW], (2, 3, 64, 64)),
+    ("vit.yaml", ["columns=2", *SHALLOW], None),
     ("revnet.yaml", ["columns=5"], (2, 3, 32, 32)),
-    ("eq2.yaml", ["columns=3"], None),
-    ("vectors.yaml", [], None),
+    ("eq2.yaml", ["columns=2", *SHALLOW], None),
+    ("vectors.yaml", ["columns=3"], None),
 ]
 
 
@@ -79,19 +81,19 @@ def flops(net: revnets.Net, shape: tuple[int, ...]) -> int:
 
 
 def test_under_autocast_and_with_stored_cells():
-    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (8, 3, 64, 64))
-    net.columns.stored = 5
+    net, shape = built("revcol_tiny.yaml", SMALL, (5, 3, 64, 64))
+    net.columns.stored = 3
     _, peak = measured(net, shape, torch.bfloat16)
     least = plan(net, shape, dtype=torch.bfloat16, optimizer="none", modes=("exact",)).modes[0]
     chosen = plan(net, shape, dtype=torch.bfloat16, optimizer="none", modes=(), budget=int(1.015 * peak)).chosen
     assert least.peak < peak
     assert chosen is not None
-    assert len(chosen.stored) >= 5
+    assert len(chosen.stored) >= 3
     assert chosen.peak == pytest.approx(peak, rel=0.03)
 
 
 def test_planning_leaves_the_model_as_it_was():
-    net, shape = built("vectors.yaml", [], None)
+    net, shape = built("vectors.yaml", ["columns=2"], None)
     net.columns.memory = ["invert"] + ["store"] * (net.columns.graph.columns - 1)
     before = net.columns.memory
     state = {name: value.clone() for name, value in net.state_dict().items()}
@@ -100,6 +102,14 @@ def test_planning_leaves_the_model_as_it_was():
     assert not net.columns.stored
     assert all(parameter.grad is None for parameter in net.parameters())
     torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
+
+
+def test_no_step_is_simulated_twice():
+    net, shape = built("vectors.yaml", ["columns=2"], (601, 64))
+    names: list[str] = []
+    plan(net, shape, optimizer="none", modes=("store", "exact"), budget="exact", progress=names.append)
+    assert len(names) > 3
+    assert len(set(names)) == len(names)
 
 
 def test_a_spec_is_planned_without_being_built():
@@ -111,8 +121,8 @@ def test_a_spec_is_planned_without_being_built():
 
 @pytest.mark.slow
 def test_ten_budgets_are_kept_and_more_memory_means_less_work():
-    shallow = [f"levels.{level}.depth=1" for level in range(4)]
-    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW, *shallow], (8, 3, 64, 64))
+    levels = "levels=[{dim: 16, depth: 1, block: mlp}, {dim: 24, depth: 1, block: mlp}]"
+    net, shape = built("vectors.yaml", ["columns=3", levels], (601, 64))
     rows = {row.mode: row for row in plan(net, shape, optimizer="none").modes}
     least, most = int(1.01 * rows["exact"].peak) + 1, rows["store"].peak
     work = []
@@ -130,7 +140,7 @@ def test_ten_budgets_are_kept_and_more_memory_means_less_work():
 @pytest.mark.parametrize("mode", ["exact", "recompute"])
 def test_what_can_be_stored_without_a_higher_peak(mode):
     """Gradients take their room only as backward goes; until then stored cells can have it."""
-    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (1, 3, 32, 32))
+    net, shape = built("revcol_tiny.yaml", SMALL, (1, 3, 32, 32))
     net.columns.memory = mode
     _, limit = measured(net, shape)
     chosen = plan(net, shape, optimizer="none", modes=(), budget=mode)
@@ -144,7 +154,7 @@ def test_what_can_be_stored_without_a_higher_peak(mode):
 
 def test_room_that_is_left_goes_to_states():
     """Few activations beside many weights: states cost no peak, and gradients are the same bits."""
-    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (1, 3, 32, 32))
+    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW, *SHALLOW], (1, 3, 32, 32))
     found = plan(net, shape, optimizer="none", modes=("exact",), budget="exact")
     assert found.chosen is not None
     assert found.chosen.recomputed
@@ -163,7 +173,7 @@ def test_room_that_is_left_goes_to_states():
 
 def test_gradients_of_earlier_forwards_are_there_all_along():
     """Then they leave no room to cells that are stored, and a budget is kept all the same."""
-    net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW], (1, 3, 32, 32))
+    net, shape = built("revcol_tiny.yaml", SMALL, (1, 3, 32, 32))
     once, several = (plan(net, shape, optimizer="none", modes=(), budget="exact", grad_accum=n) for n in (1, 2))
     assert once.chosen is not None
     assert several.chosen is not None
@@ -180,7 +190,7 @@ def test_gradients_of_earlier_forwards_are_there_all_along():
 
 
 def test_other_ranks_and_the_optimizer():
-    net, shape = built("vectors.yaml", [], None)
+    net, shape = built("vectors.yaml", ["columns=2"], None)
     weights = sum(parameter.nbytes for parameter in net.parameters())
     one = plan(net, shape, optimizer="adamw", modes=("exact",)).modes[0]
     bare = plan(net, shape, optimizer="none", modes=("exact",)).modes[0]
@@ -215,13 +225,13 @@ def test_an_input_that_does_not_fit():
 
 
 def test_too_large_a_batch_is_told_apart_from_too_large_a_net():
-    net, shape = built("revcol_tiny.yaml", ["columns=2"], (8, 3, 96, 96))
+    net, shape = built("revcol_tiny.yaml", SMALL, (8, 3, 96, 96))
     with raises_error(PlanError, code="over-budget", key="budget", names=["8 samples", "lower the batch"]):
         plan(net, shape, optimizer="none", budget=sum(p.nbytes for p in net.parameters()) * 2 + 2**20)
 
 
 def test_apply_needs_a_choice():
-    net, shape = built("vectors.yaml", [], None)
+    net, shape = built("vectors.yaml", ["columns=2"], None)
     with raises_error(PlanError, code="missing-budget", key="budget", names="budget="):
         plan(net, shape).apply(net)
 
@@ -259,7 +269,7 @@ def test_typical_gamma():
 
 
 def test_parts_add_up_and_pictures_name_them():
-    net, shape = built("vectors.yaml", [], None)
+    net, shape = built("vectors.yaml", ["columns=2"], None)
     found = plan(net, shape, budget="1GiB", ranks=2)
     for row in found.modes:
         assert sum(parts_of(row).values()) == row.peak
@@ -306,7 +316,7 @@ def test_the_command_goes_by_the_budget_of_the_yaml():
     def found(*words: str) -> dict[str, Any]:
         spec = str(EXAMPLES / "vectors.yaml")
         memory = "memory={budget: 1GiB, optimizer: sgd, ranks: 2, grad_accum: 3}"
-        return json.loads(CliRunner().invoke(main.app, ["plan", spec, memory, "--json", *words]).stdout)
+        return json.loads(CliRunner().invoke(main.app, ["plan", spec, "columns=2", memory, "--json", *words]).stdout)
 
     own, other = found(), found("--optimizer", "adam", "--ranks", "5", "--sharding", "fsdp", "--budget", "2GiB")
     assert (own["ranks"], own["sharding"], own["budget"]) == (2, "ddp", 2**30)
