@@ -135,7 +135,7 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize("memory", ["store", *TAPED])
 def test_the_whole_model_compiled_for_training(memory):
-    model, x = Model(token_net(m=2, columns=3, memory=memory)), torch.randn(2, 2, 3)
+    model, x = Model(token_net(m=2, columns=2, memory=memory)), torch.randn(2, 2, 3)
     model(x).square().sum().backward()
     expected = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
@@ -146,7 +146,7 @@ def test_the_whole_model_compiled_for_training(memory):
 
 @pytest.mark.parametrize(("memory", "dynamic"), [("store", False), ("exact", False), ("exact", True)])
 def test_the_whole_model_compiled_for_inference_is_one_graph(memory, dynamic):
-    model, x = Model(token_net(m=2, columns=3, blocks=("mlp", "batchnorm"), memory=memory)).eval(), torch.randn(5, 2, 3)
+    model, x = Model(token_net(m=2, columns=2, blocks=("mlp", "batchnorm"), memory=memory)).eval(), torch.randn(5, 2, 3)
     compiled_model = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
         for batch in (x, x[:3]):
@@ -162,11 +162,11 @@ def test_a_tape_cannot_be_in_a_compiled_graph():
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
     memory = ("exact", "invert", "exact")
-    model = Model(token_net(columns=3, blocks=("mlp", "batchnorm", "attention"), memory=memory)).eval()
+    model = Model(token_net(m=2, columns=3, blocks=("mlp", "batchnorm", "attention"), memory=memory)).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (torch.randn(3, 4, 3),), dynamic_shapes=({0: batch},), strict=strict)
+    program = torch.export.export(model, (torch.randn(3, 2, 3),), dynamic_shapes=({0: batch},), strict=strict)
     for size in (2, 5):
-        x = torch.randn(size, 4, 3)
+        x = torch.randn(size, 2, 3)
         torch.testing.assert_close(program.module()(x), model(x))
 
 
@@ -181,8 +181,8 @@ def test_export_of_images_with_taps():
 def test_onnx():
     from onnx.reference import ReferenceEvaluator
 
-    model = Model(token_net(columns=3, blocks=("mlp", "conv", "attention"))).eval()
-    x = torch.randn(2, 4, 3)
+    model = Model(token_net(m=2, columns=2, blocks=("mlp", "conv", "attention"))).eval()
+    x = torch.randn(2, 2, 3)
     program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     (output,) = ReferenceEvaluator(program.model_proto).run(None, {program.model_proto.graph.input[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), rtol=1e-4, atol=1e-5)
