@@ -19,7 +19,7 @@ STRIDES = {"test_revcol": 32, "test_revcol_vit": 16}
 """Of the coarsest level: exported images have multiples of it as their sides."""
 
 
-@pytest.fixture(params=STRIDES)
+@pytest.fixture(scope="module", params=STRIDES)
 def model(request: pytest.FixtureRequest) -> vision.RevCol:
     torch.manual_seed(0)
     model = timm.create_model(request.param, num_classes=11, columns=2, depths=(1, 1, 1, 1)).eval()
@@ -34,6 +34,14 @@ def sizes(model: vision.RevCol) -> tuple[tuple[int, int], dict[int, Dim], list[t
     stride = STRIDES[model.pretrained_cfg["architecture"]]
     free = {0: Dim("batch", max=64), 2: stride * Dim("rows", max=16), 3: stride * Dim("columns", max=16)}
     return (2 * stride, 3 * stride), free, [(2 * stride, 3 * stride), (3 * stride, 2 * stride)]
+
+
+@pytest.fixture(scope="module")
+def program(model: vision.RevCol) -> torch.export.ExportedProgram:
+    """For any batch and sides. `torch.onnx.export` would make it of a model by the same call."""
+    example, free, _ = sizes(model)
+    with torch.no_grad():
+        return torch.export.export(model, (torch.randn(2, 3, *example),), dynamic_shapes=(free,))
 
 
 @torch.no_grad()
@@ -53,10 +61,9 @@ def test_traced(model: vision.RevCol) -> None:
 
 
 @torch.no_grad()
-def test_exported_for_any_batch_and_sides(model: vision.RevCol) -> None:
-    example, free, tried = sizes(model)
-    other = torch.export.export(model, (torch.randn(2, 3, *example),), dynamic_shapes=(free,)).module()
-    for batch, sides in zip((1, 3), tried, strict=True):
+def test_exported_for_any_batch_and_sides(model: vision.RevCol, program: torch.export.ExportedProgram) -> None:
+    other = program.module()
+    for batch, sides in zip((1, 3), sizes(model)[-1], strict=True):
         x = torch.randn(batch, 3, *sides)
         assert_close(other(x), model(x))
 
@@ -74,14 +81,12 @@ def test_an_example_of_the_native_size_ties_the_program_to_no_size() -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_onnx_for_any_batch_and_sides(model: vision.RevCol) -> None:
+def test_onnx_for_any_batch_and_sides(model: vision.RevCol, program: torch.export.ExportedProgram) -> None:
     from onnx.reference import ReferenceEvaluator
 
-    example, free, tried = sizes(model)
-    x = torch.randn(2, 3, *example)
-    proto = torch.onnx.export(model, (x,), dynamo=True, verbose=False, dynamic_shapes=(free,)).model_proto
+    proto = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
     other = ReferenceEvaluator(proto)
-    for batch, sides in zip((1, 3), tried, strict=True):
+    for batch, sides in zip((1, 3), sizes(model)[-1], strict=True):
         x = torch.randn(batch, 3, *sides)
         (out,) = other.run(None, {proto.graph.input[0].name: x.numpy()})
         assert_close(torch.from_numpy(out), model(x), rtol=1e-4, atol=1e-5)
