@@ -28,7 +28,7 @@ def _in_the_checkout(monkeypatch):
 
 
 def test_python_blocks_run():
-    first, second, third = blocks("python")
+    first, second, rewired, third = blocks("python")
     names: dict = {}
     exec(first, names)
     net, states = names["model"], names["states"]
@@ -38,6 +38,9 @@ def test_python_blocks_run():
         assert torch.equal(level, state)
     exec(second, names)
     assert len(names["net"].flat()) == 12
+    with torch.device("meta"):
+        exec(rewired, names)
+    assert len(revnets.find_columns(names["model"]).flat()) == 12 + 1
     exec(third, names)
     assert names["model"].columns.graph.columns == 6
 
