@@ -103,16 +103,9 @@ def gains_of(model: nn.Module, name: str = "model") -> list[CellGains]:
     for columns, first in zip(group, group.first_columns, strict=True):
         for node, cell in zip(columns.graph.nodes, columns.flat(), strict=True):
             if cell.gain is not None:
-                found.append(CellGains(first + node.column, node.level, _gamma(cell.gain)))
+                gamma = torch.as_tensor(cell.gamma()).detach().double().abs().flatten()
+                found.append(CellGains(first + node.column, node.level, gamma))
     return found
-
-
-def _gamma(gain: nn.Module) -> Tensor:
-    """|gamma| of a gain of the engine, or of the blend of a rewired block."""
-    from revnets.pretrained.update_rules import Blend
-
-    value = gain.gamma if isinstance(gain, Blend) else gain()
-    return torch.as_tensor(value).detach().double().abs().flatten()
 
 
 def gains_in(content: Any) -> list[CellGains]:

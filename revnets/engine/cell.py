@@ -80,6 +80,10 @@ class Cell(nn.Module):
             raise ArgumentError(text, "couple", code="conflicting-values")
         return couple(update, self.gain())
 
+    def gamma(self) -> Tensor | float:
+        """gamma_t as it is now; 1 for a cell of the first column."""
+        return 1.0 if self.gain is None else self.gain()
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile F_t. The coupling differs from pass to pass and stays outside of the compiled code."""
         self.function.compile(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType]

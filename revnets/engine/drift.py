@@ -117,7 +117,7 @@ def _magnification(columns: Columns) -> Tensor:
     found: list[Tensor] = []
     cells, m = columns.flat(), columns.graph.m
     for start in range(m, len(cells), m):
-        gains = [cell.gain() for cell in cells[start : start + m] if cell.gain is not None] or [1.0]
+        gains = [cell.gamma() for cell in cells[start : start + m] if cell.gain is not None] or [1.0]
         gains = [getattr(gain, "to_local", lambda gain=gain: gain)() for gain in gains]  # of shards, one's own
         found.append(torch.stack([torch.as_tensor(gain).float().pow(-2).mean() for gain in gains]).nanmean())
     return torch.stack(found) if found else torch.empty(0)

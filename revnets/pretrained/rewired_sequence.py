@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revnets.engine import drift
 from revnets.engine.cell import Cell, Couple, FixedGain, first_state
 from revnets.engine.cell_record import is_same_memory
 from revnets.engine.columns import ReversibleSequence
 from revnets.engine.errors import ArgumentError
 from revnets.engine.executor import PlainPass, TapedPass, is_recorded, modes_of_cells
+from revnets.engine.memory_mode import Memory
 from revnets.engine.replay.threads import is_inside
 from revnets.engine.torch_internals import tree_leaves, without_dynamo
 from revnets.pretrained.update_rules import Blend, start_of, update_of
@@ -96,6 +98,9 @@ class BlockCell(Cell):
             return first_state(update)
         return couple(update, coefficients.residual)
 
+    def gamma(self) -> float:
+        return self.blend.gamma or 1.0  # at 0 the state is kept, and nothing drifts
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block's own forward. What is around it stays outside of the compiled code."""
         self.compiled = torch.compile(self._block_forward(), *args, **kwargs)
@@ -167,7 +172,10 @@ class RewiredSequence(ReversibleSequence):
 
     @without_dynamo
     def _recorded_step(self, position: int, x: Tensor, arguments: Arguments) -> tuple[Tensor, tuple[Any, ...] | None]:
-        self._turn_off_checkpointing()
+        if position == 0:
+            self._turn_off_checkpointing()
+            if Memory.INVERT in self.memory:
+                drift.watch(self, x)
         for value in tree_leaves(arguments):
             if hasattr(value, "get_seq_length"):  # any cache of transformers
                 text = (

@@ -107,6 +107,12 @@ def test_nothing_but_states_is_kept():
     assert saved("store") - saved("exact") >= 23 * 5  # every tensor that a block saves
 
 
+def test_invert_warns_of_its_drift():
+    model = revnets.make_reversible(ResidualNetwork(depth=11), 0.1, memory="invert")
+    with pytest.warns(revnets.DriftWarning):
+        model(inputs())
+
+
 def test_names_and_weights_stay():
     model = ResidualNetwork()
     before = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
