@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -20,29 +17,12 @@ import revnets
 from revnets import PlanError, ReplayError, ReversibleColumns, plan
 from tests.support.errors import raises_error
 from tests.support.gradients import loss_of
-from tests.support.multiprocess import processes
 from tests.support.networks import token_net
+from tests.support.two_processes import PROCESSES, in_two_processes
 
-PROCESSES = 2
 TAPED = ("recompute", "exact")
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-
-
-def in_two_processes(work: Callable[[int], None], directory: Path) -> None:
-    """Run `work(rank)` in each of them; an assertion that fails there fails here."""
-    arguments = (work, str(directory / "rendezvous"))
-    mp.start_processes(_enter, arguments, nprocs=PROCESSES, start_method=processes.get_start_method())
-
-
-def _enter(rank: int, work: Callable[[int], None], rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
-    try:
-        work(rank)
-        dist.barrier()  # nobody leaves while the other still waits for it
-    finally:
-        dist.destroy_process_group()
 
 
 class Model(nn.Module):

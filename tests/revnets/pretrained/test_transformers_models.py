@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -81,10 +82,11 @@ def test_gradient_checkpointing_is_turned_off_with_a_warning(switch, is_reentran
     if not hasattr(model, switch):
         pytest.skip("a method of other releases")
     expected = train_step(model, "exact")
-    with pytest.warns() as caught:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # one of the two has another name in later releases
         getattr(model, switch)({"use_reentrant": is_reentrant})
+    with pytest.warns(UserWarning, match=CHECKPOINTING):
         found = train_step(model, "exact")
-    assert CHECKPOINTING in [str(warning.message) for warning in caught]
     assert_bits(found, expected)
 
 

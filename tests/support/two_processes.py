@@ -1,0 +1,30 @@
+"""A test in two processes with gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.support.multiprocess import processes
+
+PROCESSES = 2
+
+
+def in_two_processes(work: Callable[[int], None], directory: Path) -> None:
+    """Run `work(rank)` in each of them; an assertion that fails there fails here."""
+    arguments = (work, str(directory / "rendezvous"))
+    mp.start_processes(_enter, arguments, nprocs=PROCESSES, start_method=processes.get_start_method())
+
+
+def _enter(rank: int, work: Callable[[int], None], rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
+    try:
+        work(rank)
+        dist.barrier()  # nobody leaves while the other still waits for it
+    finally:
+        dist.destroy_process_group()
