@@ -230,7 +230,8 @@ class RewiredSequence(ReversibleSequence):
         if x is not state and not is_same_memory(x, state):
             text = (
                 f"the network changes the state between {self.name}.{position - 1} and {self.name}.{position}, and a "
-                "state that is changed outside of the blocks cannot be rebuilt. Name the blocks behind in `blocks`"
+                "state that is changed outside of the blocks cannot be rebuilt. Name the blocks behind in `blocks`; "
+                "with FSDP2, leave out the output_dtype of its MixedPrecisionPolicy"
             )
             raise ArgumentError(text, f"{self.name}.{position}", code="unsupported-block")
         return run

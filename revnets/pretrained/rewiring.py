@@ -78,6 +78,7 @@ def make_reversible(
             call = BlockCall(sequence, position, name)
             block.__dict__[CALL] = call  # not __setattr__, which looks at every value for modules and parameters
             block.__dict__["forward"] = call.forward
+            block.__dict__["_replicate_for_data_parallel"] = _no_replica
     _without_checkpointing(model)
     if budget is not None:
         from revnets.memory.auto_budget import keep_budget
@@ -100,7 +101,7 @@ def undo_reversible(model: Model) -> Model:
     for block in _rewired_blocks(model):
         call = block.__dict__.pop(CALL)
         cell = call.sequence.block_cells[call.position]
-        del block.__dict__["forward"]
+        del block.__dict__["forward"], block.__dict__["_replicate_for_data_parallel"]
         if cell.wrapper is not None:
             block.__dict__["forward"] = cell.wrapper
         if cell.blend.learned is not None:
@@ -189,3 +190,12 @@ def _without_checkpointing(model: nn.Module) -> None:
 def _no_grad_checkpointing(enable: bool = True) -> None:
     if enable:
         warnings.warn(CHECKPOINTING, stacklevel=2)
+
+
+def _no_replica() -> nn.Module:
+    """In place of the method by which `nn.DataParallel` copies a block: the copy would run the original's forward."""
+    text = (
+        "nn.DataParallel copies a model in every forward, and a copy of a reversible block would call the block of "
+        "the original, on its device. Use torch.nn.parallel.DistributedDataParallel, one process per device"
+    )
+    raise ArgumentError(text, "model", code="unsupported-block")
