@@ -1,0 +1,130 @@
+"""Engines that train reversible models: `exact` has the weights of `store` in each, and all have one loss curve."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import typer
+from typer.testing import CliRunner
+
+from tests.support.paths import ROOT
+from tests.support.two_processes import PROCESSES, in_two_processes
+
+pytest.importorskip("sklearn")
+
+FOLDER = ROOT / "examples" / "engines"
+STEPS = 3
+
+
+def script(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        return importlib.import_module(name)
+
+
+def result(engine: str) -> dict[str, Any]:
+    """What an engine's script finds in this process. It raises an error if the weights of two modes differ."""
+    module, workload = script(f"with_{engine}"), script("workload")
+    names = [name for name in module.WORKLOADS if name in workload.installed()]
+    return workload.run(engine, "", module.train, names, STEPS)
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return result("torch")
+
+
+def test_losses_fall(reference):
+    for name, found in reference["workloads"].items():
+        assert name == "gpt2-lora" or found["losses"][-1] < found["losses"][0]  # adapters begin at 0
+
+
+def test_exact_keeps_a_tenth(reference):
+    for found in reference["workloads"].values():
+        assert 0 < found["kept"]["exact"] < found["kept"]["store"] / 10
+
+
+def test_trainer_has_the_same_losses(reference):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    found = result("trainer")
+    assert {"gpt2"} <= found["workloads"].keys() <= {"gpt2", "gpt2-lora"}
+    script("compare").assert_equal_curves([reference, found])
+
+
+def in_each_process(rank: int, engines: Sequence[str], folder: Path) -> None:
+    """As torchrun starts a script, which the engines find out by its variables."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none",
+    }  # fmt: skip
+    found = [result(engine) for engine in engines]
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_two_processes_have_the_losses_of_one(reference, tmp_path):
+    packages = {"accelerate": "accelerate", "fabric": "lightning_fabric"}
+    engines = [engine for engine, package in packages.items() if find_spec(package) is not None]
+    if not engines:
+        pytest.skip("needs accelerate or lightning-fabric")
+    in_two_processes(partial(in_each_process, engines=engines, folder=tmp_path), tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [found["engine"] for found in results] == engines
+    assert all(found["workloads"].keys() == reference["workloads"].keys() for found in results)
+    script("compare").assert_equal_curves([reference, *results])
+
+
+def test_weights_that_differ_in_one_bit_are_found():
+    module, workload = script("with_torch"), script("workload")
+
+    def train(model: Any, samples: Any, memory: str) -> list[float]:
+        losses = module.train(model, samples, memory)
+        if memory == "exact":
+            weight = next(model.parameters()).data.view(-1)
+            weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+        return losses
+
+    with pytest.raises(AssertionError, match="differs between exact and store"):
+        workload.compared(train, "columns", 1)
+
+
+def test_losses_that_differ_in_one_bit_are_found(reference):
+    other = copy.deepcopy(reference)
+    losses = other["workloads"]["columns"]["losses"]
+    losses[-1] = torch.nextafter(torch.tensor(losses[-1]), torch.tensor(9.0)).item()
+    with pytest.raises(AssertionError, match="columns"):
+        script("compare").assert_equal_curves([reference, other])
+
+
+def test_the_comparison_starts_a_script_and_prints_its_row():
+    app = typer.Typer()
+    app.command()(script("compare").main)
+    options = ["--engines", "torch", "--workloads", "columns", "--steps", "1"]
+    done = CliRunner().invoke(app, options, env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    (row,) = [line for line in done.output.splitlines() if line.startswith("│ columns")]
+    assert [cell.strip() for cell in row.split("│")][2:6] == ["torch", torch.__version__, "1", "1"]
+
+
+@pytest.mark.parametrize("option", ["--engines", "--workloads"])
+def test_unknown_names_are_refused_before_the_work(option):
+    app = typer.Typer()
+    app.command()(script("compare").main)
+    done = CliRunner().invoke(app, [option, "torch7"], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert "'torch7'" in done.output
