@@ -15,6 +15,9 @@ from revnets.engine.errors import ArgumentError
 CONTAINERS = re.compile(r"(blocks?|layers?\d*|h|resblocks|stages?|encoder|decoder|\d+)")
 """Last parts of the names that timm, transformers and torchvision give to containers of blocks."""
 
+LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Containers whose modules have an order. torchtitan keeps its layers in a dictionary."""
+
 MIXTURE = re.compile(r"Experts|Router|Moe(?![a-z])|MoE|SwitchTransformers")
 
 
@@ -31,9 +34,9 @@ def find_stacks(model: nn.Module, names: str | Sequence[str] | None = None) -> l
     """The stacks of a network, in the order in which it lists them.
 
     Args:
-        names: of containers (`nn.Sequential`, `nn.ModuleList`), all of whose blocks are taken. By default those that
-            look like stacks are found: at least two consecutive blocks of one class whose parameters have the same
-            shapes, in a container named as timm, transformers or torchvision name theirs.
+        names: of containers (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`), all of whose blocks are taken. By
+            default those that look like stacks are found: at least two consecutive blocks of one class whose
+            parameters have the same shapes, in a container named as timm, transformers or torchvision name theirs.
 
     Raises:
         ArgumentError: there is no such container or no stack, blocks of a named container differ in shape, or a block
@@ -64,7 +67,7 @@ def _as_list(names: str | Sequence[str]) -> list[str]:
 def _found(model: nn.Module) -> Iterator[BlockStack]:
     taken: tuple[str, ...] = ()
     for name, container in model.named_modules():
-        if name.startswith(taken or "\0") or not isinstance(container, nn.Sequential | nn.ModuleList):
+        if name.startswith(taken or "\0") or not isinstance(container, LISTS):
             continue
         usual = CONTAINERS.fullmatch(name.rpartition(".")[2]) is not None
         children = [(f"{name}.{key}" if name else key, child) for key, child in _children(container)]
@@ -84,9 +87,10 @@ def _named(model: nn.Module, name: str) -> BlockStack:
     except AttributeError:
         text = f"{type(model).__name__} has no module {name!r}"
         raise ArgumentError(text, "blocks", code="unknown-choice") from None
-    children = _children(container) if isinstance(container, nn.Sequential | nn.ModuleList) else []
+    children = _children(container) if isinstance(container, LISTS) else []
     if len(children) < 2:
-        text = f"{name} is a {type(container).__name__}; give a Sequential or ModuleList of at least two blocks"
+        kinds = "Sequential, ModuleList or ModuleDict"
+        text = f"{name} is a {type(container).__name__}; give a {kinds} of at least two blocks"
         raise ArgumentError(text, "blocks", code="no-blocks")
     _, first = children[0]
     for key, child in children[1:]:

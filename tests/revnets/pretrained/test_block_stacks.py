@@ -60,6 +60,11 @@ def test_named_containers_may_have_any_name():
     assert stack.names == ("tower.0", "tower.1")
 
 
+def test_layers_in_a_dictionary():
+    (stack,) = find_stacks(nn.ModuleDict({"layers": nn.ModuleDict({str(key): ResidualBlock() for key in range(3)})}))
+    assert stack.names == ("layers.0", "layers.1", "layers.2")
+
+
 def test_a_named_container_with_a_block_of_another_shape():
     model = nn.ModuleDict({"layers": nn.Sequential(ResidualBlock(), ResidualBlock(hidden=19), ResidualBlock())})
     with pytest.raises(ArgumentError) as error:
