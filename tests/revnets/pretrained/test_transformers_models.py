@@ -52,6 +52,16 @@ def test_exact_equals_store_bit_for_bit(family):
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
+def test_exact_equals_store_in_bfloat16(family):
+    """Under autocast, and with weights in bfloat16."""
+    model = revnets.make_reversible(network(family), 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_bits(train_step(model, "exact"), train_step(model, "store"))
+    model.to(torch.bfloat16)
+    assert_bits(train_step(model, "exact"), train_step(model, "store"))
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_dropout_takes_part_in_training(family):
     model = revnets.make_reversible(network(family), 0.3)
     (first, *_), _ = train_step(model, "exact")
