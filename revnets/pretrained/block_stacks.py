@@ -96,8 +96,9 @@ def _named(model: nn.Module, name: str) -> BlockStack:
     for key, child in children[1:]:
         if _signature(child)[1:] != _signature(first)[1:]:
             text = (
-                f"{name}.{key} ({type(child).__name__}) has parameters of other shapes than {name}.{children[0][0]}; "
-                "the blocks of a reversible sequence have one shape. Does one of them change the resolution?"
+                f"{name}.{key} ({type(child).__name__}) has other shapes of weights or other strides than "
+                f"{name}.{children[0][0]}; the blocks of a reversible sequence have one shape. Does one of them change "
+                "the resolution?"
             )
             raise ArgumentError(text, "blocks", code="shape-mismatch")
     return BlockStack(name, tuple(f"{name}.{key}" for key, _ in children), tuple(child for _, child in children))
@@ -109,7 +110,10 @@ def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _signature(block: nn.Module) -> tuple[object, ...]:
-    return type(block), tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
+    """What blocks of one shape have in common: class, shapes of weights, and strides, which change the resolution."""
+    shapes = tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
+    strides = tuple((name, str(module.stride)) for name, module in block.named_modules() if hasattr(module, "stride"))
+    return type(block), shapes, strides
 
 
 def _is_composite(block: nn.Module) -> bool:

@@ -73,6 +73,23 @@ def test_a_named_container_with_a_block_of_another_shape():
     assert "layers.1" in str(error.value)
 
 
+class StridedBlock(ResidualBlock):
+    """Has the weights of its neighbors, and half of their resolution."""
+
+    def __init__(self, stride: int = 1):
+        super().__init__()
+        self.pool = nn.AvgPool1d(stride, stride)
+
+
+def test_a_block_that_changes_the_resolution_is_no_part_of_the_stack():
+    blocks = nn.Sequential(StridedBlock(2), StridedBlock(), StridedBlock())
+    (stack,) = find_stacks(nn.ModuleDict({"layers": blocks}))
+    assert stack.names == ("layers.1", "layers.2")
+    with pytest.raises(ArgumentError) as error:
+        find_stacks(nn.ModuleDict({"layers": blocks}), "layers")
+    assert error.value.code == "shape-mismatch"
+
+
 class Router(nn.Linear):
     """Chooses experts."""
 
