@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +62,16 @@ class CellRecord:
     def has_live_handles(self) -> bool:
         """Does a graph hold packed handles of this call?"""
         return self.liveness is not None and self.liveness() is not None
+
+    def is_like(self, saved: Sequence[Held]) -> bool:
+        """Are these as many tensors as the forward saved, and with the same metadata?"""
+        if len(saved) != len(self.metas):
+            return False
+        return all(Meta.of(held.tensor) == meta for held, meta in zip(saved, self.metas, strict=True))
+
+
+class AllCollected(Exception):
+    """Ends a replay that has saved what the forward saved, as `torch.utils.checkpoint` does."""
 
 
 @dataclass(frozen=True, slots=True)

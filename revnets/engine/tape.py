@@ -29,6 +29,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,14 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnets.engine.cell_record import (
-    CellRecord,
-    Constant,
-    Held,
-    Meta,
-    is_same_memory,
-    trusted,
-)
+from revnets.engine.cell_record import AllCollected, CellRecord, Constant, Held, Meta, is_same_memory, trusted
 from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
@@ -248,17 +242,24 @@ class Tape:
         self.last, self.top = dict(self.window), self.cursor
 
     def _replay(self, record: CellRecord, collect: bool) -> None:
-        """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves."""
-        node = record.node
+        """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves.
+
+        With x_{t-m} at hand, the call ends after the last saved tensor: the rest of a cell serves x_t alone.
+        """
+        node, residual = record.node, record.node.residual
         saved: list[Held] = []
         assert record.replay_context is not None  # only in `store`, where there are no handles
+        has_past = record.kept is not None or (residual is not None and residual in self.window)
+        ends_early = collect and has_past and self.verifier is None
 
         def pack(tensor: Tensor) -> None:
             if collect:
                 saved.append(Held.of(tensor))
+            if ends_early and record.is_like(saved):
+                raise AllCollected
 
         # Gradients are enabled even where nothing is collected: without them some modules take other kernels.
-        couple = None if node.residual is None else ReplayCoupling(self, record)
+        couple = None if residual is None else ReplayCoupling(self, record)
         with (
             without_transforms(),  # one replay for all of a batched backward
             torch.enable_grad(),
@@ -267,9 +268,10 @@ class Tape:
             record.replay_context.restored(),
         ):
             reads = [self._read(read, grad) for read, grad in zip(node.reads, record.grad_reads, strict=True)]
-            state = self.cells[node.index](*reads, couple=couple, **Constant.fresh(record.context))
-        if self.verifier is not None:
-            self.verifier.replayed(node, self._name(node), state)
+            with suppress(AllCollected):
+                state = self.cells[node.index](*reads, couple=couple, **Constant.fresh(record.context))
+                if self.verifier is not None:
+                    self.verifier.replayed(node, self._name(node), state)
         if collect:
             self._check(record, saved)
             record.saved = dict(enumerate(saved))

@@ -16,7 +16,7 @@ def run(memory: str) -> tuple[Tensor, Tensor, nn.Module, list[int]]:
     blocks = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.BatchNorm1d(4), nn.Tanh()) for _ in range(4)]
     net = ReversibleSequence(blocks, m=2, memory=memory)
     for block in blocks:
-        block.register_forward_hook(lambda *_: calls.append(1))
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
     x = torch.randn(3, 4, requires_grad=True)
     return x, net(x)[-1], net, calls
 

@@ -70,6 +70,21 @@ def test_stored_columns_are_not_run_again():
     assert matmuls(net, ["store", "store", "exact", "store"]) == (forward, backward + extra)
 
 
+@pytest.mark.parametrize(("memory", "replayed"), [("recompute", 2 * 2 + 5), ("exact", 2 * 7)])
+def test_a_replay_with_its_state_at_hand_ends_with_the_last_saved_tensor(memory, replayed):
+    """The second product of a block serves its sum alone; two cells have no residual and run to their end."""
+    blocks = [nn.Sequential(nn.Linear(5, 11), nn.GELU(), nn.Linear(11, 5)) for _ in range(7)]
+    net = ReversibleSequence(blocks, m=2, gain=0.5)
+    counts = []
+    for mode in ("store", memory):
+        net.memory = mode
+        loss = loss_of(net(torch.randn(3, 5)))
+        with Matmuls() as counter:
+            loss.backward()
+        counts.append(counter.count)
+    assert counts[1] == counts[0] + replayed
+
+
 @pytest.mark.parametrize("memory", TAPED)
 def test_each_further_backward_costs_one_more_forward_at_most(memory):
     net = token_net(blocks=("mlp", "conv"), memory=memory)
