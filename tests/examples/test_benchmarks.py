@@ -125,6 +125,7 @@ def test_who_is_missing_is_left_out(peers, monkeypatch):
         ("training_step", ["--columns", "4,x"], "'x': give numbers from 1 to 1024"),
         ("training_step", ["--shape", "Z"], "'Z': give T or S or B"),
         ("training_step", ["--png", "step"], "step: give a file name that ends in .png"),
+        ("finetuning", ["--case", "bert"], "'bert': give vit or gpt2"),
         ("drift", ["--columns", "1"], "'1': give numbers from 2 to 1024"),
         ("drift", ["--png", "drift.jpg"], "drift.jpg: give a file name that ends in .png"),
     ],
