@@ -3,9 +3,9 @@ budget.
 
 First, some cells keep everything (`ReversibleColumns.stored`): each saves its own replay in backward and costs its
 activations until backward comes to it. `store_selection.py` says in which order cells are worth it. Then, where there
-is room left, columns keep their states (mode `recompute`) in place of their lost bits, which spares the coding, and with
-fixed gains the end of each replay; columns near the end first, because backward is soon done with them. How many fit is
-found by bisection with simulated steps.
+is room left, columns keep their states (mode `recompute`) in place of their lost bits, which spares the coding, and
+with fixed gains the end of each replay; columns near the end first, because backward is soon done with them. How many
+fit is found by bisection with simulated steps.
 """
 
 from __future__ import annotations
