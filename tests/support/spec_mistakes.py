@@ -159,7 +159,14 @@ MISTAKES = [
     bad(LEVELS, "levels: []\n", "levels", "wrong-length", "0", "2"),
     # parts that do not exist
     bad("block: convnext", "block: convnex", "levels.0.block", "unknown-component", '"convnex"', "mean convnext?"),
-    bad("type: patchify", "type: unfold", "stem.type", "unknown-component", '"unfold"', "linear, patchify, tokens"),
+    bad(
+        "type: patchify",
+        "type: unfold",
+        "stem.type",
+        "unknown-component",
+        '"unfold"',
+        "linear, patch_embed, patchify, tokens",
+    ),
     bad("type: classifier", "type: clasifier", "head.type", "unknown-component", '"clasifier"', "mean classifier?"),
     bad("fusion: convnext", "fusion: liner", "fusion", "unknown-component", '"liner"', "mean linear?"),
     bad(
