@@ -50,6 +50,7 @@ def main(
     """Train the same models with every engine that is installed."""
     chosen, models = _listed(engines, ENGINES, "--engines"), _listed(workloads, WORKLOADS, "--workloads")
     console = Console()
+    console.width = max(console.width, WIDTH)
     missing = [name for name in chosen if find_spec(ENGINES[name].package) is None]
     if missing:
         console.print(f"not installed: {', '.join(missing)}")
@@ -102,13 +103,17 @@ def assert_equal_curves(results: Sequence[Mapping[str, Any]]) -> None:
             assert torch.equal(losses, expected), f"{result['engine']}, {name}: {losses} instead of {expected}"
 
 
+WIDTH = 120
+"""Columns that the table takes; a narrower terminal wraps its lines and loses no figure."""
+
+
 def table(results: Sequence[Mapping[str, Any]]) -> Table:
     """A row for every model and engine."""
     found = Table(title="exact = store: all weights at the end; losses: those of the first engine; both bit for bit")
     for heading in ("model", "engine", "version"):
-        found.add_column(heading)
+        found.add_column(heading, no_wrap=True)
     for heading in ("processes", "updates", "loss", "exact = store", "kept by store", "by exact"):
-        found.add_column(heading, justify="right")
+        found.add_column(heading, justify="right", no_wrap=True)
     for name in WORKLOADS:
         for result in results:
             if name in result["workloads"]:
