@@ -35,7 +35,7 @@ class BlendSchedule:
 
     def __init__(self, model: nn.Module, updates: int, blend: float | None = None):
         self._blends = _constant_blends(model)
-        if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
+        if not _is_count(updates, 1):
             text = f"updates = {updates!r}: give the number of updates until the target, at least 1"
             raise ArgumentError(text, "updates", code="out-of-range")
         self.updates = updates
@@ -66,10 +66,15 @@ class BlendSchedule:
         Raises:
             ArgumentError: it is the state of something else.
         """
-        if set(state) != {"update", "updates", "blend"} or not isinstance(state["update"], int) or state["update"] < 0:
+        is_ours = isinstance(state, dict) and set(state) == {"update", "updates", "blend"}
+        if not is_ours or not _is_count(state["update"], 0) or not _is_count(state["updates"], 1):
             raise ArgumentError("this is no state of a BlendSchedule", "state", code="wrong-format")
         self.updates, self.blend = state["updates"], checked_blend(state["blend"])
         self._set(state["update"])
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _constant_blends(model: nn.Module) -> list[Blend]:

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +61,14 @@ class BlockCell(Cell):
         couple: Couple | None = None,
         arguments: Arguments = ((), {}),
         extras: list[tuple[Any, ...] | None] | None = None,
+        number: float | None = None,
         **context: Any,
     ) -> Tensor:
         """x_t from x_{t-1}.
 
         Args:
             arguments: further arguments of the block.
+            number: of the update rule, as it was in the forward: a schedule may move on before a replay.
             extras: gets what the block returns besides its state, or None if it returns the state alone.
 
         Raises:
@@ -90,7 +92,7 @@ class BlockCell(Cell):
             raise ArgumentError(f"{text}. Leave it out of `blocks`", name, code="shape-mismatch")
         if extras is not None:
             extras.append(rest)
-        coefficients = self.blend(x, self.function.training)
+        coefficients = self.blend(x, self.function.training, number)
         if self.is_first:
             return first_state(update_of(output, x, start_of(coefficients)))
         update = update_of(output, x, coefficients)
@@ -99,6 +101,7 @@ class BlockCell(Cell):
         return couple(update, coefficients.residual)
 
     def gamma(self) -> float:
+        """|gamma_t| in training, of a learned blend as it is now."""
         return self.blend.gamma or 1.0  # at 0 the state is kept, and nothing drifts
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +126,7 @@ class RewiredSequence(ReversibleSequence):
     State 0 is the input of the first block, state t the output of block t - 1.
 
     Args:
-        name: of the container of the blocks, for error messages.
+        names: of the blocks, for error messages.
         blocks: modules of one shape; their present `forward` becomes the function of the cells.
         blends: one per block.
         memory: as in `ReversibleColumns`.
@@ -131,7 +134,7 @@ class RewiredSequence(ReversibleSequence):
 
     def __init__(
         self,
-        name: str,
+        names: Sequence[str],
         blocks: Sequence[nn.Module],
         blends: Sequence[Blend],
         memory: str | Sequence[str] = "exact",
@@ -140,7 +143,7 @@ class RewiredSequence(ReversibleSequence):
             BlockCell(block, blend, index == 0) for index, (block, blend) in enumerate(zip(blocks, blends, strict=True))
         ]
         super().__init__([Cell(Start(), None), *cells], memory=memory)
-        self.name = name
+        self.names = tuple(names)
         self._passes: dict[int, PlainPass] = {}  # of each thread, from the first block of a forward to the last one
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,7 +182,7 @@ class RewiredSequence(ReversibleSequence):
         for value in tree_leaves(arguments):
             if hasattr(value, "get_seq_length"):  # any cache of transformers
                 text = (
-                    f"{self.name}.{position} fills a cache of keys and values, which a replay in backward would fill "
+                    f"{self.names[position]} fills a cache of keys and values, which a replay in backward would fill "
                     "again. Pass use_cache=False in training, or set model.config.use_cache = False"
                 )
                 raise ArgumentError(text, "use_cache", code="conflicting-values")
@@ -208,7 +211,8 @@ class RewiredSequence(ReversibleSequence):
             run = self._continued(thread, position, x)
         extras: list[tuple[Any, ...] | None] = []
         try:
-            state = run.step(nodes[position + 1], {"arguments": arguments, "extras": extras})
+            number = cast(BlockCell, run.cells[position + 1]).blend.value
+            state = run.step(nodes[position + 1], {"arguments": arguments, "extras": extras, "number": number})
         except BaseException:
             self._passes.pop(thread, None)
             raise
@@ -219,21 +223,22 @@ class RewiredSequence(ReversibleSequence):
 
     def _continued(self, thread: int, position: int, x: Tensor) -> PlainPass:
         """The pass that the blocks before have begun, if block `position` goes on with it."""
+        before, block = self.names[position - 1 : position + 1]
         run = self._passes.get(thread)
         if run is None or position not in run.states:
             text = (
-                f"{self.name}.{position} is called, but {self.name}.{position - 1} was not called just before; all "
+                f"{block} is called, but {before} was not called just before; all "
                 "blocks of a reversible sequence run in their order. Are layers skipped at random (layerdrop)?"
             )
-            raise ArgumentError(text, f"{self.name}.{position}", code="unsupported-block")
+            raise ArgumentError(text, block, code="unsupported-block")
         state = run.states[position]
         if x is not state and not is_same_memory(x, state):
             text = (
-                f"the network changes the state between {self.name}.{position - 1} and {self.name}.{position}, and a "
+                f"the network changes the state between {before} and {block}, and a "
                 "state that is changed outside of the blocks cannot be rebuilt. Name the blocks behind in `blocks`; "
                 "with FSDP2, leave out the output_dtype of its MixedPrecisionPolicy"
             )
-            raise ArgumentError(text, f"{self.name}.{position}", code="unsupported-block")
+            raise ArgumentError(text, block, code="unsupported-block")
         return run
 
 

@@ -73,7 +73,7 @@ def make_reversible(
         blends = [constant] * len(stack.blocks)
         if learn_blend:
             blends[1:] = [_learned(block, blend, rule) for block in stack.blocks[1:]]
-        sequence = RewiredSequence(stack.name, stack.blocks, blends, mode)
+        sequence = RewiredSequence(stack.names, stack.blocks, blends, mode)
         for position, (block, name) in enumerate(zip(stack.blocks, names, strict=True)):
             call = BlockCall(sequence, position, name)
             block.__dict__[CALL] = call  # not __setattr__, which looks at every value for modules and parameters

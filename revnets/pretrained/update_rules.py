@@ -64,13 +64,18 @@ class Blend(nn.Module):
         self.value = checked_blend(value)
         self.learned = learned
 
-    def forward(self, x: Tensor, is_training: bool) -> Coefficients:
+    def forward(self, x: Tensor, is_training: bool, number: float | None = None) -> Coefficients:
         """Coefficients for a state (B, ..., C).
+
+        Args:
+            number: takes the place of `value`; a learned one is not replaced.
 
         In training, `bdia` draws one sign per sample; in evaluation it takes the mean of both, which is the network
         itself.
         """
-        value: Scalar = self.value if self.learned is None else self.learned()
+        value: Scalar = self.value if number is None else number
+        if self.learned is not None:
+            value = self.learned()
         if self.rule == "bdia" and not is_training:
             value = 0.0
         elif self.rule == "bdia":

@@ -7,7 +7,7 @@ import torch
 
 import revnets
 from revnets.engine.errors import ArgumentError
-from tests.support.residual_networks import ResidualNetwork, assert_same_tensors, inputs, training_step
+from tests.support.residual_networks import ResidualNetwork, assert_same_tensors, inputs, set_memory, training_step
 
 
 def test_it_starts_as_the_original_network():
@@ -39,6 +39,21 @@ def test_gradients_on_the_way_are_those_of_store(update):
     assert_same_tensors(training_step(model, inputs(), memory="exact"), expected)
 
 
+def test_a_step_before_backward_does_not_change_its_gradients():
+    model = revnets.make_reversible(ResidualNetwork(dropout=0.0), 0.5)
+    grads = []
+    for mode in ("store", "exact"):
+        set_memory(model, mode)
+        model.zero_grad()
+        schedule = revnets.BlendSchedule(model, 3, blend=0.5)
+        schedule.step()
+        loss = model(inputs()).square().sum()
+        schedule.step()
+        loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert_same_tensors(*grads)
+
+
 def test_a_resumed_schedule_goes_on():
     schedule = revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork(), 0.5), 7)
     schedule.step()
@@ -56,7 +71,17 @@ def test_numbers_of_updates_that_cannot_be(updates):
     assert (error.value.key, error.value.code) == ("updates", "out-of-range")
 
 
-@pytest.mark.parametrize("state", [{}, {"update": -1, "updates": 3, "blend": 0.1}, {"update": "1"}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        [],
+        {},
+        {"update": "1"},
+        {"update": -1, "updates": 3, "blend": 0.1},
+        {"update": 1, "updates": 0, "blend": 0.1},
+        {"update": 1, "updates": "3", "blend": 0.1},
+    ],
+)
 def test_states_of_something_else(state):
     schedule = revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork()), 3)
     with pytest.raises(ArgumentError) as error:

@@ -90,6 +90,14 @@ def test_a_block_that_changes_the_resolution_is_no_part_of_the_stack():
     assert error.value.code == "shape-mismatch"
 
 
+def test_errors_name_the_block_where_a_stack_begins_later():
+    model = nn.ModuleDict({"layers": nn.Sequential(StridedBlock(2), StridedBlock(), StridedBlock())})
+    revnets.make_reversible(model)
+    with pytest.raises(ArgumentError) as error:
+        model["layers"][2](torch.randn(2, 7, 13))
+    assert error.value.key == "layers.2"
+
+
 class Router(nn.Linear):
     """Chooses experts."""
 
