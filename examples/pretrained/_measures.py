@@ -17,7 +17,6 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-import revnets
 from revnets.memory.tracker import MemoryTracker
 from revnets.plotting.style import FORMATS
 
@@ -44,11 +43,6 @@ def read_verses() -> list[Verse]:
     """The bundled corpus in the order of the Bible (examples/data/README.md)."""
     with gzip.open(CORPUS, "rt", encoding="utf-8") as file:
         return [Verse(*line.rstrip("\n").split("\t")[1:]) for line in file]
-
-
-def set_memory(model: nn.Module, mode: str) -> None:
-    """Set the memory mode of all reversible sequences of a rewired network."""
-    revnets.find_columns(model).memory = mode
 
 
 def step_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> StepBytes:

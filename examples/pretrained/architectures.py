@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from _measures import all_equal, megabytes, new_console, new_table, run_as_script, set_memory, steps
+from _measures import all_equal, megabytes, new_console, new_table, run_as_script, steps
 from torch import Tensor, nn
 
 import revnets
@@ -130,7 +130,7 @@ def tried(create: Callable[[], tuple[nn.Module, dict[str, Tensor]]], blend: floa
     plain.train()
     model = revnets.make_reversible(copy.deepcopy(plain), blend, memory="store")
     stored, _ = gradients_and_bytes(copy.deepcopy(model), batch)
-    set_memory(model, "exact")
+    revnets.find_columns(model).memory = "exact"
     exact, kept = gradients_and_bytes(copy.deepcopy(model), batch)
     blocks = sum(len(sequence.block_cells) for sequence in rewired_sequences(model))
     revnets.undo_reversible(model)

@@ -29,7 +29,6 @@ from _measures import (
     picture,
     read_verses,
     run_as_script,
-    set_memory,
     spread,
     step_bytes,
     steps,
@@ -250,7 +249,7 @@ def memory_of(trained: nn.Module, text: Tensor) -> Any:
         loss = lambda model=model: bits_per_byte(model, text)  # noqa: E731
         found = []
         for mode in ("store", "exact"):
-            set_memory(model, mode)
+            revnets.find_columns(model).memory = mode
             rows.append((f"{prefix}b = 0.1, {mode}", step_bytes(model, loss)))
             found.append(gradients(model, loss))
         equal = equal and all_equal(*found)

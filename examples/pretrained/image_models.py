@@ -29,7 +29,6 @@ from _measures import (
     new_console,
     new_table,
     run_as_script,
-    set_memory,
     spread,
     step_bytes,
     steps,
@@ -217,11 +216,11 @@ def memory_of(name: str, trained: nn.Module, data: Labeled) -> Any:
     for blend in (0.05, 0.1, 0.5):
         rewired = converted(trained, Way(blend)).train()
         loss = lambda net=rewired: F.cross_entropy(net(data.images), data.labels)  # noqa: E731
-        set_memory(rewired, "store")
+        revnets.find_columns(rewired).memory = "store"
         stored = gradients(rewired, loss)
         if blend == 0.05:
             rows.append(("rewired, store", step_bytes(rewired, loss)))
-        set_memory(rewired, "exact")
+        revnets.find_columns(rewired).memory = "exact"
         rows.append((f"b = {blend:g}, exact", step_bytes(rewired, loss)))
         equal = equal and all_equal(stored, gradients(rewired, loss))
     words = "equal" if equal else "DIFFERENT"

@@ -28,7 +28,6 @@ from _measures import (
     new_table,
     read_verses,
     run_as_script,
-    set_memory,
     spread,
     step_bytes,
     steps,
@@ -200,7 +199,7 @@ def memory_of(encoder: Encoder, verses: Sequence[Verse]) -> Any:
     revnets.make_reversible(encoder.model, 0.05, memory="store")
     rows.append(("b = 0.05, store", step_bytes(encoder, loss)))
     stored = gradients(encoder, loss)
-    set_memory(encoder, "exact")
+    revnets.find_columns(encoder).memory = "exact"
     rows.append(("b = 0.05, exact", step_bytes(encoder, loss)))
     equal = "equal" if all_equal(stored, gradients(encoder, loss)) else "DIFFERENT"
     return memory_table(f"a step of {len(verses)} pairs; gradients of exact and store: {equal}", rows)

@@ -26,7 +26,6 @@ from _measures import (
     new_table,
     read_verses,
     run_as_script,
-    set_memory,
     spread,
     step_bytes,
     steps,
@@ -119,7 +118,7 @@ def memory_of(trained: nn.Module, pieces: Tensor) -> Any:
     rewire(model, (0.1, "blend"))
     found = []
     for mode in ("store", "exact"):
-        set_memory(model, mode)
+        revnets.find_columns(model).memory = mode
         rows.append((f"b = 0.1, {mode}", step_bytes(model, loss)))
         found.append(gradients(model, loss))
     words = "equal" if all_equal(*found) else "DIFFERENT"

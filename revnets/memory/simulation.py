@@ -107,7 +107,7 @@ def _all_tensors(value: Any) -> Iterator[Tensor]:
         for module in all_modules(value):
             yield from module.parameters(recurse=False)
             yield from module.buffers(recurse=False)
-            # tensors that nobody registered, such as masks that are made once
+            # unregistered tensors, such as masks that are made once
             yield from (tensor for tensor in vars(module).values() if isinstance(tensor, Tensor))
     elif isinstance(value, tuple):
         for item in value:

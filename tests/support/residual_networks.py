@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from revnets.pretrained.rewired_sequence import rewired_sequences
+import revnets
 
 DIM, TOKENS, BATCH, CLASSES, DEPTH = 13, 7, 3, 5, 6
 
@@ -56,19 +57,26 @@ def inputs(seed: int = 0) -> Tensor:
     return torch.randn(BATCH, TOKENS, 11, generator=torch.Generator().manual_seed(seed))
 
 
-def set_memory(model: nn.Module, mode: str) -> None:
-    for sequence in rewired_sequences(model):
-        sequence.memory = mode
-
-
 def training_step(model: nn.Module, *args: Any, memory: str) -> list[Tensor | None]:
     """The output and the gradients of all parameters, in that order."""
-    set_memory(model, memory)
+    revnets.find_columns(model).memory = memory
     model.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     output = model(*args)
     output.square().sum().backward()
     return [output.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def assert_exact_is_store(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """The gradients of all parameters are those of `store`, bit for bit, in `exact`."""
+    grads = []
+    for memory in ("store", "exact"):
+        revnets.find_columns(model).memory = memory
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        loss().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert_same_tensors(*grads)
 
 
 def assert_same_tensors(one: list[Tensor | None], other: list[Tensor | None]) -> None:

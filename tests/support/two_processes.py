@@ -25,6 +25,6 @@ def _enter(rank: int, work: Callable[[int], None], rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
     try:
         work(rank)
-        dist.barrier()  # nobody leaves while the other still waits for it
+        dist.barrier()  # the other process may still wait for this one
     finally:
         dist.destroy_process_group()

@@ -206,7 +206,7 @@ def joined(device: str = "auto") -> Iterator[World]:
         waiting.cancel()
     try:
         yield world
-        world.wait()  # nobody leaves while others still wait for it
+        world.wait()  # other processes may still wait for this one
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
             problem = f"process {world.rank} has lost another of this run; if that one says no reason, it was killed"

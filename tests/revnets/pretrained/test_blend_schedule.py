@@ -7,7 +7,7 @@ import torch
 
 import revnets
 from revnets.engine.errors import ArgumentError
-from tests.support.residual_networks import ResidualNetwork, assert_same_tensors, inputs, set_memory, training_step
+from tests.support.residual_networks import ResidualNetwork, assert_same_tensors, inputs, training_step
 
 
 def test_it_starts_as_the_original_network():
@@ -43,7 +43,7 @@ def test_a_step_before_backward_does_not_change_its_gradients():
     model = revnets.make_reversible(ResidualNetwork(dropout=0.0), 0.5)
     grads = []
     for mode in ("store", "exact"):
-        set_memory(model, mode)
+        revnets.find_columns(model).memory = mode
         model.zero_grad()
         schedule = revnets.BlendSchedule(model, 3, blend=0.5)
         schedule.step()

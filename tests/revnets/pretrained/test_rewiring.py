@@ -18,9 +18,9 @@ from tests.support.residual_networks import (
     DIM,
     ResidualNetwork,
     TupleBlock,
+    assert_exact_is_store,
     assert_same_tensors,
     inputs,
-    set_memory,
     training_step,
 )
 
@@ -63,7 +63,7 @@ def test_gradients_reach_arguments_of_blocks(memory):
     model = revnets.make_reversible(ResidualNetwork())
     grads = []
     for mode in ("store", memory):
-        set_memory(model, mode)
+        revnets.find_columns(model).memory = mode
         shifts = torch.linspace(-1, 1, DEPTH * DIM).view(DEPTH, DIM).requires_grad_()
         torch.manual_seed(1)
         model(inputs(), shifts).sum().backward()
@@ -92,7 +92,7 @@ def test_nothing_but_states_is_kept():
     model = revnets.make_reversible(ResidualNetwork(depth=23), 0.5)
 
     def saved(mode: str) -> int:
-        set_memory(model, mode)
+        revnets.find_columns(model).memory = mode
         count = 0
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_further_outputs_of_blocks_come_through_with_gradients():
     grads = []
     model = revnets.make_reversible(ResidualNetwork(block=TupleBlock, dropout=0.0))
     for mode in ("store", "exact"):
-        set_memory(model, mode)
+        revnets.find_columns(model).memory = mode
         model.zero_grad()
         x, total = model.stem(inputs()), 0
         for layer in model.layers:
@@ -164,45 +164,32 @@ def test_hooks_of_blocks_fire_once_a_forward():
 
 def test_states_between_blocks_can_be_tapped():
     model = revnets.make_reversible(ResidualNetwork())
-    grads = []
-    for mode in ("store", "exact"):
-        set_memory(model, mode)
-        model.zero_grad()
-        torch.manual_seed(1)
-        x, total = model.stem(inputs()), 0
+
+    def loss() -> torch.Tensor:
+        states = [model.stem(inputs())]
         for layer in model.layers:
-            x = layer(x)
-            total = total + x.square().sum()
-        total.backward()
-        grads.append([parameter.grad for parameter in model.parameters()])
-    assert_same_tensors(*grads)
+            states.append(layer(states[-1]))
+        return sum(state.square().sum() for state in states[1:])
+
+    assert_exact_is_store(model, loss)
 
 
 def test_a_forward_that_stops_early_has_gradients():
     model = revnets.make_reversible(ResidualNetwork())
-    grads = []
-    for mode in ("store", "exact"):
-        set_memory(model, mode)
-        model.zero_grad()
-        torch.manual_seed(1)
+
+    def loss() -> torch.Tensor:
         x = model.stem(inputs())
         for layer in model.layers[:4]:
             x = layer(x)
-        x.square().sum().backward()
-        grads.append([parameter.grad for parameter in model.parameters()])
-    assert_same_tensors(*grads)
+        return x.square().sum()
+
+    assert_exact_is_store(model, loss)
     training_step(model, inputs(), memory="exact")  # and the next forward begins anew
 
 
 def test_two_forwards_before_one_backward():
     model = revnets.make_reversible(ResidualNetwork(dropout=0.0))
-    grads = []
-    for mode in ("store", "exact"):
-        set_memory(model, mode)
-        model.zero_grad()
-        (model(inputs(0)).sum() * model(inputs(1)).sum()).backward()
-        grads.append([parameter.grad for parameter in model.parameters()])
-    assert_same_tensors(*grads)
+    assert_exact_is_store(model, lambda: model(inputs(0)).sum() * model(inputs(1)).sum())
 
 
 def test_threads_have_passes_of_their_own():
