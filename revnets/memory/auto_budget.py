@@ -50,6 +50,16 @@ def keep_budget(model: nn.Module, budget: Budget | int | str) -> None:
         model.register_forward_pre_hook(_before_call, with_kwargs=True)
 
 
+def forget_budget(model: nn.Module) -> None:
+    """Take back what `keep_budget` did to a model, planned or pending, where its columns are about to go."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _before_call:
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for name in ("memory_plan", "_planned_entry"):
+        model.__dict__.pop(name, None)
+
+
 Host = TypeVar("Host", bound=nn.Module)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

@@ -106,8 +106,11 @@ def undo_reversible(model: Model) -> Model:
             block.__dict__["forward"] = cell.wrapper
         if cell.blend.learned is not None:
             del block.blend
+    from revnets.memory.auto_budget import forget_budget
+
     for module in model.modules():
         module.__dict__.pop("set_grad_checkpointing", None)
+        forget_budget(module)
     return model
 
 

@@ -130,6 +130,16 @@ def test_undo_gives_the_original_back():
     assert not rewired_sequences(model)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_undo_drops_a_budget(steps):
+    model = revnets.make_reversible(ResidualNetwork(), memory={"budget": "1GiB"})
+    for _ in range(steps):
+        model(inputs()).sum().backward()
+    revnets.undo_reversible(model)
+    model(inputs()).sum().backward()
+    assert "memory_plan" not in vars(model)
+
+
 def test_undo_keeps_what_was_trained():
     model = revnets.make_reversible(ResidualNetwork())
     training_step(model, inputs(), memory="exact")
