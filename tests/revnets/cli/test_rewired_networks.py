@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,19 @@ def test_a_folder_that_names_another_architecture(gpt2: Path, tmp_path: Path):
     with pytest.raises(SpecError) as error:
         reversible_model(f"hf:{tmp_path}", [], blend=0.1)
     assert (error.value.key, error.value.code) == ("architectures", "unknown-model")
+
+
+def test_a_folder_that_asks_for_too_many_layers(gpt2: Path, tmp_path: Path):
+    config = json.loads((gpt2 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 10**9}))
+    with pytest.raises(SpecError) as error:
+        reversible_model(f"hf:{tmp_path}", [], blend=0.1)
+    assert (error.value.key, error.value.code) == ("n_layer", "too-large")
+
+
+def test_a_pipe_is_no_configuration(tmp_path: Path):
+    pytest.importorskip("transformers")
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(SpecError) as error:
+        reversible_model(f"hf:{tmp_path}", [], blend=0.1)
+    assert error.value.code == "not-a-file"
