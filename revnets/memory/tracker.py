@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry
 
@@ -95,7 +96,7 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is _DEVICE:
-            return func(*args, **kwargs)
+            return _device_of(*args)
         given = {storage._cdata: (storage, storage.nbytes()) for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
         # `torch.tensor` makes its tensor in silence and shows it here, as an argument, for the first time.
@@ -155,9 +156,9 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         if func is _DEVICE:
-            return result
+            return _device_of(*args)
+        result = func(*args, **kwargs)
         op = getattr(func, "overloadpacket", func)  # higher-order operators have no overloads
         if getattr(func, "namespace", None) != "prim":
             self.ops[str(op)] += 1
@@ -169,6 +170,14 @@ class OpCounter(TorchDispatchMode):
 
 _DEVICE = torch.ops.prim.device.default
 """Fake tensors dispatch every question for their device: more than half of all calls, which make no tensor."""
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    """What the modes below would answer, without a dispatch to each: inside of a kernel, fake tensors are meta ones."""
+    if not isinstance(tensor, FakeTensor):
+        return _DEVICE(tensor)
+    return torch.device("meta") if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
+
 
 _FLOPS = {
     **flop_registry,
