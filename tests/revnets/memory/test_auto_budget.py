@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from functools import cache
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from revnets.memory.tracker import MemoryTracker
 from revnets.models.plan import PlanError, plan
 from revnets.utils.format import size
 from tests.support.errors import raises_error
+from tests.support.simulated_steps import simulated_once
 
 NET = {
     "columns": 3,
@@ -30,7 +31,12 @@ NET = {
 SHAPE = (401, 13)  # activations outweigh weights
 
 
-@cache
+@pytest.fixture(scope="module", autouse=True)
+def _simulated_once() -> Iterator[None]:
+    with simulated_once():
+        yield
+
+
 def between(share: float, shape: tuple[int, ...] = SHAPE, **request) -> int:
     """A budget between the least and the most that the net can take."""
     rows = {row.mode: row for row in plan(NET, shape, optimizer="none", modes=("store", "exact"), **request).modes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from revnets.models.plan import PlanError, plan
 from revnets.plotting.memory_plan import parts_of, plan_figure
 from tests.support.errors import assert_error, raises_error
 from tests.support.paths import ROOT
+from tests.support.simulated_steps import simulated_once
 
 EXAMPLES = ROOT / "examples/configs"
 NARROW = ["levels.0.dim=16", "levels.1.dim=32", "levels.2.dim=64", "levels.3.dim=128"]  # activations outweigh weights
@@ -29,7 +31,7 @@ SMALL = ["columns=2", *NARROW, *SHALLOW]
 CASES = [  # net, overrides, input shape
     ("revcol_tiny.yaml", ["columns=2"], (3, 3, 64, 64)),
     ("revcol_tiny.yaml", ["columns=2", "gain.init=0.2", *SHALLOW], (2, 3, 96, 64)),
-    ("revcol_small.yaml", ["columns=3", "taps=[1]", "drop_path=0.1"], (2, 3, 64, 64)),
+    ("revcol_small.yaml", ["columns=3", "taps=[1]", "drop_path=0.1", *SHALLOW], (2, 3, 64, 64)),
     (
         "huge_reads.yaml",
         ["columns=2", *SHALLOW, "levels.0.dim=24", "levels.1.dim=48", "levels.2.dim=96", "levels.3.dim=192"],
@@ -41,6 +43,12 @@ CASES = [  # net, overrides, input shape
     ("eq2.yaml", ["columns=2", *SHALLOW], None),
     ("vectors.yaml", ["columns=3"], None),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _simulated_once() -> Iterator[None]:
+    with simulated_once():
+        yield
 
 
 def built(name: str, overrides: list[str], shape: tuple[int, ...] | None) -> tuple[revnets.Net, tuple[int, ...]]:

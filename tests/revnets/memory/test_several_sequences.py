@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -10,9 +12,16 @@ from revnets.analysis.memory_scaling import step_bytes
 from revnets.memory.simulation import typical_gamma
 from revnets.memory.store_selection import costs_of_cells
 from revnets.memory.tracker import OpCounter
+from tests.support.simulated_steps import simulated_once
 from tests.support.staged_networks import DEPTHS, RewiredNet, StagedNet, images, staged_net
 
 KINDS = pytest.mark.parametrize("kind", [StagedNet, RewiredNet])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _simulated_once() -> Iterator[None]:
+    with simulated_once():
+        yield
 
 
 def between(kind: type[StagedNet], share: float) -> int:
