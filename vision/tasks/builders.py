@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
+from itertools import chain
 from pkgutil import resolve_name
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 
 from revnets import ReversibleColumns, SpecError, build
 from revnets.config.errors import PartError, nearest
@@ -109,12 +111,15 @@ def fake_output(model: nn.Module, shape: Sequence[int]) -> Any:
         revnets.SpecError: it does not take such images.
     """
     was_training, device = model.training, next(model.parameters()).device
-    # Tensors on the meta device have no values anyhow, and are faster than fake ones.
-    without_values = nullcontext() if device.type == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
+    weights = {name: tensor.to("meta") for name, tensor in chain(model.named_parameters(), model.named_buffers())}
     model.eval()  # dropout would draw random numbers, BatchNorm would take the zeros into its statistics
     try:
-        with torch.no_grad(), without_values:
-            return model(torch.zeros(1, *shape, device=device))
+        with torch.no_grad():
+            try:
+                return functional_call(model, weights, (torch.zeros(1, *shape, device="meta"),))
+            except Exception:  # it makes tensors on a device by name: fake ones, which are slower, go with them
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    return model(torch.zeros(1, *shape, device=device))
     except RuntimeError as error:
         sizes = " x ".join(str(size) for size in shape)
         problem = f"does not take images of {sizes} ({first_line(error)})"
