@@ -43,25 +43,43 @@ def step(
     train: Train | None = None,
     autocast: torch.dtype | None = None,
 ) -> Result:
-    """One training step on a copy of the net: from equal random state, so that results of two modes can be compared.
+    """One training step that leaves the net as it was: from equal random state, so results of two modes compare.
 
     Args:
-        train: forward and backward; by default the gradient of `loss_of` of all levels.
+        train: forward and backward; by default the gradient of `loss_of` of all levels. It gets a copy of the net.
     """
-    net = copy.deepcopy(net)
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
-    if memory is not None:
-        net.memory = memory
-    torch.manual_seed(7)
-    if train is None:
-        with torch.autocast("cpu", autocast) if autocast else nullcontext():
-            outputs: Sequence[Tensor] = net(x)
-            loss = loss_of(outputs)
-        loss.backward()
-    else:
-        outputs = train(net, x)
-    grads = {name: parameter.grad for name, parameter in net.named_parameters()} | {"input": x.grad}
-    return Result([output.detach() for output in outputs], grads, dict(net.named_buffers()))
+    with nullcontext(copy.deepcopy(net)) if train else _left_as_it_is(net) as net:
+        x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
+        if memory is not None:
+            net.memory = memory
+        torch.manual_seed(7)
+        if train is None:
+            with torch.autocast("cpu", autocast) if autocast else nullcontext():
+                outputs: Sequence[Tensor] = net(x)
+                loss = loss_of(outputs)
+            loss.backward()
+        else:
+            outputs = train(net, x)
+        grads = {name: parameter.grad for name, parameter in net.named_parameters()} | {"input": x.grad}
+        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    return Result([output.detach() for output in outputs], grads, buffers)
+
+
+@contextmanager
+def _left_as_it_is(net: ReversibleColumns) -> Iterator[ReversibleColumns]:
+    """Begins without gradients, and takes back all that a step changes. Copies of deep nets take longer than steps."""
+    parameters, buffers, policy = list(net.parameters()), list(net.buffers()), net.policy
+    grads, values = [parameter.grad for parameter in parameters], [buffer.clone() for buffer in buffers]
+    net.zero_grad()
+    try:
+        yield net
+    finally:
+        net.policy = policy
+        with torch.no_grad():
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
 
 
 def assert_same(result: Result, expected: Result) -> None:
