@@ -144,7 +144,7 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.columns.graph.columns == 2
     with raises_error(code="unknown-model", source="revcol_tinny", names="Did you mean revcol_tiny?"):
         load_model("revcol_tinny")
-    done = CliRunner().invoke(main.app, ["plan", "test_revcol", "--batch", "2", "--json"])
+    done = CliRunner().invoke(main.app, ["plan", "test_revcol", "columns=2", "--batch", "2", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["input_shape"][:2] == [2, 3]
     failed = CliRunner().invoke(main.app, ["audit", "resnet10t", "--input", "3,32,32"])

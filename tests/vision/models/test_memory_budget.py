@@ -26,7 +26,8 @@ BUDGET = {"budget": "1GiB", "optimizer": "none"}
 
 def create(**options) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("test_revcol", **{"num_classes": 11, "columns": 2, "memory": BUDGET, **options}).train()
+    small = {"num_classes": 11, "columns": 2, "depths": (1, 1, 1, 1), "memory": BUDGET}
+    return timm.create_model("test_revcol", **{**small, **options}).train()
 
 
 def images(batch: int = 2) -> Tensor:
