@@ -24,7 +24,8 @@ class ReversibleColumns(nn.Module):
 
     Args:
         graph: which cell reads what, see `revnets.engine.graph.wire`.
-        cells: one `Cell` per node, in order. `self.cells[c][l]` is the cell at column c, level l.
+        cells: one `Cell` per node, in order. `self.cells[c][l]` is the cell at column c, level l, in either
+            direction.
         memory: `store`, `recompute`, `invert` or `exact`, or one of them per column. It can be changed at any time
             through the attribute `memory`; it is no part of the state dict.
         verify: keep a checksum of every state and compare it with the state that backward rebuilds; raises a
@@ -50,7 +51,7 @@ class ReversibleColumns(nn.Module):
                 raise ArgumentError(text, "cells", code="conflicting-values")
         self.graph = graph
         self.cells = nn.ModuleList(
-            nn.ModuleList(cells[start : start + graph.m]) for start in range(0, len(cells), graph.m)
+            nn.ModuleList(cells[index] for index in graph.states_of(column)) for column in range(graph.columns)
         )
         self._policy = MemoryPolicy(memory_modes(memory, graph.columns), verify=verify)
 
@@ -152,7 +153,11 @@ class ReversibleColumns(nn.Module):
 
     def flat(self) -> list[Cell]:
         """All cells in the order in which they run."""
-        return [cell for column in self.cells for cell in cast(Iterable[Cell], column)]
+        found: list[Cell] = []
+        for index, column in enumerate(self.cells):
+            cells = list(cast(Iterable[Cell], column))
+            found += cells[::-1] if self.graph.is_down(index) else cells
+        return found
 
     @overload
     def forward(self, x: Tensor, *, taps: tuple[()] = (), stop: int | None = None, **context: Any) -> list[Tensor]: ...
@@ -171,14 +176,15 @@ class ReversibleColumns(nn.Module):
 
         Args:
             x: the stem's output; channels are the last axis.
-            taps: columns whose last level is handed out as well. A tapped state stays alive as long as its caller
+            taps: columns whose top level is handed out as well. A tapped state stays alive as long as its caller
                 holds it.
             stop: index of the first cell that is left out, and with it all later ones; by default all cells run.
             context: keyword arguments for the function of every cell, such as a padding mask.
 
         Returns:
-            A list of m states, or of those among them that no level above has replaced (residuals within a column);
-            with taps, the pair (that list, list of tapped states).
+            A list of m states, level 0 first also where the last column runs down, or of those among them that no
+            other level has replaced (residuals within a column); with taps, the pair (that list, list of tapped
+            states). If the last column is cut short, the levels that it lacks come first, from the column before.
 
         Raises:
             ArgumentError: there is no such tap or cell.
@@ -314,7 +320,7 @@ def _warn_of_pending(columns: ReversibleColumns, budget: Budget) -> None:
 
 
 def tap_index(graph: Graph, column: int) -> int:
-    """The state that a tap at this column hands out: its last level.
+    """The state that a tap at this column hands out: its top level, which a column that runs down begins with.
 
     Raises:
         ArgumentError: there is no such column.
@@ -323,4 +329,4 @@ def tap_index(graph: Graph, column: int) -> int:
         raise ArgumentError(
             f"tap {column!r}: columns are numbered 0 to {graph.columns - 1}", "taps", code="out-of-range"
         )
-    return min((column + 1) * graph.m, len(graph.nodes)) - 1
+    return graph.states_of(column)[-1]

@@ -191,7 +191,10 @@ def _run_taped(
 def invert(
     graph: Graph, cells: Sequence[nn.Module], last: Sequence[Tensor], stem: Tensor, context: Mapping[str, Any]
 ) -> list[list[Tensor]]:
-    """All states from those that are left at the end, column by column, last column first. No gradients."""
+    """All states from those that are left at the end, column by column, last column first, each from level 0 up.
+
+    No gradients are recorded.
+    """
     states = dict(zip(graph.last, last, strict=True))
     with torch.no_grad():
         for node in reversed(graph.nodes):
@@ -199,10 +202,7 @@ def invert(
                 continue
             reads = [stem if read == STEM else states[read] for read in node.reads]
             states[node.residual] = cells[node.index](*reads, couple=partial(subtract, states[node.index]), **context)
-    columns: list[list[Tensor]] = [[] for _ in range(graph.columns)]
-    for node in graph.nodes:
-        columns[node.column].append(states[node.index])
-    return columns[::-1]
+    return [[states[index] for index in graph.states_of(column)] for column in reversed(range(graph.columns))]
 
 
 def _needs_grad(cell: nn.Module, reads: list[Tensor], context: Mapping[str, Any]) -> bool:

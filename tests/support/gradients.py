@@ -118,8 +118,9 @@ class PlainColumns(ReversibleColumns):
 
     def forward(self, x: Tensor, *, taps: Sequence[int] = (), **context: Any) -> Any:
         states = self.states(x)
-        tapped = [states[(tap + 1) * self.graph.m - 1] for tap in taps]
-        return (states[-self.graph.m :], tapped) if taps else states[-self.graph.m :]
+        at = {(node.column, node.level): state for node, state in zip(self.graph.nodes, states, strict=True)}
+        last = [at[place] for place in sorted(at)][-self.graph.m :]
+        return (last, [at[tap, self.graph.m - 1] for tap in taps]) if taps else last
 
 
 def plain(net: ReversibleColumns) -> PlainColumns:

@@ -159,6 +159,7 @@ def token_net(
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
     seed: int = 0,
+    directions: Sequence[str] | None = None,
 ) -> ReversibleColumns:
     """Columns of m levels of shape (B, N / 2^l, dims[l]), N = 2^(m-1) (or N throughout without `halve`).
 
@@ -167,16 +168,17 @@ def token_net(
         reads: per level; RevCol's `below` and `above` without.
         gamma: where learnable gains start, or a function dim -> gain.
         scale: factor on all weights; below 1 the cells are tamer than PyTorch's initialisation makes them.
+        directions: of the columns; up without.
     """
     torch.manual_seed(seed)
     dims = list(dims or (5 + 2 * level for level in range(m)))
     lengths = [2 ** (m - 1 - (level if halve else 0)) for level in range(m)]
     make_gain = gamma if callable(gamma) else lambda dim: Gain(dim, gamma)
-    graph = wire(m * columns, m, reads or [REVCOL] * m)
+    graph = wire(m * columns, m, reads or [REVCOL] * m, directions=directions)
 
     def make(node: Node) -> Cell:
         dim = dims[node.level]
-        read_dims = [dims[0] if read == STEM else dims[read % m] for read in node.reads]
+        read_dims = [dims[0] if read == STEM else dims[graph.nodes[read].level] for read in node.reads]
         block = BLOCKS[blocks[node.index % len(blocks)]](dim)
         gain = None if node.residual is None else make_gain(dim)
         return Cell(TokenFunction(block, dim, lengths[node.level], read_dims), gain)

@@ -66,8 +66,8 @@ class Verifier:
         return expected is not None and not torch.equal(checksum(state.detach()), expected)
 
     def _place(self, index: int) -> str:
-        column, level = divmod(index, self.graph.m)
-        return f"column {column}, level {level}"
+        node = self.graph.nodes[index]
+        return f"column {node.column}, level {node.level}"
 
 
 def checksum(state: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from revnets.engine import graph as graph_module
-from revnets.engine.graph import STEM, Graph, ReadError, wire
+from revnets.engine.graph import DIRECTIONS, STEM, Graph, Node, ReadError, wire
 from tests.support.errors import raises_error
 
 
@@ -109,6 +110,96 @@ def test_every_read_is_still_there_when_it_is_inverted(data, m, length):
         assert node.reads
         assert len(set(node.reads)) == len(node.reads)
         assert all(read == STEM or max(0, node.index - m + 1) <= read < node.index for read in node.reads)
+
+
+DOWN = wire(16, 4, [["below", "above"]] * 4, directions=["up", "up", "down", "down"])
+
+
+def test_a_column_that_runs_down_is_the_mirror_image():
+    assert [node.level for node in DOWN.nodes[4:]] == [0, 1, 2, 3, 3, 2, 1, 0, 3, 2, 1, 0]
+    assert reads(DOWN)[8:] == [(6,), (8, 5), (9, 4), (10,), (9,), (12, 10), (13, 11), (14,)]
+    kinds = [[DOWN.kind(node, read) for read in node.reads] for node in DOWN.nodes[12:]]
+    assert kinds == [["above"], ["below", "above"], ["below", "above"], ["below"]]
+    assert DOWN.table()[9] == ("c2.l2", "c2.l3, c1.l1", "c1.l2")
+
+
+def test_residuals_are_nearer_where_the_direction_turns():
+    graph = wire(16, 4, [["below", "above"]] * 4, directions=["up", "down", "up", "up"])
+    distances = [node.index - node.residual for node in graph.nodes if node.residual is not None]
+    assert distances == [1, 3, 5, 7, 1, 3, 5, 7, 4, 4, 4, 4]
+
+
+def test_the_states_of_a_column_from_level_0_up():
+    assert [list(DOWN.states_of(column)) for column in range(4)] == [
+        *[[0, 1, 2, 3], [4, 5, 6, 7]],
+        *[[11, 10, 9, 8], [15, 14, 13, 12]],
+    ]
+    assert DOWN.last == (15, 14, 13, 12)
+    short = Graph(4, DOWN.nodes[:10])  # levels 0 and 1 are still those of the column before
+    assert short.last == (4, 5, 9, 8)
+    assert short.is_invertible
+
+
+def test_other_reads_of_a_column_that_runs_down():
+    tokens: list[str | int] = ["top", "full", "before", "stem", 1, 3]
+    found = {token: wire(12, 4, [[token]] * 4, [0] * 4, ["up", "down", "down"]).nodes for token in tokens}
+    at_turn, after = ({token: [node.reads for node in nodes[start : start + 4]] for token, nodes in found.items()}
+                      for start in (4, 8))  # fmt: skip
+    assert at_turn["top"] == [(0,), (0,), (0,), (STEM,)]
+    assert after["top"] == [(7,), (7,), (7,), (STEM,)]
+    assert at_turn["full"] == [(0, 1, 2), (4, 0, 1), (5, 4, 0), (6, 5, 4)]
+    assert after["full"] == [(7, 6, 5), (8, 7, 6), (9, 8, 7), (10, 9, 8)]
+    assert at_turn["before"] == [(0, 1, 2, 3)] * 4
+    assert at_turn["stem"] == [(STEM,)] * 4
+    assert (at_turn[1], after[1]) == ([(0,), (4,), (5,), (6,)], [(7,), (8,), (9,), (10,)])
+    assert (at_turn[3], after[3]) == ([(2,), (1,), (0,), (4,)], [(5,), (6,), (7,), (8,)])
+
+
+def test_a_constant_enters_at_the_first_level_of_a_column():
+    graph = wire(12, 3, [["below"]] * 3, directions=["up", "up", "down", "down"], constant=2)
+    assert [graph.name(node.index) for node in graph.nodes if node.constant] == ["c2.l2"]
+    assert graph.table()[6] == ("c2.l2", "stem, constant", "c1.l2")
+
+
+def test_nodes_of_pickles_without_a_constant():
+    node = DOWN.nodes[9]
+    old = object.__new__(Node)
+    old.__setstate__([9, 2, 2, (8, 5), 6])  # the fields that there were
+    assert old == node == pickle.loads(pickle.dumps(node))
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "code", "names"),
+    [
+        ({"directions": ["up", "left", "down"]}, "directions", "unknown-choice", ["left", "up and down"]),
+        ({"directions": ["down", "up", "down"]}, "directions", "conflicting-values", "first column"),
+        ({"directions": ["up", "down"]}, "directions", "wrong-length", ["2 directions", "3 columns"]),
+        ({"constant": 3}, "constant", "out-of-range", ["column 3", "0 to 2"]),
+        ({"constant": -1}, "constant", "out-of-range", "-1"),
+        ({"constant": True}, "constant", "out-of-range", "True"),
+    ],
+)
+def test_directions_and_constants_that_do_not_fit(options, key, code, names):
+    with raises_error(ReadError, code=code, key=key, names=names):
+        wire(8, 3, [["below"]] * 3, **options)
+
+
+@given(st.data(), st.integers(2, 6), st.integers(1, 40))
+def test_a_cell_reads_the_latest_states_of_other_levels_in_any_directions(data, m, length):
+    token = st.sampled_from([*TOKENS, *range(1, m)])
+    level_reads = data.draw(st.lists(st.lists(token, max_size=4), min_size=m, max_size=m))
+    later = -(-length // m) - 1
+    directions = ["up", *data.draw(st.lists(st.sampled_from(DIRECTIONS), min_size=later, max_size=later))]
+    graph = wire(length, m, level_reads, directions=directions)
+    latest: dict[int, int] = {}
+    for node in graph.nodes:
+        position = node.index % m
+        assert node.level == (position if directions[node.column] == "up" else m - 1 - position)
+        assert node.residual == latest.pop(node.level, None)
+        assert set(node.reads) <= {STEM, *latest.values()}
+        latest[node.level] = node.index
+    assert sorted(graph.last) == sorted(latest.values())
+    assert graph.is_invertible
 
 
 def test_torch_is_not_needed():

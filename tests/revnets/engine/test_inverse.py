@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from revnets.engine.columns import ReversibleColumns, ReversibleSequence
 from revnets.engine.executor import run
+from revnets.engine.graph import DIRECTIONS
 from tests.support.gradients import assert_same, plain, rebuilt_states, step
 from tests.support.networks import BLOCKS, STEADY, Mlp, stem_of, token_net
 
@@ -17,20 +19,27 @@ PRIMES = (2, 3, 5, 7, 11)
 
 @st.composite
 def token_nets(draw: st.DrawFn, gains: st.SearchStrategy[float], max_columns: int, blocks: tuple[str, ...], **options):
-    """Token nets of any m, width, wires, gains and cells."""
+    """Token nets of any m, width, wires, gains, cells and directions."""
     m = draw(st.integers(2, 6))
+    columns = draw(st.integers(1, max_columns))
     token = st.sampled_from(["below", "above", "stem", "top", "full", *range(1, m)])
     return token_net(
         m=m,
-        columns=draw(st.integers(1, max_columns)),
+        columns=columns,
         blocks=draw(st.lists(st.sampled_from(blocks), min_size=1, max_size=4)),
         reads=draw(st.lists(st.lists(token, min_size=1, max_size=3), min_size=m, max_size=m)),
         gamma=draw(gains),
         dims=draw(st.lists(st.sampled_from(PRIMES), min_size=m, max_size=m)),
         halve=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
+        directions=["up", *draw(st.lists(st.sampled_from(DIRECTIONS), min_size=columns - 1, max_size=columns - 1))],
         **options,
     )
+
+
+def in_order(net: ReversibleColumns, columns: list[list[Tensor]]) -> list[Tensor]:
+    """The states that `inverse` gives, last column first and each from level 0 up, in the order of the cells."""
+    return [columns[::-1][node.column][node.level] for node in net.graph.nodes]
 
 
 def any_gain(low: float, high: float) -> st.SearchStrategy[float]:
@@ -44,8 +53,8 @@ def test_inverse_reconstructs_the_states(net: ReversibleColumns):
     with torch.no_grad():
         states = plain(net).states(x)
         columns = net.inverse(net(x), x)
-    rebuilt = [state for column in reversed(columns) for state in column]
-    assert len(rebuilt) == len(states)
+    rebuilt = in_order(net, columns)
+    assert sum(map(len, columns)) == len(rebuilt) == len(states)
     for state, other in zip(states, rebuilt, strict=True):
         assert (state - other).norm() <= 1e-9 * state.norm()
 
@@ -96,7 +105,7 @@ def test_inverse_is_the_forward_backwards(net: ReversibleColumns):
     assume(net.graph.columns > 1)
     with torch.no_grad():
         last = [torch.randn_like(level) for level in net(x)]
-        states = [state for column in reversed(net.inverse(last, x)) for state in column]
+        states = in_order(net, net.inverse(last, x))
         for node, cell in zip(net.graph.nodes, net.flat(), strict=True):
             if node.residual is not None:
                 reads = [x if read < 0 else states[read] for read in node.reads]
