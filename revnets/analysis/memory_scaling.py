@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from revnets.config.errors import SpecError
+from revnets.config.net_spec import load_spec
 from revnets.engine.columns_group import find_columns
 from revnets.engine.drift import DriftWarning
 from revnets.memory.simulation import total
@@ -56,7 +58,22 @@ class Step:
     def model(self, columns: int, device: str = "cpu") -> nn.Module:
         """The net with that many columns; on the device `meta` it takes no memory."""
         with torch.device(device):
-            return load_model(self.source, [*self.overrides, f"columns={columns}"], trust=self.trust)
+            overrides = [*self.overrides, f"columns={columns}", *self._directions(columns)]
+            return load_model(self.source, overrides, trust=self.trust)
+
+    def _directions(self, columns: int) -> list[str]:
+        """Overrides for a net with columns that run down: as large a part of them does so, whatever their number."""
+        if Path(self.source).suffix.lower() not in (".yaml", ".yml"):
+            return []
+        spec = load_spec(self.source, self.overrides, trust=self.trust)
+        if "down" not in spec.directions:
+            return []
+        directions = [spec.directions[column * spec.columns // columns] for column in range(columns)]
+        overrides = [f"direction=[{', '.join(directions)}]"]
+        if spec.constant is not None:
+            column = -(-spec.constant.column * columns // spec.columns)
+            overrides.append(f"constant.column={min(column, columns - 1)}")
+        return overrides
 
     def point(self, kind: str, mode: str, columns: int, parameters: int, kept: int, peak: int) -> Point:
         """What was found about it."""

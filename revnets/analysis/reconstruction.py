@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from itertools import count, groupby
+from itertools import count
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -74,8 +74,10 @@ def _compare(columns: ReversibleColumns, stem: Tensor, contexts: Contexts, seed:
     by_inverse = _rebuilt(columns, stem, contexts, seed, Memory.INVERT)
     by_lost_bits = _rebuilt(columns, stem, contexts, seed, Memory.EXACT)
     result = []
-    for column, group in groupby(sorted(by_inverse), key=lambda t: t // columns.graph.m):
-        indices = list(group)
+    for column in range(columns.graph.columns):
+        indices = [t for t in columns.graph.states_of(column) if t in by_inverse]
+        if not indices:
+            continue
         levels = [by_inverse[t] for t in indices]
         result.append(
             ColumnAudit(

@@ -7,12 +7,14 @@ from itertools import islice
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
+from revnets.config.column_order import MAX_COUNT, ConstantSpec, count_columns
 from revnets.config.errors import nearest, problem, show, what
 from revnets.config.loader import Overrides, Source, Strict, read_layers
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.registry import PartSpec, find_component, name_and_options, options, part
-from revnets.engine.graph import READS, Graph, ReadError, ReadToken, wire
+from revnets.engine.graph import DIRECTIONS, READS, Graph, ReadError, ReadToken, wire
 from revnets.engine.memory_mode import Memory
 
 
@@ -31,19 +33,23 @@ def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _modes(value: Any) -> Any:
-    if isinstance(value, (dict, BudgetSpec)):
-        return value
-    given = tuple(value) if isinstance(value, (list, tuple)) else value
-    for mode in given if isinstance(given, tuple) else (given,):
-        if not isinstance(mode, str):
-            remedy = f"Give {', '.join(Memory)}, a list of one per column, or {{budget: 24GiB}}"
-            raise problem(what(mode), remedy, code="wrong-type")
-        if mode not in list(Memory):
-            raise problem(
-                f"{show(mode)} is not a memory mode", nearest(mode, Memory, "Choose among"), code="unknown-choice"
-            )
-    return given
+def _one_or_per_column(noun: str, known: Sequence[str], more: str = "") -> BeforeValidator:
+    """Takes one word out of the known ones, or a list of one per column; mappings pass."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (dict, BudgetSpec)):
+            return value
+        given = tuple(value) if isinstance(value, (list, tuple)) else value
+        for word in given if isinstance(given, tuple) else (given,):
+            if not isinstance(word, str):
+                remedy = f"Give {', '.join(known)}, or a list of one per column{more}"
+                raise problem(what(word), remedy, code="wrong-type")
+            if word not in known:
+                remedy = nearest(word, known, "Choose among")
+                raise problem(f"{show(word)} is not a {noun}", remedy, code="unknown-choice")
+        return given
+
+    return BeforeValidator(check)
 
 
 def _some_levels(value: Any) -> Any:
@@ -58,12 +64,10 @@ Reads = Annotated[tuple[ReadToken, ...], _some((str, int), f"{', '.join(READS)} 
 Modes = Annotated[
     Annotated[str | tuple[str, ...], Tag("modes")] | Annotated[BudgetSpec, Tag("mapping")],
     Discriminator(lambda value: "mapping" if isinstance(value, (dict, BudgetSpec)) else "modes"),
-    BeforeValidator(_modes),
+    _one_or_per_column("memory mode", [*Memory], ", or {budget: 24GiB}"),
 ]
+Directions = Annotated[str | tuple[str, ...], _one_or_per_column("direction", DIRECTIONS)]
 Columns = Annotated[tuple[int, ...], _some(int, "the number of a column")]
-
-MAX_COUNT = 10_000
-"""Bound of the number of columns, and of the blocks of a level: larger numbers are typing errors."""
 
 MAX_LEVELS, MAX_SIZE = 256, 10_000
 """Bounds of the levels of a column, and of the cells, blocks and wires of a whole net, which are built one by one."""
@@ -114,6 +118,11 @@ class GainSpec(Strict):
 class _ColumnCount(Strict):
     columns: int = Field(ge=1, le=MAX_COUNT, examples=[4])
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count(cls, data: Any) -> Any:
+        return count_columns(data) if isinstance(data, dict) and isinstance(data.get("columns"), dict) else data
+
 
 class _Stem(_ColumnCount):
     stem: Annotated[PartSpec, part("stem")] = Field(examples=["{type: patchify, patch: 4}"])
@@ -133,6 +142,8 @@ class ColumnsSpec(_ColumnCount):
     fusion: Annotated[PartSpec, part("fusion")] = PartSpec(type="convnext")
     reads: Reads = ("below", "above")
     residual: int | None = Field(default=None, ge=0)
+    direction: Directions = "up"
+    constant: ConstantSpec | None = Field(default=None, examples=["{column: 2}"])
     gain: GainSpec = Field(default=GainSpec(), examples=["{init: 0.5}"])
     memory: Modes = "exact"
     verify: bool = False
@@ -149,6 +160,7 @@ class ColumnsSpec(_ColumnCount):
                 code="wrong-length",
             )
         self._check_size()
+        self._check_directions()
         _check_reads(self.reads, m, "reads")
         for index, level in enumerate(self.levels):
             if level.reads is not None:
@@ -167,7 +179,13 @@ class ColumnsSpec(_ColumnCount):
         """Nodes and wires of all columns."""
         m = len(self.levels)
         reads = [self.reads if level.reads is None else level.reads for level in self.levels]
-        return wire(self.columns * m, m, reads, self.residuals())
+        constant = None if self.constant is None else self.constant.column
+        return wire(self.columns * m, m, reads, self.residuals(), self.directions, constant)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Of each column: `up` or `down`."""
+        return (self.direction,) * self.columns if isinstance(self.direction, str) else self.direction
 
     def residuals(self) -> list[int]:
         """How many states back the residual of each level is; 0 for none."""
@@ -185,6 +203,16 @@ class ColumnsSpec(_ColumnCount):
                 remedy = f"Give fewer columns, levels or blocks: {MAX_SIZE:,} at most"
                 raise problem(text, remedy, "columns", code="out-of-range")
 
+    def _check_directions(self) -> None:
+        if len(self.directions) != self.columns:
+            text = f"{len(self.directions)} directions for {self.columns} columns"
+            raise problem(text, "Give one for all, or one per column", "direction", code="wrong-length")
+        if self.directions[0] == "down":
+            remedy = "Let the first column run up: there the stem enters, at level 0"
+            raise problem("the first column runs down", remedy, "direction", code="conflicting-values")
+        if self.constant is not None and self.constant.column >= self.columns:
+            raise _no_column(self.constant.column, self.columns, "constant", "column")
+
     def _check_residuals(self) -> None:
         m, shapes = len(self.levels), list(zip((level.dim for level in self.levels), self.reductions(), strict=True))
         for index, back in enumerate(self.residuals()):
@@ -196,8 +224,9 @@ class ColumnsSpec(_ColumnCount):
                     *place,
                     code="out-of-range",
                 )
-            other = shapes[(index - back) % m]
-            if (index >= back or self.columns > 1) and other != shapes[index]:
+            others = [shapes[(index - back) % m]] if index >= back or "up" in self.directions[1:] else []
+            others += [shapes[(index + back) % m]] if "down" in self.directions else []  # the mirror image
+            for other in (other for other in others if other != shapes[index]):
                 (dim, reduction), (dim_here, reduction_here) = other, shapes[index]
                 text = f"the residual {back} states back is {dim} channels at 1/{reduction} of the stem's sides, "
                 text += f"and this level {dim_here} at 1/{reduction_here}"
@@ -242,10 +271,7 @@ class NetSpec(ColumnsSpec, _Stem):
     def _taps_exist(self) -> Self:
         for tap in self.taps:
             if not 0 <= tap < self.columns:
-                last = self.columns - 1
-                raise problem(
-                    f"there is no column {tap}", f"Columns are numbered from 0 to {last}", "taps", code="out-of-range"
-                )
+                raise _no_column(tap, self.columns, "taps")
         return self
 
 
@@ -279,6 +305,11 @@ def dump(spec: ColumnsSpec) -> dict[str, Any]:
     data = spec.model_dump(exclude_defaults=True)
     data |= {key: flat(data[key]) for key in ("stem", "fusion", "head") if key in data}
     return data | {"levels": [flat(level) for level in data["levels"]]}
+
+
+def _no_column(column: int, columns: int, *place: str) -> PydanticCustomError:
+    remedy = f"Columns are numbered from 0 to {columns - 1}"
+    return problem(f"there is no column {column}", remedy, *place, code="out-of-range")
 
 
 def _check_reads(reads: Sequence[ReadToken], m: int, *place: str | int) -> None:

@@ -16,7 +16,7 @@ from revnets.config.registry import find_component
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.nn.fusions import Source
+from revnets.nn.fusions import Source, WithConstant
 
 NetOutput = Tensor | list[Tensor] | tuple[Tensor | list[Tensor], list[Tensor]]
 """What a net gives: with a head its result, without one the last column's states; with taps a pair (that, taps)."""
@@ -155,6 +155,8 @@ def build_columns(spec: ColumnsSpec, name: str = "spec") -> ReversibleColumns:
         sources = [_source(spec, graph, node, read, reductions) for read in node.reads]
         given = {"dim": level.dim, "reduction": reductions[node.level], "sources": sources}
         fusion = _part(name, "fusion", "fusion", spec.fusion.type, **given, **spec.fusion.options)
+        if node.constant and spec.constant is not None:
+            fusion = WithConstant(fusion, (*spec.constant.positions, level.dim))
         blocks = [_block(name, node.level, level, rate) for rate in rates[node.level]]
         cells.append(Cell(Level(fusion, blocks, level.dim, graph.name(node.index)), _gain(spec, node, level.dim)))
     if not isinstance(spec.memory, BudgetSpec):
@@ -168,7 +170,8 @@ def _source(spec: ColumnsSpec, graph: Graph, node: Node, read: int, reductions: 
     kind = graph.kind(node, read)
     if read == STEM:
         return Source(kind, spec.levels[0].dim, 1)
-    return Source(kind, spec.levels[read % graph.m].dim, reductions[read % graph.m])
+    level = graph.nodes[read].level
+    return Source(kind, spec.levels[level].dim, reductions[level])
 
 
 def _block(name: str, index: int, level: LevelSpec, rate: float) -> nn.Module:

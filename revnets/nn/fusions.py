@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -164,6 +165,35 @@ class IdentityFusion(nn.Module):
 
     def forward(self, *reads: Tensor) -> Tensor:
         return sum_up(reads)
+
+
+class WithConstant(nn.Module):
+    """A fusion, and a learned constant that is added to its result, such as the mask tokens of a decoder.
+
+    Reads as of the fusion, result (B, positions, dim).
+
+    Args:
+        fusion: of the reads.
+        shape: of the constant, (dim,) for one vector at all positions, or (positions, dim).
+    """
+
+    def __init__(self, fusion: nn.Module, shape: tuple[int, ...]):
+        super().__init__()
+        self.fusion = fusion
+        self.constant = nn.Parameter(torch.zeros(shape))
+        nn.init.trunc_normal_(self.constant, std=0.02)
+
+    def forward(self, *reads: Tensor) -> Tensor:
+        """Raises an `ArgumentError` if the positions of the constant are not those of the level."""
+        x, shape = self.fusion(*reads), self.constant.shape
+        if len(shape) > 1 and shape != x.shape[1:]:
+            raise ArgumentError(
+                f"the constant has positions {tuple(shape[:-1])}, but enters at {tuple(x.shape[1:-1])}. "
+                "Give these, or none for one vector at all positions",
+                "constant.positions",
+                code="shape-mismatch",
+            )
+        return x + self.constant
 
 
 def sum_up(terms: Iterable[Tensor]) -> Tensor:

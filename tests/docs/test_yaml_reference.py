@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 import revnets
 from revnets.config import registry
+from revnets.config.column_order import ConstantSpec
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import GainSpec, LevelSpec, NetSpec
 from revnets.config.registry import PROVIDED, names, options
@@ -53,6 +54,7 @@ def plain(value: Any) -> Any:
         ("Keys of the net", NetSpec, {"base"}),
         ("Keys of a level", LevelSpec, set()),
         ("Gain", GainSpec, set()),
+        ("Constant", ConstantSpec, set()),
         ("Budget", BudgetSpec, set()),
     ],
 )

@@ -1,0 +1,65 @@
+"""What a YAML may say about columns that run down: how many there are, and the constant that enters at one of them."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from revnets.config.errors import nearest, problem, show, what
+from revnets.config.loader import Strict
+from revnets.engine.graph import DIRECTIONS
+
+MAX_COUNT = 10_000
+"""Bound of the number of columns, and of the blocks of a level: larger numbers are typing errors."""
+
+MAX_AXES, MAX_POSITIONS = 3, 1_000_000
+"""Bounds of the positions of a constant."""
+
+
+def count_columns(data: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a net with `columns: {up: 2, down: 2}` written out: `columns: 4`, `direction: [up, up, down, down]`.
+
+    The validator of the net calls it, before it checks single keys.
+    """
+    counts: dict[str, Any] = data["columns"]
+    for key, count in counts.items():
+        if key not in DIRECTIONS:
+            remedy = nearest(key, DIRECTIONS, "Known keys are")
+            raise problem(f"unknown key (value {show(count)})", remedy, "columns", key, code="unknown-key")
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise problem(what(count), "Give a whole number", "columns", key, code="wrong-type")
+        if not 0 <= count <= MAX_COUNT:
+            text = f"{show(count)} is no number of columns"
+            raise problem(text, f"Give 0 to {MAX_COUNT}", "columns", key, code="out-of-range")
+    up, down = (counts.get(direction, 0) for direction in DIRECTIONS)
+    if not up:
+        text = "no column runs up, and the stem enters at level 0 of such a column"
+        raise problem(text, "Give at least 1", "columns", "up", code="out-of-range")
+    if "direction" in data:
+        text = "the directions are given twice, here and by the mapping of columns"
+        remedy = "Remove this key, or give columns as a number"
+        raise problem(text, remedy, "direction", code="conflicting-values")
+    return {**data, "columns": up + down, "direction": ["up"] * up + ["down"] * down if down else "up"}
+
+
+def _axes(value: Any) -> Any:
+    """A list, or the length of one axis alone, as a tuple."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class ConstantSpec(Strict):
+    """A learned constant that enters at the first level of a column, such as mask tokens at the start of a decoder."""
+
+    column: int = Field(ge=0, examples=[2])
+    positions: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_COUNT)], ...], BeforeValidator(_axes)] = ()
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if len(self.positions) > MAX_AXES or prod(self.positions) > MAX_POSITIONS:
+            remedy = f"Give at most {MAX_AXES} axes of together {MAX_POSITIONS:,} positions"
+            raise problem(f"{show(self.positions)} is too large", remedy, "positions", code="out-of-range")
+        return self
