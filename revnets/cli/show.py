@@ -42,6 +42,8 @@ def describe(
     macs, sizes = _walk(net, shape, source)
     console = Console()
     console.print(_levels(net, sizes))
+    if (table := _down(net)) is not None:
+        console.print(table)
     console.print(_wires(net))
     parts = [("stem", net.stem), ("columns", net.columns), ("head", net.head)]
     counts = ", ".join(f"{name} {_millions(parameters(part))}" for name, part in parts if part is not None)
@@ -84,33 +86,61 @@ def _walk(net: Net, shape: tuple[int, ...], source: str) -> tuple[int, list[str]
 
 
 def _levels(net: Net, sizes: Sequence[str]) -> Table:
-    spec, graph = net.spec, net.columns.graph
-    title = f"{spec.columns} column{'s' * (spec.columns > 1)} of {len(spec.levels)} levels, memory {spec.memory}"
+    spec = net.spec
+    down = spec.directions.count("down")
+    title = f"{spec.columns} column{'s' * (spec.columns > 1)} of {len(spec.levels)} levels, "
+    title += f"{f'{down} of them down, ' if down else ''}memory {spec.memory}"
     table = Table(title=title, title_justify="left")
     for name in ("level", "channels", "positions", "blocks", "reads", "parameters a column"):
         table.add_column(name, justify="left" if name in ("blocks", "reads") else "right")
-    column = min(1, spec.columns - 1)  # the first one has neither gains nor reads from above
+    # The first column has neither gains nor reads from above.
+    column = 1 if spec.columns > 1 and spec.directions[1] == "up" else 0
     for index, level in enumerate(spec.levels):
-        node = graph.nodes[column * graph.m + index]
-        reads = ", ".join(
-            graph.name(read) if read == STEM else f"{graph.kind(node, read)} {graph.name(read)}" for read in node.reads
-        )
-        count = _millions(parameters(net.columns.flat()[node.index]))
-        table.add_row(str(index), str(level.dim), sizes[index], f"{level.depth} x {level.block}", reads, count)
+        what = f"{level.depth} x {level.block}"
+        table.add_row(str(index), str(level.dim), sizes[index], what, *_cell(net, column, index))
     return table
 
 
-def _wires(net: Net, shown: int = 3) -> Table:
-    """The first columns and the last; those between are wired like the second."""
+def _down(net: Net) -> Table | None:
+    """The levels of a column that runs down, if there is one: of the second, which comes after another such."""
+    columns = [column for column, direction in enumerate(net.spec.directions) if direction == "down"]
+    if not columns:
+        return None
+    table = Table(title="columns that run down", title_justify="left")
+    for name in ("level", "reads", "parameters a column"):
+        table.add_column(name, justify="left" if name == "reads" else "right")
+    for level in reversed(range(net.columns.graph.m)):
+        table.add_row(str(level), *_cell(net, columns[min(1, len(columns) - 1)], level))
+    return table
+
+
+def _cell(net: Net, column: int, level: int) -> tuple[str, str]:
+    """What a cell reads, and its parameters."""
     graph = net.columns.graph
+    node = graph.nodes[graph.states_of(column)[level]]
+    reads = [
+        graph.name(read) if read == STEM else f"{graph.kind(node, read)} {graph.name(read)}" for read in node.reads
+    ]
+    return ", ".join([*reads, *["constant"] * node.constant]), _millions(parameters(net.columns.flat()[node.index]))
+
+
+def _wires(net: Net) -> Table:
+    """The first columns, the last, and those where the direction turns; others are wired like the one before."""
+    graph, directions = net.columns.graph, net.spec.directions
+    constant = {node.column for node in graph.nodes if node.constant}
+    hidden = {
+        column
+        for column in range(3, graph.columns - 1)
+        if len(set(directions[column - 2 : column + 1])) == 1 and column not in constant
+    }
     table = Table(title="graph", title_justify="left")
     for name in ("cell", "reads", "gamma scales"):
         table.add_column(name)
     for node, row in zip(graph.nodes, graph.table(), strict=True):
-        hidden = shown <= node.column < graph.columns - 1
-        if not hidden:
-            table.add_row(*row, end_section=node.level == graph.m - 1)
-        elif node.column == shown and node.level == 0:
+        starts, ends = node.index % graph.m == 0, (node.index + 1) % graph.m == 0
+        if node.column not in hidden:
+            table.add_row(*row, end_section=ends)
+        elif starts and node.column - 1 not in hidden:
             table.add_row("...", "...", "...", end_section=True)
     return table
 

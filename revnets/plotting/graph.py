@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from revnets.engine.errors import ArgumentError
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
 # Colours of Okabe and Ito, which colour-blind people can tell apart.
 WIRES = {
     "below": ("#0072B2", "reads a lower level"),
+    "down": ("#56B4E9", "reads a higher level of its own column"),
     "above": ("#D55E00", "reads a higher level, one column before"),
     "before": ("#CC79A7", "reads the same or a lower level, one column before"),
     "gain": ("#009E73", r"adds $\gamma$ times the state one column before"),
     "skip": ("#E69F00", r"adds $\gamma$ times a state of its own column"),
     "stem": ("#767676", "reads the stem"),
+    "constant": ("#000000", "adds a learned constant"),
 }
 
 MOST_COLUMNS = 12
 """More columns than this are drawn as the first `HEAD`, an ellipsis and the last `TAIL`."""
 HEAD, TAIL = 5, 3
+HEAD_OF_RUN, TAIL_OF_RUN = 3, 2
+"""The same for each run of columns in one direction, where the direction turns."""
 MOST_LABELLED = 4
 """Up to so many columns have the labels in every box; with more, they stand once at the left."""
 
@@ -59,6 +64,7 @@ def graph_figure(graph: Graph, labels: Sequence[str] | None = None) -> Figure:
     for node in graph.nodes:
         _draw_wires(axes, layout, node)
     _draw_stem(axes, layout)
+    _draw_constant(axes, layout)
     _draw_boxes(axes, layout)
     _draw_legend(axes, layout)
     return figure
@@ -75,8 +81,7 @@ class _Layout:
     labels: Sequence[str]
     labelled: bool  # are the labels in the boxes?
     columns: dict[int, float]  # centres of the columns that are drawn
-    hidden: range  # columns that the ellipsis stands for
-    ellipsis: float  # its centre
+    hidden: dict[range, float]  # columns that an ellipsis stands for, and its centre
     box: tuple[float, float]  # width and height
     text: float  # width of the widest label
     legend: list[list[str]]  # rows of kinds of wires
@@ -87,66 +92,89 @@ class _Layout:
     def stem(self) -> float:
         return MARGIN + len(self.legend) * LEGEND_LINE + 0.12 + STEM_HEIGHT / 2
 
+    @property
+    def top(self) -> float:
+        """Upper edge of the boxes and of the constant that enters from above."""
+        enters = any(node.constant and node.level for node in self.graph.nodes)
+        return self.level(self.graph.m - 1) + self.box[1] / 2 + enters * (LEVEL_GAP + STEM_HEIGHT)
+
     def level(self, level: int) -> float:
         height = self.box[1]
         return self.stem + STEM_HEIGHT / 2 + LEVEL_GAP + height / 2 + level * (height + LEVEL_GAP)
 
     def place(self, index: int) -> tuple[float, float, float] | None:
         """Left and right edge and centre line of a state's box, or of the ellipsis if it is one of its two ends."""
-        column, level = divmod(index, self.graph.m)
-        y = self.level(level)
-        if column in self.columns:
-            x, half = self.columns[column], self.box[0] / 2
-        elif column in (self.hidden.start, self.hidden.stop - 1):
-            x, half = self.ellipsis, 0.16
-        else:
-            return None
-        return x - half, x + half, y
+        column, y = self.graph.nodes[index].column, self.level(self.graph.nodes[index].level)
+        half = self.box[0] / 2
+        if (x := self.columns.get(column)) is None:
+            half = 0.16
+            x = next((x for hidden, x in self.hidden.items() if column in (hidden.start, hidden.stop - 1)), None)
+        return None if x is None else (x - half, x + half, y)
+
+
+def _hidden(graph: Graph) -> list[range]:
+    """Columns that are left out, where there are many: all the same, in the middle of those of one direction."""
+    whole = range(HEAD, graph.columns - TAIL)
+    if graph.columns <= MOST_COLUMNS:
+        return []
+    runs = [list(run) for _, run in groupby(range(graph.columns), graph.is_down)]
+    hidden = [range(run[0] + HEAD_OF_RUN, run[-1] + 1 - TAIL_OF_RUN) for run in runs if len(run) > MOST_COLUMNS // 2]
+    few = len(runs) > 1 and graph.columns - sum(map(len, hidden)) <= 2 * MOST_COLUMNS
+    return hidden if few else [whole]
 
 
 def _layout(graph: Graph, labels: Sequence[str] | None) -> _Layout:
-    hidden = range(HEAD, graph.columns - TAIL) if graph.columns > MOST_COLUMNS else range(0)
-    shown = [column for column in range(graph.columns) if column not in hidden]
+    ranges = _hidden(graph)
+    shown = [column for column in range(graph.columns) if not any(column in hidden for hidden in ranges)]
     labelled = labels is not None and len(shown) <= MOST_LABELLED
     names = labels or [f"level {level}" for level in range(graph.m)]
     text = max(_text_width(line) for name in names for line in name.splitlines())
     lines = max(len(name.splitlines()) for name in names)
     x = MARGIN if labelled else MARGIN + text + 0.15
-    if any(_residual_kind(graph, node) == "skip" for node in graph.nodes if node.residual is not None):
-        x += _bulge(max(node.index - node.residual for node in graph.nodes if node.residual is not None))
+    residuals = [(node, node.residual) for node in graph.nodes if node.residual is not None]
+    if skips := [node.index - residual for node, residual in residuals if graph.kind(node, residual) == "below"]:
+        x += _bulge(max(skips))
     if any(STEM in node.reads and node.level for node in graph.nodes):
         x += STEM_LANE
     # Wires from far above or below need room to fan out.
     wires = [(node, read) for node in graph.nodes for read in node.reads if read != STEM]
-    reach = max((abs(read % graph.m - node.level) for node, read in wires), default=1)
-    around = max((node.level - read % graph.m for node, read in wires if graph.kind(node, read) == "below"), default=1)
+    reach = max((abs(graph.nodes[read].level - node.level) for node, read in wires), default=1)
+    around = max((abs(_distance(graph, node, read)) for node, read in wires), default=1)
     box = (max(0.6, text + 0.24) if labelled else 0.6, max(0.35 + 0.05 * reach, lines * LINE + 0.16))
     gap = 0.55 + 0.15 * reach
-    columns, ellipsis = {}, 0.0
+    columns, ellipses = {}, {}
     for column in shown:
         columns[column] = x + box[0] / 2
         x += box[0] + gap
-        if hidden and column == hidden.start - 1:
-            ellipsis = x + 0.16
+        for hidden in (hidden for hidden in ranges if column == hidden.start - 1):
+            ellipses[hidden] = x + 0.16
             x += 0.32 + gap
     width = x - gap + MARGIN + (0.75 * _bulge(around) if around > 1 else 0)
     kinds = {_kind(graph, node, read) for node in graph.nodes for read in node.reads}
-    kinds |= {_residual_kind(graph, node) for node in graph.nodes if node.residual is not None}
+    kinds |= {_residual_kind(graph, node) for node, _ in residuals}
+    kinds |= {"constant" for node in graph.nodes if node.constant}
     legend = _flow([kind for kind in WIRES if kind in kinds], max(width, 3.4) - 2 * MARGIN)
     width = max([width, *(2 * MARGIN + sum(map(_legend_width, row)) for row in legend)])
-    layout = _Layout(graph, names, labelled, columns, hidden, ellipsis, box, text, legend, width, height=0.0)
-    return replace(layout, height=layout.level(graph.m - 1) + box[1] / 2 + HEADER + MARGIN / 2)
+    layout = _Layout(graph, names, labelled, columns, ellipses, box, text, legend, width, height=0.0)
+    return replace(layout, height=layout.top + HEADER + MARGIN / 2)
 
 
 def _kind(graph: Graph, node: Node, read: int) -> str:
     """Of the wire that a read is."""
     kind = graph.kind(node, read)
-    return "before" if kind == "above" and read % graph.m <= node.level else kind
+    if kind == "above":
+        return "above" if graph.nodes[read].level > node.level else "before"
+    return "down" if kind == "below" and graph.nodes[read].level > node.level else kind
+
+
+def _distance(graph: Graph, node: Node, read: int) -> int:
+    """How many levels a read of its own column lies below a cell; 0 for other reads."""
+    return node.level - graph.nodes[read].level if graph.kind(node, read) == "below" else 0
 
 
 def _residual_kind(graph: Graph, node: Node) -> str:
     assert node.residual is not None
-    return "skip" if node.residual // graph.m == node.column else "gain"
+    return "skip" if graph.kind(node, node.residual) == "below" else "gain"
 
 
 @cache
@@ -177,16 +205,18 @@ def _flow(kinds: list[str], width: float) -> list[list[str]]:
 def _draw_wires(axes: Axes, layout: _Layout, node: Node) -> None:
     """The wires into one cell; those that come from or go to hidden columns end at the ellipsis and are paler."""
     target = layout.place(node.index)
-    if target is None or node.column == layout.hidden.stop - 1:
+    if target is None or any(node.column == hidden.stop - 1 for hidden in layout.hidden):
         return
     graph, height = layout.graph, layout.box[1]
     left, right, y = target
-    above = sorted(read for read in node.reads if read != STEM and graph.kind(node, read) == "above")
-    for rank, read in enumerate(above):  # the higher its source, the higher a wire arrives
+    side = -1 if graph.is_down(node.column) else 1  # of the centre line; there the wires from before arrive
+    before = [read for read in node.reads if read != STEM and graph.kind(node, read) == "above"]
+    before.sort(key=lambda read: side * graph.nodes[read].level)
+    for rank, read in enumerate(before):  # the farther its source, the farther from the centre a wire arrives
         source = layout.place(read)
         if source is not None:
-            port = y + height * (0.08 + 0.4 * (rank + 1) / (len(above) + 1))
-            kind, start = _kind(graph, node, read), (source[1], source[2] - 0.3 * height)
+            port = y + side * height * (0.08 + 0.4 * (rank + 1) / (len(before) + 1))
+            kind, start = _kind(graph, node, read), (source[1], source[2] - side * 0.3 * height)
             _arrow(axes, kind, start, (left, port), pale=_pale(layout, read, node))
     if node.residual is not None and (source := layout.place(node.residual)) is not None:
         if _residual_kind(graph, node) == "gain":
@@ -199,14 +229,14 @@ def _draw_wires(axes: Axes, layout: _Layout, node: Node) -> None:
     for read in node.reads:
         if read == STEM or graph.kind(node, read) != "below":
             continue
-        distance = node.level - read % graph.m
-        source_y = layout.level(read % graph.m)
+        kind, distance = _kind(graph, node, read), abs(_distance(graph, node, read))
+        source_y = layout.level(graph.nodes[read].level)
         if distance == 1:
             middle = (left + right) / 2
-            _arrow(axes, "below", (middle, source_y + height / 2), (middle, y - height / 2))
+            _arrow(axes, kind, (middle, source_y + side * height / 2), (middle, y - side * height / 2))
         else:  # around the boxes between
-            start, end, out = source_y + 0.36 * height, y + 0.2 * height, right + _bulge(distance)
-            _arrow(axes, "below", (right, start), (out, start), (out, end), (right, end))
+            start, end, out = source_y + side * 0.36 * height, y + side * 0.2 * height, right + _bulge(distance)
+            _arrow(axes, kind, (right, start), (out, start), (out, end), (right, end))
 
 
 def _bulge(distance: int) -> float:
@@ -215,7 +245,7 @@ def _bulge(distance: int) -> float:
 
 
 def _pale(layout: _Layout, read: int, node: Node) -> bool:
-    return read // layout.graph.m in layout.hidden or node.column in layout.hidden
+    return not {layout.graph.nodes[read].column, node.column} <= layout.columns.keys()
 
 
 def _arrow(axes: Axes, kind: str, *points: tuple[float, float], pale: bool = False) -> None:
@@ -260,18 +290,28 @@ def _draw_stem(axes: Axes, layout: _Layout) -> None:
     _box(axes, first, y, 0.6, STEM_HEIGHT, "stem", "#E6E6E6")
 
 
+def _draw_constant(axes: Axes, layout: _Layout) -> None:
+    """A constant above or below the cell where it enters, beside the wires that arrive there."""
+    for node, (left, right, y) in ((n, place) for n in layout.graph.nodes if (place := layout.place(n.index))):
+        if node.constant and node.column in layout.columns:
+            side, height = (1 if node.level else -1), layout.box[1]
+            x, end = (left + right) / 2 + 0.18 * (side < 0), y + side * height / 2
+            start = end + side * LEVEL_GAP if node.level else layout.stem
+            _box(axes, x, start + side * STEM_HEIGHT / 2, 0.64, STEM_HEIGHT, "constant", "#FFFFFF")
+            _arrow(axes, "constant", (x, start), (x, end))
+
+
 def _draw_boxes(axes: Axes, layout: _Layout) -> None:
     graph, (width, height) = layout.graph, layout.box
-    last_level = (len(graph.nodes) - 1) % graph.m
     for column, x in layout.columns.items():
-        top = last_level if column == graph.columns - 1 else graph.m - 1
-        for level in range(top + 1):
-            text = layout.labels[level] if layout.labelled else rf"$x_{{{column * graph.m + level}}}$"
+        for index in graph.states_of(column):
+            level = graph.nodes[index].level
+            text = layout.labels[level] if layout.labelled else rf"$x_{{{index}}}$"
             _box(axes, x, layout.level(level), width, height, text, _tint(level, graph.m), math=not layout.labelled)
-        _text(axes, x, layout.level(graph.m - 1) + height / 2 + 0.12, f"column {column}", va="bottom")
+        _text(axes, x, layout.top + 0.12, f"column {column}", va="bottom")
     for level in range(graph.m):
-        if layout.hidden:
-            _text(axes, layout.ellipsis, layout.level(level), "• • •", color=WIRES["stem"][0])
+        for x in layout.hidden.values():
+            _text(axes, x, layout.level(level), "• • •", color=WIRES["stem"][0])
         if not layout.labelled:
             edge = MARGIN + layout.text
             _text(axes, edge, layout.level(level), layout.labels[level], ha="right")

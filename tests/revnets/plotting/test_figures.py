@@ -141,6 +141,55 @@ def test_no_wire_runs_through_a_box(reads):
         assert path[:, 0].max() < figure.get_figwidth()
 
 
+@pytest.mark.parametrize("reads", READS)
+def test_the_wires_of_columns_that_run_down(reads):
+    """Own wires run down, those from before arrive from below, and residuals stay level, whatever the states' order."""
+    directions = ["up", "down", "down", "up", "down"]
+    drawn = wire(20, 4, [READS[reads]] * 4, directions=directions)
+    figure = graph_figure(drawn)
+    boxes, wires = _boxes(figure), _wires(figure)
+    place = {node.index: node.column * 4 + node.level for node in drawn.nodes} | {STEM: STEM}
+    found = {kind: {(_touched(boxes, points[0]), _touched(boxes, points[-1])) for points in wires[kind]}
+             for kind in ("below", "down", "above", "before", "gain")}  # fmt: skip
+    expected: dict[str, set] = {kind: set() for kind in found}
+    for node in drawn.nodes:
+        for read in (drawn.nodes[read] for read in node.reads if read != STEM):
+            higher = read.level > node.level
+            kind = ("below", "down") if read.column == node.column else ("before", "above")
+            expected[kind[higher]].add((place[read.index], place[node.index]))
+        if node.residual is not None:
+            expected["gain"].add((place[node.residual], place[node.index]))
+    assert found == expected
+    assert all(points[0][1] == points[-1][1] for points in wires["gain"])
+    arrivals = {_touched(boxes, points[-1]) for points in wires["stem"]}
+    assert arrivals == {place[node.index] for node in drawn.nodes if STEM in node.reads}
+    assert_apart(figure, figure)
+
+
+@pytest.mark.parametrize(("constant", "y"), [(1, "above"), (3, "below")])
+def test_a_constant_is_drawn_where_it_enters(constant, y):
+    figure = graph_figure(wire(12, 3, [READS["revcol"]] * 3, None, ["up", "down", "down", "up"], constant), labels(3))
+    ((x, start), (_, end)) = next(points for points in _wires(figure)["constant"])
+    assert (start > end) == (y == "above")
+    header = next(text for text in texts(figure) if text.get_text() == f"column {constant}")
+    assert abs(x - header.get_position()[0]) < 0.3
+    assert words(figure).count("constant") == 2  # the box and the legend
+    assert_apart(figure, figure)
+
+
+def test_of_many_columns_those_at_a_turn_are_drawn():
+    def shown(directions: list[str]) -> list[int]:
+        figure = graph_figure(wire(2 * len(directions), 2, [READS["revcol"]] * 2, directions=directions))
+        assert figure.get_figwidth() < 25
+        assert words(figure).count("•") == words(figure).count("• • •") * 3
+        names = [text.removeprefix("column ") for text in words(figure).splitlines() if text.startswith("column ")]
+        return [int(name) for name in names]
+
+    assert shown(["up"] * 10 + ["down"] * 20) == [0, 1, 2, 8, 9, 10, 11, 12, 28, 29]
+    assert shown(["up"] * 4 + ["down"] * 10) == [0, 1, 2, 3, 4, 5, 6, 12, 13]
+    assert shown(["up", "down"] * 50) == [*range(HEAD), *range(100 - TAIL, 100)]
+
+
 def test_labels_stand_in_the_boxes_of_few_columns_and_once_beside_many():
     assert words(graph_figure(graph(MOST_LABELLED, 3), labels(3))).count("2 x convnext") == MOST_LABELLED
     assert words(graph_figure(graph(MOST_LABELLED + 1, 3), labels(3))).count("2 x convnext") == 1
