@@ -87,7 +87,7 @@ default_cfgs = generate_default_cfgs(
 def load_variant(
     name: str,
     *,
-    columns: int | None = None,
+    columns: int | Mapping[str, int] | None = None,
     dims: Sequence[int] | None = None,
     depths: Sequence[int] | None = None,
     kernel_size: int | None = None,

@@ -92,9 +92,10 @@ def similarity(
         tick()
     found = of_states[:, 1:] / (of_states[:, :1] * of_targets).sqrt()
     found = found.where(found.isfinite(), torch.nan)
-    ragged = -total % columns.graph.m  # a last column may lack its upper levels
-    found = torch.cat([found, found.new_full((ragged, 2), torch.nan)]).unflatten(0, (-1, columns.graph.m))
-    return Similarity(found[..., 0], found[..., 1], samples)
+    grid = found.new_full((columns.graph.columns, columns.graph.m, 2), torch.nan)  # the last column may lack levels
+    for node in columns.graph.nodes:
+        grid[node.column, node.level] = found[node.index]
+    return Similarity(grid[..., 0], grid[..., 1], samples)
 
 
 def gram(x: Tensor) -> Tensor:

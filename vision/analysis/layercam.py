@@ -24,10 +24,10 @@ class LayerCam(NamedTuple):
     classes: Tensor  # (B,)
     maps: list[Tensor]  # of each state x_t: (B, H, W), not negative
 
-    def grid(self, m: int) -> list[list[Tensor]]:
-        """The maps (H, W) of the first image, by column and by level; m levels a column."""
-        maps = [of_state[0].cpu() for of_state in self.maps]
-        return [maps[start : start + m] for start in range(0, len(maps), m)]
+    def grid(self, columns: ReversibleColumns) -> list[list[Tensor]]:
+        """The maps (H, W) of the first image, by column of the model and by level, level 0 first."""
+        graph = columns.graph
+        return [[self.maps[t][0].cpu() for t in graph.states_of(column)] for column in range(graph.columns)]
 
 
 def layercam(model: nn.Module, columns: ReversibleColumns, images: Tensor, classes: Tensor | None = None) -> LayerCam:

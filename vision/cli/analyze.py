@@ -109,6 +109,6 @@ def layercam(
             found = maps_of(run.model, columns, pixels, wanted)
         text = caption(run.classes, found.scores[0], int(found.classes[0]), true)
         console.print(text.replace("\n", "; "), markup=False, highlight=False)
-        grid = found.grid(columns.graph.m)
+        grid = found.grid(columns)
         figure = layercam_figure(run.pixels(pixels[0]), grid, text)
         console.print(deliver(figure, png, map_rows(grid), csv), soft_wrap=True, highlight=False, markup=False)

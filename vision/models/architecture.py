@@ -84,7 +84,14 @@ class RevCol(nn.Module):
     @property
     def levels(self) -> int:
         """Levels of the last column: all, unless they were pruned."""
-        return self.columns.graph.nodes[-1].level + 1
+        graph = self.columns.graph
+        return len(graph.states_of(graph.columns - 1))
+
+    @property
+    def _ends_down(self) -> bool:
+        """Does the last column run from its top level down? Then the lowest level that is asked for is its last one."""
+        graph = self.columns.graph
+        return graph.is_down(graph.columns - 1)
 
     def twin(self) -> RevCol:
         """The same model without values, on the meta device; what is frozen here is frozen there."""
@@ -127,17 +134,19 @@ class RevCol(nn.Module):
             x: images (B, in_chans, H, W).
             indices: which levels; the last n for a number n, all for None.
             norm: RevCol has no norm before its pooling, so this changes nothing.
-            stop_early: leave out the levels above the highest one that is asked for.
+            stop_early: leave out the levels of the last column that run after the last one that is asked for: those
+                above the highest, or below the lowest if the column runs down.
             output_fmt: `NCHW` or `NHWC`.
             intermediates_only: return only the list of levels.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ArgumentError(f"output_fmt {output_fmt!r}: choose NCHW or NHWC", "output_fmt", code="unknown-choice")
         take, highest = feature_take_indices(self.levels, indices)
-        kept = highest + 1 if stop_early else self.levels
+        kept = (self.levels - min(take) if self._ends_down else highest + 1) if stop_early else self.levels
         stop = len(self.columns.graph.nodes) - self.levels + kept
         levels = self.columns(self.stem(x), stop=stop)[-kept:]  # before them comes the rest of the window
-        out = [levels[index] if output_fmt == "NHWC" else to_nchw(levels[index]) for index in take]
+        lowest = self.levels - kept if self._ends_down else 0
+        out = [levels[index - lowest] if output_fmt == "NHWC" else to_nchw(levels[index - lowest]) for index in take]
         return out if intermediates_only else (to_nchw(levels[-1]), out)
 
     def prune_intermediate_layers(
@@ -146,10 +155,13 @@ class RevCol(nn.Module):
         """Remove what `forward_intermediates(indices=...)` does not need; returns the indices of the levels kept.
 
         Cells above the highest level of the last column go. Those of earlier columns that no level kept depends on must
-        stay in the sequence; they are frozen, so that every parameter that can be trained gets a gradient.
+        stay in the sequence; they are frozen, so that every parameter that can be trained gets a gradient. If the last
+        column runs down, no cell goes: those below the lowest level are frozen as well, and levels keep their numbers.
         """
         take, highest = feature_take_indices(self.levels, indices)
-        pruned = highest < self.levels - 1
+        if self._ends_down:
+            freeze_idle(self.columns, self.levels - min(take), self.levels)
+        pruned = highest < self.levels - 1 and not self._ends_down
         if pruned:
             self.columns = self.columns.truncated(len(self.columns.graph.nodes) - self.levels + highest + 1)
             freeze_idle(self.columns, highest + 1)
@@ -205,8 +217,8 @@ class RevCol(nn.Module):
             self.columns.memory = "exact"
 
     def no_weight_decay(self) -> set[str]:
-        """Gains, position embeddings and temperatures of attention."""
-        endings = ("gain.weight", "pos_embed", "logit_scale")
+        """Gains, position embeddings, constants that enter at a column, and temperatures of attention."""
+        endings = ("gain.weight", "pos_embed", "fusion.constant", "logit_scale")
         return {name for name, _ in self.named_parameters() if name.endswith(endings)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -220,8 +232,8 @@ class RevCol(nn.Module):
             return {"stem": r"^stem", "blocks": r"^columns\.cells\.(\d+)"}
         places: dict[int, list[str]] = {}
         for column in range(self.columns.graph.columns):
-            first = 0
-            for level, spec in enumerate(self.spec.levels):
+            first, levels = 0, list(enumerate(self.spec.levels))
+            for level, spec in levels[::-1] if self.columns.graph.is_down(column) else levels:
                 cell = rf"{column}\.{level}\."
                 places.setdefault(column + 1, []).append(cell + "gain")
                 places.setdefault(column + first + 1, []).append(cell + r"function\.fusion")
@@ -245,10 +257,11 @@ def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def freeze_idle(columns: ReversibleColumns, levels: int) -> None:
-    """Freeze the cells that none of the last `levels` states depends on."""
+def freeze_idle(columns: ReversibleColumns, levels: int, last: int | None = None) -> None:
+    """Freeze the cells that none of the first `levels` among the `last` states depends on; by default, of all these."""
     nodes = columns.graph.nodes
-    needed = {node.index for node in nodes[-levels:]}
+    start = len(nodes) - (last or levels)
+    needed = {node.index for node in nodes[start : start + levels]}
     for node in reversed(nodes):
         if node.index in needed:
             needed.update(node.reads if node.residual is None else (*node.reads, node.residual))

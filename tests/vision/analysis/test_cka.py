@@ -170,3 +170,16 @@ def test_too_few_images_and_a_single_class_are_told(net) -> None:
     assert alike.images.isfinite().all()
     with raises_error(code="too-few-samples", key="--batch", names=["9 images", "one class"]):
         alike.require_defined()
+
+
+def test_states_of_a_column_that_runs_down_are_listed_by_level() -> None:
+    torch.manual_seed(0)
+    levels = [{"dim": 5, "depth": 1, "block": "convnext"}, {"dim": 7, "depth": 1, "block": "convnext"}]
+    net = build({"columns": {"up": 1, "down": 1}, "stem": {"type": "patchify", "patch": 2}, "levels": levels}).eval()
+    images, labels = drawn(6, 3, 8, 8).float(), torch.arange(6) % 2
+    found = similarity(net, net.columns, [(images, labels)])
+    with torch.no_grad():
+        last = net(images)
+    expected = [float(cka(gram(state), gram(images))) for state in last]
+    assert found.images[1].tolist() == pytest.approx(expected, rel=1e-6)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)

@@ -108,12 +108,18 @@ def test_a_frozen_net_and_one_without_gradients_around() -> None:
 def test_grid_and_rows() -> None:
     net = small()
     found = layercam(net, net.columns, images())
-    grid = found.grid(net.columns.graph.m)
+    grid = found.grid(net.columns)
     assert [len(column) for column in grid] == [3] * 4
     assert torch.equal(grid[2][1], found.maps[7][0])
     lines = map_rows(grid)
     assert len(lines) == 4 * (8 * 8 + 4 * 4 + 2 * 2)
     assert lines[64 + 16 + 3] == {"column": 0, "level": 2, "y": 1, "x": 1, "value": float(grid[0][2][1, 1])}
+
+
+def test_the_grid_of_columns_that_run_down_goes_by_level() -> None:
+    net = small(columns={"up": 1, "down": 2})
+    grid = layercam(net, net.columns, images()).grid(net.columns)
+    assert [[tuple(of_state.shape) for of_state in column] for column in grid] == [[(8, 8), (4, 4), (2, 2)]] * 3
 
 
 def test_states_that_are_no_images_are_refused() -> None:

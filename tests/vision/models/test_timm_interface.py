@@ -14,6 +14,7 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import create_feature_extractor, get_graph_node_names
+from timm.models import group_parameters
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
@@ -349,3 +350,54 @@ def test_weights_can_be_loaded_without_the_registry(tmp_path):
 
 def test_a_model_of_the_registry_is_a_revcol():
     assert type(create("test_revcol")) is vision.RevCol
+
+
+# ------------------------------------------------------------------------------------------------ columns that run down
+
+
+def down() -> vision.RevCol:
+    """A model whose last column runs from its top level down."""
+    torch.manual_seed(0)
+    return create("test_revcol", columns={"up": 2, "down": 1})
+
+
+def test_features_of_a_last_column_that_runs_down() -> None:
+    model = down().eval()
+    x = images(model)
+    with torch.no_grad():
+        states = model.columns.inverse(model.columns(model.stem(x)), model.stem(x))[0]
+        for indices in ([3], [2], [1, 3], [0, 2], 2):
+            expected = [states[index].permute(0, 3, 1, 2) for index in (indices if indices != 2 else [2, 3])]
+            for stop_early in (False, True):
+                found = model.forward_intermediates(x, indices, stop_early=stop_early, intermediates_only=True)
+                assert_close(found, expected, rtol=0, atol=0)
+        assert_close(model.forward_features(x), states[3].permute(0, 3, 1, 2), rtol=0, atol=0)
+
+
+def test_stopping_early_leaves_out_the_levels_below() -> None:
+    model = down().eval()
+    called: list[int] = []
+    for level, cell in enumerate(model.columns.cells[2]):
+        cell.register_forward_hook(lambda *_, level=level: called.append(level))
+    with torch.no_grad():
+        model.forward_intermediates(images(model), [2], stop_early=True)
+    assert called == [3, 2]
+
+
+@pytest.mark.parametrize("indices", [[3], [1, 2]])
+def test_what_features_do_not_need_is_frozen_where_the_last_column_runs_down(indices: list[int]) -> None:
+    model = down()
+    assert model.prune_intermediate_layers(indices) == indices
+    found = model.forward_intermediates(images(model), indices, intermediates_only=True)
+    sum(feature.square().sum() for feature in found).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+    assert not any(parameter.requires_grad for parameter in model.columns.cells[2][0].parameters())
+
+
+def test_depth_in_a_column_that_runs_down_counts_from_its_top() -> None:
+    model = down()
+    groups = {name: group for group, names in group_parameters(model, model.group_matcher()).items() for name in names}
+    first = [groups[f"columns.cells.2.{level}.function.blocks.0.dwconv.weight"] for level in range(4)]
+    assert first == sorted(first, reverse=True)
+    assert len(set(first)) == 4
