@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import Graph, ReadToken, wire
 from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes, stored_cells
 from revnets.engine.torch_internals import raise_compile_limits, without_dynamo
+
+if TYPE_CHECKING:
+    from revnets.engine.pipeline.stage import ColumnsStage
 
 
 class ReversibleColumns(nn.Module):
@@ -91,8 +94,7 @@ class ReversibleColumns(nn.Module):
         Args:
             policy: the other policy; by default the present one with the changes below.
             modes: as for the attribute `memory`. A pending budget is not planned inside of the block.
-            stored: as for the attribute `stored`.
-            verify: as for the attribute `verify`.
+            stored, verify: as for the attributes of these names.
 
         Raises:
             ArgumentError: as the attributes do.
@@ -217,6 +219,20 @@ class ReversibleColumns(nn.Module):
         stored = frozenset(index for index in self.stored if index < length)
         result.policy = replace(self._policy, modes=self.memory[: graph.columns], stored=stored)
         return result
+
+    def split(
+        self,
+        stages: int,
+        *,
+        stem: nn.Module | None = None,
+        head: nn.Module | None = None,
+        balance: str | Sequence[float] = "bytes",
+        x: Tensor | None = None,
+    ) -> list[ColumnsStage]:
+        """Stages of a pipeline that share the cells; arguments and errors are those of `pipeline.stage.stages_of`."""
+        from revnets.engine.pipeline.stage import stages_of  # few nets are divided
+
+        return stages_of(self, stages, stem, head, balance, x)
 
     def inverse(self, levels: Sequence[Tensor], x: Tensor, **context: Any) -> list[list[Tensor]]:
         """The states of every column, last column first, from the states of the last one. No forward is needed.

@@ -1,4 +1,4 @@
-"""A test in two processes with gloo."""
+"""A test in two processes with gloo, or in more."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.support.multiprocess import processes
 PROCESSES = 2
 
 
-def in_two_processes(work: Callable[[int], None], directory: Path) -> None:
+def in_two_processes(work: Callable[[int], None], directory: Path, size: int = PROCESSES) -> None:
     """Run `work(rank)` in each of them; an assertion that fails there fails here."""
-    arguments = (work, str(directory / "rendezvous"))
-    mp.start_processes(_enter, arguments, nprocs=PROCESSES, start_method=processes.get_start_method())
+    arguments = (work, str(directory / "rendezvous"), size)
+    mp.start_processes(_enter, arguments, nprocs=size, start_method=processes.get_start_method())
 
 
-def _enter(rank: int, work: Callable[[int], None], rendezvous: str) -> None:
+def _enter(rank: int, work: Callable[[int], None], rendezvous: str, size: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     try:
         work(rank)
         dist.barrier()  # the other process may still wait for this one

@@ -1,0 +1,1 @@
+"""Stages of a pipeline: reversible columns divided among processes."""

@@ -1,0 +1,140 @@
+"""What crosses from one stage of a pipeline to the next: states, and a header about them.
+
+A runtime such as `torch.distributed.pipelining` sends contiguous tensors of fixed shapes one way, and their gradients
+the other way. Three things would be lost: the strides of a state and of its gradient, by which kernels choose how they
+round; that a state has no gradient at all; and where the random numbers of the micro-batch have come to. They travel in
+the header, a small tensor in front of the states. In the place of its gradient it carries the strides of the gradients.
+
+A header is a vector of float64, which holds every stride exactly: a mark, for each state a flag and its strides, then
+the states of the generators as they are in memory. A header without the mark is uninitialized memory, with which
+runtimes try out shapes; then tensors are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+_MARK = 0x5265764E6574  # a whole number that float64 holds
+Layout = tuple[int, ...] | None
+"""The strides of a tensor; None if there is no tensor."""
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """The states of the default generators of the CPU and of a device, as float64 in the memory of the CPU."""
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return torch.cat(states).view(torch.float64)
+
+
+def set_generator_state(state: Tensor, device: torch.device) -> None:
+    """Put the generators into states that `generator_state` gave, perhaps in another process."""
+    size = torch.get_rng_state().numel()
+    states = state.cpu().view(torch.uint8).tensor_split([size])
+    torch.set_rng_state(states[0].clone())  # it takes no slice of a tensor
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).set_rng_state(states[1].clone(), device)
+
+
+def header(tensors: Sequence[Tensor | None], axes: Sequence[int], rest: Tensor, device: torch.device) -> Tensor:
+    """A header about tensors.
+
+    Args:
+        tensors: states or their gradients.
+        axes: number of axes of each.
+        rest: what follows, float64.
+    """
+    values = [float(_MARK)]
+    for tensor, count in zip(tensors, axes, strict=True):
+        values += [0.0, *[0.0] * count] if tensor is None else [1.0, *map(float, tensor.stride())]
+    return torch.cat([torch.tensor(values, dtype=torch.float64), rest]).to(device)
+
+
+def header_length(axes: Sequence[int]) -> int:
+    """Numbers of a header before those that follow."""
+    return 1 + len(axes) + sum(axes)
+
+
+def read_header(given: Tensor, axes: Sequence[int]) -> tuple[list[Layout], Tensor] | None:
+    """The layouts of tensors with so many axes, and what follows; None if the header has no mark."""
+    length = header_length(axes)
+    values = cast("list[float]", cast(Any, given[:length]).tolist())
+    if values[0] != _MARK:
+        return None
+    found: list[Layout] = []
+    place = 1
+    for count in axes:
+        strides = tuple(int(value) for value in values[place + 1 : place + 1 + count])
+        found.append(strides if values[place] else None)
+        place += 1 + count
+    return found, given[length:]
+
+
+def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy with these strides: runtimes receive the next micro-batch into the same memory."""
+    once = tensor  # a gradient may be a number for many elements, with the stride 0
+    for axis, stride in enumerate(strides):
+        once = once.narrow(axis, 0, 1) if stride == 0 and once.shape[axis] else once
+    copy = torch.empty_strided(once.shape, strides, dtype=once.dtype, device=once.device).copy_(once)
+    return copy.expand(tensor.shape)
+
+
+class Leave(torch.autograd.Function):
+    """States as contiguous tensors with a header in front; gradients get back the strides that they had."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.axes = [state.ndim for state in states]
+        first = header(states, ctx.axes, rest, states[0].device)
+        sent = [state.detach().contiguous() for state in states]  # the tape holds them as well, so nothing is copied
+        pairs = zip(states, sent, strict=True)
+        ctx.mark_non_differentiable(*[copy for state, copy in pairs if not state.requires_grad])
+        return first, *sent
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, *received = grads
+        read = None if first is None else read_header(first, ctx.axes)
+        if read is None:
+            return None, *received
+        return None, *[
+            None if grad is None or layout is None else _laid_out(grad, layout)
+            for grad, layout in zip(received, read[0], strict=True)
+        ]
+
+
+class Enter(torch.autograd.Function):
+    """The states from what `Leave` of the stage before has sent; gradients leave as contiguous tensors.
+
+    Args:
+        found: the strides of the states; None for those of the tensors that were received.
+        first: the header.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, found: Sequence[Layout] | None, first: Tensor, *received: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.received = [(tensor.shape, tensor.dtype) for tensor in received]
+        ctx.length, ctx.device = first.numel(), first.device
+        layouts = [None] * len(received) if found is None else found
+        states = [
+            _laid_out(tensor, layout or tensor.stride()) for tensor, layout in zip(received, layouts, strict=True)
+        ]
+        pairs = zip(received, states, strict=True)
+        ctx.mark_non_differentiable(*[state for tensor, state in pairs if not tensor.requires_grad])
+        return tuple(states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        axes = [len(shape) for shape, _ in ctx.received]
+        rest = torch.zeros(ctx.length - header_length(axes), dtype=torch.float64)
+        sent = [
+            torch.zeros(shape, dtype=dtype, device=ctx.device) if grad is None else grad.contiguous()
+            for grad, (shape, dtype) in zip(grads, ctx.received, strict=True)
+        ]
+        return None, header(grads, axes, rest, ctx.device), *sent

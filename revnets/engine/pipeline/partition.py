@@ -1,0 +1,129 @@
+"""Where a sequence of cells is cut into the stages of a pipeline: the most expensive stage sets the pace of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from revnets.engine.errors import ArgumentError
+from revnets.engine.executor import PlainPass
+
+if TYPE_CHECKING:
+    from revnets.engine.columns import ReversibleColumns
+
+BALANCES = ("bytes", "flops", "cells")
+"""Costs of a cell by name: bytes of its weights, operations of its forward, or 1."""
+
+
+def partition(costs: Sequence[float], stages: int) -> list[range]:
+    """Contiguous ranges of cells, one a stage, such that the largest cost of a stage is as small as possible.
+
+    Among several such partitions it is that of the least sum of squares, so the other stages are balanced as well.
+
+    Args:
+        costs: of each cell.
+
+    Raises:
+        ArgumentError: fewer cells than stages, or no stage.
+    """
+    total = len(costs)
+    if not 1 <= stages <= total:
+        text = f"{stages} stages: give 1 to {total}, for each has at least one of the {total} cells"
+        raise ArgumentError(text, "stages", code="out-of-range")
+    sums = [0.0, *accumulate(map(float, costs))]
+    infinite = (float("inf"), float("inf"))
+    best = [(0.0, 0.0), *[infinite] * total]  # of the first cells: largest cost and sum of squares
+    cuts: list[list[int]] = []
+    for stage in range(1, stages + 1):
+        found, starts = [infinite] * (total + 1), [0] * (total + 1)
+        for end in range(stage, total + 1):
+            for start in range(stage - 1, end):
+                cost = sums[end] - sums[start]
+                largest, squares = best[start]
+                found[end], starts[end] = min(
+                    (found[end], starts[end]), ((max(largest, cost), squares + cost**2), start)
+                )
+        best = found
+        cuts.append(starts)
+    edges = [total]
+    for starts in reversed(cuts):
+        edges.append(starts[edges[-1]])
+    return [range(start, end) for start, end in pairwise(reversed(edges))]
+
+
+def cell_costs(
+    columns: ReversibleColumns,
+    balance: str | Sequence[float],
+    x: Tensor | None = None,
+    stem: nn.Module | None = None,
+    head: nn.Module | None = None,
+) -> list[float]:
+    """The cost of each cell; that of the stem goes to the first one, that of the head to the last one.
+
+    Args:
+        balance: a name out of `BALANCES`, or the costs themselves.
+        x: an input, whose values do not matter: of the stem, or of the columns if there is none. `flops` needs it.
+
+    Raises:
+        ArgumentError: no such name, another number of costs than cells, or an input is missing.
+    """
+    cells = columns.flat()
+    if not isinstance(balance, str):
+        costs = [float(cost) for cost in balance]
+        if len(costs) != len(cells) or not all(0 <= cost < float("inf") for cost in costs):
+            text = f"{len(costs)} costs for {len(cells)} cells; give one number of at least 0 for each"
+            raise ArgumentError(text, "balance", code="wrong-length")
+        return costs
+    if balance not in BALANCES:
+        text = f"balance {balance!r}: choose {', '.join(BALANCES)}, or give one cost a cell"
+        raise ArgumentError(text, "balance", code="unknown-choice")
+    if balance == "cells":
+        return [1.0] * len(cells)
+    if balance == "flops":
+        if x is None:
+            text = "balance 'flops' counts the operations of a forward; give it an input x"
+            raise ArgumentError(text, "x", code="missing-key")
+        return _flops(columns, x, stem, head)
+    costs = [_bytes(cell) for cell in cells]
+    costs[0] += _bytes(stem)
+    costs[-1] += _bytes(head)
+    return costs
+
+
+def _bytes(module: nn.Module | None) -> float:
+    return 0.0 if module is None else float(sum(parameter.nbytes for parameter in module.parameters()))
+
+
+def _flops(columns: ReversibleColumns, x: Tensor, stem: nn.Module | None, head: nn.Module | None) -> list[float]:
+    """Counted on fake tensors, so nothing is computed. Operations that PyTorch does not count cost nothing."""
+    modules = [module for part in (columns, stem, head) if part is not None for module in part.modules()]
+    training = [module.training for module in modules]
+    costs: list[float] = []
+    with ExitStack() as stack:
+        for module in modules:
+            module.training = False  # no statistics are updated, no random numbers drawn
+        stack.callback(_set_training, modules, training)
+        fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(torch.no_grad())
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        x = fake.from_tensor(x)
+        run = PlainPass(columns.graph, columns.flat(), x if stem is None else stem(x))
+        for node in columns.graph.nodes:
+            run.step(node, run.context)
+            costs.append(counter.get_total_flops() - sum(costs))
+        if head is not None:
+            head(run.results()[0])
+        costs[-1] += counter.get_total_flops() - sum(costs)
+    return costs
+
+
+def _set_training(modules: Sequence[nn.Module], training: Sequence[bool]) -> None:
+    for module, flag in zip(modules, training, strict=True):
+        module.training = flag
