@@ -106,11 +106,11 @@ def run(words: Sequence[object], **given: Any) -> subprocess.CompletedProcess[st
     return subprocess.CompletedProcess(list(words), program.wait(), out, err)
 
 
-def _popen(words: Any, *rest: Any, **given: Any) -> Any:
+def _popen(args: Any, *rest: Any, **given: Any) -> Any:
     """In place of `subprocess.Popen` in a program: Python programs are its forks, others are started as ever."""
-    if isinstance(words, list) and words[0] == sys.executable:
-        return Program(words, context=multiprocessing.get_context("fork"), **given)
-    return _POPEN(words, *rest, **given)
+    if isinstance(args, (list, tuple)) and args[0] == sys.executable:
+        return Program(args, context=multiprocessing.get_context("fork"), **given)
+    return _POPEN(args, *rest, **given)
 
 
 def _become(words: list[str], folder: str, env: Mapping[str, str], streams: Iterable[str], forks: bool) -> None:

@@ -23,6 +23,7 @@ from revnets.config import memory_modes
 from revnets.config.errors import PartError, SpecError, nearest, problem, what
 from revnets.config.imports import foreign_file, imported
 from revnets.config.loader import Source, Strict, UserPath, read_layers
+from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
 from vision.config.learning import (
@@ -88,6 +89,16 @@ def _path_or_none(value: Any) -> Any:
 Off = BeforeValidator(_none_if_off)
 """For what is off if it is not given: it may also be switched off in words."""
 
+
+class PipelineConfig(Strict):
+    """How a pipeline divides the columns among the processes, and in which order its stages work."""
+
+    schedule: Literal["1f1b", "gpipe"] = (
+        "1f1b"  # of torch.distributed.pipelining; gpipe holds all micro-batches at once
+    )
+    balance: Literal["flops", "bytes", "cells"] = "flops"  # what the stages have about as much of
+
+
 TASKS = {"classification": "vision.tasks.classification:Classification"}
 """Import paths of the tasks that have a name."""
 
@@ -135,7 +146,8 @@ class TrainConfig(Strict):
     amp: Annotated[Literal["off", "bfloat16", "float16"], BeforeValidator(_off)] = "off"
     channels_last: bool = False
     compile: Annotated[str | None, Off] = None  # compile the cells with this backend of torch.compile, such as inductor
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # how several processes share the work
+    parallel: Literal["ddp", "fsdp", "pipeline"] = "ddp"  # how several processes share the work
+    pipeline: Annotated[PipelineConfig | None, Off] = None  # of parallel: pipeline; null for the defaults
     ema: Annotated[EmaConfig | None, Off] = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     mixup: Annotated[MixupConfig | None, Off] = None
@@ -196,6 +208,11 @@ class TrainConfig(Strict):
                 "checkpoint",
                 code="conflicting-values",
             )
+        if self.parallel == "pipeline":
+            self._require_pipeline()
+        elif self.pipeline is not None:
+            remedy = "Set parallel: pipeline, or remove the key"
+            raise problem("no pipeline is in use", remedy, "pipeline", code="conflicting-values")
         if self.clip_mode == "agc" and self.parallel == "fsdp":
             raise problem(
                 "agc needs whole weights, and fsdp divides them",
@@ -212,6 +229,19 @@ class TrainConfig(Strict):
                 code="conflicting-values",
             )
         return self
+
+    def _require_pipeline(self) -> None:
+        """Refuse what a run whose processes have a part of the model each cannot do."""
+        conflicts = {
+            "memory": (isinstance(self.memory, BudgetSpec), "a budget is planned for a whole model", "Give exact"),
+            "supervision": (self.supervision is not None, "its heads would be in several stages", "Remove it"),
+            "task": (self.task_and_options[0] != "classification", "a pipeline trains classification", "Use fsdp"),
+            "amp": (self.amp == "float16", "each stage of a pipeline would scale its own loss", "Give bfloat16"),
+            "data": (self.batch_is_stream, "each stage of a pipeline would read other images of a stream", "Use fsdp"),
+        }
+        for key, (is_given, text, remedy) in conflicts.items():
+            if is_given:
+                raise problem(text, remedy, key, code="conflicting-values")
 
     @field_serializer("model")
     def _plain_model(self, model: NetSpec | TimmModel | str) -> Any:

@@ -189,6 +189,11 @@ def seed_all(*place: int) -> None:
     torch.manual_seed(third)
 
 
+def torch_seed(*place: int) -> int:
+    """The seed that `seed_all` gives to the generators of torch."""
+    return _seeds(place)[2]
+
+
 @contextmanager
 def seeded(*place: int) -> Iterator[None]:
     """Within it the generators of the CPU are seeded with a place; afterwards they are where they were."""

@@ -41,6 +41,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def replicas(self) -> World:
+        """This process among those that each train on batches of their own: all of them, but in a pipeline."""
+        return self
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
         if self.size > 1:
@@ -90,6 +95,33 @@ class World:
         """Wait until all are here."""
         if self.size > 1:
             dist.barrier()
+
+
+class PipelineWorld(World):
+    """The processes of a pipeline: all see the same batches, and each computes a part of the model.
+
+    The first one has the images, the last one the outputs and the loss.
+    """
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+    @property
+    def replicas(self) -> World:
+        return World()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The tensor of the last process; the others have none."""
+        dist.broadcast(values, src=self.size - 1)
+        return values
+
+
+def world_for(parallel: str, world: World) -> World:
+    """The processes of a run that shares its work in this way."""
+    if parallel == "pipeline" and world.size > 1:
+        return PipelineWorld(world.rank, world.size, world.local_rank)
+    return world
 
 
 LAUNCHERS = (

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from vision.config.run import TrainConfig
-from vision.data.samplers import seed_all
-from vision.distributed.context import World
+from vision.data.samplers import seed_all, torch_seed
+from vision.distributed.context import PipelineWorld, World
 from vision.errors import CheckpointError
 from vision.tasks import builders
 from vision.tasks.base import Evaluator, Task
 from vision.tasks.builders import create_task, unwrapped
+
+if TYPE_CHECKING:
+    from vision.training.pipeline import Pipeline
 
 
 class TrainState:
@@ -52,7 +55,7 @@ class TrainState:
         self.config, self.data, self.world = config, data, world or World()
         self.task = task or create_task(config)
         self.samples = 0
-        self.passes = config.grad_accum * self.world.size  # forward passes per update, of all processes
+        self.passes = config.grad_accum * self.world.replicas.size  # forward passes per update, of all processes
         images = config.batch_size * self.passes
         self.device = builders.choose_device(config.device, self.world)
         seed_all(config.seed)  # the same weights in every process
@@ -60,21 +63,26 @@ class TrainState:
         self.beginning = self.task.begin(model, data, self.world) if config.pretrained else None
         self.training_task = builders.build_task(config, model, data, self.device, self.task)
         self.note = None
-        if builders.has_budget(config, model):
+        if builders.has_budget(config, model) and not isinstance(self.world, PipelineWorld):
             from vision.training.memory_budget import plan_run_memory
 
             shape = self.task.input_shape(data)
             self.note = plan_run_memory(config, unwrapped(self.training_task.get_trainable_module()), shape, self.world)
+        self.autocast = builders.build_autocast(config.amp, self.device)
+        self.pipeline: Pipeline | None = None
+        if isinstance(self.world, PipelineWorld):
+            from vision.training.pipeline import Pipeline  # imports torch.distributed.pipelining
+
+            self.pipeline = Pipeline(config, self.training_task, data.shape, self.autocast, self.world, self.device)
         if config.compile is not None:
             builders.compile_cells(self.model, config.compile)
-        if self.world.size > 1:
+        if self.world.size > 1 and self.pipeline is None:
             from vision.distributed.parallel import distribute  # imports FSDP2
 
             distribute(self.training_task, config.parallel, self.world, self.device)
         self.optimizer = builders.build_optimizer(config, unwrapped(self.training_task.get_trainable_module()), images)
         self.schedule = builders.build_schedule(config, self.optimizer, updates_per_epoch, images)
         self.augment = self.task.augment(data)
-        self.autocast = builders.build_autocast(config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
 
     @property
@@ -105,27 +113,48 @@ class TrainState:
         Returns:
             The loss of this process, still on its device.
         """
-        config, total = self.config, torch.zeros((), device=self.device)
-        for number in range(config.grad_accum):
-            batch = self._moved(next(batches))
-            seed_all(config.seed, (step - 1) * self.passes + number * self.world.size + self.world.rank)
-            if self.augment is not None:
-                batch = self.augment(batch)
-            is_last = number == config.grad_accum - 1
-            with nullcontext() if is_last else self.training_task.no_sync():
-                with self.autocast():
-                    loss = self.task.forward(self.training_task, batch)["loss"] / config.grad_accum
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+        config = self.config
+        total = self._gradients(batches, step) if self.pipeline is None else self._stage_gradients(batches, step)
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.training_task.get_clip_parameters(), config.clip_grad, config.clip_mode)
+            clip = dispatch_clip_grad if self.pipeline is None else self.pipeline.clip
+            clip(self.training_task.get_clip_parameters(), config.clip_grad, config.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.schedule.step_update(step)
         self.training_task.update_ema(step)
         return total
+
+    def _gradients(self, batches: Iterator[Any], step: int) -> Tensor:
+        config, total = self.config, torch.zeros((), device=self.device)
+        for number in range(config.grad_accum):
+            batch = self._prepared(next(batches), step, number)
+            is_last = number == config.grad_accum - 1
+            with nullcontext() if is_last else self.training_task.no_sync():
+                with self.autocast():
+                    loss = self.task.forward(self.training_task, batch)["loss"] / config.grad_accum
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _stage_gradients(self, batches: Iterator[Any], step: int) -> Tensor:
+        assert self.pipeline is not None
+        numbers = range(self.config.grad_accum)
+        seeds = [torch_seed(self.config.seed, self._pass(step, number)) for number in numbers]
+        seen = numbers if self.pipeline.sees_batches else ()
+        return self.pipeline.backward([self._prepared(next(batches), step, number) for number in seen], seeds)
+
+    def _pass(self, step: int, number: int) -> int:
+        """The number of a forward pass, counted over all processes."""
+        replicas = self.world.replicas
+        return (step - 1) * self.passes + number * replicas.size + replicas.rank
+
+    def _prepared(self, batch: Any, step: int, number: int) -> Any:
+        """A batch on the device, augmented; what is random in its forward pass is seeded."""
+        batch = self._moved(batch)
+        seed_all(self.config.seed, self._pass(step, number))
+        return batch if self.augment is None else self.augment(batch)
 
     def _moved(self, batch: Any) -> Any:
         self.samples += self.task.batch_size(batch)
@@ -139,18 +168,20 @@ class TrainState:
             if self.training_task.has_ema() or not is_average:
                 model = unwrapped(self.training_task.get_trainable_module(is_average))
                 evaluator = self.task.evaluator(model, self.data, self.device)
+                if self.pipeline is not None:
+                    model = self.pipeline.relay(is_average)
                 found[name] = evaluate(
                     self.task, model, batches, evaluator, self.device, self.autocast, tick, self.world
                 )
-                if self.world.size > 1:
+                if self.world.size > 1 and self.pipeline is None:
                     from vision.distributed.parallel import release_gathered
 
                     release_gathered(model)
         return found
 
     def state(self) -> dict[str, Any]:
-        """Plain data and tensors, divided ones as they are."""
-        return {
+        """Plain data and tensors, divided ones as they are; of a pipeline all of it in the main process."""
+        state = {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "heads": self.training_task.get_task_state(),
@@ -158,6 +189,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        return state if self.pipeline is None else self.pipeline.merged(state, self.optimizer)
 
     def load_state(self, state: dict[str, Any], path: Path) -> None:
         """Go back to where a state was taken.
@@ -228,7 +260,8 @@ def evaluate(
             batch = task.to_device(batch, device)
             with autocast():
                 output = task.predict(model, batch)
-            evaluator.update(output, batch)
+            if output is not None:  # of a pipeline only the last process has it
+                evaluator.update(output, batch)
             tick()
     finally:
         model.train(training)

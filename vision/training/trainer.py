@@ -21,7 +21,7 @@ from revnets.utils.file_lock import FileLock, LockedError
 from vision.checkpoints import manager
 from vision.checkpoints.manager import Checkpoints
 from vision.config.run import TrainConfig
-from vision.distributed.context import Stopped, StopSignals, World
+from vision.distributed.context import Stopped, StopSignals, World, world_for
 from vision.errors import TrainingError as TrainingError
 from vision.errors import run_error
 from vision.tasks.base import scalars
@@ -49,7 +49,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, console: Console | None = None, world: World | None = None):
-        self.config, self.world = config, world or World()
+        self.config, self.world = config, world_for(config.parallel, world or World())
         self.console = (console or Console()) if self.world.is_main else Console(quiet=True)
         self.output = Path(config.output)
         self._lock = FileLock(self.output / LOCK)
@@ -58,8 +58,8 @@ class Trainer:
         notes = self.output / ("unreadable.txt" if self.world.is_main else f"unreadable-{self.world.rank}.txt")
         self.task = create_task(config)
         self.data = self.task.load_data(notes, self.world)
-        self.batches = self.task.train_batches(self.data, self.world)
-        self.val_batches = self.task.val_batches(self.data, self.world)
+        self.batches = self.task.train_batches(self.data, self.world.replicas)
+        self.val_batches = self.task.val_batches(self.data, self.world.replicas)
         sharded = config.checkpoint == "sharded" and self.world.size > 1
         self.checkpoints = Checkpoints(self.output / CHECKPOINTS, config.keep, sharded, self.world)
         # The main process decides from which file the run goes on; then pretrained weights are not needed any more.
@@ -125,7 +125,7 @@ class Trainer:
         display.validating()
         found = {name: scalars(metrics) for name, metrics in self.state.evaluate(self.val_batches, stop.check).items()}
         losses = self._checked_losses()
-        skipped = self.world.sum(self.data.unreadable.count() - unread)
+        skipped = self.world.replicas.sum(self.data.unreadable.count() - unread)
 
         progress.epoch += 1
         self.losses.begin()
@@ -158,7 +158,7 @@ class Trainer:
             if done % config.log_every == 0 or done == updates:
                 window = self._checked_losses()[-(done % config.log_every or config.log_every) :]
                 unit, short = self.task.samples
-                rate = clock.rate(self.state.samples) * self.world.size
+                rate = clock.rate(self.state.samples) * self.world.replicas.size
                 values = {"loss": sum(window) / len(window), "lr": self.state.lr, f"{unit}_per_second": rate}
                 if self._logger:
                     self._logger.write("train", progress.epoch + 1, progress.step, values)
@@ -182,7 +182,7 @@ class Trainer:
             "format": manager.FORMAT,
             "versions": manager.versions(),
             "config": self.config.plain(),
-            "world": self.world.size,
+            "world": self.world.replicas.size,
             "samples": manager.sample_counts(self.data),
             **self.task.metadata(self.data),
             "progress": self.progress.plain(self.losses),
@@ -206,7 +206,7 @@ class Trainer:
         from vision.checkpoints import resume
 
         state = resume.read(path, self.world)
-        resume.require_same_course(self.config, self.world.size, state, path, self.data)
+        resume.require_same_course(self.config, self.world.replicas.size, state, path, self.data)
         self.state.load_state(state, path)
         progress: dict[str, Any] = dict(state["progress"])
         self.losses.begin(progress.pop("losses"))

@@ -1,0 +1,123 @@
+"""A run over the stages of a pipeline has the weights, the state and the log of one process, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import yaml
+
+from tests.support import forked_programs
+from tests.support.errors import raises_error
+from tests.support.training_processes import process, said, together
+from tests.support.training_runs import assert_same_run, tiny
+from vision.config.run import load_config
+from vision.distributed.context import PipelineWorld
+from vision.tasks.builders import create_task
+from vision.training.pipeline import TopLevelHead
+from vision.training.train_state import TrainState
+
+gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+PIPELINE = {"parallel": "pipeline", "device": "cpu"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2"]
+REVNETS = [sys.executable, "-c", "from revnets.cli.main import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of one process that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert process(tiny(folder / "one")) == 0
+    return folder / "one"
+
+
+@gloo
+def test_torchrun_with_two_stages_trains_as_one_process(tmp_path, whole):
+    """Mixup, drop path, clipping, averaged weights, evaluation, checkpoints and the log included."""
+    settings = tiny(tmp_path / "run", **PIPELINE)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    words = [*TORCHRUN, *REVNETS, "train", tmp_path / "run.yaml"]
+    result = forked_programs.run(words, env=environment, forks=True)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", whole)
+
+
+@gloo
+def test_a_killed_pipeline_goes_on_in_one_process(tmp_path, whole):
+    config = tiny(tmp_path / "run", **PIPELINE)
+    assert together(config, "before an update", 7, victim=1) == [3, -signal.SIGKILL]
+    assert said(config).splitlines()[-1].startswith("error: process 0 has lost another of this run")
+    assert process(config) == 0, said(config)
+    assert "in epoch 2, step 6" in said(config)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@gloo
+def test_one_process_goes_on_as_a_pipeline_of_another_kind(tmp_path, whole):
+    changes = {"pipeline": {"schedule": "gpipe", "balance": "cells"}, "memory": "recompute"}
+    path = whole / "checkpoints" / "step-0000008.pt"
+    config = tiny(tmp_path / "run", **PIPELINE, **changes, resume=str(path))
+    assert together(config) == [0, 0], said(config)
+    last = [torch.load(folder / "checkpoints" / "step-0000010.pt") for folder in (tmp_path / "run", whole)]
+    for part in ("model", "ema", "optimizer"):
+        torch.testing.assert_close(last[0][part], last[1][part], rtol=0, atol=0)
+
+
+@gloo
+def test_a_loss_that_is_no_number_stops_all_stages(tmp_path):
+    config = tiny(tmp_path / "run", **PIPELINE, epochs=1, ema=None)
+    assert together(config, "images that are no numbers", 1) == [3, 3]
+    for name in ("run.txt", "run.1.txt"):
+        assert "error: the loss is nan in epoch 1, step 1." in (tmp_path / name).read_text()
+
+
+def test_stages_of_a_timm_model_give_its_scores():
+    model = timm.create_model("test_revcol", num_classes=7, in_chans=1).eval()
+    parts = model.columns.split(3, stem=model.stem, head=TopLevelHead(model.head))
+    x = found = torch.randn(2, 1, 64, 64)
+    for part in parts:
+        found = part(*(found if isinstance(found, tuple) else (found,)))
+    assert torch.equal(found, model(x))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "key"),
+    [
+        ({"memory": {"budget": "1GiB"}}, "conflicting-values", "memory"),
+        ({"amp": "float16"}, "conflicting-values", "amp"),
+        ({"checkpoint": "sharded"}, "conflicting-values", "checkpoint"),
+        ({"task": "tests.support.image_tasks:Brightness"}, "conflicting-values", "task"),
+        ({"model": {"timm": "revcol_tiny"}, "supervision": {}}, "conflicting-values", "supervision"),
+        ({"data": {"name": "wds/images", "root": "."}}, "conflicting-values", "data"),
+        ({"parallel": "ddp", "pipeline": {}}, "conflicting-values", "pipeline"),
+        ({"pipeline": {"schedule": "zero-bubble"}}, "unknown-choice", "pipeline.schedule"),
+    ],
+)
+def test_what_a_pipeline_cannot_be_combined_with(changes, code, key):
+    with raises_error(code=code, key=key):
+        load_config(tiny(Path("unused"), **{**PIPELINE, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "code", "key"),
+    [
+        ({"grad_accum": 1}, 2, "out-of-range", "grad_accum"),
+        ({"grad_accum": 9}, 7, "out-of-range", "parallel"),
+        ({"memory": "invert"}, 2, "conflicting-values", "memory"),
+        ({"optimizer": {"name": "lamb"}}, 2, "conflicting-values", "optimizer.name"),
+        ({"model": {"timm": "resnet10t"}, "data": {"name": "digits", "img_size": 32}}, 2, "no-columns", "parallel"),
+        ({"model": {**tiny(Path())["model"], "memory": {"budget": "1GiB"}}}, 2, "conflicting-values", "memory"),
+    ],
+)
+def test_what_does_not_fit_so_many_processes(changes, size, code, key):
+    config = load_config(tiny(Path("unused"), **{**PIPELINE, "ema": None, **changes}))
+    task = create_task(config)
+    with raises_error(code=code, key=key):
+        TrainState(config, task.load_data(), 1, PipelineWorld(0, size), task)
