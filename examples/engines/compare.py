@@ -39,6 +39,7 @@ ENGINES = {
     "accelerate": Engine("with_accelerate.py", "accelerate", 2),
     "fabric": Engine("with_fabric.py", "lightning_fabric", 2),
     "trainer": Engine("with_trainer.py", "transformers", 1),
+    "pipeline": Engine("with_pipeline.py", "torch", 2),
 }
 
 
