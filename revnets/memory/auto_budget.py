@@ -156,7 +156,8 @@ def _plan(model: nn.Module, entry: str, inputs: tuple[Any, ...], keywords: Mappi
 
     unhooked = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # the caller's see no fake tensors
     with outside_of_autocast(), torch.random.fork_rng(devices=[]), unhooked:
-        return _least_of_all_ranks(found) if is_sharded and world > 1 else found()
+        is_common = world > 1 and (is_sharded or (budget.ranks or world) == world)
+        return _least_of_all_ranks(found) if is_common else found()
 
 
 def _whole(model: nn.Module) -> nn.Module:
@@ -173,7 +174,10 @@ def _whole(model: nn.Module) -> nn.Module:
 
 
 def _least_of_all_ranks(found: Any) -> Plan:
-    """Sharded ranks gather weights together in backward, so all must replay the same cells: those of the poorest."""
+    """Ranks that train together replay the same cells: those of the poorest.
+
+    A replay may communicate: it gathers weights that are sharded, and repeats collectives inside of a cell.
+    """
     mine: Plan | PlanError
     try:
         mine = found()
