@@ -49,6 +49,7 @@ MEMORY = {
     "buffer-lost": "a large buffer was written for the first time after it had been taken for read-only",
     "output-changed": "a cell returns something else than the state that its coupling made",
     "early-replay": "backward reached a cell whose forward pass was not over",
+    "weights-released": "a replay found a weight without elements, released after the forward",
     "replay-mismatch": "a cell saves other tensors in its replay than in its forward pass",
     "state-mismatch": "a state that backward rebuilt differs from that of the forward pass",
 }

@@ -108,7 +108,23 @@ class ReplayContext:
             if buffers is not None:
                 stack.enter_context(buffers.restored())
             stack.enter_context(self._random.restored())
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                self._require_weights(error)
+                raise
+
+    def _require_weights(self, error: RuntimeError) -> None:
+        """Say so if a replay failed because of a weight that was released after the forward."""
+        for module, name, *_ in self._weights:
+            now = parameters_of(module).get(name)
+            if now is not None and now.numel() == 0 and not isinstance(error, ReplayError):
+                raise ReplayError(
+                    f"the parameter {name} of {type(module).__name__} has no elements in a replay: it was released "
+                    "after the forward, as ZeRO-3 does, and nothing has gathered it again. Gather it in a forward "
+                    "pre-hook of the cell or of this module; hooks around the columns do not run in a replay",
+                    code="weights-released",
+                ) from error
 
     def _cell_buffers(self) -> CellBuffers | None:
         """The buffers of the cell; None if it has none, as most cells without BatchNorm."""
