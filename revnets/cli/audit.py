@@ -11,7 +11,9 @@ from rich.console import Console
 
 from revnets.analysis.audit import audit
 from revnets.analysis.fidelity import fidelity
-from revnets.cli.common import REWIRE, input_error, reversible_model, sample_shape_of, write_figure
+from revnets.cli.common import REWIRE, input_error, parse_dtype, reversible_model, sample_shape_of, write_figure
+from revnets.config.errors import option_error
+from revnets.config.memory_budget import OPTIMIZERS
 from revnets.models.example_inputs import example_input
 
 
@@ -53,3 +55,50 @@ def measure(
 
         write_figure(console, audit_figure(result), png)
     return 0 if result.ok else 1
+
+
+def explain_memory(
+    source: str,
+    overrides: Sequence[str],
+    shape: tuple[int, ...] | None,
+    batch: int,
+    dtype: str,
+    optimizer: str,
+    png: Path | None,
+    json: bool,
+    trust: bool = True,
+    blend: float | None = None,
+) -> None:
+    """Show what the peak of a training step consists of, for a net that is never built.
+
+    Args:
+        blend: make a network of ordinary blocks reversible first.
+    """
+    from revnets.analysis.peak_memory import memory_parts
+    from revnets.plotting.peak_parts import peak_figure
+
+    precision = parse_dtype(dtype)
+    if optimizer not in OPTIMIZERS:
+        problem = f"unknown optimizer (value {optimizer})"
+        raise option_error("--optimizer", problem, f"Choose {', '.join(OPTIMIZERS)}", code="unknown-choice")
+    with torch.device("meta"):
+        net = reversible_model(source, overrides, trust, blend, REWIRE if blend is None else "")
+    shape = shape or sample_shape_of(net, source)
+    console = Console(stderr=json)
+    with console.status("simulating ...") as status:
+        try:
+            result = memory_parts(
+                net,
+                (example_input(net, (batch, *shape), device="meta"),),
+                dtype=precision,
+                optimizer=optimizer,
+                progress=lambda mode: status.update(f"simulating {mode} ..."),
+            )
+        except (RuntimeError, ValueError) as error:
+            raise input_error(source, shape, error) from error
+    if json:
+        print(json_format.dumps(result.to_dict(), indent=2))
+    else:
+        console.print(result.table())
+    if png is not None:
+        write_figure(console, peak_figure(result), png)

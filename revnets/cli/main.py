@@ -51,7 +51,19 @@ def audit(
     spec: SpecArgument,
     overrides: Overrides = None,
     input_shape: InputShape = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in the batch that is measured.")] = 2,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples in the batch that is measured.", show_default="2, with --memory 32"),
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Show what the peak of a step consists of, on simulated tensors.")
+    ] = False,
+    optimizer: Annotated[
+        str, typer.Option(help="With --memory, whose state is counted: none, sgd, lion, adam or adamw.")
+    ] = "adamw",
+    dtype: Annotated[
+        str, typer.Option(help="With --memory: float32, or bfloat16 or float16 for autocast.")
+    ] = "float32",
     png: Annotated[
         Path | None, typer.Option(help="Draw the figures into this file.", callback=picture_path, readable=False)
     ] = None,
@@ -62,12 +74,17 @@ def audit(
     """Measure whether a net is reversible, whether its gradients are right, and what it keeps for backward.
 
     Exit code 1 if a gradient is wrong. Every step is taken on random input, with the weights of the initialization.
+    With --memory: what the bytes at the peak belong to, in every memory mode.
 
     A YAML file is a program: the classes that it names are imported and run. Give --no-trust with files of others.
     """
-    from revnets.cli.audit import measure
+    from revnets.cli.audit import explain_memory, measure
 
-    raise typer.Exit(measure(spec, overrides or [], sample_shape(input_shape), batch, png, json, trust, reversible))
+    shape = sample_shape(input_shape)
+    if memory:
+        explain_memory(spec, overrides or [], shape, batch or 32, dtype, optimizer, png, json, trust, reversible)
+        return
+    raise typer.Exit(measure(spec, overrides or [], shape, batch or 2, png, json, trust, reversible))
 
 
 @app.command()

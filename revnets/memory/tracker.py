@@ -69,6 +69,15 @@ class MemoryTracker(TorchDispatchMode):
             for storage in _storages(_expand(value)):
                 self._count(storage)
 
+    def relabel(self, label: Hashable, *values: Any) -> None:
+        """Count under another label what is counted of these: tensors, modules, optimizers, nests of them."""
+        for storage in _storages(_expand(values)):
+            known = self._counted.get(storage._cdata)
+            if known is not None:
+                self._add(known, sign=-1)
+                self._counted[storage._cdata] = known._replace(label=label)
+                self._add(self._counted[storage._cdata])
+
     def snapshot(self, label: str) -> Snapshot:
         """Note the counters under a label; the snapshot's peak is the highest since the one before."""
         self.snapshots.append(Snapshot(label, self.live, self._since))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from revnets.cli.audit import measure
+from revnets.cli.audit import explain_memory, measure
 from revnets.cli.common import reversible_model
 from revnets.cli.plan import forecast
 from revnets.config.errors import SpecError
@@ -55,6 +55,39 @@ def test_plan_under_a_budget(kind: str, gpt2: Path, capsys: pytest.CaptureFixtur
     assert peaks["exact"] < peaks["store"]
     assert plan["chosen"]["peak"] <= peaks["exact"]
     assert plan["input_shape"] == ([13, 3, 32, 32] if kind == "timm" else [13, 23])
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf", "yaml"])
+def test_parts_of_the_peak(kind: str, gpt2: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    pytest.importorskip("timm")
+    source, overrides, blend = {
+        "timm": (f"timm:{VIT[0]}", VIT[1], 0.1),
+        "hf": (f"hf:{gpt2}", [], 0.1),
+        "yaml": ("examples/configs/vectors.yaml", ["columns=2"], None),
+    }[kind]
+    picture = tmp_path / "peak.png"
+    explain_memory(source, overrides, None, 13, "bfloat16", "lion", picture, True, blend=blend)
+    numbers = json.loads(capsys.readouterr().out)
+    modes = {mode["mode"]: mode for mode in numbers["modes"]}
+    assert modes["exact"]["peak"] <= modes["store"]["peak"]
+    assert all(mode["parts"]["weights"] >= mode["parts"]["optimizer"] > 0 for mode in modes.values())
+    assert numbers["advice"].startswith("exact takes")
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "code"),
+    [
+        ({"optimizer": "sgdm"}, "--optimizer", "unknown-choice"),
+        ({"dtype": "int8"}, "--dtype", "unknown-choice"),
+        ({"shape": (3, 5)}, "", "input-rejected"),
+    ],
+)
+def test_parts_of_the_peak_of_nothing(given: dict[str, object], key: str, code: str):
+    options = {"shape": None, "batch": 2, "dtype": "float32", "optimizer": "adamw", "png": None, "json": True} | given
+    with pytest.raises(SpecError) as caught:
+        explain_memory("examples/configs/vectors.yaml", [], **options)
+    assert (caught.value.key, caught.value.code) == (key, code)
 
 
 def test_weights_of_a_folder_are_read(gpt2: Path):

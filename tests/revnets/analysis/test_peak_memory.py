@@ -1,0 +1,150 @@
+"""Every byte of the peak has its part, and the parts are what other routes count."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import revnets
+from revnets.analysis.peak_memory import memory_parts
+from revnets.analysis.peak_report import PARTS, MemoryParts, PeakMemory
+from revnets.memory.tracker import MemoryTracker
+from revnets.plotting.peak_parts import COLORS, peak_figure
+from tests.revnets.plotting.test_figures import assert_apart
+from tests.support.audit_networks import DIMS, Net, conv_columns
+
+COLUMNS, BATCH, SIDE = 3, 3, 17
+SHAPE = (BATCH, 3, SIDE, SIDE)
+STATES = 4 * BATCH * SIDE * SIDE * sum(DIMS)
+"""Bytes of the states of one column."""
+
+
+class Wide(Net):
+    """Its logits take more than all else."""
+
+    def __init__(self) -> None:
+        super().__init__(conv_columns(COLUMNS))
+        self.head = nn.Linear(DIMS[-1], 100_003)
+
+
+def measured_peak(net: nn.Module, mode: str) -> int:
+    """Bytes of a real step, with its weights, its input and two tensors a weight of the optimizer."""
+    revnets.find_columns(net).memory = mode
+    x = torch.randn(SHAPE)
+    with MemoryTracker() as tracker:
+        tracker.register(net, x)
+        F.cross_entropy(net(x), torch.zeros(BATCH, dtype=torch.long)).backward()
+    return tracker.peak + 2 * weights(net)
+
+
+def weights(net: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in net.parameters())
+
+
+@pytest.fixture(scope="module")
+def narrow() -> dict[str, PeakMemory]:
+    return by_mode(memory_parts(Net(conv_columns(COLUMNS)), (torch.empty(SHAPE),)))
+
+
+@pytest.fixture(scope="module")
+def wide() -> dict[str, PeakMemory]:
+    return by_mode(memory_parts(Wide(), (torch.empty(SHAPE),)))
+
+
+def by_mode(result: MemoryParts) -> dict[str, PeakMemory]:
+    return {mode.mode: mode for mode in result.modes}
+
+
+@pytest.mark.parametrize("mode", ["store", "recompute"])
+def test_the_parts_sum_to_the_peak_of_a_real_step(narrow, mode):
+    assert narrow[mode].peak == measured_peak(Net(conv_columns(COLUMNS)), mode)
+
+
+def test_lost_bits_are_estimated(narrow):
+    assert narrow["exact"].peak == pytest.approx(measured_peak(Net(conv_columns(COLUMNS)), "exact"), rel=0.01)
+
+
+def test_weights_optimizer_and_input_are_counted_whole(narrow):
+    net = Net(conv_columns(COLUMNS))
+    for peak in narrow.values():
+        assert peak.parts["weights"] == weights(net)
+        assert peak.parts["optimizer"] == 2 * weights(net)
+        assert peak.parts["input"] == 4 * BATCH * 3 * SIDE * SIDE
+
+
+def test_one_cell_is_alive_where_others_are_replayed(narrow):
+    """The cell of the last level saves most; only `store` keeps what the others save."""
+    peak = narrow["exact"]
+    assert peak.is_backward
+    assert peak.place.endswith("l2")
+    assert max(peak.parts, key=peak.parts.__getitem__) == "running cell"
+    assert "stored cells" not in peak.parts
+    assert max(narrow["store"].parts, key=narrow["store"].parts.__getitem__) == "stored cells"
+
+
+def test_states_are_told_from_lost_bits(wide):
+    """At the logits, `recompute` holds the states of all columns, and the others those of the last one."""
+    assert {peak.place for peak in wide.values()} == {"head and loss"}
+    assert [peak.parts.get("window") for peak in wide.values()] == [None, STATES, STATES, STATES]
+    kept = {mode: peak.parts.get("kept states", 0) for mode, peak in wide.items()}
+    assert kept == {"store": 0, "recompute": (COLUMNS - 1) * STATES, "invert": 0, "exact": 0}
+    assert 0.1 < wide["exact"].parts["lost bits"] / ((COLUMNS - 1) * STATES) < 0.2
+    assert "lost bits" not in wide["invert"].parts
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"weights": 5, "optimizer": 10, "head and loss": 13}, "54% of it is weights, gradients and optimizer"),
+        ({"weights": 5, "running cell": 7, "head and loss": 13}, "52% of it is behind the columns"),
+        ({"weights": 5, "running cell": 17, "lost bits": 13}, "49% of it is what cell c1.l0 needs alone"),
+        ({"weights": 5, "window": 17, "lost bits": 13}, "49% of it is the window of 3 states"),
+        ({"weights": 5, "window": 7, "lost bits": 13}, "52% of it is lost bits"),
+    ],
+)
+def test_the_advice_names_the_largest_part_of_exact(parts, words):
+    peaks = (
+        PeakMemory("store", {"stored cells": 101}, "stem", True),
+        PeakMemory("invert", {"input": 3}, "stem", True),
+        PeakMemory("exact", parts, "cell c1.l0", True),
+    )
+    advice = MemoryParts("Net", SHAPE, "float32", "adamw", 3, peaks).advice
+    assert advice.startswith(f"exact takes {sum(parts.values())} B where store takes 101 B; {words}")
+    assert advice.count(".") == 1 + advice.count("c1.l0")
+
+
+def test_without_logits_the_peak_is_that_of_the_plan():
+    columns, shape = conv_columns(2), (BATCH, SIDE, SIDE, DIMS[0])
+    options = {"dtype": torch.bfloat16, "optimizer": "sgd", "modes": ("exact",)}
+    (prediction,) = revnets.plan(columns, shape, **options).modes
+    (peak,) = memory_parts(columns, (torch.empty(shape),), **options).modes
+    assert peak.peak - peak.parts["input"] == prediction.peak
+
+
+def test_the_model_is_left_as_it_was():
+    net = Net(conv_columns(2))
+    net.columns.memory, net.columns.stored = "recompute", 2
+    found = dict(net.state_dict())
+    memory_parts(net, (torch.empty(SHAPE),), modes=("exact",))
+    assert set(net.columns.memory) == {"recompute"}
+    assert len(net.columns.stored) == 2
+    assert all(parameter.grad is None for parameter in net.parameters())
+    torch.testing.assert_close(dict(net.state_dict()), found, rtol=0, atol=0)
+
+
+def test_numbers_for_machines_are_complete(wide):
+    result = MemoryParts("Wide", SHAPE, "float32", "adamw", 3, tuple(wide.values()))
+    numbers = json.loads(json.dumps(result.to_dict()))
+    assert [mode["peak"] for mode in numbers["modes"]] == [sum(mode["parts"].values()) for mode in numbers["modes"]]
+    assert numbers["advice"] == result.advice
+
+
+def test_no_text_of_the_figure_overlaps_another(narrow):
+    figure = peak_figure(MemoryParts("Net", SHAPE, "float32", "adamw", 3, tuple(narrow.values())))
+    figure.draw_without_rendering()
+    assert_apart(figure, figure)
+    assert set(COLORS) == set(PARTS)
