@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.ready
 WORKERS ?= 2
 # Rivals in the benchmarks, whose tests are skipped without them. What memcnn asks for besides, its network does not use.
-RIVALS := memcnn==1.5.2 revlib==1.7.2
+RIVALS := memcnn==1.5.2 revlib==1.7.2 momentumnet==0.10 torch-kitsune==0.7.0
 
 .PHONY: help demo test fast lint clean
 

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -104,10 +105,13 @@ class Contender:
         return True
 
 
-def measure(case: Case, rounds: int, tick: Callable[[], None]) -> dict[str, Result]:
+def measure(
+    case: Case, rounds: int, tick: Callable[[], None], ways: Mapping[str, Way] | None = None
+) -> dict[str, Result]:
     """Every way's numbers on one network.
 
     Args:
+        ways: `WAYS`, or others.
         rounds: timed steps of each way. In a round each has its turn, in the opposite order of the round before.
         tick: called after each step.
 
@@ -116,15 +120,15 @@ def measure(case: Case, rounds: int, tick: Callable[[], None]) -> dict[str, Resu
     """
     field: dict[str, Contender] = {}
     found: dict[str, tuple[int, int, float]] = {}
-    references: dict[bool, dict[str, Tensor | None]] = {}
+    references: dict[str, dict[str, Tensor | None]] = {}
     peaks: dict[str, int] = {}
-    for name, way in WAYS.items():
+    for name, way in (WAYS if ways is None else ways).items():
         contender = Contender(way, case)
         if not contender.plan(peaks):
             continue
         field[name] = contender
         gradients = contender.gradients()  # compiles, if there is something to compile
-        reference = references.setdefault(way.memory is not None, gradients)
+        reference = references.setdefault(way.function_of(contender.network), gradients)
         kept, peaks[name] = contender.memory()
         found[name] = kept, peaks[name], gradient_distance(gradients, reference).relative
         tick()
@@ -188,12 +192,11 @@ def table(title: str, results: dict[str, Result]) -> Table:
     rows = Table(title=title, title_justify="left")
     for name in COLUMNS:
         rows.add_column(name, justify="right" if name else "left")
+    following = dict(pairwise(results))
     for name, result in results.items():
         *cells, verdict = row(name, result, results[STORE])
         colour = "green" if result.error == 0 else "yellow" if result.error < 1e-5 else "red"
-        rows.add_row(
-            *cells, f"[{colour}]{verdict}", end_section=name == list(results)[list(results).index(REWIRED) - 1]
-        )
+        rows.add_row(*cells, f"[{colour}]{verdict}", end_section=following.get(name) == REWIRED)
     return rows
 
 
@@ -204,7 +207,15 @@ def as_markdown(title: str, results: dict[str, Result]) -> str:
 
 
 # Okabe and Ito's colors: one for each kind of way. Markers tell the ways of a kind apart.
-COLORS = {"checkpoint": "#e69f00", "compile": "#cc79a7", "int8": "#d55e00", "exact": "#0072b2", "": "#000000"}
+COLORS = {
+    "checkpoint": "#e69f00",
+    "compile": "#cc79a7",
+    "int8": "#d55e00",
+    "exact": "#0072b2",
+    "RevNet": "#009e73",
+    "momentumnet": "#56b4e9",
+    "": "#000000",
+}
 MARKERS = "oD^vsP*X"
 
 
@@ -225,7 +236,7 @@ def draw(results: dict[str, dict[str, Result]], path: Path) -> None:
 
     figure = Figure(figsize=(4.4 * len(results) + 3.4, 4.4), layout="constrained")
     axes = figure.subplots(1, len(results), squeeze=False)[0]
-    style = styles(name for name, way in WAYS.items() if way.is_timed)
+    style = styles(dict.fromkeys(name for result in results.values() for name, one in result.items() if one.seconds))
     for axis, (title, result) in zip(axes, results.items(), strict=True):
         for name, one in result.items():
             if not one.seconds:
@@ -243,12 +254,23 @@ def draw(results: dict[str, dict[str, Result]], path: Path) -> None:
                 fillstyle="full" if one.error == 0 else "none",
                 label=name,
             )
-        axis.set(title=title, xlabel="peak MB", ylabel="CPU time, x store", xlim=(0, None))
+        right = 1.05 * max(one.peak for one in result.values()) / 1e6
+        axis.set(title=title, xlabel="peak MB", ylabel="CPU time, x store", xlim=(0, right))
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
+    found = [dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)) for axis in axes]
+    handles = {name: handle for legend in found[::-1] for name, handle in legend.items()}
+    labels = [name for name in style if name in handles]
     note = "filled: gradients bit for bit\nthose of plain autograd"
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8, title=note, title_fontsize=8)
+    figure.legend(
+        [handles[name] for name in labels],
+        labels,
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8,
+        title=note,
+        title_fontsize=8,
+    )
     save(figure, path)
 
 

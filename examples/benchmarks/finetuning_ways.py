@@ -29,14 +29,30 @@ class Network(nn.Module):
     Attributes:
         stack: name of the container of the blocks.
         batch: input of the forward, which returns the loss.
+        rewires: does a memory mode change the function that is trained?
     """
 
     stack: str
     batch: Tensor
+    rewires = True
 
     @property
-    def blocks(self) -> nn.Sequential | nn.ModuleList:
+    def container(self) -> nn.Sequential | nn.ModuleList:
         return cast("nn.Sequential | nn.ModuleList", self.get_submodule(self.stack))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.container)
+
+    def replace_blocks(self, modules: list[nn.Module]) -> None:
+        """Put these in the places of the blocks; there may be fewer of them."""
+        del self.container[len(modules) :]
+        for index, module in enumerate(modules):
+            self.container[index] = module
+
+    def set_memory(self, memory: str) -> None:
+        """Make the blocks reversible, in this memory mode."""
+        revnets.make_reversible(self, blocks=self.stack, memory=memory)
 
 
 class Classifier(Network):
@@ -113,6 +129,7 @@ class Case(NamedTuple):
     size: int
     count: int
     words: str
+    unit: str = "blocks"
 
     def build(self) -> Network:
         torch.manual_seed(0)
@@ -120,7 +137,7 @@ class Case(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"{self.words}: {self.depth} blocks, {self.width} channels, batch {self.count}, size {self.size}"
+        return f"{self.words}: {self.depth} {self.unit}, {self.width} channels, batch {self.count}, size {self.size}"
 
 
 CASES = {
@@ -167,6 +184,7 @@ PRODUCTS = [
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten.convolution.default,
 ]
 
 
@@ -244,6 +262,8 @@ class Way(NamedTuple):
         memory: rewire the blocks, in this memory mode.
         budget: a memory mode or another way, whose peak the plan of the rewired network may reach.
         is_timed: does its time on a CPU mean anything?
+        function: a name of what the network computes, where it is neither the network as it is nor rewired. Gradients
+            are compared with those of the first way of the same function.
     """
 
     wrap: Wrap | None = None
@@ -251,16 +271,18 @@ class Way(NamedTuple):
     memory: str | None = None
     budget: str | None = None
     is_timed: bool = True
+    function: str = ""
 
     def apply(self, network: Network) -> None:
         """Change a fresh network so that it is trained in this way."""
         if self.memory is not None:
-            revnets.make_reversible(network, blocks=network.stack, memory=self.memory)
+            network.set_memory(self.memory)
         if self.wrap is not None:
-            modules = list(self.wrap(list(network.blocks)))
-            del network.blocks[len(modules) :]
-            for index, module in enumerate(modules):
-                network.blocks[index] = module
+            network.replace_blocks(list(self.wrap(network.blocks)))
+
+    def function_of(self, network: Network) -> str:
+        """The function that the network computes when it is trained in this way."""
+        return self.function or ("rewired" if self.memory is not None and network.rewires else "plain")
 
 
 STORE, REWIRED = "store", "rewired, store"

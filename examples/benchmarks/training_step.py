@@ -41,6 +41,19 @@ SHAPES = {  # channels of level 0, depths: RevCol, Table 1
 }
 
 
+def columns_net(shape: str, count: int) -> revnets.Net:
+    """A classifier with columns of one of `SHAPES`."""
+    width, depths = SHAPES[shape]
+    return revnets.build(
+        {
+            "columns": count,
+            "stem": {"type": "patchify"},
+            "levels": [{"dim": width * 2**i, "depth": depth, "block": "convnext"} for i, depth in enumerate(depths)],
+            "head": {"type": "classifier", "num_classes": 1000},
+        }
+    )
+
+
 class CheckpointedColumns(nn.Module):
     """The rival: the same cells under plain autograd, with `torch.utils.checkpoint` around every column."""
 
@@ -131,16 +144,8 @@ def main(
 
 def measure(shape: str, count: int, size: int, batch: int, rounds: int) -> dict[str, tuple[float, int, int, float]]:
     """For each contender: median CPU seconds, bytes kept, peak bytes, gradient error."""
-    width, depths = SHAPES[shape]
     torch.manual_seed(0)
-    net = revnets.build(
-        {
-            "columns": count,
-            "stem": {"type": "patchify"},
-            "levels": [{"dim": width * 2**i, "depth": depth, "block": "convnext"} for i, depth in enumerate(depths)],
-            "head": {"type": "classifier", "num_classes": 1000},
-        }
-    )
+    net = columns_net(shape, count)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
     names = ("store", "recompute", "invert", "exact", PLANNED, "checkpoint")
     contenders = [Contender(name, net, images, labels) for name in names]
