@@ -73,7 +73,9 @@ def _peak(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, states:
     second.run()
     assert second.found is not None  # the second pass comes to the same allocation
     parts, where, is_backward = second.found
-    return PeakMemory(mode, parts, where, is_backward)
+    most = first.tracker.most_of_cells
+    cell = max(most, key=most.__getitem__)
+    return PeakMemory(mode, parts, where, is_backward, first.cell_name(cell), most[cell])
 
 
 class _Label(NamedTuple):
@@ -85,11 +87,17 @@ class _Label(NamedTuple):
 
 
 class _PeakTracker(MemoryTracker):
-    """A tracker that knows at which of its counts the peak is, and calls `look` when it comes to the count `stop`."""
+    """A tracker that knows at which of its counts the peak is, and calls `look` when it comes to the count `stop`.
+
+    Attributes:
+        most_of_cells: by the index of a cell, the most bytes alive at once that it has made in its forward, or in its
+            replay and backward.
+    """
 
     def __init__(self, stop: int | None, look: Callable[[], None]):
         super().__init__()
         self.counts = self.peak_at = 0
+        self.most_of_cells: Counter[int] = Counter()
         self.stop, self.look = stop, look
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -98,6 +106,9 @@ class _PeakTracker(MemoryTracker):
         self.counts += 1
         if self.peak > before:
             self.peak_at = self.counts
+        if isinstance(self.label, _Label) and self.label.cell is not None:
+            cell, alive = self.label.cell, self.live_by_label[self.label]
+            self.most_of_cells[cell] = max(self.most_of_cells[cell], alive)
         if self.counts == self.stop:
             self.look()
 
@@ -227,10 +238,12 @@ class _Step:
         return sort
 
     def _name(self, place: _Label) -> str:
+        if place.cell is not None:
+            return self.cell_name(place.cell)
+        return "head and loss" if place.seen >= self.calls else "stem"
+
+    def cell_name(self, index: int) -> str:
         """A cell as `Graph.name` has it, with the number of its sequence where there are several."""
-        index = place.cell
-        if index is None:
-            return "head and loss" if place.seen >= self.calls else "stem"
         start = 0
         for number, member in enumerate(self.columns):
             if index < start + len(member.graph.nodes):

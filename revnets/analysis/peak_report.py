@@ -37,6 +37,8 @@ class PeakMemory:
     parts: dict[str, int]  # bytes by part, without those that are 0
     place: str  # what runs at the peak: a cell, such as `cell c3.l0`, `stem` or `head and loss`
     is_backward: bool
+    largest_cell: str  # the one that makes most bytes at once, when it runs or is replayed
+    largest_cell_bytes: int
 
     @property
     def peak(self) -> int:
@@ -111,9 +113,15 @@ class MemoryParts:
                 table.add_row(part, *(size(count) if count else "" for count in counts))
         table.add_section()
         table.add_row("peak", *(size(mode.peak) for mode in self.modes), style="bold")
+        cells = [f"{size(mode.largest_cell_bytes)}\n{_broken(mode.largest_cell)}" for mode in self.modes]
+        table.add_row("largest cell", *cells)
         places = [
-            ("backward of\n" if mode.is_backward else "forward of\n") + mode.place.replace(" of ", "\nof ")
-            for mode in self.modes
+            ("backward of\n" if mode.is_backward else "forward of\n") + _broken(mode.place) for mode in self.modes
         ]
         table.add_row("reached in", *places)
         return Group(table, "", Text(self.advice))
+
+
+def _broken(place: str) -> str:
+    """A place in lines that a narrow column has room for."""
+    return place.replace(" of ", "\nof ")

@@ -96,6 +96,13 @@ def test_states_are_told_from_lost_bits(wide):
     assert "lost bits" not in wide["invert"].parts
 
 
+def test_the_largest_cell_is_named_wherever_the_peak_is(narrow, wide):
+    peak = wide["exact"]
+    assert peak.largest_cell.endswith("l2")
+    assert peak.largest_cell_bytes == narrow["exact"].largest_cell_bytes
+    assert 0 <= peak.largest_cell_bytes - narrow["exact"].parts["running cell"] <= STATES  # with the state it rebuilds
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
@@ -108,9 +115,9 @@ def test_states_are_told_from_lost_bits(wide):
 )
 def test_the_advice_names_the_largest_part_of_exact(parts, words):
     peaks = (
-        PeakMemory("store", {"stored cells": 101}, "stem", True),
-        PeakMemory("invert", {"input": 3}, "stem", True),
-        PeakMemory("exact", parts, "cell c1.l0", True),
+        PeakMemory("store", {"stored cells": 101}, "stem", True, "cell c0.l0", 1),
+        PeakMemory("invert", {"input": 3}, "stem", True, "cell c0.l0", 1),
+        PeakMemory("exact", parts, "cell c1.l0", True, "cell c0.l0", 1),
     )
     advice = MemoryParts("Net", SHAPE, "float32", "adamw", 3, peaks).advice
     assert advice.startswith(f"exact takes {sum(parts.values())} B where store takes 101 B; {words}")
