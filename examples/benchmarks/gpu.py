@@ -67,6 +67,8 @@ def _device(name: str) -> Device:
         raise typer.BadParameter(
             "PyTorch finds no CUDA device here; --device cpu runs small nets", param_hint="--device"
         )
+    if kind == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(f"{name!r}: there are {torch.cuda.device_count()} devices", param_hint="--device")
     if kind == "cuda":
         torch.cuda.set_device(name if ":" in name else "cuda:0")
     return Device(name)

@@ -59,11 +59,15 @@ def audit(
         bool, typer.Option("--memory", help="Show what the peak of a step consists of, on simulated tensors.")
     ] = False,
     optimizer: Annotated[
-        str, typer.Option(help="With --memory, whose state is counted: none, sgd, lion, adam or adamw.")
-    ] = "adamw",
+        str | None,
+        typer.Option(
+            help="With --memory, whose state is counted: none, sgd, lion, adam or adamw.", show_default="adamw"
+        ),
+    ] = None,
     dtype: Annotated[
-        str, typer.Option(help="With --memory: float32, or bfloat16 or float16 for autocast.")
-    ] = "float32",
+        str | None,
+        typer.Option(help="With --memory: float32, or bfloat16 or float16 for autocast.", show_default="float32"),
+    ] = None,
     png: Annotated[
         Path | None, typer.Option(help="Draw the figures into this file.", callback=picture_path, readable=False)
     ] = None,
@@ -79,11 +83,16 @@ def audit(
     A YAML file is a program: the classes that it names are imported and run. Give --no-trust with files of others.
     """
     from revnets.cli.audit import explain_memory, measure
+    from revnets.config.errors import option_error
 
     shape = sample_shape(input_shape)
     if memory:
-        explain_memory(spec, overrides or [], shape, batch or 32, dtype, optimizer, png, json, trust, reversible)
+        request = dtype or "float32", optimizer or "adamw"
+        explain_memory(spec, overrides or [], shape, batch or 32, *request, png, json, trust, reversible)
         return
+    for option, value in (("--optimizer", optimizer), ("--dtype", dtype)):
+        if value is not None:
+            raise option_error(option, "is for --memory alone", "Give --memory, too", code="conflicting-values")
     raise typer.Exit(measure(spec, overrides or [], shape, batch or 2, png, json, trust, reversible))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from revnets.cli import main
 from revnets.cli.audit import explain_memory, measure
 from revnets.cli.common import reversible_model
 from revnets.cli.plan import forecast
@@ -88,6 +89,13 @@ def test_parts_of_the_peak_of_nothing(given: dict[str, object], key: str, code: 
     with pytest.raises(SpecError) as caught:
         explain_memory("examples/configs/vectors.yaml", [], **options)
     assert (caught.value.key, caught.value.code) == (key, code)
+
+
+@pytest.mark.parametrize("option", ["optimizer", "dtype"])
+def test_options_that_only_the_parts_of_the_peak_have(option: str):
+    with pytest.raises(SpecError) as caught:
+        main.audit("examples/configs/vectors.yaml", **{option: "lion"})
+    assert (caught.value.key, caught.value.code) == (f"--{option}", "conflicting-values")
 
 
 def test_weights_of_a_folder_are_read(gpt2: Path):
