@@ -346,3 +346,15 @@ def test_tensors_looks_into_nests():
     a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
     nest = {"a": a, "rest": [b, (None, "text", {"c": c})]}
     assert [tensor.numel() for tensor in tensors(nest)] == [1, 2, 3]
+
+
+def test_what_is_relabeled_counts_under_its_new_label():
+    with MemoryTracker() as tracker:
+        tracker.label = "old"
+        kept, moved = torch.zeros(7), torch.zeros(11)
+        tracker.relabel("new", moved.view(11, 1), torch.zeros(0))
+    assert tracker.live_by_label["old"] == kept.nbytes
+    assert tracker.live_by_label["new"] == moved.nbytes
+    del moved
+    assert tracker.live_by_label["new"] == 0
+    assert tracker.live == kept.nbytes
