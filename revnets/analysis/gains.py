@@ -1,7 +1,7 @@
 """The gains gamma of a net, of a model or out of a file of weights, and what they cost in lost bits.
 
 Dividing by gamma in the inverse magnifies what x_t = F_t + gamma x_{t-m} has rounded away: the smaller |gamma|, the
-more bits `exact` keeps (`lostbits.py`).
+more bits `exact` keeps (`engine/lost_bits`).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class CellGains(NamedTuple):
 class Bits(NamedTuple):
     """Lost bits of an element of a state."""
 
-    expected: float  # what `exact` is expected to keep (`lostbits.expected_shares`)
+    expected: float  # what `exact` is expected to keep (`lostbits.expected_bytes`)
     kept: float  # what it keeps of states and updates that are drawn from N(0, 1)
-    entropy: float  # the least that any code could keep of these
+    entropy: float  # the least that any code could keep of these, with the window known that rounding leaves
 
 
 def read_gains(source: str, overrides: Sequence[str] = (), trust: bool = True) -> list[CellGains]:
@@ -149,17 +149,26 @@ def lost_bits(gamma: Tensor, samples: int = SAMPLES) -> Bits:
         gamma: |gamma| of every channel.
         samples: about how many elements are drawn.
     """
-    shares = torch.tensor([lostbits.expected_shares(value) for value in gamma.tolist()])
-    expected = 4 + float(shares.mean(0) @ torch.tensor([8.0, 16.0, 32.0]))
+    expected = 8 * float(lostbits.expected_bytes(gamma.numpy()).mean())
     generator = torch.Generator().manual_seed(0)
     shape = (math.ceil(samples / len(gamma)), len(gamma))
     past, update = (torch.randn(shape, generator=generator) for _ in range(2))
     gain = gamma.float()
-    rebuilt = subtract(add(past, update, gain), update, gain)
+    state = add(past, update, gain)
+    rebuilt = subtract(state, update, gain)
     difference = lostbits.bits_of(past) - lostbits.bits_of(rebuilt)
-    p = difference.unique(return_counts=True)[1].double() / difference.numel()
-    kept = 8 * lostbits.encode(past, rebuilt).nbytes / past.numel()
-    return Bits(expected, kept, float(-(p * p.log2()).sum()))
+    window = state.frexp().exponent - rebuilt.frexp().exponent - gain.frexp().exponent
+    lost = lostbits.encode(past, rebuilt, state, gain)
+    kept = 8 * (past if lost is None else lost).nbytes / past.numel()
+    return Bits(expected, kept, _entropy(difference, window.flatten()))
+
+
+def _entropy(numbers: Tensor, known: Tensor) -> float:
+    """Bits that an int32 takes on average where `known` is known of it."""
+    pairs, counts = ((known.long() << 32) + numbers).unique(return_counts=True)
+    place = (pairs + 2**31 >> 32) - known.min()
+    totals = torch.zeros(int(place.max()) + 1, dtype=torch.float64).index_add_(0, place, counts.double())
+    return float(-(counts * (counts / totals[place]).log2()).sum() / len(numbers))
 
 
 def rows(cells: Sequence[CellGains], bits: Sequence[Bits]) -> list[dict[str, int | float]]:

@@ -49,7 +49,7 @@ class CellRecord:
         self.node = node
         self.mode = mode
         self.context: Any = None  # keyword arguments of the cell, with constants in place of tensors
-        self.kept: Held | None = None  # x_{t-m}, in store and recompute
+        self.kept: Held | None = None  # x_{t-m}, in store and recompute, and where its lost bits take as much
         self.lost: lost_bits.LostBits | None = None  # what the inverse misses of it, in exact
         self.past_stride: tuple[int, ...] = ()
         self.past_grad = False
@@ -58,6 +58,14 @@ class CellRecord:
         self.metas: list[Meta] = []
         self.saved: dict[int, Held] = {}
         self.liveness: weakref.ref[object] | None = None  # to what the packed handles of this call share
+
+    def settle(self) -> None:
+        """Keep either x_{t-m} or its lost bits, where a device had to count the bits first."""
+        if self.kept is not None and self.lost is not None:
+            if self.lost.compact():
+                self.kept = None
+            else:
+                self.lost = None
 
     def has_live_handles(self) -> bool:
         """Does a graph hold packed handles of this call?"""

@@ -74,7 +74,8 @@ class PlainCoupling:
 class RecordingCoupling(PlainCoupling):
     """x_t from x_{t-m}, and into the record of the cell what its memory mode needs to return to x_{t-m}.
 
-    `store` and `recompute` keep x_{t-m}, `exact` its lost bits, `invert` nothing. Where gamma is 0, all keep it.
+    `store` and `recompute` keep x_{t-m}, `exact` its lost bits, `invert` nothing. Where gamma is 0, all keep it, and
+    so does `exact` where the lost bits take as much.
 
     Args:
         record: of the cell that is called.
@@ -94,7 +95,10 @@ class RecordingCoupling(PlainCoupling):
         elif record.mode is Memory.EXACT:
             with torch.no_grad():
                 rebuilt = with_stride(subtract(state, update, gamma), past.stride())
-                record.lost = lost_bits.encode(past.detach(), rebuilt)
+                result = with_stride(state.detach(), past.stride())
+                record.lost = lost_bits.encode(past.detach(), rebuilt, result, gamma)
+            if record.lost is None or record.lost.is_pending:
+                record.kept = Held.of(past)
         self._made = self._made or (state, state._version)
         return state
 
@@ -149,6 +153,8 @@ class ReplayCoupling:
     @torch.no_grad()
     def _rebuild(self, update: Tensor, gamma: Tensor | float) -> Tensor:
         """x_{t-m}, with the strides that it had (Rule 4)."""
-        past = subtract(self.tape.state(self.record.node.index), update, gamma)
-        past = with_stride(past, self.record.past_stride)
-        return past if self.record.lost is None else lost_bits.decode(past, self.record.lost)
+        state, stride = self.tape.state(self.record.node.index), self.record.past_stride
+        past = with_stride(subtract(state, update, gamma), stride)
+        if self.record.lost is not None:
+            self.record.lost.decode(past, with_stride(state, stride), gamma)
+        return past

@@ -148,16 +148,11 @@ class Tape:
                 cell=self.graph.name(node.index),
             )
         self.records.append(record)
-        self._compact(node)
+        if node.residual is not None and (before := self.records[node.residual]) is not None:
+            before.settle()  # of a column ago: the counts have long arrived from the device
         if self.verifier is not None:
             self.verifier.note(node.index, state)
         return state
-
-    def _compact(self, node: Node) -> None:
-        """Cut the lost bits of the cell a column ago to length: their counts have long arrived from the device."""
-        record = self.records[node.residual] if node.residual is not None else None
-        if record is not None and record.lost is not None:
-            record.lost.compact()
 
     def skip(self) -> None:
         """A cell below everything that needs a gradient: nobody will ask for it."""
@@ -223,6 +218,7 @@ class Tape:
         """Forget x_t, having made sure of x_{t-m}."""
         record = self._record_of(self.cursor)
         residual = record.node.residual
+        record.settle()
         if residual is not None and residual not in self.window:
             if record.kept is not None:
                 self.window[residual] = record.kept
@@ -246,6 +242,7 @@ class Tape:
 
         With x_{t-m} at hand, the call ends after the last saved tensor: the rest of a cell serves x_t alone.
         """
+        record.settle()
         node, residual = record.node, record.node.residual
         saved: list[Held] = []
         assert record.replay_context is not None  # only in `store`, where there are no handles

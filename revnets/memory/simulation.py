@@ -2,7 +2,7 @@
 
 Fake tensors have shapes and no memory, so a net far larger than the machine can be looked at. Everything takes part
 that takes part in a real step: autograd's saved tensors, the engine's tape, replays, gradients as they come. Only the
-lost bits have no values to look at; their length is what is usual at the net's |gamma| (`lostbits.expected_shares`).
+lost bits have no values to look at; their length is what is usual at the net's |gamma| (`lost_bits.expected_bytes`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `exact` promises: the gradients of `store` at any depth, for little more than half a byte an element."""
+"""What `exact` promises: the gradients of `store` at any depth, for little more than a quarter byte an element."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def bytes_per_element(net: revnets.Net, images: Tensor, half: bool) -> float:
     return (kept["exact"] - kept["invert"]) / rebuilt
 
 
-LIMITS = pytest.mark.parametrize(("gamma", "limit"), [(0.5, 0.6), (0.05, 1.15)])
+LIMITS = pytest.mark.parametrize(("gamma", "limit"), [(1.0, 0.22), (0.5, 0.28), (0.05, 0.68), (0.001, 1.32)])
 HALF = pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 
 
@@ -87,7 +87,7 @@ HALF = pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"
 @HALF
 @pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
 def test_lost_bits_at_random_initialisation(gamma: float, limit: float, half: bool) -> None:
-    assert 0.5 <= bytes_per_element(digits_net(gamma), digits()[0][:64], half) <= limit
+    assert 0.15 <= bytes_per_element(digits_net(gamma), digits()[0][:64], half) <= limit
 
 
 @pytest.mark.slow
@@ -109,5 +109,5 @@ def test_lost_bits_after_training(gamma: float, limit: float, half: bool) -> Non
         optimizer.step()
         losses.append(float(loss.detach()))
         if count % 20 == 19:
-            assert 0.5 <= bytes_per_element(net, images[:64], half) <= limit
+            assert 0.15 <= bytes_per_element(net, images[:64], half) <= limit
     assert sum(losses[-10:]) < 0.4 * sum(losses[:10])  # it has learned something

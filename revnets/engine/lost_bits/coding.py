@@ -1,0 +1,111 @@
+"""Lost bits of a state: found in the forward, added to the reconstruction in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from revnets.engine.lost_bits.fields import Fields
+from revnets.engine.lost_bits.floating_point import is_dense, layout_of
+from revnets.engine.lost_bits.rounding import expected_bytes
+from revnets.engine.lost_bits.tiers import Tiers
+
+_assumed: ContextVar[float | None] = ContextVar("assumed gamma", default=None)
+
+
+class LostBits(Protocol):
+    """Difference between a state and its reconstruction."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def is_pending(self) -> bool:
+        """Is it not known yet how long it is?"""
+        ...
+
+    def compact(self) -> bool:
+        """Cut to length what is longer than it has to be, which may wait for the device.
+
+        Returns:
+            Is it smaller than the state?
+        """
+        ...
+
+    def decode(self, rebuilt: Tensor, state: Tensor, gamma: Tensor | float) -> None:
+        """Add the difference to `rebuilt`, in place."""
+        ...
+
+
+def encode(
+    past: Tensor, rebuilt: Tensor, state: Tensor, gamma: Tensor | float, defer: bool | None = None
+) -> LostBits | None:
+    """What must be kept to turn `rebuilt` into `past`. The memory of `rebuilt` is used up.
+
+    Args:
+        past: x_{t-m}.
+        rebuilt: its reconstruction, of the same shape, dtype and strides.
+        state: x_t, likewise.
+        gamma: a number, or a tensor whose shape broadcasts to that of the state.
+        defer: never wait for the device, leave the cut to `compact`; by default on everything but the CPU.
+
+    Returns:
+        None where the state itself takes no more.
+    """
+    assumed_gamma = _assumed.get()
+    if assumed_gamma is None and past.is_meta:
+        assumed_gamma = 0.5
+    lost: LostBits | None = None
+    if assumed_gamma is not None:
+        lost = _Assumed.encode(past, assumed_gamma)
+    elif is_dense(past):
+        if defer if defer is not None else past.device.type != "cpu":
+            return Tiers.encode(past, rebuilt)
+        lost = Fields.encode(past, rebuilt, state, gamma)
+    return lost if lost is not None and lost.nbytes < past.nbytes else None
+
+
+@contextmanager
+def assumed(gamma: float) -> Generator[None]:
+    """Let fake tensors through, which have no values to look at: lost bits have the length usual at this |gamma|.
+
+    Tensors on the meta device always pass, with the length usual at 0.5.
+    """
+    token = _assumed.set(gamma)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+@dataclass(slots=True)
+class _Assumed:
+    """As many bytes as usual."""
+
+    content: Tensor
+
+    @classmethod
+    def encode(cls, past: Tensor, gamma: float) -> _Assumed:
+        numbers = past.numel() * (2 if past.is_complex() else 1)
+        length = int(numbers * expected_bytes(gamma, layout_of(past.dtype).size))
+        return cls(past.new_empty(length, dtype=torch.uint8))
+
+    @property
+    def nbytes(self) -> int:
+        return self.content.nbytes
+
+    @property
+    def is_pending(self) -> bool:
+        return False
+
+    def compact(self) -> bool:
+        return True
+
+    def decode(self, rebuilt: Tensor, state: Tensor, gamma: Tensor | float) -> None:
+        pass
