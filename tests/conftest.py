@@ -18,6 +18,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for processes that test
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels run on the CPU
+
 settings.register_profile(
     "default",
     deadline=None,  # the first call of a kernel is slow, and other jobs share the machine

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from revnets.engine.lost_bits.fields import Fields
 from revnets.engine.lost_bits.floating_point import is_dense, layout_of
 from revnets.engine.lost_bits.rounding import expected_bytes
 from revnets.engine.lost_bits.tiers import Tiers
+
+if TYPE_CHECKING:
+    from revnets.engine.lost_bits.kernels import BlockFields
 
 _assumed: ContextVar[float | None] = ContextVar("assumed gamma", default=None)
 
@@ -66,9 +69,22 @@ def encode(
         lost = _Assumed.encode(past, assumed_gamma)
     elif is_dense(past):
         if defer if defer is not None else past.device.type != "cpu":
+            if (kernels := kernels_for(past)) is not None:
+                return kernels.encode(past, rebuilt, state, gamma)
             return Tiers.encode(past, rebuilt)
         lost = Fields.encode(past, rebuilt, state, gamma)
     return lost if lost is not None and lost.nbytes < past.nbytes else None
+
+
+def kernels_for(past: Tensor) -> type[BlockFields] | None:
+    """The coder in Triton, where there is one for the device and dtype."""
+    if past.device.type != "cuda" or past.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    try:
+        from revnets.engine.lost_bits.kernels import BlockFields  # a second of imports
+    except ImportError:
+        return None
+    return BlockFields
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from revnets.engine.lost_bits.floating_point import Layout
 WIDEST = 15
 """Bits of the widest field; a larger difference is kept whole."""
 
-_TOLERANCE = 2**-0.1
+TOLERANCE = 2**-0.1
 """A gamma up to 7 % below a power of two counts as that: the window is hardly wider, and d rarely leaves the field."""
 
 
@@ -39,9 +39,9 @@ class Magnification(NamedTuple):
     def of(cls, gamma: Tensor | float) -> Magnification:
         if not isinstance(gamma, Tensor):
             mantissa, exponent = math.frexp(abs(gamma))
-            return cls(int(mantissa < _TOLERANCE) - exponent, mantissa == 0.5)
+            return cls(int(mantissa < TOLERANCE) - exponent, mantissa == 0.5)
         mantissa, exponent = torch.frexp(gamma.detach().abs().double())
-        bits = ((mantissa < _TOLERANCE).int() - exponent).clamp_(-9999, 9999).to(torch.int16)
+        bits = ((mantissa < TOLERANCE).int() - exponent).clamp_(-9999, 9999).to(torch.int16)
         least, most = bits.aminmax()
         return cls(int(least) if least == most else bits, bool((mantissa == 0.5).all()))
 
@@ -96,7 +96,7 @@ def expected_bytes(gamma: ArrayLike, size: int = 4) -> NDArray[np.float64]:
     layout = Layout(size, {2: 7, 4: 23, 8: 52}[size], 0)
     absolute = np.clip(np.abs(gamma), 1e-30, 1e30)
     mantissa, exponent = np.frexp(absolute)
-    magnification, exact = (mantissa < _TOLERANCE) - exponent, mantissa == 0.5
+    magnification, exact = (mantissa < TOLERANCE) - exponent, mantissa == 0.5
     growth = np.log2(1 + absolute**2) / 2  # of the deviation, from x_{t-m} to x_t
     below = np.floor(growth)
     found = np.zeros_like(absolute)
