@@ -86,7 +86,7 @@ class Fields:
             _narrowest(np.diff(np.concatenate([*places, _NONE]), prepend=0)),
             _narrowest(np.concatenate([*outside, _NONE.view(blocks.past.dtype)])),
         )
-        return cls(*(torch.from_numpy(part).clone() for part in found))
+        return cls(*(torch.from_numpy(part).clone() for part in found))  # pyright: ignore[reportUnknownMemberType]
 
     def decode(self, rebuilt: Tensor, state: Tensor, gamma: Tensor | float) -> None:
         """Turn `rebuilt`, in place, into what it is a reconstruction of."""
@@ -206,14 +206,18 @@ def _split(words: Integers, width: Shorts) -> tuple[Shorts, int]:
     following <<= 1
     following <<= np.subtract(63, bit, out=bit)
     fields |= following
-    for first in (first_of_group, first_of_pair):
-        half = 4 * fields.itemsize
-        second = fields >> first
-        second <<= half
-        fields &= (1 << half) - 1
-        fields |= second
-        fields = fields.view(np.int32 if half == 32 else np.int16)
-    return fields[: len(width)], (int(ends[-1]) + 63) >> 6
+    joined = _apart(fields, first_of_group).view(np.int32)
+    return _apart(joined, first_of_pair).view(np.int16)[: len(width)], (int(ends[-1]) + 63) >> 6
+
+
+def _apart(joined: Integers, first: Integers) -> Integers:
+    """Two numbers, the first of so many bits, moved to the halves of theirs; in place."""
+    half = 4 * joined.itemsize
+    second = joined >> first
+    second <<= half
+    joined &= (1 << half) - 1
+    joined |= second
+    return joined
 
 
 def _padded(values: Shorts) -> Shorts:

@@ -6,9 +6,9 @@ beginning a word: the fields; the signs of fields at an end; whole differences w
 and difference where that is outside of its field.
 """
 
-# pyright: reportMissingImports=false, reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownParameterType=false
-# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# Kernels are in a language of their own, and Triton is not installed everywhere:
+# pyright: basic, reportMissingImports=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 from dataclasses import dataclass
 
@@ -111,7 +111,8 @@ def _constants(past: Tensor, gamma: Tensor | float) -> dict[str, int | bool]:
 
 @triton.jit
 def _encode(
-    past_bits, rebuilt_bits, state_bits, gamma, inner, channels, numel, magnification, is_exact, words, headers, capacity,
+    past_bits, rebuilt_bits, state_bits, gamma, inner, channels, numel, magnification, is_exact, words, headers,
+    capacity,
     learned: tl.constexpr, narrow: tl.constexpr, exponent: tl.constexpr, mantissa: tl.constexpr, limit: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip

@@ -78,7 +78,8 @@ def widths(
     found += magnification
     if exact:
         np.add(found, found == 0, out=found)  # a window of one number may have two halves at its ends
-    torch.from_numpy(found).clamp_(0 if exact else 1, widest(layout) + 1)  # NumPy takes eight times as long
+    clamped = torch.from_numpy(found)  # pyright: ignore[reportUnknownMemberType]
+    clamped.clamp_(0 if exact else 1, widest(layout) + 1)  # NumPy takes eight times as long
     return found
 
 

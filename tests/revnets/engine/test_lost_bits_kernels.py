@@ -122,7 +122,9 @@ def test_a_third_of_the_device_operations_of_tiers(gamma: Tensor | float, monkey
             for name in ("_encode", "_decode"):
                 patch.setattr(kernels, name, CountedKernel(getattr(kernels, name), operations))
             past, rebuilt = pair[:2]
-            lost = Tiers.encode(past, rebuilt.clone()) if tiers else BlockFields.encode(past, rebuilt.clone(), *pair[2:])
+            lost = (
+                Tiers.encode(past, rebuilt.clone()) if tiers else BlockFields.encode(past, rebuilt.clone(), *pair[2:])
+            )
             assert watch.waits == []
             lost.compact()
             lost.decode(rebuilt, *pair[2:])
