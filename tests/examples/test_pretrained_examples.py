@@ -187,7 +187,7 @@ def test_a_smaller_blend_keeps_more_bytes(scripts):
     kind = script.kinds()["ViT"]
     values = [script.bytes_per_element(kind, blend, depths=(2, 4)) for blend in (0.5, 0.1, 0.01)]
     assert values == sorted(values)
-    assert 0.5 < values[0] < 0.6
+    assert 0.18 < values[0] < 0.28
     assert values[-1] < 4  # a state in float32
 
 

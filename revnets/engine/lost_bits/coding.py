@@ -100,6 +100,10 @@ def assumed(gamma: float) -> Generator[None]:
         _assumed.reset(token)
 
 
+_PADDING = 5
+"""Half a word of fields and half a byte of signs."""
+
+
 @dataclass(slots=True)
 class _Assumed:
     """As many bytes as usual."""
@@ -109,7 +113,7 @@ class _Assumed:
     @classmethod
     def encode(cls, past: Tensor, gamma: float) -> _Assumed:
         numbers = past.numel() * (2 if past.is_complex() else 1)
-        length = int(numbers * expected_bytes(gamma, layout_of(past.dtype).size))
+        length = int(numbers * expected_bytes(gamma, layout_of(past.dtype).size)) + _PADDING
         return cls(past.new_empty(length, dtype=torch.uint8))
 
     @property

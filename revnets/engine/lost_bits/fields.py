@@ -80,7 +80,7 @@ class Fields:
             low &= ~np.left_shift(np.int16(-1), width)
             words.append(_join(low, width))
         found = (
-            np.concatenate([*words, _SPARE]),
+            np.concatenate([*words, _NONE]),
             np.concatenate([*signs, _NONE.view(np.uint8)]),
             np.concatenate([*wide, _NONE.view(blocks.past.dtype)]),
             _narrowest(np.diff(np.concatenate([*places, _NONE]), prepend=0)),
@@ -111,9 +111,6 @@ class Fields:
                 wide = wide[len(unbounded) :]
         blocks.rebuilt[self.gaps.numpy().cumsum(dtype=np.intp)] += self.outside.numpy()
 
-
-_SPARE = np.zeros(1, np.int64)
-"""Something to read from where no field has a bit."""
 
 _NONE = np.empty(0, np.int64)
 
@@ -195,6 +192,8 @@ def _split(words: Integers, width: Shorts) -> tuple[Shorts, int]:
     groups = groups >> 32
     groups += first_of_group
     ends = groups.cumsum()
+    if not ends[-1]:
+        return np.zeros_like(width), 0
     bit = ends - groups
     word = bit >> 6
     bit &= 63

@@ -217,7 +217,9 @@ def test_fake_tensors_have_the_expected_size() -> None:
             pair = Coupled(state, torch.empty_like(state), state, gamma)
             lost = encoded(pair)
             assert decoded(pair, lost).shape == (1009,)
-        assert lost.nbytes == int(lost_bits.expected_bytes(gamma, dtype.itemsize) * 1009)
+        assert (
+            lost.nbytes == int(lost_bits.expected_bytes(gamma, dtype.itemsize) * 1009) + 5
+        )  # half a word, half a byte
     with FakeTensorMode(), lost_bits.assumed(1e-7):
         state = torch.empty(1009)
         assert lost_bits.encode(state, state.clone(), state, 1e-7) is None
