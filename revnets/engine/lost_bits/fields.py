@@ -69,8 +69,9 @@ class Fields:
             low, unused = difference.astype(np.int16), 16 - width
             high = np.left_shift(low, unused)
             centered = high >> unused
-            escaped = centered != difference
-            escaped &= centered != np.negative(difference)  # at an end, which the sign tells from the other
+            escaped = centered != low
+            escaped &= centered != -low  # at an end, which the sign tells from the other
+            escaped |= difference != low
             if escaped.any():
                 at = np.flatnonzero(escaped)
                 places.append(at + part.start)
