@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import Field, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ _assumed: ContextVar[float | None] = ContextVar("assumed gamma", default=None)
 
 
 class LostBits(Protocol):
-    """Difference between a state and its reconstruction."""
+    """Difference between a state and its reconstruction; a dataclass that holds tensors."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def nbytes(self) -> int: ...

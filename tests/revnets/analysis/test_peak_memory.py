@@ -92,7 +92,7 @@ def test_states_are_told_from_lost_bits(wide):
     assert [peak.parts.get("window") for peak in wide.values()] == [None, STATES, STATES, STATES]
     kept = {mode: peak.parts.get("kept states", 0) for mode, peak in wide.items()}
     assert kept == {"store": 0, "recompute": (COLUMNS - 1) * STATES, "invert": 0, "exact": 0}
-    assert 0.1 < wide["exact"].parts["lost bits"] / ((COLUMNS - 1) * STATES) < 0.2
+    assert 0.05 < wide["exact"].parts["lost bits"] / ((COLUMNS - 1) * STATES) < 0.08
     assert "lost bits" not in wide["invert"].parts
 
 
