@@ -240,13 +240,13 @@ class Tape:
     def _replay(self, record: CellRecord, collect: bool) -> None:
         """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves.
 
-        With x_{t-m} at hand, the call ends after the last saved tensor: the rest of a cell serves x_t alone.
+        Where x_{t-m} need not be rebuilt, the call ends after the last saved tensor: the rest serves x_t alone.
         """
         record.settle()
         node, residual = record.node, record.node.residual
         saved: list[Held] = []
         assert record.replay_context is not None  # only in `store`, where there are no handles
-        has_past = record.kept is not None or (residual is not None and residual in self.window)
+        has_past = residual is None or record.kept is not None or residual in self.window
         ends_early = collect and has_past and self.verifier is None
 
         def pack(tensor: Tensor) -> None:
