@@ -56,6 +56,7 @@ class CellRecord:
         self.grad_reads: list[bool] = []
         self.replay_context: ReplayContext | None = None
         self.metas: list[Meta] = []
+        self.replayed: int | None = None  # so many tensors are packed into handles; the graph holds the others
         self.saved: dict[int, Held] = {}
         self.liveness: weakref.ref[object] | None = None  # to what the packed handles of this call share
 

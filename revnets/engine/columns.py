@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +14,8 @@ from revnets.engine import executor
 from revnets.engine.cell import Cell, FixedGain
 from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import Graph, ReadToken, wire
-from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes, stored_cells
-from revnets.engine.torch_internals import raise_compile_limits, without_dynamo
+from revnets.engine.memory_mode import Budget, Kept, Memory, MemoryPolicy, kept_cells, memory_modes, stored_cells
+from revnets.engine.torch_internals import raise_compile_limits
 
 if TYPE_CHECKING:
     from revnets.engine.pipeline.stage import ColumnsStage
@@ -78,6 +77,7 @@ class ReversibleColumns(nn.Module):
     def policy(self, value: MemoryPolicy) -> None:
         memory_modes(value.modes, self.graph.columns)
         stored_cells(value.stored, len(self.graph.nodes))
+        kept_cells(dict(value.kept), len(self.graph.nodes))
         self._policy = value
 
     @contextmanager
@@ -87,6 +87,7 @@ class ReversibleColumns(nn.Module):
         *,
         modes: str | Sequence[str] | None = None,
         stored: int | Iterable[int] | None = None,
+        kept: Kept | Iterable[int] | None = None,
         verify: bool | None = None,
     ) -> Generator[MemoryPolicy]:
         """Run a `with` block under another policy; the present one returns at its end, also after an exception.
@@ -94,7 +95,7 @@ class ReversibleColumns(nn.Module):
         Args:
             policy: the other policy; by default the present one with the changes below.
             modes: as for the attribute `memory`. A pending budget is not planned inside of the block.
-            stored, verify: as for the attributes of these names.
+            stored, kept, verify: as for the attributes of these names.
 
         Raises:
             ArgumentError: as the attributes do.
@@ -107,6 +108,8 @@ class ReversibleColumns(nn.Module):
                 self.memory = modes
             if stored is not None:
                 self.stored = stored
+            if kept is not None:
+                self.kept = kept
             if verify is not None:
                 self.verify = verify
             yield self._policy
@@ -115,12 +118,12 @@ class ReversibleColumns(nn.Module):
 
     @property
     def memory(self) -> tuple[Memory, ...]:
-        """The memory mode of each column. Set it to one mode for all or to one per column; a pending budget ends."""
+        """The memory mode of each column. Setting one for all or one per column ends a pending budget and `kept`."""
         return self._policy.modes
 
     @memory.setter
     def memory(self, value: str | Sequence[str]) -> None:
-        self._policy = replace(self._policy, modes=memory_modes(value, self.graph.columns), budget=None)
+        self._policy = replace(self._policy, modes=memory_modes(value, self.graph.columns), budget=None, kept=())
 
     @property
     def stored(self) -> frozenset[int]:
@@ -134,6 +137,20 @@ class ReversibleColumns(nn.Module):
     @stored.setter
     def stored(self, value: int | Iterable[int]) -> None:
         self._policy = replace(self._policy, stored=stored_cells(value, len(self.graph.nodes)))
+
+    @property
+    def kept(self) -> dict[int, int | None]:
+        """Cells (by their index t) that keep the state that they replace in place of its lost bits.
+
+        The value says how much a replay brings back: None is all that the cell saves, an integer k its first k tensors;
+        the others stay. Set it to such a mapping, or to indices of cells that keep the state alone.
+        """
+        return dict(self._policy.kept)
+
+    @kept.setter
+    def kept(self, value: Kept | Iterable[int]) -> None:
+        kept = tuple(kept_cells(value, len(self.graph.nodes)).items())
+        self._policy = replace(self._policy, kept=kept)
 
     @property
     def verify(self) -> bool:
@@ -195,13 +212,15 @@ class ReversibleColumns(nn.Module):
         if stop is not None:
             graph, cells = _first(graph, stop, "stop"), cells[:stop]
         if policy.budget is not None and self.training and torch.is_grad_enabled() and not executor.is_transformed():
-            _warn_of_pending(self, policy.budget)
+            executor.warn_of_pending(self, policy.budget)
         if Memory.INVERT in policy.modes and torch.is_grad_enabled() and not executor.is_transformed():
             from revnets.engine import drift  # no other mode drifts
 
             drift.watch(self, x)
-        ends = [tap_index(graph, tap) for tap in taps]
-        last, tapped = executor.run(graph, cells, x, policy.modes, context, ends, policy.stored, policy.verify)
+        ends = [executor.tap_index(graph, tap) for tap in taps]
+        last, tapped = executor.run(
+            graph, cells, x, policy.modes, context, ends, policy.stored, policy.verify, dict(policy.kept)
+        )
         return (last, tapped) if taps else last
 
     def truncated(self, length: int) -> ReversibleColumns:
@@ -217,7 +236,8 @@ class ReversibleColumns(nn.Module):
         for module in (result, result.cells, *result.cells):  # the flags of the cells are their own
             module.training = self.training
         stored = frozenset(index for index in self.stored if index < length)
-        result.policy = replace(self._policy, modes=self.memory[: graph.columns], stored=stored)
+        kept = tuple((index, replayed) for index, replayed in self._policy.kept if index < length)
+        result.policy = replace(self._policy, modes=self.memory[: graph.columns], stored=stored, kept=kept)
         return result
 
     def split(
@@ -318,31 +338,3 @@ def _first(graph: Graph, length: int, name: str) -> Graph:
             f"the first {length} cells: there are {total}, and at least one must run", name, code="out-of-range"
         )
     return graph if length == total else Graph(graph.m, graph.nodes[:length])
-
-
-@without_dynamo
-def _warn_of_pending(columns: ReversibleColumns, budget: Budget) -> None:
-    """Warn, once for each budget, that nothing has planned it. Gradients are right without a plan, so nothing fails."""
-    if columns.warned_of is budget:
-        return
-    columns.warned_of = budget
-    warnings.warn(
-        f"the memory budget {budget.budget} is still pending in a training forward of the columns, which run in "
-        f"{'/'.join(dict.fromkeys(columns.memory))} without a plan: the model around them was not called as model(x). "
-        "Call it so, pass the module that you do call to revnets.keep_budget, or plan before: "
-        "revnets.plan(model, shape, budget=...).apply(model)",
-        stacklevel=3,
-    )
-
-
-def tap_index(graph: Graph, column: int) -> int:
-    """The state that a tap at this column hands out: its top level, which a column that runs down begins with.
-
-    Raises:
-        ArgumentError: there is no such column.
-    """
-    if isinstance(column, bool) or not 0 <= column < graph.columns:
-        raise ArgumentError(
-            f"tap {column!r}: columns are numbered 0 to {graph.columns - 1}", "taps", code="out-of-range"
-        )
-    return graph.states_of(column)[-1]

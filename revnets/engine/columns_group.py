@@ -12,7 +12,7 @@ from torch import nn
 from revnets.engine.cell import Cell
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.errors import ArgumentError
-from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes, stored_cells
+from revnets.engine.memory_mode import Budget, Kept, Memory, MemoryPolicy, kept_cells, memory_modes, stored_cells
 
 
 class ColumnsGroup(Sequence[ReversibleColumns]):
@@ -77,13 +77,14 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         Raises:
             ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
         """
-        return MemoryPolicy(self.memory, self.stored, self.verify, self.budget)
+        return MemoryPolicy(self.memory, self.stored, self.verify, self.budget, tuple(self.kept.items()))
 
     @policy.setter
     def policy(self, value: MemoryPolicy) -> None:
         memory_modes(value.modes, self.column_count)
         stored_cells(value.stored, self.cell_count)
-        self.memory, self.stored = value.modes, value.stored
+        kept = kept_cells(dict(value.kept), self.cell_count)
+        self.memory, self.stored, self.kept = value.modes, value.stored, kept
         self.verify, self.budget = value.verify, value.budget
 
     @contextmanager
@@ -93,12 +94,13 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         *,
         modes: str | Sequence[str] | None = None,
         stored: int | Iterable[int] | None = None,
+        kept: Kept | Iterable[int] | None = None,
         verify: bool | None = None,
     ) -> Generator[MemoryPolicy]:
         """Run a `with` block under another policy, as `ReversibleColumns.using` does; yields the one in force.
 
         Args:
-            policy, modes, stored, verify: for all members together; what is not given stays as each member has it.
+            policy, modes, stored, kept, verify: for all members; what is not given stays as each member has it.
 
         Raises:
             ArgumentError: as the attributes do.
@@ -112,13 +114,15 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
                 self.memory = modes
             if stored is not None:
                 self.stored = stored
+            if kept is not None:
+                self.kept = kept
             if verify is not None:
                 self.verify = verify
             yield self.policy
 
     @property
     def memory(self) -> tuple[Memory, ...]:
-        """The memory mode of each column. Set it to one mode for all or to one per column; a pending budget ends."""
+        """The memory mode of each column, see `ReversibleColumns`."""
         return tuple(mode for columns in self for mode in columns.memory)
 
     @memory.setter
@@ -138,6 +142,22 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         stored = stored_cells(value, self.cell_count)
         for columns, (start, stop) in zip(self, self._spans(_cells_of), strict=True):
             columns.stored = [index - start for index in stored if start <= index < stop]
+
+    @property
+    def kept(self) -> dict[int, int | None]:
+        """Cells that keep the state that they replace, and how much of them is replayed, see `ReversibleColumns`."""
+        starts = (start for start, _ in self._spans(_cells_of))
+        return {
+            start + index: replayed
+            for columns, start in zip(self, starts, strict=True)
+            for index, replayed in columns.kept.items()
+        }
+
+    @kept.setter
+    def kept(self, value: Kept | Iterable[int]) -> None:
+        kept = kept_cells(value, self.cell_count)
+        for columns, (start, stop) in zip(self, self._spans(_cells_of), strict=True):
+            columns.kept = {index - start: replayed for index, replayed in kept.items() if start <= index < stop}
 
     @property
     def verify(self) -> bool:

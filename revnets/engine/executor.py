@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from revnets.engine.coupling import PlainCoupling, subtract
 from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.engine.memory_mode import Memory
+from revnets.engine.memory_mode import Budget, Kept, Memory
 from revnets.engine.replay.threads import is_inside
 from revnets.engine.tape import Tape
 from revnets.engine.torch_internals import is_transformed, tree_leaves, without_dynamo
+
+_NONE: Kept = {}
 
 
 def run(
@@ -27,6 +30,7 @@ def run(
     taps: Sequence[int] = (),
     stored: Collection[int] = (),
     verify: bool = False,
+    kept: Kept = _NONE,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run all cells; returns the states `graph.last` and those at the indices `taps`.
 
@@ -40,16 +44,25 @@ def run(
         context: keyword arguments for every cell, such as a padding mask.
         stored: indices of cells that run in `store`, whatever the mode of their column.
         verify: compare what backward rebuilds with checksums (`revnets/engine/replay/checksums.py`).
+        kept: cells that keep their state in place of lost bits, whatever the mode of their column.
     """
-    modes = modes_of_cells(graph, modes, stored)
+    modes = modes_of_cells(graph, modes, stored, kept)
     if not is_recorded(modes):
         return _run_plain(graph, cells, stem, context, taps)
-    return _run_taped(graph, cells, stem, modes, context, taps, verify)
+    return _run_taped(graph, cells, stem, modes, context, taps, verify, kept)
 
 
-def modes_of_cells(graph: Graph, modes: Sequence[Memory], stored: Collection[int]) -> list[Memory]:
-    """The memory mode of each cell, from those of the columns and the stored cells."""
-    return [Memory.STORE if node.index in stored else modes[node.column] for node in graph.nodes]
+def modes_of_cells(
+    graph: Graph, modes: Sequence[Memory], stored: Collection[int], kept: Collection[int] = ()
+) -> list[Memory]:
+    """The memory mode of each cell, from those of the columns, and the cells that keep everything or their state."""
+
+    def mode(index: int, column: int) -> Memory:
+        if index in stored:
+            return Memory.STORE
+        return Memory.RECOMPUTE if index in kept and modes[column] is not Memory.STORE else modes[column]
+
+    return [mode(node.index, node.column) for node in graph.nodes]
 
 
 def is_recorded(modes: Sequence[Memory]) -> bool:
@@ -117,6 +130,7 @@ class TapedPass(PlainPass):
     Args:
         modes: memory mode of each cell.
         context: keyword arguments that all cells have in common; `step` may be given others.
+        kept: how much cells keep beside their state.
 
     Raises:
         ArgumentError: the stem is an inference tensor, through which no gradient can be taken.
@@ -131,6 +145,7 @@ class TapedPass(PlainPass):
         context: Mapping[str, Any],
         taps: Sequence[int] = (),
         verify: bool = False,
+        kept: Kept = _NONE,
     ):
         super().__init__(graph, cells, stem, taps)
         if stem.is_inference():
@@ -142,7 +157,7 @@ class TapedPass(PlainPass):
             )
         self.modes = modes
         self.context = context
-        self.tape = Tape(graph, cells, stem, context, verify)
+        self.tape = Tape(graph, cells, stem, context, verify, kept)
         self.started = False  # has anything so far needed a gradient?
 
     def step(self, node: Node, context: Mapping[str, Any]) -> Tensor:
@@ -178,10 +193,11 @@ def _run_taped(
     context: Mapping[str, Any],
     taps: Sequence[int],
     verify: bool,
+    kept: Kept,
 ) -> tuple[list[Tensor], list[Tensor]]:
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
-    run = TapedPass(graph, cells, stem, modes, context, taps, verify)
+    run = TapedPass(graph, cells, stem, modes, context, taps, verify, kept)
     for node in graph.nodes:
         run.step(node, context)
     run.close()
@@ -211,3 +227,31 @@ def _needs_grad(cell: nn.Module, reads: list[Tensor], context: Mapping[str, Any]
         or any(parameter.requires_grad for parameter in cell.parameters())
         or any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(dict(context)))
     )
+
+
+@without_dynamo
+def warn_of_pending(columns: Any, budget: Budget) -> None:
+    """Warn, once for each budget, that nothing has planned it. Gradients are right without a plan, so nothing fails."""
+    if columns.warned_of is budget:
+        return
+    columns.warned_of = budget
+    warnings.warn(
+        f"the memory budget {budget.budget} is still pending in a training forward of the columns, which run in "
+        f"{'/'.join(dict.fromkeys(columns.memory))} without a plan: the model around them was not called as model(x). "
+        "Call it so, pass the module that you do call to revnets.keep_budget, or plan before: "
+        "revnets.plan(model, shape, budget=...).apply(model)",
+        stacklevel=3,
+    )
+
+
+def tap_index(graph: Graph, column: int) -> int:
+    """The state that a tap at this column hands out: its top level, which a column that runs down begins with.
+
+    Raises:
+        ArgumentError: there is no such column.
+    """
+    if isinstance(column, bool) or not 0 <= column < graph.columns:
+        raise ArgumentError(
+            f"tap {column!r}: columns are numbered 0 to {graph.columns - 1}", "taps", code="out-of-range"
+        )
+    return graph.states_of(column)[-1]

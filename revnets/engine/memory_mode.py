@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 from revnets.engine.errors import ArgumentError
 
@@ -35,6 +35,11 @@ class Budget(Protocol):
     def sharding(self) -> str | None: ...
 
 
+Kept: TypeAlias = "Mapping[int, int | None]"
+"""Cells that keep the state x_{t-m} that they replace, by index. An integer k: they keep what they save as well, but
+for the first k tensors, which a replay brings back. None: they keep the state alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
     """What reversible columns keep for backward. It is immutable; `dataclasses.replace` makes another one.
@@ -47,11 +52,18 @@ class MemoryPolicy:
     stored: frozenset[int] = frozenset()  # indices of cells that keep all they save, whatever their column's mode
     verify: bool = False  # compare what backward rebuilds with checksums of the forward
     budget: Budget | None = None  # pending until the first training forward of the model, see `revnets.keep_budget`
+    kept: tuple[tuple[int, int | None], ...] = ()  # items of a `Kept`, in order of the cells
 
     def __post_init__(self) -> None:
         if not isinstance(self.modes, tuple) or not all(isinstance(mode, Memory) for mode in self.modes):
             object.__setattr__(self, "modes", memory_modes(list(self.modes), len(self.modes)))
         object.__setattr__(self, "stored", frozenset(self.stored))
+        object.__setattr__(self, "kept", tuple(sorted(dict(self.kept).items())))
+
+    def __setstate__(self, state: list[Any]) -> None:
+        defaults = [(), frozenset(), False, None, ()]  # an older pickle ends before the last of them
+        for name, value in zip(self.__slots__, [*state, *defaults[len(state) :]], strict=True):
+            object.__setattr__(self, name, value)
 
 
 def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]:
@@ -88,3 +100,19 @@ def stored_cells(value: int | Iterable[int], cells: int) -> frozenset[int]:
         text = f"stored: there is no cell {min(stored - set(range(cells)))}; they are 0 to {cells - 1}"
         raise ArgumentError(text, "stored", code="out-of-range")
     return stored
+
+
+def kept_cells(value: Kept | Iterable[int], cells: int) -> dict[int, int | None]:
+    """Cells that keep their state, from a mapping, or from the indices of those that keep the state alone.
+
+    Raises:
+        ArgumentError: there is no cell of that index, or a number of tensors is below 0.
+    """
+    kept: dict[int, int | None] = dict(value) if isinstance(value, Mapping) else dict.fromkeys(value)
+    if not kept.keys() <= set(range(cells)):
+        text = f"kept: there is no cell {min(kept.keys() - set(range(cells)))}; they are 0 to {cells - 1}"
+        raise ArgumentError(text, "kept", code="out-of-range")
+    if wrong := [number for number in kept.values() if number is not None and number < 0]:
+        text = f"kept: a replay brings back {wrong[0]} tensors; give 0 or more, or None for all"
+        raise ArgumentError(text, "kept", code="out-of-range")
+    return kept

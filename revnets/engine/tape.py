@@ -41,7 +41,7 @@ from revnets.engine.cell_record import AllCollected, CellRecord, Constant, Held,
 from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.engine.memory_mode import Memory
+from revnets.engine.memory_mode import Kept, Memory
 from revnets.engine.replay.replay_context import ReplayContext
 from revnets.engine.replay.threads import inside
 from revnets.engine.torch_internals import may_read_again, running_node, without_transforms
@@ -65,7 +65,9 @@ class PackedHandle(NamedTuple):
     liveness: LivenessToken
 
 
-def unpack(handle: PackedHandle) -> Tensor:
+def unpack(handle: PackedHandle | Held) -> Tensor:
+    if isinstance(handle, Held):
+        return trusted(handle, "a tensor that a cell saved")
     return handle.tape.unpack(handle.t, handle.k)
 
 
@@ -79,11 +81,13 @@ class Tape:
         stem: Tensor,
         context: Mapping[str, Any],
         verify: bool = False,
+        kept: Kept | None = None,
     ):
         self.graph = graph
         self.cells = cells
         self.stem = Held.of(stem)
         self.context = Constant.of(dict(context))
+        self.kept = kept or {}
         self.overwritten: Overwritten = {}
         self.records: list[CellRecord | None] = []
         self.last: dict[int, Held] = {}  # the window at its top, from which it starts
@@ -93,7 +97,7 @@ class Tape:
         self.lock = threading.RLock()  # autograd runs one thread a device
         self.verifier = None
         if verify:
-            from revnets.engine.replay.checksums import Verifier  # for debugging alone
+            from revnets.engine.replay.checksums import Verifier
 
             self.verifier = Verifier(graph)
 
@@ -123,10 +127,13 @@ class Tape:
         cell = self.cells[node.index]
         short = self.graph.name(node.index)
         couple = None if past is None else RecordingCoupling(short, past, self._name(node), record)
+        record.replayed = self.kept.get(node.index) if mode is Memory.RECOMPUTE else None
         liveness = LivenessToken()
         record.liveness = weakref.ref(liveness)
 
-        def pack(tensor: Tensor) -> PackedHandle:
+        def pack(tensor: Tensor) -> PackedHandle | Held:
+            if len(record.metas) == record.replayed:  # the rest stays
+                return Held.of(tensor)
             record.metas.append(Meta.of(tensor))
             return PackedHandle(self, node.index, len(record.metas) - 1, liveness)
 
@@ -250,7 +257,7 @@ class Tape:
         ends_early = collect and has_past and self.verifier is None
 
         def pack(tensor: Tensor) -> None:
-            if collect:
+            if collect and len(saved) != record.replayed:
                 saved.append(Held.of(tensor))
             if ends_early and record.is_like(saved):
                 raise AllCollected
@@ -315,8 +322,7 @@ class Tape:
                 cell=self.graph.name(record.node.index),
             )
         for k, (held, meta) in enumerate(zip(saved, record.metas, strict=True)):
-            now = Meta.of(held.tensor)
-            if now != meta:
+            if (now := Meta.of(held.tensor)) != meta:
                 raise ReplayError(
                     f"{self._name(record.node)}: saved tensor {k} was {tuple(meta)} in the forward and is {tuple(now)} "
                     f"in the replay. {causes}",

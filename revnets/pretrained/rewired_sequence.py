@@ -168,7 +168,7 @@ class RewiredSequence(ReversibleSequence):
             ArgumentError: blocks are skipped or called in another order, the network changes the state between two of
                 them, or a cache of keys and values is filled while gradients are recorded.
         """
-        modes = modes_of_cells(self.graph, self.memory, self.stored)
+        modes = modes_of_cells(self.graph, self.memory, self.stored, self.kept)
         if is_recorded(modes) and not is_inside():
             return self._recorded_step(position, x, arguments)
         return self._step(position, x, arguments, lambda: PlainPass(self.graph, self.flat(), x))
@@ -186,10 +186,12 @@ class RewiredSequence(ReversibleSequence):
                     "again. Pass use_cache=False in training, or set model.config.use_cache = False"
                 )
                 raise ArgumentError(text, "use_cache", code="conflicting-values")
-        modes = modes_of_cells(self.graph, self.memory, self.stored)
-        return self._step(
-            position, x, arguments, lambda: TapedPass(self.graph, self.flat(), x, modes, {}, verify=self.verify)
-        )
+        modes = modes_of_cells(self.graph, self.memory, self.stored, self.kept)
+
+        def begin() -> PlainPass:
+            return TapedPass(self.graph, self.flat(), x, modes, {}, verify=self.verify, kept=self.kept)
+
+        return self._step(position, x, arguments, begin)
 
     def _turn_off_checkpointing(self) -> None:
         """The flag by which `gradient_checkpointing_enable` of transformers makes a layer checkpoint itself."""
