@@ -138,3 +138,38 @@ def trusted(held: Held, name: str) -> Tensor:
             code="changed-in-place",
         )
     return held.tensor
+
+
+def check_replay(record: CellRecord, saved: Sequence[Held], name: str, cell: str) -> None:
+    """Make sure that a replay has saved what the forward saved (Rule 5).
+
+    Args:
+        name, cell: of the cell, as errors have it and as their attribute `cell`.
+
+    Raises:
+        ReplayError: another number of tensors, other shapes, strides or dtypes, or a tensor that was changed since.
+    """
+    causes = (
+        "Usual causes: the cell takes another path in its replay (it counts its calls, looks at the clock, at "
+        "Python's or NumPy's random numbers or at global state), or its input changed in place"
+    )
+    if len(saved) != len(record.metas):
+        raise ReplayError(
+            f"{name} saved {len(record.metas)} tensors in its forward and {len(saved)} in its replay. {causes}",
+            cell=cell,
+        )
+    for k, (held, meta) in enumerate(zip(saved, record.metas, strict=True)):
+        now = Meta.of(held.tensor)
+        if now != meta:
+            raise ReplayError(
+                f"{name}: saved tensor {k} was {tuple(meta)} in the forward and is {tuple(now)} in the replay. "
+                f"{causes}",
+                cell=cell,
+            )
+        if held.tensor._version != held.version:
+            raise ReplayError(
+                f"{name}: saved tensor {k} of shape {tuple(now.shape)} is needed for the gradient, but the cell "
+                "changes it in place later on. Use the out-of-place operation",
+                code="changed-in-place",
+                cell=cell,
+            )

@@ -37,7 +37,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnets.engine.cell_record import AllCollected, CellRecord, Constant, Held, Meta, is_same_memory, trusted
+from revnets.engine.cell_record import (
+    AllCollected,
+    CellRecord,
+    Constant,
+    Held,
+    Meta,
+    check_replay,
+    is_same_memory,
+    trusted,
+)
 from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import STEM, Graph, Node
@@ -171,9 +180,18 @@ class Tape:
         return record
 
     def close(self, states: Mapping[int, Tensor]) -> None:
-        """End of the forward: hold the last m states, from which backward starts."""
+        """End of the forward: hold the last m states, from which backward starts.
+
+        It starts below stored cells at the end, which have no handles: their states are not needed here.
+        """
         self.last = {index: Held.of(state) for index, state in states.items()}
         self.top = len(self.records) - 1
+        while self.top > 0 and (record := self.records[self.top]) is not None and record.mode is Memory.STORE:
+            if record.node.residual is not None:
+                assert record.kept is not None
+                self.last[record.node.residual] = record.kept
+            self.last.pop(self.top, None)
+            self.top -= 1
 
     # --------------------------------------------------------------- backward
 
@@ -240,7 +258,7 @@ class Tape:
         self.window.pop(self.cursor, None)
         if any(self._record_of(t).has_live_handles() for t in range(self.cursor + 1, self.top + 1)):
             return
-        self.records[self.cursor + 1 : self.top + 1] = [None] * (self.top - self.cursor)
+        self.records[self.cursor + 1 :] = [None] * (len(self.records) - self.cursor - 1)
         self._record_of(self.cursor).lost = None
         self.last, self.top = dict(self.window), self.cursor
 
@@ -253,7 +271,9 @@ class Tape:
         node, residual = record.node, record.node.residual
         saved: list[Held] = []
         assert record.replay_context is not None  # only in `store`, where there are no handles
-        has_past = residual is None or record.kept is not None or residual in self.window
+        has_past = residual is None or self.find_past(record) is not None
+        if has_past:
+            self._let_go()  # of x_t, before the replay takes its room
         ends_early = collect and has_past and self.verifier is None
 
         def pack(tensor: Tensor) -> None:
@@ -277,7 +297,7 @@ class Tape:
                 if self.verifier is not None:
                     self.verifier.replayed(node, self._name(node), state)
         if collect:
-            self._check(record, saved)
+            check_replay(record, saved, self._name(node), self.graph.name(node.index))
             record.saved = dict(enumerate(saved))
 
     def find_past(self, record: CellRecord) -> Tensor | None:
@@ -309,32 +329,6 @@ class Tape:
     def _name(self, node: Node) -> str:
         cell = self.cells[node.index]
         return f"cell {self.graph.name(node.index)} ({type(getattr(cell, 'function', cell)).__name__})"
-
-    def _check(self, record: CellRecord, saved: list[Held]) -> None:
-        causes = (
-            "Usual causes: the cell takes another path in its replay (it counts its calls, looks at the clock, at "
-            "Python's or NumPy's random numbers or at global state), or its input changed in place"
-        )
-        if len(saved) != len(record.metas):
-            raise ReplayError(
-                f"{self._name(record.node)} saved {len(record.metas)} tensors in its forward and {len(saved)} in its "
-                f"replay. {causes}",
-                cell=self.graph.name(record.node.index),
-            )
-        for k, (held, meta) in enumerate(zip(saved, record.metas, strict=True)):
-            if (now := Meta.of(held.tensor)) != meta:
-                raise ReplayError(
-                    f"{self._name(record.node)}: saved tensor {k} was {tuple(meta)} in the forward and is {tuple(now)} "
-                    f"in the replay. {causes}",
-                    cell=self.graph.name(record.node.index),
-                )
-            if held.tensor._version != held.version:
-                raise ReplayError(
-                    f"{self._name(record.node)}: saved tensor {k} of shape {tuple(now.shape)} is needed for the "
-                    "gradient, but the cell changes it in place later on. Use the out-of-place operation",
-                    code="changed-in-place",
-                    cell=self.graph.name(record.node.index),
-                )
 
 
 _EARLY = (
