@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 from revnets.engine.errors import ArgumentError
 
@@ -61,7 +61,7 @@ class MemoryPolicy:
         object.__setattr__(self, "kept", tuple(sorted(dict(self.kept).items())))
 
     def __setstate__(self, state: list[Any]) -> None:
-        defaults = [(), frozenset(), False, None, ()]  # an older pickle ends before the last of them
+        defaults: list[Any] = [(), frozenset(), False, None, ()]  # an older pickle ends before the last of them
         for name, value in zip(self.__slots__, [*state, *defaults[len(state) :]], strict=True):
             object.__setattr__(self, name, value)
 
@@ -108,7 +108,9 @@ def kept_cells(value: Kept | Iterable[int], cells: int) -> dict[int, int | None]
     Raises:
         ArgumentError: there is no cell of that index, or a number of tensors is below 0.
     """
-    kept: dict[int, int | None] = dict(value) if isinstance(value, Mapping) else dict.fromkeys(value)
+    kept: dict[int, int | None] = dict.fromkeys(value)
+    if isinstance(value, Mapping):
+        kept.update(cast(Kept, value))
     if not kept.keys() <= set(range(cells)):
         text = f"kept: there is no cell {min(kept.keys() - set(range(cells)))}; they are 0 to {cells - 1}"
         raise ArgumentError(text, "kept", code="out-of-range")

@@ -28,7 +28,7 @@ def keep_budget(model: nn.Module, budget: Budget | int | str) -> None:
     """Let a model choose memory modes that keep a training step under a budget, once it knows its input.
 
     At the first forward in training mode the step is simulated on fake tensors with the shape, dtype and autocast of
-    that forward, as `revnets.plan` does. `columns.memory` and `columns.stored` are set to the least work that fits,
+    that forward, as `revnets.plan` does. `columns.memory`, `stored` and `kept` are set to the least work that fits,
     and the logger `revnets.memory.auto_budget` says so. Setting `columns.memory` before gives the budget up.
 
     The plan is made when the model itself is called, or a method of it that `plan_on_call` decorates. Where neither
@@ -198,7 +198,8 @@ def _compare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if plan is None:
         return
     chosen = plan.chosen
-    if (list(columns.memory), columns.stored) != (chosen.memory(columns.column_count), set(chosen.stored)):
+    planned = chosen.memory(columns.column_count), set(chosen.stored), dict(chosen.kept_cells)
+    if (list(columns.memory), columns.stored, columns.kept) != planned:
         return  # somebody has set another mode since
     shape = next((tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ())
     if math.prod(shape) > math.prod(plan.input_shape):

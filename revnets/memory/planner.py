@@ -1,17 +1,15 @@
-"""Predicts what a training step of a module takes, and chooses stored cells and recomputed columns that fit a memory
-budget.
+"""Predicts what a training step of a module takes, and chooses what each cell keeps under a memory budget.
 
-First, some cells keep everything (`ReversibleColumns.stored`): each saves its own replay in backward and costs its
-activations until backward comes to it. `store_selection.py` says in which order cells are worth it. Then, where there
-is room left, columns keep their states (mode `recompute`) in place of their lost bits, which spares the coding, and
-with fixed gains the end of each replay; columns near the end first, because backward is soon done with them. How many
-fit is found by bisection with simulated steps.
+A cell keeps the lost bits of the state that it replaces, or that state, or also the last of the tensors that it saves,
+or all of them (`ReversibleColumns.kept`, `.stored`): the more it keeps, the less it replays. What each of these costs
+is read from simulated steps (`step_record.py`, `cell_options.py`); the best choice is searched for
+(`policy_search.py`) and simulated as well, because tensors that cells share count once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +18,10 @@ from torch import Tensor, nn
 from revnets.config.memory_budget import OPTIMIZERS, SHARDINGS
 from revnets.engine.columns_group import find_columns
 from revnets.engine.memory_mode import Memory
+from revnets.memory.cell_options import CellPolicy, PolicySpace
+from revnets.memory.policy_search import search
+from revnets.memory.saved_tensors import CellCost, costs_of_cells
 from revnets.memory.simulation import Footprint, simulate
-from revnets.memory.store_selection import Cost, costs_of_cells, order
 from revnets.utils.format import size
 
 
@@ -45,6 +45,7 @@ class Prediction:
     mode: str
     stored: tuple[int, ...]  # indices of the cells that keep everything
     recomputed: tuple[int, ...]  # columns that keep their states, as in mode `recompute`
+    kept_cells: tuple[tuple[int, int | None], ...]  # further cells that keep theirs, as in `ReversibleColumns.kept`
     parameters: int  # buffers included
     gradients: int
     optimizer: int
@@ -56,21 +57,16 @@ class Prediction:
 
     @property
     def name(self) -> str:
-        return _name(self.mode, self.stored, self.recomputed)
+        return self.policy.name
+
+    @property
+    def policy(self) -> CellPolicy:
+        """What the cells keep."""
+        return CellPolicy(self.mode, self.stored, self.recomputed, self.kept_cells)
 
     def memory(self, columns: int) -> list[str]:
         """The memory mode of each column."""
-        return _memory(self.mode, self.recomputed, columns)
-
-
-def _name(mode: str, stored: Collection[int], recomputed: Collection[int]) -> str:
-    parts = [(stored, "cell", "stored"), (recomputed, "column", "recomputed")]
-    said = [f"{len(part)} {noun}{'s' if len(part) > 1 else ''} {verb}" for part, noun, verb in parts if part]
-    return ", ".join([mode, *said])
-
-
-def _memory(mode: str, recomputed: Collection[int], columns: int) -> list[str]:
-    return [Memory.RECOMPUTE if column in recomputed else mode for column in range(columns)]
+        return self.policy.memory(columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +89,7 @@ class Plan:
                 "budget",
                 code="missing-budget",
             )
-        columns = find_columns(model)
-        columns.memory, columns.stored = self.chosen.memory(columns.column_count), self.chosen.stored
+        self.chosen.policy.apply(find_columns(model))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
@@ -138,7 +133,7 @@ def plan_module(
     limit, chosen = None, None
     if isinstance(budget, Memory):
         limit = predictor.predict(budget, base).peak
-        chosen = _choose(predictor, base, limit, spare=0.0)  # one prediction against another: both err alike
+        chosen = _choose(predictor, base, limit, exactly=True)  # one prediction against another: both err alike
     elif budget is not None:
         limit, chosen = budget, _choose(predictor, base, budget)
     return Plan(predictor.shape, str(dtype).removeprefix("torch."), ranks, sharding, rows, limit, chosen)
@@ -160,28 +155,26 @@ class _Predictor:
         self.model, self.inputs, self.dtype, self.run, self.progress = model, inputs, dtype, run, progress
         self.columns = find_columns(model)
         self.shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
-        self.simulated: dict[tuple[Any, ...], Footprint] = {}  # by memory policy: some are asked for several times
+        self.simulated: dict[CellPolicy, Footprint] = {}  # some are asked for several times
+        self.costs: dict[int, CellCost] = {}
 
-    def predict(
-        self,
-        mode: str,
-        base: Prediction | None = None,
-        stored: Collection[int] = (),
-        recomputed: Collection[int] = (),
-    ) -> Prediction:
-        ways = {"mode": mode, "stored": tuple(sorted(stored)), "recomputed": tuple(sorted(recomputed))}
-        policy = tuple(ways.values())
-        if policy not in self.simulated:
-            self.progress(_name(mode, stored, recomputed))
-            self.simulated[policy] = self.simulate(mode, stored, recomputed)
-        found = self.simulated[policy]
+    def predict(self, policy: str | CellPolicy, base: Prediction | None = None) -> Prediction:
+        """What a step takes in a memory mode, or under any policy."""
+        policy = policy if isinstance(policy, CellPolicy) else CellPolicy(policy)
+        found = self.footprint(policy)
         flops = base.flops if base else found.flops
-        return self._of_one_rank(found, ways, found.flops / max(flops, 1))
+        return self._of_one_rank(found, policy, found.flops / max(flops, 1))
 
-    def simulate(self, mode: str, stored: Collection[int], recomputed: Collection[int]) -> Footprint:
-        modes = _memory(mode, recomputed, self.columns.column_count)
+    def footprint(self, policy: CellPolicy) -> Footprint:
+        if policy not in self.simulated:
+            self.progress(policy.name)
+            self.simulated[policy] = self._simulate(policy)
+        return self.simulated[policy]
+
+    def _simulate(self, policy: CellPolicy) -> Footprint:
         try:
-            with self.columns.using(modes=modes, stored=stored):
+            with self.columns.using():
+                policy.apply(self.columns)
                 return simulate(self.model, self.inputs, self.dtype, not self.run.sharded, self.run.accumulates)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -189,24 +182,43 @@ class _Predictor:
                 f"an input of {self.shape} does not go through the net ({reason})", "input_shape", code="input-rejected"
             ) from error
 
-    def costs(self) -> dict[int, Cost]:
-        """What it takes to store each cell.
+    def search(self, peak: int, corrections: Sequence[int] = ()) -> tuple[CellPolicy, list[int]] | None:
+        """The policy with the least work whose peak is at most this, as far as single cells tell.
 
-        Gradients give no room where they are there all along, or gone as soon as they are whole (of sharded weights).
+        Args:
+            corrections: bytes to add to the peak around each cell, and to that behind all of them.
+
+        Returns:
+            The policy, and the bytes by which the peak around each cell differs from that in its simulated step.
         """
-        self.progress("costs of the cells")
-        costs = costs_of_cells(self.model, self.inputs, self.dtype)
-        if not (self.run.sharded or self.run.accumulates):
-            return costs
-        return {index: replace(cost, gradients=0) for index, cost in costs.items()}
+        static = self.predict("exact").peak - self.footprint(CellPolicy("exact")).peak
+        if not self.costs:
+            self.progress("what cells save")
+            self.costs = costs_of_cells(self.model, self.inputs, self.dtype)
+        uses = {mode: self.footprint(CellPolicy(mode)).cells for mode in ("store", "recompute", "exact")}
+        space = PolicySpace(uses, self.costs, self.columns, peak - static, corrections)
+        found = search(space.options, space.room)
+        if found is None:
+            return None
+        policy = space.policy(found)
+        peaks = self.footprint(policy).cells.peaks
+        return policy, [real - expected for real, expected in zip(peaks, space.peaks(found), strict=True)]
 
-    def rebuilt_columns(self, cells: Iterable[int]) -> list[int]:
-        """The columns of these cells, in their order, except for the first of each sequence: none is before it."""
-        columns = self.columns.column_of_cell
-        in_order = dict.fromkeys(columns[cell] for cell in cells)
-        return [column for column in in_order if column not in self.columns.first_columns]
+    def margin(self, prediction: Prediction) -> int:
+        """Bytes to leave free: lost bits are predicted from what is usual, a hundredth of the peak if all cells have
+        them, and a fifth of that for the rest of the prediction."""
+        states, exact = (self.footprint(CellPolicy(mode)).cells for mode in ("recompute", "exact"))
+        spared = {index: kept - lost for index, kept, lost in zip(exact.indices, states.kept, exact.kept, strict=True)}
+        columns, more = self.columns.column_of_cell, {*prediction.stored, *dict(prediction.kept_cells)}
+        lossy = [index for index in spared if index not in more and columns[index] not in prediction.recomputed]
+        share = sum(spared[index] for index in lossy) / max(sum(spared.values()), 1)
+        return int((0.002 + 0.008 * share) * prediction.peak)
 
-    def _of_one_rank(self, found: Footprint, ways: dict[str, Any], extra: float) -> Prediction:
+    def work(self, prediction: Prediction) -> int:
+        """Of a step that was simulated, in units of `OpCounter.work`."""
+        return self.simulated[prediction.policy].work
+
+    def _of_one_rank(self, found: Footprint, policy: CellPolicy, extra: float) -> Prediction:
         """Add to a single process's footprint what the optimizer and the other ranks bring."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in trained)
@@ -226,7 +238,10 @@ class _Predictor:
             buckets = gradients if self.run.ranks > 1 else 0
             peak = parameters + optimizer + buckets + activations
         return Prediction(
-            **ways,
+            mode=policy.mode,
+            stored=policy.stored,
+            recomputed=policy.recomputed,
+            kept_cells=policy.kept_cells,
             parameters=parameters,
             gradients=gradients,
             optimizer=optimizer,
@@ -238,20 +253,16 @@ class _Predictor:
         )
 
 
-SPARE = 0.01
-"""Lost bits are predicted from what is usual, so this part of the peak is left free for the unusual."""
+def _choose(predictor: _Predictor, base: Prediction, budget: int, exactly: bool = False) -> Prediction:
+    """The least work under the budget, with a margin for what predictions miss unless it is to be met exactly."""
 
-
-def _choose(predictor: _Predictor, base: Prediction, budget: int, spare: float = SPARE) -> Prediction:
-    """The least work under the budget: as many stored cells as fit, then the states of as many columns."""
-
-    def fits(prediction: Prediction) -> bool:
-        return (1 + spare) * prediction.peak <= budget
+    def needs(prediction: Prediction) -> int:
+        return prediction.peak + (0 if exactly else predictor.margin(prediction))
 
     if base.peak <= budget:
         return base
     least, batch = predictor.predict("exact", base), next(iter(predictor.shape), 1)
-    if not fits(least):
+    if needs(least) > budget:
         static = least.parameters + least.gradients + least.optimizer + least.buckets
         sample = max(least.peak - static, 0) // max(batch, 1)
         turn = (
@@ -260,31 +271,30 @@ def _choose(predictor: _Predictor, base: Prediction, budget: int, spare: float =
             if static > budget
             else f"each of the {batch} samples takes about {size(sample)}; lower the batch, use bfloat16, or shard"
         )
-        smallest = size(int((1 + spare) * least.peak))
+        smallest = size(needs(least))
         raise PlanError(
             f"nothing fits {size(budget)}: the smallest peak is {smallest}. Of it, {turn}", "budget", code="over-budget"
         )
-    costs = predictor.costs()
-    indices = list(costs)
-    cells = [indices[place] for place in order(list(costs.values()))]
-    best = _most(len(cells) - 1, least, fits, lambda n: predictor.predict("exact", base, cells[:n]))
-    stored, columns = best.stored, predictor.rebuilt_columns(costs)
-    return _most(len(columns), best, fits, lambda n: predictor.predict("exact", base, stored, columns[-n:]))
-
-
-def _most(
-    high: int, best: Prediction, fits: Callable[[Prediction], bool], attempt: Callable[[int], Prediction]
-) -> Prediction:
-    """The attempt with the greatest number, at most `high`, that fits; without any, `best`. By bisection."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = attempt(middle)
-        if fits(tried):
-            best, low = tried, middle
-        else:
-            high = middle - 1
+    best, tried = least, least
+    corrections: list[int] = []
+    for _ in range(ATTEMPTS):
+        found = predictor.search(budget - needs(tried) + tried.peak, corrections)
+        if found is None:
+            break
+        policy, errors = found
+        is_known, tried = policy == tried.policy, predictor.predict(policy, base)
+        if needs(tried) <= budget:
+            best = min(best, tried, key=predictor.work)
+        if is_known or 0 <= budget - needs(tried) < CLOSE * budget:
+            break
+        # Tensors that cells share, and what else single cells do not tell, set the peaks off.
+        found = [known + error for known, error in zip(corrections or [0] * len(errors), errors, strict=True)]
+        corrections = [max(pair) for pair in zip(corrections, found, strict=True)] if corrections else found
     return best
+
+
+ATTEMPTS, CLOSE = 6, 0.002
+"""Policies that are simulated at most, and the part of a budget that may be left without trying another one."""
 
 
 def _check(optimizer: str | int, ranks: int, sharding: str, grad_accum: int) -> None:

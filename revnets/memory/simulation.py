@@ -8,7 +8,9 @@ lost bits have no values to look at; their length is what is usual at the net's 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ from revnets.config.errors import ArgumentError
 from revnets.engine import lost_bits
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns_group import all_modules
+from revnets.engine.torch_internals import storage_key
+from revnets.memory.step_record import CellUses, StepRecord
 from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 
 
@@ -31,6 +35,8 @@ class Footprint:
     kept: int  # alive between forward and backward because of the forward
     peak: int  # most bytes alive at once, parameters included, and gradients if they are kept
     flops: int  # of matrix products and convolutions, forward and backward
+    work: int  # the same and bytes written, see `OpCounter.work`
+    cells: CellUses  # what takes part in it cell by cell
 
 
 def simulate(
@@ -54,20 +60,49 @@ def simulate(
         model, inputs = fake((model, inputs), mode)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         hooks = [] if keep_gradients else [weight.register_post_accumulate_grad_hook(_drop) for weight in trained]
-        with MemoryTracker() as tracker, OpCounter() as counter:
+        with without_packing((inputs, vars(model))), MemoryTracker() as tracker, OpCounter() as counter:
             tracker.register(model)
             parameters = tracker.live
             if accumulates and keep_gradients:
                 for weight in trained:
                     weight.grad = torch.zeros_like(weight)
             begun = tracker.live
+            record = StepRecord(model, tracker, counter)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = total(model(*inputs))
             kept = tracker.live - begun
             loss.backward()
+            cells = record.end()
         for hook in hooks:
             hook.remove()
-    return Footprint(parameters, kept, tracker.peak, counter.flops)
+    return Footprint(parameters, kept, tracker.peak, counter.flops, counter.work, cells)
+
+
+@contextmanager
+def without_packing(inputs: Any) -> Generator[None]:
+    """Let transformers take position ids that a model makes itself for those of one text a row.
+
+    It asks their values whether several texts are packed into a row, and without values it assumes so: then each step
+    would have a mask for all pairs of positions that a real one does not have.
+
+    Args:
+        inputs: nest of the tensors that are given to the model; position ids among them may be packed.
+    """
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    if masks is None or not hasattr(masks, "find_packed_sequence_indices"):
+        yield
+        return
+    original = masks.find_packed_sequence_indices
+    given = {storage_key(tensor) for tensor in tensors(inputs)}
+
+    def find(position_ids: Tensor) -> Tensor | None:
+        return original(position_ids) if storage_key(position_ids) in given else None
+
+    masks.find_packed_sequence_indices = find
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = original
 
 
 def _drop(parameter: Tensor) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,10 @@ class MemoryTracker(TorchDispatchMode):
                 self._add(known, sign=-1)
                 self._counted[storage._cdata] = known._replace(label=label)
                 self._add(self._counted[storage._cdata])
+
+    def storages(self) -> set[int]:
+        """Addresses of the storages that are counted and alive."""
+        return set(self._counted)
 
     def snapshot(self, label: str) -> Snapshot:
         """Note the counters under a label; the snapshot's peak is the highest since the one before."""
@@ -145,7 +150,7 @@ class _Counted(NamedTuple):
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts operators by name, and the work of those that multiply matrices.
+    """Counts operators by name, the work of those that multiply matrices, and what all of them write.
 
         with OpCounter() as counter:
             model(x).sum().backward()
@@ -155,6 +160,7 @@ class OpCounter(TorchDispatchMode):
         ops: calls by name without overload, such as `aten.mm`, `aten.convolution`, `aten.native_layer_norm`.
         matmuls: calls of products: matrix products, convolutions, attention kernels, and the backward of each.
         flops: floating point operations of those calls; a multiplication and an addition are two.
+        written: bytes of the results of all operators but views.
     """
 
     def __init__(self) -> None:
@@ -162,6 +168,12 @@ class OpCounter(TorchDispatchMode):
         self.ops: Counter[str] = Counter()
         self.matmuls = 0
         self.flops = 0
+        self.written = 0
+
+    @property
+    def work(self) -> int:
+        """Operations and bytes in one number, which goes up and down as time does."""
+        return self.flops + FLOPS_PER_BYTE * self.written
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -174,7 +186,19 @@ class OpCounter(TorchDispatchMode):
         if op in _FLOPS:
             self.matmuls += 1
             self.flops += _FLOPS[op](*args, **kwargs, out_val=result)
+        if not _is_view(func):
+            self.written += sum(tensor.nbytes for tensor in tensors(result))
         return result
+
+
+FLOPS_PER_BYTE = 40
+"""Operations of a matrix product in the time in which another operator writes a byte: a few dozen on most machines."""
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    returns = getattr(getattr(func, "_schema", None), "returns", ())  # higher-order operators have no schema
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
 _DEVICE = torch.ops.prim.device.default

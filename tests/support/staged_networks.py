@@ -53,7 +53,7 @@ class RewiredNet(StagedNet):
     def run(self, stage: nn.Module, x: Tensor) -> Tensor:
         sequence = stage[0]._reversible_call.sequence  # type: ignore[index]
         states, _ = executor.run(
-            sequence.graph, sequence.flat(), x, sequence.memory, {}, (), sequence.stored, sequence.verify
+            sequence.graph, sequence.flat(), x, sequence.memory, {}, (), sequence.stored, sequence.verify, sequence.kept
         )
         return torch.stack(states).mean(0)
 

@@ -247,10 +247,12 @@ def fsdp_under_a_budget(rank: int) -> None:
         loss_of([net(x)]).backward()
         results.append(leftovers(net))
     alone, of_other = (
-        plan(net.twin(), (size, 13), modes=(), **request, budget=budget).chosen.stored for size in (samples, other)
+        plan(net.twin(), (size, 13), modes=(), **request, budget=budget).chosen for size in (samples, other)
     )
-    assert len(alone) != len(of_other)
-    assert net.columns.stored == set(min(alone, of_other, key=len))
+    assert alone.extra != of_other.extra
+    poorest = max(alone, of_other, key=lambda chosen: chosen.extra)
+    assert net.columns.stored == set(poorest.stored)
+    assert net.columns.kept == dict(poorest.kept_cells)
     same(*results)
 
 

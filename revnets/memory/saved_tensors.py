@@ -1,0 +1,107 @@
+"""What each cell of a model saves for backward, in order, and the work that lies before each of these tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from revnets.engine.cell import Cell
+from revnets.engine.columns_group import find_columns
+from revnets.engine.memory_mode import Memory
+from revnets.memory.simulation import fake, total, without_packing
+from revnets.memory.tracker import MemoryTracker, OpCounter
+
+
+class SavedTensor(NamedTuple):
+    """One of the tensors that a cell saves."""
+
+    nbytes: int  # of its storage; 0 if it was there before the cell, or if an earlier tensor shares it
+    work: int  # of the forward up to here, in units of `OpCounter.work`
+
+
+@dataclass(frozen=True, slots=True)
+class CellCost:
+    """What the calls of a cell leave behind under plain autograd, and what they compute."""
+
+    kept: int  # bytes
+    flops: int
+    work: int
+    gradients: int  # bytes of the gradients of its parameters
+    saved: tuple[SavedTensor, ...]  # of its last call
+
+
+def costs_of_cells(
+    model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype = torch.float32
+) -> dict[int, CellCost]:
+    """What each cell of a model would cost, found on fake copies of the model and its inputs.
+
+    Returns:
+        The cost by the index of the cell (`ColumnsGroup.stored`), in the order of the forward.
+    """
+    found: dict[int, CellCost] = {}
+    with FakeTensorMode() as mode:
+        model, inputs = fake((model, inputs), mode)
+        columns = find_columns(model)
+        columns.memory = Memory.STORE
+        indices = columns.call_indices()
+        with without_packing((inputs, vars(model))), MemoryTracker() as tracker, OpCounter() as counter:
+            calls: list[_Call] = []
+
+            def begin(*_: Any) -> None:
+                calls.append(_Call(tracker, counter))
+
+            def end(cell: nn.Module, *_: Any) -> None:
+                kept, flops, work, saved = calls.pop().end()
+                index = next(indices[cast(Cell, cell)])
+                known = found.get(index, CellCost(0, 0, 0, 0, ()))  # of an earlier call, if the columns run again
+                found[index] = CellCost(
+                    known.kept + kept, known.flops + flops, known.work + work, _gradients(cell), saved
+                )
+
+            for cell in indices:
+                cell.register_forward_pre_hook(begin)
+                cell.register_forward_hook(end)
+            tracker.register(model)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                outputs: Tensor = total(model(*inputs))
+            del outputs
+    return found
+
+
+class _Call:
+    """One call of a cell: what it saves and computes from now on."""
+
+    def __init__(self, tracker: MemoryTracker, counter: OpCounter):
+        self.tracker, self.counter = tracker, counter
+        self.live, self.flops, self.work = tracker.live, counter.flops, counter.work
+        self.known = tracker.storages()
+        self.saved: list[SavedTensor] = []
+        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        nbytes = 0 if key in self.known else tensor.untyped_storage().nbytes()
+        self.known.add(key)
+        self.saved.append(SavedTensor(nbytes, self.counter.work - self.work))
+        return tensor.detach()
+
+    def end(self) -> tuple[int, int, int, tuple[SavedTensor, ...]]:
+        """Bytes kept, flops, work, saved tensors."""
+        self.hooks.__exit__(None, None, None)
+        counter = self.counter
+        return (
+            self.tracker.live - self.live,
+            counter.flops - self.flops,
+            counter.work - self.work,
+            tuple(self.saved),
+        )
+
+
+def _gradients(cell: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in cell.parameters() if parameter.requires_grad)

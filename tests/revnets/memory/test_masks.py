@@ -1,0 +1,56 @@
+"""Masks of attention in networks of transformers, which depend on values that a simulated step does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import revnets
+from revnets.analysis.memory_scaling import step_bytes
+from revnets.memory.simulation import simulate
+
+transformers = pytest.importorskip("transformers")
+
+TEXTS, LENGTH = 3, 101
+
+
+class Network(nn.Module):
+    """A network of GPT-2's shape that gives its logits alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"n_embd": 26, "n_layer": 3, "n_head": 2, "n_positions": LENGTH, "vocab_size": 7, "attn_pdrop": 0.0}
+        config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False)
+        self.model = transformers.GPT2LMHeadModel(config).train()
+
+    def forward(self, words: Tensor, positions: Tensor | None = None) -> Any:
+        return self.model(words, position_ids=positions).logits
+
+
+def words() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randint(7, (TEXTS, LENGTH))
+
+
+def test_one_text_a_row_needs_no_mask():
+    net = Network()
+    revnets.make_reversible(net, blocks="model.transformer.h", memory="store")
+    predicted = simulate(net, (words(),))
+    parameters, kept, peak = step_bytes(net, words())
+    assert (predicted.parameters, predicted.kept, predicted.peak) == (parameters, kept, peak)
+
+
+def test_positions_that_are_given_may_be_those_of_packed_texts():
+    net, positions = Network(), torch.arange(LENGTH).expand(TEXTS, -1).contiguous()
+    one, several = simulate(net, (words(),)), simulate(net, (words(), positions))
+    assert several.kept - one.kept >= TEXTS * LENGTH**2  # a byte for each pair of positions
+
+
+def test_transformers_is_left_as_it_was():
+    masks = transformers.masking_utils
+    original = masks.find_packed_sequence_indices
+    simulate(Network(), (words(),))
+    assert masks.find_packed_sequence_indices is original

@@ -1,0 +1,79 @@
+"""Bytes, peaks and work of a simulated step, cell by cell, add up to those of the step."""
+
+from __future__ import annotations
+
+import pytest
+
+import revnets
+from revnets.memory.cell_options import CellPolicy, PolicySpace
+from revnets.memory.policy_search import ALL, LOST, STATE, search
+from revnets.memory.saved_tensors import costs_of_cells
+from revnets.memory.simulation import Footprint, simulate
+from revnets.memory.step_record import CellUses
+from tests.support.staged_networks import DEPTHS, DIMS, IMAGES, RewiredNet, StagedNet, images, staged_net
+
+KINDS = pytest.mark.parametrize("kind", [StagedNet, RewiredNet])
+
+STATE_BYTES = 4 * IMAGES[0] * DIMS[0] * IMAGES[2] * IMAGES[3]
+"""Bytes of a state of the first stage."""
+
+
+def footprint(net, policy: CellPolicy) -> Footprint:
+    policy.apply(revnets.find_columns(net))
+    return simulate(net, (images(),))
+
+
+def all_uses(net) -> dict[str, CellUses]:
+    return {mode: footprint(net, CellPolicy(mode)).cells for mode in ("store", "recompute", "exact")}
+
+
+@KINDS
+@pytest.mark.parametrize("mode", ["store", "exact"])
+def test_cells_add_up_to_the_step(kind, mode):
+    found = footprint(staged_net(kind), CellPolicy(mode))
+    late, early = DEPTHS[::-1]
+    assert found.cells.indices == (*range(late, late + early), *range(late))  # in the order of the forward
+    assert max(found.cells.peaks) == found.peak
+    assert 0.9 * found.work < sum(found.cells.work) <= found.work
+
+
+def test_a_mode_keeps_what_it_says():
+    found = {mode: footprint(staged_net(), CellPolicy(mode)) for mode in ("store", "recompute", "exact")}
+    uses = {mode: one.cells for mode, one in found.items()}
+    assert sum(uses["store"].kept) > sum(uses["recompute"].kept) > sum(uses["exact"].kept)
+    grown = found["store"].kept - found["exact"].kept
+    assert sum(uses["store"].kept) - sum(uses["exact"].kept) == pytest.approx(grown, rel=0.05)
+    assert sum(uses["store"].work) < sum(uses["recompute"].work) < sum(uses["exact"].work)
+
+
+@KINDS
+def test_a_choice_takes_the_bytes_and_the_work_of_its_options(kind):
+    """The peak is met but for a state or two, which cells next to each other share."""
+    net = staged_net(kind)
+    uses, costs, columns = all_uses(net), costs_of_cells(net, (images(),)), revnets.find_columns(net)
+    base = footprint(net, CellPolicy("recompute"))
+    for share in (1.2, 1.6, 2.4):
+        peak = int(share * base.peak)
+        space = PolicySpace(uses, costs, columns, peak)
+        found = search(space.options, space.room)
+        assert found is not None
+        assert max(space.peaks(found)) <= peak
+        step = footprint(net, space.policy(found))
+        assert 0.85 * peak < step.peak < peak + 2 * STATE_BYTES
+        assert sum(step.cells.work) == pytest.approx(sum(option.work for option in found), rel=0.02)
+
+
+def test_a_column_whose_cells_keep_their_states_is_recomputed():
+    net = staged_net()
+    uses, costs, columns = all_uses(net), costs_of_cells(net, (images(),)), revnets.find_columns(net)
+    space = PolicySpace(uses, costs, columns, 10**9)
+
+    def policy(wanted: int | None) -> CellPolicy:
+        return space.policy(
+            [next((one for one in found if one.replayed == wanted), found[0]) for found in space.options]
+        )
+
+    assert policy(LOST) == CellPolicy("exact")
+    assert policy(ALL).stored == tuple(range(columns.cell_count))
+    recomputed = set(range(columns.column_count)) - set(columns.first_columns)
+    assert (policy(STATE).recomputed, policy(STATE).kept_cells) == (tuple(sorted(recomputed)), ())
