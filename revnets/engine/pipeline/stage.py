@@ -120,7 +120,7 @@ class ColumnsStage(nn.Module):
     def _run(self, states: dict[int, Tensor], context: dict[str, Any]) -> dict[int, Tensor]:
         """Run the cells; all states that are left, and the stem's output."""
         graph, start, policy = self.graph, self.range.start, self.policy
-        modes = modes_of_cells(graph, policy.modes, policy.stored)
+        modes = modes_of_cells(graph, policy.modes, policy.stored, dict(policy.kept))
         cells: list[nn.Module] = [*[_ABSENT] * start, *self.flat()]
         stem = states.get(STEM, torch.empty(0))
         if is_recorded(modes[start : self.range.stop]) and not is_inside():
@@ -141,7 +141,7 @@ class ColumnsStage(nn.Module):
         context: dict[str, Any],
         states: dict[int, Tensor],
     ) -> TapedPass:
-        run = TapedPass(self.graph, cells, stem, modes, context, verify=self.policy.verify)
+        run = TapedPass(self.graph, cells, stem, modes, context, verify=self.policy.verify, kept=dict(self.policy.kept))
         for _ in range(self.range.start):
             run.tape.skip()
         run.started = any(state.requires_grad for index, state in states.items() if index != STEM)
