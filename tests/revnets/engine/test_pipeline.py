@@ -118,8 +118,8 @@ def test_states_and_gradients_keep_their_strides(memory):
     require_equal_to_whole(lambda: transposed_net(memory), x, 3)
 
 
-def test_verified_and_stored_cells_and_overwritten_buffers():
-    make = lambda: _with(token_net(blocks=("dropout",)), verify=True, stored=[4, 7])  # noqa: E731
+def test_verified_stored_and_kept_cells_and_overwritten_buffers():
+    make = lambda: _with(token_net(blocks=("dropout",)), verify=True, stored=[4, 7], kept={5: 2, 8: None})  # noqa: E731
     require_equal_to_whole(make, stem_of(make()), 3, overwrite=True)
 
 
