@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from revnets.engine.graph import Node
 from revnets.engine.memory_mode import Memory
 from revnets.engine.replay.replay_context import ReplayContext
 from revnets.engine.torch_internals import storage_key, tree_map
+
+if TYPE_CHECKING:
+    from revnets.engine.offload.hosted_tensors import HostedTensor
 
 
 class Meta(NamedTuple):
@@ -41,6 +44,16 @@ class Held(NamedTuple):
     def of(cls, tensor: Tensor) -> Held:
         return cls(tensor.detach(), tensor._version)
 
+    def on_device(self) -> Held:
+        """The state itself, as that of a `HostedTensor` comes back from the host."""
+        return self
+
+
+class LivenessToken:
+    """Shared by the packed handles of one call of a cell and held by nothing else: it dies with the last of them."""
+
+    __slots__ = ("__weakref__",)
+
 
 class CellRecord:
     """One cell's call in one pass."""
@@ -49,7 +62,8 @@ class CellRecord:
         self.node = node
         self.mode = mode
         self.context: Any = None  # keyword arguments of the cell, with constants in place of tensors
-        self.kept: Held | None = None  # x_{t-m}, in store and recompute, and where its lost bits take as much
+        # x_{t-m}, in store and recompute, and where its lost bits take as much
+        self.kept: Held | HostedTensor | None = None
         self.lost: lost_bits.LostBits | None = None  # what the inverse misses of it, in exact
         self.past_stride: tuple[int, ...] = ()
         self.past_grad = False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -14,14 +13,14 @@ from revnets.engine import executor
 from revnets.engine.cell import Cell, FixedGain
 from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import Graph, ReadToken, wire
-from revnets.engine.memory_mode import Budget, Kept, Memory, MemoryPolicy, kept_cells, memory_modes, stored_cells
+from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, PolicyAttributes, memory_modes
 from revnets.engine.torch_internals import raise_compile_limits
 
 if TYPE_CHECKING:
     from revnets.engine.pipeline.stage import ColumnsStage
 
 
-class ReversibleColumns(nn.Module):
+class ReversibleColumns(PolicyAttributes, nn.Module):
     """Cells wired into columns of m levels, trained with next to nothing kept for backward.
 
     Args:
@@ -35,7 +34,7 @@ class ReversibleColumns(nn.Module):
             It can be switched at any time through the attribute `verify`.
 
     Attributes:
-        policy: memory modes, stored cells, `verify` and a pending budget, as one immutable `MemoryPolicy`.
+        policy, memory, stored, kept, offloaded, verify, budget: what is kept for backward, see `PolicyAttributes`.
     """
 
     warned_of: Budget | None = None
@@ -63,112 +62,6 @@ class ReversibleColumns(nn.Module):
             fields = [state.pop(name) for name in ("_memory", "_stored", "verify", "budget")]
             state["_policy"] = MemoryPolicy(*fields)
         super().__setstate__(state)  # pyright: ignore[reportUnknownMemberType]
-
-    @property
-    def policy(self) -> MemoryPolicy:
-        """What is kept for backward.
-
-        Raises:
-            ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
-        """
-        return self._policy
-
-    @policy.setter
-    def policy(self, value: MemoryPolicy) -> None:
-        memory_modes(value.modes, self.graph.columns)
-        stored_cells(value.stored, len(self.graph.nodes))
-        kept_cells(dict(value.kept), len(self.graph.nodes))
-        self._policy = value
-
-    @contextmanager
-    def using(
-        self,
-        policy: MemoryPolicy | None = None,
-        *,
-        modes: str | Sequence[str] | None = None,
-        stored: int | Iterable[int] | None = None,
-        kept: Kept | Iterable[int] | None = None,
-        verify: bool | None = None,
-    ) -> Generator[MemoryPolicy]:
-        """Run a `with` block under another policy; the present one returns at its end, also after an exception.
-
-        Args:
-            policy: the other policy; by default the present one with the changes below.
-            modes: as for the attribute `memory`. A pending budget is not planned inside of the block.
-            stored, kept, verify: as for the attributes of these names.
-
-        Raises:
-            ArgumentError: as the attributes do.
-        """
-        found = self._policy
-        try:
-            if policy is not None:
-                self.policy = policy
-            if modes is not None:
-                self.memory = modes
-            if stored is not None:
-                self.stored = stored
-            if kept is not None:
-                self.kept = kept
-            if verify is not None:
-                self.verify = verify
-            yield self._policy
-        finally:
-            self._policy = found
-
-    @property
-    def memory(self) -> tuple[Memory, ...]:
-        """The memory mode of each column. Setting one for all or one per column ends a pending budget and `kept`."""
-        return self._policy.modes
-
-    @memory.setter
-    def memory(self, value: str | Sequence[str]) -> None:
-        self._policy = replace(self._policy, modes=memory_modes(value, self.graph.columns), budget=None, kept=())
-
-    @property
-    def stored(self) -> frozenset[int]:
-        """Cells (by their index t) that keep all they save, whatever their column's mode says: no replay.
-
-        Set it to their indices, or to a number of cells counted from the end. `revnets.plan` finds those that save the
-        most work under a budget.
-        """
-        return self._policy.stored
-
-    @stored.setter
-    def stored(self, value: int | Iterable[int]) -> None:
-        self._policy = replace(self._policy, stored=stored_cells(value, len(self.graph.nodes)))
-
-    @property
-    def kept(self) -> dict[int, int | None]:
-        """Cells (by their index t) that keep the state that they replace in place of its lost bits.
-
-        The value says how much a replay brings back: None is all that the cell saves, an integer k its first k tensors;
-        the others stay. Set it to such a mapping, or to indices of cells that keep the state alone.
-        """
-        return dict(self._policy.kept)
-
-    @kept.setter
-    def kept(self, value: Kept | Iterable[int]) -> None:
-        kept = tuple(kept_cells(value, len(self.graph.nodes)).items())
-        self._policy = replace(self._policy, kept=kept)
-
-    @property
-    def verify(self) -> bool:
-        """Compare what backward rebuilds with checksums of the forward."""
-        return self._policy.verify
-
-    @verify.setter
-    def verify(self, value: bool) -> None:
-        self._policy = replace(self._policy, verify=value)
-
-    @property
-    def budget(self) -> Budget | None:
-        """A memory budget that is pending until the first training forward of the model, see `revnets.keep_budget`."""
-        return self._policy.budget
-
-    @budget.setter
-    def budget(self, value: Budget | None) -> None:
-        self._policy = replace(self._policy, budget=value)
 
     def flat(self) -> list[Cell]:
         """All cells in the order in which they run."""
@@ -218,15 +111,14 @@ class ReversibleColumns(nn.Module):
 
             drift.watch(self, x)
         ends = [executor.tap_index(graph, tap) for tap in taps]
-        last, tapped = executor.run(
-            graph, cells, x, policy.modes, context, ends, policy.stored, policy.verify, dict(policy.kept)
-        )
+        ways = policy.modes, context, ends, policy.stored, policy.verify, dict(policy.kept), policy.offloaded
+        last, tapped = executor.run(graph, cells, x, *ways)
         return (last, tapped) if taps else last
 
     def truncated(self, length: int) -> ReversibleColumns:
         """The first `length` cells as columns that share them, under the same policy.
 
-        Stored cells that are left out leave the policy as well; a pending budget stays pending.
+        Stored and offloaded cells that are left out leave the policy as well; a pending budget stays pending.
 
         Raises:
             ArgumentError: there is no cell left, or there are not so many.
@@ -235,9 +127,12 @@ class ReversibleColumns(nn.Module):
         result = ReversibleColumns(graph, self.flat()[:length])
         for module in (result, result.cells, *result.cells):  # the flags of the cells are their own
             module.training = self.training
-        stored = frozenset(index for index in self.stored if index < length)
-        kept = tuple((index, replayed) for index, replayed in self._policy.kept if index < length)
-        result.policy = replace(self._policy, modes=self.memory[: graph.columns], stored=stored, kept=kept)
+        policy, modes = self._policy, self.memory[: graph.columns]
+        stored, offloaded = (
+            frozenset(index for index in cells if index < length) for cells in (policy.stored, policy.offloaded)
+        )
+        kept = tuple((index, replayed) for index, replayed in policy.kept if index < length)
+        result.policy = replace(policy, modes=modes, stored=stored, kept=kept, offloaded=offloaded)
         return result
 
     def split(

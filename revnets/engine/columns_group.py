@@ -12,7 +12,16 @@ from torch import nn
 from revnets.engine.cell import Cell
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.errors import ArgumentError
-from revnets.engine.memory_mode import Budget, Kept, Memory, MemoryPolicy, kept_cells, memory_modes, stored_cells
+from revnets.engine.memory_mode import (
+    Budget,
+    Kept,
+    Memory,
+    MemoryPolicy,
+    kept_cells,
+    memory_modes,
+    offloaded_cells,
+    stored_cells,
+)
 
 
 class ColumnsGroup(Sequence[ReversibleColumns]):
@@ -77,13 +86,15 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         Raises:
             ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
         """
-        return MemoryPolicy(self.memory, self.stored, self.verify, self.budget, tuple(self.kept.items()))
+        kept = tuple(self.kept.items())
+        return MemoryPolicy(self.memory, self.stored, self.verify, self.budget, kept, self.offloaded)
 
     @policy.setter
     def policy(self, value: MemoryPolicy) -> None:
         memory_modes(value.modes, self.column_count)
         stored_cells(value.stored, self.cell_count)
         kept = kept_cells(dict(value.kept), self.cell_count)
+        self.offloaded = value.offloaded
         self.memory, self.stored, self.kept = value.modes, value.stored, kept
         self.verify, self.budget = value.verify, value.budget
 
@@ -96,11 +107,12 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         stored: int | Iterable[int] | None = None,
         kept: Kept | Iterable[int] | None = None,
         verify: bool | None = None,
+        offloaded: Iterable[int] | None = None,
     ) -> Generator[MemoryPolicy]:
         """Run a `with` block under another policy, as `ReversibleColumns.using` does; yields the one in force.
 
         Args:
-            policy, modes, stored, kept, verify: for all members; what is not given stays as each member has it.
+            policy, modes, stored, kept, verify, offloaded: for all members; what is not given stays as each has it.
 
         Raises:
             ArgumentError: as the attributes do.
@@ -118,6 +130,8 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
                 self.kept = kept
             if verify is not None:
                 self.verify = verify
+            if offloaded is not None:
+                self.offloaded = offloaded
             yield self.policy
 
     @property
@@ -134,14 +148,22 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
     @property
     def stored(self) -> frozenset[int]:
         """Cells that keep all they save. Set it to their indices, or to a number of cells counted from the end."""
-        starts = (start for start, _ in self._spans(_cells_of))
-        return frozenset(start + index for columns, start in zip(self, starts, strict=True) for index in columns.stored)
+        return self._joined([columns.stored for columns in self])
 
     @stored.setter
     def stored(self, value: int | Iterable[int]) -> None:
-        stored = stored_cells(value, self.cell_count)
-        for columns, (start, stop) in zip(self, self._spans(_cells_of), strict=True):
-            columns.stored = [index - start for index in stored if start <= index < stop]
+        for columns, part in zip(self, self._parted(stored_cells(value, self.cell_count)), strict=True):
+            columns.stored = part
+
+    @property
+    def offloaded(self) -> frozenset[int]:
+        """Cells that keep in host memory what they keep for backward. Set it to their indices."""
+        return self._joined([columns.offloaded for columns in self])
+
+    @offloaded.setter
+    def offloaded(self, value: Iterable[int]) -> None:
+        for columns, part in zip(self, self._parted(offloaded_cells(value, self.cell_count)), strict=True):
+            columns.offloaded = part
 
     @property
     def kept(self) -> dict[int, int | None]:
@@ -189,6 +211,16 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         for index, cell in enumerate(self.flat()):
             found.setdefault(cell, []).append(index)
         return {cell: cycle(indices) for cell, indices in found.items()}
+
+    def _joined(self, parts: Iterable[Iterable[int]]) -> frozenset[int]:
+        """Indices of cells in the group, from those in each member."""
+        starts = (start for start, _ in self._spans(_cells_of))
+        return frozenset(start + index for part, start in zip(parts, starts, strict=True) for index in part)
+
+    def _parted(self, cells: Iterable[int]) -> list[frozenset[int]]:
+        """Indices of cells in each member, from those in the group."""
+        spans = self._spans(_cells_of)
+        return [frozenset(index - start for index in cells if start <= index < stop) for start, stop in spans]
 
     def _spans(self, count: Callable[[ReversibleColumns], int]) -> list[tuple[int, int]]:
         """The numbers of each member's columns or cells, from the first to the one past the last."""

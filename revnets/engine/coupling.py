@@ -155,6 +155,7 @@ class ReplayCoupling:
         """x_{t-m}, with the strides that it had (Rule 4)."""
         state, stride = self.tape.state(self.record.node.index), self.record.past_stride
         past = with_stride(subtract(state, update, gamma), stride)
-        if self.record.lost is not None:
-            self.record.lost.decode(past, with_stride(state, stride), gamma)
+        lost = self.record.lost if self.tape.host is None else self.tape.host.lost_bits_of(self.record)
+        if lost is not None:
+            lost.decode(past, with_stride(state, stride), gamma)
         return past

@@ -35,3 +35,10 @@ class ReconstructionError(ReplayError):
 
     def __init__(self, message: str = "", *, code: str = "state-mismatch", cell: str | None = None):
         super().__init__(message, code=code, cell=cell)
+
+
+EARLY_BACKWARD = (
+    "A backward inside of a cell's forward, and one after a forward that an exception has cut short, need plain "
+    "autograd there: put the cell into `stored` of the columns, or use memory='store'"
+)
+"""What to do about a backward that reaches a cell whose forward is not over."""

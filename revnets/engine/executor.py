@@ -31,6 +31,7 @@ def run(
     stored: Collection[int] = (),
     verify: bool = False,
     kept: Kept = _NONE,
+    offloaded: Collection[int] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run all cells; returns the states `graph.last` and those at the indices `taps`.
 
@@ -45,11 +46,12 @@ def run(
         stored: indices of cells that run in `store`, whatever the mode of their column.
         verify: compare what backward rebuilds with checksums (`revnets/engine/replay/checksums.py`).
         kept: cells that keep their state in place of lost bits, whatever the mode of their column.
+        offloaded: indices of cells that keep in host memory what they keep.
     """
     modes = modes_of_cells(graph, modes, stored, kept)
-    if not is_recorded(modes):
+    if not is_recorded(modes, offloaded):
         return _run_plain(graph, cells, stem, context, taps)
-    return _run_taped(graph, cells, stem, modes, context, taps, verify, kept)
+    return _run_taped(graph, cells, stem, modes, context, taps, verify, kept, offloaded)
 
 
 def modes_of_cells(
@@ -65,9 +67,10 @@ def modes_of_cells(
     return [mode(node.index, node.column) for node in graph.nodes]
 
 
-def is_recorded(modes: Sequence[Memory]) -> bool:
+def is_recorded(modes: Sequence[Memory], offloaded: Collection[int] = ()) -> bool:
     """Does a pass in these modes need a tape: is there a gradient to record, and can hooks see it?"""
-    return torch.is_grad_enabled() and any(mode is not Memory.STORE for mode in modes) and not is_transformed()
+    needs_tape = bool(offloaded) or any(mode is not Memory.STORE for mode in modes)
+    return torch.is_grad_enabled() and needs_tape and not is_transformed()
 
 
 class PlainPass:
@@ -131,6 +134,7 @@ class TapedPass(PlainPass):
         modes: memory mode of each cell.
         context: keyword arguments that all cells have in common; `step` may be given others.
         kept: how much cells keep beside their state.
+        offloaded: as of `run`.
 
     Raises:
         ArgumentError: the stem is an inference tensor, through which no gradient can be taken.
@@ -146,6 +150,7 @@ class TapedPass(PlainPass):
         taps: Sequence[int] = (),
         verify: bool = False,
         kept: Kept = _NONE,
+        offloaded: Collection[int] = (),
     ):
         super().__init__(graph, cells, stem, taps)
         if stem.is_inference():
@@ -157,7 +162,7 @@ class TapedPass(PlainPass):
             )
         self.modes = modes
         self.context = context
-        self.tape = Tape(graph, cells, stem, context, verify, kept)
+        self.tape = Tape(graph, cells, stem, context, verify, kept, offloaded)
         self.started = False  # has anything so far needed a gradient?
 
     def step(self, node: Node, context: Mapping[str, Any]) -> Tensor:
@@ -194,10 +199,11 @@ def _run_taped(
     taps: Sequence[int],
     verify: bool,
     kept: Kept,
+    offloaded: Collection[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
-    run = TapedPass(graph, cells, stem, modes, context, taps, verify, kept)
+    run = TapedPass(graph, cells, stem, modes, context, taps, verify, kept, offloaded)
     for node in graph.nodes:
         run.step(node, context)
     run.close()

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol, TypeAlias, cast
 
 from revnets.engine.errors import ArgumentError
+from revnets.engine.graph import Graph
 
 
 class Memory(StrEnum):
@@ -33,6 +35,12 @@ class Budget(Protocol):
     def ranks(self) -> int | None: ...
     @property
     def sharding(self) -> str | None: ...
+    @property
+    def host(self) -> int | str | None: ...
+    @property
+    def link(self) -> int | str: ...
+    @property
+    def flops(self) -> float | str | None: ...
 
 
 Kept: TypeAlias = "Mapping[int, int | None]"
@@ -53,17 +61,152 @@ class MemoryPolicy:
     verify: bool = False  # compare what backward rebuilds with checksums of the forward
     budget: Budget | None = None  # pending until the first training forward of the model, see `revnets.keep_budget`
     kept: tuple[tuple[int, int | None], ...] = ()  # items of a `Kept`, in order of the cells
+    offloaded: frozenset[int] = frozenset()  # indices of cells that keep in host memory what they keep
 
     def __post_init__(self) -> None:
         if not isinstance(self.modes, tuple) or not all(isinstance(mode, Memory) for mode in self.modes):
             object.__setattr__(self, "modes", memory_modes(list(self.modes), len(self.modes)))
         object.__setattr__(self, "stored", frozenset(self.stored))
         object.__setattr__(self, "kept", tuple(sorted(dict(self.kept).items())))
+        object.__setattr__(self, "offloaded", frozenset(self.offloaded))
 
     def __setstate__(self, state: list[Any]) -> None:
-        defaults: list[Any] = [(), frozenset(), False, None, ()]  # an older pickle ends before the last of them
+        # An older pickle ends before the last of them.
+        defaults: list[Any] = [(), frozenset(), False, None, (), frozenset()]
         for name, value in zip(self.__slots__, [*state, *defaults[len(state) :]], strict=True):
             object.__setattr__(self, name, value)
+
+
+class PolicyAttributes:
+    """The attributes by which columns show and change their memory policy."""
+
+    graph: Graph
+    _policy: MemoryPolicy
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """What is kept for backward.
+
+        Raises:
+            ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
+        """
+        return self._policy
+
+    @policy.setter
+    def policy(self, value: MemoryPolicy) -> None:
+        memory_modes(value.modes, self.graph.columns)
+        stored_cells(value.stored, len(self.graph.nodes))
+        kept_cells(dict(value.kept), len(self.graph.nodes))
+        offloaded_cells(value.offloaded, len(self.graph.nodes))
+        self._policy = value
+
+    @contextmanager
+    def using(
+        self,
+        policy: MemoryPolicy | None = None,
+        *,
+        modes: str | Sequence[str] | None = None,
+        stored: int | Iterable[int] | None = None,
+        kept: Kept | Iterable[int] | None = None,
+        verify: bool | None = None,
+        offloaded: Iterable[int] | None = None,
+    ) -> Generator[MemoryPolicy]:
+        """Run a `with` block under another policy; the present one returns at its end, also after an exception.
+
+        Args:
+            policy: the other policy; by default the present one with the changes below.
+            modes: as for the attribute `memory`. A pending budget is not planned inside of the block.
+            stored: as for the attribute `stored`.
+            kept: as for the attribute `kept`.
+            verify: as for the attribute `verify`.
+            offloaded: as for the attribute `offloaded`.
+
+        Raises:
+            ArgumentError: as the attributes do.
+        """
+        found = self._policy
+        try:
+            if policy is not None:
+                self.policy = policy
+            if modes is not None:
+                self.memory = modes
+            if stored is not None:
+                self.stored = stored
+            if kept is not None:
+                self.kept = kept
+            if verify is not None:
+                self.verify = verify
+            if offloaded is not None:
+                self.offloaded = offloaded
+            yield self._policy
+        finally:
+            self._policy = found
+
+    @property
+    def memory(self) -> tuple[Memory, ...]:
+        """The memory mode of each column. Setting one for all or one per column ends a pending budget and `kept`."""
+        return self._policy.modes
+
+    @memory.setter
+    def memory(self, value: str | Sequence[str]) -> None:
+        self._policy = replace(self._policy, modes=memory_modes(value, self.graph.columns), budget=None, kept=())
+
+    @property
+    def stored(self) -> frozenset[int]:
+        """Cells (by their index t) that keep all they save, whatever their column's mode says: no replay.
+
+        Set it to their indices, or to a number of cells counted from the end. `revnets.plan` finds those that save the
+        most work under a budget.
+        """
+        return self._policy.stored
+
+    @stored.setter
+    def stored(self, value: int | Iterable[int]) -> None:
+        self._policy = replace(self._policy, stored=stored_cells(value, len(self.graph.nodes)))
+
+    @property
+    def kept(self) -> dict[int, int | None]:
+        """Cells (by their index t) that keep the state that they replace in place of its lost bits.
+
+        The value says how much a replay brings back: None is all that the cell saves, an integer k its first k tensors;
+        the others stay. Set it to such a mapping, or to indices of cells that keep the state alone.
+        """
+        return dict(self._policy.kept)
+
+    @kept.setter
+    def kept(self, value: Kept | Iterable[int]) -> None:
+        kept = tuple(kept_cells(value, len(self.graph.nodes)).items())
+        self._policy = replace(self._policy, kept=kept)
+
+    @property
+    def offloaded(self) -> frozenset[int]:
+        """Cells (by their index t) that keep in host memory what they keep for backward. Set it to their indices.
+
+        Of stored cells these are the tensors that autograd saves, of others the lost bits or the state.
+        """
+        return self._policy.offloaded
+
+    @offloaded.setter
+    def offloaded(self, value: Iterable[int]) -> None:
+        self._policy = replace(self._policy, offloaded=offloaded_cells(value, len(self.graph.nodes)))
+
+    @property
+    def verify(self) -> bool:
+        """Compare what backward rebuilds with checksums of the forward."""
+        return self._policy.verify
+
+    @verify.setter
+    def verify(self, value: bool) -> None:
+        self._policy = replace(self._policy, verify=value)
+
+    @property
+    def budget(self) -> Budget | None:
+        """A memory budget that is pending until the first training forward of the model, see `revnets.keep_budget`."""
+        return self._policy.budget
+
+    @budget.setter
+    def budget(self, value: Budget | None) -> None:
+        self._policy = replace(self._policy, budget=value)
 
 
 def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]:
@@ -95,11 +238,7 @@ def stored_cells(value: int | Iterable[int], cells: int) -> frozenset[int]:
             text = f"stored = {value}: give a number of cells, 0 to {cells}, or their indices"
             raise ArgumentError(text, "stored", code="out-of-range")
         value = range(cells - value, cells)
-    stored = frozenset(value)
-    if not stored <= set(range(cells)):
-        text = f"stored: there is no cell {min(stored - set(range(cells)))}; they are 0 to {cells - 1}"
-        raise ArgumentError(text, "stored", code="out-of-range")
-    return stored
+    return _cells(value, cells, "stored")
 
 
 def kept_cells(value: Kept | Iterable[int], cells: int) -> dict[int, int | None]:
@@ -111,10 +250,25 @@ def kept_cells(value: Kept | Iterable[int], cells: int) -> dict[int, int | None]
     kept: dict[int, int | None] = dict.fromkeys(value)
     if isinstance(value, Mapping):
         kept.update(cast(Kept, value))
-    if not kept.keys() <= set(range(cells)):
-        text = f"kept: there is no cell {min(kept.keys() - set(range(cells)))}; they are 0 to {cells - 1}"
-        raise ArgumentError(text, "kept", code="out-of-range")
+    _cells(kept.keys(), cells, "kept")
     if wrong := [number for number in kept.values() if number is not None and number < 0]:
         text = f"kept: a replay brings back {wrong[0]} tensors; give 0 or more, or None for all"
         raise ArgumentError(text, "kept", code="out-of-range")
     return kept
+
+
+def offloaded_cells(value: Iterable[int], cells: int) -> frozenset[int]:
+    """Indices of offloaded cells.
+
+    Raises:
+        ArgumentError: there is no cell of that index.
+    """
+    return _cells(value, cells, "offloaded")
+
+
+def _cells(value: Iterable[int], cells: int, name: str) -> frozenset[int]:
+    found = frozenset(value)
+    if not found <= set(range(cells)):
+        text = f"{name}: there is no cell {min(found - set(range(cells)))}; they are 0 to {cells - 1}"
+        raise ArgumentError(text, name, code="out-of-range")
+    return found

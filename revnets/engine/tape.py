@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,13 +42,14 @@ from revnets.engine.cell_record import (
     CellRecord,
     Constant,
     Held,
+    LivenessToken,
     Meta,
     check_replay,
     is_same_memory,
     trusted,
 )
 from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
-from revnets.engine.errors import ReplayError
+from revnets.engine.errors import EARLY_BACKWARD, ReplayError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Kept, Memory
 from revnets.engine.replay.replay_context import ReplayContext
@@ -56,13 +57,8 @@ from revnets.engine.replay.threads import inside
 from revnets.engine.torch_internals import may_read_again, running_node, without_transforms
 
 if TYPE_CHECKING:
+    from revnets.engine.offload.host_store import HostedTensor, OffloadedTensor
     from revnets.engine.replay.buffers import Overwritten
-
-
-class LivenessToken:
-    """Shared by the packed handles of one call of a cell and held by nothing else: it dies with the last of them."""
-
-    __slots__ = ("__weakref__",)
 
 
 class PackedHandle(NamedTuple):
@@ -74,10 +70,10 @@ class PackedHandle(NamedTuple):
     liveness: LivenessToken
 
 
-def unpack(handle: PackedHandle | Held) -> Tensor:
-    if isinstance(handle, Held):
-        return trusted(handle, "a tensor that a cell saved")
-    return handle.tape.unpack(handle.t, handle.k)
+def unpack(handle: PackedHandle | Held | OffloadedTensor) -> Tensor:
+    if isinstance(handle, PackedHandle):
+        return handle.tape.unpack(handle.t, handle.k)
+    return trusted(handle.on_device(), "a tensor that a cell saved")
 
 
 class Tape:
@@ -91,6 +87,7 @@ class Tape:
         context: Mapping[str, Any],
         verify: bool = False,
         kept: Kept | None = None,
+        offloaded: Collection[int] = (),
     ):
         self.graph = graph
         self.cells = cells
@@ -99,7 +96,7 @@ class Tape:
         self.kept = kept or {}
         self.overwritten: Overwritten = {}
         self.records: list[CellRecord | None] = []
-        self.last: dict[int, Held] = {}  # the window at its top, from which it starts
+        self.last: Mapping[int, Held | HostedTensor] = {}  # the window at its top, from which it starts
         self.top = -1
         self.window: dict[int, Held] = {}
         self.cursor = -1  # the window holds x_cursor, or already x_{cursor-m}, and the m - 1 states between them
@@ -109,6 +106,11 @@ class Tape:
             from revnets.engine.replay.checksums import Verifier
 
             self.verifier = Verifier(graph)
+        self.host = None
+        if offloaded:
+            from revnets.engine.offload.host_store import HostStore  # no other pass needs it
+
+            self.host = HostStore(offloaded, stem)
 
     # ---------------------------------------------------------------- forward
 
@@ -140,15 +142,17 @@ class Tape:
         liveness = LivenessToken()
         record.liveness = weakref.ref(liveness)
 
-        def pack(tensor: Tensor) -> PackedHandle | Held:
-            if len(record.metas) == record.replayed:  # the rest stays
-                return Held.of(tensor)
+        def pack(tensor: Tensor) -> PackedHandle | Held | OffloadedTensor:
+            if mode is Memory.STORE or len(record.metas) == record.replayed:  # the rest stays
+                return Held.of(tensor) if self.host is None else self.host.saved(node.index, tensor)
             record.metas.append(Meta.of(tensor))
             return PackedHandle(self, node.index, len(record.metas) - 1, liveness)
 
         call = partial(cell, *reads, couple=couple, **context)
         if mode is Memory.STORE:
-            state = call()
+            is_hosted = self.host is not None and node.index in self.host.cells
+            with saved_tensors_hooks(pack, unpack) if is_hosted else nullcontext():
+                state = call()
         else:
             devices = frozenset(read.device for read in reads)
             recording = ReplayContext.record(cell, devices, self.overwritten)
@@ -164,8 +168,12 @@ class Tape:
                 cell=self.graph.name(node.index),
             )
         self.records.append(record)
+        if self.host is not None:
+            self.host.send(record, cell, self._name(node), state)
         if node.residual is not None and (before := self.records[node.residual]) is not None:
             before.settle()  # of a column ago: the counts have long arrived from the device
+            if self.host is not None:
+                self.host.send_settled(before, self._name(before.node))
         if self.verifier is not None:
             self.verifier.note(node.index, state)
         return state
@@ -184,14 +192,14 @@ class Tape:
 
         It starts below stored cells at the end, which have no handles: their states are not needed here.
         """
-        self.last = {index: Held.of(state) for index, state in states.items()}
+        last: dict[int, Held | HostedTensor] = {index: Held.of(state) for index, state in states.items()}
         self.top = len(self.records) - 1
         while self.top > 0 and (record := self.records[self.top]) is not None and record.mode is Memory.STORE:
-            if record.node.residual is not None:
-                assert record.kept is not None
-                self.last[record.node.residual] = record.kept
-            self.last.pop(self.top, None)
+            if record.node.residual is not None and record.kept is not None:
+                last[record.node.residual] = record.kept
+            last.pop(self.top, None)
             self.top -= 1
+        self.last = last
 
     # --------------------------------------------------------------- backward
 
@@ -200,7 +208,7 @@ class Tape:
         if self.top < 0:
             name = self.graph.name(t)
             raise ReplayError(
-                f"cell {name} is asked for what it saved before the forward is over. {_EARLY}",
+                f"cell {name} is asked for what it saved before the forward is over. {EARLY_BACKWARD}",
                 code="early-replay",
                 cell=name,
             )
@@ -235,7 +243,8 @@ class Tape:
         if self.cursor < index:
             if self.cursor >= 0:
                 self._record_of(self.cursor).saved.clear()
-            self.window, self.cursor = dict(self.last), self.top
+            self.window = {index: held.on_device() for index, held in self.last.items()}
+            self.cursor = self.top
         while self.cursor > index:
             self._step_down()
 
@@ -246,7 +255,7 @@ class Tape:
         record.settle()
         if residual is not None and residual not in self.window:
             if record.kept is not None:
-                self.window[residual] = record.kept
+                self.window[residual] = record.kept.on_device()
             else:
                 self._replay(record, collect=False)
         record.saved.clear()  # handles that this backward did not need
@@ -307,7 +316,7 @@ class Tape:
         if residual not in self.window:
             if record.kept is None:
                 return None
-            self.window[residual] = record.kept
+            self.window[residual] = record.kept.on_device()
         return self.state(residual)
 
     def put_back(self, record: CellRecord, past: Tensor) -> None:
@@ -331,11 +340,5 @@ class Tape:
         return f"cell {self.graph.name(node.index)} ({type(getattr(cell, 'function', cell)).__name__})"
 
 
-_EARLY = (
-    "A backward inside of a cell's forward, and one after a forward that an exception has cut short, need plain "
-    "autograd there: put the cell into `stored` of the columns, or use memory='store'"
-)
-
-
 def _never(_: int) -> Tensor:
-    raise ReplayError(f"a replay is asked for what it saves before it is over. {_EARLY}", code="early-replay")
+    raise ReplayError(f"a replay is asked for what it saves before it is over. {EARLY_BACKWARD}", code="early-replay")

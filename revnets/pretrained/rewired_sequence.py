@@ -169,7 +169,7 @@ class RewiredSequence(ReversibleSequence):
                 them, or a cache of keys and values is filled while gradients are recorded.
         """
         modes = modes_of_cells(self.graph, self.memory, self.stored, self.kept)
-        if is_recorded(modes) and not is_inside():
+        if is_recorded(modes, self.offloaded) and not is_inside():
             return self._recorded_step(position, x, arguments)
         return self._step(position, x, arguments, lambda: PlainPass(self.graph, self.flat(), x))
 
@@ -187,11 +187,8 @@ class RewiredSequence(ReversibleSequence):
                 )
                 raise ArgumentError(text, "use_cache", code="conflicting-values")
         modes = modes_of_cells(self.graph, self.memory, self.stored, self.kept)
-
-        def begin() -> PlainPass:
-            return TapedPass(self.graph, self.flat(), x, modes, {}, verify=self.verify, kept=self.kept)
-
-        return self._step(position, x, arguments, begin)
+        ways = {"verify": self.verify, "kept": self.kept, "offloaded": self.offloaded}
+        return self._step(position, x, arguments, lambda: TapedPass(self.graph, self.flat(), x, modes, {}, **ways))
 
     def _turn_off_checkpointing(self) -> None:
         """The flag by which `gradient_checkpointing_enable` of transformers makes a layer checkpoint itself."""

@@ -27,7 +27,8 @@ def columns(count: int = 3) -> ReversibleColumns:
 def with_policy() -> tuple[ReversibleColumns, MemoryPolicy]:
     """Columns in which every field of the policy differs from its default."""
     net = columns()
-    policy = MemoryPolicy((Memory.RECOMPUTE, Memory.EXACT, Memory.STORE), frozenset({1, 4}), True, BUDGET)
+    modes = Memory.RECOMPUTE, Memory.EXACT, Memory.STORE
+    policy = MemoryPolicy(modes, frozenset({1, 4}), True, BUDGET, offloaded=frozenset({0, 4}))
     net.policy = policy
     return net, policy
 
@@ -35,6 +36,7 @@ def with_policy() -> tuple[ReversibleColumns, MemoryPolicy]:
 def test_the_attributes_are_those_of_the_policy() -> None:
     net, policy = with_policy()
     assert (net.memory, net.stored, net.verify, net.budget) == (policy.modes, policy.stored, policy.verify, BUDGET)
+    assert net.offloaded == policy.offloaded
 
 
 def test_it_is_immutable() -> None:
@@ -71,6 +73,7 @@ def test_setting_the_rest_changes_that_alone() -> None:
     [
         ({"modes": (Memory.EXACT,) * 2}, "wrong-length", "memory", ["2", "3 columns"]),
         ({"stored": frozenset({99})}, "out-of-range", "stored", "cell 99"),
+        ({"offloaded": frozenset({3, -1})}, "out-of-range", "offloaded", "cell -1"),
     ],
 )
 def test_a_policy_of_other_columns_is_refused(changes, code, key, names) -> None:
@@ -82,7 +85,7 @@ def test_a_policy_of_other_columns_is_refused(changes, code, key, names) -> None
 
 def test_using_restores_the_whole_policy() -> None:
     net, policy = with_policy()
-    with net.using(modes="store", stored=0, verify=False) as inside:
+    with net.using(modes="store", stored=0, verify=False, offloaded=()) as inside:
         assert inside == net.policy == MemoryPolicy((Memory.STORE,) * 3)
         net.memory = "invert"
     assert net.policy is policy
@@ -130,5 +133,12 @@ def test_pickles_of_four_attributes_load() -> None:
     state |= {"_memory": policy.modes, "_stored": policy.stored, "verify": True, "budget": BUDGET}
     other = ReversibleColumns.__new__(ReversibleColumns)
     other.__setstate__(state)
-    assert other.policy == policy
+    assert other.policy == replace(policy, offloaded=frozenset())
     assert not {"_memory", "_stored", "verify", "budget"} & vars(other).keys()
+
+
+def test_pickled_policies_without_offloaded_cells_load() -> None:
+    _, policy = with_policy()
+    other = MemoryPolicy.__new__(MemoryPolicy)
+    other.__setstate__(policy.__getstate__()[:-1])  # type: ignore[attr-defined]
+    assert other == replace(policy, offloaded=frozenset())
