@@ -19,7 +19,7 @@ from fairseq import criterions
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revnets.config.memory_budget import BudgetSpec, parse_budget
+from revnets.config.memory_budget import BudgetSpec, host_memory, parse_budget
 from revnets.memory import outside_of_autocast
 from revnets.memory.planner import Plan, PlanError, plan_module
 from revnets.memory.simulation import simulate
@@ -159,6 +159,7 @@ def _plan(model: nn.Module, budget: BudgetSpec, args: argparse.Namespace, task: 
             ranks=budget.ranks or args.distributed_world_size,
             grad_accum=max(budget.grad_accum, *args.update_freq),
             budget=parse_budget(budget.budget),
+            host=host_memory(budget.host, budget.link, budget.flops),
             modes=(),
         )
 

@@ -116,6 +116,14 @@ def plan(
         int | None, typer.Option(min=1, help="Forward passes per update.", show_default="the YAML's, or 1")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Fastest way under it: 24GiB, or a mode (its peak).")] = None,
+    host: Annotated[str | None, typer.Option(help="Host memory that may be used besides: 64GiB.")] = None,
+    link: Annotated[
+        str | None, typer.Option(help="Speed between device and host.", show_default="the YAML's, or 25GB/s")
+    ] = None,
+    flops: Annotated[
+        str | None,
+        typer.Option(help="Speed of the device: 300TFLOP/s.", show_default="the YAML's, or that of this machine"),
+    ] = None,
     png: Annotated[
         Path | None, typer.Option(help="Draw the figure into this file.", callback=picture_path, readable=False)
     ] = None,
@@ -130,7 +138,7 @@ def plan(
     from revnets.cli.plan import forecast
 
     request = {"dtype": dtype, "optimizer": optimizer, "ranks": ranks, "sharding": sharding}
-    request |= {"grad_accum": grad_accum, "budget": budget}
+    request |= {"grad_accum": grad_accum, "budget": budget, "host": host, "link": link, "flops": flops}
     forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json, trust, reversible)
 
 

@@ -63,7 +63,8 @@ def plan_table(plan: Plan) -> Group:
     where = "one process" if plan.ranks == 1 else f"each of {plan.ranks} processes ({plan.sharding})"
     title = f"Memory of a training step, {where}, input {' x '.join(map(str, plan.input_shape))}, {plan.dtype}"
     table = Table(title=title, title_justify="left")
-    for name in ("memory", "weights", "gradients", "optimizer", "kept", "peak", "work"):
+    names = ["memory", "weights", "gradients", "optimizer", "kept", "peak", *(["host"] if plan.host else []), "work"]
+    for name in names:
         table.add_column(name, justify="left" if name == "memory" else "right")
     rows = [*plan.modes, plan.chosen] if plan.chosen and plan.chosen not in plan.modes else plan.modes
     for row in rows:
@@ -72,6 +73,7 @@ def plan_table(plan: Plan) -> Group:
             row.name,
             *(size(count) for count in (row.parameters, row.gradients, row.optimizer, row.kept)),
             Text(size(row.peak), "" if plan.budget is None else "green" if fits else "red"),
+            *([size(row.host) if row.host else "-"] if plan.host else []),
             f"{row.extra:.2f}x",
             style="bold" if row == plan.chosen else "",
         )

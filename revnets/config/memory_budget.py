@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from revnets.config.errors import ArgumentError, nearest, problem, show, what
 from revnets.config.loader import Strict
@@ -33,8 +35,11 @@ def parse_budget(value: int | str) -> int | Memory:
         raise ArgumentError(f"{error}, or {', '.join(Memory)} for the peak of that memory mode", "budget") from None
 
 
-def parse_bytes(value: int | str) -> int:
+def parse_bytes(value: int | str, key: str = "budget") -> int:
     """Bytes from a whole number or from text such as `24GiB`, `800 MB`.
+
+    Args:
+        key: of the value, for the error.
 
     Raises:
         ValueError: says what is allowed.
@@ -49,7 +54,7 @@ def parse_bytes(value: int | str) -> int:
         number, scale = 0.0, 1
     if not 1 <= number * scale < float("inf"):
         raise ArgumentError(
-            f"{value!r} is no amount of memory; write a number of bytes, or for example 24GiB or 800MB", "budget"
+            f"{value!r} is no amount of memory; write a number of bytes, or for example 24GiB or 800MB", key
         )
     return int(number * scale)
 
@@ -61,17 +66,57 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
+def parse_link(value: int | str) -> int:
+    """Bytes a second from a whole number or from text such as `25GB/s`.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    amount, _, unit = str(value).partition("/")
+    try:
+        if isinstance(value, str) and unit.strip() != "s":
+            raise ValueError
+        return parse_bytes(amount, "link")
+    except ValueError:
+        text = f"{value!r} is no speed of a link; write bytes a second, or for example 25GB/s"
+        raise ArgumentError(text, "link") from None
+
+
+def parse_flops(value: float | str) -> float:
+    """Floating point operations a second from a number or from text such as `300TFLOP/s`.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    found = re.fullmatch(r"\s*([0-9.]{1,20})\s*([kMGTP]?)FLOP/s\s*", value) if isinstance(value, str) else None
+    try:
+        number = float(found[1]) * 1000.0 ** " kMGTP".index(found[2] or " ") if found else float(value)
+    except (ValueError, OverflowError):
+        number = 0.0
+    if not 1 <= number < float("inf"):
+        text = f"{value!r} is no rate of operations; write FLOP a second, or for example 300TFLOP/s"
+        raise ArgumentError(text, "flops")
+    return number
+
+
 _REMEDY = "Give a number of bytes, text such as 24GiB, or a memory mode, whose peak is meant"
 
 
-def _amount(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise problem(what(value), _REMEDY, code="wrong-type")
-    try:
-        parse_budget(value)
-    except ValueError:
-        raise problem(f"{show(value)} is no amount of memory", _REMEDY) from None
-    return value
+def _quantity(parse: Callable[[Any], Any], kinds: tuple[type, ...], name: str, remedy: str) -> BeforeValidator:
+    """A validator of values that `parse` reads. They stay as they are, so that a specification prints as it was."""
+
+    def check(value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise problem(what(value), remedy, code="wrong-type")
+        try:
+            parse(value)
+        except ValueError:
+            raise problem(f"{show(value)} is no {name}", remedy) from None
+        return value
+
+    return BeforeValidator(check)
 
 
 def _among(*known: str) -> BeforeValidator:
@@ -85,14 +130,54 @@ def _among(*known: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+class HostMemory(NamedTuple):
+    """Memory of the host into which a training step may move what cells keep, and what a move costs."""
+
+    bytes: int
+    link: float = 25e9  # bytes a second, in each direction
+    flops: float | None = None  # operations a second that the device reaches; None to measure them
+
+
+def host_memory(
+    host: int | str | None, link: int | str = "25GB/s", flops: float | str | None = None
+) -> HostMemory | None:
+    """The host memory of a budget, from values as YAML has them; None if none may be used.
+
+    Raises:
+        ValueError: a value cannot be used; `key` is its name.
+    """
+    if host is None:
+        return None
+    rate = None if flops is None else parse_flops(flops)
+    return HostMemory(parse_bytes(host, "host"), parse_link(link), rate)
+
+
+_Budget = _quantity(parse_budget, (int, str), "amount of memory", _REMEDY)
+_Bytes = _quantity(parse_bytes, (int, str), "amount of memory", "Give a number of bytes, or text such as 64GiB")
+_Link = _quantity(parse_link, (int, str), "speed of a link", "Give bytes a second, or text such as 25GB/s")
+_Flops = _quantity(parse_flops, (int, float, str), "rate of operations", "Give FLOP a second, or text: 300TFLOP/s")
+
+
 class BudgetSpec(Strict):
     """What a step may take in one process, and what else has to fit into it."""
 
-    budget: Annotated[int | str, BeforeValidator(_amount)] = Field(examples=["24GiB"])
+    budget: Annotated[int | str, _Budget] = Field(examples=["24GiB"])
     optimizer: Annotated[str, _among(*OPTIMIZERS)] = "adamw"
     grad_accum: int = Field(default=1, ge=1)  # forward passes per update; with several, gradients are there all along
     ranks: int | None = Field(default=None, ge=1)
     sharding: Annotated[str | None, _among(*SHARDINGS)] = None
+    host: Annotated[int | str | None, _Bytes] = None  # memory of the host that may be used besides
+    link: Annotated[int | str, _Link] = "25GB/s"  # between device and host
+    flops: Annotated[int | float | str | None, _Flops] = None  # a second, of the device
+
+    @model_validator(mode="after")
+    def _of_the_host(self) -> BudgetSpec:
+        for key in ("link", "flops"):
+            if self.host is None and key in self.model_fields_set:
+                text = f"{key} is about host memory, but none may be used"
+                raise problem(text, "Add it, as in `host: 64GiB`", key, code="conflicting-values")
+        return self
 
     def __str__(self) -> str:
-        return f"planned for {self.budget}" + ("'s peak" if self.budget in list(Memory) else "")
+        host = "" if self.host is None else f", {self.host} of host memory"
+        return f"planned for {self.budget}" + ("'s peak" if self.budget in list(Memory) else "") + host

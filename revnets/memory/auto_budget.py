@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnets.config.memory_budget import BudgetSpec, parse_budget
+from revnets.config.memory_budget import BudgetSpec, host_memory, parse_budget
 from revnets.engine.columns_group import ColumnsGroup, find_columns
 from revnets.engine.executor import is_transformed
 from revnets.engine.memory_mode import Budget
@@ -151,6 +151,7 @@ def _plan(model: nn.Module, entry: str, inputs: tuple[Any, ...], keywords: Mappi
             sharding=budget.sharding or ("fsdp" if is_sharded else "ddp"),
             grad_accum=budget.grad_accum,
             budget=parse_budget(budget.budget),
+            host=host_memory(budget.host, budget.link, budget.flops),
             modes=(),
         )
 

@@ -21,6 +21,7 @@ class CellPolicy:
     stored: tuple[int, ...] = ()  # cells that keep everything
     recomputed: tuple[int, ...] = ()  # columns that keep their states
     kept_cells: tuple[tuple[int, int | None], ...] = ()  # items of `ReversibleColumns.kept`
+    offloaded: tuple[int, ...] = ()  # cells that keep in host memory what they keep
 
     @property
     def name(self) -> str:
@@ -28,6 +29,7 @@ class CellPolicy:
             (self.stored, "cell", "stored"),
             (self.recomputed, "column", "recomputed"),
             (self.kept_cells, "cell", "kept in part"),
+            (self.offloaded, "cell", "offloaded"),
         ]
         found = [f"{len(part)} {noun}{'s' if len(part) > 1 else ''} {verb}" for part, noun, verb in parts if part]
         return ", ".join([self.mode, *found])
@@ -39,7 +41,7 @@ class CellPolicy:
     def apply(self, columns: ColumnsGroup) -> None:
         """Set it on the columns of a model."""
         columns.memory, columns.stored = self.memory(columns.column_count), self.stored
-        columns.kept = dict(self.kept_cells)
+        columns.kept, columns.offloaded = dict(self.kept_cells), self.offloaded
 
 
 class PolicySpace:
@@ -128,4 +130,6 @@ class PolicySpace:
             if rest and not is_first and all(kept.get(index, LOST) is STATE for index in rest):
                 recomputed.append(column)
                 kept = {index: how for index, how in kept.items() if index not in rest}
-        return CellPolicy("exact", tuple(sorted(stored)), tuple(recomputed), tuple(sorted(kept.items())))
+        offloaded = tuple(index for index, option in zip(self.indices, choice, strict=True) if option.host)
+        ways = tuple(sorted(stored)), tuple(recomputed), tuple(sorted(kept.items())), tuple(sorted(offloaded))
+        return CellPolicy("exact", *ways)

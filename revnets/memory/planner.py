@@ -9,100 +9,23 @@ is read from simulated steps (`step_record.py`, `cell_options.py`); the best cho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from revnets.config.memory_budget import OPTIMIZERS, SHARDINGS
+from revnets.config.memory_budget import OPTIMIZERS, SHARDINGS, HostMemory
 from revnets.engine.columns_group import find_columns
 from revnets.engine.memory_mode import Memory
 from revnets.memory.cell_options import CellPolicy, PolicySpace
-from revnets.memory.policy_search import search
+from revnets.memory.host_options import HostOptions, least_kept
+from revnets.memory.policy_search import Option, search
+from revnets.memory.predictions import Plan as Plan
+from revnets.memory.predictions import PlanError as PlanError
+from revnets.memory.predictions import Prediction as Prediction
 from revnets.memory.saved_tensors import CellCost, costs_of_cells
 from revnets.memory.simulation import Footprint, simulate
 from revnets.utils.format import size
-
-
-class PlanError(ValueError):
-    """No plan: the request makes no sense, or nothing fits the budget.
-
-    Attributes:
-        key: the argument that it is about.
-        code: the kind of error, one of `revnets.config.error_codes.CODES`.
-    """
-
-    def __init__(self, message: str, key: str = "", code: str = "invalid-value"):
-        super().__init__(message)
-        self.key, self.code = key, code
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Bytes that one rank needs in one memory mode, once training runs."""
-
-    mode: str
-    stored: tuple[int, ...]  # indices of the cells that keep everything
-    recomputed: tuple[int, ...]  # columns that keep their states, as in mode `recompute`
-    kept_cells: tuple[tuple[int, int | None], ...]  # further cells that keep theirs, as in `ReversibleColumns.kept`
-    parameters: int  # buffers included
-    gradients: int
-    optimizer: int
-    buckets: int  # what DDP or FSDP2 holds to communicate
-    kept: int  # activations between forward and backward
-    peak: int  # most bytes alive at once, all of the above included
-    flops: int  # of one step, forward and backward
-    extra: float  # work of the step against `store`, 1.33 = a third more
-
-    @property
-    def name(self) -> str:
-        return self.policy.name
-
-    @property
-    def policy(self) -> CellPolicy:
-        """What the cells keep."""
-        return CellPolicy(self.mode, self.stored, self.recomputed, self.kept_cells)
-
-    def memory(self, columns: int) -> list[str]:
-        """The memory mode of each column."""
-        return self.policy.memory(columns)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What each memory mode would take, and the choice under a budget."""
-
-    input_shape: tuple[int, ...]
-    dtype: str
-    ranks: int
-    sharding: str
-    modes: tuple[Prediction, ...]
-    budget: int | None = None
-    chosen: Prediction | None = None  # under the budget
-
-    def apply(self, model: nn.Module) -> None:
-        """Set the chosen memory mode on a model."""
-        if self.chosen is None:
-            raise PlanError(
-                "this plan was made without a budget and has chosen nothing; pass budget=",
-                "budget",
-                code="missing-budget",
-            )
-        self.chosen.policy.apply(find_columns(model))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, for JSON."""
-        return asdict(self)
-
-    @property
-    def sentence(self) -> str:
-        """What was chosen under the budget, and what it costs."""
-        chosen = self.chosen
-        if chosen is None or self.budget is None:
-            return ""
-        extra = f"{chosen.extra - 1:.0%} more work than keeping everything" if chosen.extra > 1 else "no extra work"
-        return f"Chosen for {size(self.budget)}: {chosen.name}, peak {size(chosen.peak)}, {extra}."
 
 
 def plan_module(
@@ -115,6 +38,7 @@ def plan_module(
     sharding: str = "ddp",
     grad_accum: int = 1,
     budget: int | Memory | None = None,
+    host: HostMemory | None = None,
     modes: Sequence[str] = tuple(Memory),
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
@@ -123,20 +47,26 @@ def plan_module(
     Args:
         inputs: positional arguments of its forward. Of tensors, only shapes and dtypes matter.
         optimizer: its name, or how many tensors of a weight's size it holds.
+        host: memory that cells may use besides that of the device, under a budget.
     """
     _check(optimizer, ranks, sharding, grad_accum)
+    if host is not None and budget is None:
+        text = "host memory is used under a budget of the device; give one, such as budget='24GiB'"
+        raise PlanError(text, "host", code="missing-budget")
     states = optimizer if isinstance(optimizer, int) else OPTIMIZERS[optimizer]
     run = _Run(states, ranks, ranks > 1 and sharding == "fsdp", grad_accum > 1)
     predictor = _Predictor(model, inputs, dtype, run, progress or (lambda _: None))
+    hosted = host and HostOptions(host, model, dtype)
     base = predictor.predict("store")
     rows = tuple(base if mode == "store" else predictor.predict(str(mode), base) for mode in modes)
     limit, chosen = None, None
     if isinstance(budget, Memory):
         limit = predictor.predict(budget, base).peak
-        chosen = _choose(predictor, base, limit, exactly=True)  # one prediction against another: both err alike
+        chosen = _choose(predictor, base, limit, hosted, exactly=True)  # one prediction against another: both err alike
     elif budget is not None:
-        limit, chosen = budget, _choose(predictor, base, budget)
-    return Plan(predictor.shape, str(dtype).removeprefix("torch."), ranks, sharding, rows, limit, chosen)
+        limit, chosen = budget, _choose(predictor, base, budget, hosted)
+    name = str(dtype).removeprefix("torch.")
+    return Plan(predictor.shape, name, ranks, sharding, rows, limit, chosen, host.bytes if host else None)
 
 
 class _Run(NamedTuple):
@@ -157,13 +87,16 @@ class _Predictor:
         self.shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
         self.simulated: dict[CellPolicy, Footprint] = {}  # some are asked for several times
         self.costs: dict[int, CellCost] = {}
+        self.waits: dict[CellPolicy, int] = {}  # for the link to the host, in units of `OpCounter.work`
 
     def predict(self, policy: str | CellPolicy, base: Prediction | None = None) -> Prediction:
         """What a step takes in a memory mode, or under any policy."""
         policy = policy if isinstance(policy, CellPolicy) else CellPolicy(policy)
         found = self.footprint(policy)
         flops = base.flops if base else found.flops
-        return self._of_one_rank(found, policy, found.flops / max(flops, 1))
+        waits = self.waits.get(policy, 0)
+        lost = waits / max(self.footprint(CellPolicy("store")).work, 1) if waits else 0.0
+        return self._of_one_rank(found, policy, found.flops / max(flops, 1) + lost)
 
     def footprint(self, policy: CellPolicy) -> Footprint:
         if policy not in self.simulated:
@@ -182,14 +115,11 @@ class _Predictor:
                 f"an input of {self.shape} does not go through the net ({reason})", "input_shape", code="input-rejected"
             ) from error
 
-    def search(self, peak: int, corrections: Sequence[int] = ()) -> tuple[CellPolicy, list[int]] | None:
-        """The policy with the least work whose peak is at most this, as far as single cells tell.
+    def space(self, peak: int, corrections: Sequence[int] = (), host: HostOptions | None = None) -> PolicySpace:
+        """What cells may keep in a step with this peak.
 
         Args:
             corrections: bytes to add to the peak around each cell, and to that behind all of them.
-
-        Returns:
-            The policy, and the bytes by which the peak around each cell differs from that in its simulated step.
         """
         static = self.predict("exact").peak - self.footprint(CellPolicy("exact")).peak
         if not self.costs:
@@ -197,12 +127,40 @@ class _Predictor:
             self.costs = costs_of_cells(self.model, self.inputs, self.dtype)
         uses = {mode: self.footprint(CellPolicy(mode)).cells for mode in ("store", "recompute", "exact")}
         space = PolicySpace(uses, self.costs, self.columns, peak - static, corrections)
-        found = search(space.options, space.room)
+        if host is not None:
+            forward = [cost.work for cost in self.costs.values()]
+            backward = [both - one for both, one in zip(uses["store"].work, forward, strict=True)]
+            space.options = host.extended(space.options, forward, backward)
+        return space
+
+    def search(
+        self, peak: int, corrections: Sequence[int] = (), host: HostOptions | None = None
+    ) -> tuple[CellPolicy, list[int]] | None:
+        """The policy with the least work whose peak is at most this, as far as single cells tell.
+
+        Returns:
+            The policy, and the bytes by which the peak around each cell differs from that in its simulated step.
+        """
+        space = self.space(peak, corrections, host)
+        found = search(space.options, space.room) if host is None else host.search(space.options, space.room)
         if found is None:
             return None
-        policy = space.policy(found)
+        policy = self._policy(space, found)
         peaks = self.footprint(policy).cells.peaks
         return policy, [real - expected for real, expected in zip(peaks, space.peaks(found), strict=True)]
+
+    def least(self, host: HostOptions | None) -> list[CellPolicy]:
+        """Policies one of which has the lowest peak."""
+        exact = CellPolicy("exact")
+        if host is None:
+            return [exact]
+        space = self.space(0, host=host)
+        return [exact, self._policy(space, least_kept(space.options))]
+
+    def _policy(self, space: PolicySpace, choice: Sequence[Option]) -> CellPolicy:
+        policy = space.policy(choice)
+        self.waits[policy] = sum(option.waits for option in choice)
+        return policy
 
     def margin(self, prediction: Prediction) -> int:
         """Bytes to leave free: lost bits are predicted from what is usual, a hundredth of the peak if all cells have
@@ -216,7 +174,7 @@ class _Predictor:
 
     def work(self, prediction: Prediction) -> int:
         """Of a step that was simulated, in units of `OpCounter.work`."""
-        return self.simulated[prediction.policy].work
+        return self.simulated[prediction.policy].work + self.waits.get(prediction.policy, 0)
 
     def _of_one_rank(self, found: Footprint, policy: CellPolicy, extra: float) -> Prediction:
         """Add to a single process's footprint what the optimizer and the other ranks bring."""
@@ -250,19 +208,38 @@ class _Predictor:
             peak=peak,
             flops=found.flops,
             extra=extra,
+            offloaded=policy.offloaded,
+            host=found.host,
         )
 
 
-def _choose(predictor: _Predictor, base: Prediction, budget: int, exactly: bool = False) -> Prediction:
+def _choose(
+    predictor: _Predictor, base: Prediction, budget: int, host: HostOptions | None, exactly: bool = False
+) -> Prediction:
+    """The least work under the budget, with or without host memory."""
+    if base.peak <= budget:
+        return base
+    found: list[Prediction] = []
+    for ways in dict.fromkeys((None, host)):
+        try:
+            found.append(_least_work(predictor, base, budget, ways, exactly))
+        except PlanError:
+            if ways is host and not found:
+                raise
+    return min(found, key=predictor.work)
+
+
+def _least_work(
+    predictor: _Predictor, base: Prediction, budget: int, host: HostOptions | None, exactly: bool
+) -> Prediction:
     """The least work under the budget, with a margin for what predictions miss unless it is to be met exactly."""
 
     def needs(prediction: Prediction) -> int:
         return prediction.peak + (0 if exactly else predictor.margin(prediction))
 
-    if base.peak <= budget:
-        return base
-    least, batch = predictor.predict("exact", base), next(iter(predictor.shape), 1)
-    if needs(least) > budget:
+    least = min((predictor.predict(policy, base) for policy in predictor.least(host)), key=needs)
+    batch = next(iter(predictor.shape), 1)
+    if needs(least) > budget or (host is not None and not host.takes(least.host)):
         static = least.parameters + least.gradients + least.optimizer + least.buckets
         sample = max(least.peak - static, 0) // max(batch, 1)
         turn = (
@@ -278,14 +255,16 @@ def _choose(predictor: _Predictor, base: Prediction, budget: int, exactly: bool 
     best, tried = least, least
     corrections: list[int] = []
     for _ in range(ATTEMPTS):
-        found = predictor.search(budget - needs(tried) + tried.peak, corrections)
+        found = predictor.search(budget - needs(tried) + tried.peak, corrections, host)
         if found is None:
             break
         policy, errors = found
         is_known, tried = policy == tried.policy, predictor.predict(policy, base)
-        if needs(tried) <= budget:
+        is_within = host is None or host.takes(tried.host)
+        fits = is_within and needs(tried) <= budget
+        if fits:
             best = min(best, tried, key=predictor.work)
-        if is_known or 0 <= budget - needs(tried) < CLOSE * budget:
+        if (is_known and is_within) or (fits and (tried.extra <= 1.0 or budget - needs(tried) < CLOSE * budget)):
             break
         # Tensors that cells share, and what else single cells do not tell, set the peaks off.
         found = [known + error for known, error in zip(corrections or [0] * len(errors), errors, strict=True)]

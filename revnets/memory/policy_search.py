@@ -25,6 +25,8 @@ class Option(NamedTuple):
     work: int  # that it takes
     room: int  # bytes that cells before it may keep at most, for it to fit when the step is there
     replayed: int | None  # how many of its saved tensors a replay brings back (`Kept`); see LOST, STATE and ALL
+    host: int = 0  # bytes that it leaves behind in host memory
+    waits: int = 0  # part of its work: waiting for the link to the host
 
 
 STATE, LOST, ALL = None, -1, -2

@@ -37,6 +37,7 @@ class Footprint:
     flops: int  # of matrix products and convolutions, forward and backward
     work: int  # the same and bytes written, see `OpCounter.work`
     cells: CellUses  # what takes part in it cell by cell
+    host: int  # most bytes in host memory at once
 
 
 def simulate(
@@ -75,7 +76,7 @@ def simulate(
             cells = record.end()
         for hook in hooks:
             hook.remove()
-    return Footprint(parameters, kept, tracker.peak, counter.flops, counter.work, cells)
+    return Footprint(parameters, kept, tracker.peak, counter.flops, counter.work, cells, tracker.host_peak)
 
 
 @contextmanager

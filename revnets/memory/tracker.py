@@ -23,6 +23,8 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry
 
+from revnets.engine.offload.transfers import is_host_allocation, is_transferring
+
 
 class Snapshot(NamedTuple):
     """The counters at one moment."""
@@ -46,7 +48,7 @@ class MemoryTracker(TorchDispatchMode):
         tracker.peak
 
     Attributes:
-        live: bytes alive now.
+        live: bytes alive now. Host memory (`revnets/engine/offload`) counts apart, in `host` and `host_peak`.
         peak: most bytes that were alive at once.
         snapshots: what `snapshot` noted, in order.
         label: set it to anything hashable, and what is created from then on counts under it as well.
@@ -57,6 +59,8 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.host = 0
+        self.host_peak = 0
         self.snapshots: list[Snapshot] = []
         self.label: Hashable = None
         self.live_by_label: Counter[Hashable] = Counter()
@@ -128,15 +132,20 @@ class MemoryTracker(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         known = self._counted.get(key)
         if known is None:
-            known = _Counted(weakref.ref(storage, lambda _: self._add(self._counted.pop(key), sign=-1)), 0, self.label)
+            reference = weakref.ref(storage, lambda _: self._add(self._counted.pop(key), sign=-1))
+            known = _Counted(reference, 0, self.label, is_host_allocation())
         else:
             self._add(known, sign=-1)
         self._counted[key] = known._replace(size=size)
         self._add(self._counted[key])
         self.peak = max(self.peak, self.live)
+        self.host_peak = max(self.host_peak, self.host)
         self._since = max(self._since, self.live)
 
     def _add(self, counted: _Counted, sign: int = 1) -> None:
+        if counted.is_host:
+            self.host += sign * counted.size
+            return
         self.live += sign * counted.size
         self.live_by_label[counted.label] += sign * counted.size
 
@@ -147,6 +156,7 @@ class _Counted(NamedTuple):
     reference: weakref.ref
     size: int
     label: Hashable
+    is_host: bool
 
 
 class OpCounter(TorchDispatchMode):
@@ -186,7 +196,7 @@ class OpCounter(TorchDispatchMode):
         if op in _FLOPS:
             self.matmuls += 1
             self.flops += _FLOPS[op](*args, **kwargs, out_val=result)
-        if not _is_view(func):
+        if not (_is_view(func) or is_transferring()):
             self.written += sum(tensor.nbytes for tensor in tensors(result))
         return result
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from revnets.config.errors import ArgumentError
 from revnets.config.loader import Source
-from revnets.config.memory_budget import parse_budget
+from revnets.config.memory_budget import host_memory, parse_budget
 from revnets.config.net_spec import NetSpec
 from revnets.engine.memory_mode import Memory
 from revnets.memory.planner import Plan as Plan
@@ -28,6 +29,9 @@ def plan(
     sharding: str = "ddp",
     grad_accum: int = 1,
     budget: int | str | None = None,
+    host: int | str | None = None,
+    link: int | str = "25GB/s",
+    flops: float | str | None = None,
     modes: Sequence[str] = tuple(Memory),
     trust: bool = True,
     progress: Callable[[str], None] | None = None,
@@ -45,6 +49,10 @@ def plan(
         sharding: `ddp` (replicas), or `fsdp` (`fully_shard` on every cell).
         grad_accum: forward passes per update. With several, gradients of the earlier ones are there all along.
         budget: bytes, text such as `24GiB`, or a memory mode, whose peak is meant; `Plan.chosen` is the choice.
+        host: bytes of host memory that cells may use besides, or text such as `64GiB`; needs a budget.
+        link: bytes a second between device and host, or text such as `25GB/s`.
+        flops: operations a second that the device reaches, or text such as `300TFLOP/s`; by default those that it
+            reaches in a matrix product, on a device of this machine if the model lies on none.
         trust: may a YAML file, dict or spec name classes of other projects? They are imported and called.
 
     Raises:
@@ -52,8 +60,9 @@ def plan(
     """
     try:
         limit = None if budget is None else parse_budget(budget)
-    except ValueError as error:
-        raise PlanError(f"budget {error}", "budget") from None
+        hosted = host_memory(host, link, flops)
+    except ArgumentError as error:
+        raise PlanError(f"{error.key} {error}", error.key) from None
     if isinstance(model_or_spec, nn.Module):
         model = model_or_spec
     else:
@@ -69,6 +78,7 @@ def plan(
         sharding=sharding,
         grad_accum=grad_accum,
         budget=limit,
+        host=hosted,
         modes=modes,
         progress=progress,
     )

@@ -49,6 +49,9 @@ def plan_run_memory(config: TrainConfig, model: nn.Module, shape: Sequence[int] 
             sharding=budget.sharding or config.parallel,
             grad_accum=max(budget.grad_accum, config.grad_accum),
             budget=budget.budget,
+            host=budget.host,
+            link=budget.link,
+            flops=budget.flops,
             modes=(),
         )
     except PlanError as error:

@@ -1,0 +1,198 @@
+"""Host memory in a budget: what a plan moves there, what that costs, and whether a step keeps to it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import revnets
+from revnets.cli import main
+from revnets.config.memory_budget import BudgetSpec, HostMemory, host_memory, parse_flops, parse_link
+from revnets.memory import host_options
+from revnets.memory.host_options import HostOptions
+from revnets.memory.policy_search import ALL, LOST, STATE, Option, search
+from revnets.memory.simulation import total
+from revnets.memory.tracker import MemoryTracker
+from revnets.models.plan import Plan, PlanError, plan
+from tests.support.errors import assert_error, raises_error
+from tests.support.paths import ROOT
+
+NET = ROOT / "examples/configs/vectors.yaml"
+SMALL = ["columns=4"]
+SHAPE = (211, 64)
+BUDGET = "3.9MB"
+
+
+def net() -> revnets.Net:
+    torch.manual_seed(0)
+    return revnets.build(NET, SMALL)
+
+
+@cache
+def planned(**changes: Any) -> Plan:
+    """A plan under a budget between the peaks of `exact` and `store`, for a device of 1 GFLOP/s."""
+    request = {"budget": BUDGET, "host": "64GiB", "flops": 1e9, "optimizer": "none", "modes": ()}
+    return plan(net(), SHAPE, **{**request, **changes})
+
+
+def test_a_fast_link_spares_work_that_a_slow_one_does_not():
+    alone = planned(host=None, flops=None).chosen
+    fast, slow = planned().chosen, planned(link="1kB/s").chosen
+    assert (alone.host, alone.offloaded) == (0, ())
+    assert fast.extra < alone.extra
+    assert fast.host > 0
+    assert len(fast.offloaded) > 0
+    assert fast.peak <= 3.9e6
+    assert slow.extra <= alone.extra
+    assert slow.host < fast.host
+
+
+def test_a_step_keeps_to_the_plan_and_has_the_gradients_of_store():
+    model, x = net(), torch.randn(SHAPE)
+    model.columns.memory = "store"
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(total(model(x)), list(model.parameters()))
+    found = planned()
+    found.apply(model)
+    assert model.columns.offloaded == set(found.chosen.offloaded)
+    with MemoryTracker() as tracker:
+        tracker.register(model)
+        torch.manual_seed(1)
+        loss = total(model(x))
+        loss.backward()
+    assert tracker.peak == pytest.approx(found.chosen.peak, rel=0.03)
+    assert tracker.host_peak == pytest.approx(found.chosen.host, rel=0.03)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected, strict=True))
+
+
+def test_host_memory_is_bounded():
+    whole = planned().chosen
+    part = planned(host=whole.host // 3).chosen
+    assert part.host <= whole.host // 3
+    assert whole.extra <= part.extra
+
+
+def test_a_pending_budget_uses_host_memory():
+    memory: dict[str, Any] = {
+        "budget": BUDGET,
+        "host": "64GiB",
+        "link": "25GB/s",
+        "flops": "1GFLOP/s",
+        "optimizer": "none",
+    }
+    model = revnets.build({"base": str(NET), "memory": memory}, SMALL)
+    total(model(torch.randn(SHAPE))).backward()
+    assert model.memory_plan.chosen.host > 0
+    assert model.columns.offloaded == set(model.memory_plan.chosen.offloaded) != set()
+
+
+def test_the_speed_of_the_device_is_measured_if_it_is_not_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(host_options, "measured_flops", lambda *about: asked.append(about) or 1e9)
+    assert planned(flops=None).chosen == planned().chosen
+    assert asked == [(torch.device("cpu"), torch.float32)]
+
+
+def test_a_product_of_matrices_has_a_speed():
+    assert host_options.measured_flops(torch.device("cpu"), torch.float32) > 1e6
+
+
+# ------------------------------------------------------------------------------------------- the search
+
+
+def options(model: torch.nn.Module | None = None) -> HostOptions:
+    """A device that does two units of work while the link moves a byte."""
+    return HostOptions(HostMemory(100, link=5, flops=10), model or torch.nn.Identity(), torch.float32)
+
+
+CELLS = [[Option(11, 700, 1000, LOST), Option(47, 600, 1000, STATE), Option(97, 300, 1000, ALL)]] * 3
+
+
+def test_a_copy_costs_what_it_takes_longer_than_the_cell_beside_it():
+    hosted = options().extended(CELLS, [83, 83, 83], [166, 166, 166])[0][3:]
+    assert [(option.kept, option.host) for option in hosted] == [(0, 11), (0, 47), (0, 97)]
+    assert [option.waits for option in hosted] == [0, 94 - 83, 194 - 83 + 194 - 166]
+    assert [option.work - option.waits for option in hosted] == [700, 600, 301]
+    last = options().extended(CELLS, [83, 83, 83], [166, 166, 166])[-1]
+    assert last[3].waits == 2 * 22  # nothing runs beside it
+
+
+def test_the_search_keeps_within_host_memory():
+    host, room = options(), 11 * 3
+    cells = host.extended(CELLS, [997] * 3, [997] * 3)
+    chosen = host.search(cells, room)
+    assert chosen is not None
+    alone = search(CELLS, room)
+    assert alone is not None
+    assert 0 < sum(option.host for option in chosen) <= 100
+    assert sum(option.kept for option in chosen) <= room
+    assert sum(option.work for option in chosen) < sum(option.work for option in alone)
+
+
+# ------------------------------------------------------------------------------------------- what is given
+
+
+@pytest.mark.parametrize(("given", "expected"), [("25GB/s", 25e9), ("2.5 GiB/s", 2.5 * 2**30), (19, 19)])
+def test_speeds_of_a_link(given, expected):
+    assert parse_link(given) == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [("300TFLOP/s", 3e14), ("1.5 GFLOP/s", 1.5e9), (7e12, 7e12), (3, 3)])
+def test_speeds_of_a_device(given, expected):
+    assert parse_flops(given) == expected
+
+
+WRONG = [
+    ({"host": "0"}, "host", "invalid-value"),
+    ({"host": -3}, "host", "invalid-value"),
+    ({"host": "exact"}, "host", "invalid-value"),
+    ({"host": True}, "host", "wrong-type"),
+    ({"host": "1GiB", "link": "fast"}, "link", "invalid-value"),
+    ({"host": "1GiB", "link": "0GB/s"}, "link", "invalid-value"),
+    ({"host": "1GiB", "link": "25GB"}, "link", "invalid-value"),
+    ({"host": "1GiB", "link": "1e400GB/s"}, "link", "invalid-value"),
+    ({"host": "1GiB", "flops": "300T"}, "flops", "invalid-value"),
+    ({"host": "1GiB", "flops": 0}, "flops", "invalid-value"),
+    ({"host": "1GiB", "flops": [1]}, "flops", "wrong-type"),
+    ({"link": "25GB/s"}, "link", "conflicting-values"),
+    ({"flops": "1TFLOP/s"}, "flops", "conflicting-values"),
+]
+
+
+@pytest.mark.parametrize(("given", "key", "code"), WRONG)
+def test_wrong_values_in_a_specification(given, key, code):
+    with raises_error(revnets.SpecError, code=code, key=f"memory.{key}"):
+        revnets.load_spec({"base": str(NET), "memory": {"budget": "1GiB", **given}})
+
+
+def test_host_memory_needs_a_budget():
+    with raises_error(revnets.SpecError, code="missing-key", key="memory.budget"):
+        revnets.load_spec({"base": str(NET), "memory": {"host": "1GiB"}})
+    with raises_error(PlanError, code="missing-budget", key="host"):
+        planned(budget=None)
+
+
+@pytest.mark.parametrize(("given", "key", "code"), [row for row in WRONG if row[2] == "invalid-value"])
+def test_wrong_values_in_a_call(given, key, code):
+    with raises_error(PlanError, code=code, key=key):
+        plan(net(), SHAPE, budget=BUDGET, **given)
+
+
+def test_a_budget_without_host_memory_has_none():
+    spec = BudgetSpec(budget="1GiB")
+    assert host_memory(spec.host, spec.link, spec.flops) is None
+
+
+def test_the_command_prints_both_memories():
+    words = ["--input", "64", "--batch", "211", "--optimizer", "none", "--budget", BUDGET]
+    host = ["--host", "1GiB", "--link", "25GB/s", "--flops", "1GFLOP/s"]
+    result = CliRunner().invoke(main.app, ["plan", str(NET), *SMALL, *words, *host], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "host" in result.output
+    assert "in host memory" in result.output
+    result = CliRunner().invoke(main.app, ["plan", str(NET), *SMALL, *words[:-2], *host])
+    assert_error(result.exception, PlanError, code="missing-budget", key="host")
