@@ -232,6 +232,11 @@ def test_revcol_vit(pretrained: bool = False, **kwargs: Any) -> RevCol:  # noqa:
     return _create("test_revcol_vit", pretrained, **kwargs)
 
 
+def variants() -> list[str]:
+    """The models of the family, without the tags of their weights."""
+    return list(dict.fromkeys(name.split(".")[0] for name in default_cfgs))
+
+
 def names() -> list[str]:
     """Every model that timm knows; those without reversible columns are told so."""
     return timm.list_models()

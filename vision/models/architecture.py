@@ -41,6 +41,8 @@ class RevCol(nn.Module):
         revnets.SpecError: a part refuses its options.
     """
 
+    pretrained_cfg: Any  # a mapping, which timm sets
+
     def __init__(
         self,
         spec: NetSpec,
