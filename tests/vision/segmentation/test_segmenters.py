@@ -1,0 +1,137 @@
+"""UperNet and Mask2Former on RevCol backbones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+
+from timm.optim import param_groups_layer_decay
+
+from vision.segmentation import UperNet, mask2former, upernet
+from vision.segmentation.segmenters import IGNORED
+
+SIZE = (61, 67)
+SMALL = {"upernet": {"channels": 16, "auxiliary_channels": 8}}
+SMALL["mask2former"] = {
+    "width": 32,  # GroupNorm has 32 groups
+    "feedforward": 64,
+    "queries": 7,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "heads": 2,
+    "points": 53,
+}
+BUILDERS = {"upernet": upernet, "mask2former": mask2former}
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    return BUILDERS[name]("test_revcol", 5, **SMALL[name], **options)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, 3, *SIZE, generator=generator)
+    maps = torch.randint(0, 5, (2, *SIZE), generator=generator)
+    maps[:, :7] = IGNORED
+    return images, maps
+
+
+def gradients(model):
+    torch.manual_seed(2)
+    model.semantic_loss(*batch()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_exact_gradients_equal_stored_ones(name):
+    expected = gradients(build(name, memory="store"))
+    for parameter, gradient in gradients(build(name, memory="exact")).items():
+        assert torch.equal(gradient, expected[parameter]), parameter
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_parameter_has_a_gradient(name):
+    assert all(gradient is not None for gradient in gradients(build(name)).values())
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_logits_have_the_size_of_the_images(name):
+    model = build(name).eval()
+    with torch.no_grad():
+        assert model.semantic_logits(batch()[0]).shape == (2, 5, *SIZE)
+
+
+def test_the_loss_of_upernet_leaves_out_pixels_without_a_class():
+    model = build("upernet").eval()
+    images, maps = batch()
+    with torch.no_grad():
+        maps_of_auxiliary = model.auxiliary_head(model.backbone(images).feature_maps)
+        auxiliary = F.interpolate(maps_of_auxiliary, size=SIZE, mode="bilinear", align_corners=False)
+        counts = maps != IGNORED
+        expected = F.cross_entropy(model.semantic_logits(images).movedim(1, -1)[counts], maps[counts])
+        expected = expected + 0.4 * F.cross_entropy(auxiliary.movedim(1, -1)[counts], maps[counts])
+        torch.testing.assert_close(model.semantic_loss(images, maps), expected)
+
+
+def test_an_image_without_classes_gives_a_finite_mask_loss():
+    model = build("mask2former")
+    images, maps = batch()
+    maps[0] = IGNORED
+    loss = model.semantic_loss(images, maps)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_dropout_changes_the_decoder_in_training_alone():
+    model = build("upernet", dropout=0.5).eval()
+    images, _ = batch()
+    with torch.no_grad():
+        assert torch.equal(model.semantic_logits(images), model.semantic_logits(images))
+        model.decode_head.classifier.train()
+        assert not torch.equal(model.semantic_logits(images), model.semantic_logits(images))
+
+
+def test_a_saved_segmenter_keeps_its_dropout_and_weights(tmp_path):
+    model = build("upernet", dropout=0.3, kernel_size=7).eval()
+    model.save_pretrained(tmp_path)
+    again = UperNet.from_pretrained(tmp_path).eval()
+    images, _ = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(again.semantic_logits(images), model.semantic_logits(images))
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert again.config.head_dropout == 0.3
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_layer_decay_scales_the_backbone_and_not_the_heads(name):
+    model = build(name)
+    groups = param_groups_layer_decay(model, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
+    scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    revcol = model.revcol
+    inside = {id(parameter) for parameter in revcol.parameters()}
+    assert {scale[key] for key in scale if key not in inside} == {1.0}
+    reference = param_groups_layer_decay(revcol, layer_decay=0.5, no_weight_decay_list=revcol.no_weight_decay())
+    # The backbone has no head of its own; behind its last layer come the heads of the segmenter.
+    own = {id(parameter): group["lr_scale"] for group in reference for parameter in group["params"]}
+    ratios = {scale[key] / own[key] for key in own}
+    assert len(ratios) == 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "channels", "millions"),
+    [
+        ("revcol_tiny", 512, 60.25),
+        ("revcol_small", 512, 90.36),
+        ("revcol_base", 512, 168.87),
+        ("revcol_large", 512, 306.6),
+        ("revcol_huge", 1440, 2421.1),
+    ],
+)
+def test_upernet_has_the_parameters_of_the_paper(variant, channels, millions):
+    with torch.device("meta"):
+        model = upernet(variant, 150, channels=channels)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.06)

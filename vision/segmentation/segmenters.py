@@ -1,0 +1,222 @@
+"""UperNet and Mask2Former of transformers on a RevCol backbone (Table 3 and appendix D.3 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+
+from vision.huggingface import RevColBackboneConfig
+from vision.models.architecture import RevCol
+
+IGNORED = 255
+"""Class number of pixels that count neither in a loss nor in a metric."""
+
+
+class Segmenter(Protocol):
+    """What training and evaluation need of a segmenter."""
+
+    def semantic_loss(self, images: Tensor, maps: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W) with class maps (B, H, W), of which `IGNORED` does not count."""
+        ...
+
+    def semantic_logits(self, images: Tensor) -> Tensor:
+        """Scores (B, classes, H, W) of images (B, C, H, W)."""
+        ...
+
+
+class RevColSegmenter(nn.Module):
+    """The backbone of a segmenter, and the order of its layers for layer-wise learning rates."""
+
+    @property
+    def revcol(self) -> RevCol:
+        """The model of timm inside of the backbone."""
+        return next(module for module in self.modules() if isinstance(module, RevCol))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The groups of the backbone; all that is not in it comes last, at the full learning rate."""
+        prefix = "^" + self._prefix().replace(".", r"\.")
+        groups = self.revcol.group_matcher(coarse)
+        blocks = groups["blocks"]
+        if isinstance(blocks, str):
+            blocks = _prefixed(blocks, prefix)
+        else:
+            blocks = [(_prefixed(pattern, prefix), order) for pattern, order in blocks]
+        return {"stem": _prefixed(groups["stem"], prefix), "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay: those of the backbone, and embeddings of queries and levels."""
+        own = {self._prefix() + name for name in self.revcol.no_weight_decay()}
+        endings = ("queries_embedder.weight", "queries_features.weight", "level_embed.weight", "level_embed")
+        return own | {name for name, _ in self.named_parameters() if name.endswith(endings)}
+
+    def _prefix(self) -> str:
+        revcol = self.revcol
+        return next(f"{name}." for name, module in self.named_modules() if module is revcol)
+
+
+class UperNet(UperNetForSemanticSegmentation, RevColSegmenter):
+    """UperNet (Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV 2018) with an auxiliary head.
+
+    transformers' module, with dropout of whole channels before both classifiers, as in mmsegmentation.
+
+    Args:
+        config: of transformers; its attribute `head_dropout` is the rate (0.1 if there is none).
+    """
+
+    def __init__(self, config: UperNetConfig):
+        super().__init__(config)
+        dropout = ChannelDropout(float(getattr(config, "head_dropout", 0.1)))
+        for head in (self.decode_head, self.auxiliary_head):
+            if head is not None:
+                head.classifier.register_forward_pre_hook(dropout)
+
+    def semantic_loss(self, images: Tensor, maps: Tensor) -> Tensor:
+        """Cross-entropy of the decoder, and 0.4 times that of the auxiliary head."""
+        return cast(Tensor, self(pixel_values=images, labels=maps).loss)
+
+    def semantic_logits(self, images: Tensor) -> Tensor:
+        """Scores (B, classes, H, W) of images (B, C, H, W)."""
+        return cast(Tensor, self(pixel_values=images).logits)
+
+
+class Mask2Former(Mask2FormerForUniversalSegmentation, RevColSegmenter):
+    """Mask2Former (Cheng et al., CVPR 2022) for semantic classes: one mask for each class that is in an image."""
+
+    def semantic_loss(self, images: Tensor, maps: Tensor) -> Tensor:
+        """The loss of classes and masks after Hungarian matching, with that of every decoder layer."""
+        classes = [present[present != IGNORED] for present in map(torch.unique, maps)]
+        masks = [(map_ == of[:, None, None]).float() for map_, of in zip(maps, classes, strict=True)]
+        output = self(pixel_values=images, mask_labels=masks, class_labels=[of.long() for of in classes])
+        return cast(Tensor, output.loss).squeeze()
+
+    def semantic_logits(self, images: Tensor) -> Tensor:
+        """Scores (B, classes, H, W): the masks of all queries, weighted with their class probabilities."""
+        output = self(pixel_values=images)
+        classes = output.class_queries_logits.softmax(-1)[..., :-1]
+        scores = torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.sigmoid())
+        return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class ChannelDropout:
+    """A forward pre-hook that drops whole channels of a module's input while the module is in training mode."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (F.dropout2d(args[0], self.rate, module.training), *args[1:])
+
+
+def upernet(
+    backbone: str | PreTrainedConfig,
+    num_classes: int,
+    *,
+    channels: int = 512,
+    auxiliary_channels: int = 256,
+    pool_scales: Sequence[int] = (1, 2, 3, 6),
+    dropout: float = 0.1,
+    **backbone_options: Any,
+) -> UperNet:
+    """UperNet on a RevCol, with the weights of its initialization.
+
+    Args:
+        backbone: a name of the family such as `revcol_tiny`, or a configuration of transformers.
+        num_classes: 150 for ADE20K.
+        channels: width of the decoder (1440 for RevCol-H, Table 14).
+        auxiliary_channels: width of the auxiliary head, which sees the third level.
+        pool_scales: of the pyramid pooling module.
+        dropout: rate before the classifiers.
+        backbone_options: of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
+
+    Returns:
+        A module as transformers' segmenters: `model(pixel_values=images, labels=maps)`, with `loss` and `logits`.
+
+    Raises:
+        ValueError: the backbone does not exist or refuses its options.
+    """
+    others: dict[str, Any] = {"num_labels": num_classes, "head_dropout": dropout}  # attributes of any configuration
+    return UperNet(
+        UperNetConfig(
+            backbone_config=_backbone(backbone, backbone_options),
+            hidden_size=channels,
+            auxiliary_channels=auxiliary_channels,
+            pool_scales=list(pool_scales),
+            loss_ignore_index=IGNORED,
+            **others,
+        )
+    )
+
+
+def mask2former(
+    backbone: str | PreTrainedConfig,
+    num_classes: int,
+    *,
+    width: int = 256,
+    feedforward: int = 2048,
+    queries: int = 100,
+    encoder_layers: int = 6,
+    decoder_layers: int = 9,
+    heads: int = 8,
+    points: int = 12544,
+    **backbone_options: Any,
+) -> Mask2Former:
+    """Mask2Former on a RevCol, with the weights of its initialization.
+
+    Args:
+        backbone: a name of the family such as `revcol_huge`, or a configuration of transformers.
+        num_classes: 150 for ADE20K.
+        width: channels of the pixel decoder and the queries.
+        feedforward: hidden channels of the transformer decoder; the pixel decoder has half as many.
+        queries: most objects of an image.
+        encoder_layers: of the pixel decoder.
+        decoder_layers: of the transformer decoder.
+        heads: of attention.
+        points: where mask losses are sampled.
+        backbone_options: of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
+
+    Returns:
+        A module as transformers': `model(pixel_values, mask_labels, class_labels)`; its methods `semantic_loss` and
+        `semantic_logits` take and give class maps.
+
+    Raises:
+        ValueError: the backbone does not exist or refuses its options.
+    """
+    others: dict[str, Any] = {"num_labels": num_classes}
+    return Mask2Former(
+        Mask2FormerConfig(
+            backbone_config=_backbone(backbone, backbone_options),
+            feature_size=width,
+            mask_feature_size=width,
+            hidden_dim=width,
+            encoder_feedforward_dim=feedforward // 2,
+            dim_feedforward=feedforward,
+            num_queries=queries,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers + 1,  # transformers counts the prediction before the first layer
+            num_attention_heads=heads,
+            train_num_points=points,
+            ignore_value=IGNORED,
+            **others,
+        )
+    )
+
+
+def _backbone(backbone: str | PreTrainedConfig, options: dict[str, Any]) -> PreTrainedConfig:
+    if isinstance(backbone, str):
+        return RevColBackboneConfig(name=backbone, **{"out_indices": [0, 1, 2, 3], **options})
+    return backbone
+
+
+def _prefixed(pattern: str, prefix: str) -> str:
+    return prefix + pattern.removeprefix("^")
