@@ -118,7 +118,7 @@ class ImagesConfig(Strict):
             name.startswith(("hfds/", "hfids/", "wds/")) and name[-1] != "/"
         ):
             return name + "/" * (name == "wds")
-        known = ["digits", "idx", *READERS]
+        known = ["digits", "idx", "semantic_maps", *READERS]
         raise problem(
             f"there is no data set or reader {name!r}", nearest(name, known, "There are"), code="unknown-choice"
         )
@@ -135,6 +135,51 @@ class ImagesConfig(Strict):
         return self
 
 
+class SemanticMapsConfig(Strict):
+    """Images with a class for every pixel, in the folders of ADE20K.
+
+    root/images/SPLIT/x.jpg and root/annotations/SPLIT/x.png, whose grey values or palette indices are class numbers.
+    The defaults are those of the release for crops of 512.
+    """
+
+    name: Literal["semantic_maps"]
+    root: UserPath = Field(min_length=1, examples=["/data/ADEChallengeData2016"])
+    images: str = "images"  # folders in root
+    annotations: str = "annotations"
+    train_split: str = "training"
+    val_split: str = "validation"
+    num_classes: int = Field(ge=2, le=255, examples=[150])
+    class_map: UserPath | None = None  # file with a class name a line
+    reduce_zero_label: bool = False  # 0 in a map is no class, and 1 the first one (ADE20K)
+    img_size: int = Field(default=512, ge=8, le=4096)  # side of the training crops
+    short_side: int = Field(default=512, ge=8, le=16_384)  # images are resized to the largest size within both sides
+    long_side: int = Field(default=2048, ge=8, le=16_384)
+    scale: Pair = (0.5, 2.0)  # random factor of both sides in training
+    most_of_one_class: float = Field(default=0.75, gt=0, le=1)  # crops with more of it are drawn again
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    photometric: bool = True  # random brightness, contrast, saturation and hue
+    window: int | None = Field(default=None, ge=8, le=16_384)  # of validation; None for the whole image at once
+    stride: int | None = Field(default=None, ge=1, le=16_384)
+    scales: tuple[float, ...] = (1.0,)  # of validation; more for the multi-scale evaluation
+    flip: bool = False  # also evaluate mirrored images
+    mean: Triple = IMAGENET_DEFAULT_MEAN
+    std: Triple = IMAGENET_DEFAULT_STD
+    unreadable: Literal["skip", "stop"] = "skip"
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.window is None) != (self.stride is None):
+            raise problem("window and stride belong together", "Give both or neither", "stride", code="missing-key")
+        if self.window is not None and self.stride is not None and self.stride > self.window:
+            text = f"a stride of {self.stride} leaves out pixels between windows of {self.window}"
+            raise problem(text, f"Give at most {self.window}", "stride", code="out-of-range")
+        if not self.scales or not all(0.01 <= scale <= 100 for scale in self.scales):
+            raise problem(f"{list(self.scales)}", "Give factors from 0.01 to 100", "scales", code="out-of-range")
+        if not 0.01 <= self.scale[0] <= self.scale[1] <= 100:
+            raise problem(f"{list(self.scale)}", "Give a smaller and a larger factor", "scale", code="out-of-range")
+        return self
+
+
 def _by_name(value: Any) -> Any:
     """The right kind of `data`, so that complaints are about its keys alone."""
     if isinstance(value, Strict):
@@ -143,7 +188,8 @@ def _by_name(value: Any) -> Any:
         raise problem(what(value), "Give a mapping, as in {name: folder, root: /data/imagenet}", code="wrong-type")
     if not isinstance(value.get("name", "digits"), str):
         raise problem(what(value["name"]), "Give the name of a data set, such as digits", "name", code="wrong-type")
-    kind = {"digits": DigitsConfig, "idx": IdxConfig}.get(value.get("name", "digits"), ImagesConfig)
+    kinds = {"digits": DigitsConfig, "idx": IdxConfig, "semantic_maps": SemanticMapsConfig}
+    kind = kinds.get(value.get("name", "digits"), ImagesConfig)
     try:
         return validate(TypeAdapter(kind), value)
     except ValidationError as error:
@@ -151,4 +197,4 @@ def _by_name(value: Any) -> Any:
     raise problem(complaint.problem, complaint.remedy, *complaint.keys, code=complaint.code)
 
 
-DataConfig = Annotated[DigitsConfig | IdxConfig | ImagesConfig, BeforeValidator(_by_name)]
+DataConfig = Annotated[DigitsConfig | IdxConfig | ImagesConfig | SemanticMapsConfig, BeforeValidator(_by_name)]

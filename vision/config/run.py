@@ -99,7 +99,10 @@ class PipelineConfig(Strict):
     balance: Literal["flops", "bytes", "cells"] = "flops"  # what the stages have about as much of
 
 
-TASKS = {"classification": "vision.tasks.classification:Classification"}
+TASKS = {
+    "classification": "vision.tasks.classification:Classification",
+    "semantic_segmentation": "vision.tasks.semantic_segmentation:SemanticSegmentation",
+}
 """Import paths of the tasks that have a name."""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from revnets.utils.regular_files import require_regular
-from vision.config.data import DigitsConfig, IdxConfig, ImagesConfig
+from vision.config.data import DataConfig, DigitsConfig, IdxConfig, SemanticMapsConfig
 from vision.distributed.context import World
 from vision.errors import DataError, printable, run_error
 
@@ -95,9 +95,7 @@ class ImageData:
     remarks: tuple[str, ...] = ()  # lines about what is not as expected, but does no harm
 
 
-def load_data(
-    config: DigitsConfig | IdxConfig | ImagesConfig, seed: int, notes: Path | None = None, world: World | None = None
-) -> ImageData:
+def load_data(config: DataConfig, seed: int, notes: Path | None = None, world: World | None = None) -> ImageData:
     """The data that a configuration names.
 
     Args:
@@ -116,6 +114,9 @@ def load_data(
         from vision.data.in_memory import load_idx
 
         return load_idx(config, seed)
+    if isinstance(config, SemanticMapsConfig):
+        problem = "this task does not read class maps"
+        raise run_error("data.name", problem, "Give task: semantic_segmentation", code="conflicting-values")
     from vision.data.timm_readers import load_images  # every kind of data has requirements of its own
 
     return load_images(config, seed, Unreadable(notes, config.unreadable), world or World())

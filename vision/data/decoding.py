@@ -30,13 +30,35 @@ def read_image(file: IO[bytes], mode: str = "RGB", exif: Exif = "ignore") -> Ima
         Exception: it cannot be decoded; decoders raise whatever they like (OSError, SyntaxError, ValueError,
             DecompressionBombError).
     """
+    return converted(_decoded(file), mode, exif)
+
+
+def read_semantic_map(file: IO[bytes]) -> np.ndarray:
+    """The class number of every pixel of a picture: its grey values, or the indices of its palette.
+
+    Args:
+        file: opened; needed no more afterwards.
+
+    Returns:
+        (H, W), integers.
+
+    Raises:
+        Exception: it cannot be decoded, or its pixels are colors.
+    """
+    picture = _decoded(file)
+    if picture.mode not in ("L", "P", "I;16", "I;16B", "I"):
+        raise ValueError(f"its pixels are colors (mode {picture.mode}) where class numbers are needed")
+    return np.asarray(picture).astype(np.int64)
+
+
+def _decoded(file: IO[bytes]) -> Image.Image:
     try:
         picture = Image.open(file, formats=_formats())
     except UnidentifiedImageError:  # whose message is a description of the object `file`
         raise OSError("cannot identify a picture in it") from None
     _require_real_size(picture, file)
     picture.load()
-    return converted(picture, mode, exif)
+    return picture
 
 
 def converted(picture: Image.Image, mode: str = "RGB", exif: Exif = "ignore") -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +23,20 @@ IGNORED = 255
 """Class number of pixels that count neither in a loss nor in a metric."""
 
 
-class Segmenter(Protocol):
-    """What training and evaluation need of a segmenter."""
+class RevColSegmenter(nn.Module):
+    """What training and evaluation need of a segmenter: losses and scores of class maps, and groups of its layers."""
+
+    def targets(self, maps: Tensor) -> dict[str, Any]:
+        """The arguments of `forward` for class maps (B, H, W), of which `IGNORED` does not count."""
+        raise NotImplementedError
 
     def semantic_loss(self, images: Tensor, maps: Tensor) -> Tensor:
-        """The loss of images (B, C, H, W) with class maps (B, H, W), of which `IGNORED` does not count."""
-        ...
+        """The loss of images (B, C, H, W) with class maps (B, H, W), a scalar."""
+        return self(pixel_values=images, **self.targets(maps)).loss.squeeze()
 
     def semantic_logits(self, images: Tensor) -> Tensor:
         """Scores (B, classes, H, W) of images (B, C, H, W)."""
-        ...
-
-
-class RevColSegmenter(nn.Module):
-    """The backbone of a segmenter, and the order of its layers for layer-wise learning rates."""
+        raise NotImplementedError
 
     @property
     def revcol(self) -> RevCol:
@@ -65,7 +65,7 @@ class RevColSegmenter(nn.Module):
         return next(f"{name}." for name, module in self.named_modules() if module is revcol)
 
 
-class UperNet(UperNetForSemanticSegmentation, RevColSegmenter):
+class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
     """UperNet (Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV 2018) with an auxiliary head.
 
     transformers' module, with dropout of whole channels before both classifiers, as in mmsegmentation.
@@ -81,24 +81,21 @@ class UperNet(UperNetForSemanticSegmentation, RevColSegmenter):
             if head is not None:
                 head.classifier.register_forward_pre_hook(dropout)
 
-    def semantic_loss(self, images: Tensor, maps: Tensor) -> Tensor:
-        """Cross-entropy of the decoder, and 0.4 times that of the auxiliary head."""
-        return cast(Tensor, self(pixel_values=images, labels=maps).loss)
+    def targets(self, maps: Tensor) -> dict[str, Any]:
+        return {"labels": maps}
 
     def semantic_logits(self, images: Tensor) -> Tensor:
-        """Scores (B, classes, H, W) of images (B, C, H, W)."""
         return cast(Tensor, self(pixel_values=images).logits)
 
 
-class Mask2Former(Mask2FormerForUniversalSegmentation, RevColSegmenter):
+class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
     """Mask2Former (Cheng et al., CVPR 2022) for semantic classes: one mask for each class that is in an image."""
 
-    def semantic_loss(self, images: Tensor, maps: Tensor) -> Tensor:
-        """The loss of classes and masks after Hungarian matching, with that of every decoder layer."""
+    def targets(self, maps: Tensor) -> dict[str, Any]:
+        """A mask (classes in the image, H, W) for each image, and its classes."""
         classes = [present[present != IGNORED] for present in map(torch.unique, maps)]
-        masks = [(map_ == of[:, None, None]).float() for map_, of in zip(maps, classes, strict=True)]
-        output = self(pixel_values=images, mask_labels=masks, class_labels=[of.long() for of in classes])
-        return cast(Tensor, output.loss).squeeze()
+        masks = [(pixels == present[:, None, None]).float() for pixels, present in zip(maps, classes, strict=True)]
+        return {"mask_labels": masks, "class_labels": [present.long() for present in classes]}
 
     def semantic_logits(self, images: Tensor) -> Tensor:
         """Scores (B, classes, H, W): the masks of all queries, weighted with their class probabilities."""

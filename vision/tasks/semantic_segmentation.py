@@ -1,0 +1,145 @@
+"""Semantic segmentation as a task of the trainer: UperNet or Mask2Former, validated by mean IoU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from timm.task import TrainingTask
+from timm.utils.model import unwrap_model
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vision.config.data import SemanticMapsConfig
+from vision.config.run import TimmModel, TrainConfig
+from vision.distributed.context import World
+from vision.errors import run_error
+from vision.segmentation import IoUEvaluator, mask2former, upernet
+from vision.segmentation.inference import predicted_classes
+from vision.segmentation.metrics import SegmentationMetrics
+from vision.segmentation.segmenters import IGNORED, RevColSegmenter
+from vision.segmentation.semantic_maps import SegmentationData, load_semantic_maps
+from vision.tasks.base import Task
+
+Batch = tuple[list[Tensor], list[Tensor]]
+"""Images (C, H, W) and class maps (H, W); those of validation have sizes of their own."""
+
+
+class SemanticSegmentation(Task):
+    """A class for every pixel. `model: {timm: revcol_tiny, ...}` names the backbone.
+
+    Args:
+        config: of the run, whose `data` is `semantic_maps`.
+        head: `upernet` or `mask2former`.
+        options: of the head, such as `channels: 512`; see `vision.segmentation`.
+    """
+
+    monitor, mode, label, unit, digits = "miou", "max", "mIoU", "%", 2
+    uses: ClassVar[frozenset[str]] = frozenset({"pretrained"})
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        head: Literal["upernet", "mask2former"] = "upernet",
+        options: dict[str, Any] | None = None,
+    ):
+        super().__init__(config)
+        if head not in ("upernet", "mask2former"):
+            raise run_error("task.head", f"there is no head {head!r}", "Give upernet or mask2former", "unknown-choice")
+        if not isinstance(config.data, SemanticMapsConfig):
+            raise run_error("data", "has no class maps", "Give name: semantic_maps", code="conflicting-values")
+        if not isinstance(config.model, TimmModel):
+            remedy = "Name a RevCol, as in {timm: revcol_tiny}"
+            raise run_error("model", "is no backbone for a segmenter", remedy, code="invalid-component")
+        self.head, self.options, self.maps = head, dict(options or {}), config.data
+
+    def load_data(self, notes: Path | None = None, world: World | None = None) -> SegmentationData:
+        return load_semantic_maps(self.maps, self.config.seed, notes)
+
+    def collate(self, samples: list[Any]) -> Batch:
+        images, maps = zip(*samples, strict=True)
+        return list(images), list(maps)
+
+    def padding(self, sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The same image without a pixel that counts."""
+        return sample[0], torch.full_like(sample[1], IGNORED)
+
+    def metadata(self, data: SegmentationData) -> dict[str, Any]:
+        """Names of the classes."""
+        return {"classes": list(data.classes)}
+
+    def build_model(self, data: SegmentationData) -> nn.Module:
+        """The segmenter in training mode.
+
+        Raises:
+            revnets.SpecError: it cannot be built.
+        """
+        backbone = cast(TimmModel, self.config.model)
+        options = {**backbone.options, **self.options}
+        if self.config.memory is not None:
+            options["memory"] = self.config.memory
+        try:
+            build = upernet if self.head == "upernet" else mask2former
+            model = build(backbone.timm, len(data.classes), **options)
+        except (TypeError, ValueError) as error:
+            raise run_error("model", str(error), "See docs/guides/segmentation.md", code="component-failed") from error
+        return model.train()
+
+    def begin(self, model: nn.Module, data: SegmentationData, world: World) -> str:
+        """Put pretrained weights into the backbone."""
+        assert self.config.pretrained is not None
+        from vision.weights import finetune
+
+        return finetune.begin(cast(RevColSegmenter, model).revcol, self.config.pretrained, (), world)
+
+    def training_task(self, model: nn.Module, data: SegmentationData, device: torch.device) -> TrainingTask:
+        """timm's task around the segmenter, whose BatchNorm counts over all processes where there are several GPUs.
+
+        Raises:
+            revnets.SpecError: BatchNorm would see one image.
+        """
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if processes > 1 and device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif self.config.batch_size == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            problem = "BatchNorm of the pyramid pooling needs more than one image in a process"
+            raise run_error("batch_size", problem, "Give at least 2", code="out-of-range")
+        return super().training_task(model, data, device)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        targets = cast(RevColSegmenter, unwrap_model(model)).targets(torch.stack(batch[1]))
+        return model(pixel_values=torch.stack(batch[0]), **targets).loss.squeeze()
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """The class of every pixel of every image, at the size of its file."""
+        data = self.maps
+        return [
+            predicted_classes(
+                cast(RevColSegmenter, model).semantic_logits,
+                image,
+                short_side=data.short_side,
+                long_side=data.long_side,
+                window=data.window,
+                stride=data.stride,
+                scales=data.scales,
+                flip=data.flip,
+            )
+            for image in batch[0]
+        ]
+
+    def evaluator(self, model: nn.Module, data: SegmentationData, device: torch.device) -> MapEvaluator:
+        return MapEvaluator(len(data.classes), device)
+
+
+class MapEvaluator:
+    """Mean IoU over batches of the task."""
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.evaluator = IoUEvaluator(num_classes, device)
+
+    def update(self, output: list[Tensor], batch: Batch) -> None:
+        self.evaluator.update(output, batch[1])
+
+    def compute(self, world: World) -> SegmentationMetrics:
+        return self.evaluator.compute(world)
