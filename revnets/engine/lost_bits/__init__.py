@@ -13,7 +13,6 @@ Networks" (NeurIPS 2018), for hidden states in fixed point.
 """
 
 from revnets.engine.lost_bits.coding import LostBits, assumed, encode
-from revnets.engine.lost_bits.floating_point import bits_of
-from revnets.engine.lost_bits.rounding import expected_bytes
+from revnets.engine.lost_bits.rounding import bits_of, expected_bytes
 
 __all__ = ["LostBits", "assumed", "bits_of", "encode", "expected_bytes"]

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from revnets.engine.lost_bits.fields import Fields
-from revnets.engine.lost_bits.floating_point import is_dense, layout_of
-from revnets.engine.lost_bits.rounding import expected_bytes
-from revnets.engine.lost_bits.tiers import Tiers
+from revnets.engine.lost_bits.rounding import expected_bytes, is_dense, layout_of
 
 if TYPE_CHECKING:
     from revnets.engine.lost_bits.kernels import BlockFields
@@ -73,6 +71,8 @@ def encode(
         if defer if defer is not None else past.device.type != "cpu":
             if (kernels := kernels_for(past)) is not None:
                 return kernels.encode(past, rebuilt, state, gamma)
+            from revnets.engine.lost_bits.tiers import Tiers
+
             return Tiers.encode(past, rebuilt)
         lost = Fields.encode(past, rebuilt, state, gamma)
     return lost if lost is not None and lost.nbytes < past.nbytes else None

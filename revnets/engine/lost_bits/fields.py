@@ -21,8 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from revnets.engine.lost_bits.floating_point import bits_of, layout_of
-from revnets.engine.lost_bits.rounding import Magnification, widest, widths
+from revnets.engine.lost_bits.rounding import Magnification, bits_of, layout_of, widest, widths
 
 _BLOCK = 2**16  # elements; a multiple of the fields in a group
 

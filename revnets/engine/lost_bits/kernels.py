@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from revnets.engine.lost_bits.floating_point import bits_of, layout_of
-from revnets.engine.lost_bits.rounding import TOLERANCE, Magnification, widest
+from revnets.engine.lost_bits.rounding import TOLERANCE, Magnification, bits_of, layout_of, widest
 
 _BLOCK = 2048
 _MANTISSA = tl.constexpr(round((2 * TOLERANCE - 1) * 2**23))  # of a float32 below which gamma is rounded down

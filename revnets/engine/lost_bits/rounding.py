@@ -1,4 +1,6 @@
-"""How many bits of x_{t-m} the rounding of x_t hides, by what backward knows as well.
+"""Floating-point numbers as integers, and how many bits of x_{t-m} the rounding of x_t hides.
+
+What is hidden follows from what backward knows as well.
 
 x_t is rounded to the grid of floating-point numbers near x_t, so that all x_{t-m} within ulp(x_t) / |gamma| give the
 same x_t. Among them are 2^w numbers of the grid near x_{t-m}, with e for the exponent of a number and
@@ -13,6 +15,7 @@ ends. Where 2^w < 1, r is x_{t-m} itself if gamma is a power of two, which round
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,13 +23,48 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from revnets.engine.lost_bits.floating_point import Layout
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 WIDEST = 15
 """Bits of the widest field; a larger difference is kept whole."""
 
 TOLERANCE = 2**-0.1
 """A gamma up to 7 % below a power of two counts as that: the window is hardly wider, and d rarely leaves the field."""
+
+
+class Layout(NamedTuple):
+    """Where the bits of a floating-point number lie."""
+
+    size: int  # bytes
+    mantissa: int  # bits, the implicit one not counted
+    exponent_mask: int
+
+
+@cache
+def layout_of(dtype: torch.dtype) -> Layout:
+    """The layout of a dtype; of a complex one, that of its parts."""
+    info = torch.finfo(dtype)
+    mantissa = round(-torch.tensor(info.eps, dtype=torch.float64).log2().item())
+    return Layout(info.bits // 8, mantissa, (1 << (info.bits - 1)) - (1 << mantissa))
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The tensor's memory as a flat vector of integers; shares it."""
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).view(-1)
+    return flat.view(_INTEGER[flat.element_size()])
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Do the elements fill a stretch of memory, each once?"""
+    length = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size != 1:
+            if stride != length:
+                return False
+            length *= size
+    return True
 
 
 class Magnification(NamedTuple):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revnets.engine.lost_bits.floating_point import bits_of
+from revnets.engine.lost_bits.rounding import bits_of
 
 _WIDTHS = (torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -53,7 +53,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_number_of_files_that_training_digits_enters(digits: list[str]) -> None:
     assert "vision/training/trainer.py" in digits
     assert "revnets/engine/tape.py" in digits
-    assert len(digits) <= 47, digits
+    assert len(digits) <= 50, digits
 
 
 def test_training_digits_enters_no_code_for_pretrained_weights_analyses_and_budgets(digits: list[str]) -> None:
