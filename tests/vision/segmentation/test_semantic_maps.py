@@ -39,7 +39,8 @@ def root(tmp_path):
 
 def config(root, **options):
     values = {"name": "semantic_maps", "root": str(root), "num_classes": 3, "reduce_zero_label": True}
-    return validate(TypeAdapter(SemanticMapsConfig), {**values, "img_size": 29, "short_side": 37, "long_side": 97, **options})
+    values |= {"img_size": 29, "short_side": 37, "long_side": 97, **options}
+    return validate(TypeAdapter(SemanticMapsConfig), values)
 
 
 def colors_of(image, settings):
@@ -152,7 +153,7 @@ def test_damaged_data_stop_if_asked_to(root):
     ],
 )
 def test_values_that_cannot_be_used_are_refused(root, options, key):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:
         config(root, **options)
     assert key in str(caught.value)
 
