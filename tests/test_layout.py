@@ -35,6 +35,7 @@ SAME_TOPIC = {
     "audit": "the audit, its figure and its command",
     "blocks": "a former path",
     "common": "what the commands of a package share",
+    "configuration": "the configuration of a model for transformers, of images or of text",
     "errors": "the exceptions of a folder",
     "figures": "the figures of a folder",
     "graph": "the graph and its figure",

@@ -1,0 +1,279 @@
+"""The language model as transformers knows it: `RevColForCausalLM`, registered with `AutoModelForCausalLM`.
+
+B sequences, T tokens of this call, S tokens seen so far (those in a cache included), C channels, V words.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from revnets import Gain, Memory
+from revnets.config.errors import ArgumentError
+from revnets.config.memory_budget import BudgetSpec
+from revnets.memory.auto_budget import keep_budget
+
+from .architectures import midpoint, revcol
+from .causal_attention import BranchEnd
+from .causal_blocks import NORMS
+from .configuration import RevColLMConfig
+from .loss import IGNORED, chunked_loss, shifted
+from .rotary import rotation
+from .saved_model import require_all, require_config, require_room
+
+
+class PreTrainedLanguageModel(PreTrainedModel):
+    """What both models have in common: initialization, and what transformers asks a class for."""
+
+    config_class = RevColLMConfig
+    config: RevColLMConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _no_split_modules = ["Cell"]  # noqa: RUF012  # transformers has it as a list
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """A model of `save_pretrained`, with safetensors weights; the arguments are those of transformers.
+
+        Raises:
+            revnets.SpecError: the folder holds another model than its configuration describes.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        folder = Path(pretrained_model_name_or_path or "")
+        kwargs.setdefault("use_safetensors", True)
+        require_config(folder)
+        if (folder / "config.json").exists():
+            given = kwargs.get("config")
+            config = given if isinstance(given, PreTrainedConfig) else RevColLMConfig.from_pretrained(folder)
+            require_room(folder, cls, config)
+        found: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if wants_info:
+            return found
+        model, info = found
+        require_all(str(pretrained_model_name_or_path), info)
+        return model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Gain):
+            initialization.constant_(module.weight, module.init)
+            return
+        super()._init_weights(module)
+        if isinstance(module, BranchEnd):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            initialization.normal_(module.weight, mean=0.0, std=std)
+
+
+class RevColLMModel(PreTrainedLanguageModel):
+    """Embedding, reversible columns of causal blocks and a norm: tokens (B, T) to states (B, T, C)."""
+
+    def __init__(self, config: RevColLMConfig):
+        super().__init__(config)
+        spec = config.columns_spec()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        is_midpoint = config.architecture == "midpoint"
+        self.columns = midpoint(spec, config.num_hidden_layers) if is_midpoint else revcol(spec)
+        layers = (module for module in self.columns.modules() if hasattr(module, "layer_idx"))
+        for index, layer in enumerate(layers):
+            layer.layer_idx = index  # type: ignore[assignment]  # a plain attribute
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
+        self.supervised_norms = nn.ModuleList(
+            NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps) for _ in config.supervised_columns
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        supervised: bool = False,
+        past_key_values: Cache | None = None,
+        **others: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the columns.
+
+        Args:
+            input_ids: (B, T) tokens; or `inputs_embeds`, (B, T, C).
+            attention_mask: (B, S), 0 at padding; or (B, 1, T, S), as `CausalAttention` takes it.
+            position_ids: (B, T), by default the number of tokens before that are no padding.
+            cache: keys and values of earlier tokens, which those of this call are added to. `past_key_values` is its
+                former name in transformers.
+            use_cache: make a cache if there is none. By default as the configuration says, and never while gradients
+                are recorded.
+            supervised: hand out `hidden_states`, the states of the supervised columns, each behind its norm.
+
+        Raises:
+            ArgumentError: no input or two, a token outside of the vocabulary, more tokens than positions, outputs that
+                are not kept, or a cache while gradients are recorded: a replay would fill it twice.
+        """
+        for key in ("output_attentions", "output_hidden_states"):
+            if others.get(key):
+                raise ArgumentError(f"{key}: reversible columns do not keep them", key, code="reserved-key")
+        x = self._embedded(input_ids, inputs_embeds)
+        cache = past_key_values if cache is None else cache
+        if torch.is_grad_enabled() and any(mode is not Memory.STORE for mode in self.columns.memory):
+            if cache is not None or use_cache:
+                problem = "while gradients are recorded, only memory store can fill a cache of keys and values"
+                remedy = "Call the model under torch.no_grad(), or without a cache"
+                raise ArgumentError(f"{problem}. {remedy}", "cache", code="conflicting-values")
+        elif cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past + x.shape[1] > self.config.max_position_embeddings:
+            problem = f"{past + x.shape[1]} tokens are more than max_position_embeddings, "
+            problem += f"{self.config.max_position_embeddings}. Give a shorter text, or cut it"
+            raise ArgumentError(problem, "input_ids", code="too-large")
+        if position_ids is None:
+            position_ids = _positions(attention_mask, past, x)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, cache=cache, position_ids=position_ids
+        )
+        context = {
+            "rotation": rotation(position_ids, self.head_dim, self.config.rope_theta, x.dtype),
+            "mask": mask,
+            "cache": cache,
+        }
+        if supervised and self.supervised_norms:
+            levels, tapped = self.columns(x, taps=tuple(self.config.supervised_columns), **context)
+            states = tuple(norm(state) for norm, state in zip(self.supervised_norms, tapped, strict=True))
+        else:
+            levels, states = self.columns(x, **context), None
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(levels[-1]), cache=cache, hidden_states=states)
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ArgumentError("give either input_ids or inputs_embeds", "input_ids", code="conflicting-values")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:  # on the CPU; a GPU reports it later, in its own way
+            problem = f"a token is outside of the vocabulary of {self.config.vocab_size}"
+            raise ArgumentError(f"{problem}. Use the tokenizer of this model", "input_ids", "out-of-range") from None
+
+
+class RevColForCausalLM(PreTrainedLanguageModel, GenerationMixin):
+    """The language model with its head: tokens (B, T) to logits (B, T, V), or to the loss of the next token.
+
+    `model.model.columns` are the reversible columns, with `memory`, `stored` and the other attributes of
+    `revnets.ReversibleColumns`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  # as transformers has it
+
+    def __init__(self, config: RevColLMConfig):
+        super().__init__(config)
+        self.model = RevColLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        budget = self.model.columns.budget
+        if isinstance(budget, BudgetSpec):
+            keep_budget(self, budget)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, and the loss if there are labels.
+
+        Args:
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: those of `RevColLMModel.forward`.
+            labels: (B, T), the tokens themselves; they are shifted here. -100 has no loss.
+            logits_to_keep: logits of so many last positions, or of these indices; 0 for all.
+            skip_logits: give no logits; then the loss is taken in chunks (`loss_chunk` of the configuration), and the
+                logits of the whole batch are at no time in memory. By default so in training with labels.
+            num_items_in_batch: what the summed loss is divided by; by default the number of tokens with a loss.
+
+        Returns:
+            `loss` is that of the last column, and in training of the supervised columns by their weight.
+
+        Raises:
+            ArgumentError: as `RevColLMModel.forward`.
+        """
+        supervised = labels is not None and self.training
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            use_cache,
+            supervised,
+            past_key_values,
+            **kwargs,
+        )
+        hidden, loss = outputs.last_hidden_state, None
+        if labels is not None:
+            targets = shifted(labels).flatten()
+            count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = self._summed_loss(hidden, targets) / count
+            for states in outputs.hidden_states or ():
+                loss = loss + self.config.supervision_weight * self._summed_loss(states, targets) / count
+        logits = None
+        if not (labels is not None and self.training if skip_logits is None else skip_logits):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate text; the arguments are those of transformers. Memory modes make no difference to it.
+
+        Raises:
+            ArgumentError: a memory mode is given, or as `RevColLMModel.forward`.
+        """
+        if "memory" in kwargs:
+            problem = "generation keeps nothing for backward, so it has no memory mode. Leave the argument out"
+            raise ArgumentError(problem, "memory", code="reserved-key")
+        inherited: Any = super()
+        return inherited.generate(*args, **kwargs)
+
+    def _summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        return chunked_loss(states.flatten(0, 1), self.lm_head, targets, self.config.loss_chunk)
+
+
+def _positions(attention_mask: Tensor | None, past: int, x: Tensor) -> Tensor:
+    """Positions (B or 1, T) of the tokens of this call; padding on the left does not count."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -x.shape[1] :]
+    return torch.arange(past, past + x.shape[1], device=x.device)[None]
+
+
+AutoConfig.register(RevColLMConfig.model_type, RevColLMConfig)
+AutoModel.register(RevColLMConfig, RevColLMModel)
+AutoModelForCausalLM.register(RevColLMConfig, RevColForCausalLM)

@@ -1,0 +1,88 @@
+"""Folders of `save_pretrained`: what is in one is compared with what should be there, before memory is taken for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from revnets import SpecError
+from revnets.utils.regular_files import require_regular
+
+MAX_CONFIG = 2**24
+"""Bytes of a configuration."""
+
+FREE_ELEMENTS = 2**20
+"""How many numbers a model may have beyond those in its files, for buffers and heads that are new."""
+
+
+def require_config(folder: Path) -> None:
+    """The configuration of a folder is a file, and no larger than one can be.
+
+    Raises:
+        revnets.SpecError: it is not.
+    """
+    path = folder / "config.json"
+    try:
+        require_regular(path)
+        if path.exists() and path.stat().st_size > MAX_CONFIG:
+            problem = f"larger than {MAX_CONFIG:,} bytes"
+            raise SpecError(str(path), "", problem, "Use the file of the model", code="too-large")
+    except OSError as error:
+        raise SpecError(str(path), "", error.strerror or "cannot be read", code="not-a-file") from None
+
+
+def require_room(folder: Path, kind: type[nn.Module], config: Any) -> None:
+    """A model is no larger than the weights that its folder has for it; what is missing would be made up.
+
+    Raises:
+        revnets.SpecError: the configuration asks for more, or a file of weights is damaged.
+    """
+    sizes = _sizes(folder)
+    if not sizes:
+        return  # transformers says that there are no weights
+    remedy = "Use the configuration of these weights"
+    if config.num_hidden_layers > len(sizes):
+        problem = f"{config.num_hidden_layers:,} blocks, but there are {len(sizes):,} tensors"
+        raise SpecError(str(folder), "columns", problem, remedy, code="weights-mismatch")
+    with torch.device("meta"):
+        needed = sum(parameter.numel() for parameter in kind(config).parameters())
+    if needed > sum(sizes.values()) + FREE_ELEMENTS:
+        problem = f"a model of {needed:,} parameters, but its weights are {sum(sizes.values()):,} numbers"
+        raise SpecError(str(folder), "hidden_size", problem, remedy, code="weights-mismatch")
+
+
+def require_all(folder: str, info: dict[str, Any]) -> None:
+    """All weights of a model came from its files, and none of a file is left over.
+
+    Args:
+        info: what transformers reports of the loading.
+
+    Raises:
+        revnets.SpecError: names a weight that is missing, has another shape or belongs to no layer.
+    """
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    kinds = {"missing": missing, "of another shape": mismatched, "left over": sorted(info["unexpected_keys"])}
+    for kind, names in kinds.items():
+        if names:
+            name = names[0] if isinstance(names[0], str) else names[0][0]
+            problem = f"{name} is {kind}" + (f", with {len(names) - 1} more" if len(names) > 1 else "")
+            raise SpecError(folder, "weights", problem, "Use the configuration of these weights", "weights-mismatch")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Numbers in each tensor of the files of a folder, by name."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            require_regular(path)
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                    found[name] = torch.Size(file.get_slice(name).get_shape()).numel()
+        except (OSError, SafetensorError) as error:
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise SpecError(str(path), "", said, "Use another copy", code="damaged-file") from None
+    return found
