@@ -37,10 +37,18 @@ from vision.config.learning import (
 from vision.paths import FOLDERS
 
 
-class TimmModel(BaseModel):
-    """A model out of timm's registry, to which the RevCol family belongs; other keys are arguments of it."""
+class LibraryModel(BaseModel):
+    """A model of another library; other keys than its name are arguments of it."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TimmModel(LibraryModel):
+    """A model out of timm's registry, to which the RevCol family belongs."""
 
     timm: str
 
@@ -55,19 +63,28 @@ class TimmModel(BaseModel):
             )
         return name
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+
+class TransformersModel(LibraryModel):
+    """A language model of transformers by its type, such as gpt2; arguments are those of its configuration."""
+
+    hf: str
+
+
+LIBRARIES = {"timm": (TimmModel, "revcol_tiny"), "hf": (TransformersModel, "gpt2")}
+"""Models of other libraries, by the key that gives a model's name there, each with an example."""
 
 
 def _model(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, str):  # a path, which load_config has read
         return (info.context or {}).get("net", value)
-    if not isinstance(value, dict) or "timm" not in value:
+    library = next((key for key in LIBRARIES if isinstance(value, dict) and key in value), None)
+    if library is None:
         return value
-    if not isinstance(value["timm"], str):
-        raise problem(what(value["timm"]), "Give the name of a model, such as revcol_tiny", "timm", code="wrong-type")
-    return TimmModel(**value)
+    kind, example = LIBRARIES[library]
+    if not isinstance(value[library], str):
+        remedy = f"Give the name of a model, such as {example}"
+        raise problem(what(value[library]), remedy, library, code="wrong-type")
+    return kind(**value)
 
 
 MAX_COUNT = 2**31 - 1
@@ -130,8 +147,10 @@ class TrainConfig(Strict):
 
     model_config = ConfigDict(title="training run")
 
-    # keys of a net, the path of its YAML, or {timm: name, argument: value, ...}
-    model: Annotated[NetSpec | TimmModel | str, BeforeValidator(_model)] = Field(examples=["net.yaml"])
+    # keys of a net, the path of its YAML, or {timm: name, argument: value, ...}; for texts {hf: type, ...}
+    model: Annotated[NetSpec | TimmModel | TransformersModel | str, BeforeValidator(_model)] = Field(
+        examples=["net.yaml"]
+    )
     output: UserPath = Field(examples=["runs/mine"], min_length=1)  # folder of this run
     # what is learned: a name out of TASKS or package.module:Class, or {type: name, option: value, ...}
     task: Annotated[str | dict[str, Any], BeforeValidator(_task)] = "classification"
@@ -247,14 +266,14 @@ class TrainConfig(Strict):
                 raise problem(text, remedy, key, code="conflicting-values")
 
     @field_serializer("model")
-    def _plain_model(self, model: NetSpec | TimmModel | str) -> Any:
-        if isinstance(model, TimmModel):
-            return {"timm": model.timm, **model.options}
+    def _plain_model(self, model: NetSpec | TimmModel | TransformersModel | str) -> Any:
+        if isinstance(model, LibraryModel):
+            return model.model_dump()
         return dump(model) if isinstance(model, NetSpec) else model
 
     @property
     def net(self) -> NetSpec:
-        """The net that is trained, with the memory mode of the run; not of a model of timm's."""
+        """The net that is trained, with the memory mode of the run; not of a model of another library."""
         if not isinstance(self.model, NetSpec):
             raise TypeError(f"model {self.model!r} is no spec; paths are read by load_config")
         return self.model if self.memory is None else self.model.model_copy(update={"memory": self.memory})

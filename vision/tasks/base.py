@@ -191,6 +191,10 @@ class Task:
         """Shape of one sample of the model's input, for which a memory budget is planned; None if there is not one."""
         return getattr(data, "shape", None)
 
+    def planned(self, model: nn.Module) -> nn.Module:
+        """The module whose training step is simulated for a memory budget, called with a batch of `input_shape`."""
+        return model
+
     def training_task(self, model: nn.Module, data: Any, device: torch.device) -> TrainingTask:
         """timm's task around the model, which holds what trains: it is averaged, divided and saved."""
         return LossTask(model, self.loss, device=device, verbose=False)

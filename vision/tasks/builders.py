@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from functools import partial
 from itertools import chain
 from pkgutil import resolve_name
@@ -26,7 +27,7 @@ from revnets import ReversibleColumns, SpecError, build
 from revnets.config.errors import PartError, nearest
 from revnets.config.imports import imported
 from revnets.config.memory_budget import BudgetSpec
-from vision.config.run import TASKS, TimmModel, TrainConfig
+from vision.config.run import TASKS, TimmModel, TrainConfig, TransformersModel
 from vision.distributed.context import World
 from vision.errors import first_line, run_error
 from vision.revcol import ARGUMENTS
@@ -87,12 +88,18 @@ def create_model(config: TrainConfig, **defaults: Any) -> nn.Module:
     """The model of a run, in its memory mode, in training mode.
 
     Args:
-        defaults: arguments of a model of timm's registry that the configuration may override, such as `num_classes`.
+        defaults: arguments of a model of timm or transformers that the configuration may override, such as
+            `num_classes`.
 
     Raises:
         revnets.SpecError: it cannot be built.
     """
-    model = _timm_model(config.model, defaults) if isinstance(config.model, TimmModel) else build(config.net)
+    if isinstance(config.model, TimmModel):
+        model = _timm_model(config.model, defaults)
+    elif isinstance(config.model, TransformersModel):
+        model = _transformers_model(config.model, defaults)
+    else:
+        model = build(config.net)
     if config.memory is not None and not isinstance(config.memory, BudgetSpec):
         columns = columns_of(model)
         if columns is None:
@@ -143,6 +150,31 @@ def _timm_model(model: TimmModel, defaults: dict[str, Any]) -> nn.Module:
         raise run_error(
             "model", f"{model.timm}: {first_line(error)}", "Check its arguments", code="component-failed"
         ) from error
+
+
+def _transformers_model(model: TransformersModel, defaults: dict[str, Any]) -> nn.Module:
+    """A language model of new weights, without a cache of keys and values, which training does not need."""
+    try:
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    except ImportError:
+        problem = "transformers is not installed"
+        raise run_error("model.hf", problem, "pip install 'revnets[hf]'", code="missing-dependency") from None
+    if model.hf not in CONFIG_MAPPING:
+        remedy = nearest(model.hf, CONFIG_MAPPING, "It has")
+        raise run_error("model.hf", f"transformers has no model {model.hf!r}", remedy, code="unknown-model")
+    kind = CONFIG_MAPPING[model.hf]
+    known = [*(field.name for field in fields(kind)), *kind.attribute_map]
+    for key in (key for key in model.options if key not in known):
+        remedy = nearest(key, known, "It has")
+        raise run_error(f"model.{key}", f"{model.hf} has no such argument", remedy, code="unknown-key")
+    try:
+        config = kind(**{"use_cache": False, **defaults, **model.options})
+        return cast(nn.Module, AutoModelForCausalLM.from_config(config))
+    except SpecError as error:
+        raise run_error(f"model.{error.key}", error.problem, error.remedy, error.code) from error
+    except Exception as error:  # models refuse their arguments in many ways
+        problem = f"{model.hf}: {first_line(error)}"
+        raise run_error("model", problem, "Check its arguments", code="component-failed") from error
 
 
 def columns_of(model: nn.Module) -> ReversibleColumns | None:

@@ -67,7 +67,8 @@ class TrainState:
             from vision.training.memory_budget import plan_run_memory
 
             shape = self.task.input_shape(data)
-            self.note = plan_run_memory(config, unwrapped(self.training_task.get_trainable_module()), shape, self.world)
+            planned = self.task.planned(unwrapped(self.training_task.get_trainable_module()))
+            self.note = plan_run_memory(config, planned, shape, self.world)
         self.autocast = builders.build_autocast(config.amp, self.device)
         self.pipeline: Pipeline | None = None
         if isinstance(self.world, PipelineWorld):
