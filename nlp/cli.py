@@ -1,4 +1,4 @@
-"""The commands around fairseq: prepare data, average checkpoints, score translations. Heavy imports wait for a call."""
+"""Commands on text: data and scores of translations, checkpoints, language models. Heavy imports wait for a call."""
 
 from __future__ import annotations
 
@@ -236,6 +236,37 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 reported = partial(one_line_errors, _errors, extra="nlp")
+
+
+def train_lm(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run.", show_default=False, readable=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, e.g. epochs=5 model.columns=8", show_default=False)
+    ] = None,
+) -> None:
+    """Train a language model, or go on with an interrupted run.
+
+    The file is one of `revnets train` with two keys of its own: model, as in
+    {hf: revcol_lm, hidden_size: 256, columns: 4}, and text, as in
+    {train: texts/*.txt, val: 0.05, tokenizer: bytes, length: 256}.
+
+    The folder `output` gets what `revnets train` writes there, and model/ with
+    the best weights and the tokenizer, as transformers reads them.
+    """
+    with one_line_errors(_training_errors, extra="lm"):
+        from .language_modeling.training import load_language_run, train_language_model
+
+        outcome, folder = train_language_model(load_language_run(config, overrides or []))
+    if outcome.signal is not None:
+        raise typer.Exit(128 + outcome.signal)
+    if folder is not None:
+        typer.echo(f"best {outcome.text}, {folder}")
+
+
+def _training_errors() -> tuple[type[Exception], ...]:
+    from .language_modeling.training import EXPECTED
+
+    return EXPECTED
 
 
 FOLDER = Path(__file__).resolve().parent

@@ -1,0 +1,125 @@
+"""The documents of a text: files in UTF-8, or rows of a data set of Hugging Face; and those held out of training."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from revnets import SpecError
+from revnets.config.loader import Strict, UserPath
+from revnets.utils.regular_files import require_regular
+
+
+class DatasetConfig(Strict):
+    """Rows of a data set of Hugging Face: a folder of `save_to_disk`, or a name of the hub."""
+
+    dataset: UserPath = Field(examples=["roneneldan/TinyStories"], min_length=1)
+    split: str | None = None  # of a data set that has several
+    column: str = "text"
+
+
+Files = UserPath | tuple[UserPath, ...] | DatasetConfig
+"""Files, folders of .txt files and patterns such as texts/*.txt; every file is a document."""
+
+
+def documents(source: str | Sequence[str] | DatasetConfig, key: str) -> list[str]:
+    """All documents, in the order of their names.
+
+    Args:
+        key: of the source in the configuration, for messages.
+
+    Raises:
+        revnets.SpecError: nothing is there, or a file is empty, no UTF-8 or no regular file.
+    """
+    if isinstance(source, DatasetConfig):
+        return _rows(source, key)
+    places = [source] if isinstance(source, str) else source
+    return [_read(path, key) for place in places for path in _files(place, key)]
+
+
+def held_out(texts: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+    """The documents to train on, and every so-manieth one to validate on, always the same.
+
+    Args:
+        share: of the documents, in (0, 1); at least one is held out.
+
+    Raises:
+        revnets.SpecError: there is one document alone.
+    """
+    count = max(1, round(share * len(texts)))
+    if count >= len(texts):
+        problem = f"{len(texts)} documents cannot be divided into those to train on and those held out"
+        raise error("val", problem, "Give a file to validate on", "too-few-samples")
+    order = np.random.default_rng(0).permutation(len(texts))
+    chosen = set(order[:count].tolist())
+    return (
+        [text for index, text in enumerate(texts) if index not in chosen],
+        [text for index, text in enumerate(texts) if index in chosen],
+    )
+
+
+def error(key: str, problem: str, remedy: str, code: str) -> SpecError:
+    """The error for a key of a text in a training run."""
+    return SpecError("training run", f"task.{key}", problem, remedy, code=code)
+
+
+def _files(place: str, key: str) -> list[Path]:
+    if os.path.isdir(place):
+        found = sorted(path for path in Path(place).rglob("*.txt") if not path.is_dir())
+    elif os.path.lexists(place):
+        found = [Path(place)]
+    else:
+        found = sorted(map(Path, glob.glob(place, recursive=True)))
+    if not found:
+        problem = f"{place}: there is no such file, and no text in such a folder"
+        raise error(key, problem, "Give a file, a folder of .txt files, or a pattern", "missing-file")
+    return found
+
+
+def _read(path: Path, key: str) -> str:
+    try:
+        require_regular(path)
+        content = path.read_bytes()
+    except OSError as problem:
+        code = "missing-file" if isinstance(problem, FileNotFoundError) else "not-a-file"
+        raise error(key, f"{path}: {problem.strerror}", "Give a file with text", code) from None
+    if not content.strip():
+        raise error(key, f"{path}: the file is empty", "Leave it out", "empty-file")
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as problem:
+        text = f"{path}: byte {problem.start} is not UTF-8"
+        raise error(key, text, f"Convert it: iconv -f ISO-8859-1 -t UTF-8 {path.name}", "invalid-encoding") from None
+
+
+def _rows(source: DatasetConfig, key: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError:
+        problem = "datasets is not installed"
+        raise error(key, problem, "pip install 'revnets[lm]'", "missing-dependency") from None
+    try:
+        saved = (Path(source.dataset) / name for name in ("state.json", "dataset_dict.json"))
+        load: Any = datasets.load_from_disk if any(path.exists() for path in saved) else datasets.load_dataset
+        found: Any = load(source.dataset)
+    except Exception as problem:  # data sets fail in many ways
+        said = next(iter(str(problem).splitlines()), type(problem).__name__)
+        raise error(key, f"{source.dataset}: {said}", "Check its name", "unreadable-data") from None
+    if isinstance(found, dict):
+        split = source.split or "train"
+        if split not in found:
+            raise error(f"{key}.split", f"there is no split {split!r}", f"It has {', '.join(found)}", "unknown-choice")
+        found = found[split]
+    if source.column not in found.column_names:
+        remedy = f"It has {', '.join(found.column_names)}"
+        raise error(f"{key}.column", f"there is no column {source.column!r}", remedy, "unknown-choice")
+    texts = [text for text in found[source.column] if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise error(key, f"{source.dataset}: no row has text", "Give another column or split", "empty-data")
+    return texts
