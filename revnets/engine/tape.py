@@ -240,6 +240,8 @@ class Tape:
         handle = node.register_hook(done)
 
     def move_to(self, index: int) -> None:
+        if self.host is not None:
+            self.host.settle()
         if self.cursor < index:
             if self.cursor >= 0:
                 self._record_of(self.cursor).saved.clear()

@@ -42,6 +42,7 @@ class OffloadedTensor:
         self._store = store  # lives as long as something may come back from it
 
     def on_device(self) -> Held:
+        self._store.settle()  # backward may get here first, past states without a hook
         return self.place.on_device()
 
 
@@ -85,7 +86,8 @@ class HostStore:
         self._is_replayed = self._is_replayed or record.mode is not Memory.STORE
         if not self._is_replayed:
             record.kept = None  # backward of stored cells needs no state, and none before is replayed
-        if state.requires_grad:  # its gradient is there when backward arrives at the cell
+        is_handed_through = state.is_leaf or storage_key(state) == self._stem  # and keeps its hooks after this pass
+        if state.requires_grad and not is_handed_through:  # its gradient is there when backward arrives at the cell
             hook = partial(_arrive, weakref.ref(self), index)
             state.register_hook(hook)  # pyright: ignore[reportUnknownMemberType]
         if index in self.cells:
@@ -144,6 +146,7 @@ class HostStore:
 
     def lost_bits_of(self, record: CellRecord) -> LostBits | None:
         """The lost bits of a cell, on the device."""
+        self.settle()
         return None if record.lost is None else _mapped(record.lost, HostedTensor, HostedTensor.tensor)
 
     def arrive(self, index: int) -> None:

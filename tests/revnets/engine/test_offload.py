@@ -217,6 +217,17 @@ def test_one_cell_and_the_next_are_on_the_device_at_a_time():
     assert much > 3 * little
 
 
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_a_stem_that_cells_hand_through_keeps_no_hooks(is_leaf):
+    cells = [nn.Identity(), nn.Identity(), *(nn.Linear(13, 13) for _ in range(3))]
+    net = offloaded(ReversibleSequence(cells, m=2, memory="store"))
+    stem = nn.Parameter(torch.randn(BATCH, 13))
+    x = stem if is_leaf else stem * 2
+    for _ in range(3):
+        loss_of(net(x)).backward(retain_graph=True)
+    assert not x._backward_hooks
+
+
 class LateCopies(TorchDispatchMode):
     """The copying stream of a device on which a copy happens when another stream waits for it, and no sooner."""
 
