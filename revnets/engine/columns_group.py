@@ -94,8 +94,8 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         memory_modes(value.modes, self.column_count)
         stored_cells(value.stored, self.cell_count)
         kept = kept_cells(dict(value.kept), self.cell_count)
-        self.offloaded = value.offloaded
-        self.memory, self.stored, self.kept = value.modes, value.stored, kept
+        offloaded = offloaded_cells(value.offloaded, self.cell_count)
+        self.memory, self.stored, self.kept, self.offloaded = value.modes, value.stored, kept, offloaded
         self.verify, self.budget = value.verify, value.budget
 
     @contextmanager

@@ -144,12 +144,16 @@ class PolicyAttributes:
 
     @property
     def memory(self) -> tuple[Memory, ...]:
-        """The memory mode of each column. Setting one for all or one per column ends a pending budget and `kept`."""
+        """The memory mode of each column.
+
+        Setting one for all or one per column ends a pending budget, `kept` and `offloaded`.
+        """
         return self._policy.modes
 
     @memory.setter
     def memory(self, value: str | Sequence[str]) -> None:
-        self._policy = replace(self._policy, modes=memory_modes(value, self.graph.columns), budget=None, kept=())
+        modes = memory_modes(value, self.graph.columns)
+        self._policy = replace(self._policy, modes=modes, budget=None, kept=(), offloaded=frozenset())
 
     @property
     def stored(self) -> frozenset[int]:

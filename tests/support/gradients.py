@@ -46,12 +46,14 @@ def step(
     """One training step that leaves the net as it was: from equal random state, so results of two modes compare.
 
     Args:
+        memory: the modes; offloaded cells stay as they are.
         train: forward and backward; by default the gradient of `loss_of` of all levels. It gets a copy of the net.
     """
     with nullcontext(copy.deepcopy(net)) if train else _left_as_it_is(net) as net:
         x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
         if memory is not None:
-            net.memory = memory
+            offloaded = net.offloaded
+            net.memory, net.offloaded = memory, offloaded
         torch.manual_seed(7)
         if train is None:
             with torch.autocast("cpu", autocast) if autocast else nullcontext():

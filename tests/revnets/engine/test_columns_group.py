@@ -116,12 +116,13 @@ def test_stored_cells_are_numbered_through():
 
 def test_the_policy_of_all_is_that_of_each():
     group = revnets.find_columns(staged_net())
-    policy = MemoryPolicy(("store",) * 3 + ("recompute",) * 4, frozenset({1, 6}), verify=True)
+    stored, offloaded = frozenset({1, 6}), frozenset({1, 5})
+    policy = MemoryPolicy(("store",) * 3 + ("recompute",) * 4, stored, verify=True, offloaded=offloaded)
     group.policy = policy
     assert group.policy == policy
     assert [columns.policy for columns in group] == [
-        MemoryPolicy(("store",) * 3, frozenset({1}), verify=True),
-        MemoryPolicy(("recompute",) * 4, frozenset({1}), verify=True),
+        MemoryPolicy(("store",) * 3, frozenset({1}), verify=True, offloaded=frozenset({1})),
+        MemoryPolicy(("recompute",) * 4, frozenset({1}), verify=True, offloaded=frozenset({0})),
     ]
     with raises_error(ArgumentError, code="out-of-range", key="stored", names="99"):
         group.policy = MemoryPolicy(policy.modes, frozenset({99}))

@@ -53,10 +53,10 @@ def test_fields_are_brought_to_their_types() -> None:
         MemoryPolicy(("most",))  # type: ignore[arg-type]
 
 
-def test_setting_the_memory_ends_a_pending_budget() -> None:
+def test_setting_the_memory_ends_a_pending_budget_and_what_a_plan_offloads() -> None:
     net, policy = with_policy()
     net.memory = "invert"
-    assert net.policy == replace(policy, modes=(Memory.INVERT,) * 3, budget=None)
+    assert net.policy == replace(policy, modes=(Memory.INVERT,) * 3, budget=None, offloaded=frozenset())
 
 
 def test_setting_the_rest_changes_that_alone() -> None:
