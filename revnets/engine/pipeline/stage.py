@@ -123,7 +123,7 @@ class ColumnsStage(nn.Module):
         modes = modes_of_cells(graph, policy.modes, policy.stored, dict(policy.kept))
         cells: list[nn.Module] = [*[_ABSENT] * start, *self.flat()]
         stem = states.get(STEM, torch.empty(0))
-        if is_recorded(modes[start : self.range.stop]) and not is_inside():
+        if is_recorded(modes[start : self.range.stop], self._offloaded) and not is_inside():
             run: PlainPass = self._taped(cells, stem, modes, context, states)
         else:
             run = PlainPass(graph, cells, stem)
@@ -133,6 +133,10 @@ class ColumnsStage(nn.Module):
         run.close()
         return {**run.states, STEM: stem}
 
+    @property
+    def _offloaded(self) -> frozenset[int]:
+        return self.policy.offloaded.intersection(self.range)
+
     def _taped(
         self,
         cells: Sequence[nn.Module],
@@ -141,7 +145,8 @@ class ColumnsStage(nn.Module):
         context: dict[str, Any],
         states: dict[int, Tensor],
     ) -> TapedPass:
-        run = TapedPass(self.graph, cells, stem, modes, context, verify=self.policy.verify, kept=dict(self.policy.kept))
+        ways: dict[str, Any] = {"verify": self.policy.verify, "kept": dict(self.policy.kept)}
+        run = TapedPass(self.graph, cells, stem, modes, context, **ways, offloaded=self._offloaded)
         for _ in range(self.range.start):
             run.tape.skip()
         run.started = any(state.requires_grad for index, state in states.items() if index != STEM)

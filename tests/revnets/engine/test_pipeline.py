@@ -19,7 +19,7 @@ from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import STEM
 from revnets.engine.pipeline.partition import partition
 from revnets.engine.pipeline.stage import ColumnsStage
-from revnets.memory.tracker import kept_bytes
+from revnets.memory.tracker import MemoryTracker, kept_bytes
 from tests.support.errors import raises_error
 from tests.support.gradients import loss_of
 from tests.support.networks import stem_of, token_net
@@ -232,6 +232,22 @@ def test_what_a_stage_keeps_of_a_micro_batch():
         second.policy = revnets.MemoryPolicy((memory,) * 8)
         kept[memory] = kept_bytes(second, *received)
     assert states < kept["exact"] < 3 * states < kept["recompute"] < kept["store"]
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_offloaded_cells_are_those_of_the_stage(memory):
+    def make() -> ReversibleColumns:
+        return _with(token_net(columns=4, memory=memory), stored=[2, 7], offloaded=range(3, 9))
+
+    x = stem_of(make(), 211)
+    require_equal_to_whole(make, x, 4)
+    received, hosted = [x], []
+    for stage in make().split(4, balance="cells"):
+        with MemoryTracker() as tracker:
+            sent = stage(*received)
+            hosted.append(tracker.host > 0)
+        received = send(sent) if not stage.is_last else []
+    assert hosted == [False, True, True, False]
 
 
 # --------------------------------------------------------------------------------------- balance
