@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import Field, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from revnets.engine.lost_bits.fields import Fields
 from revnets.engine.lost_bits.rounding import expected_bytes, is_dense, layout_of
+from revnets.engine.torch_internals import without_transforms
 
 if TYPE_CHECKING:
     from revnets.engine.lost_bits.kernels import BlockFields
@@ -82,9 +85,29 @@ def kernels_for(past: Tensor) -> type[BlockFields] | None:
     """The coder in Triton, where there is one for the device and dtype."""
     if past.device.type != "cuda" or past.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
+    return working_kernels(past.device)
+
+
+@cache
+def working_kernels(device: torch.device) -> type[BlockFields] | None:
+    """The coder in Triton, if its kernels can be built and run on a device; otherwise None, with one warning.
+
+    Triton builds a launcher with a C compiler at the first launch, and knows no GPU below compute capability 7.0.
+    """
     try:
         from revnets.engine.lost_bits.kernels import BlockFields  # a second of imports
     except ImportError:
+        return None
+    try:
+        with without_transforms():
+            past = torch.ones(1, device=device)
+            BlockFields.encode(past, past.clone(), past, 0.5).decode(past.clone(), past, 0.5)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernels
+    except Exception as error:  # a compiler and a driver have errors of many kinds
+        reason = str(error).strip().partition("\n")[0]
+        text = f"lost bits are coded without Triton on {device}, which takes more bytes: its kernels fail with"
+        warnings.warn(f"{text} {type(error).__name__}: {reason}", stacklevel=2)
         return None
     return BlockFields
 

@@ -135,6 +135,19 @@ def test_a_third_of_the_device_operations_of_tiers(gamma: Tensor | float, monkey
     assert counts[1] <= 7
 
 
+def test_kernels_that_work_on_the_device_are_used() -> None:
+    assert coding.working_kernels(torch.device(DEVICE)) is BlockFields
+
+
+def test_kernels_that_fail_on_a_device_are_given_up_with_one_warning() -> None:
+    """As without a C compiler, or on a GPU that Triton does not support; here on one without memory."""
+    coding.working_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="without Triton on meta") as caught:
+        found = [coding.working_kernels(torch.device("meta")) for _ in range(3)]
+    assert found == [None] * 3
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1e-6])
 def test_gradients_of_a_net(gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells of the last column are replayed before anything has cut their lost bits to length."""
