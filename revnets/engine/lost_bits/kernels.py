@@ -10,6 +10,7 @@ and difference where that is outside of its field.
 # pyright: basic, reportMissingImports=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +40,16 @@ class BlockFields:
         capacity = past.nbytes // 8
         words = torch.zeros(1 + capacity, dtype=torch.int64, device=past.device)
         headers = torch.empty(triton.cdiv(past.numel(), _BLOCK), 2, dtype=torch.int32, device=past.device)
-        _encode[(len(headers),)](
-            bits_of(past), bits_of(rebuilt), bits_of(state), *_gamma(gamma, past), words, headers, capacity,
-            **_constants(past, gamma),
-        )  # fmt: skip
-        count = words[:1].to("cpu", non_blocking=True)
-        arrived = None
-        if past.device.type != "cpu":
-            arrived = torch.Event(past.device)
-            arrived.record()
+        with _launching_on(past.device):
+            _encode[(len(headers),)](
+                bits_of(past), bits_of(rebuilt), bits_of(state), *_gamma(gamma, past), words, headers, capacity,
+                **_constants(past, gamma),
+            )  # fmt: skip
+            count = words[:1].to("cpu", non_blocking=True)
+            arrived = None
+            if past.device.type != "cpu":
+                arrived = torch.Event(past.device)
+                arrived.record()
         return cls(words, headers, past.nbytes, count, arrived)
 
     @property
@@ -70,10 +72,16 @@ class BlockFields:
 
     def decode(self, rebuilt: Tensor, state: Tensor, gamma: Tensor | float) -> None:
         """Turn `rebuilt`, in place, into what it is a reconstruction of."""
-        _decode[(len(self.headers),)](
-            bits_of(rebuilt), bits_of(state), *_gamma(gamma, rebuilt), self.words, self.headers,
-            **_constants(rebuilt, gamma),
-        )  # fmt: skip
+        with _launching_on(rebuilt.device):
+            _decode[(len(self.headers),)](
+                bits_of(rebuilt), bits_of(state), *_gamma(gamma, rebuilt), self.words, self.headers,
+                **_constants(rebuilt, gamma),
+            )  # fmt: skip
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which may be another than that of the tensors."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def _gamma(gamma: Tensor | float, past: Tensor) -> tuple[Tensor, int, int, int, int, int]:
