@@ -44,17 +44,17 @@ def parse_bytes(value: int | str, key: str = "budget") -> int:
     Raises:
         ValueError: says what is allowed.
     """
-    text = str(value).strip()
-    digits = text.rstrip("BKMGTkmgtib ")
-    unit = text[len(digits) :].strip()
     try:
+        text = str(value).strip()  # a long integer has none
+        digits = text.rstrip("BKMGTkmgtib ")
+        unit = text[len(digits) :].strip()
         number = float(digits)
         scale = {name.lower(): size for name, size in _UNITS.items()}[unit.lower()]
     except (ValueError, KeyError):
         number, scale = 0.0, 1
     if not 1 <= number * scale < float("inf"):
         raise ArgumentError(
-            f"{value!r} is no amount of memory; write a number of bytes, or for example 24GiB or 800MB", key
+            f"{_shown(value)} is no amount of memory; write a number of bytes, or for example 24GiB or 800MB", key
         )
     return int(number * scale)
 
@@ -72,13 +72,13 @@ def parse_link(value: int | str) -> int:
     Raises:
         ValueError: says what is allowed.
     """
-    amount, _, unit = str(value).partition("/")
     try:
+        amount, _, unit = str(value).partition("/")
         if isinstance(value, str) and unit.strip() != "s":
             raise ValueError
         return parse_bytes(amount, "link")
     except ValueError:
-        text = f"{value!r} is no speed of a link; write bytes a second, or for example 25GB/s"
+        text = f"{_shown(value)} is no speed of a link; write bytes a second, or for example 25GB/s"
         raise ArgumentError(text, "link") from None
 
 
@@ -91,12 +91,19 @@ def parse_flops(value: float | str) -> float:
     found = re.fullmatch(r"\s*([0-9.]{1,20})\s*([kMGTP]?)FLOP/s\s*", value) if isinstance(value, str) else None
     try:
         number = float(found[1]) * 1000.0 ** " kMGTP".index(found[2] or " ") if found else float(value)
+    except TypeError:
+        text = f"{what(value)}; write FLOP a second, or for example 300TFLOP/s"
+        raise ArgumentError(text, "flops", "wrong-type") from None
     except (ValueError, OverflowError):
         number = 0.0
     if not 1 <= number < float("inf"):
-        text = f"{value!r} is no rate of operations; write FLOP a second, or for example 300TFLOP/s"
+        text = f"{_shown(value)} is no rate of operations; write FLOP a second, or for example 300TFLOP/s"
         raise ArgumentError(text, "flops")
     return number
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else show(value)
 
 
 _REMEDY = "Give a number of bytes, text such as 24GiB, or a memory mode, whose peak is meant"

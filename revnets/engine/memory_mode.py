@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from operator import index
 from typing import Any, Protocol, TypeAlias, cast
 
 from revnets.engine.errors import ArgumentError
@@ -53,7 +54,7 @@ class MemoryPolicy:
     """What reversible columns keep for backward. It is immutable; `dataclasses.replace` makes another one.
 
     Raises:
-        ArgumentError: an unknown memory mode.
+        ArgumentError: an unknown memory mode, or a field has another type.
     """
 
     modes: tuple[Memory, ...]  # one per column
@@ -66,15 +67,23 @@ class MemoryPolicy:
     def __post_init__(self) -> None:
         if not isinstance(self.modes, tuple) or not all(isinstance(mode, Memory) for mode in self.modes):
             object.__setattr__(self, "modes", memory_modes(list(self.modes), len(self.modes)))
-        object.__setattr__(self, "stored", frozenset(self.stored))
-        object.__setattr__(self, "kept", tuple(sorted(dict(self.kept).items())))
-        object.__setattr__(self, "offloaded", frozenset(self.offloaded))
+        for name, convert in (("stored", frozenset), ("kept", _sorted_items), ("offloaded", frozenset)):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, convert(value))
+            except (TypeError, ValueError):
+                wanted = "a mapping of cells to numbers of tensors" if name == "kept" else "the indices of cells"
+                raise ArgumentError(f"{name} = {value!r}: give {wanted}", name, code="wrong-type") from None
 
     def __setstate__(self, state: list[Any]) -> None:
         # An older pickle ends before the last of them.
         defaults: list[Any] = [(), frozenset(), False, None, (), frozenset()]
         for name, value in zip(self.__slots__, [*state, *defaults[len(state) :]], strict=True):
             object.__setattr__(self, name, value)
+
+
+def _sorted_items(kept: Kept | Iterable[tuple[int, int | None]]) -> tuple[tuple[int, int | None], ...]:
+    return tuple(sorted(dict(kept).items()))
 
 
 class PolicyAttributes:
@@ -235,7 +244,7 @@ def stored_cells(value: int | Iterable[int], cells: int) -> frozenset[int]:
     """Indices of stored cells, from the indices or from a number of cells counted from the end.
 
     Raises:
-        ArgumentError: there are fewer cells, or none of that index.
+        ArgumentError: there are fewer cells, or none of that index, or the value has another type.
     """
     if isinstance(value, int):
         if not 0 <= value <= cells:
@@ -249,12 +258,14 @@ def kept_cells(value: Kept | Iterable[int], cells: int) -> dict[int, int | None]
     """Cells that keep their state, from a mapping, or from the indices of those that keep the state alone.
 
     Raises:
-        ArgumentError: there is no cell of that index, or a number of tensors is below 0.
+        ArgumentError: there is no cell of that index, or a number of tensors is below 0, or a value has another type.
     """
-    kept: dict[int, int | None] = dict.fromkeys(value)
-    if isinstance(value, Mapping):
-        kept.update(cast(Kept, value))
+    is_mapping = isinstance(value, Mapping)
+    kept: dict[Any, Any] = dict(cast(Any, value)) if is_mapping else dict.fromkeys(_cells(value, cells, "kept"))
     _cells(kept.keys(), cells, "kept")
+    if wrong := [number for number in kept.values() if number is not None and not hasattr(number, "__index__")]:
+        text = f"kept: {wrong[0]!r} is no number of tensors; give a whole number, or None for all"
+        raise ArgumentError(text, "kept", code="wrong-type")
     if wrong := [number for number in kept.values() if number is not None and number < 0]:
         text = f"kept: a replay brings back {wrong[0]} tensors; give 0 or more, or None for all"
         raise ArgumentError(text, "kept", code="out-of-range")
@@ -265,13 +276,19 @@ def offloaded_cells(value: Iterable[int], cells: int) -> frozenset[int]:
     """Indices of offloaded cells.
 
     Raises:
-        ArgumentError: there is no cell of that index.
+        ArgumentError: there is no cell of that index, or the value has another type.
     """
     return _cells(value, cells, "offloaded")
 
 
-def _cells(value: Iterable[int], cells: int, name: str) -> frozenset[int]:
-    found = frozenset(value)
+def _cells(value: Any, cells: int, name: str) -> frozenset[int]:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        found = frozenset(map(index, value))
+    except TypeError:
+        text = f"{name} = {value!r}: give the indices of cells, such as [0, 3]"
+        raise ArgumentError(text, name, code="wrong-type") from None
     if not found <= set(range(cells)):
         text = f"{name}: there is no cell {min(found - set(range(cells)))}; they are 0 to {cells - 1}"
         raise ArgumentError(text, name, code="out-of-range")

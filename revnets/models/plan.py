@@ -56,13 +56,14 @@ def plan(
         trust: may a YAML file, dict or spec name classes of other projects? They are imported and called.
 
     Raises:
-        PlanError: nothing fits the budget (the message says what the least is and what to change).
+        PlanError: nothing fits the budget (the message says what the least is and what to change), or a value cannot
+            be used.
     """
     try:
         limit = None if budget is None else parse_budget(budget)
         hosted = host_memory(host, link, flops)
     except ArgumentError as error:
-        raise PlanError(f"{error.key} {error}", error.key) from None
+        raise PlanError(f"{error.key} {error}", error.key, error.code) from None
     if isinstance(model_or_spec, nn.Module):
         model = model_or_spec
     else:

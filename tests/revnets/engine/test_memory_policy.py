@@ -69,6 +69,32 @@ def test_setting_the_rest_changes_that_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("offloaded", 3),
+        ("offloaded", "01"),
+        ("offloaded", [0.5]),
+        ("stored", None),
+        ("kept", 3),
+        ("kept", {"3": None}),
+        ("kept", {3: "2"}),
+    ],
+)
+def test_values_of_another_type_are_refused(name, value) -> None:
+    net, policy = with_policy()
+    with raises_error(ArgumentError, code="wrong-type", key=name, names=name):
+        setattr(net, name, value)
+    assert net.policy == policy
+
+
+@pytest.mark.parametrize("changes", [{"kept": {1, 2}}, {"kept": 3}, {"stored": 3}, {"offloaded": 3}])
+def test_fields_of_another_type_are_refused(changes) -> None:
+    (name,) = changes
+    with raises_error(ArgumentError, code="wrong-type", key=name, names=name):
+        MemoryPolicy((Memory.EXACT,), **changes)
+
+
+@pytest.mark.parametrize(
     ("changes", "code", "key", "names"),
     [
         ({"modes": (Memory.EXACT,) * 2}, "wrong-length", "memory", ["2", "3 columns"]),

@@ -176,7 +176,16 @@ def test_host_memory_needs_a_budget():
         planned(budget=None)
 
 
-@pytest.mark.parametrize(("given", "key", "code"), [row for row in WRONG if row[2] == "invalid-value"])
+WRONG_IN_A_CALL = [
+    *(row for row in WRONG if row[2] == "invalid-value"),
+    ({"host": "1GiB", "flops": [1]}, "flops", "wrong-type"),
+    ({"host": 10**5000}, "host", "invalid-value"),
+    ({"host": "1GiB", "link": 10**5000}, "link", "invalid-value"),
+    ({"host": "1GiB", "flops": 10**5000}, "flops", "invalid-value"),
+]
+
+
+@pytest.mark.parametrize(("given", "key", "code"), WRONG_IN_A_CALL)
 def test_wrong_values_in_a_call(given, key, code):
     with raises_error(PlanError, code=code, key=key):
         plan(net(), SHAPE, budget=BUDGET, **given)
