@@ -89,7 +89,8 @@ class RevColLMModel(PreTrainedLanguageModel):
     def __init__(self, config: RevColLMConfig):
         super().__init__(config)
         spec = config.columns_spec()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # no padding_idx: the end of a text may pad as well, and inside of packed text it has to learn
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         is_midpoint = config.architecture == "midpoint"
         self.columns = midpoint(spec, config.num_hidden_layers) if is_midpoint else revcol(spec)
         layers = (module for module in self.columns.modules() if hasattr(module, "layer_idx"))

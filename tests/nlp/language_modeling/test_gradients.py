@@ -49,6 +49,15 @@ def test_the_midpoint_rule_computes_its_formula() -> None:
     torch.testing.assert_close(found[-1], states[-1], rtol=1e-5, atol=1e-5)
 
 
+def test_a_token_that_pads_learns_where_it_is_text() -> None:
+    model = language_model(tie_word_embeddings=False, pad_token_id=WORDS - 1)
+    tokens = text()
+    tokens[0, 3] = WORDS - 1
+    (found,) = torch.autograd.grad(model(tokens, labels=tokens).loss, [model.model.embed_tokens.weight])
+    assert model.model.embed_tokens.weight[-1].all()
+    assert found[-1].any()
+
+
 def test_the_loss_is_that_of_the_logits() -> None:
     model = language_model()
     tokens = text()
