@@ -151,7 +151,8 @@ class LanguageModeling(Task):
             if isinstance(value, int) and value < least:
                 problem = f"{value:,}, but the text has {least:,}"
                 raise SpecError("training run", f"model.{key}", problem, "Leave the key out", code="conflicting-values")
-        ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        # no padding: many models never train that token's embedding, and here it is the end of a text
+        ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
         return create_model(self.config, **sizes, **ends)
 
     def planned(self, model: nn.Module) -> nn.Module:
@@ -260,6 +261,8 @@ def export(task: Task, data: TextData, checkpoint: Path, folder: Path) -> Path:
     model: Any = task.build_model(data)
     reader.load_weights(model, state["ema"] or state["model"], checkpoint)
     model.config.use_cache = True
+    for settings in (model.config, model.generation_config):
+        settings.pad_token_id = data.tokenizer.eos_token_id
     try:
         with replacing_folder(folder) as new:
             model.save_pretrained(new)

@@ -79,6 +79,7 @@ def test_a_run_leaves_a_model_of_transformers(trained: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained / "model")
     assert model.config.vocab_size == 257
     assert model.config.use_cache
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 256
     best = read_checkpoint(trained / "checkpoints" / "best.pt")["model"]
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
     words = tokenizer(["1 and 2", "3"], padding=True, return_tensors="pt")
@@ -130,6 +131,20 @@ def test_the_trainer_takes_other_models_of_transformers(texts: Path, tmp_path: P
     assert outcome.score < 9
     assert folder is not None
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 263
+
+
+@pytest.mark.parametrize(
+    "model", [OWN, {"hf": "llama", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}]
+)
+def test_the_end_of_a_text_is_a_token_that_learns(model: dict[str, Any], texts: Path, tmp_path: Path) -> None:
+    trainer = Trainer(load_language_run(run_file(tmp_path, texts, model=model)))
+    built: Any = trainer.task.build_model(trainer.data)
+    end = trainer.data.tokenizer.eos_token_id
+    tokens = torch.tensor([[1, end, 2]])
+    table = built.get_input_embeddings()
+    assert table.weight[end].all()
+    table(tokens).sum().backward()
+    assert table.weight.grad[end].all()
 
 
 @pytest.mark.parametrize(
