@@ -16,12 +16,16 @@ from revnets import Cell, FixedGain, ReversibleColumns, SpecError, build_columns
 from revnets.config.net_spec import ColumnsSpec
 from revnets.models.net import Level
 from revnets.nn.blocks import MLPBlock
+from revnets.nn.fusions import ConvNeXtFusion, IdentityFusion, LinearFusion
 
 from .causal_blocks import CausalBlock
 
 CONTEXT = ("rotation", "mask", "cache")
 """Arguments with which every block of a language model is called besides its state."""
 
+
+POSITIONWISE_FUSIONS = (LinearFusion, IdentityFusion)
+"""Fusions that read other states at one position at a time; others declare it by `is_positionwise = True`."""
 
 SOURCE = "RevColLMConfig"
 """The name under which mistakes of a configuration are reported."""
@@ -64,7 +68,9 @@ def revcol(spec: ColumnsSpec) -> ReversibleColumns:
     """
     columns = build_columns(spec, SOURCE)
     for cell in columns.flat():
-        blocks = cast(Level, cell.function).blocks
+        level = cast(Level, cell.function)
+        _require_positionwise(level.fusion)
+        blocks = level.blocks
         for index, block in enumerate(blocks):
             blocks[index] = _causal(block)
     return columns
@@ -87,6 +93,20 @@ def midpoint(spec: ColumnsSpec, length: int) -> ReversibleColumns:
     sequence = ReversibleColumns(wire(len(cells), 2, [(1,), (1,)]), cells)
     sequence.policy = columns.policy
     return sequence
+
+
+def _require_positionwise(fusion: nn.Module) -> None:
+    """Refuse a fusion that may mix positions, by which a token would see later ones."""
+    is_known = type(fusion) in POSITIONWISE_FUSIONS or (type(fusion) is ConvNeXtFusion and not fusion.resamples)
+    if is_known or getattr(type(fusion), "is_positionwise", False) is True:
+        return
+    raise SpecError(
+        SOURCE,
+        "net.fusion",
+        f"{type(fusion).__name__} may mix positions, so that a token would see those that it has to predict",
+        "Choose linear or identity, or declare is_positionwise = True in a class that reads one position at a time",
+        code="invalid-component",
+    )
 
 
 def _causal(block: nn.Module) -> nn.Module:

@@ -102,6 +102,33 @@ class Shift(nn.Module):
         return x + self.linear(nn.functional.pad(x[:, :-1], (0, 0, 1, 0)))
 
 
+class MeanFusion(nn.Module):
+    """A fusion of a user that mixes positions."""
+
+    def __init__(self, dim: int, reduction: int, sources: list[Any]):
+        super().__init__()
+
+    def forward(self, *reads: torch.Tensor) -> torch.Tensor:
+        return sum(read + read.mean(1, keepdim=True) for read in reads)  # type: ignore[return-value]
+
+
+class SumFusion(MeanFusion):
+    """A fusion of a user that reads one position at a time."""
+
+    is_positionwise = True
+
+    def forward(self, *reads: torch.Tensor) -> torch.Tensor:
+        return sum(reads)  # type: ignore[return-value]
+
+
+def test_fusions_are_positionwise_by_declaration() -> None:
+    revnets.register_fusion("mean_of_tests")(MeanFusion)
+    revnets.register_fusion("sum_of_tests")(SumFusion)
+    RevColForCausalLM(language_config(net={**net("mlp"), "fusion": "sum_of_tests"}))
+    with raises_error(code="invalid-component", key="net.fusion", names="is_positionwise"):
+        RevColForCausalLM(language_config(net={**net("mlp"), "fusion": "mean_of_tests"}))
+
+
 def test_registered_blocks_build_a_model_that_is_saved_and_read(tmp_path: Path) -> None:
     revnets.register_block("shift_of_tests")(Shift)
     yaml = tmp_path / "columns.yaml"
