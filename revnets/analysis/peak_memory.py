@@ -27,7 +27,7 @@ from revnets.engine.columns_group import ColumnsGroup, find_columns
 from revnets.engine.executor import modes_of_cells
 from revnets.engine.memory_mode import Memory
 from revnets.engine.tape import Tape
-from revnets.memory.simulation import fake, total, typical_gamma
+from revnets.memory.simulation import fake, total, typical_gamma, without_packing
 from revnets.memory.tracker import MemoryTracker, tensors
 
 
@@ -157,7 +157,7 @@ class _Step:
             self.model, self.given = fake((self.original, self.inputs), mode)
             self.columns = find_columns(self.model)
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            with tracker:
+            with without_packing((self.given, vars(self.model))), tracker:
                 tracker.label = "weights"
                 tracker.register(self.model)
                 tracker.label = "input"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import revnets
 from revnets.analysis.memory_scaling import step_bytes
+from revnets.analysis.peak_memory import memory_parts
 from revnets.memory.simulation import simulate
 
 transformers = pytest.importorskip("transformers")
@@ -41,6 +42,14 @@ def test_one_text_a_row_needs_no_mask():
     predicted = simulate(net, (words(),))
     parameters, kept, peak = step_bytes(net, words())
     assert (predicted.parameters, predicted.kept, predicted.peak) == (parameters, kept, peak)
+
+
+def test_the_parts_of_a_step_are_those_without_a_mask():
+    net = Network()
+    revnets.make_reversible(net, blocks="model.transformer.h", memory="store")
+    (found,) = memory_parts(net, (words(),), optimizer="sgd", modes=("store",)).modes
+    held = found.parts["optimizer"] + found.parts["input"]
+    assert found.peak - held == simulate(net, (words(),)).peak
 
 
 def test_positions_that_are_given_may_be_those_of_packed_texts():
