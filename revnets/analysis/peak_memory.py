@@ -53,6 +53,7 @@ def memory_parts(
 
     Raises:
         ArgumentError: no reversible columns, or no output that requires a gradient.
+        RuntimeError: the model runs other operations at every call.
     """
     columns = find_columns(model)
     shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
@@ -74,11 +75,10 @@ def _peak(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, states:
         step = _Step(model, inputs, dtype, states, stop=step.tracker.peak_at, calls=step.place.seen)
         step.run()
         if step.found is not None and sum(step.found.parts.values()) == step.tracker.peak:
-            break
-    if step.found is None:
-        raise RuntimeError("the model takes another path at every call, so that its peak is not found again")
-    cell = max(most, key=most.__getitem__)
-    return PeakMemory(mode, *step.found, step.cell_name(cell), most[cell])
+            cell = max(most, key=most.__getitem__)
+            return PeakMemory(mode, *step.found, step.cell_name(cell), most[cell])
+    name = type(model).__name__
+    raise RuntimeError(f"{name} runs other operations at every call, so its peak is not found again. Make calls equal")
 
 
 PASSES = 3

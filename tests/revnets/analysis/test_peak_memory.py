@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import revnets
 from revnets.analysis.peak_memory import memory_parts
@@ -130,6 +131,22 @@ def test_without_logits_the_peak_is_that_of_the_plan():
     (prediction,) = revnets.plan(columns, shape, **options).modes
     (peak,) = memory_parts(columns, (torch.empty(shape),), **options).modes
     assert peak.peak - peak.parts["input"] == prediction.peak
+
+
+class Growing(Net):
+    """Every call takes more operations than the one before."""
+
+    calls = count(1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        for _ in range(next(self.calls)):
+            image = image + 1
+        return super().forward(image)
+
+
+def test_a_peak_that_is_not_found_again_is_an_error():
+    with pytest.raises(RuntimeError, match="Growing"):
+        memory_parts(Growing(conv_columns(2)), (torch.empty(SHAPE),), modes=("store",))
 
 
 def test_the_model_is_left_as_it_was():
