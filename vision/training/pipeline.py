@@ -18,6 +18,7 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.utils._pytree import tree_map_only
 
 from revnets import Net
 from revnets.config.errors import ArgumentError
@@ -193,13 +194,7 @@ class Pipeline:
 
     def merged(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state of the whole run in the main process, out of those of all; the others get their own back."""
-        parameters = [item for group in optimizer.param_groups for item in group["params"]]
-        entries = state["optimizer"]["state"]
-        own: dict[str, Any] = {
-            key: {name: tensor.cpu() for name, tensor in (state[key] or {}).items() if not tensor.is_meta}
-            for key in ("model", "ema")
-        }
-        own["optimizer"] = {index: entry for index, entry in entries.items() if not parameters[index].is_meta}
+        own = own_state(state, optimizer)
         if not self.world.is_main:
             dist.send_object_list([own], dst=0)
             return dict(state)
@@ -213,6 +208,18 @@ class Pipeline:
             result[key] = None if state[key] is None else {name: own[key][name] for name in state[key]}
         result["optimizer"] = {**state["optimizer"], "state": dict(sorted(own["optimizer"].items()))}
         return result
+
+
+def own_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The weights, averages and optimizer entries of this process, on the CPU: another may not have its device."""
+    parameters = [item for group in optimizer.param_groups for item in group["params"]]
+    entries = state["optimizer"]["state"]
+    own = {
+        "model": {name: tensor for name, tensor in state["model"].items() if not tensor.is_meta},
+        "ema": {name: tensor for name, tensor in (state["ema"] or {}).items() if not tensor.is_meta},
+        "optimizer": {index: entry for index, entry in entries.items() if not parameters[index].is_meta},
+    }
+    return tree_map_only(Tensor, Tensor.cpu, own)
 
 
 def _require_possible(config: TrainConfig, world: PipelineWorld) -> None:

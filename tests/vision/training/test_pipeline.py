@@ -12,6 +12,9 @@ import timm
 import torch
 import torch.distributed as dist
 import yaml
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_iter
 
 from tests.support import forked_programs
 from tests.support.errors import raises_error
@@ -20,7 +23,7 @@ from tests.support.training_runs import assert_same_run, tiny
 from vision.config.run import load_config
 from vision.distributed.context import PipelineWorld
 from vision.tasks.builders import create_task
-from vision.training.pipeline import TopLevelHead
+from vision.training.pipeline import TopLevelHead, own_state
 from vision.training.train_state import TrainState
 
 gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -85,6 +88,19 @@ def test_stages_of_a_timm_model_give_its_scores():
     for part in parts:
         found = part(*(found if isinstance(found, tuple) else (found,)))
     assert torch.equal(found, model(x))
+
+
+def test_the_state_of_a_stage_is_on_the_cpu():
+    """Fake tensors of a GPU, for they need none; lists of tensors as of the optimizer Kron."""
+    with FakeTensorMode():
+        weights = {name: torch.empty(3, device=name) for name in ("cuda", "meta")}
+        optimizer = torch.optim.SGD([nn.Parameter(weight) for weight in weights.values()])
+        entries = {0: {"step": 5, "Q": [torch.empty(2, device="cuda")]}, 1: {}}
+        own = own_state({"model": weights, "ema": weights, "optimizer": {"state": entries}}, optimizer)
+    assert own["optimizer"].keys() == {0}
+    assert own["optimizer"][0]["step"] == 5
+    assert {str(tensor.device) for tensor in tree_iter(own) if isinstance(tensor, torch.Tensor)} == {"cpu"}
+    assert own["model"].keys() == own["ema"].keys() == {"cuda"}
 
 
 @pytest.mark.parametrize(
