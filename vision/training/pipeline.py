@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from timm.optim import get_optimizer_info
 from timm.task import ClassificationTask, TrainingTask
 from timm.utils.clip_grad import dispatch_clip_grad
 from timm.utils.model_ema import ModelEmaV3
@@ -29,8 +30,11 @@ from vision.models.architecture import RevCol, to_nchw
 from vision.tasks.builders import columns_of, has_budget, unwrapped
 
 SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
-COUPLED = ("lamb",)
-"""Optimizers that clip by the norm of all gradients, of which a process has a part."""
+NORM_CLIPPED = ("Lamb", "FusedLAMB")
+"""Classes of optimizers that clip by the norm of all gradients, of which a process has a part."""
+
+RANDOM = ("Kron",)
+"""Classes of optimizers that draw random numbers from parameter to parameter, of which a process has a part."""
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -111,7 +115,7 @@ class Pipeline:
     ):
         self.config, self.world, self.device, self.autocast = config, world, device, autocast
         self.criterion = cast(ClassificationTask, task).criterion
-        _require_possible(config, world)
+        require_possible(config, world)
         model = unwrapped(task.get_trainable_module())
         self.part = self._part(model, shape)
         self.average: Part | None = None
@@ -222,14 +226,21 @@ def own_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dic
     return tree_map_only(Tensor, Tensor.cpu, own)
 
 
-def _require_possible(config: TrainConfig, world: PipelineWorld) -> None:
+def require_possible(config: TrainConfig, world: PipelineWorld) -> None:
+    """Raises a `revnets.SpecError` if the updates of a run cannot be those of one process."""
     if config.grad_accum < world.size:
         problem = f"{config.grad_accum} micro-batches do not fill the {world.size} stages of a pipeline"
         raise run_error("grad_accum", problem, f"Give at least {world.size}, or start fewer processes", "out-of-range")
-    if config.optimizer.name.lower() in COUPLED and config.optimizer.options.get("max_grad_norm", 1.0) is not None:
-        problem = f"{config.optimizer.name} clips by the norm of all gradients, and no stage has all of them"
+    name, options = config.optimizer.name, config.optimizer.options
+    kind = get_optimizer_info(name.lower()).opt_class  # an optimizer of another package is the path of its class
+    kind = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+    if kind in NORM_CLIPPED and options.get("max_grad_norm", 1.0) is not None:
+        problem = f"{name} clips by the norm of all gradients, and no stage has all of them"
         remedy = "Give optimizer.options: {max_grad_norm: null} and clip_grad, or another optimizer"
         raise run_error("optimizer.name", problem, remedy, code="conflicting-values")
+    if kind in RANDOM:
+        problem = f"{name} draws random numbers for one parameter after another, and no stage has all of them"
+        raise run_error("optimizer.name", problem, "Choose another optimizer", code="conflicting-values")
 
 
 def _drop_others(model: nn.Module, stage: nn.Module) -> None:

@@ -23,7 +23,7 @@ from tests.support.training_runs import assert_same_run, tiny
 from vision.config.run import load_config
 from vision.distributed.context import PipelineWorld
 from vision.tasks.builders import create_task
-from vision.training.pipeline import TopLevelHead, own_state
+from vision.training.pipeline import TopLevelHead, own_state, require_possible
 from vision.training.train_state import TrainState
 
 gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -119,6 +119,14 @@ def test_the_state_of_a_stage_is_on_the_cpu():
 def test_what_a_pipeline_cannot_be_combined_with(changes, code, key):
     with raises_error(code=code, key=key):
         load_config(tiny(Path("unused"), **{**PIPELINE, **changes}))
+
+
+@pytest.mark.parametrize("name", ["lambc", "clambw", "LambCD", "fusedlamb", "kron", "kronw"])
+def test_optimizers_that_need_all_parameters_are_refused(name):
+    options = {"deterministic": True} if name.startswith("kron") else {}
+    config = load_config(tiny(Path("unused"), **PIPELINE, optimizer={"name": name, "options": options}))
+    with raises_error(code="conflicting-values", key="optimizer.name"):
+        require_possible(config, PipelineWorld(0, 2))
 
 
 @pytest.mark.parametrize(
