@@ -56,7 +56,7 @@ class PreTrainedLanguageModel(PreTrainedModel):
             revnets.SpecError: the folder holds another model than its configuration describes.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        folder = Path(pretrained_model_name_or_path or "")
+        folder = Path(pretrained_model_name_or_path or "") / (kwargs.get("subfolder") or "")
         kwargs.setdefault("use_safetensors", True)
         require_config(folder)
         if (folder / "config.json").exists():

@@ -208,6 +208,15 @@ def test_a_folder_whose_configuration_does_not_fit_is_refused(
         AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 
+@pytest.mark.parametrize("kind", [RevColForCausalLM, AutoModelForCausalLM])
+def test_a_subfolder_is_compared_with_its_configuration(kind: Any, folder: Path) -> None:
+    found = kind.from_pretrained(folder.parent, subfolder=folder.name)
+    assert all(map(torch.equal, found.parameters(), language_model().parameters()))
+    change(folder, hidden_size=2**16)
+    with raises_error(key="hidden_size", code="weights-mismatch", source=folder):
+        kind.from_pretrained(folder.parent, subfolder=folder.name)
+
+
 def test_damaged_weights_are_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
