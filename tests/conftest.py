@@ -18,6 +18,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for processes that test
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["tests.support.components"]
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels run on the CPU
 

@@ -36,6 +36,7 @@ PLUGINS = {
     "user-dir": Plugin("nlp", 'Print the folder to give to fairseq: --user-dir "$(revnets user-dir)".'),
     "prepare-mt": Plugin("nlp", "Make a fairseq data set from raw parallel text."),
     "average-checkpoints": Plugin("nlp", "Average the weights of several checkpoints of one run into a new one."),
+    "train-lm": Plugin("nlp", "Train a language model, or go on with an interrupted run."),
     "score-mt": Plugin("nlp", "BLEU of a translation: tokenised, with compounds split, and sacreBLEU."),
 }
 """The commands of vision/ and nlp/. A help page lists them from here, so that it imports neither."""

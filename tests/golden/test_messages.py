@@ -21,7 +21,6 @@ from torch import nn
 import revnets
 from revnets.cli import output
 from revnets.cli.common import parse_dtype, reversible_model
-from revnets.config import registry
 from revnets.config.errors import ConfigError
 from revnets.config.registry import find_component
 from revnets.engine.cell import FixedGain, Gain
@@ -293,16 +292,7 @@ def nlp_cases() -> list[Case]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def _registry_of_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests import modules that register components, and messages list those that there are."""
-    own = {
-        kind: {name: part for name, part in parts.items() if part.__module__.startswith("revnets.")}
-        for kind, parts in registry._REGISTRY.items()
-    }
-    monkeypatch.setattr(registry, "_REGISTRY", own)
-
-
+@pytest.mark.usefixtures("own_components")
 def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.chdir(tmp_path)
     cases = [

@@ -26,5 +26,13 @@ def _enter(rank: int, work: Callable[[int], None], rendezvous: str, size: int) -
     try:
         work(rank)
         dist.barrier()  # the other process may still wait for this one
+        _leave_together(rank, size)
     finally:
         dist.destroy_process_group()
+
+
+def _leave_together(rank: int, size: int) -> None:
+    """Wait until all have left the barrier: one that closes its connections earlier may break it for others."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"left{rank}", "")
+    store.wait([f"left{other}" for other in range(size)])

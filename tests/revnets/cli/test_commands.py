@@ -100,7 +100,8 @@ def test_a_command_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistyped_command_gets_a_suggestion() -> None:
     result = CliRunner().invoke(main.app, ["trian"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
-    assert "Did you mean 'train'?" in result.output
+    assert "Did you mean" in result.output
+    assert "'train'" in result.output
 
 
 def test_the_package_runs_as_a_module() -> None:

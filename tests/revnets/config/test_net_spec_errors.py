@@ -17,6 +17,7 @@ from tests.support.errors import raises_error
 from tests.support.spec_mistakes import CONVNEXT, GOOD, MISTAKES, Mistake
 
 
+@pytest.mark.usefixtures("own_components")
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: f"{mistake.key}-{mistake.new.strip()[:40]}")
 def test_bad_value(tmp_path: Path, mistake: Mistake) -> None:
     file = tmp_path / "net.yaml"

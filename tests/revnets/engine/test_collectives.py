@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import revnets
-from revnets import ReplayError, ReversibleColumns, ReversibleSequence, plan
+from revnets import MemoryPolicy, ReplayError, ReversibleColumns, ReversibleSequence, plan
 from tests.support.errors import raises_error
 from tests.support.gradients import loss_of
 from tests.support.networks import stem_of, token_net
@@ -94,15 +94,17 @@ def budgets_give_one_plan(rank: int) -> None:
     request = {"optimizer": "sgd", "ranks": PROCESSES, "sharding": "ddp"}
     peaks = [row.peak for row in plan(NET, (400, 13), modes=("exact", "store"), **request).modes]
 
-    def stored(ranks: int | None) -> frozenset[int]:
+    def planned(ranks: int | None) -> tuple[MemoryPolicy, float]:
         net = revnets.build({**NET, "memory": {"budget": sum(peaks) // 2, "optimizer": "sgd", "ranks": ranks}})
         loss_of(net(torch.randn(400 - 100 * rank, 13))).backward()
-        return net.columns.stored
+        return net.columns.policy, net.memory_plan.chosen.extra
 
     found: list[Any] = [None] * PROCESSES
-    dist.all_gather_object(found, stored(None))
-    assert found[0] == found[1] != frozenset()
-    assert rank == 0 or len(stored(1)) > len(found[0])  # trains alone, and waits for no other rank
+    policy, extra = planned(None)
+    dist.all_gather_object(found, policy)
+    assert found[0] == found[1]
+    assert policy.stored
+    assert rank == 0 or planned(1)[1] < extra  # trains alone, and waits for no other rank
 
 
 def work(rank: int) -> None:

