@@ -15,6 +15,9 @@ SIXTEEN_BITS = ("PNG", "PPM")
 """Formats whose greyscale has 16 bits at most, although versions of Pillow open it in the mode of 32 bits."""
 
 
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Pillow spreads the grey values of pictures of 2 and 4 bits over 0 to 255, by these factors."""
+
 LARGE, PACKED = 2**26, 50
 """Pixels of a picture that takes long to decode, and how many a byte of its file may hold then; of photos, 2 to 30."""
 
@@ -30,7 +33,9 @@ def read_image(file: IO[bytes], mode: str = "RGB", exif: Exif = "ignore") -> Ima
         Exception: it cannot be decoded; decoders raise whatever they like (OSError, SyntaxError, ValueError,
             DecompressionBombError).
     """
-    return converted(_decoded(file), mode, exif)
+    picture = _opened(file)
+    picture.load()
+    return converted(picture, mode, exif)
 
 
 def read_semantic_map(file: IO[bytes]) -> np.ndarray:
@@ -45,19 +50,20 @@ def read_semantic_map(file: IO[bytes]) -> np.ndarray:
     Raises:
         Exception: it cannot be decoded, or its pixels are colors.
     """
-    picture = _decoded(file)
-    if picture.mode not in ("L", "P", "I;16", "I;16B", "I"):
+    picture = _opened(file)
+    step = next((GREY_STEPS[str(tile[3])] for tile in picture.tile if str(tile[3]) in GREY_STEPS), 1)
+    picture.load()
+    if picture.mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
         raise ValueError(f"its pixels are colors (mode {picture.mode}) where class numbers are needed")
-    return np.asarray(picture).astype(np.int64)
+    return np.asarray(picture).astype(np.int64) // step
 
 
-def _decoded(file: IO[bytes]) -> Image.Image:
+def _opened(file: IO[bytes]) -> Image.Image:
     try:
         picture = Image.open(file, formats=_formats())
     except UnidentifiedImageError:  # whose message is a description of the object `file`
         raise OSError("cannot identify a picture in it") from None
     _require_real_size(picture, file)
-    picture.load()
     return picture
 
 

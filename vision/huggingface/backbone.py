@@ -33,6 +33,7 @@ class RevColPreTrainedModel(PreTrainedModel):
         """Initialize a classifier that a checkpoint lacks; the rest was initialized when it was made."""
         if module is self.revcol.head.fc:
             module.apply(init_weights)
+            self.revcol.scale_classifier()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -63,7 +63,7 @@ class RevCol(nn.Module):
             self.stem: nn.Module = build_stem(spec, in_chans=in_chans)
             self.columns: ReversibleColumns = build_columns(spec)
             self.head = classifier(self.num_features, num_classes, global_pool, drop_rate)
-        self._scale_classifier()
+        self.scale_classifier()
         if dtype is not None:
             self.to(dtype=dtype)
         if isinstance(spec.memory, BudgetSpec):
@@ -74,7 +74,8 @@ class RevCol(nn.Module):
             for index, (level, reduction) in enumerate(zip(spec.levels, spec.reductions(), strict=True))
         ]
 
-    def _scale_classifier(self) -> None:
+    def scale_classifier(self) -> None:
+        """Multiply the weights of a new classifier by `head_init_scale`."""
         for parameter in self.head.fc.parameters():
             parameter.data.mul_(self.head_init_scale)
 
@@ -204,7 +205,7 @@ class RevCol(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head.fc.apply(init_weights)
-        self._scale_classifier()
+        self.scale_classifier()
 
     # -------------------------------------------------------------------------------------------------- training
 

@@ -16,6 +16,10 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from revnets import keep_budget
+from revnets.config.errors import ArgumentError
+from revnets.config.memory_budget import BudgetSpec
+from revnets.memory.auto_budget import forget_budget
 from vision.huggingface import RevColBackboneConfig
 from vision.models.architecture import RevCol
 
@@ -80,6 +84,9 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
         for head in (self.decode_head, self.auxiliary_head):
             if head is not None:
                 head.classifier.register_forward_pre_hook(dropout)
+        if isinstance(budget := self.revcol.columns.budget, BudgetSpec):
+            forget_budget(self.revcol)
+            keep_budget(self, budget)  # which counts the heads and the loss as well
 
     def targets(self, maps: Tensor) -> dict[str, Any]:
         return {"labels": maps}
@@ -89,7 +96,19 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
 
 
 class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
-    """Mask2Former (Cheng et al., CVPR 2022) for semantic classes: one mask for each class that is in an image."""
+    """Mask2Former (Cheng et al., CVPR 2022) for semantic classes: one mask for each class that is in an image.
+
+    Raises:
+        ValueError: the backbone has a memory budget: a plan has no values, and the loss matches masks by value.
+    """
+
+    def __init__(self, config: Mask2FormerConfig):
+        super().__init__(config)
+        if isinstance(self.revcol.columns.budget, BudgetSpec):
+            problem = (
+                "Mask2Former matches masks by value, so no memory budget can be planned for it. Give a memory mode"
+            )
+            raise ArgumentError(problem, "memory", code="conflicting-values")
 
     def targets(self, maps: Tensor) -> dict[str, Any]:
         """A mask (classes in the image, H, W) for each image, and its classes."""

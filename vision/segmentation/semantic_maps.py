@@ -145,7 +145,7 @@ class Augmentation:
 
     def __init__(self, config: SemanticMapsConfig):
         self.config = config
-        self.colors = v2.RandomPhotometricDistort() if config.photometric else v2.Identity()
+        self.colors = PhotometricDistortion(hue=(-0.1, 0.1)) if config.photometric else v2.Identity()
 
     def __call__(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Image (3, H, W) in bytes and map (H, W) to crops of `img_size`."""
@@ -172,6 +172,13 @@ class Augmentation:
             if len(counts.nonzero()) > 1 and counts.max() < self.config.most_of_one_class * counts.sum():
                 break
         return image[:, top : top + side, left : left + side], part  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+class PhotometricDistortion(v2.RandomPhotometricDistort):
+    """torchvision's random brightness, contrast, saturation and hue, without its permutation of the channels."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
 def normalized(image: Tensor, config: SemanticMapsConfig) -> Tensor:

@@ -11,6 +11,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from revnets.config.memory_budget import BudgetSpec
 from vision.config.data import SemanticMapsConfig
 from vision.config.run import TimmModel, TrainConfig
 from vision.distributed.context import World
@@ -77,7 +78,11 @@ class SemanticSegmentation(Task):
         """
         backbone = cast(TimmModel, self.config.model)
         options = {**backbone.options, **self.options}
-        if self.config.memory is not None:
+        if isinstance(self.config.memory, BudgetSpec):
+            if self.head == "mask2former":
+                problem = "Mask2Former matches masks by value, so that no budget can be planned"
+                raise run_error("memory", problem, "Give a memory mode", code="conflicting-values")
+        elif self.config.memory is not None:
             options["memory"] = self.config.memory
         try:
             build = upernet if self.head == "upernet" else mask2former
@@ -85,6 +90,10 @@ class SemanticSegmentation(Task):
         except (TypeError, ValueError) as error:
             raise run_error("model", str(error), "See docs/guides/segmentation.md", code="component-failed") from error
         return model.train()
+
+    def planned(self, model: nn.Module) -> nn.Module:
+        """The step with its loss: scores of all classes at the size of the images take more than the backbone."""
+        return SegmentationStep(cast(RevColSegmenter, model))
 
     def begin(self, model: nn.Module, data: SegmentationData, world: World) -> str:
         """Put pretrained weights into the backbone."""
@@ -130,6 +139,18 @@ class SemanticSegmentation(Task):
 
     def evaluator(self, model: nn.Module, data: SegmentationData, device: torch.device) -> MapEvaluator:
         return MapEvaluator(len(data.classes), device)
+
+
+class SegmentationStep(nn.Module):
+    """From images (B, C, H, W) to the loss against maps of one class, for memory plans."""
+
+    def __init__(self, segmenter: RevColSegmenter):
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.long, device=images.device)
+        return self.segmenter.semantic_loss(images, maps)
 
 
 class MapEvaluator:

@@ -57,6 +57,15 @@ def test_a_new_classifier_replaces_one_of_another_size(classifier, tmp_path):
     assert torch.isfinite(again(images).logits).all()
 
 
+def test_new_classifiers_begin_with_scaled_weights(classifier, tmp_path):
+    config = RevColBackboneConfig(name="test_revcol", num_labels=5, head_init_scale=1e-3)
+    assert RevColForImageClassification(config).revcol.head.fc.weight.abs().max() < 1e-3
+    classifier.save_pretrained(tmp_path)
+    options = {"num_labels": 5, "head_init_scale": 1e-3, "ignore_mismatched_sizes": True}
+    again = RevColForImageClassification.from_pretrained(tmp_path, **options)
+    assert 0 < again.revcol.head.fc.weight.abs().max() < 1e-3
+
+
 def test_the_processor_prepares_images_as_timm_does(classifier, picture):
     transform = create_transform(**resolve_model_data_config(classifier.revcol), is_training=False)
     ours = classifier.image_processor()(picture, return_tensors="pt")["pixel_values"][0]

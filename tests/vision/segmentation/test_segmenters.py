@@ -120,6 +120,24 @@ def test_layer_decay_scales_the_backbone_and_not_the_heads(name):
     assert len(ratios) == 1
 
 
+def test_a_budget_counts_the_head_and_the_loss():
+    model = build("upernet", memory={"budget": "1GiB"}).train()
+    images, maps = batch()
+    model(pixel_values=images, labels=maps).loss.backward()
+    classes = 31
+    torch.manual_seed(0)
+    wide = upernet("test_revcol", classes, memory={"budget": "1GiB"}, **SMALL["upernet"]).train()
+    wide(pixel_values=images, labels=maps).loss.backward()
+    scores = 2 * SIZE[0] * SIZE[1] * (classes - 5) * 4
+    assert wide.memory_plan.chosen.peak - model.memory_plan.chosen.peak > 2 * scores
+
+
+def test_mask2former_refuses_a_budget():
+    with pytest.raises(ValueError) as caught:
+        build("mask2former", memory={"budget": "1GiB"})
+    assert (caught.value.key, caught.value.code) == ("memory", "conflicting-values")
+
+
 @pytest.mark.parametrize(
     ("variant", "channels", "millions"),
     [

@@ -1,19 +1,25 @@
 """Images with class maps in the folders of ADE20K."""
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pydantic import TypeAdapter
+from torchvision import tv_tensors
 
 pytest.importorskip("transformers")
 
 from revnets import SpecError
 from revnets.config.loader import validate
 from vision.config.data import SemanticMapsConfig
+from vision.data.decoding import read_semantic_map
 from vision.data.samplers import Key
 from vision.errors import DataError
-from vision.segmentation.semantic_maps import load_semantic_maps
+from vision.segmentation.semantic_maps import PhotometricDistortion, load_semantic_maps
 
 COLORS = np.array([[0, 0, 0], [200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)
 
@@ -102,6 +108,33 @@ def test_a_palette_holds_class_numbers(root):
     palette.save(root / "annotations/validation/v0.png")
     expected = torch.from_numpy(np.asarray(numbers).astype(np.int64)) - 1
     assert torch.equal(load_semantic_maps(config(root), 0).val[0][1], expected)
+
+
+def grey_png(bits, rows):
+    """A PNG of grey values that are packed into bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    width, height = len(rows[0]) * 8 // bits, len(rows)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "expected"),
+    [(1, b"\x1b", [0, 0, 0, 1, 1, 0, 1, 1]), (2, b"\x1b", [0, 1, 2, 3]), (4, b"\x01\x23", [0, 1, 2, 3])],
+)
+def test_class_numbers_of_few_bits_are_not_spread(bits, row, expected):
+    file = io.BytesIO(grey_png(bits, [row]) + b"\0\0\0\0IEND\xaeB`\x82")
+    assert read_semantic_map(file).tolist() == [expected]
+
+
+def test_distortions_do_not_swap_channels():
+    distortion = PhotometricDistortion(brightness=(1, 1), contrast=(1, 1), saturation=(1, 1), hue=(0, 0), p=1.0)
+    image = torch.arange(3, dtype=torch.uint8).view(3, 1, 1).expand(3, 5, 7).contiguous()
+    for _ in range(11):
+        assert torch.equal(distortion(tv_tensors.Image(image)).as_subclass(torch.Tensor), image)
 
 
 @pytest.mark.parametrize(("folder", "named"), [("images", "t1"), ("annotations", "t1")])
