@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -51,7 +51,8 @@ def read_semantic_map(file: IO[bytes]) -> np.ndarray:
         Exception: it cannot be decoded, or its pixels are colors.
     """
     picture = _opened(file)
-    step = next((GREY_STEPS[str(tile[3])] for tile in picture.tile if str(tile[3]) in GREY_STEPS), 1)
+    tiles: Any = getattr(picture, "tile", ())  # (decoder, box, offset, layout of the bits)
+    step = next((GREY_STEPS[str(tile[3])] for tile in tiles if str(tile[3]) in GREY_STEPS), 1)
     picture.load()
     if picture.mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
         raise ValueError(f"its pixels are colors (mode {picture.mode}) where class numbers are needed")
