@@ -185,6 +185,11 @@ class BudgetSpec(Strict):
                 raise problem(text, "Add it, as in `host: 64GiB`", key, code="conflicting-values")
         return self
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        # An older pickle lacks the keys of host memory.
+        defaults = {name: field.default for name, field in type(self).model_fields.items() if not field.is_required()}
+        super().__setstate__({**state, "__dict__": {**defaults, **state["__dict__"]}})
+
     def __str__(self) -> str:
         host = "" if self.host is None else f", {self.host} of host memory"
         return f"planned for {self.budget}" + ("'s peak" if self.budget in list(Memory) else "") + host

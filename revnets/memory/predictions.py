@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,14 @@ class PlanError(ValueError):
         self.key, self.code = key, code
 
 
+def _restore(target: Any, state: list[Any]) -> None:
+    """Set the fields of a frozen dataclass from a pickle. An older one ends before the last of them."""
+    known = fields(target)
+    defaults = [field.default for field in known[len(state) :]]
+    for field, value in zip(known, [*state, *defaults], strict=True):
+        object.__setattr__(target, field.name, value)
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Bytes that one rank needs in one memory mode, once training runs."""
@@ -43,6 +51,11 @@ class Prediction:
     extra: float  # work of the step against `store`, 1.33 = a third more; waits for the link to the host included
     offloaded: tuple[int, ...] = ()  # cells that keep in host memory what they keep
     host: int = 0  # bytes there, at most at once
+
+    def __setstate__(self, state: list[Any]) -> None:
+        if len(state) == 11:  # an older pickle, without `kept_cells`
+            state = [*state[:3], (), *state[3:]]
+        _restore(self, state)
 
     @property
     def name(self) -> str:
@@ -70,6 +83,9 @@ class Plan:
     budget: int | None = None
     chosen: Prediction | None = None  # under the budget
     host: int | None = None  # bytes of host memory that may be used besides
+
+    def __setstate__(self, state: list[Any]) -> None:
+        _restore(self, state)
 
     def apply(self, model: nn.Module) -> None:
         """Set the chosen memory mode on a model."""
