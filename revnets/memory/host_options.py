@@ -38,29 +38,35 @@ class HostOptions:
         return flops / self.host.link
 
     def extended(
-        self, cells: Sequence[Sequence[Option]], forward: Sequence[int], backward: Sequence[int]
+        self,
+        cells: Sequence[Sequence[Option]],
+        forward: Sequence[int],
+        backward: Sequence[int],
+        gradients: Sequence[int] = (),
     ) -> list[list[Option]]:
         """The options of each cell, and those that leave bytes behind once more, with host memory for these bytes.
 
         Args:
             cells: options of each cell, in the order of the forward.
             forward, backward: work of each cell without replays.
+            gradients: bytes by which `Option.kept` of each cell is less than what it leaves behind: those of the
+                gradients that take its room in backward. By default none.
         """
         beside = [*zip(forward[1:], backward[1:], strict=True), (0, 0)]
         return [
-            [*options, *(self._hosted(option, works) for option in options if option.kept)]
-            for options, works in zip(cells, beside, strict=True)
+            [*options, *(self._hosted(option, option.kept + more, works) for option in options if option.kept + more > 0)]
+            for options, works, more in zip(cells, beside, gradients or [0] * len(cells), strict=True)
         ]
 
-    def _hosted(self, option: Option, beside: tuple[int, int]) -> Option:
+    def _hosted(self, option: Option, moved: int, beside: tuple[int, int]) -> Option:
         """The option with its bytes in host memory; while they are copied they are on the device as well."""
-        copying = round(option.kept * self.work_per_byte)
+        copying = round(moved * self.work_per_byte)
         waits = sum(max(0, copying - work) for work in beside)
         return option._replace(
-            kept=0,
+            kept=option.kept - moved,
             work=option.work + waits + copying // 100,  # so that the device is the first choice where there is room
-            room=option.room - option.kept,
-            host=option.kept,
+            room=option.room - moved,
+            host=moved,
             waits=waits,
         )
 

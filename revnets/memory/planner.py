@@ -130,7 +130,10 @@ class _Predictor:
         if host is not None:
             forward = [cost.work for cost in self.costs.values()]
             backward = [both - one for both, one in zip(uses["store"].work, forward, strict=True)]
-            space.options = host.extended(space.options, forward, backward)
+            # A gradient comes into being while backward sets free what its cell keeps, unless it leaves or is there.
+            stays = not self.run.sharded and not self.run.accumulates
+            gradients = [cost.gradients if stays else 0 for cost in self.costs.values()]
+            space.options = host.extended(space.options, forward, backward, gradients)
         return space
 
     def search(

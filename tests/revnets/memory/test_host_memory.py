@@ -121,6 +121,12 @@ def test_a_copy_costs_what_it_takes_longer_than_the_cell_beside_it():
     assert last[3].waits == 2 * 22  # nothing runs beside it
 
 
+def test_bytes_that_move_are_those_of_activations_alone():
+    cells = [[Option(-83, 700, 1000, LOST), Option(-97, 600, 1000, STATE)]]
+    hosted = options().extended(cells, [0], [0], gradients=[97])[0][2:]
+    assert [(option.kept, option.host, option.room) for option in hosted] == [(-97, 14, 986)]  # gradients stay
+
+
 def test_the_search_keeps_within_host_memory():
     host, room = options(), 11 * 3
     cells = host.extended(CELLS, [997] * 3, [997] * 3)
