@@ -72,7 +72,8 @@ class PolicySpace:
         least = uses[Memory.EXACT].peaks
         more = corrections or [0] * len(least)
         self.rooms = {mode: self._rooms(found, more) for mode, found in uses.items()}
-        capped = [min(known, peak - highest) for known, highest in zip(more, least, strict=True)]  # it is known to fit
+        # Where lost bits fit, they are known to; with host memory, a peak below that of `exact` is possible.
+        capped = [min(known, max(peak - highest, 0)) for known, highest in zip(more, least, strict=True)]
         self.rooms[Memory.EXACT] = self._rooms(uses[Memory.EXACT], capped)
         self.room = self.rooms[Memory.EXACT][-1]
         cells = columns.flat()

@@ -8,7 +8,7 @@ is read from simulated steps (`step_record.py`, `cell_options.py`); the best cho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,11 +146,12 @@ class _Predictor:
         """
         space = self.space(peak, corrections, host)
         found = search(space.options, space.room) if host is None else host.search(space.options, space.room)
-        if found is None:
-            return None
-        policy = self._policy(space, found)
+        return None if found is None else self._with_errors(space, found)
+
+    def _with_errors(self, space: PolicySpace, choice: Sequence[Option]) -> tuple[CellPolicy, list[int]]:
+        policy = self._policy(space, choice)
         peaks = self.footprint(policy).cells.peaks
-        return policy, [real - expected for real, expected in zip(peaks, space.peaks(found), strict=True)]
+        return policy, [real - expected for real, expected in zip(peaks, space.peaks(choice), strict=True)]
 
     def least(self, host: HostOptions | None) -> list[CellPolicy]:
         """Policies one of which has the lowest peak."""
@@ -159,6 +160,11 @@ class _Predictor:
             return [exact]
         space = self.space(0, host=host)
         return [exact, self._policy(space, least_kept(space.options))]
+
+    def least_errors(self, host: HostOptions) -> list[int]:
+        """As those of `search`, for the policy that keeps the least on the device."""
+        space = self.space(0, host=host)
+        return self._with_errors(space, least_kept(space.options))[1]
 
     def _policy(self, space: PolicySpace, choice: Sequence[Option]) -> CellPolicy:
         policy = space.policy(choice)
@@ -240,39 +246,66 @@ def _least_work(
     def needs(prediction: Prediction) -> int:
         return prediction.peak + (0 if exactly else predictor.margin(prediction))
 
-    least = min((predictor.predict(policy, base) for policy in predictor.least(host)), key=needs)
-    batch = next(iter(predictor.shape), 1)
-    if needs(least) > budget or (host is not None and not host.takes(least.host)):
-        static = least.parameters + least.gradients + least.optimizer + least.buckets
-        sample = max(least.peak - static, 0) // max(batch, 1)
-        turn = (
-            f"the weights, gradients and optimizer alone take {size(static)}; shard them over more ranks, or take "
-            "an optimizer with less state"
-            if static > budget
-            else f"each of the {batch} samples takes about {size(sample)}; lower the batch, use bfloat16, or shard"
-        )
-        smallest = size(needs(least))
-        raise PlanError(
-            f"nothing fits {size(budget)}: the smallest peak is {smallest}. Of it, {turn}", "budget", code="over-budget"
-        )
-    best, tried = least, least
-    corrections: list[int] = []
+    def fits(prediction: Prediction) -> bool:
+        return needs(prediction) <= budget and (host is None or prediction.host <= host.host.bytes)
+
+    lowest = [predictor.predict(policy, base) for policy in predictor.least(host)]
+    least = min(lowest, key=needs)  # even if host memory cannot hold it: part of it may be enough
+    if needs(least) > budget:
+        raise _over_budget(predictor, least, needs(least), budget)
+    found = lowest
+    # What single cells tell of host memory is far off, as cells share states: two beginnings find more than one.
+    for corrections in [predictor.least_errors(host), []] if host else [[]]:
+        found = [*found, *_attempts(predictor, base, budget, host, least, needs, corrections)]
+        if any(fits(prediction) and prediction.extra <= 1.0 for prediction in found):
+            break
+    best = min(filter(fits, found), key=predictor.work, default=None)
+    if best is None:  # host memory is too small for what the device lacks
+        raise _over_budget(predictor, lowest[0], needs(lowest[0]), budget)
+    return best
+
+
+def _attempts(
+    predictor: _Predictor,
+    base: Prediction,
+    budget: int,
+    host: HostOptions | None,
+    tried: Prediction,
+    needs: Callable[[Prediction], int],
+    corrections: list[int],
+) -> Iterator[Prediction]:
+    """Policies that are found one after the other, each with what was learned from the ones before."""
+    if host is not None:
+        host.limit = host.host.bytes
     for _ in range(ATTEMPTS):
         found = predictor.search(budget - needs(tried) + tried.peak, corrections, host)
         if found is None:
-            break
+            return
         policy, errors = found
         is_known, tried = policy == tried.policy, predictor.predict(policy, base)
         is_within = host is None or host.takes(tried.host)
+        yield tried
         fits = is_within and needs(tried) <= budget
-        if fits:
-            best = min(best, tried, key=predictor.work)
         if (is_known and is_within) or (fits and (tried.extra <= 1.0 or budget - needs(tried) < CLOSE * budget)):
-            break
+            return
         # Tensors that cells share, and what else single cells do not tell, set the peaks off.
         found = [known + error for known, error in zip(corrections or [0] * len(errors), errors, strict=True)]
         corrections = [max(pair) for pair in zip(corrections, found, strict=True)] if corrections else found
-    return best
+
+
+def _over_budget(predictor: _Predictor, least: Prediction, needed: int, budget: int) -> PlanError:
+    """The error that names the smallest peak, and what would lower it."""
+    batch = next(iter(predictor.shape), 1)
+    static = least.parameters + least.gradients + least.optimizer + least.buckets
+    sample = max(least.peak - static, 0) // max(batch, 1)
+    turn = (
+        f"the weights, gradients and optimizer alone take {size(static)}; shard them over more ranks, or take "
+        "an optimizer with less state"
+        if static > budget
+        else f"each of the {batch} samples takes about {size(sample)}; lower the batch, use bfloat16, or shard"
+    )
+    text = f"nothing fits {size(budget)}: the smallest peak is {size(needed)}. Of it, {turn}"
+    return PlanError(text, "budget", code="over-budget")
 
 
 ATTEMPTS, CLOSE = 6, 0.002

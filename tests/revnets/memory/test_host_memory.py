@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import revnets
@@ -14,6 +15,7 @@ from revnets.cli import main
 from revnets.config.memory_budget import BudgetSpec, HostMemory, host_memory, parse_flops, parse_link
 from revnets.memory import host_options
 from revnets.memory.host_options import HostOptions
+from revnets.memory.planner import Prediction, plan_module
 from revnets.memory.policy_search import ALL, LOST, STATE, Option, search
 from revnets.memory.simulation import total
 from revnets.memory.tracker import MemoryTracker
@@ -74,6 +76,36 @@ def test_host_memory_is_bounded():
     part = planned(host=whole.host // 3).chosen
     assert part.host <= whole.host // 3
     assert whole.extra <= part.extra
+
+
+class WideHead(nn.Module):
+    """Cells whose lost bits are far larger than their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = revnets.ReversibleSequence([nn.Linear(64, 64) for _ in range(8)], m=2, gain=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.columns(x)[-1]
+
+
+def test_host_memory_may_hold_the_lost_bits_of_some_cells():
+    model, x = WideHead(), torch.empty(4093, 64)
+
+    def chosen(budget: int, bytes_on_host: int) -> Prediction | None:
+        memory = HostMemory(bytes_on_host, flops=1e12)
+        return plan_module(model, (x,), optimizer="none", modes=("exact",), budget=budget, host=memory).chosen
+
+    exact = plan_module(model, (x,), optimizer="none", modes=("exact",)).modes[0].peak
+    budget = exact - 40_000
+    whole = chosen(budget, 10**9)
+    part = chosen(budget, 270_000)
+    assert whole is not None
+    assert part is not None
+    assert part.peak <= budget
+    assert 0 < part.host <= 270_000
+    with raises_error(PlanError, code="over-budget", key="budget"):
+        chosen(budget, 1009)
 
 
 def test_a_pending_budget_uses_host_memory():
