@@ -54,7 +54,10 @@ class HostOptions:
         """
         beside = [*zip(forward[1:], backward[1:], strict=True), (0, 0)]
         return [
-            [*options, *(self._hosted(option, option.kept + more, works) for option in options if option.kept + more > 0)]
+            [
+                *options,
+                *(self._hosted(option, option.kept + more, works) for option in options if option.kept + more > 0),
+            ]
             for options, works, more in zip(cells, beside, gradients or [0] * len(cells), strict=True)
         ]
 

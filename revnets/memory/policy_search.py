@@ -44,7 +44,7 @@ def search(cells: Sequence[Sequence[Option]], room: int) -> list[Option] | None:
         One option per cell; None if nothing fits.
     """
     least = sum(min(option.kept for option in options) for options in cells)  # less than 0 if gradients outweigh it
-    unit = max(room / UNITS, (room - least) / UNITS, 1.0)
+    unit = max(room / UNITS, (room - least) / (8 * UNITS), 1.0)
     found = _search(cells, room, unit, 0)
     return found or _search(cells, room, unit, len(cells))  # rounding may go against a choice that fits
 

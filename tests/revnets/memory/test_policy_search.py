@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import accumulate, product
 
 from hypothesis import given
@@ -72,3 +73,13 @@ def test_what_lies_behind_a_cell_takes_no_room_from_it():
 def test_nothing_fits():
     assert search([[Option(50, 1, 0, ALL)], [Option(5, 1, 30, ALL)]], 100) is None
     assert search([[Option(50, 1, 0, ALL)]], 40) is None
+
+
+def test_cells_whose_gradients_outweigh_what_they_keep_need_no_long_tables():
+    cells = [[Option(-10_000_019, 7, 10**9, LOST), Option(-10_000_000, 3, 10**9, STATE)]]
+    tracemalloc.start()
+    found = search(cells, 13)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [cells[0][1]]
+    assert peak < 10_000_000
