@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Generator, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -93,17 +95,39 @@ def without_packing(inputs: Any) -> Generator[None]:
     if masks is None or not hasattr(masks, "find_packed_sequence_indices"):
         yield
         return
-    original = masks.find_packed_sequence_indices
-    given = {storage_key(tensor) for tensor in tensors(inputs)}
-
-    def find(position_ids: Tensor) -> Tensor | None:
-        return original(position_ids) if storage_key(position_ids) in given else None
-
-    masks.find_packed_sequence_indices = find
+    with _lock:
+        original = _running[0] if _running else masks.find_packed_sequence_indices
+        if not _running:
+            masks.find_packed_sequence_indices = _without_packing_here(original)
+        _running.append(original)
+    before, _thread.given = _thread.given, {storage_key(tensor) for tensor in tensors(inputs)}
     try:
         yield
     finally:
-        masks.find_packed_sequence_indices = original
+        _thread.given = before
+        with _lock:
+            _running.pop()
+            if not _running:
+                masks.find_packed_sequence_indices = original
+
+
+def _without_packing_here(original: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    """The function of transformers, but in threads that simulate a step it looks at given tensors alone."""
+
+    @wraps(original)
+    def find(position_ids: Tensor) -> Tensor | None:
+        is_made = _thread.given is not None and storage_key(position_ids) not in _thread.given
+        return None if is_made else original(position_ids)
+
+    return find
+
+
+class _Thread(threading.local):
+    given: set[Any] | None = None  # storages of the tensors that a simulated model is given
+
+
+_thread, _lock = _Thread(), threading.Lock()
+_running: list[Any] = []  # the function of transformers, once for each simulation of any thread
 
 
 def _drop(parameter: Tensor) -> None:

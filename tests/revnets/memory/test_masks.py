@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import revnets
 from revnets.analysis.memory_scaling import step_bytes
 from revnets.analysis.peak_memory import memory_parts
-from revnets.memory.simulation import simulate
+from revnets.memory.simulation import simulate, without_packing
 
 transformers = pytest.importorskip("transformers")
 
@@ -63,3 +64,23 @@ def test_transformers_is_left_as_it_was():
     original = masks.find_packed_sequence_indices
     simulate(Network(), (words(),))
     assert masks.find_packed_sequence_indices is original
+
+
+def test_simulations_of_two_threads_end_in_any_order():
+    masks = transformers.masking_utils
+    original = masks.find_packed_sequence_indices
+    first, second = without_packing(()), without_packing(())
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        other.submit(second.__exit__, None, None, None).result()
+    assert masks.find_packed_sequence_indices is original
+
+
+def test_other_threads_see_packed_texts_during_a_simulation():
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    with without_packing(()), ThreadPoolExecutor(1) as other:
+        find = transformers.masking_utils.find_packed_sequence_indices
+        assert find(packed) is None
+        assert torch.equal(other.submit(find, packed).result(), torch.tensor([[0, 0, 0, 1, 1]]))
