@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revnets.config.memory_budget import BudgetSpec, host_memory, parse_budget
 from revnets.engine.columns_group import ColumnsGroup, find_columns
 from revnets.engine.executor import is_transformed
-from revnets.engine.memory_mode import Budget
+from revnets.engine.memory_mode import Budget, Memory
 from revnets.engine.replay.replay_context import outside_of_autocast
 from revnets.memory.planner import Plan, PlanError, plan_module
 
@@ -152,7 +152,7 @@ def _plan(model: nn.Module, entry: str, inputs: tuple[Any, ...], keywords: Mappi
             grad_accum=budget.grad_accum,
             budget=parse_budget(budget.budget),
             host=host_memory(budget.host, budget.link, budget.flops),
-            modes=(),
+            modes=(Memory.STORE,),  # how ranks compare
         )
 
     unhooked = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # the caller's see no fake tensors
@@ -189,7 +189,21 @@ def _least_of_all_ranks(found: Any) -> Plan:
     for outcome in outcomes:
         if isinstance(outcome, PlanError):
             raise outcome
-    return max(outcomes, key=lambda plan: plan.chosen.extra)
+    return _poorest(outcomes)
+
+
+def _poorest(plans: list[Plan]) -> Plan:
+    """The plan of the rank whose step exceeds its budget the most if it keeps everything.
+
+    Extra work alone does not tell: copies to the host may hide behind the cells and cost none.
+    """
+
+    def need(plan: Plan) -> tuple[float, float]:
+        assert plan.budget is not None  # a pending budget is planned for
+        assert plan.chosen is not None
+        return plan.modes[0].peak / plan.budget, plan.chosen.extra
+
+    return max(plans, key=need)
 
 
 def _compare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ import revnets
 from revnets.cli import main
 from revnets.config.memory_budget import BudgetSpec, HostMemory, host_memory, parse_flops, parse_link
 from revnets.memory import host_options
+from revnets.memory.auto_budget import _poorest
 from revnets.memory.host_options import HostOptions
 from revnets.memory.planner import Prediction, plan_module
 from revnets.memory.policy_search import ALL, LOST, STATE, Option, search
@@ -131,6 +133,15 @@ def test_the_speed_of_the_device_is_measured_if_it_is_not_given(monkeypatch):
 
 def test_a_product_of_matrices_has_a_speed():
     assert host_options.measured_flops(torch.device("cpu"), torch.float32) > 1e6
+
+
+def test_ranks_agree_on_the_plan_of_the_one_that_needs_the_most_memory():
+    large = planned(modes=("store",))
+    small = plan(net(), (11, 64), budget=BUDGET, host="64GiB", flops=1e9, optimizer="none", modes=("store",))
+    hidden = replace(large, chosen=replace(large.chosen, extra=1.0))  # its copies cost no work
+    assert small.chosen.offloaded == ()
+    assert _poorest([small, hidden]) is hidden
+    assert _poorest([hidden, small]) is hidden
 
 
 # ------------------------------------------------------------------------------------------- the search
