@@ -28,8 +28,8 @@ def keep_budget(model: nn.Module, budget: Budget | int | str) -> None:
     """Let a model choose memory modes that keep a training step under a budget, once it knows its input.
 
     At the first forward in training mode the step is simulated on fake tensors with the shape, dtype and autocast of
-    that forward, as `revnets.plan` does. `columns.memory`, `stored` and `kept` are set to the least work that fits,
-    and the logger `revnets.memory.auto_budget` says so. Setting `columns.memory` before gives the budget up.
+    that forward, as `revnets.plan` does. `columns.memory`, `stored`, `kept` and `offloaded` are set to the least work
+    that fits, and the logger `revnets.memory.auto_budget` says so. Setting `columns.memory` before gives the budget up.
 
     The plan is made when the model itself is called, or a method of it that `plan_on_call` decorates. Where neither
     is, the columns warn that the budget is still pending.
@@ -213,8 +213,13 @@ def _compare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if plan is None:
         return
     chosen = plan.chosen
-    planned = chosen.memory(columns.column_count), set(chosen.stored), dict(chosen.kept_cells)
-    if (list(columns.memory), columns.stored, columns.kept) != planned:
+    planned = (
+        chosen.memory(columns.column_count),
+        set(chosen.stored),
+        dict(chosen.kept_cells),
+        set(chosen.offloaded),
+    )
+    if (list(columns.memory), columns.stored, columns.kept, columns.offloaded) != planned:
         return  # somebody has set another mode since
     shape = next((tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ())
     if math.prod(shape) > math.prod(plan.input_shape):

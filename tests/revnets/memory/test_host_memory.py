@@ -15,7 +15,7 @@ import revnets
 from revnets.cli import main
 from revnets.config.memory_budget import BudgetSpec, HostMemory, host_memory, parse_flops, parse_link
 from revnets.memory import host_options
-from revnets.memory.auto_budget import _poorest
+from revnets.memory.auto_budget import _compare, _poorest
 from revnets.memory.host_options import HostOptions
 from revnets.memory.planner import Prediction, plan_module
 from revnets.memory.policy_search import ALL, LOST, STATE, Option, search
@@ -142,6 +142,19 @@ def test_ranks_agree_on_the_plan_of_the_one_that_needs_the_most_memory():
     assert small.chosen.offloaded == ()
     assert _poorest([small, hidden]) is hidden
     assert _poorest([hidden, small]) is hidden
+
+
+def test_inputs_are_not_compared_with_a_plan_whose_offloaded_cells_are_others(recwarn):
+    model = net()
+    planned().apply(model)
+    model.memory_plan = planned()
+    x = torch.randn(2 * SHAPE[0], SHAPE[1])
+    with pytest.warns(UserWarning, match="larger ones"):
+        _compare(model, (x,), {})
+    model.columns.offloaded = ()
+    recwarn.clear()
+    _compare(model, (x,), {})
+    assert not recwarn
 
 
 # ------------------------------------------------------------------------------------------- the search
