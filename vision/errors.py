@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revnets.config.errors import ConfigError, printable
+from revnets.config.errors import first_line as first_line
 
 
 def run_error(key: str, message: str, hint: str = "", code: str = "invalid-value") -> ConfigError:
@@ -70,12 +71,6 @@ EXPECTED = (TrainingError, DataError, CheckpointError)
 def comparable(name: str) -> str:
     """The name of a class as it is stored and compared: on one line, composed (NFC), as macOS may decompose it."""
     return printable(unicodedata.normalize("NFC", name))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, shortened to one line without a full stop."""
-    text = f"{error} is missing" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
 
 
 def why_not_written(error: BaseException) -> str:

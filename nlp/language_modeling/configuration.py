@@ -1,4 +1,4 @@
-"""The configuration of a language model, in Hugging Face's words, and the columns that it stands for."""
+"""The configuration of a language model, with the names of Hugging Face, and the columns that it describes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from revnets import ColumnsSpec, SpecError
 from revnets.config.column_order import MAX_COUNT
+from revnets.config.errors import first_line
 from revnets.config.loader import Layers, Strict, read_layers
 from revnets.config.net_spec import MAX_LEVELS, MAX_SIZE, Modes, dump
 from revnets.nn.blocks import Rate
@@ -137,8 +138,9 @@ class RevColLMConfig(PreTrainedConfig):
         except SpecError:
             raise
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            said = next(iter(str(error).splitlines()), type(error).__name__)
-            raise SpecError("config.json", "", said, "Use the file of the model", code="wrong-format") from None
+            raise SpecError(
+                "config.json", "", first_line(error), "Use the file of the model", code="wrong-format"
+            ) from None
 
     @classmethod
     def from_yaml(cls, path: str | Path, **options: Any) -> RevColLMConfig:
@@ -190,7 +192,7 @@ class RevColLMConfig(PreTrainedConfig):
         return sizes
 
     def columns_spec(self) -> ColumnsSpec:
-        """The columns that this configuration stands for. Of the midpoint GPT, the blocks as columns of two levels.
+        """The columns that this configuration describes. The midpoint GPT has its blocks as columns of two levels.
 
         Raises:
             revnets.SpecError: there are no such columns.

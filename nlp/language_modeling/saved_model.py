@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from revnets import SpecError
+from revnets.config.errors import first_line
 from revnets.utils.regular_files import require_regular
 
 MAX_CONFIG = 2**24
@@ -83,6 +84,5 @@ def _sizes(folder: Path) -> dict[str, int]:
                 for name in file.keys():  # noqa: SIM118  # it is no mapping
                     found[name] = torch.Size(file.get_slice(name).get_shape()).numel()
         except (OSError, SafetensorError) as error:
-            said = next(iter(str(error).splitlines()), type(error).__name__)
-            raise SpecError(str(path), "", said, "Use another copy", code="damaged-file") from None
+            raise SpecError(str(path), "", first_line(error), "Use another copy", code="damaged-file") from None
     return found

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from revnets import SpecError
+from revnets.config.errors import first_line
 from revnets.config.loader import Strict, UserPath
 from revnets.utils.regular_files import require_regular
 
@@ -109,8 +110,7 @@ def _rows(source: DatasetConfig, key: str) -> list[str]:
         load: Any = datasets.load_from_disk if any(path.exists() for path in saved) else datasets.load_dataset
         found: Any = load(source.dataset)
     except Exception as problem:  # data sets fail in many ways
-        said = next(iter(str(problem).splitlines()), type(problem).__name__)
-        raise error(key, f"{source.dataset}: {said}", "Check its name", "unreadable-data") from None
+        raise error(key, f"{source.dataset}: {first_line(problem)}", "Check its name", "unreadable-data") from None
     if isinstance(found, dict):
         split = source.split or "train"
         if split not in found:

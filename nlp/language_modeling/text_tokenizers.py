@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from revnets import SpecError
+from revnets.config.errors import first_line
 
 END = "<|endoftext|>"
 """The token between two documents; it is the padding as well."""
@@ -45,10 +46,9 @@ def saved_tokenizer(name: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # what is no tokenizer is told in many ways
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception as error:  # transformers raises many kinds
         remedy = "Give bytes, {pairs: 1024}, a folder with tokenizer.json, or a name of the hub"
-        raise SpecError(str(name), "tokenizer", said, remedy, code="unreadable-file") from None
+        raise SpecError(str(name), "tokenizer", first_line(error), remedy, code="unreadable-file") from None
 
 
 def _byte_pairs() -> Tokenizer:
@@ -60,7 +60,7 @@ def _byte_pairs() -> Tokenizer:
 
 
 def _symbols() -> list[str]:
-    """The printable character that stands for each byte: itself where it is one, else those from 256 on (GPT-2)."""
+    """The printable character of each byte: the byte itself if it is printable, else one from 256 on (GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(BYTES, 2 * BYTES))
     return [chr(byte if byte in printable else next(others)) for byte in range(BYTES)]

@@ -217,7 +217,7 @@ class _Step:
                 handle.remove()
 
     def _look(self) -> None:
-        """Sort what is alive. What a replay has saved belongs to the running cell, whoever holds it."""
+        """Sort the live bytes by part. Tensors that a replay saved belong to the running cell."""
         tracker, place = self.tracker, self.place
         for tape in [item for item in gc.get_objects() if type(item) is Tape]:  # nothing else leads to all of them
             for part, held in _holdings(tape):

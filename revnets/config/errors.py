@@ -194,6 +194,12 @@ def nearest(word: Any, known: Iterable[str], otherwise: str) -> str:
     return f"Did you mean {near[0]}?" if near else f"{otherwise} {few}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without a period, or the name of its class."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
 def what(value: Any) -> str:
     """The value and what it is, as the beginning of a complaint."""
     if value is None:

@@ -40,7 +40,7 @@ def run(
     Args:
         graph: nodes in order, one a cell.
         cells: modules with the signature of `revnets.engine.cell.Cell.forward`.
-        stem: what `STEM` reads stand for.
+        stem: the input of `STEM` reads.
         modes: memory mode of each column.
         context: keyword arguments for every cell, such as a padding mask.
         stored: indices of cells that run in `store`, whatever the mode of their column.

@@ -6,7 +6,7 @@ An accelerator copies on a stream of its own, from and to pinned memory. Two rul
 - The copying stream starts behind what the computation has queued so far, so what it reads is there, and what it
   writes is free.
 - A `Transfer` holds all tensors that take part until the stream of the computation waits for its end, and makes it wait
-  if nobody else does before it dies. So no block is used again while a copy still reads or writes it.
+  if nothing else does before it is freed. So no block is used again while a copy still reads or writes it.
 
 The CPU has no second memory: its "host" memory is a plain copy, which `is_host_allocation` lets a counter of bytes tell
 from the rest.

@@ -40,7 +40,7 @@ class ColumnsStage(nn.Module):
     Args:
         columns: to which the cells belong.
         cells: indices of the cells.
-        stem: of the first stage; what it returns is what `STEM` reads stand for.
+        stem: of the first stage; its output is the input of `STEM` reads.
         head: of the last stage; it gets the list of states that the columns return.
 
     Attributes:
@@ -161,7 +161,7 @@ class ColumnsStage(nn.Module):
 
 
 _ABSENT = nn.Identity()
-"""Stands for the cells of stages before."""
+"""Placeholder for the cells of earlier stages."""
 
 
 def stages_of(
