@@ -290,6 +290,8 @@ def _cells(value: Any, cells: int, name: str) -> frozenset[int]:
         text = f"{name} = {value!r}: give the indices of cells, such as [0, 3]"
         raise ArgumentError(text, name, code="wrong-type") from None
     if not found <= set(range(cells)):
-        text = f"{name}: there is no cell {min(found - set(range(cells)))}; they are 0 to {cells - 1}"
+        wrong = min(found - set(range(cells)), key=abs)
+        shown = wrong if wrong.bit_length() < 64 else f"of {wrong.bit_length()} bits"  # Python prints no huge numbers
+        text = f"{name}: there is no cell {shown}; they are 0 to {cells - 1}"
         raise ArgumentError(text, name, code="out-of-range")
     return found

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from revnets.engine.cell import Cell
 from revnets.engine.columns_group import ColumnsGroup
 from revnets.engine.memory_mode import Memory
+from revnets.engine.torch_internals import is_compiled
 from revnets.memory.policy_search import ALL, LOST, STATE, Option
 from revnets.memory.saved_tensors import CellCost
 from revnets.memory.step_record import CellUses
@@ -77,10 +79,7 @@ class PolicySpace:
         self.rooms[Memory.EXACT] = self._rooms(uses[Memory.EXACT], capped)
         self.room = self.rooms[Memory.EXACT][-1]
         cells = columns.flat()
-        self.options = [
-            self._options(place, cost, cells[index].gain is not None)
-            for place, (index, cost) in enumerate(costs.items())
-        ]
+        self.options = [self._options(place, cost, cells[index]) for place, (index, cost) in enumerate(costs.items())]
 
     def _rooms(self, uses: CellUses, corrections: Sequence[int]) -> list[int]:
         """What the cells before each one may keep, and all together in the last entry."""
@@ -90,15 +89,17 @@ class PolicySpace:
             for highest, more, kept in zip(uses.peaks, corrections, before, strict=True)
         ]
 
-    def _options(self, place: int, cost: CellCost, replaces: bool) -> list[Option]:
+    def _options(self, place: int, cost: CellCost, cell: Cell) -> list[Option]:
         def option(mode: str, replayed: int | None) -> Option:
             use = self.uses[mode]
             return Option(use.kept[place], use.work[place], self.rooms[mode][place], replayed)
 
         everything = option(Memory.STORE, ALL)
         found = [option(Memory.EXACT, LOST)]
-        if replaces:
+        if cell.gain is not None:
             found.append(option(Memory.RECOMPUTE, STATE))
+        if any(map(is_compiled, cell.modules())):  # saves other tensors than the simulation, which runs it as written
+            return [*found, everything]
         kept, room = found[-1].kept, self.rooms[Memory.RECOMPUTE][place]
         for replayed in range(len(cost.saved) - 1, 0, -1):
             kept += cost.saved[replayed].nbytes

@@ -122,7 +122,7 @@ def test_what_is_kept_is_set_by_indices_or_a_mapping():
     assert net.kept == {}
 
 
-@pytest.mark.parametrize(("kept", "names"), [([99], "cell 99"), ({3: -1}, "-1")])
+@pytest.mark.parametrize(("kept", "names"), [([99], "cell 99"), ([10**5000], "16610 bits"), ({3: -1}, "-1")])
 def test_what_cannot_be_kept(kept, names):
     net = sequence()
     with raises_error(ArgumentError, code="out-of-range", key="kept", names=names):

@@ -77,3 +77,15 @@ def test_a_column_whose_cells_keep_their_states_is_recomputed():
     assert policy(ALL).stored == tuple(range(columns.cell_count))
     recomputed = set(range(columns.column_count)) - set(columns.first_columns)
     assert (policy(STATE).recomputed, policy(STATE).kept_cells) == (tuple(sorted(recomputed)), ())
+
+
+def test_a_compiled_cell_is_not_kept_in_part():
+    """It saves other tensors than the simulation, which runs the cell as it is written, counts."""
+    net = staged_net()
+    uses, costs, columns = all_uses(net), costs_of_cells(net, (images(),)), revnets.find_columns(net)
+    other, index = [place for place, cell in enumerate(columns.flat()) if cell.gain is not None][-2:]
+    compiled = columns.flat()[index]
+    next(module for module in compiled.modules() if not list(module.children())).compile(backend="eager")
+    options = dict(zip(costs, PolicySpace(uses, costs, columns, 10**9).options, strict=True))
+    assert {option.replayed for option in options[index]} == {LOST, STATE, ALL}
+    assert any(option.replayed not in (LOST, STATE, ALL) for option in options[other])
