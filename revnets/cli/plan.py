@@ -63,7 +63,7 @@ def plan_table(plan: Plan) -> Group:
     where = "one process" if plan.ranks == 1 else f"each of {plan.ranks} processes ({plan.sharding})"
     title = f"Memory of a training step, {where}, input {' x '.join(map(str, plan.input_shape))}, {plan.dtype}"
     table = Table(title=title, title_justify="left")
-    names = ["memory", "weights", "gradients", "optimizer", "kept", "peak", *(["host"] if plan.host else []), "work"]
+    names = ["memory", "weights", "gradients", "optimizer", "kept", "peak", *(["host"] if plan.host else []), "FLOPs"]
     for name in names:
         table.add_column(name, justify="left" if name == "memory" else "right")
     rows = [*plan.modes, plan.chosen] if plan.chosen and plan.chosen not in plan.modes else plan.modes

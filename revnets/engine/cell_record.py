@@ -14,11 +14,13 @@ from revnets.engine import lost_bits
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import Node
 from revnets.engine.memory_mode import Memory
+from revnets.engine.replay.kept_products import NO_PRODUCTS
 from revnets.engine.replay.replay_context import ReplayContext
 from revnets.engine.torch_internals import storage_key, tree_map
 
 if TYPE_CHECKING:
     from revnets.engine.offload.hosted_tensors import HostedTensor
+    from revnets.engine.tape import Tape
 
 
 class Meta(NamedTuple):
@@ -55,6 +57,15 @@ class LivenessToken:
     __slots__ = ("__weakref__",)
 
 
+class PackedHandle(NamedTuple):
+    """What the graph holds in place of the k-th tensor that cell t saves."""
+
+    tape: Tape
+    t: int
+    k: int
+    liveness: LivenessToken
+
+
 class CellRecord:
     """One cell's call in one pass."""
 
@@ -71,6 +82,7 @@ class CellRecord:
         self.replay_context: ReplayContext | None = None
         self.metas: list[Meta] = []
         self.replayed: int | None = None  # so many tensors are packed into handles; the graph holds the others
+        self.products = NO_PRODUCTS  # results of matrix products that it keeps
         self.saved: dict[int, Held] = {}
         self.liveness: weakref.ref[object] | None = None  # to what the packed handles of this call share
 

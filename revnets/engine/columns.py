@@ -13,7 +13,8 @@ from revnets.engine import executor
 from revnets.engine.cell import Cell, FixedGain
 from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import Graph, ReadToken, wire
-from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, PolicyAttributes, memory_modes
+from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes
+from revnets.engine.policy_attributes import PolicyAttributes
 from revnets.engine.torch_internals import raise_compile_limits
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
             It can be switched at any time through the attribute `verify`.
 
     Attributes:
-        policy, memory, stored, kept, offloaded, verify, budget: what is kept for backward, see `PolicyAttributes`.
+        policy, memory, stored, kept, products, offloaded, verify, budget: what is kept for backward, see
+            `PolicyAttributes`.
     """
 
     warned_of: Budget | None = None
@@ -112,7 +114,7 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
             drift.watch(self, x)
         ends = [executor.tap_index(graph, tap) for tap in taps]
         ways = policy.modes, context, ends, policy.stored, policy.verify, dict(policy.kept), policy.offloaded
-        last, tapped = executor.run(graph, cells, x, *ways)
+        last, tapped = executor.run(graph, cells, x, *ways, dict(policy.products))
         return (last, tapped) if taps else last
 
     def truncated(self, length: int) -> ReversibleColumns:
@@ -132,7 +134,8 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
             frozenset(index for index in cells if index < length) for cells in (policy.stored, policy.offloaded)
         )
         kept = tuple((index, replayed) for index, replayed in policy.kept if index < length)
-        result.policy = replace(policy, modes=modes, stored=stored, kept=kept, offloaded=offloaded)
+        products = tuple((index, numbers) for index, numbers in policy.products if index < length)
+        result.policy = replace(policy, modes=modes, stored=stored, kept=kept, offloaded=offloaded, products=products)
         return result
 
     def split(

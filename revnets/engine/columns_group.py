@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, cycle, pairwise
-from typing import Any, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 from torch import nn
 
@@ -17,11 +17,15 @@ from revnets.engine.memory_mode import (
     Kept,
     Memory,
     MemoryPolicy,
+    Products,
     kept_cells,
     memory_modes,
     offloaded_cells,
+    products_of_cells,
     stored_cells,
 )
+
+T = TypeVar("T")
 
 
 class ColumnsGroup(Sequence[ReversibleColumns]):
@@ -86,8 +90,8 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         Raises:
             ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
         """
-        kept = tuple(self.kept.items())
-        return MemoryPolicy(self.memory, self.stored, self.verify, self.budget, kept, self.offloaded)
+        kept, products = tuple(self.kept.items()), tuple(self.products.items())
+        return MemoryPolicy(self.memory, self.stored, self.verify, self.budget, kept, self.offloaded, products)
 
     @policy.setter
     def policy(self, value: MemoryPolicy) -> None:
@@ -95,7 +99,9 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         stored_cells(value.stored, self.cell_count)
         kept = kept_cells(dict(value.kept), self.cell_count)
         offloaded = offloaded_cells(value.offloaded, self.cell_count)
+        products = products_of_cells(dict(value.products), self.cell_count)
         self.memory, self.stored, self.kept, self.offloaded = value.modes, value.stored, kept, offloaded
+        self.products = products
         self.verify, self.budget = value.verify, value.budget
 
     @contextmanager
@@ -108,11 +114,13 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         kept: Kept | Iterable[int] | None = None,
         verify: bool | None = None,
         offloaded: Iterable[int] | None = None,
+        products: Products | None = None,
     ) -> Generator[MemoryPolicy]:
         """Run a `with` block under another policy, as `ReversibleColumns.using` does; yields the one in force.
 
         Args:
-            policy, modes, stored, kept, verify, offloaded: for all members; what is not given stays as each has it.
+            policy, modes, stored, kept, verify, offloaded, products: for all members; what is not given stays as each
+                has it.
 
         Raises:
             ArgumentError: as the attributes do.
@@ -132,6 +140,8 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
                 self.verify = verify
             if offloaded is not None:
                 self.offloaded = offloaded
+            if products is not None:
+                self.products = products
             yield self.policy
 
     @property
@@ -168,18 +178,22 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
     @property
     def kept(self) -> dict[int, int | None]:
         """Cells that keep the state that they replace, and how much of them is replayed, see `ReversibleColumns`."""
-        starts = (start for start, _ in self._spans(_cells_of))
-        return {
-            start + index: replayed
-            for columns, start in zip(self, starts, strict=True)
-            for index, replayed in columns.kept.items()
-        }
+        return self._joined_items([columns.kept for columns in self])
 
     @kept.setter
     def kept(self, value: Kept | Iterable[int]) -> None:
-        kept = kept_cells(value, self.cell_count)
-        for columns, (start, stop) in zip(self, self._spans(_cells_of), strict=True):
-            columns.kept = {index - start: replayed for index, replayed in kept.items() if start <= index < stop}
+        for columns, part in zip(self, self._parted_items(kept_cells(value, self.cell_count)), strict=True):
+            columns.kept = part
+
+    @property
+    def products(self) -> dict[int, tuple[int, ...]]:
+        """Matrix products whose results cells keep, see `ReversibleColumns`."""
+        return self._joined_items([columns.products for columns in self])
+
+    @products.setter
+    def products(self, value: Products) -> None:
+        for columns, part in zip(self, self._parted_items(products_of_cells(value, self.cell_count)), strict=True):
+            columns.products = part
 
     @property
     def verify(self) -> bool:
@@ -221,6 +235,18 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         """Indices of cells in each member, from those in the group."""
         spans = self._spans(_cells_of)
         return [frozenset(index - start for index in cells if start <= index < stop) for start, stop in spans]
+
+    def _joined_items(self, parts: Iterable[Mapping[int, T]]) -> dict[int, T]:
+        """As `_joined`, for what cells are mapped to."""
+        starts = (start for start, _ in self._spans(_cells_of))
+        return {start + index: item for part, start in zip(parts, starts, strict=True) for index, item in part.items()}
+
+    def _parted_items(self, items: Mapping[int, T]) -> list[dict[int, T]]:
+        """As `_parted`, for what cells are mapped to."""
+        spans = self._spans(_cells_of)
+        return [
+            {index - start: item for index, item in items.items() if start <= index < stop} for start, stop in spans
+        ]
 
     def _spans(self, count: Callable[[ReversibleColumns], int]) -> list[tuple[int, int]]:
         """The numbers of each member's columns or cells, from the first to the one past the last."""

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from revnets.engine.coupling import PlainCoupling, subtract
 from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.engine.memory_mode import Budget, Kept, Memory
+from revnets.engine.memory_mode import Budget, Kept, Memory, Products
 from revnets.engine.replay.threads import is_inside
 from revnets.engine.tape import Tape
 from revnets.engine.torch_internals import is_transformed, tree_leaves, without_dynamo
 
 _NONE: Kept = {}
+_NO_PRODUCTS: Products = {}
 
 
 def run(
@@ -32,6 +33,7 @@ def run(
     verify: bool = False,
     kept: Kept = _NONE,
     offloaded: Collection[int] = (),
+    products: Products = _NO_PRODUCTS,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run all cells; returns the states `graph.last` and those at the indices `taps`.
 
@@ -47,11 +49,12 @@ def run(
         verify: compare what backward rebuilds with checksums (`revnets/engine/replay/checksums.py`).
         kept: cells that keep their state in place of lost bits, whatever the mode of their column.
         offloaded: indices of cells that keep in host memory what they keep.
+        products: matrix products whose results cells keep, whatever their mode but `store`.
     """
     modes = modes_of_cells(graph, modes, stored, kept)
     if not is_recorded(modes, offloaded):
         return _run_plain(graph, cells, stem, context, taps)
-    return _run_taped(graph, cells, stem, modes, context, taps, verify, kept, offloaded)
+    return _run_taped(graph, cells, stem, modes, context, taps, verify, kept, offloaded, products)
 
 
 def modes_of_cells(
@@ -134,7 +137,7 @@ class TapedPass(PlainPass):
         modes: memory mode of each cell.
         context: keyword arguments that all cells have in common; `step` may be given others.
         kept: how much cells keep beside their state.
-        offloaded: as of `run`.
+        offloaded, products: as of `run`.
 
     Raises:
         ArgumentError: the stem is an inference tensor, through which no gradient can be taken.
@@ -151,6 +154,7 @@ class TapedPass(PlainPass):
         verify: bool = False,
         kept: Kept = _NONE,
         offloaded: Collection[int] = (),
+        products: Products = _NO_PRODUCTS,
     ):
         super().__init__(graph, cells, stem, taps)
         if stem.is_inference():
@@ -162,7 +166,7 @@ class TapedPass(PlainPass):
             )
         self.modes = modes
         self.context = context
-        self.tape = Tape(graph, cells, stem, context, verify, kept, offloaded)
+        self.tape = Tape(graph, cells, stem, context, verify, kept, offloaded, products)
         self.started = False  # has anything so far needed a gradient?
 
     def step(self, node: Node, context: Mapping[str, Any]) -> Tensor:
@@ -200,10 +204,11 @@ def _run_taped(
     verify: bool,
     kept: Kept,
     offloaded: Collection[int],
+    products: Products,
 ) -> tuple[list[Tensor], list[Tensor]]:
     if is_inside():
         return _run_plain(graph, cells, stem, context, taps)
-    run = TapedPass(graph, cells, stem, modes, context, taps, verify, kept, offloaded)
+    run = TapedPass(graph, cells, stem, modes, context, taps, verify, kept, offloaded, products)
     for node in graph.nodes:
         run.step(node, context)
     run.close()

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from operator import index
 from typing import Any, Protocol, TypeAlias, cast
 
 from revnets.engine.errors import ArgumentError
-from revnets.engine.graph import Graph
 
 
 class Memory(StrEnum):
@@ -48,6 +47,9 @@ Kept: TypeAlias = "Mapping[int, int | None]"
 """Cells that keep the state x_{t-m} that they replace, by index. An integer k: they keep what they save as well, but
 for the first k tensors, which a replay brings back. None: they keep the state alone."""
 
+Products: TypeAlias = "Mapping[int, Collection[int]]"
+"""Matrix products whose results cells keep, by index of the cell: their numbers in its call, counted from 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
@@ -63,21 +65,22 @@ class MemoryPolicy:
     budget: Budget | None = None  # pending until the first training forward of the model, see `revnets.keep_budget`
     kept: tuple[tuple[int, int | None], ...] = ()  # items of a `Kept`, in order of the cells
     offloaded: frozenset[int] = frozenset()  # indices of cells that keep in host memory what they keep
+    products: tuple[tuple[int, tuple[int, ...]], ...] = ()  # items of a `Products`, in order of the cells
 
     def __post_init__(self) -> None:
         if not isinstance(self.modes, tuple) or not all(isinstance(mode, Memory) for mode in self.modes):
             object.__setattr__(self, "modes", memory_modes(list(self.modes), len(self.modes)))
-        for name, convert in (("stored", frozenset), ("kept", _sorted_items), ("offloaded", frozenset)):
+        for name, convert in _CONVERSIONS.items():
             value = getattr(self, name)
             try:
                 object.__setattr__(self, name, convert(value))
             except (TypeError, ValueError):
-                wanted = "a mapping of cells to numbers of tensors" if name == "kept" else "the indices of cells"
+                wanted = _WANTED.get(name, "the indices of cells")
                 raise ArgumentError(f"{name} = {value!r}: give {wanted}", name, code="wrong-type") from None
 
     def __setstate__(self, state: list[Any]) -> None:
         # An older pickle ends before the last of them.
-        defaults: list[Any] = [(), frozenset(), False, None, (), frozenset()]
+        defaults: list[Any] = [(), frozenset(), False, None, (), frozenset(), ()]
         for name, value in zip(self.__slots__, [*state, *defaults[len(state) :]], strict=True):
             object.__setattr__(self, name, value)
 
@@ -86,140 +89,23 @@ def _sorted_items(kept: Kept | Iterable[tuple[int, int | None]]) -> tuple[tuple[
     return tuple(sorted(dict(kept).items()))
 
 
-class PolicyAttributes:
-    """The attributes by which columns show and change their memory policy."""
+def _sorted_products(
+    products: Products | Iterable[tuple[int, Iterable[int]]],
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    items = dict(products).items()
+    return tuple(sorted((cell, tuple(sorted(set(numbers)))) for cell, numbers in items if numbers))
 
-    graph: Graph
-    _policy: MemoryPolicy
 
-    @property
-    def policy(self) -> MemoryPolicy:
-        """What is kept for backward.
-
-        Raises:
-            ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
-        """
-        return self._policy
-
-    @policy.setter
-    def policy(self, value: MemoryPolicy) -> None:
-        memory_modes(value.modes, self.graph.columns)
-        stored_cells(value.stored, len(self.graph.nodes))
-        kept_cells(dict(value.kept), len(self.graph.nodes))
-        offloaded_cells(value.offloaded, len(self.graph.nodes))
-        self._policy = value
-
-    @contextmanager
-    def using(
-        self,
-        policy: MemoryPolicy | None = None,
-        *,
-        modes: str | Sequence[str] | None = None,
-        stored: int | Iterable[int] | None = None,
-        kept: Kept | Iterable[int] | None = None,
-        verify: bool | None = None,
-        offloaded: Iterable[int] | None = None,
-    ) -> Generator[MemoryPolicy]:
-        """Run a `with` block under another policy; the present one returns at its end, also after an exception.
-
-        Args:
-            policy: the other policy; by default the present one with the changes below.
-            modes: as for the attribute `memory`. A pending budget is not planned inside of the block.
-            stored: as for the attribute `stored`.
-            kept: as for the attribute `kept`.
-            verify: as for the attribute `verify`.
-            offloaded: as for the attribute `offloaded`.
-
-        Raises:
-            ArgumentError: as the attributes do.
-        """
-        found = self._policy
-        try:
-            if policy is not None:
-                self.policy = policy
-            if modes is not None:
-                self.memory = modes
-            if stored is not None:
-                self.stored = stored
-            if kept is not None:
-                self.kept = kept
-            if verify is not None:
-                self.verify = verify
-            if offloaded is not None:
-                self.offloaded = offloaded
-            yield self._policy
-        finally:
-            self._policy = found
-
-    @property
-    def memory(self) -> tuple[Memory, ...]:
-        """The memory mode of each column.
-
-        Setting one for all or one per column ends a pending budget, `kept` and `offloaded`.
-        """
-        return self._policy.modes
-
-    @memory.setter
-    def memory(self, value: str | Sequence[str]) -> None:
-        modes = memory_modes(value, self.graph.columns)
-        self._policy = replace(self._policy, modes=modes, budget=None, kept=(), offloaded=frozenset())
-
-    @property
-    def stored(self) -> frozenset[int]:
-        """Cells (by their index t) that keep all they save, whatever their column's mode says: no replay.
-
-        Set it to their indices, or to a number of cells counted from the end. `revnets.plan` finds those that save the
-        most work under a budget.
-        """
-        return self._policy.stored
-
-    @stored.setter
-    def stored(self, value: int | Iterable[int]) -> None:
-        self._policy = replace(self._policy, stored=stored_cells(value, len(self.graph.nodes)))
-
-    @property
-    def kept(self) -> dict[int, int | None]:
-        """Cells (by their index t) that keep the state that they replace in place of its lost bits.
-
-        The value says how much a replay brings back: None is all that the cell saves, an integer k its first k tensors;
-        the others stay. Set it to such a mapping, or to indices of cells that keep the state alone.
-        """
-        return dict(self._policy.kept)
-
-    @kept.setter
-    def kept(self, value: Kept | Iterable[int]) -> None:
-        kept = tuple(kept_cells(value, len(self.graph.nodes)).items())
-        self._policy = replace(self._policy, kept=kept)
-
-    @property
-    def offloaded(self) -> frozenset[int]:
-        """Cells (by their index t) that keep in host memory what they keep for backward. Set it to their indices.
-
-        Of stored cells these are the tensors that autograd saves, of others the lost bits or the state.
-        """
-        return self._policy.offloaded
-
-    @offloaded.setter
-    def offloaded(self, value: Iterable[int]) -> None:
-        self._policy = replace(self._policy, offloaded=offloaded_cells(value, len(self.graph.nodes)))
-
-    @property
-    def verify(self) -> bool:
-        """Compare what backward rebuilds with checksums of the forward."""
-        return self._policy.verify
-
-    @verify.setter
-    def verify(self, value: bool) -> None:
-        self._policy = replace(self._policy, verify=value)
-
-    @property
-    def budget(self) -> Budget | None:
-        """A memory budget that is pending until the first training forward of the model, see `revnets.keep_budget`."""
-        return self._policy.budget
-
-    @budget.setter
-    def budget(self, value: Budget | None) -> None:
-        self._policy = replace(self._policy, budget=value)
+_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "stored": frozenset,
+    "kept": _sorted_items,
+    "offloaded": frozenset,
+    "products": _sorted_products,
+}
+_WANTED = {
+    "kept": "a mapping of cells to numbers of tensors",
+    "products": "a mapping of cells to the numbers of their products, such as {3: [0, 2]}",
+}
 
 
 def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]:
@@ -270,6 +156,23 @@ def kept_cells(value: Kept | Iterable[int], cells: int) -> dict[int, int | None]
         text = f"kept: a replay brings back {wrong[0]} tensors; give 0 or more, or None for all"
         raise ArgumentError(text, "kept", code="out-of-range")
     return kept
+
+
+def products_of_cells(value: Products, cells: int) -> dict[int, tuple[int, ...]]:
+    """Numbers of the products that cells keep, sorted.
+
+    Raises:
+        ArgumentError: there is no cell of that index, or a number is below 0, or a value has another type.
+    """
+    try:
+        found = {cell: tuple(sorted({index(number) for number in numbers})) for cell, numbers in dict(value).items()}
+    except (TypeError, ValueError):
+        text = f"products = {reprlib.repr(value)}: give {_WANTED['products']}"
+        raise ArgumentError(text, "products", code="wrong-type") from None
+    _cells(found.keys(), cells, "products")
+    if any(numbers and numbers[0] < 0 for numbers in found.values()):
+        raise ArgumentError("products: they are numbered from 0", "products", code="out-of-range")
+    return {cell: numbers for cell, numbers in found.items() if numbers}
 
 
 def offloaded_cells(value: Iterable[int], cells: int) -> frozenset[int]:

@@ -31,7 +31,7 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from revnets.engine.cell_record import (
     Held,
     LivenessToken,
     Meta,
+    PackedHandle,
     check_replay,
     is_same_memory,
     trusted,
@@ -51,23 +52,15 @@ from revnets.engine.cell_record import (
 from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import EARLY_BACKWARD, ReplayError
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.engine.memory_mode import Kept, Memory
+from revnets.engine.memory_mode import Kept, Memory, Products
+from revnets.engine.replay.kept_products import KeptProducts
 from revnets.engine.replay.replay_context import ReplayContext
 from revnets.engine.replay.threads import inside
-from revnets.engine.torch_internals import may_read_again, running_node, without_transforms
+from revnets.engine.torch_internals import is_graph_kept, may_read_again, running_node, without_transforms
 
 if TYPE_CHECKING:
     from revnets.engine.offload.host_store import HostedTensor, OffloadedTensor
     from revnets.engine.replay.buffers import Overwritten
-
-
-class PackedHandle(NamedTuple):
-    """What the graph holds in place of the k-th tensor that cell t saves."""
-
-    tape: Tape
-    t: int
-    k: int
-    liveness: LivenessToken
 
 
 def unpack(handle: PackedHandle | Held | OffloadedTensor) -> Tensor:
@@ -88,12 +81,14 @@ class Tape:
         verify: bool = False,
         kept: Kept | None = None,
         offloaded: Collection[int] = (),
+        products: Products | None = None,
     ):
         self.graph = graph
         self.cells = cells
         self.stem = Held.of(stem)
         self.context = Constant.of(dict(context))
         self.kept = kept or {}
+        self.products = products or {}
         self.overwritten: Overwritten = {}
         self.records: list[CellRecord | None] = []
         self.last: Mapping[int, Held | HostedTensor] = {}  # the window at its top, from which it starts
@@ -156,7 +151,9 @@ class Tape:
         else:
             devices = frozenset(read.device for read in reads)
             recording = ReplayContext.record(cell, devices, self.overwritten)
-            with saved_tensors_hooks(pack, unpack), inside(), recording as record.replay_context:
+            record.products = KeptProducts(cell, self.products.get(node.index, ()))
+            hooks = saved_tensors_hooks(pack, unpack)
+            with hooks, inside(), recording as record.replay_context, record.products.recorded():
                 state = call()
         if couple is not None:
             couple.check(state)
@@ -179,7 +176,7 @@ class Tape:
         return state
 
     def skip(self) -> None:
-        """A cell below everything that needs a gradient: nobody will ask for it."""
+        """A cell below everything that needs a gradient, for which backward does not ask."""
         self.records.append(None)
 
     def _record_of(self, t: int) -> CellRecord:
@@ -217,6 +214,8 @@ class Tape:
             if k not in record.saved:
                 self.move_to(t)
                 self._replay(record, collect=True)
+                if not is_graph_kept():
+                    record.products.clear()
                 self._let_go()
             saved = record.saved[k]
             self._release(record, k)
@@ -301,6 +300,7 @@ class Tape:
             saved_tensors_hooks(pack, _never),
             inside(replaying=True),
             record.replay_context.restored(),
+            record.products.given(self._name(node), self.graph.name(node.index)),
         ):
             reads = [self._read(read, grad) for read, grad in zip(node.reads, record.grad_reads, strict=True)]
             with suppress(AllCollected):

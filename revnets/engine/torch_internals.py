@@ -24,12 +24,14 @@ __all__ = [
     "has_values",
     "intercepted_draws",
     "is_compiled",
+    "is_graph_kept",
     "is_transformed",
     "may_read_again",
     "parameters_of",
     "raise_compile_limits",
     "running_node",
     "saving_hook",
+    "shared_version",
     "storage_key",
     "tree_leaves",
     "tree_map",
@@ -139,6 +141,11 @@ def may_read_again(node: torch.autograd.graph.Node) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction) and not hasattr(
         cast(Any, node)._forward_cls, "_aot_id"
     )
+
+
+def is_graph_kept() -> bool:
+    """May a graph be needed again: is this thread outside of a backward, or in one that keeps its graph?"""
+    return running_node() is None or bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 _Draw = Callable[[Callable[[torch.Generator], Any]], Any]
@@ -251,3 +258,8 @@ def _with_default(operation: Callable[[], Any], generator: torch.Generator) -> A
     finally:
         torch.set_rng_state(before)
     return result
+
+
+def shared_version() -> Any:
+    """Aliases made below autograd, in a dispatch mode, count versions together with their tensor."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)

@@ -218,8 +218,10 @@ def _compare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         set(chosen.stored),
         dict(chosen.kept_cells),
         set(chosen.offloaded),
+        dict(chosen.products),
     )
-    if (list(columns.memory), columns.stored, columns.kept, columns.offloaded) != planned:
+    present = list(columns.memory), columns.stored, columns.kept, columns.offloaded, columns.products
+    if present != planned:
         return  # somebody has set another mode since
     shape = next((tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ())
     if math.prod(shape) > math.prod(plan.input_shape):

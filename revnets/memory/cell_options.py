@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,6 +13,7 @@ from revnets.engine.torch_internals import is_compiled
 from revnets.memory.policy_search import ALL, LOST, STATE, Option
 from revnets.memory.saved_tensors import CellCost
 from revnets.memory.step_record import CellUses
+from revnets.memory.tracker import Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,14 @@ class CellPolicy:
     recomputed: tuple[int, ...] = ()  # columns that keep their states
     kept_cells: tuple[tuple[int, int | None], ...] = ()  # items of `ReversibleColumns.kept`
     offloaded: tuple[int, ...] = ()  # cells that keep in host memory what they keep
+    products: tuple[tuple[int, tuple[int, ...]], ...] = ()  # items of `ReversibleColumns.products`
 
     @property
     def name(self) -> str:
         parts = [
             (self.stored, "cell", "stored"),
             (self.recomputed, "column", "recomputed"),
-            (self.kept_cells, "cell", "kept in part"),
+            ({*dict(self.kept_cells), *dict(self.products)}, "cell", "kept in part"),
             (self.offloaded, "cell", "offloaded"),
         ]
         found = [f"{len(part)} {noun}{'s' if len(part) > 1 else ''} {verb}" for part, noun, verb in parts if part]
@@ -44,6 +46,7 @@ class CellPolicy:
         """Set it on the columns of a model."""
         columns.memory, columns.stored = self.memory(columns.column_count), self.stored
         columns.kept, columns.offloaded = dict(self.kept_cells), self.offloaded
+        columns.products = dict(self.products)
 
 
 class PolicySpace:
@@ -101,12 +104,16 @@ class PolicySpace:
         if any(map(is_compiled, cell.modules())):  # saves other tensors than the simulation, which runs it as written
             return [*found, everything]
         kept, room = found[-1].kept, self.rooms[Memory.RECOMPUTE][place]
-        for replayed in range(len(cost.saved) - 1, 0, -1):
+        ends = [tensor.work for tensor in cost.saved]  # of a replay that brings back so many tensors and one more
+        rest = list(_with_products(found[0], cost.products, cost.work))  # the replay rebuilds x_{t-m} from all of F_t
+        if cell.gain is not None and ends:
+            rest += _with_products(found[1], cost.products, ends[-1])
+        for replayed in range(len(ends) - 1, 0, -1):
             kept += cost.saved[replayed].nbytes
-            work = everything.work + cost.saved[replayed - 1].work
-            if cost.saved[replayed].nbytes and everything.work < work < min(one.work for one in found):
-                found.append(Option(kept, work, room, replayed))
-        return [*found, everything]
+            if cost.saved[replayed].nbytes and ends[replayed - 1]:
+                one = Option(kept, everything.work + ends[replayed - 1], room, replayed)
+                rest += [one, *_with_products(one, cost.products, ends[replayed - 1])]
+        return [*found, *_least_work(found, rest, everything), everything]
 
     def peaks(self, choice: Sequence[Option]) -> list[int]:
         """The peak around each cell, and behind all of them, that is expected of a choice of one option for each."""
@@ -133,5 +140,35 @@ class PolicySpace:
                 recomputed.append(column)
                 kept = {index: how for index, how in kept.items() if index not in rest}
         offloaded = tuple(index for index, option in zip(self.indices, choice, strict=True) if option.host)
+        products = tuple((index, one.products) for index, one in zip(self.indices, choice, strict=True) if one.products)
         ways = tuple(sorted(stored)), tuple(recomputed), tuple(sorted(kept.items())), tuple(sorted(offloaded))
-        return CellPolicy("exact", *ways)
+        return CellPolicy("exact", *ways, products)
+
+
+def _with_products(option: Option, products: Sequence[Product], end: int) -> Iterator[Option]:
+    """The option with results of products kept: of one, of two, and so on, those first that save the most for a byte.
+
+    Args:
+        products: of the cell.
+        end: work of the cell when its replay ends; what comes later is not computed again anyway.
+    """
+    replayed = [number for number, product in enumerate(products) if product.end <= end and product.nbytes]
+    replayed.sort(key=lambda number: products[number].work / products[number].nbytes, reverse=True)
+    for number in replayed:
+        option = option._replace(
+            kept=option.kept + products[number].nbytes,
+            work=option.work - products[number].work,
+            products=tuple(sorted((*option.products, number))),
+        )
+        yield option
+
+
+def _least_work(bases: Sequence[Option], options: Iterable[Option], everything: Option) -> list[Option]:
+    """The options that take less work than all that keep less, and more than keeping everything."""
+    found: list[Option] = []
+    least = None
+    for option in sorted((*bases, *options), key=lambda option: (option.kept, option.work)):
+        if option.kept < everything.kept and everything.work < option.work and (least is None or option.work < least):
+            found.append(option)
+            least = option.work
+    return [option for option in found if option not in bases]

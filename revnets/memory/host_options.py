@@ -56,7 +56,11 @@ class HostOptions:
         return [
             [
                 *options,
-                *(self._hosted(option, option.kept + more, works) for option in options if option.kept + more > 0),
+                *(
+                    self._hosted(option, option.kept + more, works)
+                    for option in options
+                    if option.kept + more > 0 and not option.products  # which stay on the device
+                ),
             ]
             for options, works, more in zip(cells, beside, gradients or [0] * len(cells), strict=True)
         ]

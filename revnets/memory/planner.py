@@ -219,6 +219,7 @@ class _Predictor:
             extra=extra,
             offloaded=policy.offloaded,
             host=found.host,
+            products=policy.products,
         )
 
 

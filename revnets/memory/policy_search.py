@@ -27,6 +27,7 @@ class Option(NamedTuple):
     replayed: int | None  # how many of its saved tensors a replay brings back (`Kept`); see LOST, STATE and ALL
     host: int = 0  # bytes that it leaves behind in host memory
     waits: int = 0  # part of its work: waiting for the link to the host
+    products: tuple[int, ...] = ()  # numbers of the products whose results it keeps
 
 
 STATE, LOST, ALL = None, -1, -2

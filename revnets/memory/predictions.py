@@ -51,6 +51,7 @@ class Prediction:
     extra: float  # work of the step against `store`, 1.33 = a third more; waits for the link to the host included
     offloaded: tuple[int, ...] = ()  # cells that keep in host memory what they keep
     host: int = 0  # bytes there, at most at once
+    products: tuple[tuple[int, tuple[int, ...]], ...] = ()  # whose results cells keep, as `ReversibleColumns.products`
 
     def __setstate__(self, state: list[Any]) -> None:
         if len(state) == 11:  # an older pickle, without `kept_cells`
@@ -64,7 +65,8 @@ class Prediction:
     @property
     def policy(self) -> CellPolicy:
         """What the cells keep."""
-        return CellPolicy(self.mode, self.stored, self.recomputed, self.kept_cells, self.offloaded)
+        ways = self.stored, self.recomputed, self.kept_cells, self.offloaded, self.products
+        return CellPolicy(self.mode, *ways)
 
     def memory(self, columns: int) -> list[str]:
         """The memory mode of each column."""
@@ -108,5 +110,5 @@ class Plan:
         if chosen is None or self.budget is None:
             return ""
         host = f", {size(chosen.host)} in host memory" if chosen.host else ""
-        extra = f"{chosen.extra - 1:.0%} more work than keeping everything" if chosen.extra > 1 else "no extra work"
+        extra = f"{chosen.extra - 1:.0%} more FLOPs than keeping everything" if chosen.extra > 1 else "no more FLOPs"
         return f"Chosen for {size(self.budget)}: {chosen.name}, peak {size(chosen.peak)}{host}, {extra}."

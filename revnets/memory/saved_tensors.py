@@ -14,7 +14,7 @@ from revnets.engine.cell import Cell
 from revnets.engine.columns_group import find_columns
 from revnets.engine.memory_mode import Memory
 from revnets.memory.simulation import fake, total, without_packing
-from revnets.memory.tracker import MemoryTracker, OpCounter
+from revnets.memory.tracker import MemoryTracker, OpCounter, Product
 
 
 class SavedTensor(NamedTuple):
@@ -33,6 +33,7 @@ class CellCost:
     work: int
     gradients: int  # bytes of the gradients of its parameters
     saved: tuple[SavedTensor, ...]  # of its last call
+    products: tuple[Product, ...] = ()  # of its last call; their `end` is counted from its begin
 
 
 def costs_of_cells(
@@ -56,12 +57,11 @@ def costs_of_cells(
                 calls.append(_Call(tracker, counter))
 
             def end(cell: nn.Module, *_: Any) -> None:
-                kept, flops, work, saved = calls.pop().end()
+                kept, flops, work, saved, products = calls.pop().end()
                 index = next(indices[cast(Cell, cell)])
                 known = found.get(index, CellCost(0, 0, 0, 0, ()))  # of an earlier call, if the columns run again
-                found[index] = CellCost(
-                    known.kept + kept, known.flops + flops, known.work + work, _gradients(cell), saved
-                )
+                sums = known.kept + kept, known.flops + flops, known.work + work
+                found[index] = CellCost(*sums, _gradients(cell), saved, products)
 
             for cell in indices:
                 cell.register_forward_pre_hook(begin)
@@ -79,6 +79,7 @@ class _Call:
     def __init__(self, tracker: MemoryTracker, counter: OpCounter):
         self.tracker, self.counter = tracker, counter
         self.live, self.flops, self.work = tracker.live, counter.flops, counter.work
+        self.products = len(counter.products)
         self.known = tracker.storages()
         self.saved: list[SavedTensor] = []
         self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -91,8 +92,8 @@ class _Call:
         self.saved.append(SavedTensor(nbytes, self.counter.work - self.work))
         return tensor.detach()
 
-    def end(self) -> tuple[int, int, int, tuple[SavedTensor, ...]]:
-        """Bytes kept, flops, work, saved tensors."""
+    def end(self) -> tuple[int, int, int, tuple[SavedTensor, ...], tuple[Product, ...]]:
+        """Bytes kept, flops, work, saved tensors, products."""
         self.hooks.__exit__(None, None, None)
         counter = self.counter
         return (
@@ -100,6 +101,7 @@ class _Call:
             counter.flops - self.flops,
             counter.work - self.work,
             tuple(self.saved),
+            tuple(product._replace(end=product.end - self.work) for product in counter.products[self.products :]),
         )
 
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils.flop_counter import flop_registry
 
 from revnets.engine.offload.transfers import is_host_allocation, is_transferring
+from revnets.engine.replay.kept_products import is_product
 
 
 class Snapshot(NamedTuple):
@@ -172,6 +173,7 @@ class OpCounter(TorchDispatchMode):
         matmuls: calls of products: matrix products, convolutions, attention kernels, and the backward of each.
         flops: floating point operations of those calls; a multiplication and an addition are two.
         written: bytes of the results of all operators but views.
+        products: what each product took that `ReversibleColumns.products` counts, in order.
     """
 
     def __init__(self) -> None:
@@ -180,6 +182,7 @@ class OpCounter(TorchDispatchMode):
         self.matmuls = 0
         self.flops = 0
         self.written = 0
+        self.products: list[Product] = []
 
     @property
     def work(self) -> int:
@@ -190,6 +193,7 @@ class OpCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _DEVICE:
             return _device_of(*args)
+        before = self.work
         result = func(*args, **kwargs)
         op = getattr(func, "overloadpacket", func)  # higher-order operators have no overloads
         if getattr(func, "namespace", None) != "prim":
@@ -199,7 +203,18 @@ class OpCounter(TorchDispatchMode):
             self.flops += _FLOPS[op](*args, **kwargs, out_val=result)
         if not (_is_view(func) or is_transferring()):
             self.written += sum(tensor.nbytes for tensor in tensors(result))
+        if is_product(func, args, kwargs):
+            nbytes = sum(tensor.nbytes for tensor in tensors(result))
+            self.products.append(Product(nbytes, self.work - before, self.work))
         return result
+
+
+class Product(NamedTuple):
+    """A product of matrices, as `OpCounter` counts it."""
+
+    nbytes: int  # of its results
+    work: int  # that it takes
+    end: int  # work that was done when it was over
 
 
 FLOPS_PER_BYTE = 40

@@ -187,7 +187,7 @@ class RewiredSequence(ReversibleSequence):
                 )
                 raise ArgumentError(text, "use_cache", code="conflicting-values")
         modes = modes_of_cells(self.graph, self.memory, self.stored, self.kept)
-        ways = {"verify": self.verify, "kept": self.kept, "offloaded": self.offloaded}
+        ways = {"verify": self.verify, "kept": self.kept, "offloaded": self.offloaded, "products": self.products}
         return self._step(position, x, arguments, lambda: TapedPass(self.graph, self.flat(), x, modes, {}, **ways))
 
     def _turn_off_checkpointing(self) -> None:

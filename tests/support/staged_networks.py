@@ -52,9 +52,8 @@ class RewiredNet(StagedNet):
 
     def run(self, stage: nn.Module, x: Tensor) -> Tensor:
         sequence = stage[0]._reversible_call.sequence  # type: ignore[index]
-        states, _ = executor.run(
-            sequence.graph, sequence.flat(), x, sequence.memory, {}, (), sequence.stored, sequence.verify, sequence.kept
-        )
+        policy = sequence.stored, sequence.verify, sequence.kept, sequence.offloaded, sequence.products
+        states, _ = executor.run(sequence.graph, sequence.flat(), x, sequence.memory, {}, (), *policy)
         return torch.stack(states).mean(0)
 
 

@@ -145,7 +145,11 @@ class ColumnsStage(nn.Module):
         context: dict[str, Any],
         states: dict[int, Tensor],
     ) -> TapedPass:
-        ways: dict[str, Any] = {"verify": self.policy.verify, "kept": dict(self.policy.kept)}
+        ways: dict[str, Any] = {
+            "verify": self.policy.verify,
+            "kept": dict(self.policy.kept),
+            "products": dict(self.policy.products),
+        }
         run = TapedPass(self.graph, cells, stem, modes, context, **ways, offloaded=self._offloaded)
         for _ in range(self.range.start):
             run.tape.skip()

@@ -108,7 +108,7 @@ def test_what_fits_is_kept(caplog, most):
 def test_everything_is_stored_where_there_is_room(caplog, most):
     model, said = run(str(most), caplog)
     assert set(model.encoder.columns.memory) == {"store"}
-    assert "no extra work" in said
+    assert "no more FLOPs" in said
 
 
 def test_the_peak_of_exact_always_fits(caplog):

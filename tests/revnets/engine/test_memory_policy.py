@@ -166,5 +166,5 @@ def test_pickles_of_four_attributes_load() -> None:
 def test_pickled_policies_without_offloaded_cells_load() -> None:
     _, policy = with_policy()
     other = MemoryPolicy.__new__(MemoryPolicy)
-    other.__setstate__(policy.__getstate__()[:-1])  # type: ignore[attr-defined]
+    other.__setstate__(policy.__getstate__()[:5])  # type: ignore[attr-defined]
     assert other == replace(policy, offloaded=frozenset())

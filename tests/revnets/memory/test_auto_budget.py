@@ -87,7 +87,7 @@ def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
             model(torch.randn(SHAPE))
     (record,) = caplog.records
     assert record.getMessage() == f"input 401 x 13, float32: {model.memory_plan.sentence}"
-    assert "more work than keeping everything" in record.getMessage()
+    assert "more FLOPs than keeping everything" in record.getMessage()
 
 
 def test_gradients_are_those_of_a_net_without_a_budget() -> None:

@@ -58,7 +58,8 @@ def test_a_budget_is_kept_with_cells_and_columns_of_both_sequences(kind):
     assert group.stored == set(found.chosen.stored)
     assert [str(mode) for mode in group.memory] == found.chosen.memory(group.column_count)
     assert group[0].stored == {index for index in found.chosen.stored if index < late}
-    assert all(columns.stored for columns in group)
+    assert all(columns.stored or columns.products for columns in group)
+    assert group.products == dict(found.chosen.products)
     assert group.kept == dict(found.chosen.kept_cells)
     assert any(columns.kept or "recompute" in columns.memory for columns in group)
     assert not set(group.first_columns) & set(found.chosen.recomputed)  # no states before them
