@@ -145,7 +145,7 @@ def may_read_again(node: torch.autograd.graph.Node) -> bool:
 
 def is_graph_kept() -> bool:
     """May a graph be needed again: is this thread outside of a backward, or in one that keeps its graph?"""
-    return running_node() is None or bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    return running_node() is None or bool(cast(Any, torch._C)._autograd._get_current_graph_task_keep_graph())
 
 
 _Draw = Callable[[Callable[[torch.Generator], Any]], Any]

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Results of matrix products that a cell keeps, so that its replay does not compute them again.
 
 Products take most of a cell's time, and the results of some are small: the second product of an MLP makes a quarter
