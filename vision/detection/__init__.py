@@ -7,13 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vision.detection.cascade_rcnn import CascadeMaskRCNN, cascade_mask_rcnn
+    from vision.detection.copy_paste import CopyPaste
+    from vision.detection.rcnn.cascade_rcnn import RegionDetector, cascade_mask_rcnn
+    from vision.detection.rcnn.hybrid_task_cascade import htc
 
-__all__ = ["CascadeMaskRCNN", "cascade_mask_rcnn"]
+__all__ = ["CopyPaste", "RegionDetector", "cascade_mask_rcnn", "htc"]
 
 _LAZY = {
-    "CascadeMaskRCNN": "vision.detection.cascade_rcnn",
-    "cascade_mask_rcnn": "vision.detection.cascade_rcnn",
+    "CopyPaste": "vision.detection.copy_paste",
+    "RegionDetector": "vision.detection.rcnn.cascade_rcnn",
+    "cascade_mask_rcnn": "vision.detection.rcnn.cascade_rcnn",
+    "htc": "vision.detection.rcnn.hybrid_task_cascade",
 }
 """Modules that are imported when one of their names is first used."""
 

@@ -1,0 +1,95 @@
+"""A RevCol with a feature pyramid, as the backbone of a detector, and recomputed heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from revnets.config.errors import ArgumentError
+from revnets.config.memory_budget import BudgetSpec
+from vision.models.architecture import RevCol
+
+STRIDES = (4, 8, 16, 32)
+"""Strides of the levels of a RevCol. The pyramid has one more, 64."""
+
+
+class RevColPyramid(nn.Module):
+    """The levels of a RevCol's last column, merged from the top down (Lin et al., "Feature Pyramid Networks", 2017).
+
+    Args:
+        backbone: a name of timm's registry, such as `revcol_tiny`.
+        channels: of each level of the pyramid.
+        recompute: keep no activations of the pyramid, and compute them again in backward.
+        options: of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
+
+    Raises:
+        ValueError: the backbone does not exist, has other levels, has a memory budget or refuses its options.
+    """
+
+    def __init__(self, backbone: str, channels: int = 256, *, recompute: bool = False, **options: Any):
+        super().__init__()
+        try:
+            self.body: Any = timm.create_model(backbone, features_only=True, out_indices=(0, 1, 2, 3), **options)
+        except (TypeError, RuntimeError) as error:
+            raise ArgumentError(f"{backbone}: {error}", "backbone", code="component-failed") from error
+        if not any(isinstance(module, RevCol) for module in self.body.modules()):
+            raise ArgumentError(f"{backbone} is no RevCol. Name one", "backbone", code="no-columns")
+        if tuple(self.body.feature_info.reduction()) != STRIDES:
+            found = self.body.feature_info.reduction()
+            problem = f"{backbone} has levels of strides {found}, and a pyramid needs {list(STRIDES)}"
+            raise ArgumentError(problem, "backbone", code="shape-mismatch")
+        if isinstance(self.revcol.columns.budget, BudgetSpec):
+            problem = (
+                "A detector's boxes depend on values, so no memory budget can be planned for it. Give a memory mode"
+            )
+            raise ArgumentError(problem, "memory", code="conflicting-values")
+        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), channels, LastLevelMaxPool())
+        self.out_channels, self.recompute = channels, recompute
+
+    @property
+    def revcol(self) -> RevCol:
+        """The model of timm inside of the backbone."""
+        return next(module for module in self.body.modules() if isinstance(module, RevCol))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) to maps (B, channels, H / s, W / s) of strides s = 4, 8, 16, 32 and 64, finest first."""
+        levels = {str(index): level for index, level in enumerate(self.body(images))}
+        return recomputed(self.fpn, levels) if self.recompute else self.fpn(levels)
+
+
+def recomputed(module: nn.Module | Callable[..., Any], *args: Any) -> Any:
+    """`module(*args)` without its activations, which backward computes again, with the same bits.
+
+    Running statistics of BatchNorm move once, in the forward pass. The module must not draw random numbers.
+    """
+    owner = module if isinstance(module, nn.Module) else cast(nn.Module, cast(Any, module).__self__)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _fixed_statistics(owner)
+
+    if not torch.is_grad_enabled():
+        return module(*args)
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+@contextmanager
+def _fixed_statistics(module: nn.Module) -> Iterator[None]:
+    """Leave running statistics as they are; batches are still normalized by their own."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # the kernel then writes the old values
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)

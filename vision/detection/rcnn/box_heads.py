@@ -1,0 +1,143 @@
+"""One stage of a cascade: boxes sampled, classified and refined (Cai and Vasconcelos, "Cascade R-CNN", 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
+
+from vision.detection.rcnn.region_proposals import FloatBoxCoder, OverlapMatcher
+from vision.detection.rcnn.roi_pooling import RoIPool
+from vision.detection.training_targets import Target
+
+GIOU_WEIGHT = 10.0
+
+
+class SampledBoxes(NamedTuple):
+    """Boxes that a stage trains on, for each image.
+
+    Attributes:
+        boxes: (n, 4).
+        matches: index of the object of each box, -1 for background.
+        is_object: whether a box is the annotated box of an object.
+    """
+
+    boxes: list[Tensor]
+    matches: list[Tensor]
+    is_object: list[Tensor]
+
+    def labels(self, targets: Sequence[Target]) -> Tensor:
+        """Classes of all boxes, 0 for background."""
+        pairs = zip(targets, self.matches, strict=True)
+        return torch.cat([F.pad(target["labels"], (0, 1))[matches] for target, matches in pairs])
+
+    def goals(self, targets: Sequence[Target]) -> Tensor:
+        """Annotated boxes (sum of n, 4) of all boxes, zeros for background."""
+        pairs = zip(targets, self.matches, strict=True)
+        return torch.cat([F.pad(target["boxes"], (0, 0, 0, 1))[matches] for target, matches in pairs])
+
+
+class BoxStage(nn.Module):
+    """Four convolutions and a linear layer, with scores of classes and a box for each class.
+
+    Args:
+        channels: of the pyramid.
+        num_classes: without background.
+        overlap: intersection over union from which on a box belongs to an object.
+        weights: of the codes of center and size, one over their standard deviations.
+        width: of the linear layer.
+        norm: a class of normalization layers.
+        low_quality: whether objects also get the boxes that overlap them most (see `OverlapMatcher`).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        overlap: float,
+        weights: tuple[float, float, float, float],
+        *,
+        width: int = 1024,
+        norm: type[nn.Module] = nn.BatchNorm2d,
+        low_quality: bool = False,
+    ):
+        super().__init__()
+        self.pool = RoIPool(7)
+        self.head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [width], norm)
+        self.predictor = FastRCNNPredictor(width, num_classes + 1)
+        for layer, std in ((self.predictor.cls_score, 0.01), (self.predictor.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+        self.coder = FloatBoxCoder(weights)
+        self.matcher = OverlapMatcher(overlap, overlap, overlap if low_quality else None)
+        self.sampler = BalancedPositiveNegativeSampler(512, 0.25)
+
+    def forward(
+        self, levels: Sequence[Tensor], boxes: list[Tensor], semantic: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (boxes, classes + 1), background first, and codes (boxes, 4 (classes + 1)) of all boxes."""
+        return self.predictor(self.head(self.pool(levels, boxes, semantic)))
+
+    @torch.no_grad()
+    def sample(self, boxes: list[Tensor], targets: Sequence[Target]) -> SampledBoxes:
+        """At most 512 boxes of each image, a quarter with objects. Annotated boxes are among the candidates."""
+        samples = SampledBoxes([], [], [])
+        for proposals, target in zip(boxes, targets, strict=True):
+            count = len(target["boxes"])
+            candidates = torch.cat([target["boxes"].to(proposals.dtype), proposals])
+            own = torch.arange(count, device=proposals.device)
+            matches = torch.cat([own, self.matcher(target["boxes"], proposals)])
+            positive, negative = self.sampler([(matches >= 0).long()])
+            kept = (positive[0] | negative[0]).nonzero().squeeze(1)
+            samples.boxes.append(candidates[kept])
+            samples.matches.append(matches[kept])
+            samples.is_object.append(kept < count)
+        return samples
+
+    def losses(
+        self, scores: Tensor, codes: Tensor, samples: SampledBoxes, targets: Sequence[Target]
+    ) -> tuple[Tensor, Tensor]:
+        """Cross entropy of all boxes, and ten times the generalized IoU loss of boxes with objects, per box."""
+        labels, goals = samples.labels(targets), samples.goals(targets)
+        positive = labels > 0
+        found = self._decoded(codes[positive], torch.cat(samples.boxes)[positive], labels[positive])
+        regression = generalized_box_iou_loss(found, goals[positive], reduction="sum") / len(labels)
+        return F.cross_entropy(scores, labels), GIOU_WEIGHT * regression
+
+    @torch.no_grad()
+    def refined(
+        self,
+        scores: Tensor,
+        codes: Tensor,
+        boxes: list[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        labels: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The boxes of each image moved by the codes of one class, inside of the image.
+
+        Args:
+            scores: (boxes, classes + 1).
+            codes: (boxes, 4 (classes + 1)).
+            boxes: (n, 4) of each image.
+            sizes: heights and widths of the images.
+            labels: classes of all boxes; where it is 0 or missing, the class of the highest score.
+        """
+        classes = scores[:, 1:].argmax(1) + 1
+        if labels is not None:
+            classes = torch.where(labels > 0, labels, classes)
+        moved = self._decoded(codes, torch.cat(boxes), classes).split([len(places) for places in boxes])
+        return [clip_boxes_to_image(places, size) for places, size in zip(moved, sizes, strict=True)]
+
+    def all_boxes(self, codes: Tensor, boxes: Tensor) -> Tensor:
+        """Boxes (n, classes + 1, 4) of all classes, from codes (n, 4 (classes + 1)) and boxes (n, 4)."""
+        return self.coder.decode_single(codes, boxes).unflatten(1, (-1, 4))
+
+    def _decoded(self, codes: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+        rows = torch.arange(len(labels), device=labels.device)
+        return self.coder.decode_single(codes.unflatten(1, (-1, 4))[rows, labels], boxes)

@@ -1,0 +1,266 @@
+"""Cascade Mask R-CNN on a RevCol (Table 2 and appendix D.3 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revnets.config.errors import ArgumentError
+from vision.detection.feature_pyramid import STRIDES, RevColPyramid, recomputed
+from vision.detection.rcnn.box_heads import BoxStage, SampledBoxes
+from vision.detection.rcnn.mask_heads import MaskHead, mask_loss, pasted_masks
+from vision.detection.rcnn.region_proposals import RegionProposals
+from vision.detection.rcnn.roi_pooling import RoIPool
+from vision.detection.rcnn.suppression import best_detections
+from vision.detection.training_targets import Target, checked_targets, padded_batch
+from vision.models.architecture import RevCol
+
+OVERLAPS = (0.5, 0.6, 0.7)
+CODE_WEIGHTS = tuple((1 / std, 1 / std, 0.5 / std, 0.5 / std) for std in (0.1, 0.05))
+CODE_WEIGHTS += ((1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067),)
+LOSS_WEIGHTS = (1.0, 0.5, 0.25)
+
+Sizes = Sequence[tuple[int, int]]
+"""Heights and widths of images."""
+
+
+class CascadeHeads(nn.Module):
+    """Three stages of boxes and masks, each trained on what the one before has refined.
+
+    Args:
+        channels: of the pyramid.
+        num_classes: without background.
+        masks: whether there are mask heads.
+        width: of the linear layers for boxes.
+        mask_width: of the convolutions for masks.
+        norm: a class of normalization layers for the convolutions for boxes.
+        low_quality: whether objects also get the boxes that overlap them most.
+        flow: whether the mask heads hand on their features.
+        recompute: keep no activations of the heads, and compute them again in backward.
+        detection_options: of `best_detections`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        masks: bool = True,
+        width: int = 1024,
+        mask_width: int = 256,
+        norm: type[nn.Module] = nn.BatchNorm2d,
+        low_quality: bool = False,
+        flow: bool = False,
+        recompute: bool = False,
+        **detection_options: Any,
+    ):
+        super().__init__()
+        options = {"width": width, "norm": norm, "low_quality": low_quality}
+        stages = zip(OVERLAPS, CODE_WEIGHTS, strict=True)
+        self.box_stages = nn.ModuleList(BoxStage(channels, num_classes, *stage, **options) for stage in stages)
+        self.mask_pool = RoIPool(14)
+        self.mask_heads = nn.ModuleList(
+            MaskHead(channels, num_classes, mask_width, flow=flow and index > 0)
+            for index in range(len(OVERLAPS) if masks else 0)
+        )
+        self.recompute, self.detection_options = recompute, detection_options
+
+    def losses(
+        self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes, targets: Sequence[Target]
+    ) -> dict[str, Tensor]:
+        """The losses of all stages, weighted.
+
+        Args:
+            features: maps of the pyramid, finest first.
+            boxes: proposals (n, 4) of each image, at least one in the batch.
+            sizes: of the images.
+            targets: of the images.
+        """
+        levels, losses, semantic = self.inputs(features, targets)
+        for number, (stage, weight) in enumerate(zip(self.box_stages, LOSS_WEIGHTS, strict=True), 1):
+            samples = stage.sample(boxes, targets)
+            scores, codes = self.run(stage, levels, samples.boxes, semantic)
+            classification, regression = stage.losses(scores, codes, samples, targets)
+            losses[f"loss_classifier_{number}"] = weight * classification
+            losses[f"loss_box_reg_{number}"] = weight * regression
+            moved = stage.refined(scores, codes, samples.boxes, sizes, samples.labels(targets))
+            boxes = [places[~own] for places, own in zip(moved, samples.is_object, strict=True)]
+            if len(self.mask_heads):
+                positive = with_objects(self.mask_samples(stage, samples, boxes, targets))
+                logits = self.run(self.mask_logits, number - 1, levels, positive.boxes, semantic)
+                losses[f"loss_mask_{number}"] = weight * mask_loss(logits, positive, targets)
+        return losses
+
+    def detections(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
+        """Boxes, labels, scores and masks of each image: mean logits of all stages, boxes of the last one."""
+        levels, _, semantic = self.inputs(features)
+        logits = []
+        for stage in self.box_stages:
+            scores, codes = stage(levels, boxes, semantic)
+            logits.append(scores.float())
+            previous, boxes = boxes, stage.refined(scores, codes, boxes, sizes)
+        counts = [len(places) for places in previous]
+        probabilities = torch.stack(logits).mean(0).softmax(1).split(counts)
+        candidates = self.box_stages[-1].all_boxes(codes, torch.cat(previous)).split(counts)
+        found = [
+            best_detections(scores, places, size, **self.detection_options)
+            for scores, places, size in zip(probabilities, candidates, sizes, strict=True)
+        ]
+        if len(self.mask_heads):
+            labels = torch.cat([item["labels"] for item in found])
+            masks = self.mask_probabilities(levels, [item["boxes"] for item in found], labels, semantic)
+            for item, part, size in zip(
+                found, masks.split([len(item["labels"]) for item in found]), sizes, strict=True
+            ):
+                item["masks"] = pasted_masks(part, item["boxes"], size)
+        return found
+
+    def inputs(
+        self, features: dict[str, Tensor], targets: Sequence[Target] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor], Tensor | None]:
+        """The levels that boxes are pooled from, losses of other branches, and a map that is added to pooled values."""
+        return list(features.values())[: len(STRIDES)], {}, None
+
+    def mask_samples(
+        self, stage: nn.Module, samples: SampledBoxes, refined: list[Tensor], targets: Sequence[Target]
+    ) -> SampledBoxes:
+        """The boxes that the mask head of a stage trains on: those of its box head."""
+        return samples
+
+    def mask_logits(self, index: int, levels: Sequence[Tensor], boxes: list[Tensor], semantic: Tensor | None) -> Tensor:
+        """Logits (boxes, classes + 1, 28, 28) of the masks of a stage."""
+        return self.mask_heads[index](self.mask_pool(levels, boxes, semantic))
+
+    def mask_probabilities(
+        self, levels: Sequence[Tensor], boxes: list[Tensor], labels: Tensor, semantic: Tensor | None
+    ) -> Tensor:
+        """Masks (boxes, 28, 28) of labels (boxes,): the mean of all stages."""
+        rows = torch.arange(len(labels), device=labels.device)
+        logits = [self.mask_logits(index, levels, boxes, semantic) for index in range(len(self.mask_heads))]
+        return torch.stack([each[rows, labels].float().sigmoid() for each in logits]).mean(0)
+
+    def run(self, module: Any, *args: Any) -> Any:
+        """`module(*args)`, with its activations kept or not."""
+        return recomputed(module, *args) if self.recompute else module(*args)
+
+
+class RegionDetector(nn.Module):
+    """A detector of two steps: proposals from a pyramid, and heads that classify and refine them.
+
+    Call it as torchvision's detectors: in training mode with images and targets for a dictionary of losses, in
+    evaluation mode with images for a list of dictionaries.
+
+    Args:
+        pyramid: the backbone.
+        proposals: the first step.
+        heads: the second step.
+        num_classes: labels are 1 to this number.
+    """
+
+    def __init__(self, pyramid: RevColPyramid, proposals: RegionProposals, heads: CascadeHeads, num_classes: int):
+        super().__init__()
+        self.backbone, self.rpn, self.roi_heads, self.num_classes = pyramid, proposals, heads, num_classes
+
+    @property
+    def revcol(self) -> RevCol:
+        """The model of timm inside of the backbone."""
+        return self.backbone.revcol
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses of images with targets in training mode, detections of images in evaluation mode.
+
+        Args:
+            images: (3, H, W) each, normalized; sizes may differ.
+            targets: `boxes` (N, 4) as (left, top, right, bottom) in pixels, `labels` (N,) from 1 on, and `masks`
+                (N, H, W) of 0 and 1, for each image. Boxes of no area do not count; N may be 0.
+
+        Returns:
+            A dictionary of weighted losses, to be summed up; or for each image `boxes` (N, 4), `labels` (N,), `scores`
+            (N,) in descending order and `masks` (N, 1, H, W), probabilities.
+
+        Raises:
+            ValueError: images or targets have other shapes, or labels are out of range.
+        """
+        images = list(images)
+        batch = padded_batch(images)
+        checked = None
+        if self.training:
+            checked = checked_targets(images, targets, self.num_classes, masks=len(self.roi_heads.mask_heads) > 0)
+        features = self.backbone(batch.tensors)
+        boxes, losses = self.rpn(batch, features, checked)
+        boxes = [
+            places if len(places) else places.new_tensor([[0, 0, width, height]])  # BatchNorm cannot do without
+            for places, (height, width) in zip(boxes, batch.image_sizes, strict=True)
+        ]
+        if checked is None:
+            return self.roi_heads.detections(features, boxes, batch.image_sizes)
+        return losses | self.roi_heads.losses(features, boxes, batch.image_sizes, checked)
+
+
+def cascade_mask_rcnn(
+    backbone: str,
+    num_classes: int,
+    *,
+    masks: bool = True,
+    channels: int = 256,
+    width: int = 1024,
+    mask_width: int = 256,
+    score_threshold: float = 0.05,
+    soft_nms: bool = False,
+    checkpoint_heads: bool = False,
+    **backbone_options: Any,
+) -> RegionDetector:
+    """Cascade Mask R-CNN on a RevCol, with the weights of its initialization.
+
+    Args:
+        backbone: a name of the family such as `revcol_tiny`.
+        num_classes: classes of objects without background, 80 for COCO; labels are 1 to this number.
+        masks: False for Cascade R-CNN, which needs no masks.
+        channels: of the feature pyramid.
+        width: of the linear layers for boxes.
+        mask_width: of the convolutions for masks.
+        score_threshold: of detections.
+        soft_nms: lower the scores of detections that overlap, instead of leaving them out.
+        checkpoint_heads: keep no activations of pyramid and heads, and compute them again in backward.
+        backbone_options: such as `kernel_size`, `drop_path_rate` and `memory`.
+
+    Returns:
+        A module that is called as torchvision's detectors; see `RegionDetector`. BatchNorm of the box heads counts over
+        all processes if there are several on GPUs when this is called.
+
+    Raises:
+        ValueError: the backbone does not exist, has a memory budget or refuses its options.
+    """
+    heads = {"masks": masks, "width": width, "mask_width": mask_width}
+    heads |= {"threshold": score_threshold, "soft": soft_nms}
+    return build_detector(CascadeHeads, backbone, num_classes, channels, checkpoint_heads, heads, backbone_options)
+
+
+def build_detector(
+    kind: type[CascadeHeads],
+    backbone: str,
+    num_classes: int,
+    channels: int,
+    recompute: bool,
+    options: dict[str, Any],
+    backbone_options: dict[str, Any],
+) -> RegionDetector:
+    """A detector whose heads are of the class `kind`."""
+    if num_classes < 1:
+        raise ArgumentError(f"num_classes {num_classes}: give at least 1", "num_classes", code="out-of-range")
+    pyramid = RevColPyramid(backbone, channels, recompute=recompute, **backbone_options)
+    distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    norm = nn.SyncBatchNorm if distributed and torch.cuda.is_available() else nn.BatchNorm2d
+    heads = kind(channels, num_classes, norm=norm, recompute=recompute, **options)
+    return RegionDetector(pyramid, RegionProposals(channels, recompute=recompute), heads, num_classes)
+
+
+def with_objects(samples: SampledBoxes) -> SampledBoxes:
+    """The boxes that have an object."""
+    kept = [matches >= 0 for matches in samples.matches]
+    return SampledBoxes(*([part[rows] for part, rows in zip(parts, kept, strict=True)] for parts in samples))

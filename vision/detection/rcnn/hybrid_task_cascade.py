@@ -1,0 +1,143 @@
+"""HTC (Chen et al., "Hybrid Task Cascade for Instance Segmentation", CVPR 2019) on a RevCol (Table 12 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision.detection.feature_pyramid import STRIDES
+from vision.detection.rcnn.box_heads import BoxStage, SampledBoxes
+from vision.detection.rcnn.cascade_rcnn import CascadeHeads, RegionDetector, build_detector
+from vision.detection.training_targets import Target, semantic_maps
+
+SEMANTIC_WEIGHT = 0.2
+FUSED_LEVEL = 1
+"""Index of the level of the pyramid whose size the semantic branch has, stride 8."""
+
+
+class HybridTaskHeads(CascadeHeads):
+    """A cascade whose mask heads train on refined boxes and hand on their features, with a semantic branch.
+
+    Args:
+        channels: of the pyramid.
+        num_classes: without background.
+        stuff_classes: classes of the semantic maps; None for no semantic branch.
+        options: of `CascadeHeads`.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, stuff_classes: int | None = None, **options: Any):
+        super().__init__(channels, num_classes, low_quality=True, flow=True, **options)
+        self.semantic = None if stuff_classes is None else SemanticBranch(channels, stuff_classes)
+
+    def inputs(
+        self, features: dict[str, Tensor], targets: Sequence[Target] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor], Tensor | None]:
+        levels = list(features.values())
+        if self.semantic is None:
+            return levels[: len(STRIDES)], {}, None
+        logits, embedding = self.run(self.semantic, levels)
+        losses = {}
+        if targets is not None:
+            goals = semantic_maps(targets, logits.shape[1], tuple(logits.shape[-2:]), STRIDES[FUSED_LEVEL])
+            losses["loss_semantic"] = SEMANTIC_WEIGHT * semantic_loss(logits, goals)
+        return levels[: len(STRIDES)], losses, embedding
+
+    def mask_samples(
+        self, stage: BoxStage, samples: SampledBoxes, refined: list[Tensor], targets: Sequence[Target]
+    ) -> SampledBoxes:
+        """Boxes sampled anew from what the stage has refined."""
+        return stage.sample(refined, targets)
+
+    def mask_logits(self, index: int, levels: Sequence[Tensor], boxes: list[Tensor], semantic: Tensor | None) -> Tensor:
+        """Logits of a stage, to which the mask heads of all stages before it hand on their features."""
+        pooled, features = self.mask_pool(levels, boxes, semantic), None
+        for head in self.mask_heads[: index + 1]:
+            features = head.features(pooled, features)
+        return self.mask_heads[index].predictor(features)
+
+    def mask_probabilities(
+        self, levels: Sequence[Tensor], boxes: list[Tensor], labels: Tensor, semantic: Tensor | None
+    ) -> Tensor:
+        """Masks (boxes, 28, 28) of labels (boxes,), of the last stage."""
+        rows = torch.arange(len(labels), device=labels.device)
+        logits = self.mask_logits(len(self.mask_heads) - 1, levels, boxes, semantic)
+        return logits[rows, labels].float().sigmoid()
+
+
+class SemanticBranch(nn.Module):
+    """Levels of the pyramid summed up at stride 8, four convolutions, scores of classes and an embedding.
+
+    Args:
+        channels: of the pyramid and of the branch.
+        num_classes: of the semantic maps.
+    """
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.lateral = nn.ModuleList(_convolution(channels, 1) for _ in (*STRIDES, 64))
+        self.convolutions = nn.Sequential(*(_convolution(channels, 3) for _ in range(4)))
+        self.embedding, self.logits = _convolution(channels, 1), nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Levels of strides 4 to 64 to scores (B, classes, H / 8, W / 8), and an embedding of the width of a level."""
+        fused = self.lateral[FUSED_LEVEL](levels[FUSED_LEVEL])
+        for index, (lateral, level) in enumerate(zip(self.lateral, levels, strict=True)):
+            if index != FUSED_LEVEL:
+                resized = F.interpolate(level, fused.shape[-2:], mode="bilinear", align_corners=True)
+                fused = fused + lateral(resized)
+        features = self.convolutions(fused)
+        return self.logits(features), self.embedding(features)
+
+
+def semantic_loss(logits: Tensor, maps: Tensor) -> Tensor:
+    """Cross entropy of logits (B, classes, H, W) against maps (B, H, W), a mean over all pixels; 255 gives 0."""
+    return F.cross_entropy(logits, maps, ignore_index=255, reduction="sum") / maps.numel()
+
+
+def htc(
+    backbone: str,
+    num_classes: int,
+    stuff_classes: int | None = None,
+    *,
+    masks: bool = True,
+    channels: int = 256,
+    width: int = 1024,
+    mask_width: int = 256,
+    score_threshold: float = 0.001,
+    soft_nms: bool = True,
+    checkpoint_heads: bool = False,
+    **backbone_options: Any,
+) -> RegionDetector:
+    """Hybrid Task Cascade on a RevCol, with the weights of its initialization.
+
+    Args:
+        backbone: a name of the family such as `revcol_huge`.
+        num_classes: classes of objects without background, 80 for COCO; labels are 1 to this number.
+        stuff_classes: classes of the semantic maps, 183 for COCO-Stuff; None for no semantic branch.
+        masks: whether there are mask heads.
+        channels: of the feature pyramid.
+        width: of the linear layers for boxes.
+        mask_width: of the convolutions for masks.
+        score_threshold: of detections.
+        soft_nms: lower the scores of detections that overlap, instead of leaving them out.
+        checkpoint_heads: keep no activations of pyramid and heads, and compute them again in backward.
+        backbone_options: such as `kernel_size`, `drop_path_rate` and `memory`.
+
+    Returns:
+        A module that is called as torchvision's detectors; see `RegionDetector`. With `stuff_classes`, targets also
+        have `semantic_map` (H, W), classes from 0 on, of which 255 does not count.
+
+    Raises:
+        ValueError: the backbone does not exist, has a memory budget or refuses its options.
+    """
+    heads = {"masks": masks, "width": width, "mask_width": mask_width, "stuff_classes": stuff_classes}
+    heads |= {"threshold": score_threshold, "soft": soft_nms}
+    return build_detector(HybridTaskHeads, backbone, num_classes, channels, checkpoint_heads, heads, backbone_options)
+
+
+def _convolution(channels: int, size: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, channels, size, padding=size // 2), nn.ReLU())

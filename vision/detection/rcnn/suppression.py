@@ -1,0 +1,71 @@
+"""Detections of an image out of scores and boxes: thresholds, and suppression of what overlaps a better one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+
+LEAST_SOFT_SCORE = 1e-3
+
+
+def best_detections(
+    scores: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    *,
+    threshold: float = 0.05,
+    overlap: float = 0.5,
+    limit: int = 100,
+    soft: bool = False,
+) -> dict[str, Tensor]:
+    """The best boxes of an image as torchvision's detectors return them, best first.
+
+    Args:
+        scores: probabilities (n, classes + 1), background first.
+        boxes: (n, classes + 1, 4).
+        size: height and width of the image.
+        threshold: scores above it count.
+        overlap: intersection over union from which on boxes of one class suppress each other.
+        limit: most boxes.
+        soft: lower the scores of boxes that overlap (`soft_nms`) instead of leaving them out.
+    """
+    row, label = (scores[:, 1:] > threshold).nonzero(as_tuple=True)
+    label = label + 1
+    scores, boxes = scores[row, label], clip_boxes_to_image(boxes[row, label], size)
+    if soft:
+        kept, scores = soft_nms(boxes, scores, label, overlap, limit)
+    else:
+        kept = batched_nms(boxes, scores, label, overlap)[:limit]
+        scores = scores[kept]
+    return {"boxes": boxes[kept], "labels": label[kept], "scores": scores}
+
+
+def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, limit: int) -> tuple[Tensor, Tensor]:
+    """Linear Soft-NMS (Bodla et al., "Soft-NMS", 2017): a box lowers the scores of boxes of its class that overlap it.
+
+    Each box that is taken multiplies scores by one minus the intersection over union, where that exceeds `overlap`.
+
+    Args:
+        boxes: (n, 4).
+        scores: (n,).
+        labels: classes (n,).
+        overlap: an intersection over union.
+        limit: most boxes.
+
+    Returns:
+        Indices of boxes and their lowered scores, best first. Scores below 0.001 are left out.
+    """
+    left, kept, lowered = scores.clone(), [], []
+    while len(kept) < min(limit, len(scores)):
+        best = left.argmax()
+        if left[best] < LEAST_SOFT_SCORE:
+            break
+        kept.append(best)
+        lowered.append(left[best].clone())
+        iou = box_iou(boxes[best][None], boxes)[0]
+        left = torch.where((labels == labels[best]) & (iou > overlap), left * (1 - iou), left)
+        left[best] = -1
+    if not kept:
+        return labels.new_zeros(0), scores.new_zeros(0)
+    return torch.stack(kept), torch.stack(lowered)

@@ -1,0 +1,105 @@
+"""Images and objects that a detector trains on, checked before the first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
+
+from revnets.config.errors import ArgumentError
+
+Target = dict[str, Any]
+"""Objects of one image: `boxes` (N, 4) as (left, top, right, bottom), `labels` (N,), `masks` (N, H, W), and others."""
+
+
+def padded_batch(images: Sequence[Tensor], multiple: int = 32) -> ImageList:
+    """Images (C, H, W) of different sizes as one batch, with zeros at the right and at the bottom.
+
+    Raises:
+        ValueError: there are no images, or they have other shapes.
+    """
+    shapes = [tuple(image.shape) for image in images]
+    if not shapes or any(len(shape) != 3 or 0 in shape or shape[0] != shapes[0][0] for shape in shapes):
+        problem = f"a detector takes a list of images (C, H, W), and not {shapes[:3]}"
+        raise ArgumentError(problem, "images", code="shape-mismatch")
+    height, width = (-(-max(shape[axis] for shape in shapes) // multiple) * multiple for axis in (1, 2))
+    batch = images[0].new_zeros(len(images), shapes[0][0], height, width)
+    for place, image in zip(batch, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return ImageList(batch, [shape[1:] for shape in shapes])
+
+
+def checked_targets(
+    images: Sequence[Tensor], targets: Sequence[Target] | None, num_classes: int, *, masks: bool = False
+) -> list[Target]:
+    """Targets without boxes of no area; `image_size` (height, width) is added to each.
+
+    Args:
+        images: of the batch, (C, H, W) each.
+        targets: of the same images.
+        num_classes: labels are 1 to this number.
+        masks: whether objects need masks.
+
+    Raises:
+        ValueError: a target is missing or does not fit its image; the message names it.
+    """
+    if targets is None or len(targets) != len(images):
+        count = "no" if targets is None else len(targets)
+        raise ArgumentError(f"{len(images)} images have {count} targets", "targets", code="wrong-length")
+    return [
+        _checked(number, image, target, num_classes, masks)
+        for number, (image, target) in enumerate(zip(images, targets, strict=True))
+    ]
+
+
+def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks: bool) -> Target:
+    names = ["boxes", "labels", *(["masks"] if masks else [])]
+    for name in names:
+        if not isinstance(target.get(name), Tensor):
+            raise _target_error(number, name, "is missing", "missing-key")
+    boxes, labels = target["boxes"], target["labels"]
+    if boxes.ndim != 2 or boxes.shape[-1] != 4:
+        raise _target_error(number, "boxes", f"has the shape {tuple(boxes.shape)}, not (N, 4)", "shape-mismatch")
+    if labels.shape != boxes.shape[:1]:
+        raise _target_error(number, "labels", f"has {labels.numel()} items for {len(boxes)} boxes", "shape-mismatch")
+    size = image.shape[-2:]
+    if masks and target["masks"].shape != (len(boxes), *size):
+        found, expected = tuple(target["masks"].shape), (len(boxes), *size)
+        raise _target_error(number, "masks", f"has the shape {found}, not {expected}", "shape-mismatch")
+    if len(boxes) and not torch.isfinite(boxes).all():
+        raise _target_error(number, "boxes", "has numbers that are not finite", "not-finite")
+    if len(boxes) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
+        found = sorted({int(labels.min()), int(labels.max())})
+        raise _target_error(number, "labels", f"has {found}, outside of 1 to {num_classes}", "out-of-range")
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return {**target, "image_size": tuple(size), **{name: target[name][kept] for name in names}}
+
+
+def _target_error(number: int, name: str, problem: str, code: str) -> ArgumentError:
+    return ArgumentError(f"target {number} of the batch: {name} {problem}", f"targets.{number}.{name}", code=code)
+
+
+def semantic_maps(targets: Sequence[Target], num_classes: int, size: tuple[int, int], stride: int) -> Tensor:
+    """The semantic maps of a batch at every `stride`-th pixel, (B, *size), with 255 outside of an image.
+
+    Raises:
+        ValueError: a map is missing, has another size than its image, or has other classes.
+    """
+    goals = []
+    for number, target in enumerate(targets):
+        classes = target.get("semantic_map")
+        if not isinstance(classes, Tensor):
+            raise _target_error(number, "semantic_map", "is missing", "missing-key")
+        if tuple(classes.shape) != target["image_size"]:
+            found, expected = tuple(classes.shape), target["image_size"]
+            raise _target_error(number, "semantic_map", f"has the shape {found}, not {expected}", "shape-mismatch")
+        if ((classes < 0) | ((classes >= num_classes) & (classes != 255))).any():
+            problem = f"has classes outside of 0 to {num_classes - 1}"
+            raise _target_error(number, "semantic_map", problem, "out-of-range")
+        part = classes[::stride, ::stride].long()
+        goals.append(F.pad(part, (0, size[1] - part.shape[1], 0, size[0] - part.shape[0]), value=255))
+    return torch.stack(goals)
