@@ -26,6 +26,8 @@ def padded_batch(images: Sequence[Tensor], multiple: int = 32) -> ImageList:
     if not shapes or any(len(shape) != 3 or 0 in shape or shape[0] != shapes[0][0] for shape in shapes):
         problem = f"a detector takes a list of images (C, H, W), and not {shapes[:3]}"
         raise ArgumentError(problem, "images", code="shape-mismatch")
+    if not all(image.is_floating_point() for image in images):
+        raise ArgumentError("a detector takes normalized images, not whole numbers", "images", code="wrong-type")
     height, width = (-(-max(shape[axis] for shape in shapes) // multiple) * multiple for axis in (1, 2))
     batch = images[0].new_zeros(len(images), shapes[0][0], height, width)
     for place, image in zip(batch, images, strict=True):
@@ -61,7 +63,7 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
     for name in names:
         if not isinstance(target.get(name), Tensor):
             raise _target_error(number, name, "is missing", "missing-key")
-    boxes, labels = target["boxes"], target["labels"]
+    boxes, labels = target["boxes"].as_subclass(Tensor).float(), target["labels"].long()
     if boxes.ndim != 2 or boxes.shape[-1] != 4:
         raise _target_error(number, "boxes", f"has the shape {tuple(boxes.shape)}, not (N, 4)", "shape-mismatch")
     if labels.shape != boxes.shape[:1]:
@@ -76,7 +78,8 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
         found = sorted({int(labels.min()), int(labels.max())})
         raise _target_error(number, "labels", f"has {found}, outside of 1 to {num_classes}", "out-of-range")
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return {**target, "image_size": tuple(size), **{name: target[name][kept] for name in names}}
+    objects = {**target, "boxes": boxes, "labels": labels}
+    return {**objects, "image_size": tuple(size), **{name: objects[name][kept] for name in names}}
 
 
 def _target_error(number: int, name: str, problem: str, code: str) -> ArgumentError:

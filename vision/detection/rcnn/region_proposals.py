@@ -109,9 +109,9 @@ class OverlapMatcher:
         matches[best < self.negative] = BACKGROUND
         if self.low_quality is not None:
             highest = overlap.max(1, keepdim=True).values
-            rows = torch.arange(len(objects), device=boxes.device)[:, None]
-            numbers = torch.where((overlap == highest) & (highest >= self.low_quality), rows, -1).amax(0)
-            matches = torch.where(numbers >= 0, numbers, matches)
+            taken = (overlap == highest) & (highest >= self.low_quality)
+            last = len(objects) - 1 - taken.flip(0).byte().argmax(0)
+            matches = torch.where(taken.any(0), last, matches)
         return matches
 
 

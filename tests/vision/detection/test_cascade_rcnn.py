@@ -1,0 +1,200 @@
+"""Cascade Mask R-CNN and HTC as whole models."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+from revnets.memory.tracker import kept_bytes
+from tests.support.detection import CLASSES, SIZES, SMALL, STUFF, detection_batch
+from vision.detection import cascade_mask_rcnn, htc
+
+BUILDERS = {"cascade": (cascade_mask_rcnn, {}), "htc": (htc, {"stuff_classes": STUFF})}
+NOTHING = (([], []), ([], []))
+
+
+def build(name="cascade", **options):
+    torch.manual_seed(0)
+    builder, own = BUILDERS[name]
+    return builder("test_revcol", CLASSES, **SMALL, **own, **options)
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return build("htc")
+
+
+def trained(model, content=None):
+    """The losses of one step, with its gradients."""
+    torch.manual_seed(2)
+    losses = model.train()(*detection_batch() if content is None else detection_batch(content))
+    sum(losses.values()).backward()
+    return losses
+
+
+def gradients(model):
+    trained(model)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_exact_gradients_equal_stored_ones(name):
+    expected = gradients(build(name, memory="store"))
+    found = gradients(build(name, memory="exact"))
+    assert all(gradient is not None for gradient in found.values())
+    assert [key for key, gradient in found.items() if not torch.equal(gradient, expected[key])] == []
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_recomputed_heads_give_the_same_gradients_and_statistics(name):
+    plain, recomputed = build(name), build(name, checkpoint_heads=True)
+    expected, found = gradients(plain), gradients(recomputed)
+    assert [key for key, gradient in found.items() if not torch.equal(gradient, expected[key])] == []
+    buffers = dict(plain.named_buffers())
+    assert [key for key, buffer in recomputed.named_buffers() if not torch.equal(buffer, buffers[key])] == []
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_recomputed_heads_keep_fewer_bytes(name):
+    kept = [kept_bytes(build(name, checkpoint_heads=heads).train(), *detection_batch()) for heads in (False, True)]
+    pooled = sum(3 * (7 * 7 + 14 * 14) * SMALL["channels"] * 4 for _ in SIZES)  # of one box in each stage, and a mask
+    assert kept[0] - kept[1] > 100 * pooled
+
+
+def test_detections_are_those_of_torchvision_s_detectors():
+    model = build().eval()
+    with torch.no_grad():
+        found = model(detection_batch()[0])
+    for item, size in zip(found, SIZES, strict=True):
+        count = len(item["labels"])
+        assert 0 < count <= 100
+        assert item["boxes"].shape == (count, 4)
+        assert item["masks"].shape == (count, 1, *size)
+        assert set(item["labels"].tolist()) <= set(range(1, CLASSES + 1))
+        assert torch.equal(item["scores"], item["scores"].sort(descending=True).values)
+        assert (item["boxes"] >= 0).all()
+        assert (item["boxes"][:, 2:] <= torch.tensor(size[::-1])).all()
+        assert (item["masks"] >= 0).all()
+        assert (item["masks"] <= 1).all()
+
+
+def test_a_cascade_without_masks_needs_none():
+    model = build(masks=False)
+    images, targets = detection_batch()
+    losses = model.train()(images, [{key: target[key] for key in ("boxes", "labels")} for target in targets])
+    assert not any("mask" in name for name in losses)
+    with torch.no_grad():
+        assert set(model.eval()(images)[0]) == {"boxes", "labels", "scores"}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("content", [NOTHING, (NOTHING[0], ([[11, 3, 53, 47]], [2]))], ids=["none", "one"])
+def test_images_without_objects_give_finite_gradients(name, content):
+    model = build(name)
+    losses = trained(model, content)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    for parameter in model.parameters():
+        assert torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("content", [NOTHING, None], ids=["none", "objects"])
+def test_images_without_proposals_give_finite_losses_and_statistics(content):
+    model = build()
+    model.rpn._post_nms_top_n = {"training": 0, "testing": 0}
+    assert all(torch.isfinite(loss) for loss in trained(model, content).values())
+    assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
+    with torch.no_grad():
+        assert all(torch.isfinite(item["scores"]).all() for item in model.eval()(detection_batch()[0]))
+
+
+def test_boxes_of_no_area_do_not_count():
+    images, targets = detection_batch()
+    expected = trained(build())
+    target = targets[0]
+    flat = torch.tensor([[13.0, 17.0, 29.0, 17.0], [30.0, 5.0, 20.0, 50.0]])
+    target["boxes"] = torch.cat([flat, target["boxes"]])
+    target["labels"] = torch.cat([torch.tensor([2, 1]), target["labels"]])
+    target["masks"] = torch.cat([target["masks"][:2], target["masks"]])
+    torch.manual_seed(2)
+    found = build().train()(images, targets)
+    assert {name: loss.item() for name, loss in found.items()} == {key: loss.item() for key, loss in expected.items()}
+
+
+def broken(name, value):
+    def change(targets):
+        targets[1][name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "code"),
+    [
+        (lambda targets: targets.pop(), "targets", "wrong-length"),
+        (lambda targets: targets[0].pop("masks"), "targets.0.masks", "missing-key"),
+        (broken("boxes", torch.zeros(1, 5)), "targets.1.boxes", "shape-mismatch"),
+        (broken("labels", torch.ones(2, dtype=torch.long)), "targets.1.labels", "shape-mismatch"),
+        (broken("masks", torch.zeros(1, 71, 64)), "targets.1.masks", "shape-mismatch"),
+        (broken("boxes", torch.tensor([[1.0, 2.0, math.nan, 7.0]])), "targets.1.boxes", "not-finite"),
+        (broken("labels", torch.tensor([0])), "targets.1.labels", "out-of-range"),
+        (broken("labels", torch.tensor([CLASSES + 1])), "targets.1.labels", "out-of-range"),
+        (lambda targets: targets[0].pop("semantic_map"), "targets.0.semantic_map", "missing-key"),
+        (broken("semantic_map", torch.zeros(71, 64)), "targets.1.semantic_map", "shape-mismatch"),
+        (broken("semantic_map", torch.full(SIZES[1], STUFF)), "targets.1.semantic_map", "out-of-range"),
+    ],
+)
+def test_a_target_that_does_not_fit_is_named(untrained, change, key, code):
+    images, targets = detection_batch()
+    change(targets)
+    with pytest.raises(ValueError) as caught:
+        untrained.train()(images, targets)
+    assert (caught.value.key, caught.value.code) == (key, code)
+
+
+@pytest.mark.parametrize(
+    ("images", "code"),
+    [
+        ([], "shape-mismatch"),
+        ([torch.zeros(3, 5)], "shape-mismatch"),
+        ([torch.zeros(3, 0, 5)], "shape-mismatch"),
+        ([torch.zeros(3, 37, 41), torch.zeros(1, 37, 41)], "shape-mismatch"),
+        ([torch.zeros(3, 37, 41, dtype=torch.uint8)], "wrong-type"),
+    ],
+)
+def test_images_of_other_shapes_are_refused(untrained, images, code):
+    with pytest.raises(ValueError) as caught:
+        untrained.eval()(images)
+    assert (caught.value.key, caught.value.code) == ("images", code)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "classes", "options", "key", "code"),
+    [
+        ("revcol_none", 3, {}, "backbone", "component-failed"),
+        ("resnet18", 3, {}, "backbone", "no-columns"),
+        ("test_revcol", 3, {"height": 3}, "backbone", "component-failed"),
+        ("test_revcol", 0, {}, "num_classes", "out-of-range"),
+        ("test_revcol", 3, {"memory": {"budget": "1GiB"}}, "memory", "conflicting-values"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_refused(backbone, classes, options, key, code):
+    with pytest.raises(ValueError) as caught:
+        cascade_mask_rcnn(backbone, classes, **options)
+    assert (caught.value.key, caught.value.code) == (key, code)
+
+
+@pytest.mark.parametrize(
+    ("variant", "millions"), [("tiny", 87.94), ("small", 118.05), ("base", 196.07), ("large", 330.31)]
+)
+def test_cascade_has_the_parameters_of_the_paper(variant, millions):
+    with torch.device("meta"):
+        model = cascade_mask_rcnn(f"revcol_{variant}", 80)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_htc_of_the_largest_backbone_with_larger_kernels():
+    with torch.device("meta"):
+        model = htc("revcol_huge", 80, 183, kernel_size=7)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(2221.96, abs=0.005)
