@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from revnets.config.errors import ArgumentError
+from revnets.config.errors import ArgumentError, first_line
 from revnets.config.memory_budget import BudgetSpec
 from vision.models.architecture import RevCol
 
@@ -39,7 +39,7 @@ class RevColPyramid(nn.Module):
         try:
             self.body: Any = timm.create_model(backbone, features_only=True, out_indices=(0, 1, 2, 3), **options)
         except (TypeError, RuntimeError) as error:
-            raise ArgumentError(f"{backbone}: {error}", "backbone", code="component-failed") from error
+            raise ArgumentError(f"{backbone}: {first_line(error)}", "backbone", code="component-failed") from error
         if not any(isinstance(module, RevCol) for module in self.body.modules()):
             raise ArgumentError(f"{backbone} is no RevCol. Name one", "backbone", code="no-columns")
         if tuple(self.body.feature_info.reduction()) != STRIDES:
@@ -83,13 +83,18 @@ def recomputed(module: nn.Module | Callable[..., Any], *args: Any) -> Any:
 @contextmanager
 def _fixed_statistics(module: nn.Module) -> Iterator[None]:
     """Leave running statistics as they are; batches are still normalized by their own."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    before = [(norm, norm.momentum, norm.num_batches_tracked, _copied(norm.num_batches_tracked)) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0  # the kernel then writes the old values
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
+        for norm, momentum, count, value in before:
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            if count is not None and value is not None:
+                count.copy_(value)
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

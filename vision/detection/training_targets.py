@@ -32,7 +32,7 @@ def padded_batch(images: Sequence[Tensor], multiple: int = 32) -> ImageList:
     batch = images[0].new_zeros(len(images), shapes[0][0], height, width)
     for place, image in zip(batch, images, strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
-    return ImageList(batch, [shape[1:] for shape in shapes])
+    return ImageList(batch, [(shape[1], shape[2]) for shape in shapes])
 
 
 def checked_targets(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class CascadeHeads(nn.Module):
             targets: of the images.
         """
         levels, losses, semantic = self.inputs(features, targets)
-        for number, (stage, weight) in enumerate(zip(self.box_stages, LOSS_WEIGHTS, strict=True), 1):
+        for number, (stage, weight) in enumerate(zip(self.stages(), LOSS_WEIGHTS, strict=True), 1):
             samples = stage.sample(boxes, targets)
             scores, codes = self.run(stage, levels, samples.boxes, semantic)
             classification, regression = stage.losses(scores, codes, samples, targets)
@@ -97,14 +98,16 @@ class CascadeHeads(nn.Module):
     def detections(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
         """Boxes, labels, scores and masks of each image: mean logits of all stages, boxes of the last one."""
         levels, _, semantic = self.inputs(features)
-        logits = []
-        for stage in self.box_stages:
+        stages = self.stages()
+        scores, codes = stages[0](levels, boxes, semantic)
+        logits = scores.float()
+        for previous, stage in pairwise(stages):
+            boxes = previous.refined(scores, codes, boxes, sizes)
             scores, codes = stage(levels, boxes, semantic)
-            logits.append(scores.float())
-            previous, boxes = boxes, stage.refined(scores, codes, boxes, sizes)
-        counts = [len(places) for places in previous]
-        probabilities = torch.stack(logits).mean(0).softmax(1).split(counts)
-        candidates = self.box_stages[-1].all_boxes(codes, torch.cat(previous)).split(counts)
+            logits = logits + scores.float()
+        counts = [len(places) for places in boxes]
+        probabilities = (logits / len(stages)).softmax(1).split(counts)
+        candidates = stages[-1].all_boxes(codes, torch.cat(boxes)).split(counts)
         found = [
             best_detections(scores, places, size, **self.detection_options)
             for scores, places, size in zip(probabilities, candidates, sizes, strict=True)
@@ -118,6 +121,10 @@ class CascadeHeads(nn.Module):
                 item["masks"] = pasted_masks(part, item["boxes"], size)
         return found
 
+    def stages(self) -> list[BoxStage]:
+        """The box heads, in their order."""
+        return cast(list[BoxStage], list(self.box_stages))
+
     def inputs(
         self, features: dict[str, Tensor], targets: Sequence[Target] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor], Tensor | None]:
@@ -125,7 +132,7 @@ class CascadeHeads(nn.Module):
         return list(features.values())[: len(STRIDES)], {}, None
 
     def mask_samples(
-        self, stage: nn.Module, samples: SampledBoxes, refined: list[Tensor], targets: Sequence[Target]
+        self, stage: BoxStage, samples: SampledBoxes, refined: list[Tensor], targets: Sequence[Target]
     ) -> SampledBoxes:
         """The boxes that the mask head of a stage trains on: those of its box head."""
         return samples

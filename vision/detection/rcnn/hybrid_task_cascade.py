@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vision.detection.feature_pyramid import STRIDES
 from vision.detection.rcnn.box_heads import BoxStage, SampledBoxes
 from vision.detection.rcnn.cascade_rcnn import CascadeHeads, RegionDetector, build_detector
+from vision.detection.rcnn.mask_heads import MaskHead
 from vision.detection.training_targets import Target, semantic_maps
 
 SEMANTIC_WEIGHT = 0.2
@@ -55,9 +56,10 @@ class HybridTaskHeads(CascadeHeads):
     def mask_logits(self, index: int, levels: Sequence[Tensor], boxes: list[Tensor], semantic: Tensor | None) -> Tensor:
         """Logits of a stage, to which the mask heads of all stages before it hand on their features."""
         pooled, features = self.mask_pool(levels, boxes, semantic), None
-        for head in self.mask_heads[: index + 1]:
+        heads = cast(list[MaskHead], list(self.mask_heads))[: index + 1]
+        for head in heads:
             features = head.features(pooled, features)
-        return self.mask_heads[index].predictor(features)
+        return heads[-1].predictor(features)
 
     def mask_probabilities(
         self, levels: Sequence[Tensor], boxes: list[Tensor], labels: Tensor, semantic: Tensor | None
