@@ -116,11 +116,11 @@ class OverlapMatcher:
 
 
 class FloatBoxCoder(BoxCoder):
-    """torchvision's coder in float32 under autocast, with both bounds that mmdetection has for changes of a side."""
+    """torchvision's coder in float32 at least, with both bounds that mmdetection has for changes of a side."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Codes (N, 4 k) and boxes (N, 4) to k boxes for each, (N, 4 k)."""
-        codes = rel_codes.float().unflatten(1, (-1, 4))
+        codes = rel_codes.to(torch.promote_types(rel_codes.dtype, torch.float32)).unflatten(1, (-1, 4))
         least = -self.bbox_xform_clip * codes.new_tensor(self.weights[2:])
         codes = torch.cat([codes[..., :2], codes[..., 2:].maximum(least)], -1)
         return super().decode_single(codes.flatten(1), boxes)
