@@ -19,6 +19,13 @@ def roi_align_forward(input, rois, output, *arguments, spatial_scale, sampling_r
     output.copy_(torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
 
 
+def roi_align_backward(gradient, rois, *arguments, spatial_scale, sampling_ratio, aligned, **options):
+    result = arguments[-1]
+    size = gradient.shape[-2:]
+    options = (spatial_scale, *size, *result.shape, sampling_ratio, aligned)
+    result.copy_(torch.ops.torchvision._roi_align_backward(gradient, rois, *options))
+
+
 def softnms(boxes, scores, dets, iou_threshold, sigma, min_score, method, offset):
     """The linear method, one box after another."""
     assert (method, offset) == (1, 0)
@@ -46,7 +53,7 @@ def missing(name):
 def install() -> None:
     """Put the operators where mmcv looks for its own. Others raise when they are called."""
     module = types.ModuleType("mmcv._ext")
-    for function in (nms, roi_align_forward, softnms):
+    for function in (nms, roi_align_forward, roi_align_backward, softnms):
         setattr(module, function.__name__, function)
 
     def other(name):

@@ -3,6 +3,7 @@
 mmdetection needs an environment of its own; docs/development/openmmlab.md has it.
 """
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -162,24 +163,50 @@ def pair(request):
     return model, theirs(request.param, model)
 
 
-def test_losses_equal_those_of_mmdetection(pair):
-    model, other = (part.train() for part in pair)
-    images, targets = detection_batch()
-    found = model(images, targets)
-    batch = padded_batch(images)
-    losses = other.loss(batch.tensors, samples(targets, batch))
-    expected = {
-        "loss_objectness": sum(losses["loss_rpn_cls"]),
-        "loss_rpn_box_reg": sum(losses["loss_rpn_bbox"]),
-    }
+def theirs_by_our_names(losses):
+    found = {"loss_objectness": sum(losses["loss_rpn_cls"]), "loss_rpn_box_reg": sum(losses["loss_rpn_bbox"])}
     if "loss_semantic_seg" in losses:
-        expected["loss_semantic"] = losses["loss_semantic_seg"]
+        found["loss_semantic"] = losses["loss_semantic_seg"]
     for stage in range(3):
         for here, there in (("classifier", "cls"), ("box_reg", "bbox"), ("mask", "mask")):
-            expected[f"loss_{here}_{stage + 1}"] = losses[f"s{stage}.loss_{there}"]
+            found[f"loss_{here}_{stage + 1}"] = losses[f"s{stage}.loss_{there}"].squeeze()
+    return found
+
+
+def both_losses(pair, dtype=torch.float32):
+    model, other = (part.to(dtype).train() for part in pair)
+    images, targets = detection_batch()
+    images = [image.to(dtype) for image in images]
+    targets = [{**target, "boxes": target["boxes"].to(dtype)} for target in targets]
+    batch = padded_batch(images)
+    return model(images, targets), theirs_by_our_names(other.loss(batch.tensors, samples(targets, batch)))
+
+
+def test_losses_equal_those_of_mmdetection(pair):
+    found, expected = both_losses(pair)
     assert set(found) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value.squeeze(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+def smooth(module):
+    """Replace ReLUs, whose kinks turn a rounding error into another gradient."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ReLU):
+            setattr(module, name, nn.Softplus())
+        else:
+            smooth(child)
+
+
+def test_gradients_equal_those_of_mmdetection(pair):
+    model, other = copy.deepcopy(pair)
+    smooth(model.roi_heads)
+    smooth(other.roi_head)
+    losses = both_losses((model, other), torch.float64)
+    weights = dict(model.backbone.body.named_parameters())  # which both share
+    gradients = [torch.autograd.grad(sum(part.values()), list(weights.values())) for part in losses]
+    for name, here, there in zip(weights, *gradients, strict=True):
+        assert (here - there).abs().max() <= 1e-5 * there.abs().max(), name
 
 
 def test_detections_equal_those_of_mmdetection(pair):
