@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import clip_boxes_to_image
 
 from revnets.config.errors import ArgumentError
 
@@ -38,7 +39,7 @@ def padded_batch(images: Sequence[Tensor], multiple: int = 32) -> ImageList:
 def checked_targets(
     images: Sequence[Tensor], targets: Sequence[Target] | None, num_classes: int, *, masks: bool = False
 ) -> list[Target]:
-    """Targets without boxes of no area; `image_size` (height, width) is added to each.
+    """Targets whose boxes are clipped to the image and have an area; `image_size` (height, width) is added to each.
 
     Args:
         images: of the batch, (C, H, W) each.
@@ -68,7 +69,8 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
         raise _target_error(number, "boxes", f"has the shape {tuple(boxes.shape)}, not (N, 4)", "shape-mismatch")
     if labels.shape != boxes.shape[:1]:
         raise _target_error(number, "labels", f"has {labels.numel()} items for {len(boxes)} boxes", "shape-mismatch")
-    size = image.shape[-2:]
+    height, width = image.shape[-2:]
+    size = (height, width)
     if masks and target["masks"].shape != (len(boxes), *size):
         found, expected = tuple(target["masks"].shape), (len(boxes), *size)
         raise _target_error(number, "masks", f"has the shape {found}, not {expected}", "shape-mismatch")
@@ -77,9 +79,10 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
     if len(boxes) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
         found = sorted({int(labels.min()), int(labels.max())})
         raise _target_error(number, "labels", f"has {found}, outside of 1 to {num_classes}", "out-of-range")
+    boxes = clip_boxes_to_image(boxes, size)
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
     objects = {**target, "boxes": boxes, "labels": labels}
-    return {**objects, "image_size": tuple(size), **{name: objects[name][kept] for name in names}}
+    return {**objects, "image_size": size, **{name: objects[name][kept] for name in names}}
 
 
 def _target_error(number: int, name: str, problem: str, code: str) -> ArgumentError:

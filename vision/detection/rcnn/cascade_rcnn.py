@@ -184,7 +184,8 @@ class RegionDetector(nn.Module):
         Args:
             images: (3, H, W) each, normalized; sizes may differ.
             targets: `boxes` (N, 4) as (left, top, right, bottom) in pixels, `labels` (N,) from 1 on, and `masks`
-                (N, H, W) of 0 and 1, for each image. Boxes of no area do not count; N may be 0.
+                (N, H, W) of 0 and 1, for each image; N may be 0. Boxes are clipped to the image, and those of no area
+                do not count.
 
         Returns:
             A dictionary of weighted losses, to be summed up; or for each image `boxes` (N, 4), `labels` (N,), `scores`

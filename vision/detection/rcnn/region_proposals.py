@@ -50,6 +50,14 @@ class RegionProposals(RegionProposalNetwork):
             boxes.append(torch.where(matches[:, None] >= 0, matched, places))
         return labels, boxes
 
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of objectness and boxes; 0 for images so small that no anchor lies inside of them."""
+        if (torch.cat(labels) < 0).all():
+            return objectness.sum() * 0, pred_bbox_deltas.sum() * 0
+        return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+
 
 class RecomputedProposalHead(RPNHead):
     """torchvision's convolutions, whose activations backward computes again."""

@@ -10,6 +10,7 @@ pytest.importorskip("torchvision")
 from revnets.memory.tracker import kept_bytes
 from tests.support.detection import CLASSES, SIZES, SMALL, STUFF, detection_batch
 from vision.detection import cascade_mask_rcnn, htc
+from vision.detection.training_targets import checked_targets
 
 BUILDERS = {"cascade": (cascade_mask_rcnn, {}), "htc": (htc, {"stuff_classes": STUFF})}
 SAMPLED = 61
@@ -113,18 +114,34 @@ def test_images_without_proposals_give_finite_losses_and_statistics(content):
         assert all(torch.isfinite(item["scores"]).all() for item in model.eval()(detection_batch()[0]))
 
 
-def test_boxes_of_no_area_do_not_count():
+def test_images_smaller_than_every_anchor_give_finite_gradients():
+    model = build().train()
+    target = {"boxes": torch.tensor([[2.0, 3.0, 11.0, 13.0]]), "labels": torch.tensor([1])}
+    losses = model([torch.randn(3, 17, 19)], [{**target, "masks": torch.ones(1, 17, 19)}])
+    sum(losses.values()).backward()
+    assert losses["loss_objectness"] == losses["loss_rpn_box_reg"] == 0
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_boxes_without_an_area_in_the_image_do_not_count():
     images, targets = detection_batch()
     expected = trained(build())
     target = targets[0]
-    flat = torch.tensor([[13.0, 17.0, 29.0, 17.0], [30.0, 5.0, 20.0, 50.0]])
-    target["boxes"] = torch.cat([flat, target["boxes"]])
-    target["labels"] = torch.cat([torch.tensor([2, 1]), target["labels"]])
-    target["masks"] = torch.cat([target["masks"][:2], target["masks"]])
+    more = torch.tensor([[13.0, 17.0, 29.0, 17.0], [30.0, 5.0, 20.0, 50.0], [93.0, 5.0, 1e30, 11.0]])
+    target["boxes"] = torch.cat([more, target["boxes"]])
+    target["labels"] = torch.cat([torch.tensor([2, 1, 3]), target["labels"]])
+    target["masks"] = torch.cat([torch.ones(3, *SIZES[0], dtype=torch.uint8), target["masks"]])
     model = build().train()
     torch.manual_seed(2)
     found = model(images, targets)
     assert {name: loss.item() for name, loss in found.items()} == {key: loss.item() for key, loss in expected.items()}
+
+
+def test_boxes_are_clipped_to_the_image():
+    images, targets = detection_batch()
+    targets[0]["boxes"][0] = torch.tensor([-1e30, 7.0, 1e30, 41.0])
+    checked = checked_targets(images, targets, CLASSES)
+    assert checked[0]["boxes"][0].tolist() == [0, 7, 93, 41]
 
 
 def broken(name, value):
