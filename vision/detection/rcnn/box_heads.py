@@ -50,7 +50,7 @@ class BoxStage(nn.Module):
         channels: of the pyramid.
         num_classes: without background.
         overlap: intersection over union from which on a box belongs to an object.
-        weights: of the codes of center and size, one over their standard deviations.
+        stds: standard deviations of the codes of center and size.
         width: of the linear layer.
         norm: a class of normalization layers.
         low_quality: whether objects also get the boxes that overlap them most (see `OverlapMatcher`).
@@ -61,7 +61,7 @@ class BoxStage(nn.Module):
         channels: int,
         num_classes: int,
         overlap: float,
-        weights: tuple[float, float, float, float],
+        stds: tuple[float, float, float, float],
         *,
         width: int = 1024,
         norm: type[nn.Module] = nn.BatchNorm2d,
@@ -74,7 +74,7 @@ class BoxStage(nn.Module):
         for layer, std in ((self.predictor.cls_score, 0.01), (self.predictor.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
-        self.coder = FloatBoxCoder(weights)
+        self.coder = FloatBoxCoder((1 / stds[0], 1 / stds[1], 1 / stds[2], 1 / stds[3]))
         self.matcher = OverlapMatcher(overlap, overlap, overlap if low_quality else None)
         self.sampler = BalancedPositiveNegativeSampler(512, 0.25)
 

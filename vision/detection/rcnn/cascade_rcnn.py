@@ -20,8 +20,7 @@ from vision.detection.training_targets import Target, checked_targets, padded_ba
 from vision.models.architecture import RevCol
 
 OVERLAPS = (0.5, 0.6, 0.7)
-CODE_WEIGHTS = tuple((1 / std, 1 / std, 0.5 / std, 0.5 / std) for std in (0.1, 0.05))
-CODE_WEIGHTS += ((1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067),)
+CODE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 
 Sizes = Sequence[tuple[int, int]]
@@ -60,7 +59,7 @@ class CascadeHeads(nn.Module):
     ):
         super().__init__()
         options = {"width": width, "norm": norm, "low_quality": low_quality}
-        stages = zip(OVERLAPS, CODE_WEIGHTS, strict=True)
+        stages = zip(OVERLAPS, CODE_STDS, strict=True)
         self.box_stages = nn.ModuleList(BoxStage(channels, num_classes, *stage, **options) for stage in stages)
         self.mask_pool = RoIPool(14)
         self.mask_heads = nn.ModuleList(
