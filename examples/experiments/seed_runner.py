@@ -176,7 +176,7 @@ def require_equal(sizes: Mapping[str, Size], parameters: float, macs: float) -> 
 def compare(runs: Sequence[Run], data: ImageData, jobs: int, output: Path, console: Console) -> None:
     """Say what is to be done, and do what of it is not done yet."""
     first = runs[0].config
-    updates = TrainBatches(first, data).updates * first.epochs
+    updates = first.total_updates(TrainBatches(first, data).updates)
     console.print(
         f"{len(data.train):,} images to learn from and {len(data.val):,} to test; {updates:,} updates of "
         f"{first.batch_size} images; {len(runs)} runs, {jobs} at a time",

@@ -14,6 +14,7 @@ from vision.checkpoints import reader
 from vision.checkpoints.layout import TO_RESUME
 from vision.checkpoints.manager import sample_counts, step_of
 from vision.config.data import DataConfig
+from vision.config.learning import OptimizerConfig
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import CheckpointError, comparable, run_error
@@ -103,7 +104,7 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
     for key in FIXED:
         ours, theirs = new[key], old.get(key, IMPLIED.get(key))
         if key == "optimizer":
-            ours, theirs = {**ours, "lr": None}, {**theirs, "lr": None}
+            ours, theirs = {**ours, "lr": None}, {**OptimizerConfig().model_dump(mode="json"), **theirs, "lr": None}
         if key == "data":
             ours, theirs = _without_place(ours), _without_place(theirs)
         if ours != theirs:

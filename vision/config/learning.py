@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -40,6 +41,7 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(default=0.05, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)  # for optimizers that have it
     layer_decay: float | None = Field(default=None, gt=0, le=1)  # of the learning rate, by depth, for fine-tuning
+    backbone_lr_scale: float = Field(default=1.0, gt=0, le=1)  # learning rate of a backbone, as a part of the heads'
     options: dict[str, Any] = Field(default_factory=dict)  # whatever else this optimizer takes, such as betas and eps
 
     @field_validator("name")
@@ -58,10 +60,63 @@ class OptimizerConfig(Strict):
 class ScheduleConfig(Strict):
     """The learning rate, set anew before every update: linear warm-up, then `name`."""
 
-    name: Literal["cosine", "constant"] = "cosine"
+    name: Literal["cosine", "poly", "step", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
+    warmup_updates: int | None = Field(default=None, ge=0)  # length of the warm-up instead of warmup_epochs
     warmup_lr: float = Field(default=1e-6, ge=0)  # where the warm-up begins
-    min_lr: float = Field(default=1e-6, ge=0)  # where the cosine ends
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)  # the same as a part of lr, instead of warmup_lr
+    min_lr: float = Field(default=1e-6, ge=0)  # where cosine and poly end
+    power: float = Field(default=1.0, gt=0)  # of poly: min_lr + (lr - min_lr) * (1 - progress) ** power
+    milestones: tuple[float, ...] = ()  # of step: after these epochs, or updates of a run with `updates`, lr falls
+    decay_rate: float = Field(default=0.1, gt=0, le=1)  # of step: by what it is multiplied there
+
+    @field_validator("milestones", mode="before")
+    @classmethod
+    def _sequence(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        pairs = {"warmup_updates": "warmup_epochs", "warmup_ratio": "warmup_lr"}
+        for key, other in pairs.items():
+            if getattr(self, key) is not None and self._is_given(other):
+                text = f"{other} is {getattr(self, other):g}, and {key} says the same in another unit"
+                raise problem(text, "Give one of the two", key, code="conflicting-values")
+        owners = {"power": ("poly",), "milestones": ("step",), "decay_rate": ("step",)}
+        for key, names in owners.items():
+            if self.name not in names and self._is_given(key):
+                remedy = f"Remove the key, or set name: {names[0]}"
+                raise problem(f"{self.name} does not use it", remedy, key, code="conflicting-values")
+        if self.name == "step":
+            if self._is_given("min_lr"):
+                raise problem("step has no least rate", "Remove the key", "min_lr", code="conflicting-values")
+            if not self.milestones:
+                remedy = "Give the epochs after which the rate falls, as in [27, 33]"
+                raise problem("this key is missing", remedy, "milestones", code="missing-key")
+            if not all(low < high for low, high in pairwise((0.0, *self.milestones))):
+                text = f"{list(self.milestones)} do not rise from above 0"
+                raise problem(text, "Give them in order", "milestones", code="out-of-range")
+        return self
+
+    def _is_given(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
+
+    def require_length(self, epochs: int, updates: int | None) -> None:
+        """The warm-up and the milestones are within a run of so many epochs or, if given, updates.
+
+        Raises:
+            revnets.SpecError: they are not.
+        """
+        length, unit = (epochs, "epochs") if updates is None else (updates, "updates")
+        key = f"warmup_{unit}"
+        if (getattr(self, key) or 0) >= length:
+            text = f"a warm-up of {getattr(self, key):g} {unit} leaves nothing of {length}"
+            remedy = "Give fewer" + ", a part of one such as 0.5 will do" * (unit == "epochs")
+            raise problem(text, remedy, "schedule", key, code="conflicting-values")
+        if self.milestones and self.milestones[-1] >= length:
+            text = f"{self.milestones[-1]:g} {unit} are not within {length}"
+            remedy = f"Give milestones below {length}"
+            raise problem(text, remedy, "schedule", "milestones", code="conflicting-values")
 
 
 class EmaConfig(Strict):

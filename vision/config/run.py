@@ -110,9 +110,7 @@ Off = BeforeValidator(_none_if_off)
 class PipelineConfig(Strict):
     """How a pipeline divides the columns among the processes, and in which order its stages work."""
 
-    schedule: Literal["1f1b", "gpipe"] = (
-        "1f1b"  # of torch.distributed.pipelining; gpipe holds all micro-batches at once
-    )
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of torch.distributed.pipelining; gpipe holds all micro-batches
     balance: Literal["flops", "bytes", "cells"] = "flops"  # what the stages have about as much of
 
 
@@ -158,6 +156,7 @@ class TrainConfig(Strict):
     pretrained: Annotated[PretrainedConfig | None, Off] = None  # what a new run begins with instead of random weights
     memory: Modes | None = None  # memory mode of the columns, one per column, or {budget: 24GiB}
     epochs: int = Field(default=30, ge=1, le=MAX_COUNT)
+    updates: Annotated[int | None, Off] = Field(default=None, ge=1, le=MAX_COUNT)  # length of the run instead of epochs
     batch_size: int = Field(default=64, ge=1, le=MAX_COUNT)  # images of one forward pass of one process
     grad_accum: int = Field(default=1, ge=1, le=MAX_COUNT)  # forward passes per update
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
@@ -207,14 +206,10 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.schedule.warmup_epochs >= self.epochs:
-            raise problem(
-                f"a warm-up of {self.schedule.warmup_epochs:g} epochs leaves nothing of {self.epochs}",
-                "Give fewer, a part of one such as 0.5 will do",
-                "schedule",
-                "warmup_epochs",
-                code="conflicting-values",
-            )
+        if self.updates is not None and self.epochs != type(self).model_fields["epochs"].default:
+            text = f"the run is {self.updates} updates long, and {self.epochs} epochs as well"
+            raise problem(text, "Remove the key, or set updates: null", "epochs", code="conflicting-values")
+        self.schedule.require_length(self.epochs, self.updates)
         if self.mixup and self.batch_size % 2:
             text = f"mixup pairs images, and {self.batch_size} is odd"
             raise problem(text, "Give an even number", "batch_size", code="conflicting-values")
@@ -290,6 +285,10 @@ class TrainConfig(Strict):
     def batch_is_stream(self) -> bool:
         """Is the training set read from front to back, so that its order depends on workers and processes?"""
         return isinstance(self.data, ImagesConfig) and self.data.is_stream
+
+    def total_updates(self, of_epoch: int) -> int:
+        """Updates of the whole run, whose epochs have `of_epoch` each."""
+        return self.epochs * of_epoch if self.updates is None else self.updates
 
     def plain(self) -> dict[str, Any]:
         """The run as plain data that `load_config` accepts, for checkpoints and YAML."""

@@ -283,17 +283,30 @@ def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: in
 def build_schedule(
     config: TrainConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int, images_per_update: int
 ) -> Scheduler:
-    """A schedule that is a function of the number of updates, and so needs no state of its own."""
-    factor = config.optimizer.lr_factor(images_per_update)
+    """A schedule that is a function of the number of updates, and so needs no state of its own.
+
+    Raises:
+        revnets.SpecError: the warm-up is as long as the run, whose length has another unit.
+    """
+    given, factor = config.schedule, config.optimizer.lr_factor(images_per_update)
+    total = config.total_updates(updates_per_epoch)
+    warmup = given.warmup_epochs * updates_per_epoch if given.warmup_updates is None else given.warmup_updates
+    if warmup >= total:
+        key = "epochs" if given.warmup_updates is None else "updates"
+        text = f"a warm-up of {warmup:g} updates leaves nothing of {total}"
+        raise run_error(f"schedule.warmup_{key}", text, "Give fewer", code="conflicting-values")
+    ratio, unit = given.warmup_ratio, updates_per_epoch if config.updates is None else 1
     schedule, _ = create_scheduler_v2(
         optimizer,
-        sched=config.schedule.name,
-        num_epochs=config.epochs,
-        warmup_epochs=cast(int, config.schedule.warmup_epochs),  # a part of an epoch is fine, whatever timm declares
-        warmup_lr=config.schedule.warmup_lr * factor,
-        min_lr=config.schedule.min_lr * factor,
+        sched="multistep" if given.name == "step" else given.name,
+        num_epochs=total,
+        warmup_epochs=cast(int, warmup),  # a part of an update is fine, whatever timm declares
+        warmup_lr=factor * (given.warmup_lr if ratio is None else ratio * config.optimizer.lr),
+        min_lr=given.min_lr * factor,
+        decay_milestones=[round(milestone * unit) + 1 for milestone in given.milestones],  # timm's begin one earlier
+        decay_rate=given.power if given.name == "poly" else given.decay_rate,
         step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
+        updates_per_epoch=1,
     )
     assert schedule is not None
     return schedule

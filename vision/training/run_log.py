@@ -156,7 +156,11 @@ class EventFile:
 
 
 class ProgressDisplay:
-    """A live progress bar on a terminal, and a line per epoch everywhere."""
+    """A live progress bar on a terminal, and a line per epoch everywhere.
+
+    Args:
+        epochs, updates: of the whole run.
+    """
 
     def __init__(self, console: Console, epochs: int, updates: int):
         self.console, self.epochs, self.updates = console, epochs, updates
@@ -170,7 +174,7 @@ class ProgressDisplay:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._bar = self._progress.add_task("training", total=epochs * updates, note="")
+        self._bar = self._progress.add_task("training", total=updates, note="")
 
     def training(self, epoch: int, step: int) -> None:
         """Show that `step` updates are done, in the epoch of that number (from 0)."""

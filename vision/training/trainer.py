@@ -60,6 +60,8 @@ class Trainer:
         self.data = self.task.load_data(notes, self.world)
         self.batches = self.task.train_batches(self.data, self.world.replicas)
         self.val_batches = self.task.val_batches(self.data, self.world.replicas)
+        self.updates = config.total_updates(self.batches.updates)
+        self.epochs = -(-self.updates // self.batches.updates)  # the last one may be a part
         sharded = config.checkpoint == "sharded" and self.world.size > 1
         self.checkpoints = Checkpoints(self.output / CHECKPOINTS, config.keep, sharded, self.world)
         # The main process decides from which file the run goes on; then pretrained weights are not needed any more.
@@ -96,7 +98,7 @@ class Trainer:
             self._say(f"Memory: {self.state.note}")
         with StopSignals(self.world) as stop, self._reporting() as display:
             try:
-                while self.progress.epoch < self.config.epochs:
+                while self.progress.epoch < self.epochs:
                     self._epoch(stop, display)
             except Stopped as stopped:
                 path, step = self._save(), self.progress.step
@@ -110,7 +112,7 @@ class Trainer:
 
     @contextmanager
     def _reporting(self) -> Iterator[ProgressDisplay]:
-        display = ProgressDisplay(self.console, self.config.epochs, self.batches.updates)
+        display = ProgressDisplay(self.console, self.epochs, self.updates)
         if not self.world.is_main:
             yield display
             return
@@ -141,15 +143,15 @@ class Trainer:
             progress.best, progress.best_step = score, progress.step
         self._save(better)
         loss, seconds = sum(losses) / max(len(losses), 1), time.perf_counter() - started
-        place = f"{progress.epoch:{len(str(self.config.epochs))}}/{self.config.epochs}"
+        place = f"{progress.epoch:{len(str(self.epochs))}}/{self.epochs}"
         display.line(f"epoch {place}  loss {loss:.4f}  {self.task.summary(found)}  {seconds:.1f} s")
         if skipped:
             display.line(f"{skipped} times an image could not be read; see {self.data.unreadable.file}")
 
     def _updates(self, stop: StopSignals, display: ProgressDisplay) -> None:
         """The updates that this epoch still lacks: all of them, unless the run was resumed in its middle."""
-        config, progress, updates = self.config, self.progress, self.batches.updates
-        begun = progress.epoch * updates
+        config, progress, begun = self.config, self.progress, self.progress.epoch * self.batches.updates
+        updates = min(self.batches.updates, self.updates - begun)
         self.state.training_task.train()
         batches, clock = self.batches.epoch(progress.epoch, progress.step - begun), Clock(self.state.samples)
         for done in range(progress.step - begun + 1, updates + 1):
@@ -211,9 +213,11 @@ class Trainer:
         progress: dict[str, Any] = dict(state["progress"])
         self.losses.begin(progress.pop("losses"))
         self.progress = Progress(**progress)
+        if self.progress.step < self.updates:  # a longer run than before finishes an epoch that ended early
+            self.progress.epoch = min(self.progress.epoch, self.progress.step // self.batches.updates)
         if self.progress.best_step == self.progress.step:  # a kill may have come before it got its second name
             self.world.by_main(lambda: self.checkpoints.name_best(path))
-        left = self.config.epochs - self.progress.epoch
+        left = self.epochs - self.progress.epoch
         where = f"in epoch {self.progress.epoch + 1}" if left > 0 else "finished"
         self._say(f"Resumed {path}: {where}, step {self.progress.step}")
 
