@@ -8,7 +8,7 @@ CONFIGS = Path(__file__).parent / "configs"
 """Recipes that come with the package: `revnets train digits` means `configs/digits.yaml`."""
 
 
-FOLDERS = (CONFIGS, CONFIGS / "finetune")
+FOLDERS = (CONFIGS, CONFIGS / "finetune", CONFIGS / "segmentation")
 """Where recipes are looked for by their names."""
 
 

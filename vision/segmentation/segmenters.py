@@ -22,6 +22,7 @@ from revnets.config.memory_budget import BudgetSpec
 from revnets.memory.auto_budget import forget_budget
 from vision.huggingface import RevColBackboneConfig
 from vision.models.architecture import RevCol
+from vision.models.parameter_groups import backbone_matcher, find_backbone
 
 IGNORED = 255
 """Class number of pixels that count neither in a loss nor in a metric."""
@@ -45,18 +46,11 @@ class RevColSegmenter(nn.Module):
     @property
     def revcol(self) -> RevCol:
         """The model of timm inside of the backbone."""
-        return next(module for module in self.modules() if isinstance(module, RevCol))
+        return self._found()[1]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The groups of the backbone; all that is not in it comes last, at the full learning rate."""
-        prefix = "^" + self._prefix().replace(".", r"\.")
-        groups = self.revcol.group_matcher(coarse)
-        blocks = groups["blocks"]
-        if isinstance(blocks, str):
-            blocks = _prefixed(blocks, prefix)
-        else:
-            blocks = [(_prefixed(pattern, prefix), order) for pattern, order in blocks]
-        return {"stem": _prefixed(groups["stem"], prefix), "blocks": blocks}
+        return backbone_matcher(self._prefix(), self.revcol, coarse)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay: those of the backbone, and embeddings of queries and levels."""
@@ -65,8 +59,12 @@ class RevColSegmenter(nn.Module):
         return own | {name for name, _ in self.named_parameters() if name.endswith(endings)}
 
     def _prefix(self) -> str:
-        revcol = self.revcol
-        return next(f"{name}." for name, module in self.named_modules() if module is revcol)
+        return self._found()[0]
+
+    def _found(self) -> tuple[str, RevCol]:
+        found = find_backbone(self)
+        assert found is not None
+        return found
 
 
 class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
@@ -232,7 +230,3 @@ def _backbone(backbone: str | PreTrainedConfig, options: dict[str, Any]) -> PreT
     if isinstance(backbone, str):
         return RevColBackboneConfig(name=backbone, **{"out_indices": [0, 1, 2, 3], **options})
     return backbone
-
-
-def _prefixed(pattern: str, prefix: str) -> str:
-    return prefix + pattern.removeprefix("^")

@@ -27,6 +27,7 @@ from revnets import ReversibleColumns, SpecError, build
 from revnets.config.errors import PartError, nearest
 from revnets.config.imports import imported
 from revnets.config.memory_budget import BudgetSpec
+from vision.config.learning import OptimizerConfig
 from vision.config.run import TASKS, TimmModel, TrainConfig, TransformersModel
 from vision.distributed.context import World
 from vision.errors import first_line, run_error
@@ -254,6 +255,8 @@ def compile_cells(model: nn.Module, backend: str) -> None:
 def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
     """timm's optimizer with timm's groups: no weight decay for 1-D parameters (biases, norms, gains).
 
+    A model without an order of layers, such as a detector, has that of the RevCol inside of it.
+
     Raises:
         revnets.SpecError: it does not take its options, or cannot be made here.
     """
@@ -261,23 +264,33 @@ def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: in
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in given.options.items()
     }
-    if given.layer_decay is not None:
-        if not hasattr(model, "group_matcher"):
-            raise run_error(
-                "optimizer.layer_decay",
-                "this model has no order of layers",
-                "Take one of timm's",
-                code="conflicting-values",
-            )
+    if given.backbone_lr_scale != 1 or (given.layer_decay is not None and not hasattr(model, "group_matcher")):
+        options["param_group_fn"] = partial(_groups_around_backbone, given)
+    elif given.layer_decay is not None:
         options["layer_decay"] = given.layer_decay
     lr = given.lr * given.lr_factor(images_per_update)
     try:
         return create_optimizer_v2(
             model, given.name, lr=lr, weight_decay=given.weight_decay, momentum=given.momentum, **options
         )
+    except SpecError:
+        raise
     except Exception as error:  # optimizers refuse their options in many ways
         problem = f"{given.name} refuses ({error})"
         raise run_error("optimizer.options", problem, "See timm.optim", code="component-failed") from error
+
+
+def _groups_around_backbone(given: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    from vision.models.parameter_groups import parameter_groups
+
+    try:
+        return parameter_groups(model, given.weight_decay, given.layer_decay, given.backbone_lr_scale)
+    except LookupError:
+        key, text = "layer_decay", "this model has no order of layers"
+        if given.backbone_lr_scale != 1:
+            key, text = "backbone_lr_scale", "this model is no backbone with heads around it"
+        remedy = "Remove the key" if key == "backbone_lr_scale" else "Take one of timm's"
+        raise run_error(f"optimizer.{key}", text, remedy, code="conflicting-values") from None
 
 
 def build_schedule(
