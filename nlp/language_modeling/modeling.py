@@ -29,6 +29,7 @@ from revnets import Gain, Memory
 from revnets.config.errors import ArgumentError
 from revnets.config.memory_budget import BudgetSpec
 from revnets.memory.auto_budget import keep_budget
+from revnets.models.saved_folder import require_all, require_config, require_room
 
 from .architectures import midpoint, revcol
 from .causal_attention import BranchEnd
@@ -36,7 +37,6 @@ from .causal_blocks import NORMS
 from .configuration import RevColLMConfig
 from .loss import IGNORED, chunked_loss, shifted
 from .rotary import rotation
-from .saved_model import require_all, require_config, require_room
 
 
 class PreTrainedLanguageModel(PreTrainedModel):
@@ -62,7 +62,8 @@ class PreTrainedLanguageModel(PreTrainedModel):
         if (folder / "config.json").exists():
             given = kwargs.get("config")
             config = given if isinstance(given, PreTrainedConfig) else RevColLMConfig.from_pretrained(folder)
-            require_room(folder, cls, config)
+            blocks = {"columns": config.num_hidden_layers}
+            require_room(folder, lambda: cls(config), blocks, "hidden_size")
         found: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BackboneOutput
 from revnets.nn.blocks import init_weights
 from vision.errors import CheckpointError
 from vision.huggingface.configuration import RevColBackboneConfig
+from vision.huggingface.saved_sizes import require_fitting
 from vision.models.architecture import RevCol
 
 
@@ -42,9 +43,11 @@ class RevColPreTrainedModel(PreTrainedModel):
         Weights are read from safetensors. Only those of the classifier may be missing.
 
         Raises:
+            revnets.SpecError: the configuration of a folder asks for a larger model than its weights are.
             vision.errors.CheckpointError: weights are missing or belong to a model of other sizes.
         """
         kwargs.setdefault("use_safetensors", True)
+        require_fitting(cls, args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         missing = sorted(name for name in info["missing_keys"] if not name.startswith("revcol.head."))

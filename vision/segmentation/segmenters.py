@@ -21,6 +21,7 @@ from revnets.config.errors import ArgumentError
 from revnets.config.memory_budget import BudgetSpec
 from revnets.memory.auto_budget import forget_budget
 from vision.huggingface import RevColBackboneConfig
+from vision.huggingface.saved_sizes import require_fitting
 from vision.models.architecture import RevCol
 from vision.models.parameter_groups import backbone_matcher, find_backbone
 
@@ -30,6 +31,17 @@ IGNORED = 255
 
 class RevColSegmenter(nn.Module):
     """What training and evaluation need of a segmenter: losses and scores of class maps, and groups of its layers."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """A segmenter of `save_pretrained`; the arguments are those of transformers.
+
+        Raises:
+            revnets.SpecError: the configuration of a folder asks for a larger model than its weights are.
+        """
+        require_fitting(cls, pretrained_model_name_or_path, kwargs)
+        parent: Any = super()
+        return parent.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def targets(self, maps: Tensor) -> dict[str, Any]:
         """The arguments of `forward` for class maps (B, H, W), of which `IGNORED` does not count."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,16 @@ def require_config(folder: Path) -> None:
         raise SpecError(str(path), "", error.strerror or "cannot be read", code="not-a-file") from None
 
 
-def require_room(folder: Path, kind: type[nn.Module], config: Any) -> None:
+def require_room(
+    folder: Path, build: Callable[[], nn.Module], blocks: Mapping[str, int], size: str, free: int = FREE_ELEMENTS
+) -> None:
     """A model is no larger than the weights that its folder has for it; what is missing would be made up.
+
+    Args:
+        build: makes the model, on the meta device.
+        blocks: numbers of modules that the configuration asks for, by key; each has a tensor at least.
+        size: key of its channels, for messages.
+        free: how many numbers it may have beyond those in its files.
 
     Raises:
         revnets.SpecError: the configuration asks for more, or a file of weights is damaged.
@@ -46,14 +55,18 @@ def require_room(folder: Path, kind: type[nn.Module], config: Any) -> None:
     if not sizes:
         return  # transformers says that there are no weights
     remedy = "Use the configuration of these weights"
-    if config.num_hidden_layers > len(sizes):
-        problem = f"{config.num_hidden_layers:,} blocks, but there are {len(sizes):,} tensors"
-        raise SpecError(str(folder), "columns", problem, remedy, code="weights-mismatch")
-    with torch.device("meta"):
-        needed = sum(parameter.numel() for parameter in kind(config).parameters())
-    if needed > sum(sizes.values()) + FREE_ELEMENTS:
+    for key, count in blocks.items():
+        if count > len(sizes):
+            problem = f"{count:,} blocks, but there are {len(sizes):,} tensors"
+            raise SpecError(str(folder), key, problem, remedy, code="weights-mismatch")
+    try:
+        with torch.device("meta"):
+            needed = sum(parameter.numel() for parameter in build().parameters())
+    except RuntimeError as error:  # sizes whose product overflows
+        raise SpecError(str(folder), size, first_line(error), remedy, code="weights-mismatch") from None
+    if needed > sum(sizes.values()) + free:
         problem = f"a model of {needed:,} parameters, but its weights are {sum(sizes.values()):,} numbers"
-        raise SpecError(str(folder), "hidden_size", problem, remedy, code="weights-mismatch")
+        raise SpecError(str(folder), size, problem, remedy, code="weights-mismatch")
 
 
 def require_all(folder: str, info: dict[str, Any]) -> None:
