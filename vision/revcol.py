@@ -131,8 +131,10 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if overlay.get("file") or overlay.get("url"):
         overlay.setdefault("custom_load", True)  # official files and ours are read in the same way
+    stride = kwargs.pop("output_stride", None)
     try:
         spec = load_variant(variant, **{key: kwargs.pop(key, None) for key in REVISED})
+        _require_stride(variant, spec, stride)
         return build_model_with_cfg(
             RevCol,
             variant,
@@ -145,6 +147,19 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
         )
     except SpecError as error:
         raise SpecError(variant, error.key, error.problem, error.remedy, error.code) from None
+
+
+def _require_stride(variant: str, spec: NetSpec, stride: int | None) -> None:
+    """Refuse an `output_stride` other than that of the coarsest level: fusions need levels of half the size each.
+
+    Raises:
+        revnets.SpecError: it is another one.
+    """
+    own = spec.stem.options.get("patch", 4) * spec.reductions()[-1]
+    if stride not in (None, own):
+        problem = f"{stride}, but levels cannot be dilated: those of a column have fixed strides, the coarsest {own}"
+        remedy = f"Give {own}, or take a decoder that needs no other stride, such as UPerNet or FPN"
+        raise SpecError(variant, "output_stride", problem, remedy, code="invalid-value")
 
 
 def _fitted(content: Mapping[str, Any], model: RevCol) -> dict[str, Tensor]:
