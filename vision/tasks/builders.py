@@ -50,7 +50,11 @@ def create_task(config: TrainConfig) -> Task:
     if name == "classification" and config.supervision is not None:
         kind = resolve_name("vision.tasks.intermediate_supervision:SupervisedClassification")
     elif name in TASKS:
-        kind = resolve_name(TASKS[name])
+        try:
+            kind = resolve_name(TASKS[name])
+        except ModuleNotFoundError as error:
+            remedy = "pip install 'revnets[dense]'"
+            raise run_error("task", f"{name} needs {error.name}", remedy, code="missing-dependency") from None
     else:
         try:
             kind = imported("task", name)

@@ -1,5 +1,7 @@
 """Segmenters as a task of the trainer."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 pytest.importorskip("transformers")
 
 from revnets import SpecError
+from tests.support.errors import raises_error
 from vision.cli.evaluate import evaluate_checkpoint
 from vision.config.run import load_config
 from vision.tasks import create_task
@@ -64,6 +67,16 @@ def test_exact_training_ends_with_the_weights_of_store(root, tmp_path):
     expected = weights(tmp_path / "store")
     for name, tensor in weights(tmp_path / "exact").items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_missing_library_is_named(root, tmp_path, monkeypatch):
+    for name in [
+        name for name in sys.modules if name.startswith(("vision.tasks.semantic", "vision.segm", "vision.hug"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with raises_error(code="missing-dependency", key="task", names=["transformers", "revnets[dense]"]):
+        create_task(run(root, tmp_path / "run"))
 
 
 def begin(values):
