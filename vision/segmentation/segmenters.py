@@ -15,6 +15,7 @@ from transformers import (
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from revnets import keep_budget
 from revnets.config.errors import ArgumentError
@@ -24,6 +25,7 @@ from vision.huggingface import RevColBackboneConfig
 from vision.huggingface.saved_sizes import require_fitting
 from vision.models.architecture import RevCol
 from vision.models.parameter_groups import backbone_matcher, find_backbone
+from vision.models.recomputation import checkpointed
 
 IGNORED = 255
 """Class number of pixels that count neither in a loss nor in a metric."""
@@ -85,7 +87,8 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
     transformers' module, with dropout of whole channels before both classifiers, as in mmsegmentation.
 
     Args:
-        config: of transformers; its attribute `head_dropout` is the rate (0.1 if there is none).
+        config: of transformers; its attribute `head_dropout` is the rate (0.1 if there is none), and with
+            `checkpoint_heads` activations of the heads, scores and losses are computed again in backward.
     """
 
     def __init__(self, config: UperNetConfig):
@@ -97,6 +100,23 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
         if isinstance(budget := self.revcol.columns.budget, BudgetSpec):
             forget_budget(self.revcol)
             keep_budget(self, budget)  # which counts the heads and the loss as well
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """Images (B, C, H, W) to `logits` (B, classes, H, W) and, with class maps (B, H, W), `loss`."""
+        recomputes = getattr(self.config, "checkpoint_heads", False) and torch.is_grad_enabled() and not kwargs
+        if labels is None or not recomputes:
+            return super().forward(pixel_values=pixel_values, labels=labels, **kwargs)
+        maps, size = self.backbone(pixel_values).feature_maps, pixel_values.shape[2:]
+        loss, logits = checkpointed(self.decode_head, self._loss_of, self.decode_head, labels, size, *maps)
+        if self.auxiliary_head is not None:
+            auxiliary, _ = checkpointed(self.auxiliary_head, self._loss_of, self.auxiliary_head, labels, size, *maps)
+            loss = loss + self.config.auxiliary_loss_weight * auxiliary
+        return SemanticSegmenterOutput(loss=loss, logits=logits)
+
+    def _loss_of(self, head: nn.Module, labels: Tensor, size: torch.Size, *maps: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a head, and its scores at the size of the images."""
+        logits = F.interpolate(head(maps), size=size, mode="bilinear", align_corners=False)
+        return F.cross_entropy(logits, labels, ignore_index=self.config.loss_ignore_index), logits
 
     def targets(self, maps: Tensor) -> dict[str, Any]:
         return {"labels": maps}
@@ -152,6 +172,7 @@ def upernet(
     auxiliary_channels: int = 256,
     pool_scales: Sequence[int] = (1, 2, 3, 6),
     dropout: float = 0.1,
+    checkpoint_heads: bool = False,
     **backbone_options: Any,
 ) -> UperNet:
     """UperNet on a RevCol, with the weights of its initialization.
@@ -163,6 +184,7 @@ def upernet(
         auxiliary_channels: width of the auxiliary head, which sees the third level.
         pool_scales: of the pyramid pooling module.
         dropout: rate before the classifiers.
+        checkpoint_heads: keep no activations of the heads and no scores for backward, which computes them again.
         backbone_options: of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
@@ -171,7 +193,8 @@ def upernet(
     Raises:
         ValueError: the backbone does not exist or refuses its options.
     """
-    others: dict[str, Any] = {"num_labels": num_classes, "head_dropout": dropout}  # attributes of any configuration
+    # attributes of any configuration
+    others: dict[str, Any] = {"num_labels": num_classes, "head_dropout": dropout, "checkpoint_heads": checkpoint_heads}
     return UperNet(
         UperNetConfig(
             backbone_config=_backbone(backbone, backbone_options),

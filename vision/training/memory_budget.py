@@ -68,7 +68,7 @@ def optimizer_states(config: TrainConfig, device: torch.device | str = "cpu") ->
     One that cannot take such a step, because it wants more than a gradient, counts as AdamW.
     """
     small = nn.Linear(61, 67, bias=False, device=device)
-    given = config.optimizer.model_copy(update={"layer_decay": None})  # a single weight has no order of layers
+    given = config.optimizer.model_copy(update={"layer_decay": None, "backbone_lr_scale": 1.0})  # for a weight alone
     optimizer = build_optimizer(config.model_copy(update={"optimizer": given}), small, 1)
     small.weight.grad = torch.zeros_like(small.weight)
     try:

@@ -8,8 +8,10 @@ pytest.importorskip("transformers")
 
 from timm.optim import param_groups_layer_decay
 
+from revnets.memory.tracker import kept_bytes
 from vision.segmentation import UperNet, mask2former, upernet
 from vision.segmentation.segmenters import IGNORED
+from vision.tasks.semantic_segmentation import SegmentationStep
 
 SIZE = (61, 67)
 SMALL = {"upernet": {"channels": 16, "auxiliary_channels": 8}}
@@ -49,6 +51,36 @@ def test_exact_gradients_equal_stored_ones(name):
     expected = gradients(build(name, memory="store"))
     for parameter, gradient in gradients(build(name, memory="exact")).items():
         assert torch.equal(gradient, expected[parameter]), parameter
+
+
+@pytest.mark.parametrize("memory", ["store", "exact"])
+def test_checkpointed_heads_change_no_bit(memory):
+    plain, recomputing = (
+        build("upernet", memory=memory, dropout=0.3, checkpoint_heads=value) for value in (False, True)
+    )
+    expected, found = gradients(plain), gradients(recomputing)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
+    for name, tensor in recomputing.state_dict().items():  # running statistics among them
+        assert torch.equal(tensor, plain.state_dict()[name]), name
+
+
+def test_checkpointed_heads_keep_neither_activations_nor_scores():
+    images, maps = batch()
+    kept = {}
+    for value in (False, True):
+        model = SegmentationStep(build("upernet", memory="exact", checkpoint_heads=value).train())
+        kept[value] = kept_bytes(model, images)
+    backbone = kept_bytes(build("upernet", memory="exact").backbone.train(), images)
+    states, loss = 2 * torch.get_rng_state().nbytes, 4  # of dropout, for each head
+    assert kept[True] <= backbone + maps.nbytes + states + 4 * loss
+    scores = 2 * 5 * SIZE[0] * SIZE[1] * 4
+    assert kept[False] - kept[True] > 2 * scores  # the logarithms of those of both heads, besides activations
+
+
+def test_checkpointed_heads_are_saved_with_the_segmenter(tmp_path):
+    build("upernet", checkpoint_heads=True).save_pretrained(tmp_path)
+    assert UperNet.from_pretrained(tmp_path).config.checkpoint_heads is True
 
 
 @pytest.mark.parametrize("name", BUILDERS)

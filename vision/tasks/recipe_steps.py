@@ -1,0 +1,59 @@
+"""Training steps of recipes by their names, for `revnets plan`: an entry of the group `revnets.models`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from revnets import SpecError
+from vision.config.run import TrainConfig, load_config
+from vision.paths import FOLDERS
+from vision.tasks.builders import create_task
+
+
+class RecipeStep(nn.Module):
+    """What a task plans memory for: from a batch of images to the loss, or to what stands for it.
+
+    Attributes:
+        pretrained_cfg: names the shape of one image, as the models of timm do.
+    """
+
+    def __init__(self, step: nn.Module, shape: tuple[int, ...]):
+        super().__init__()
+        self.step, self.pretrained_cfg = step, {"input_size": shape}
+
+    def forward(self, images: Tensor) -> Any:
+        return self.step(images)
+
+
+def names() -> list[str]:
+    """The recipes of this package."""
+    return sorted(file.stem for folder in FOLDERS for file in folder.glob("*.yaml"))
+
+
+def create(name: str, **options: Any) -> RecipeStep:
+    """The step of a recipe, for one training image of its size; no file of data or weights is read.
+
+    Args:
+        options: replace keys of the recipe, such as `model={"kernel_size": 3}`.
+
+    Raises:
+        SpecError: the model cannot be built, or the recipe has no images of one size.
+    """
+    file = next(file for folder in FOLDERS for file in folder.glob("*.yaml") if file.stem == name)
+    config = load_config({"base": str(file), **options}, name=name)
+    shape = _shape(config)
+    if shape is None:
+        raise SpecError(name, "data", "its samples have no shape", "Plan its model alone", code="missing-shape")
+    most = 10 if config.data.name in ("digits", "idx") else 1000
+    classes = tuple(map(str, range(getattr(config.data, "num_classes", None) or most)))
+    task = create_task(config)
+    model = task.build_model(SimpleNamespace(classes=classes, shape=shape))
+    return RecipeStep(task.planned(model), shape)
+
+
+def _shape(config: TrainConfig) -> tuple[int, ...] | None:
+    side = getattr(config.data, "img_size", None)
+    return None if side is None else (1 if config.data.name in ("digits", "idx") else 3, side, side)
