@@ -10,8 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from revnets import SpecError
-from revnets.config.errors import first_line
+from revnets.config.errors import SpecError, first_line
 from revnets.utils.regular_files import require_regular
 
 MAX_CONFIG = 2**24

@@ -101,11 +101,21 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
             forget_budget(self.revcol)
             keep_budget(self, budget)  # which counts the heads and the loss as well
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Images (B, C, H, W) to `logits` (B, classes, H, W) and, with class maps (B, H, W), `loss`."""
-        recomputes = getattr(self.config, "checkpoint_heads", False) and torch.is_grad_enabled() and not kwargs
-        if labels is None or not recomputes:
-            return super().forward(pixel_values=pixel_values, labels=labels, **kwargs)
+        others = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        others |= {"return_dict": return_dict, **kwargs}
+        recomputes = getattr(self.config, "checkpoint_heads", False) and torch.is_grad_enabled()
+        if not recomputes or pixel_values is None or labels is None or any(others.values()) or return_dict is False:
+            return super().forward(pixel_values=pixel_values, labels=labels, **others)
         maps, size = self.backbone(pixel_values).feature_maps, pixel_values.shape[2:]
         loss, logits = checkpointed(self.decode_head, self._loss_of, self.decode_head, labels, size, *maps)
         if self.auxiliary_head is not None:
