@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vision.detection.copy_paste import CopyPaste
+    from vision.detection.dino_detr.dino_detector import DINO, dino
     from vision.detection.rcnn.cascade_rcnn import RegionDetector, cascade_mask_rcnn
     from vision.detection.rcnn.hybrid_task_cascade import htc
 
-__all__ = ["CopyPaste", "RegionDetector", "cascade_mask_rcnn", "htc"]
+__all__ = ["DINO", "CopyPaste", "RegionDetector", "cascade_mask_rcnn", "dino", "htc"]
 
 _LAZY = {
+    "DINO": "vision.detection.dino_detr.dino_detector",
     "CopyPaste": "vision.detection.copy_paste",
     "RegionDetector": "vision.detection.rcnn.cascade_rcnn",
     "cascade_mask_rcnn": "vision.detection.rcnn.cascade_rcnn",
+    "dino": "vision.detection.dino_detr.dino_detector",
     "htc": "vision.detection.rcnn.hybrid_task_cascade",
 }
 """Modules that are imported when one of their names is first used."""

@@ -1,0 +1,93 @@
+"""Attention that samples a few points of feature maps of several sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (Zhu et al., "Deformable DETR", ICLR 2021) without compiled operators.
+
+    Every query has a reference in the image. Each head samples `points` places of each level around it, whose offsets
+    and weights are linear functions of the query.
+
+    Args:
+        dim: channels C of queries and feature maps.
+        heads: of attention.
+        levels: number of feature maps, L.
+        points: that a head samples in each level.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int = 4):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.weights = nn.Linear(dim, heads * levels * points)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Head h looks in direction 2 pi h / heads, its points are 1, 2, ... cells away, all weights are equal."""
+        for linear in (self.offsets, self.weights):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for linear in (self.value, self.output):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions /= directions.abs().amax(-1, keepdim=True)
+        distances = torch.arange(1, self.points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None] * distances[:, None]
+        with torch.no_grad():
+            self.offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+
+    def forward(
+        self,
+        queries: Tensor,
+        references: Tensor,
+        features: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        padded: Tensor | None = None,
+    ) -> Tensor:
+        """Features around references.
+
+        Args:
+            queries: (B, Q, C).
+            references: points (B, Q, L, 2), x and y, or boxes (B, Q, L, 4), center, width and height, as fractions of
+                each level's sides.
+            features: (B, S, C), the positions of all levels, row by row, one level after another.
+            sizes: height and width of each level.
+            padded: (B, S), true where there is no image, or None. Values there are 0.
+
+        Returns:
+            (B, Q, C).
+        """
+        batch, count, dim = queries.shape
+        values = self.value(features)
+        if padded is not None:
+            values = values.masked_fill(padded[..., None], 0)
+        offsets = self.offsets(queries).view(batch, count, self.heads, self.levels, self.points, 2)
+        weights = self.weights(queries).view(batch, count, self.heads, -1).softmax(-1)
+        weights = weights.view(batch, count, self.heads, self.levels, self.points)
+        references = references[:, :, None, :, None]
+        if references.shape[-1] == 2:
+            sides = offsets.new_tensor([(width, height) for height, width in sizes])
+            places = references + offsets / sides[:, None]
+        else:
+            places = references[..., :2] + offsets / self.points * references[..., 2:] * 0.5
+        parts = values.split([height * width for height, width in sizes], dim=1)
+        sampled = values.new_zeros(())
+        for level, (part, (height, width)) in enumerate(zip(parts, sizes, strict=True)):
+            maps = part.transpose(1, 2).reshape(batch * self.heads, dim // self.heads, height, width)
+            grid = (2 * places[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
+            found = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * self.heads, 1, count, self.points)
+            sampled = sampled + (found * weight).sum(-1)
+        return self.output(sampled.reshape(batch, dim, count).transpose(1, 2))

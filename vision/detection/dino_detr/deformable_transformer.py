@@ -1,0 +1,204 @@
+"""The encoder of feature maps and the decoder of queries, which refines boxes layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vision.detection.dino_detr.deformable_attention import DeformableAttention
+from vision.detection.dino_detr.padded_levels import FeatureSequence, sine_encoding
+
+TEMPERATURE = 10000
+"""Ratio of the longest to the shortest wavelength in the encoding of the queries' boxes."""
+
+
+class ScoredBoxes(NamedTuple):
+    """What is predicted for queries.
+
+    Attributes:
+        scores: logits (B, Q, classes).
+        boxes: (B, Q, 4), center, width and height as fractions of the image.
+    """
+
+    scores: Tensor
+    boxes: Tensor
+
+
+class DetectionHead(nn.Module):
+    """Class logits, and how far a box is from its reference, before the sigmoid.
+
+    Args:
+        dim: channels of the queries.
+        num_classes: without background.
+    """
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.classes = nn.Linear(dim, num_classes)
+        self.boxes = mlp(dim, dim, dim, 4)
+        nn.init.constant_(self.classes.bias, -math.log(99))  # a probability of 1 %
+        for parameter in self.boxes[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, queries: Tensor, references: Tensor, eps: float = 1e-5) -> ScoredBoxes:
+        """Queries (B, Q, C) with references (B, Q, 4) to predictions."""
+        return ScoredBoxes(self.classes(queries), self.moved(queries, references, eps))
+
+    def moved(self, queries: Tensor, references: Tensor, eps: float) -> Tensor:
+        """The boxes alone."""
+        return (self.boxes(queries) + inverse_sigmoid(references, eps)).sigmoid()
+
+
+class EncoderLayer(nn.Module):
+    """Deformable attention of feature maps to themselves, and a feed-forward network; norms come after."""
+
+    def __init__(self, dim: int, hidden: int, heads: int, levels: int):
+        super().__init__()
+        self.attention = DeformableAttention(dim, heads, levels)
+        self.feedforward = mlp(dim, hidden, dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        encoding: Tensor,
+        references: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        padded: Tensor | None,
+    ) -> Tensor:
+        x = self.norms[0](x + self.attention(x + encoding, references, x, sizes, padded))
+        return self.norms[1](x + self.feedforward(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention among queries, deformable attention to the features, and a feed-forward network."""
+
+    def __init__(self, dim: int, hidden: int, heads: int, levels: int):
+        super().__init__()
+        self.among_queries = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.attention = DeformableAttention(dim, heads, levels)
+        self.feedforward = mlp(dim, hidden, dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+
+    def forward(
+        self,
+        x: Tensor,
+        encoding: Tensor,
+        references: Tensor,
+        features: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        padded: Tensor | None,
+        blocked: Tensor | None,
+    ) -> Tensor:
+        placed = x + encoding
+        x = self.norms[0](x + self.among_queries(placed, placed, x, attn_mask=blocked, need_weights=False)[0])
+        x = self.norms[1](x + self.attention(x + encoding, references, features, sizes, padded))
+        return self.norms[2](x + self.feedforward(x))
+
+
+class DeformableEncoder(nn.Module):
+    """Layers over the positions of all levels.
+
+    Args:
+        dim: channels C.
+        hidden: channels of the feed-forward networks.
+        heads: of attention.
+        levels: of feature maps.
+        depth: number of layers.
+
+    Attributes:
+        checkpointed: compute layers again in backward instead of keeping their activations.
+    """
+
+    def __init__(self, dim: int, hidden: int, heads: int, levels: int, depth: int, checkpointed: bool = False):
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.layers = nn.ModuleList(EncoderLayer(dim, hidden, heads, levels) for _ in range(depth))
+
+    def forward(self, sequence: FeatureSequence) -> FeatureSequence:
+        """The sequence with new features."""
+        x, references = sequence.features, sequence.scaled(sequence.centers)
+        for layer in self.layers:
+            x = _run(layer, self.checkpointed, x, sequence.encoding, references, sequence.sizes, sequence.padded)
+        return sequence._replace(features=x)
+
+
+class DeformableDecoder(nn.Module):
+    """Layers over queries, each of which moves the box of its query.
+
+    A layer's box is compared with the objects as moved by this layer from where the layer before put it, so that its
+    loss reaches two layers ("look forward twice"); the references that enter layers carry no gradient.
+
+    Args:
+        dim, hidden, heads, levels, depth, checkpointed: as of the encoder.
+    """
+
+    def __init__(self, dim: int, hidden: int, heads: int, levels: int, depth: int, checkpointed: bool = False):
+        super().__init__()
+        self.dim, self.checkpointed = dim, checkpointed
+        self.layers = nn.ModuleList(DecoderLayer(dim, hidden, heads, levels) for _ in range(depth))
+        self.place = mlp(2 * dim, dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        queries: Tensor,
+        references: Tensor,
+        sequence: FeatureSequence,
+        heads: Sequence[DetectionHead],
+        blocked: Tensor | None = None,
+    ) -> list[ScoredBoxes]:
+        """The predictions of every layer.
+
+        Args:
+            queries: (B, Q, C).
+            references: boxes (B, Q, 4) without gradient, as fractions of the image.
+            sequence: what the encoder returns.
+            heads: of the layers.
+            blocked: (Q, Q), true where a query does not see another.
+        """
+        predictions: list[ScoredBoxes] = []
+        before = references
+        for number, (layer, head) in enumerate(zip(self.layers, heads, strict=True), start=1):
+            encoding = self.place(sine_encoding(references[..., [1, 0, 2, 3]], self.dim // 2, TEMPERATURE))
+            queries = _run(
+                layer,
+                self.checkpointed,
+                queries,
+                encoding,
+                sequence.scaled(references),
+                sequence.features,
+                sequence.sizes,
+                sequence.padded,
+                blocked,
+            )
+            predictions.append(head(self.norm(queries), before))
+            if number < len(self.layers):
+                before = head.moved(queries, references, eps=1e-3)
+                references = before.detach()
+        return predictions
+
+
+def mlp(*dims: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for inside, outside in zip(dims, dims[1:], strict=False):
+        layers += [nn.Linear(inside, outside), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def inverse_sigmoid(fractions: Tensor, eps: float) -> Tensor:
+    """The logits of numbers in [0, 1], finite at both ends."""
+    fractions = fractions.clamp(0, 1)
+    return (fractions.clamp(min=eps) / (1 - fractions).clamp(min=eps)).log()
+
+
+def _run(layer: nn.Module, checkpointed: bool, *args: object) -> Tensor:
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)  # pyright: ignore[reportReturnType]
+    return layer(*args)

@@ -1,0 +1,262 @@
+"""DINO on a RevCol backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
+
+from revnets import keep_budget
+from revnets.config.errors import ArgumentError
+from revnets.config.memory_budget import BudgetSpec
+from revnets.memory.auto_budget import forget_budget
+from vision.detection.dino_detr.deformable_transformer import (
+    DeformableDecoder,
+    DeformableEncoder,
+    DetectionHead,
+    ScoredBoxes,
+)
+from vision.detection.dino_detr.denoising_queries import ContrastiveDenoising, DenoisingQueries
+from vision.detection.dino_detr.hungarian_matching import hungarian_pairs, in_pixels
+from vision.detection.dino_detr.padded_levels import FeatureProjection, FeatureSequence
+from vision.detection.dino_detr.proposal_selection import ProposalSelection
+from vision.detection.dino_detr.set_losses import set_losses
+from vision.detection.dino_detr.target_boxes import TargetBoxes, target_boxes
+from vision.models.architecture import RevCol
+
+
+class DINO(nn.Module):
+    """A detector without anchors and without non-maximum suppression (Zhang et al., ICLR 2023).
+
+    Args:
+        backbone: of timm, with `features_only`; the levels that it returns, finest first, and one more are looked at.
+        num_classes: classes of objects, without background.
+        width: channels of the transformer, a multiple of 32 and of `heads`.
+        feedforward: hidden channels of its feed-forward networks.
+        heads: of attention.
+        encoder_layers: of the transformer.
+        decoder_layers: of the transformer.
+        queries: most objects of an image.
+        denoising: noisy copies of the objects of a training image, about; 0 for none.
+        label_noise: twice the probability that a copy gets a random label.
+        box_noise: scale of the shift of a copy's corners, of half a side each.
+        shared_heads: one head for all decoder layers, as in the paper's code; or one for each, as in OpenMMLab's.
+        detections: that are returned for an image at most.
+        checkpoint_heads: compute the layers of the transformer again in backward instead of keeping their activations.
+
+    Raises:
+        ValueError: `width` is not a multiple of what it must be.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        width: int = 256,
+        feedforward: int = 2048,
+        heads: int = 8,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        queries: int = 900,
+        denoising: int = 100,
+        label_noise: float = 0.5,
+        box_noise: float = 1.0,
+        shared_heads: bool = True,
+        detections: int = 300,
+        checkpoint_heads: bool = False,
+    ):
+        super().__init__()
+        for divisor in (32, heads):
+            if width % divisor:
+                raise ArgumentError(f"width {width} is not a multiple of {divisor}", "width", code="not-divisible")
+        self.num_classes, self.detections = num_classes, detections
+        self.backbone = backbone
+        channels = cast(Any, backbone).feature_info.channels()
+        levels = len(channels) + 1
+        self.projection = FeatureProjection(channels, width)
+        self.encoder = DeformableEncoder(width, feedforward, heads, levels, encoder_layers, checkpoint_heads)
+        self.decoder = DeformableDecoder(width, feedforward, heads, levels, decoder_layers, checkpoint_heads)
+        self.proposals = ProposalSelection(width, num_classes, queries)
+        self.contents = nn.Embedding(queries, width)
+        distinct = 1 if shared_heads else decoder_layers
+        self.detection_heads = nn.ModuleList(DetectionHead(width, num_classes) for _ in range(distinct))
+        self.denoising = None
+        if denoising:
+            self.denoising = ContrastiveDenoising(num_classes, width, queries, denoising, label_noise, box_noise)
+        nn.init.xavier_uniform_(self.contents.weight)
+        if isinstance(budget := self.revcol.columns.budget, BudgetSpec):
+            forget_budget(self.revcol)
+            keep_budget(self, budget)  # which counts the transformer and the loss as well
+
+    @property
+    def revcol(self) -> RevCol:
+        """The model of timm inside of the backbone."""
+        return next(module for module in self.modules() if isinstance(module, RevCol))
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training mode, detections otherwise, as torchvision's detectors.
+
+        Args:
+            images: (3, H, W) each, normalized; they may differ in size.
+            targets: for each image, `boxes` (N, 4) x1, y1, x2, y2 in pixels and `labels` (N,) from 1 to `num_classes`.
+
+        Returns:
+            Losses by name, whose sum is to be minimized: of the last decoder layer (`loss_class`, `loss_box`,
+            `loss_giou`), of those before (`..._0` and so on), of the proposals (`..._proposals`) and of denoising. Or
+            for each image `boxes` (D, 4) in pixels, `labels` (D,) from 1 and `scores` (D,), best first.
+
+        Raises:
+            ValueError: images or targets have other shapes, or values outside of their ranges.
+        """
+        batch, padded, sizes = padded_batch(images)
+        if not self.training:
+            return self._detections(self._decoded(batch, padded), sizes)
+        if targets is None:
+            raise ArgumentError("targets: a detector in training mode needs them", "targets", code="missing-key")
+        return self._losses(batch, padded, target_boxes(targets, sizes, self.num_classes))
+
+    def _encoded(self, batch: Tensor, padded: Tensor | None) -> tuple[FeatureSequence, ScoredBoxes, Tensor]:
+        """The encoder's features, the proposals, and contents (B, Q, C) of as many queries."""
+        sequence = self.encoder(self.projection(self.backbone(batch), padded))
+        proposals = self.proposals(sequence)
+        count = proposals.boxes.shape[1]
+        return sequence, proposals, self.contents.weight[:count].expand(len(batch), -1, -1)
+
+    def _layer_heads(self) -> list[DetectionHead]:
+        heads = list(self.detection_heads)
+        return cast(list[DetectionHead], heads * len(self.decoder.layers) if len(heads) == 1 else heads)
+
+    def _losses(self, batch: Tensor, padded: Tensor | None, objects: list[TargetBoxes]) -> dict[str, Tensor]:
+        sequence, proposals, queries = self._encoded(batch, padded)
+        references, noisy, copies = proposals.boxes.detach(), None, 0
+        if self.denoising is not None:
+            noisy = cast(DenoisingQueries, self.denoising(objects, queries.shape[1]))
+            copies = noisy.contents.shape[1]
+            queries = torch.cat([noisy.contents, queries], 1)
+            references = torch.cat([noisy.references, references], 1)
+        blocked = None if noisy is None else noisy.blocked
+        layers = self.decoder(queries, references, sequence, self._layer_heads(), blocked)
+        losses = {}
+        for number, layer in enumerate(layers):
+            suffix = "" if number == len(layers) - 1 else f"_{number}"
+            ordinary = ScoredBoxes(layer.scores[:, copies:], layer.boxes[:, copies:])
+            losses |= set_losses(ordinary, objects, hungarian_pairs(ordinary, objects), suffix)
+            if noisy is not None:
+                copied = ScoredBoxes(layer.scores[:, :copies], layer.boxes[:, :copies])
+                losses |= set_losses(copied, objects, noisy.pairs, f"_denoising{suffix}")
+        return losses | set_losses(proposals, objects, hungarian_pairs(proposals, objects), "_proposals")
+
+    def _decoded(self, batch: Tensor, padded: Tensor | None) -> ScoredBoxes:
+        sequence, proposals, queries = self._encoded(batch, padded)
+        return self.decoder(queries, proposals.boxes, sequence, self._layer_heads())[-1]
+
+    def _detections(self, predicted: ScoredBoxes, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """The best pairs of a query and a class of each image."""
+        probabilities = predicted.scores.float().sigmoid().flatten(1)
+        scores, taken = probabilities.topk(min(self.detections, probabilities.shape[1]), dim=1)
+        queries, labels = taken // self.num_classes, taken % self.num_classes + 1
+        boxes = predicted.boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
+        found = []
+        for image, (height, width) in enumerate(sizes):
+            corners = in_pixels(boxes[image], boxes.new_tensor([width, height, width, height]))
+            inside = clip_boxes_to_image(corners, (height, width))
+            found.append({"boxes": inside, "labels": labels[image], "scores": scores[image]})
+        return found
+
+
+def dino(
+    backbone: str,
+    num_classes: int,
+    *,
+    kernel_size: int | None = None,
+    memory: Any = None,
+    scales: Literal[4, 5] = 4,
+    width: int = 256,
+    feedforward: int = 2048,
+    heads: int = 8,
+    encoder_layers: int = 6,
+    decoder_layers: int = 6,
+    queries: int = 900,
+    denoising: int = 100,
+    label_noise: float = 0.5,
+    box_noise: float = 1.0,
+    shared_heads: bool = True,
+    detections: int = 300,
+    checkpoint_heads: bool = False,
+    **backbone_options: Any,
+) -> DINO:
+    """DINO on a RevCol, with the weights of its initialization.
+
+    Args:
+        backbone: a name of the family such as `revcol_huge`.
+        num_classes: classes of objects, without background: 80 for COCO.
+        kernel_size: of the backbone's convolutions.
+        memory: mode or budget of the backbone.
+        scales: levels of features: 4 have strides 8 to 64, 5 have strides 4 to 64.
+        width, feedforward, heads, encoder_layers, decoder_layers, queries, denoising, label_noise, box_noise,
+            shared_heads, detections, checkpoint_heads: as of `DINO`.
+        backbone_options: of `timm.create_model`, such as `drop_path_rate`.
+
+    Raises:
+        ValueError: an option cannot be used.
+        RuntimeError: timm does not know the backbone.
+    """
+    if scales not in (4, 5):
+        raise ArgumentError(f"scales {scales}: give 4 or 5", "scales", code="unknown-choice")
+    given = {"kernel_size": kernel_size, "memory": memory}
+    backbone_options |= {name: value for name, value in given.items() if value is not None}
+    levels = (1, 2, 3) if scales == 4 else (0, 1, 2, 3)
+    return DINO(
+        timm.create_model(backbone, features_only=True, out_indices=levels, **backbone_options),
+        num_classes,
+        width=width,
+        feedforward=feedforward,
+        heads=heads,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        queries=queries,
+        denoising=denoising,
+        label_noise=label_noise,
+        box_noise=box_noise,
+        shared_heads=shared_heads,
+        detections=detections,
+        checkpoint_heads=checkpoint_heads,
+    )
+
+
+def padded_batch(images: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
+    """Images of different sizes as a batch, with zeros to the right and below.
+
+    Args:
+        images: (3, H, W) each.
+
+    Returns:
+        The batch (B, 3, height, width); where it is padding (B, height, width), None if it is nowhere; the sizes.
+
+    Raises:
+        ValueError: there is no image, or one has another shape.
+    """
+    if not len(images):
+        raise ArgumentError("images: there are none", "images", code="wrong-length")
+    first = images[0]
+    for number, image in enumerate(images):
+        if image.dim() != 3 or len(image) != len(first) or 0 in image.shape:
+            problem = f"images[{number}]: {tuple(image.shape)}; give ({len(first)}, H, W)"
+            raise ArgumentError(problem, f"images[{number}]", code="shape-mismatch")
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    if all(size == (height, width) for size in sizes):
+        return torch.stack(list(images)), None, sizes
+    batch = first.new_zeros(len(images), len(first), height, width)
+    padded = torch.ones(len(images), height, width, dtype=torch.bool, device=first.device)
+    for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        batch[number, :, : size[0], : size[1]] = image
+        padded[number, : size[0], : size[1]] = False
+    return batch, padded, sizes

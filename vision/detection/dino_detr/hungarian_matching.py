@@ -1,0 +1,64 @@
+"""Which query is to find which object: the assignment with the least cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+from vision.detection.dino_detr.deformable_transformer import ScoredBoxes
+from vision.detection.dino_detr.target_boxes import TargetBoxes, has_values
+
+CLASS_COST, BOX_COST, GIOU_COST = 2.0, 5.0, 2.0
+ALPHA, GAMMA = 0.25, 2.0
+"""Of the focal loss (Lin et al., ICCV 2017)."""
+
+
+class Pairs(NamedTuple):
+    """Numbers (P,) of queries and of the objects that they are to find."""
+
+    queries: Tensor
+    objects: Tensor
+
+
+@torch.no_grad()
+def hungarian_pairs(predicted: ScoredBoxes, objects: Sequence[TargetBoxes]) -> list[Pairs]:
+    """For each image, the min(Q, N) pairs of a query and an object with the least cost in sum.
+
+    The cost is that of DETR (Carion et al., ECCV 2020) with a focal class cost: 2 for the class, 5 for the L1 distance
+    of boxes as fractions of the image, 2 for their generalized IoU.
+    """
+    scores, boxes = predicted.scores.float(), predicted.boxes.float()
+    return [_pairs(*item) for item in zip(scores, boxes, objects, strict=True)]
+
+
+def _pairs(scores: Tensor, boxes: Tensor, item: TargetBoxes) -> Pairs:
+    count = min(len(boxes), len(item.boxes))
+    if not count or not has_values(scores):
+        numbers = torch.arange(count, device=boxes.device)
+        return Pairs(numbers, numbers)
+    shape = (len(boxes), len(item.boxes), 4)
+    giou_loss = generalized_box_iou_loss(
+        in_pixels(boxes, item.sides)[:, None].expand(shape), in_pixels(item.boxes, item.sides).expand(shape)
+    )
+    distance = torch.cdist(boxes, item.boxes, p=1)
+    cost = CLASS_COST * _class_cost(scores)[:, item.labels] + BOX_COST * distance + GIOU_COST * giou_loss
+    cost = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)  # of a diverged model, whose loss the trainer reports
+    queries, numbers = linear_sum_assignment(cost.cpu().numpy())
+    return Pairs(torch.as_tensor(queries, device=boxes.device), torch.as_tensor(numbers, device=boxes.device))
+
+
+def _class_cost(logits: Tensor) -> Tensor:
+    """What it costs to be of a class, minus what it costs not to be."""
+    p, eps = logits.sigmoid(), 1e-12
+    positive = -(p + eps).log() * ALPHA * (1 - p) ** GAMMA
+    return positive + (1 - p + eps).log() * (1 - ALPHA) * p**GAMMA
+
+
+def in_pixels(boxes: Tensor, sides: Tensor) -> Tensor:
+    """Boxes as fractions of an image, center, width and height, to x1, y1, x2, y2 in pixels."""
+    return box_convert(boxes, "cxcywh", "xyxy") * sides

@@ -1,0 +1,55 @@
+"""Which positions of the encoder's features become the references of the decoder's queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vision.detection.dino_detr.deformable_transformer import DetectionHead, ScoredBoxes
+from vision.detection.dino_detr.padded_levels import FeatureSequence
+
+
+class ProposalSelection(nn.Module):
+    """The positions with the highest class scores, each with a box around it (two-stage, "mixed query selection").
+
+    A position of level l proposes a box of 0.05 * 2**l of the image's sides, which `head` moves. Boxes give references
+    alone; contents of queries are embeddings that do not depend on the image.
+
+    Args:
+        dim: channels C.
+        num_classes: without background.
+        queries: how many positions are taken at most.
+    """
+
+    def __init__(self, dim: int, num_classes: int, queries: int):
+        super().__init__()
+        self.queries = queries
+        self.project = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.head = DetectionHead(dim, num_classes)
+        nn.init.xavier_uniform_(self.project.weight)
+
+    def forward(self, sequence: FeatureSequence) -> ScoredBoxes:
+        """The scores (B, Q, classes) and boxes (B, Q, 4) of the best positions.
+
+        Padding is not taken, nor a position whose proposal has its center or a side outside of 1 to 99 % of the image,
+        as long as there are enough others.
+        """
+        sides = [
+            torch.full((height * width, 2), 0.05 * 2.0**level, device=sequence.centers.device)
+            for level, (height, width) in enumerate(sequence.sizes)
+        ]
+        proposals = torch.cat([sequence.centers, torch.cat(sides).expand(len(sequence.centers), -1, -1)], -1)
+        refused = ~((proposals > 0.01) & (proposals < 0.99)).all(-1)
+        if sequence.padded is not None:
+            refused |= sequence.padded
+        features = self.norm(self.project(sequence.features.masked_fill(refused[..., None], 0)))
+        scores = self.head.classes(features)
+        best = scores.detach().amax(-1).masked_fill(refused, -torch.inf)
+        taken = best.topk(min(self.queries, best.shape[1]), dim=1).indices
+
+        def of_taken(values: Tensor) -> Tensor:
+            return values.gather(1, taken[..., None].expand(-1, -1, values.shape[-1]))
+
+        boxes = self.head.moved(of_taken(features), of_taken(proposals), eps=1e-5)
+        return ScoredBoxes(of_taken(scores), boxes)

@@ -1,0 +1,58 @@
+"""The losses of predictions that are paired with objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from vision.detection.dino_detr.deformable_transformer import ScoredBoxes
+from vision.detection.dino_detr.hungarian_matching import ALPHA, GAMMA, Pairs, in_pixels
+from vision.detection.dino_detr.target_boxes import TargetBoxes
+
+BOX_WEIGHT, GIOU_WEIGHT = 5.0, 2.0
+
+
+def set_losses(
+    predicted: ScoredBoxes, objects: Sequence[TargetBoxes], pairs: Sequence[Pairs], suffix: str = ""
+) -> dict[str, Tensor]:
+    """Losses of one set of predictions, each divided by the number of pairs, averaged over processes.
+
+    Args:
+        predicted: for Q queries.
+        objects: of each image.
+        pairs: of queries and objects; the classes of all other queries are none.
+        suffix: of the names.
+
+    Returns:
+        `loss_class`, the sigmoid focal loss, `loss_box`, 5 times the L1 distance of boxes as fractions of the image,
+        and `loss_giou`, 2 times 1 - generalized IoU.
+    """
+    scores, boxes = predicted.scores.float(), predicted.boxes.float()
+    classes = torch.zeros_like(scores)
+    for image, (item, (queries, numbers)) in enumerate(zip(objects, pairs, strict=True)):
+        classes[image, queries, item.labels[numbers]] = 1
+    count = positive_count(pairs, scores)
+    found = torch.cat([boxes[image, pair.queries] for image, pair in enumerate(pairs)])
+    wanted = torch.cat([item.boxes[pair.objects] for item, pair in zip(objects, pairs, strict=True)])
+    sides = torch.cat([item.sides.expand(len(pair.queries), 4) for item, pair in zip(objects, pairs, strict=True)])
+    focal = sigmoid_focal_loss(scores, classes, alpha=ALPHA, gamma=GAMMA, reduction="sum")
+    distance = (found - wanted).abs().sum()
+    giou = generalized_box_iou_loss(in_pixels(found, sides), in_pixels(wanted, sides), reduction="sum")
+    return {
+        f"loss_class{suffix}": focal / count,
+        f"loss_box{suffix}": BOX_WEIGHT * distance / count,
+        f"loss_giou{suffix}": GIOU_WEIGHT * giou / count,
+    }
+
+
+def positive_count(pairs: Sequence[Pairs], like: Tensor) -> Tensor:
+    """The number of pairs, at least 1: the mean of all processes where several train together."""
+    count = like.new_tensor(float(sum(len(pair.queries) for pair in pairs)))
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1)
