@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -187,7 +188,7 @@ class DeformableDecoder(nn.Module):
 def mlp(*dims: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     layers: list[nn.Module] = []
-    for inside, outside in zip(dims, dims[1:], strict=False):
+    for inside, outside in itertools.pairwise(dims):
         layers += [nn.Linear(inside, outside), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -18,7 +18,7 @@ class DenoisingQueries(NamedTuple):
     """Queries for a batch: G groups of N positive and N negative ones, D = 2 G N in all.
 
     Attributes:
-        contents: (B, D, C), embeddings of labels, some of them wrong; zeros for images with fewer than N objects.
+        contents: (B, D, C), embeddings of labels, some of them wrong; zeros where an image has fewer than N objects.
         references: (B, D, 4), noisy boxes.
         blocked: (D + Q, D + Q), true where a query must not see another: ordinary queries see no noisy object, groups
             do not see one another.
@@ -63,10 +63,11 @@ class ContrastiveDenoising(nn.Module):
         groups = max(1, self.copies // max(1, most))
         shape = (len(objects), groups, 2, most)
         labels, boxes, real = self._repeated(objects, counts, shape)
-        content = self.labels(self._noisy_labels(labels)) * real[..., None]
+        contents = self.labels(self._noisy_labels(labels)) * real[..., None]
+        references = torch.where(real[..., None], self._noisy_boxes(boxes), boxes)
         return DenoisingQueries(
-            contents=content.flatten(1, 3),
-            references=self._noisy_boxes(boxes).flatten(1, 3),
+            contents=contents.flatten(1, 3),
+            references=references.flatten(1, 3),
             blocked=_blocked(groups, 2 * most, queries, labels.device),
             pairs=[_positives(groups, most, count, labels.device) for count in counts],
             groups=groups,
