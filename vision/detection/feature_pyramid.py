@@ -21,6 +21,30 @@ STRIDES = (4, 8, 16, 32)
 """Strides of the levels of a RevCol. The pyramid has one more, 64."""
 
 
+def revcol_levels(backbone: str, finest: int = 0, **options: Any) -> nn.Module:
+    """A RevCol whose forward returns the levels of its last column from `finest` on: images to a list of maps.
+
+    Raises:
+        ValueError: the backbone does not exist, has other levels, has a memory budget or refuses its options.
+    """
+    indices = tuple(range(finest, len(STRIDES)))
+    try:
+        body: Any = timm.create_model(backbone, features_only=True, out_indices=indices, **options)
+    except (TypeError, RuntimeError) as error:
+        raise ArgumentError(f"{backbone}: {first_line(error)}", "backbone", code="component-failed") from error
+    revcol = next((module for module in body.modules() if isinstance(module, RevCol)), None)
+    if revcol is None:
+        raise ArgumentError(f"{backbone} is no RevCol. Name one", "backbone", code="no-columns")
+    if tuple(body.feature_info.reduction()) != STRIDES[finest:]:
+        found = body.feature_info.reduction()
+        problem = f"{backbone} has levels of strides {found}, and a detector needs {list(STRIDES[finest:])}"
+        raise ArgumentError(problem, "backbone", code="shape-mismatch")
+    if isinstance(revcol.columns.budget, BudgetSpec):
+        problem = "A detector's boxes depend on values, so no memory budget can be planned for it. Give a memory mode"
+        raise ArgumentError(problem, "memory", code="conflicting-values")
+    return body
+
+
 class RevColPyramid(nn.Module):
     """The levels of a RevCol's last column, merged from the top down (Lin et al., "Feature Pyramid Networks", 2017).
 
@@ -36,21 +60,7 @@ class RevColPyramid(nn.Module):
 
     def __init__(self, backbone: str, channels: int = 256, *, recompute: bool = False, **options: Any):
         super().__init__()
-        try:
-            self.body: Any = timm.create_model(backbone, features_only=True, out_indices=(0, 1, 2, 3), **options)
-        except (TypeError, RuntimeError) as error:
-            raise ArgumentError(f"{backbone}: {first_line(error)}", "backbone", code="component-failed") from error
-        if not any(isinstance(module, RevCol) for module in self.body.modules()):
-            raise ArgumentError(f"{backbone} is no RevCol. Name one", "backbone", code="no-columns")
-        if tuple(self.body.feature_info.reduction()) != STRIDES:
-            found = self.body.feature_info.reduction()
-            problem = f"{backbone} has levels of strides {found}, and a pyramid needs {list(STRIDES)}"
-            raise ArgumentError(problem, "backbone", code="shape-mismatch")
-        if isinstance(self.revcol.columns.budget, BudgetSpec):
-            problem = (
-                "A detector's boxes depend on values, so no memory budget can be planned for it. Give a memory mode"
-            )
-            raise ArgumentError(problem, "memory", code="conflicting-values")
+        self.body: Any = revcol_levels(backbone, **options)
         self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), channels, LastLevelMaxPool())
         self.out_channels, self.recompute = channels, recompute
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
-from revnets import keep_budget
 from revnets.config.errors import ArgumentError
-from revnets.config.memory_budget import BudgetSpec
-from revnets.memory.auto_budget import forget_budget
 from vision.detection.dino_detr.deformable_transformer import (
     DeformableDecoder,
     DeformableEncoder,
@@ -26,6 +23,8 @@ from vision.detection.dino_detr.padded_levels import FeatureProjection, FeatureS
 from vision.detection.dino_detr.proposal_selection import ProposalSelection
 from vision.detection.dino_detr.set_losses import set_losses
 from vision.detection.dino_detr.target_boxes import TargetBoxes, target_boxes
+from vision.detection.feature_pyramid import revcol_levels
+from vision.detection.training_targets import Target, checked_targets, padded_batch
 from vision.models.architecture import RevCol
 
 
@@ -49,7 +48,7 @@ class DINO(nn.Module):
         checkpoint_heads: compute the layers of the transformer again in backward instead of keeping their activations.
 
     Raises:
-        ValueError: `width` is not a multiple of what it must be.
+        ValueError: a number is too small, or `width` is not a multiple of what it must be.
     """
 
     def __init__(
@@ -71,6 +70,14 @@ class DINO(nn.Module):
         checkpoint_heads: bool = False,
     ):
         super().__init__()
+        positive = {"num_classes": num_classes, "width": width, "feedforward": feedforward, "heads": heads}
+        positive |= {"decoder_layers": decoder_layers, "queries": queries, "detections": detections}
+        others = {"encoder_layers": encoder_layers, "denoising": denoising}
+        others |= {"label_noise": label_noise, "box_noise": box_noise}
+        for least, numbers in ((1, positive), (0, others)):
+            for name, number in numbers.items():
+                if not number >= least:
+                    raise ArgumentError(f"{name} {number}: give at least {least}", name, code="out-of-range")
         for divisor in (32, heads):
             if width % divisor:
                 raise ArgumentError(f"width {width} is not a multiple of {divisor}", "width", code="not-divisible")
@@ -89,9 +96,6 @@ class DINO(nn.Module):
         if denoising:
             self.denoising = ContrastiveDenoising(num_classes, width, queries, denoising, label_noise, box_noise)
         nn.init.xavier_uniform_(self.contents.weight)
-        if isinstance(budget := self.revcol.columns.budget, BudgetSpec):
-            forget_budget(self.revcol)
-            keep_budget(self, budget)  # which counts the transformer and the loss as well
 
     @property
     def revcol(self) -> RevCol:
@@ -99,7 +103,7 @@ class DINO(nn.Module):
         return next(module for module in self.modules() if isinstance(module, RevCol))
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Losses in training mode, detections otherwise, as torchvision's detectors.
 
@@ -115,12 +119,12 @@ class DINO(nn.Module):
         Raises:
             ValueError: images or targets have other shapes, or values outside of their ranges.
         """
-        batch, padded, sizes = padded_batch(images)
-        if not self.training:
-            return self._detections(self._decoded(batch, padded), sizes)
-        if targets is None:
-            raise ArgumentError("targets: a detector in training mode needs them", "targets", code="missing-key")
-        return self._losses(batch, padded, target_boxes(targets, sizes, self.num_classes))
+        batch = padded_batch(images, multiple=1)
+        padded = _padding(batch)
+        if self.training:
+            objects = target_boxes(checked_targets(images, targets, self.num_classes))
+            return self._losses(batch.tensors, padded, objects)
+        return self._detections(self._decoded(batch.tensors, padded), batch.image_sizes)
 
     def _encoded(self, batch: Tensor, padded: Tensor | None) -> tuple[FeatureSequence, ScoredBoxes, Tensor]:
         """The encoder's features, the proposals, and contents (B, Q, C) of as many queries."""
@@ -198,23 +202,21 @@ def dino(
         backbone: a name of the family such as `revcol_huge`.
         num_classes: classes of objects, without background: 80 for COCO.
         kernel_size: of the backbone's convolutions.
-        memory: mode or budget of the backbone.
+        memory: mode of the backbone.
         scales: levels of features: 4 have strides 8 to 64, 5 have strides 4 to 64.
         width, feedforward, heads, encoder_layers, decoder_layers, queries, denoising, label_noise, box_noise,
             shared_heads, detections, checkpoint_heads: as of `DINO`.
         backbone_options: of `timm.create_model`, such as `drop_path_rate`.
 
     Raises:
-        ValueError: an option cannot be used.
-        RuntimeError: timm does not know the backbone.
+        ValueError: the backbone does not exist, has a memory budget or refuses its options, or another option is wrong.
     """
     if scales not in (4, 5):
         raise ArgumentError(f"scales {scales}: give 4 or 5", "scales", code="unknown-choice")
     given = {"kernel_size": kernel_size, "memory": memory}
     backbone_options |= {name: value for name, value in given.items() if value is not None}
-    levels = (1, 2, 3) if scales == 4 else (0, 1, 2, 3)
     return DINO(
-        timm.create_model(backbone, features_only=True, out_indices=levels, **backbone_options),
+        revcol_levels(backbone, 5 - scales, **backbone_options),
         num_classes,
         width=width,
         feedforward=feedforward,
@@ -231,32 +233,11 @@ def dino(
     )
 
 
-def padded_batch(images: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
-    """Images of different sizes as a batch, with zeros to the right and below.
-
-    Args:
-        images: (3, H, W) each.
-
-    Returns:
-        The batch (B, 3, height, width); where it is padding (B, height, width), None if it is nowhere; the sizes.
-
-    Raises:
-        ValueError: there is no image, or one has another shape.
-    """
-    if not len(images):
-        raise ArgumentError("images: there are none", "images", code="wrong-length")
-    first = images[0]
-    for number, image in enumerate(images):
-        if image.dim() != 3 or len(image) != len(first) or 0 in image.shape:
-            problem = f"images[{number}]: {tuple(image.shape)}; give ({len(first)}, H, W)"
-            raise ArgumentError(problem, f"images[{number}]", code="shape-mismatch")
-    sizes = [(image.shape[1], image.shape[2]) for image in images]
-    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
-    if all(size == (height, width) for size in sizes):
-        return torch.stack(list(images)), None, sizes
-    batch = first.new_zeros(len(images), len(first), height, width)
-    padded = torch.ones(len(images), height, width, dtype=torch.bool, device=first.device)
-    for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
-        batch[number, :, : size[0], : size[1]] = image
-        padded[number, : size[0], : size[1]] = False
-    return batch, padded, sizes
+def _padding(batch: ImageList) -> Tensor | None:
+    """Where a batch shows no image, (B, H, W); None if every image is as large as the batch."""
+    height, width = batch.tensors.shape[-2:]
+    if all(size == (height, width) for size in batch.image_sizes):
+        return None
+    sizes = torch.tensor(batch.image_sizes, device=batch.tensors.device)[..., None, None]
+    rows, columns = (torch.arange(count, device=sizes.device) for count in (height, width))
+    return (rows[:, None] >= sizes[:, 0]) | (columns >= sizes[:, 1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from vision.detection.dino_detr.deformable_transformer import ScoredBoxes
-from vision.detection.dino_detr.target_boxes import TargetBoxes, has_values
+from vision.detection.dino_detr.target_boxes import TargetBoxes
 
 CLASS_COST, BOX_COST, GIOU_COST = 2.0, 5.0, 2.0
 ALPHA, GAMMA = 0.25, 2.0
@@ -37,10 +37,6 @@ def hungarian_pairs(predicted: ScoredBoxes, objects: Sequence[TargetBoxes]) -> l
 
 
 def _pairs(scores: Tensor, boxes: Tensor, item: TargetBoxes) -> Pairs:
-    count = min(len(boxes), len(item.boxes))
-    if not count or not has_values(scores):
-        numbers = torch.arange(count, device=boxes.device)
-        return Pairs(numbers, numbers)
     shape = (len(boxes), len(item.boxes), 4)
     giou_loss = generalized_box_iou_loss(
         in_pixels(boxes, item.sides)[:, None].expand(shape), in_pixels(item.boxes, item.sides).expand(shape)

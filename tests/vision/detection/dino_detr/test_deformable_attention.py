@@ -1,0 +1,65 @@
+"""Deformable attention against what it must give for maps whose values are known everywhere."""
+
+import torch
+
+from vision.detection.dino_detr.deformable_attention import DeformableAttention
+
+SIZES = [(7, 11), (5, 3)]
+DIM, HEADS = 6, 2
+
+
+def identity_attention(points=3):
+    """Attention whose values and output are what comes in."""
+    attention = DeformableAttention(DIM, HEADS, len(SIZES), points)
+    with torch.no_grad():
+        for linear in (attention.value, attention.output):
+            linear.weight.copy_(torch.eye(DIM))
+    return attention
+
+
+def ramps():
+    """Maps (1, S, C) whose value is x for even channels and y for odd ones, in fractions of the map."""
+    parts = []
+    for height, width in SIZES:
+        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        parts.append(torch.stack([x, y], -1).reshape(1, -1, 2).repeat(1, 1, DIM // 2))
+    return torch.cat(parts, 1)
+
+
+def test_points_give_the_mean_of_the_values_around_them():
+    attention = identity_attention()
+    references = torch.tensor([[0.5, 0.5], [0.5, 0.51]])[None, :, None].repeat(1, 1, len(SIZES), 1)
+    offsets = torch.tensor([0.5, -0.25])  # cells to the right and up, for all points
+    with torch.no_grad():
+        attention.offsets.bias.copy_(offsets.repeat(HEADS * len(SIZES) * 3))
+        found = attention(torch.randn(1, 2, DIM), references, ramps(), SIZES)
+    sides = torch.tensor([(width, height) for height, width in SIZES])
+    expected = references[0, :, 0] + (offsets / sides).mean(0)
+    torch.testing.assert_close(found[0], expected.repeat(1, DIM // 2))
+
+
+def test_offsets_of_boxes_are_parts_of_their_sides():
+    attention = identity_attention(points=2)
+    boxes = torch.tensor([[0.5, 0.5, 0.3, 0.2]])[None, :, None].repeat(1, 1, len(SIZES), 1)
+    with torch.no_grad():
+        attention.offsets.bias.fill_(1.0)
+        found = attention(torch.randn(1, 1, DIM), boxes, ramps(), SIZES)
+    expected = torch.tensor([0.5 + 0.3 / 4, 0.5 + 0.2 / 4])  # one of two points, half of half a side away
+    torch.testing.assert_close(found[0, 0], expected.repeat(DIM // 2))
+
+
+def test_values_in_the_padding_do_not_count():
+    attention, generator = identity_attention(), torch.Generator().manual_seed(0)
+    queries = torch.randn(1, 5, DIM, generator=generator)
+    references = torch.rand(1, 5, len(SIZES), 2, generator=generator)
+    padded = torch.rand(1, ramps().shape[1], generator=generator) > 0.5
+    garbage = torch.where(padded[..., None], torch.randn(1, 1, DIM, generator=generator), ramps())
+    found = attention(queries, references, garbage, SIZES, padded)
+    assert torch.equal(found, attention(queries, references, ramps(), SIZES, padded))
+
+
+def test_heads_look_in_different_directions_at_first():
+    attention = DeformableAttention(8, 4, 1, points=2)
+    offsets = attention.offsets.bias.view(4, 1, 2, 2)
+    torch.testing.assert_close(offsets[:, 0, 0], torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(offsets[:, :, 1], 2 * offsets[:, :, 0])
