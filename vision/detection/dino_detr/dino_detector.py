@@ -102,6 +102,12 @@ class DINO(nn.Module):
         """The model of timm inside of the backbone."""
         return next(module for module in self.modules() if isinstance(module, RevCol))
 
+    def class_parameters(self) -> set[str]:
+        """Names of the parameters that have a row for each class."""
+        heads = [name for name, module in self.named_modules() if isinstance(module, DetectionHead)]
+        found = {f"{name}.classes.{part}" for name in heads for part in ("weight", "bias")}
+        return found if self.denoising is None else found | {"denoising.labels.weight"}
+
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:

@@ -1,8 +1,9 @@
-"""DINO with the weights of OpenMMLab's: the same losses and the same detections, where mmdet is installed."""
+"""DINO with the weights of OpenMMLab's: the same losses and the same detections, where mmdet is installed.
+
+mmdetection needs an environment of its own; docs/development/openmmlab.md has it.
+"""
 
 import re
-import sys
-import types
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("mmdet")
 
+from tests.support import mmcv_operators
 from vision.detection import dino
 
 CLASSES, QUERIES, LAYERS = 11, 17, 3
@@ -53,9 +55,7 @@ def renamed(name: str) -> str:
 @pytest.fixture(scope="module")
 def original():
     """OpenMMLab's detector on a small RevCol, with weights that are not those of its initialization."""
-    if "mmcv._ext" not in sys.modules:  # mmcv-lite has no compiled operators, and DINO needs none on a CPU
-        sys.modules["mmcv._ext"] = operators = types.ModuleType("mmcv._ext")
-        operators.__getattr__ = lambda name: None  # type: ignore[method-assign]
+    mmcv_operators.install()
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
 
