@@ -1,21 +1,17 @@
-"""A RevCol with a feature pyramid, as the backbone of a detector, and recomputed heads."""
+"""A RevCol with a feature pyramid, as the backbone of a detector."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from revnets.config.errors import ArgumentError, first_line
 from revnets.config.memory_budget import BudgetSpec
 from vision.models.architecture import RevCol
+from vision.models.recomputation import recomputed
 
 STRIDES = (4, 8, 16, 32)
 """Strides of the levels of a RevCol. The pyramid has one more, 64."""
@@ -73,38 +69,3 @@ class RevColPyramid(nn.Module):
         """Images (B, 3, H, W) to maps (B, channels, H / s, W / s) of strides s = 4, 8, 16, 32 and 64, finest first."""
         levels = {str(index): level for index, level in enumerate(self.body(images))}
         return recomputed(self.fpn, levels) if self.recompute else self.fpn(levels)
-
-
-def recomputed(module: nn.Module | Callable[..., Any], *args: Any) -> Any:
-    """`module(*args)` without its activations, which backward computes again, with the same bits.
-
-    Running statistics of BatchNorm move once, in the forward pass. The module must not draw random numbers.
-    """
-    owner = module if isinstance(module, nn.Module) else cast(nn.Module, cast(Any, module).__self__)
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _fixed_statistics(owner)
-
-    if not torch.is_grad_enabled():
-        return module(*args)
-    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-
-@contextmanager
-def _fixed_statistics(module: nn.Module) -> Iterator[None]:
-    """Leave running statistics as they are; batches are still normalized by their own."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    before = [(norm, norm.momentum, norm.num_batches_tracked, _copied(norm.num_batches_tracked)) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0  # the kernel then writes the old values
-    try:
-        yield
-    finally:
-        for norm, momentum, count, value in before:
-            norm.momentum = momentum
-            if count is not None and value is not None:
-                count.copy_(value)
-
-
-def _copied(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()

@@ -25,7 +25,7 @@ from vision.huggingface import RevColBackboneConfig
 from vision.huggingface.saved_sizes import require_fitting
 from vision.models.architecture import RevCol
 from vision.models.parameter_groups import backbone_matcher, find_backbone
-from vision.models.recomputation import checkpointed
+from vision.models.recomputation import recomputed
 
 IGNORED = 255
 """Class number of pixels that count neither in a loss nor in a metric."""
@@ -114,12 +114,17 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
         others = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         others |= {"return_dict": return_dict, **kwargs}
         recomputes = getattr(self.config, "checkpoint_heads", False) and torch.is_grad_enabled()
-        if not recomputes or pixel_values is None or labels is None or any(others.values()) or return_dict is False:
+        if (
+            not recomputes
+            or pixel_values is None
+            or labels is None
+            or any(value is not None for value in others.values())
+        ):
             return super().forward(pixel_values=pixel_values, labels=labels, **others)
         maps, size = self.backbone(pixel_values).feature_maps, pixel_values.shape[2:]
-        loss, logits = checkpointed(self.decode_head, self._loss_of, self.decode_head, labels, size, *maps)
+        loss, logits = recomputed(self._loss_of, self.decode_head, labels, size, *maps, draws=True)
         if self.auxiliary_head is not None:
-            auxiliary, _ = checkpointed(self.auxiliary_head, self._loss_of, self.auxiliary_head, labels, size, *maps)
+            auxiliary, _ = recomputed(self._loss_of, self.auxiliary_head, labels, size, *maps, draws=True)
             loss = loss + self.config.auxiliary_loss_weight * auxiliary
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 

@@ -103,6 +103,21 @@ def test_groups_of_a_segmenter_are_those_of_timm(segmenter):
     assert parameter_groups(model, weight_decay=0.05, layer_decay=0.9) == expected
 
 
+def test_a_cascade_of_this_package_has_the_rates_of_its_backbone():
+    from vision.detection import cascade_mask_rcnn
+
+    with torch.device("meta"):
+        model = cascade_mask_rcnn("test_revcol", 3)
+    prefix, backbone = find_backbone(model)
+    with torch.device("meta"):
+        other = timm.create_model("test_revcol", num_classes=7)
+    scale = by_name(model, parameter_groups(model, 0.05, 0.5), "lr_scale")
+    expected = by_name(other, param_groups_layer_decay(other, layer_decay=0.5), "lr_scale")
+    inside = {name for name, _ in backbone.named_parameters()}
+    assert {name: scale[prefix + name] for name in inside} == {name: expected[name] for name in inside}
+    assert {value for name, value in scale.items() if not name.startswith(prefix)} == {1.0}
+
+
 def optimizer_of(model, **optimizer):
     config = load_config({"model": {"timm": "test_revcol"}, "output": "x", "optimizer": {"lr": 0.5, **optimizer}})
     built = builders.build_optimizer(config, model, 64)

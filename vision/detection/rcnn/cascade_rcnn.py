@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.config.errors import ArgumentError
-from vision.detection.feature_pyramid import STRIDES, RevColPyramid, recomputed
+from vision.detection.feature_pyramid import STRIDES, RevColPyramid
 from vision.detection.rcnn.box_heads import BoxStage, SampledBoxes
 from vision.detection.rcnn.mask_heads import MaskHead, mask_loss, pasted_masks
 from vision.detection.rcnn.region_proposals import RegionProposals
@@ -18,6 +18,7 @@ from vision.detection.rcnn.roi_pooling import RoIPool
 from vision.detection.rcnn.suppression import best_detections
 from vision.detection.training_targets import Target, checked_targets, padded_batch
 from vision.models.architecture import RevCol
+from vision.models.recomputation import recomputed
 
 OVERLAPS = (0.5, 0.6, 0.7)
 CODE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))

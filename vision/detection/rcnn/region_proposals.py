@@ -10,8 +10,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou
 
-from vision.detection.feature_pyramid import STRIDES, recomputed
+from vision.detection.feature_pyramid import STRIDES
 from vision.detection.training_targets import Target
+from vision.models.recomputation import recomputed
 
 BACKGROUND, IGNORED_BOX = -1, -2
 """Matches of boxes that overlap no object enough, and of boxes that do not count."""
