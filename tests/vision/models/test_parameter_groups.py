@@ -12,6 +12,7 @@ from tests.support.errors import raises_error
 from vision.config.run import load_config
 from vision.models.parameter_groups import find_backbone, parameter_groups
 from vision.tasks import builders
+from vision.training.memory_budget import optimizer_states
 
 
 class Detector(nn.Module):
@@ -133,6 +134,12 @@ def test_the_trainer_finds_the_backbone_of_a_model_without_an_order_of_layers():
     highest = max(value for name, value in rate.items() if name.startswith("body."))
     assert highest == pytest.approx(rate["head.weight"] * 0.25)
     assert by_name(model, built.param_groups, "weight_decay")["head.weight"] == 0.3
+
+
+def test_a_memory_plan_counts_the_states_of_such_an_optimizer():
+    optimizer = {"name": "adamw", "layer_decay": 0.5, "backbone_lr_scale": 0.1}
+    config = load_config({"model": {"timm": "test_revcol"}, "output": "x", "optimizer": optimizer})
+    assert optimizer_states(config) == 2
 
 
 @pytest.mark.parametrize("key", ["layer_decay", "backbone_lr_scale"])
