@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from revnets.config.errors import ArgumentError
@@ -78,9 +79,9 @@ class CausalAttention(nn.Module):
                 plain causal mask if T = S, and for all S positions if T = 1.
             cache: takes the keys and values of this call and gives those of all calls.
         """
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
+        k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
+        v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
@@ -94,4 +95,4 @@ class CausalAttention(nn.Module):
             is_causal=mask is None and q.shape[2] > 1,
             enable_gqa=self.kv_heads != self.heads,
         )
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))

@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from revnets.config.errors import ArgumentError
@@ -53,11 +54,15 @@ class MaskedAttention(nn.Module):
             dropout_p=self.dropout if self.training or self.retain_dropout else 0.0,
             scale=self.scale,
         )
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.proj(rearrange(y, "b h t d -> b t (h d)"))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, T, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.split(self.qkv(x))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, 3 C) to the three, each (B, H, T, D)."""
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
         return q, k, v
 
 
@@ -79,8 +84,7 @@ class MaskedCosineAttention(MaskedAttention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.split(F.linear(x, self.qkv.weight, bias))
         factor = self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
         # Squares of half-precision numbers overflow; the result has the dtype of v again.
         q = (F.normalize(q.float(), dim=-1) * factor).to(v.dtype)

@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import register_notrace_module
 from torch import Tensor, nn
@@ -70,11 +71,11 @@ class CosineAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((heads,), math.log(10)))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, C/heads)
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         scale = self.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1, 1)
         q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, scale=1.0)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
 class PostNormBlock(nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from revnets.nn.blocks import EPS, ConvNeXtBlock, init_weights
@@ -75,12 +76,12 @@ class ToPixels(nn.Module):
 
     def __init__(self, dim: int, ratio: int, channels: int):
         super().__init__()
-        self.ratio = ratio
         self.proj = nn.Linear(dim, channels * ratio**2)
+        self.shuffle = Rearrange("b h w (c i j) -> b (h i) (w j) c", i=ratio, j=ratio)
         self.proj.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.proj(x).permute(0, 3, 1, 2), self.ratio)
+        return self.shuffle(self.proj(x)).permute(0, 3, 1, 2)
 
 
 def decoder(kind: str, dims: Sequence[int], reductions: Sequence[int], channels: int) -> nn.Module:

@@ -39,6 +39,21 @@ def test_single_decoder() -> None:
     assert_close(decoder(x), patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_single_decoder_leaves_python() -> None:
+    """Scripted, and exported for any number of images."""
+    decoder, x = SingleDecoder(10, 8, channels=2).eval(), torch.randn(3, 3, 5, 10)
+    exported = torch.export.export(decoder, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", max=7)},))
+    for other in (torch.jit.script(decoder), exported.module()):
+        assert_close(other(x), decoder(x))
+
+
+def test_pixels_have_the_memory_format_of_their_patches() -> None:
+    """That of `pixel_shuffle`: sums over all pixels, as in the loss, add up in the same order."""
+    pixels = SingleDecoder(10, 8)(torch.randn(2, 3, 5, 10))
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_which_decoder() -> None:
     kinds = {}
     for classes, kind in ((1000, "auto"), (1001, "auto"), (1001, "staged"), (7, "single")):
