@@ -11,8 +11,6 @@ import typer
 
 from revnets.cli.plugins import one_line_errors
 
-pass
-
 
 def prepare_mt(
     corpus: Annotated[
@@ -33,11 +31,30 @@ def prepare_mt(
     fields: Annotated[
         str | None, typer.Option(help="Which fields of a table are source and target, e.g. 2,3. (the last two)")
     ] = None,
-    merges: Annotated[int | None, typer.Option(help="Operations of byte-pair encoding, joint. (10000)")] = None,
+    subword: Annotated[
+        str | None,
+        typer.Option(
+            help="What splits words: sentencepiece (raw text) or subword-nmt (tokens of Moses). (sentencepiece; "
+            "subword-nmt with --merges or --words)",
+            show_default=False,
+        ),
+    ] = None,
+    vocab: Annotated[
+        int | None, typer.Option(help="Size of the joint vocabulary. (8000 at most)", show_default=False)
+    ] = None,
+    model_type: Annotated[str | None, typer.Option(help="Of sentencepiece: unigram or bpe. (unigram)")] = None,
+    character_coverage: Annotated[
+        float | None, typer.Option(help="Share of all characters that sentencepiece keeps. (0.9995)")
+    ] = None,
+    merges: Annotated[
+        int | None, typer.Option(help="Of subword-nmt, in place of --vocab: operations of joint BPE. (10000)")
+    ] = None,
     min_length: Annotated[int | None, typer.Option("--min", help="Fewest sub-words of a sentence. (1)")] = None,
     max_length: Annotated[int | None, typer.Option("--max", help="Most sub-words of a sentence. (250)")] = None,
     ratio: Annotated[float | None, typer.Option(help="How often the longer side may have the shorter's. (1.5)")] = None,
-    words: Annotated[int | None, typer.Option(help="Largest number of types in the dictionary. (all)")] = None,
+    words: Annotated[
+        int | None, typer.Option(help="Of subword-nmt: largest number of types in the dictionary. (all)")
+    ] = None,
     deduplicate: Annotated[
         bool | None,
         typer.Option(help="Drop repeated pairs, and training pairs that share a sentence with a drawn one. (yes)"),
@@ -52,12 +69,13 @@ def prepare_mt(
 ) -> None:
     """Make a fairseq data set from raw parallel text.
 
-    Reads and checks everything, draws validation and test, tokenises as Moses
-    does, learns joint sub-words, cleans by length and ratio, and binarises
-    with a joined dictionary. A run that was killed goes on where it stopped.
+    Reads and checks everything, draws validation and test, learns joint
+    sub-words, cleans by length and ratio, and binarises with a joined
+    dictionary. A run that was killed goes on where it stopped.
 
         revnets prepare-mt train.en train.de -l en-de -o data-bin/mine
-        revnets prepare-mt table.tsv.gz -l en-de --test 500 -o data-bin/mine
+        revnets prepare-mt table.tsv.gz -l en-zh --vocab 16000 -o data-bin/mine
+        revnets prepare-mt train.en train.de -l en-de --subword subword-nmt -o data-bin/mine
         revnets prepare-mt wmt16_en_de -o data-bin/wmt16_en_de_bpe32k
 
     A text for --valid or --test is a table, or two files as in dev.{lang},
@@ -69,6 +87,10 @@ def prepare_mt(
         "valid": _count(valid),
         "test": _count(test),
         "fields": _numbers(fields),
+        "subword": subword,
+        "vocab": vocab,
+        "model_type": model_type,
+        "character_coverage": character_coverage,
         "merges": merges,
         "words": words,
         "deduplicate": deduplicate,

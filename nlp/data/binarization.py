@@ -24,13 +24,22 @@ MAX_LOG = 2**24
 _SUMMARY = re.compile(r"\[(\w+)\] .*?(\w+)\.\1: \d+ sents, \d+ tokens, ([\d.e+-]+)% replaced")
 
 
-def run_preprocess(units: Path, folder: Path, codes: Pair, words: int | None, workers: int, log: Path) -> None:
+def run_preprocess(
+    units: Path,
+    folder: Path,
+    codes: Pair,
+    words: int | None,
+    workers: int,
+    log: Path,
+    dictionary: Path | None = None,
+) -> None:
     """Binarise the splits in the folder `units`.
 
     Args:
         folder: takes fairseq's files; an absolute path.
         words: largest number of types in the dictionary.
         log: takes what the program prints.
+        dictionary: the types of both languages; an absolute path. By default those of the training text.
 
     Raises:
         TranslationError: it failed.
@@ -42,6 +51,8 @@ def run_preprocess(units: Path, folder: Path, codes: Pair, words: int | None, wo
     command += [word for name in SPLITS for word in (f"--{name}pref", name)]
     if words is not None:
         command += ["--nwordssrc", str(words), "--nwordstgt", str(words)]
+    if dictionary is not None:
+        command += ["--srcdict", str(dictionary)]
     require_regular(log)
     with open(log, "w", encoding="utf-8") as file:
         # It takes a comma in a path for the end of the path, and so gets none.

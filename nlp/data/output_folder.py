@@ -15,7 +15,7 @@ from .errors import TranslationError
 from .resumable_steps import read_note
 
 _OWN = re.compile(
-    r"prepared\.json|preprocess\.log|codes|dict\.\w+\.txt|test\.raw\.\w+|(train|valid|test)\.\w+-\w+\.\w+\.(bin|idx)"
+    r"prepared\.json|preprocess\.log|codes|sentencepiece\.model|dict\.\w+\.txt|test\.raw\.\w+|(train|valid|test)\.\w+-\w+\.\w+\.(bin|idx)"
 )
 
 

@@ -25,11 +25,15 @@ from .corpus import Pair, TranslationError, named
 from .download import extract_archive, fetch
 from .languages import UNSEGMENTED, base_language
 from .output_folder import check_inputs, check_replaceable, sole_writer
-from .recipe import Clean, Recipe
+from .pieces import DICTIONARY, MODEL, learn_pieces, split_pieces
+from .recipe import LATER, Clean, Recipe
 from .resumable_steps import NOTE, Facts, Stages
 from .sentence_pairs import PairWriter, SentencePair, read_lines, read_pairs, same, segmented, tokenized
 from .splits import DROPPED, SPLITS, choose, drawn_counts
-from .tokenization import blocks, learn, ordered
+from .tokenization import blocks, learn, ordered, segment
+
+CODES = "codes"
+"""Operations of byte-pair encoding, in the folder of a data set."""
 
 UNFIT = "unfit.npy"
 """Beside text in sub-words: which pairs of the training text cleaning drops, as far as they were looked at."""
@@ -80,15 +84,12 @@ def prepare(
                 f"{named_output} is there, made in another way. Give another --output, or --overwrite to replace it",
                 code="settings-differ",
             )
-        if find_spec("fairseq_cli") is None:  # it comes last, and the other steps can take hours
-            raise TranslationError(
-                "fairseq is not installed, which binarises the text. Try: pip install 'revnets[nlp]'",
-                code="missing-dependency",
-            )
-        if recipe.tokenize and (unsegmented := [code for code in recipe.codes if base_language(code) in UNSEGMENTED]):
+        _check_installed(recipe)
+        if recipe.has_tokens and (unsegmented := [code for code in recipe.codes if base_language(code) in UNSEGMENTED]):
             console.print(
                 f"warning: {' and '.join(unsegmented)}: Moses' tokenizer does not segment text without spaces, so that "
-                "clauses become words. Segment it first, and set `tokenize: false` in a recipe",
+                "clauses become words. Take --subword sentencepiece, or segment it first and set `tokenize: false` in "
+                "a recipe",
                 style="yellow",
                 soft_wrap=True,
             )
@@ -124,7 +125,7 @@ def _cleaned(steps: _Steps, stages: Stages) -> tuple[_Steps, Facts]:
         remove_leftovers(steps.work)
         facts = stages.run(steps.work / "chosen", steps.choose)
         stages.run(steps.work / "tokens", steps.tokenize)
-        if steps.recipe.merges is not None:
+        if steps.recipe.learns_subwords:
             facts |= stages.run(steps.work / "codes", steps.learn)
         facts |= stages.run(steps.work / "units", steps.split)
         unfit = steps.work / "units" / UNFIT
@@ -173,30 +174,44 @@ class _Steps:
 
     def tokenize(self, folder: Path) -> Facts:
         chosen = np.load(self.work / "chosen" / "chosen.npy").tolist()
-        task = self.progress.add_task("tokenise", total=len(chosen))
+        task = self.progress.add_task("tokenise" if self.recipe.has_tokens else "select", total=len(chosen))
         train = self._chosen(chosen, task)
         given = (SentencePair(name, pair, pair) for name in SPLITS[1:] for pair in self._read(name))
         work = partial(tokenized, codes=self.recipe.codes, dashes=self.recipe.aggressive_dashes)
         with PairWriter(folder, self.recipe.codes) as writer:
             for rows, normalize in ((train, True), (given, self.recipe.normalize == "all")):
-                function = partial(work, normalize=normalize) if self.recipe.tokenize else same
+                function = partial(work, normalize=normalize) if self.recipe.has_tokens else same
                 for row in chain.from_iterable(ordered(function, blocks(rows), self.workers)):
                     writer.write(row)
         return {}
 
     def learn(self, folder: Path) -> Facts:
-        assert self.recipe.merges is not None
-        task = self.progress.add_task("learn sub-words", total=self.recipe.merges)
-        files = [self.work / "tokens" / f"train.{code}" for code in self.recipe.codes]
-        lines = chain.from_iterable(map(read_lines, files))
-        learnt = learn(lines, self.recipe.merges, folder / "codes", lambda: self.progress.advance(task))
+        recipe = self.recipe
+        names = [f"train.{code}" for code in recipe.codes]
+        if recipe.has_pieces:
+            task = self.progress.add_task("learn sub-words", total=None)
+            texts = [f"../tokens/{name}" for name in names]
+            learnt = learn_pieces(texts, folder, recipe.vocab, recipe.model_type, recipe.character_coverage)
+        else:
+            assert recipe.merges is not None
+            count = recipe.vocab or recipe.merges
+            task = self.progress.add_task("learn sub-words", total=count)
+            lines = chain.from_iterable(read_lines(self.work / "tokens" / name) for name in names)
+            advance = partial(self.progress.advance, task)
+            learnt = learn(lines, count, folder / CODES, advance, total=recipe.vocab is not None)
+            if recipe.vocab is not None and not learnt:
+                raise TranslationError(
+                    f"the training text has too many characters for a vocabulary of {count:,}. Give a larger --vocab",
+                    code="out-of-range",
+                )
         self.progress.update(task, total=learnt, completed=learnt)
-        return {"merges": learnt}
+        return {"pieces" if recipe.has_pieces else "merges": learnt}
 
     def split(self, folder: Path) -> Facts:
         """Sub-words; pairs that came from the training text are cleaned by their number."""
         task = self.progress.add_task("split into sub-words", total=None)
-        work = same if self.recipe.merges is None else partial(segmented, codes=self.work / "codes" / "codes")
+        work = partial(segmented, codes=self._codes, segment=split_pieces if self.recipe.has_pieces else segment)
+        work = work if self.recipe.learns_subwords else same
         kept, dropped = Counter[str](), Counter[str]()
         own = [name for name in SPLITS if name == "train" or not self.recipe.corpora(name, self.folders)]
         chosen = np.load(self.work / "chosen" / "chosen.npy")
@@ -234,16 +249,22 @@ class _Steps:
         """
         task = self.progress.add_task("binarise", total=None)
         recipe, units = self.recipe, self.work / "units"
-        run_preprocess(units, folder, recipe.codes, recipe.words, self.workers, self.work / LOG)
+        dictionary = self._codes.with_name(DICTIONARY) if recipe.has_pieces else None
+        run_preprocess(units, folder, recipe.codes, recipe.words, self.workers, self.work / LOG, dictionary)
         check_sentences(folder, recipe.codes, written)
         rename_in_log(folder, output)
-        if recipe.merges is not None:
-            shutil.copy(self.work / "codes" / "codes", folder)
-        if recipe.tokenize:
+        if recipe.learns_subwords:
+            shutil.copy(self._codes, folder)
+        if recipe.has_tokens or recipe.has_pieces:
             for code in recipe.codes:
                 shutil.copy(units / f"raw.test.{code}", folder / f"test.raw.{code}")
         self.progress.update(task, total=1, completed=1)
         return {"types": sum(1 for _ in read_lines(folder / f"dict.{recipe.codes[0]}.txt"))}
+
+    @property
+    def _codes(self) -> Path:
+        """The file by which text is split."""
+        return self.work / "codes" / (MODEL if self.recipe.has_pieces else CODES)
 
     def _chosen(self, chosen: Sequence[int], task: Any) -> Iterator[SentencePair]:
         """The pairs of the training text that were chosen."""
@@ -291,4 +312,15 @@ def _inputs(recipe: Recipe, base: Path) -> Facts:
     paths = (base / name for name in chain.from_iterable(names))
     stamps = {str(path): os.stat(path) for path in paths if path.exists()}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stamps.items()}
-    return {"recipe": recipe.model_dump(mode="json"), "files": files}
+    defaults = {key for key in LATER if getattr(recipe, key) == Recipe.model_fields[key].default}
+    return {"recipe": recipe.model_dump(mode="json", exclude=defaults), "files": files}
+
+
+def _check_installed(recipe: Recipe) -> None:
+    """The steps before those that need these packages can take hours."""
+    needed = {"fairseq_cli": "fairseq is not installed, which binarises the text"}
+    if recipe.has_pieces:
+        needed["sentencepiece"] = "sentencepiece is not installed, which splits the text"
+    for module, text in needed.items():
+        if find_spec(module) is None:
+            raise TranslationError(f"{text}. Try: pip install 'revnets[nlp]'", code="missing-dependency")

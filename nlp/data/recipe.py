@@ -48,6 +48,13 @@ class Clean(Strict):
         return self
 
 
+Segmenter = Literal["sentencepiece", "subword-nmt"]
+"""What learns and splits sub-words."""
+
+LATER = ("subword", "vocab", "model_type", "character_coverage")
+"""Keys added later. At their defaults they do not change which data set a recipe describes."""
+
+
 class Recipe(Strict):
     """Everything that decides what a prepared data set contains.
 
@@ -66,6 +73,12 @@ class Recipe(Strict):
         deduplicate: keep the first of equal pairs, and none that shares a side with a pair drawn for `valid` or `test`.
         words: at most so many types in the dictionary. All of them unless given.
         seed: of the draw.
+        subword: what learns and splits sub-words. subword-nmt splits the tokens of Moses (`tokenize`), sentencepiece
+            raw text, so that `tokenize`, `normalize`, `aggressive_dashes`, `merges` and `words` do not go with it.
+        vocab: size of the joint vocabulary. For sentencepiece exactly so many pieces; by default 8,000, or fewer if
+            the text has not as many. For subword-nmt an estimate (`learn-bpe --total-symbols`), in place of `merges`.
+        model_type: of sentencepiece.
+        character_coverage: the share of the text's characters that sentencepiece makes pieces of.
     """
 
     languages: str
@@ -82,6 +95,10 @@ class Recipe(Strict):
     deduplicate: bool = False
     words: int | None = Field(default=None, ge=1)
     seed: int = 1
+    subword: Segmenter = "subword-nmt"
+    vocab: int | None = Field(default=None, ge=1)
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    character_coverage: float = Field(default=0.9995, ge=0.98, le=1)
 
     @field_validator("languages")
     @classmethod
@@ -115,6 +132,37 @@ class Recipe(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_segmenter(self) -> Recipe:
+        """Every key that is given has an effect."""
+        keys = ["model_type", "character_coverage"]
+        if self.subword == "sentencepiece":
+            keys = ["normalize", "aggressive_dashes", "merges", "words", *(["tokenize"] if self.tokenize else [])]
+        if unused := next((key for key in keys if key in self.model_fields_set), None):
+            raise problem(
+                f"has no effect with subword {self.subword}",
+                "Leave it out, or choose the other subword",
+                unused,
+                code="conflicting-values",
+            )
+        if self.vocab is not None and "merges" in self.model_fields_set:
+            raise problem("vocab and merges both give a size", "Keep one", "vocab", code="conflicting-values")
+        return self
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether sentencepiece splits raw text."""
+        return self.subword == "sentencepiece"
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether Moses' tokenizer is applied."""
+        return self.tokenize and not self.has_pieces
+
+    @property
+    def learns_subwords(self) -> bool:
+        return self.has_pieces or self.merges is not None
+
     @property
     def codes(self) -> Pair:
         return languages(self.languages)
@@ -141,7 +189,7 @@ class Recipe(Strict):
 
 
 OWN = {"valid": 2000, "test": 2000, "deduplicate": True}
-"""For text of one's own, where nothing else is said."""
+"""For a corpus without a recipe, where no option says otherwise. `subword` is sentencepiece then."""
 
 
 def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Recipe, Path]:
@@ -175,7 +223,8 @@ def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Reci
             code="missing-key",
         )
     texts = [[str(Path(name).resolve()) for name in corpus]]
-    return load(Recipe, {}, _overrides({**OWN, **given, "train": texts})), Path.cwd()
+    subword = "subword-nmt" if given.keys() & {"merges", "words"} else "sentencepiece"
+    return load(Recipe, {}, _overrides({**OWN, "subword": subword, **given, "train": texts})), Path.cwd()
 
 
 def _beside(folder: Path, names: Sequence[Path]) -> tuple[Path, ...]:

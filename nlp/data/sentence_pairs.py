@@ -5,13 +5,13 @@ Other processes import this module, and so it imports nothing that imports torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from .corpus import Pair
-from .tokenization import segment, tokenize
+from .tokenization import tokenize
 
 _SEPARATORS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 """Characters at which some reader ends a line: fairseq does so at carriage returns, `str.splitlines` at all of them."""
@@ -72,6 +72,9 @@ def tokenized(rows: list[SentencePair], codes: Pair, normalize: bool, dashes: bo
     return [row._replace(pair=pair) for row, pair in zip(rows, zip(*texts, strict=True), strict=True)]
 
 
-def segmented(rows: list[SentencePair], codes: Path) -> list[SentencePair]:
+def segmented(
+    rows: list[SentencePair], codes: Path, segment: Callable[[Sequence[str], Path], list[str]]
+) -> list[SentencePair]:
+    """Sub-words, by the function for the kind of the codes."""
     texts = [segment([row.pair[side] for row in rows], codes) for side in range(2)]
     return [row._replace(pair=pair) for row, pair in zip(rows, zip(*texts, strict=True), strict=True)]

@@ -67,11 +67,14 @@ def detokenize(lines: Iterable[str], language: str) -> list[str]:
     return [str(detokenizer.detokenize(line.split())) for line in lines]
 
 
-def learn(lines: Iterable[str], merges: int, codes: Path, merged: Callable[[], object] = lambda: None) -> int:
+def learn(
+    lines: Iterable[str], merges: int, codes: Path, merged: Callable[[], object] = lambda: None, total: bool = False
+) -> int:
     """Learn byte-pair encoding (Sennrich et al., 2016) and write its operations, one a line.
 
     Args:
         merged: called after every operation.
+        total: `merges` is the size of the vocabulary, of which the characters of the text are a part.
 
     Returns:
         How many operations were learnt: fewer than `merges` when no pair of symbols is left that occurs twice.
@@ -89,7 +92,9 @@ def learn(lines: Iterable[str], merges: int, codes: Path, merged: Callable[[], o
                 learnt += 1
                 merged()
 
-        learn_bpe([f"{word} {count}\n" for word, count in words.items()], Lines(), merges, is_dict=True)
+        learn_bpe(
+            [f"{word} {count}\n" for word, count in words.items()], Lines(), merges, is_dict=True, total_symbols=total
+        )
     return learnt
 
 

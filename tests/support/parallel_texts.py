@@ -37,7 +37,8 @@ def write_pairs(folder: Path, pairs: list[tuple[str, str]], name: str = "train")
 
 
 def recipe_for(texts: list[Path], **given: Any) -> Recipe:
-    return Recipe(**{"languages": "en-de", "train": (tuple(texts),), "valid": 5, "test": 7, "merges": 20, **given})
+    size = {} if "subword" in given else {"merges": 20}
+    return Recipe(**{"languages": "en-de", "train": (tuple(texts),), "valid": 5, "test": 7, **size, **given})
 
 
 def sub_words(recipe: Recipe, work: Path) -> tuple[Path, Facts]:
