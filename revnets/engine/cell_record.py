@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revnets.engine import lost_bits
 from revnets.engine.errors import ReplayError
 from revnets.engine.graph import Node
 from revnets.engine.memory_mode import Memory
-from revnets.engine.replay.kept_products import NO_PRODUCTS
 from revnets.engine.replay.replay_context import ReplayContext
 from revnets.engine.torch_internals import storage_key, tree_map
 
 if TYPE_CHECKING:
     from revnets.engine.offload.hosted_tensors import HostedTensor
+    from revnets.engine.replay.kept_products import KeptProducts
     from revnets.engine.tape import Tape
 
 
@@ -82,9 +83,22 @@ class CellRecord:
         self.replay_context: ReplayContext | None = None
         self.metas: list[Meta] = []
         self.replayed: int | None = None  # so many tensors are packed into handles; the graph holds the others
-        self.products = NO_PRODUCTS  # results of matrix products that it keeps
+        self.products: KeptProducts | None = None
         self.saved: dict[int, Held] = {}
         self.liveness: weakref.ref[object] | None = None  # to what the packed handles of this call share
+
+    def keeping(self, cell: nn.Module, products: Collection[int]) -> AbstractContextManager[Any]:
+        """A context for the cell's forward, in which the record takes the results of these products."""
+        if not products:
+            return nullcontext()
+        from revnets.engine.replay.kept_products import KeptProducts  # few passes need it
+
+        self.products = KeptProducts(cell, products)
+        return self.products.recorded()
+
+    def giving(self, name: str, cell: str) -> AbstractContextManager[Any]:
+        """A context for the replay, in which it gives them; the arguments are those of `check_replay`."""
+        return nullcontext() if self.products is None else self.products.given(name, cell)
 
     def settle(self) -> None:
         """Keep either x_{t-m} or its lost bits, where a device had to count the bits first."""

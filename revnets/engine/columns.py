@@ -13,11 +13,11 @@ from revnets.engine import executor
 from revnets.engine.cell import Cell, FixedGain
 from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import Graph, ReadToken, wire
-from revnets.engine.memory_mode import Budget, Memory, MemoryPolicy, memory_modes
-from revnets.engine.policy_attributes import PolicyAttributes
+from revnets.engine.memory_mode import Memory, MemoryPolicy, PolicyAttributes, memory_modes
 from revnets.engine.torch_internals import raise_compile_limits
 
 if TYPE_CHECKING:
+    from revnets.engine.budget import Budget
     from revnets.engine.pipeline.stage import ColumnsStage
 
 

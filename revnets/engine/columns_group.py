@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, cycle, pairwise
-from typing import Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from torch import nn
 
@@ -13,7 +13,6 @@ from revnets.engine.cell import Cell
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.errors import ArgumentError
 from revnets.engine.memory_mode import (
-    Budget,
     Kept,
     Memory,
     MemoryPolicy,
@@ -24,6 +23,9 @@ from revnets.engine.memory_mode import (
     products_of_cells,
     stored_cells,
 )
+
+if TYPE_CHECKING:
+    from revnets.engine.budget import Budget
 
 T = TypeVar("T")
 

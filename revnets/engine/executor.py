@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from revnets.engine.coupling import PlainCoupling, subtract
 from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import STEM, Graph, Node
-from revnets.engine.memory_mode import Budget, Kept, Memory, Products
+from revnets.engine.memory_mode import Kept, Memory, Products
 from revnets.engine.replay.threads import is_inside
 from revnets.engine.tape import Tape
 from revnets.engine.torch_internals import is_transformed, tree_leaves, without_dynamo
+
+if TYPE_CHECKING:
+    from revnets.engine.budget import Budget
 
 _NONE: Kept = {}
 _NO_PRODUCTS: Products = {}

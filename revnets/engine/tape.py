@@ -53,7 +53,6 @@ from revnets.engine.coupling import RecordingCoupling, ReplayCoupling
 from revnets.engine.errors import EARLY_BACKWARD, ReplayError
 from revnets.engine.graph import STEM, Graph, Node
 from revnets.engine.memory_mode import Kept, Memory, Products
-from revnets.engine.replay.kept_products import KeptProducts
 from revnets.engine.replay.replay_context import ReplayContext
 from revnets.engine.replay.threads import inside
 from revnets.engine.torch_internals import is_graph_kept, may_read_again, running_node, without_transforms
@@ -151,9 +150,8 @@ class Tape:
         else:
             devices = frozenset(read.device for read in reads)
             recording = ReplayContext.record(cell, devices, self.overwritten)
-            record.products = KeptProducts(cell, self.products.get(node.index, ()))
-            hooks = saved_tensors_hooks(pack, unpack)
-            with hooks, inside(), recording as record.replay_context, record.products.recorded():
+            keeping = record.keeping(cell, self.products.get(node.index, ()))
+            with saved_tensors_hooks(pack, unpack), inside(), recording as record.replay_context, keeping:
                 state = call()
         if couple is not None:
             couple.check(state)
@@ -214,8 +212,8 @@ class Tape:
             if k not in record.saved:
                 self.move_to(t)
                 self._replay(record, collect=True)
-                if not is_graph_kept():
-                    record.products.clear()
+                if record.products is not None and not is_graph_kept():
+                    record.products = None  # a later replay computes them
                 self._let_go()
             saved = record.saved[k]
             self._release(record, k)
@@ -300,7 +298,7 @@ class Tape:
             saved_tensors_hooks(pack, _never),
             inside(replaying=True),
             record.replay_context.restored(),
-            record.products.given(self._name(node), self.graph.name(node.index)),
+            record.giving(self._name(node), self.graph.name(node.index)),
         ):
             reads = [self._read(read, grad) for read, grad in zip(node.reads, record.grad_reads, strict=True)]
             with suppress(AllCollected):

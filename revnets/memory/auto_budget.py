@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revnets.config.memory_budget import BudgetSpec, host_memory, parse_budget
+from revnets.engine.budget import Budget
 from revnets.engine.columns_group import ColumnsGroup, find_columns
 from revnets.engine.executor import is_transformed
-from revnets.engine.memory_mode import Budget, Memory
+from revnets.engine.memory_mode import Memory
 from revnets.engine.replay.replay_context import outside_of_autocast
 from revnets.memory.planner import Plan, PlanError, plan_module
 

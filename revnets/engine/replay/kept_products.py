@@ -80,9 +80,9 @@ class KeptProducts:
         numbers: of the products, from 0 in the order of the call.
     """
 
-    def __init__(self, cell: nn.Module | None = None, numbers: Collection[int] = ()):
+    def __init__(self, cell: nn.Module, numbers: Collection[int]):
         # A dispatch mode would make Dynamo run a compiled module as it is written.
-        self._numbers = () if cell is None or (numbers and any(map(is_compiled, cell.modules()))) else numbers
+        self._numbers = () if any(map(is_compiled, cell.modules())) else numbers
         self._results: dict[int, _Result] = {}
 
     def recorded(self) -> AbstractContextManager[Any]:
@@ -100,13 +100,6 @@ class KeptProducts:
         """
         results = {number: result for number, result in self._results.items() if result.is_unchanged}
         return _Giving(results, name, cell) if results else nullcontext()
-
-    def clear(self) -> None:
-        """Let go of the results; a later replay computes them."""
-        self._results = {}
-
-
-NO_PRODUCTS = KeptProducts()
 
 
 class _Counting(TorchDispatchMode):

@@ -1,0 +1,26 @@
+"""What the engine knows of a memory budget. The module is for type checkers: nothing of it is needed at run time."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Budget(Protocol):
+    """A memory budget, as the engine carries it; `revnets.config.memory_budget.BudgetSpec` is one."""
+
+    @property
+    def budget(self) -> int | str: ...
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def grad_accum(self) -> int: ...
+    @property
+    def ranks(self) -> int | None: ...
+    @property
+    def sharding(self) -> str | None: ...
+    @property
+    def host(self) -> int | str | None: ...
+    @property
+    def link(self) -> int | str: ...
+    @property
+    def flops(self) -> float | str | None: ...
