@@ -92,6 +92,7 @@ def load_variant(
     depths: Sequence[int] | None = None,
     kernel_size: int | None = None,
     drop_path_rate: float | None = None,
+    init: str | None = None,
     memory: str | Sequence[str] | None = None,
     img_size: int | None = None,
     patch_size: int | None = None,
@@ -105,7 +106,7 @@ def load_variant(
     layers = read_layers(MODELS / f"{name}.yaml")
     m = len(layers.data["levels"])
     values: dict[str, Any] = {"columns": columns, "drop_path": drop_path_rate, "memory": memory}
-    values |= {"stem.img_size": img_size, "stem.patch": patch_size}
+    values |= {"init": init, "stem.img_size": img_size, "stem.patch": patch_size}
     for key, of_levels in (("dim", dims), ("depth", depths)):
         if of_levels is not None and len(of_levels) != m:
             raise ArgumentError(
@@ -117,7 +118,7 @@ def load_variant(
     return layers.check(NetSpec)
 
 
-REVISED = ("columns", "dims", "depths", "kernel_size", "drop_path_rate", "memory", "img_size", "patch_size")
+REVISED = ("columns", "dims", "depths", "kernel_size", "drop_path_rate", "init", "memory", "img_size", "patch_size")
 """Arguments of `timm.create_model` that go into the spec."""
 
 ARGUMENTS = (*REVISED, "num_classes", "in_chans", "global_pool", "drop_rate", "head_init_scale")

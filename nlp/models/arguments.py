@@ -11,8 +11,9 @@ from typing import Any
 from revnets import ColumnsSpec
 from revnets.config.errors import ArgumentError
 from revnets.config.memory_budget import BudgetSpec
+from revnets.config.net_spec import INITIALIZATIONS
 
-from .encoder_spec import DEFAULTS, are_trusted, encoder_spec, read_spec, trust_columns
+from .encoder_spec import DEFAULTS, are_trusted, defaults, encoder_spec, read_spec, trust_columns
 
 _typed: set[str] = set()
 """What this process was given on its command line for options that can name code of others."""
@@ -38,7 +39,8 @@ def add_arguments(parser: Any) -> None:
         "LayerNorm behind the sum, before the branch (as --encoder-normalize-before), or behind the branch",
         choices=["post", "pre", "res-post"],
     )
-    add("--revcol-gain", "first value of every gain", type=float, metavar="G")
+    add("--revcol-init", "first values: the paper's, or fast, where gains are 1", choices=[*INITIALIZATIONS])
+    add("--revcol-gain", "first value of every gain; with --revcol-init fast 1", type=float, metavar="G")
     add(
         "--revcol-memory",
         "what is kept for backward: store, recompute, invert or exact; one mode, or one per column; or a budget such "
@@ -71,7 +73,7 @@ def settle(args: argparse.Namespace, encoder_layers: int | None) -> None:
     _settle_norm(args)
     trust = _is_typed(args)
     if not getattr(args, "revcol_spec", None):
-        for key, value in DEFAULTS.items():
+        for key, value in defaults(vars(args)).items():
             if getattr(args, key, None) is None:
                 setattr(args, key, value)
     elif not getattr(args, "revcol_net", None):

@@ -19,7 +19,7 @@ from revnets import ColumnsSpec, ReversibleColumns, SpecError, build_columns
 from revnets.config.errors import ArgumentError, problem
 from revnets.config.imports import foreign_file
 from revnets.config.loader import Layers, read_layers
-from revnets.config.net_spec import dump
+from revnets.config.net_spec import INITIALIZATIONS, dump
 from revnets.config.overrides import parse_value
 from revnets.models.net import Level
 from revnets.nn.blocks import MLPBlock
@@ -32,11 +32,12 @@ DEFAULTS = {
     "revcol_fusion": "{type: linear, project: [above]}",
     "revcol_attention": "standard",
     "revcol_norm": "post",
+    "revcol_init": "paper",
     "revcol_gain": 0.5,
     "revcol_memory": "exact",
     "revcol_stored": 0,
 }
-"""What a checkpoint that does not record an option was trained with."""
+"""What a checkpoint that does not record an option was trained with; gains may depend on `revcol_init`."""
 
 BLOCK_OPTIONS = {
     "heads": "encoder_attention_heads",
@@ -87,6 +88,13 @@ class EncoderSpec(ColumnsSpec):
         return default | {key: item for key, item in value.items() if key not in ("stem", "head", "taps")}
 
 
+def defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What an option is that is not given: those of `DEFAULTS`, with the gain that `revcol_init` names."""
+    init = options.get("revcol_init")
+    named = INITIALIZATIONS.get(init) if isinstance(init, str) else None
+    return DEFAULTS if named is None else DEFAULTS | {"revcol_gain": named.gain}
+
+
 def trust_columns(options: Mapping[str, Any]) -> None:
     """Let exactly these columns name classes of other projects, in this process and in those that it starts."""
     os.environ[TRUST] = ",".join(filter(None, (os.environ.get(TRUST), _digest(options))))
@@ -133,11 +141,11 @@ def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
         if value := options.get(key):
             option = f"--{key.replace('_', '-')}"
             raise ArgumentError(f"{option} {value}: {reason}", option, code="reserved-key")
-    for key in ("revcol_net", "revcol_spec", "revcol_blocks", "revcol_fusion", "revcol_memory"):
+    for key in ("revcol_net", "revcol_spec", "revcol_blocks", "revcol_fusion", "revcol_init", "revcol_memory"):
         if not isinstance(options.get(key), str | None):
             raise ArgumentError(f"{key} {options[key]!r:.60}: this is no text", key, code="wrong-type")
     keys = (*DEFAULTS, *BLOCK_OPTIONS.values(), "encoder_embed_dim", "revcol_net", "revcol_spec")
-    given = DEFAULTS | {key: options[key] for key in keys if options.get(key) is not None}
+    given = defaults(options) | {key: options[key] for key in keys if options.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, str | float | int) or (isinstance(value, int) and value.bit_length() > 64):
             problem = f"{key}: {type(value).__name__}, where text or a number is needed"
@@ -259,7 +267,7 @@ def _check(spec: ColumnsSpec, dim: int, name: str) -> None:
 
 def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """What options say about the columns, by key paths of the spec."""
-    keys = {"revcol_columns": "columns", "revcol_gain": "gain.init"}
+    keys = {"revcol_columns": "columns", "revcol_init": "init", "revcol_gain": "gain.init"}
     overrides = {key: given[option] for option, key in keys.items() if option in given}
     if "revcol_fusion" in given:
         overrides["fusion"] = parse_value(given["revcol_fusion"], "fusion")

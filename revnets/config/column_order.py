@@ -1,7 +1,8 @@
-"""What a YAML may say about columns that run down: how many there are, and the constant that enters at one of them."""
+"""What a YAML may say about single columns: in which direction they run, and the constant that enters at one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Annotated, Any, Self
 
@@ -9,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from revnets.config.errors import nearest, problem, show, what
 from revnets.config.loader import Strict
+from revnets.config.memory_budget import BudgetSpec
 from revnets.engine.graph import DIRECTIONS
 
 MAX_COUNT = 10_000
@@ -16,6 +18,28 @@ MAX_COUNT = 10_000
 
 MAX_AXES, MAX_POSITIONS = 3, 1_000_000
 """Bounds of the positions of a constant."""
+
+
+def one_or_per_column(noun: str, known: Sequence[str], more: str = "") -> BeforeValidator:
+    """Takes one word out of the known ones, or a list of one per column; mappings pass."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (dict, BudgetSpec)):
+            return value
+        given = tuple(value) if isinstance(value, (list, tuple)) else value
+        for word in given if isinstance(given, tuple) else (given,):
+            if not isinstance(word, str):
+                remedy = f"Give {', '.join(known)}, or a list of one per column{more}"
+                raise problem(what(word), remedy, code="wrong-type")
+            if word not in known:
+                remedy = nearest(word, known, "Choose among")
+                raise problem(f"{show(word)} is not a {noun}", remedy, code="unknown-choice")
+        return given
+
+    return BeforeValidator(check)
+
+
+Directions = Annotated[str | tuple[str, ...], one_or_per_column("direction", DIRECTIONS)]
 
 
 def count_columns(data: dict[str, Any]) -> dict[str, Any]:

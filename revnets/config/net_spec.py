@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from revnets.config.column_order import MAX_COUNT, ConstantSpec, count_columns
-from revnets.config.errors import nearest, problem, show, what
+from revnets.config.column_order import MAX_COUNT, ConstantSpec, Directions, count_columns, one_or_per_column
+from revnets.config.errors import nearest, problem, what
 from revnets.config.loader import Overrides, Source, Strict, read_layers
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.registry import PartSpec, find_component, name_and_options, options, part
-from revnets.engine.graph import DIRECTIONS, READS, Graph, ReadError, ReadToken, wire
+from revnets.engine.graph import READS, Graph, ReadError, ReadToken, wire
 from revnets.engine.memory_mode import Memory
 
 
@@ -33,25 +33,6 @@ def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _one_or_per_column(noun: str, known: Sequence[str], more: str = "") -> BeforeValidator:
-    """Takes one word out of the known ones, or a list of one per column; mappings pass."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, (dict, BudgetSpec)):
-            return value
-        given = tuple(value) if isinstance(value, (list, tuple)) else value
-        for word in given if isinstance(given, tuple) else (given,):
-            if not isinstance(word, str):
-                remedy = f"Give {', '.join(known)}, or a list of one per column{more}"
-                raise problem(what(word), remedy, code="wrong-type")
-            if word not in known:
-                remedy = nearest(word, known, "Choose among")
-                raise problem(f"{show(word)} is not a {noun}", remedy, code="unknown-choice")
-        return given
-
-    return BeforeValidator(check)
-
-
 def _some_levels(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise problem(what(value), "Give a list with the levels of a column", code="wrong-type")
@@ -64,9 +45,8 @@ Reads = Annotated[tuple[ReadToken, ...], _some((str, int), f"{', '.join(READS)} 
 Modes = Annotated[
     Annotated[str | tuple[str, ...], Tag("modes")] | Annotated[BudgetSpec, Tag("mapping")],
     Discriminator(lambda value: "mapping" if isinstance(value, (dict, BudgetSpec)) else "modes"),
-    _one_or_per_column("memory mode", [*Memory], ", or {budget: 24GiB}"),
+    one_or_per_column("memory mode", [*Memory], ", or {budget: 24GiB}"),
 ]
-Directions = Annotated[str | tuple[str, ...], _one_or_per_column("direction", DIRECTIONS)]
 Columns = Annotated[tuple[int, ...], _some(int, "the number of a column")]
 
 MAX_LEVELS, MAX_SIZE = 256, 10_000
@@ -98,6 +78,17 @@ class LevelSpec(Strict):
 
 LEVEL_KEYS = tuple(key for key in LevelSpec.model_fields if key != "options")
 """Keys of a level itself; all others are options of its block."""
+
+
+class Initialization(NamedTuple):
+    """First values of what scales states and branches."""
+
+    gain: float  # gamma
+    layer_scale: float | None  # of the blocks that have this option; None: as the block has it
+
+
+INITIALIZATIONS = {"paper": Initialization(0.5, None), "fast": Initialization(1.0, 1.0)}
+"""By name: RevCol's (section 2.2.2), and one for short trainings (docs/results/initialization.md)."""
 
 
 class GainSpec(Strict):
@@ -148,6 +139,16 @@ class ColumnsSpec(_ColumnCount):
     memory: Modes = "exact"
     verify: bool = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)
+    init: Literal["paper", "fast"] = "paper"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_gain(cls, data: Any) -> Any:
+        """Give gamma the first value that `init` names, unless there is one."""
+        if not isinstance(data, dict) or data.get("init") != "fast":
+            return data
+        gain = data.get("gain", {})
+        return {**data, "gain": {"init": INITIALIZATIONS["fast"].gain, **gain}} if isinstance(gain, dict) else data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -169,7 +170,7 @@ class ColumnsSpec(_ColumnCount):
         if isinstance(self.memory, tuple) and len(self.memory) != self.columns:
             text = f"{len(self.memory)} modes for {self.columns} columns"
             raise problem(text, "Give one for all, or one per column", "memory", code="wrong-length")
-        if self.drop_path and not any(_takes_drop_path(level) for level in self.levels):
+        if self.drop_path and not any(_takes(level, "drop_path") for level in self.levels):
             raise problem(
                 f"no block takes the rate {self.drop_path}", "Remove the key", "drop_path", code="conflicting-values"
             )
@@ -255,8 +256,15 @@ class ColumnsSpec(_ColumnCount):
         total = sum(level.depth for level in self.levels)
         rates = iter([self.drop_path * index / max(total - 1, 1) for index in range(total)])
         return [
-            [rate if _takes_drop_path(level) else 0.0 for rate in islice(rates, level.depth)] for level in self.levels
+            [rate if _takes(level, "drop_path") else 0.0 for rate in islice(rates, level.depth)]
+            for level in self.levels
         ]
+
+    def block_options(self, level: LevelSpec) -> dict[str, Any]:
+        """Those of the blocks of a level, with the layer scale of `init` unless there is one."""
+        scale = INITIALIZATIONS[self.init].layer_scale
+        is_missing = scale is not None and _takes(level, "layer_scale")
+        return {"layer_scale": scale, **level.options} if is_missing else level.options
 
 
 class NetSpec(ColumnsSpec, _Stem):
@@ -303,6 +311,10 @@ def dump(spec: ColumnsSpec) -> dict[str, Any]:
         return {key: item for key, item in part.items() if key != "options"} | part.get("options", {})
 
     data = spec.model_dump(exclude_defaults=True)
+    usual = GainSpec(init=INITIALIZATIONS[spec.init].gain)
+    data["gain"] = {key: value for key, value in spec.gain if value != getattr(usual, key)}
+    if not data["gain"]:
+        del data["gain"]
     data |= {key: flat(data[key]) for key in ("stem", "fusion", "head") if key in data}
     return data | {"levels": [flat(level) for level in data["levels"]]}
 
@@ -327,5 +339,6 @@ def _check_reads(reads: Sequence[ReadToken], m: int, *place: str | int) -> None:
             raise problem(text, f"Give 1 to {m - 1}" if m > 2 else "Give 1", *place, code="out-of-range") from None
 
 
-def _takes_drop_path(level: LevelSpec) -> bool:
-    return "drop_path" in options("block", level.block) and "drop_path" not in level.options
+def _takes(level: LevelSpec, option: str) -> bool:
+    """Do its blocks have this option, and is no value given?"""
+    return option in options("block", level.block) and option not in level.options

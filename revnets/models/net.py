@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from revnets.config.errors import ArgumentError, SpecError
 from revnets.config.loader import Source as ConfigSource
 from revnets.config.memory_budget import BudgetSpec
-from revnets.config.net_spec import ColumnsSpec, LevelSpec, NetSpec, load_spec
+from revnets.config.net_spec import ColumnsSpec, NetSpec, load_spec
 from revnets.config.registry import find_component
 from revnets.engine.cell import Cell, FixedGain, Gain
 from revnets.engine.columns import ReversibleColumns
@@ -157,7 +157,7 @@ def build_columns(spec: ColumnsSpec, name: str = "spec") -> ReversibleColumns:
         fusion = _part(name, "fusion", "fusion", spec.fusion.type, **given, **spec.fusion.options)
         if node.constant and spec.constant is not None:
             fusion = WithConstant(fusion, (*spec.constant.positions, level.dim))
-        blocks = [_block(name, node.level, level, rate) for rate in rates[node.level]]
+        blocks = [_block(name, node.level, spec, rate) for rate in rates[node.level]]
         cells.append(Cell(Level(fusion, blocks, level.dim, graph.name(node.index)), _gain(spec, node, level.dim)))
     if not isinstance(spec.memory, BudgetSpec):
         return ReversibleColumns(graph, cells, spec.memory, spec.verify)
@@ -174,8 +174,10 @@ def _source(spec: ColumnsSpec, graph: Graph, node: Node, read: int, reductions: 
     return Source(kind, spec.levels[level].dim, reductions[level])
 
 
-def _block(name: str, index: int, level: LevelSpec, rate: float) -> nn.Module:
-    options = {"drop_path": rate, **level.options} if rate else level.options
+def _block(name: str, index: int, spec: ColumnsSpec, rate: float) -> nn.Module:
+    level = spec.levels[index]
+    options = spec.block_options(level)
+    options = {"drop_path": rate, **options} if rate else options
     return _part(name, f"levels.{index}", "block", level.block, dim=level.dim, **options)
 
 

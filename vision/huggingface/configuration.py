@@ -36,6 +36,7 @@ class RevColBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
         depths: blocks of each level.
         kernel_size: of the depthwise convolutions; 7 or 13 fit weights that were trained with 3 (appendix D.3.1).
         drop_path_rate: stochastic depth of the last block.
+        init: first values of new weights, `paper` or `fast`.
         memory: what is kept for backward: a mode such as `exact`, one for each column, or `{"budget": "2GiB"}`.
         img_size: side of the images in pixels (RevCol-ViT).
         patch_size: of the stem.
@@ -57,6 +58,7 @@ class RevColBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
     depths: list[int] | None = None
     kernel_size: int | None = None
     drop_path_rate: float | None = None
+    init: str | None = None
     memory: Any = None
     img_size: int | None = None
     patch_size: int | None = None
@@ -88,6 +90,7 @@ class RevColBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
             depths=self.depths,
             kernel_size=self.kernel_size,
             drop_path_rate=self.drop_path_rate,
+            init=self.init,
             memory=self.memory,
             img_size=self.img_size,
             patch_size=self.patch_size,
@@ -129,6 +132,7 @@ def configuration_of(model: RevCol, classes: Sequence[str] | None = None) -> Rev
         depths=[level.depth for level in levels],
         kernel_size=levels[0].options.get("kernel_size"),
         drop_path_rate=spec.drop_path or None,
+        init=None if spec.init == "paper" else spec.init,
         memory=_modes(spec.memory),
         img_size=spec.stem.options.get("img_size"),
         patch_size=spec.stem.options.get("patch"),

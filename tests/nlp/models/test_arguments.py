@@ -151,6 +151,22 @@ def test_options_are_recorded_and_make_the_same_net():
     assert args.encoder_layers == 9
 
 
+def test_fast_initialization_sets_gains_and_is_recorded():
+    args = options(**vars(command_line("--revcol-init", "fast", "--revcol-columns", "3")))
+    assert (args.revcol_init, args.revcol_gain) == ("fast", 1.0)
+    encoder = build(**{key: value for key, value in vars(args).items() if key.startswith("revcol_")}).encoder
+    assert encoder.spec.init == "fast"
+    gains = [cell.gain.weight for column in list(encoder.columns.cells)[1:] for cell in column]
+    assert all(gain.eq(1).all() for gain in gains)
+
+
+def test_a_given_gain_is_kept_beside_an_initialization(tmp_path):
+    assert encoder_spec(vars(options(revcol_init="fast", revcol_gain=0.25))).gain.init == 0.25
+    path = write(tmp_path, f"{NET}gain: {{init: 0.5}}")
+    spec = encoder_spec(vars(options(revcol_init="fast", revcol_spec=str(path))))
+    assert (spec.init, spec.gain.init) == ("fast", 0.5)
+
+
 def test_a_checkpoint_that_records_nothing_gets_the_defaults():
     args = options("revcol_transformer")
     old = {key: value for key, value in vars(args).items() if not key.startswith("revcol_")}

@@ -90,6 +90,9 @@ def test_drop_path_rates_rise_inside_a_column() -> None:
         {"fusion": {"type": "linear", "project": ["below"]}},
         {"gain": {"init": -1, "learn": False}},
         {"reads": ["below", 1]},
+        {"init": "fast"},
+        {"init": "fast", "gain": {"init": 0.5}},
+        {"init": "fast", "gain": {"learn": False}},
     ],
 )
 def test_dump_loads_again(changes: dict[str, Any]) -> None:
@@ -98,6 +101,12 @@ def test_dump_loads_again(changes: dict[str, Any]) -> None:
     spec = load_spec(data)
     text = yaml.safe_dump(dump(spec))
     assert load_spec(yaml.safe_load(text)) == spec
+
+
+def test_dump_holds_the_name_of_an_initialization_and_no_value_that_it_sets() -> None:
+    data = dump(load_spec(net(init="fast", gain={"min_abs": 0.125})))
+    assert (data["init"], data["gain"]) == ("fast", {"min_abs": 0.125})
+    assert load_spec(data, ["init=paper"]).gain.init == 0.5
 
 
 def test_spec_is_frozen_survives_pickle_and_takes_overrides() -> None:

@@ -76,6 +76,26 @@ def test_drop_path_rates_reach_the_blocks() -> None:
     assert rates == pytest.approx([0.1, 0.1, 0.3])
 
 
+def test_fast_initialization_changes_gains_and_layer_scales_alone() -> None:
+    nets = []
+    for init in ("paper", "fast"):
+        torch.manual_seed(0)
+        nets.append(revnets.build(spec(init=init)))
+    paper, fast = (dict(net.named_parameters()) for net in nets)
+    changed = {name for name in fast if name.endswith((".gain.weight", ".scale.gamma"))}
+    assert len(changed) == 2 * 3 + 3 * 2  # columns with gains x levels, columns x blocks of ConvNeXt
+    for name in fast:
+        assert torch.equal(fast[name], torch.ones_like(fast[name]) if name in changed else paper[name]), name
+
+
+def test_given_gains_and_layer_scales_are_kept_beside_an_initialization() -> None:
+    levels = spec()["levels"]
+    levels[0] |= {"layer_scale": 0.25}
+    net = revnets.build(spec(init="fast", levels=levels, gain={"init": 0.5}))
+    assert net.columns.cells[1][0].gain.weight.eq(0.5).all()
+    assert net.columns.cells[1][0].function.blocks[1].scale.gamma.eq(0.25).all()
+
+
 RECORDER = """
 from torch import nn
 GIVEN = []

@@ -58,9 +58,11 @@ def test_hidden_states_are_all_levels():
 
 def test_the_configuration_carries_every_option(tmp_path):
     options = {"columns": 5, "dims": [8, 16, 24, 40], "depths": [1, 2, 1, 1], "kernel_size": 7, "drop_path_rate": 0.1}
+    options |= {"init": "fast"}
     model = backbone(**options, num_channels=2, memory={"budget": "1GiB"}, out_indices=[1, 3])
     model.save_pretrained(tmp_path)
     again = RevColBackbone.from_pretrained(tmp_path)
+    assert again.config.init == "fast"
     assert again.config.spec() == model.config.spec()
     assert again.revcol.spec == model.revcol.spec
     assert again.channels == [16, 40]

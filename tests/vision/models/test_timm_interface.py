@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import revnets
 import vision
-from revnets import NetSpec
+from revnets import NetSpec, SpecError
 from revnets.memory.tracker import OpCounter
 from tests.support.errors import raises_error
 from tests.support.paths import ROOT
@@ -41,6 +41,18 @@ def create(name: str, **options) -> vision.RevCol:
 
 def images(model, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, *model.default_cfg["input_size"])
+
+
+def test_fast_initialization(name: str) -> None:
+    model = create(name, init="fast")
+    scales = [weight for key, weight in model.named_parameters() if key.endswith((".gain.weight", ".scale.gamma"))]
+    assert len(scales) >= (model.spec.columns - 1) * 4
+    assert all(weight.eq(1).all() for weight in scales)
+
+
+def test_unknown_initialization() -> None:
+    with raises_error(SpecError, code="unknown-choice", key="init", names=["slow", "paper", "fast"]):
+        create("test_revcol", init="slow")
 
 
 @torch.no_grad()
