@@ -19,7 +19,7 @@ from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import CheckpointError, comparable, run_error
 
-FIXED = ("task", "seed", "data", "batch_size", "optimizer", "supervision", "pretrained")
+FIXED = ("task", "seed", "data", "heads", "batch_size", "optimizer", "supervision", "pretrained")
 """Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.
 
 Of the optimizer the learning rate is free, since the schedule sets it.
@@ -106,7 +106,12 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
         if key == "optimizer":
             ours, theirs = {**ours, "lr": None}, {**OptimizerConfig().model_dump(mode="json"), **theirs, "lr": None}
         if key == "data":
-            ours, theirs = _without_place(ours), _without_place(theirs)
+            ours, theirs = (
+                {str(number): _without_place(source) for number, source in enumerate(data)}
+                if isinstance(data, list)
+                else _without_place(data)
+                for data in (ours, theirs)
+            )
         if ours != theirs:
             _refuse(*_first_difference(key, ours, theirs), path)
     passes, before = new["grad_accum"] * size, old["grad_accum"] * state["world"]
@@ -141,7 +146,7 @@ def _without_place(data: dict[str, Any]) -> dict[str, Any]:
     with suppress(ValidationError):
         data = TypeAdapter(DataConfig).validate_python(data).model_dump(mode="json")
     kind, _, name = str(data.get("name")).partition("/")
-    places = {"root": None, "class_map": None} if "root" in data else {}
+    places = {key: None for key in ("root", "class_map", "labels", "exclude") if key in data}
     return {
         **data,
         **places,

@@ -83,12 +83,13 @@ def evaluate_checkpoint(
     if by_name and not any(text.strip().startswith("data.num_classes") for text in overrides):
         config = _without_count(config)
     task = create_task(config)
-    if not isinstance(task, Classification):
+    has_one_set = isinstance(task, Classification) and config.heads is None
+    if not has_one_set:
         _refuse_classes(config, png, by_name)
     data = task.load_data()
     for remark in getattr(data, "remarks", ()):
         console.print(remark, style="yellow", soft_wrap=True, highlight=False, markup=False)
-    chosen, known = _known(given, data, by_name, console) if isinstance(task, Classification) else (None, data)
+    chosen, known = _known(given, data, by_name, console) if has_one_set else (None, data)
     training_task = builders.build_task(
         config.model_copy(update={"ema": None}), task.build_model(known), known, device, task
     )
@@ -187,7 +188,8 @@ def _refuse_classes(config: TrainConfig, png: Path | None, by_name: bool) -> Non
     """Options that are about classes need a task that has some."""
     for option, given in (("--png", png is not None), ("--subset", by_name)):
         if given:
-            problem = f"the task {config.task_and_options[0]} has no classes"
+            sets = "no classes" if config.heads is None else "several sets of classes"
+            problem = f"the task {config.task_and_options[0]} has {sets}"
             raise option_error(option, problem, "Leave it out")
 
 
@@ -205,5 +207,6 @@ def _rows(name: str, metrics: ClassificationMetrics) -> Iterator[tuple[str, str,
     columns = [key.removeprefix("top1_") for key in metrics.heads if key.startswith("top1_")]
     for column in columns:
         top1, top5, loss = (metrics.heads[f"{key}_{column}"] for key in ("top1", "top5", "loss"))
-        yield f"{name}, column {column}", f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}"
+        what = "column" if column.isdecimal() else "head"
+        yield f"{name}, {what} {column}", f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}"
     yield name, f"{metrics.top1:.2f}", f"{metrics.top5:.2f}", f"{metrics.loss:.4f}"

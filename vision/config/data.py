@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from revnets.config.errors import explain, nearest, problem, what
+from revnets.config.errors import explain, nearest, problem, show, what
 from revnets.config.loader import Strict, UserPath, validate
 
 Triple = tuple[float, float, float]
@@ -102,6 +111,10 @@ class ImagesConfig(Strict):
     augment: AugmentConfig = AugmentConfig()
     exif: Literal["ignore", "apply"] = "ignore"  # turn images as their EXIF orientation says, or leave them as stored
     unreadable: Literal["skip", "stop"] = "skip"  # replace a broken image by the next and count it, or stop
+    exclude: UserPath | None = None  # keys of images that are not trained on, one a line, or a Parquet file with `key`
+    head: str | None = None  # of a run with `heads`: the one whose classes the class folders are; null: no classes
+    labels: UserPath | None = None  # of a run with `heads`: folder of soft labels, from `revnets label`
+    weight: float | None = Field(default=None, gt=0)  # of one source among several; null: the number of its images
 
     @property
     def is_stream(self) -> bool:
@@ -133,6 +146,42 @@ class ImagesConfig(Strict):
                 code="missing-key",
             )
         return self
+
+
+class SourcesConfig(Strict):
+    """Several data sets of images, which an epoch mixes by their weights. In YAML it is a list of them."""
+
+    sources: tuple[ImagesConfig, ...] = Field(min_length=1)
+
+    PREPARED: ClassVar = ("img_size", "mean", "std", "crop_pct", "crop_mode", "interpolation", "exif", "unreadable")
+    """Keys that must be the same in all sources, since one model sees their images."""
+
+    @property
+    def img_size(self) -> int:
+        return self.sources[0].img_size
+
+    @property
+    def is_stream(self) -> bool:
+        return self.sources[0].is_stream
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        first = self.sources[0]
+        for number, source in enumerate(self.sources):
+            for key in (*self.PREPARED, "is_stream"):
+                ours, theirs = getattr(source, key), getattr(first, key)
+                if ours != theirs:
+                    key, name = ("name", "a stream beside files") if key == "is_stream" else (key, show(ours))
+                    text = f"{name}, but the first source has {show(getattr(first, key))}"
+                    raise problem(text, "Let all sources have the same", number, key, code="conflicting-values")
+            if (source.weight is None) != (first.weight is None):
+                text = "some sources have a weight and some have none"
+                raise problem(text, "Give one to each, or to none", number, "weight", code="missing-key")
+        return self
+
+    @model_serializer
+    def _listed(self) -> list[Any]:
+        return [source.model_dump(mode="json") for source in self.sources]
 
 
 class SemanticMapsConfig(Strict):
@@ -184,6 +233,8 @@ def _by_name(value: Any) -> Any:
     """The right kind of `data`, so that complaints are about its keys alone."""
     if isinstance(value, Strict):
         return value
+    if isinstance(value, (list, tuple)):
+        return _sources(value)
     if not isinstance(value, dict):
         raise problem(what(value), "Give a mapping, as in {name: folder, root: /data/imagenet}", code="wrong-type")
     if not isinstance(value.get("name", "digits"), str):
@@ -197,4 +248,67 @@ def _by_name(value: Any) -> Any:
     raise problem(complaint.problem, complaint.remedy, *complaint.keys, code=complaint.code)
 
 
-DataConfig = Annotated[DigitsConfig | IdxConfig | ImagesConfig | SemanticMapsConfig, BeforeValidator(_by_name)]
+def _sources(values: Sequence[Any]) -> SourcesConfig:
+    """Several sources, with complaints that name the number of one."""
+    sources = []
+    if not values:
+        raise problem("the list is empty", "Give a mapping for each source", code="wrong-length")
+    for number, value in enumerate(values):
+        if isinstance(value, dict) and value.get("name") in ("digits", "idx", "semantic_maps"):
+            text = f"{show(value['name'])} cannot be one of several sources"
+            raise problem(text, f"Give one of {', '.join(READERS)}", number, "name", code="conflicting-values")
+        try:
+            sources.append(value if isinstance(value, ImagesConfig) else validate(TypeAdapter(ImagesConfig), value))
+        except ValidationError as error:
+            complaint = explain(error, value, ImagesConfig)
+            raise problem(complaint.problem, complaint.remedy, number, *complaint.keys, code=complaint.code) from None
+    try:
+        return SourcesConfig(sources=tuple(sources))
+    except ValidationError as error:
+        complaint = explain(error, {"sources": sources})
+        keys = complaint.keys if complaint.keys[:1] != ("sources",) else complaint.keys[1:]
+        raise problem(complaint.problem, complaint.remedy, *keys, code=complaint.code) from None
+
+
+def images_in(data: Any) -> ImagesConfig | None:
+    """How images are read, in all sources alike; None for data of another kind than timm's readers give."""
+    data = data.sources[0] if isinstance(data, SourcesConfig) else data
+    return data if isinstance(data, ImagesConfig) else None
+
+
+def require_heads(data: Any, heads: Mapping[str, int] | None) -> None:
+    """Check which classes the images of a run have.
+
+    Args:
+        heads: of the run; None if it has a single set of classes.
+
+    Raises:
+        PydanticCustomError: images have no label of any head, or of one that is not there.
+    """
+    is_list = isinstance(data, SourcesConfig)
+    sources = data.sources if isinstance(data, SourcesConfig) else [data]
+    for number, source in enumerate(sources):
+        place = ("data", number) if is_list else ("data",)
+        if not isinstance(source, ImagesConfig):
+            if heads is not None:
+                raise problem("the data have one set of classes", "Remove the key", "heads", code="conflicting-values")
+            continue
+        if heads is None:
+            for key in ("head", "labels"):
+                if getattr(source, key) is not None:
+                    remedy = "Name the sets of classes, as in heads: {in1k: 1000, places: 365}"
+                    raise problem("the run has no heads", remedy, *place, key, code="missing-key")
+        elif source.head is not None and source.head not in heads:
+            remedy = nearest(source.head, heads, "There are")
+            raise problem(f"there is no head {source.head!r}", remedy, *place, "head", code="unknown-choice")
+        elif source.head is None and source.labels is None:
+            remedy = "Name the head that its class folders belong to, or give labels"
+            raise problem("these images have no labels", remedy, *place, "head", code="missing-key")
+    if is_list and heads is None:
+        remedy = "Name the sets of classes, as in heads: {in1k: 1000, places: 365}"
+        raise problem("several sources belong to heads", remedy, "heads", code="missing-key")
+
+
+DataConfig = Annotated[
+    DigitsConfig | IdxConfig | ImagesConfig | SemanticMapsConfig | SourcesConfig, BeforeValidator(_by_name)
+]

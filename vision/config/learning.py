@@ -17,6 +17,10 @@ Weights = Annotated[
     float | tuple[float, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 ]
 
+HeadName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$", max_length=64)]
+Heads = Annotated[dict[HeadName, Annotated[int, Field(ge=2, le=10**6)]], Field(min_length=1, max_length=1000)]
+"""Sets of classes that one model knows: number of classes by name."""
+
 FALLS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
@@ -153,6 +157,13 @@ class MixupConfig(Strict):
                 code="missing-key",
             )
         return self
+
+
+class PipelineConfig(Strict):
+    """How a pipeline divides the columns among the processes, and in which order its stages work."""
+
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of torch.distributed.pipelining; gpipe holds all micro-batches
+    balance: Literal["flops", "bytes", "cells"] = "flops"  # what the stages have about as much of
 
 
 class Stop(NamedTuple):

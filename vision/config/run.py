@@ -25,11 +25,13 @@ from revnets.config.imports import foreign_file, imported
 from revnets.config.loader import Source, Strict, UserPath, read_layers
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
-from vision.config.data import DataConfig, DigitsConfig, ImagesConfig
+from vision.config.data import DataConfig, DigitsConfig, ImagesConfig, SourcesConfig, require_heads
 from vision.config.learning import (
     EmaConfig,
+    Heads,
     MixupConfig,
     OptimizerConfig,
+    PipelineConfig,
     PretrainedConfig,
     ScheduleConfig,
     SupervisionConfig,
@@ -107,13 +109,6 @@ Off = BeforeValidator(_none_if_off)
 """For what is off if it is not given: it may also be switched off in words."""
 
 
-class PipelineConfig(Strict):
-    """How a pipeline divides the columns among the processes, and in which order its stages work."""
-
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of torch.distributed.pipelining; gpipe holds all micro-batches
-    balance: Literal["flops", "bytes", "cells"] = "flops"  # what the stages have about as much of
-
-
 TASKS = {
     "classification": "vision.tasks.classification:Classification",
     "semantic_segmentation": "vision.tasks.semantic_segmentation:SemanticSegmentation",
@@ -153,6 +148,7 @@ class TrainConfig(Strict):
     # what is learned: a name out of TASKS or package.module:Class, or {type: name, option: value, ...}
     task: Annotated[str | dict[str, Any], BeforeValidator(_task)] = "classification"
     data: DataConfig = DigitsConfig()
+    heads: Annotated[Heads | None, Off] = None  # number of classes by the name of each of several sets of classes
     pretrained: Annotated[PretrainedConfig | None, Off] = None  # what a new run begins with instead of random weights
     memory: Modes | None = None  # memory mode of the columns, one per column, or {budget: 24GiB}
     epochs: int = Field(default=30, ge=1, le=MAX_COUNT)
@@ -206,6 +202,7 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        require_heads(self.data, self.heads)
         if self.updates is not None and self.epochs != type(self).model_fields["epochs"].default:
             text = f"the run is {self.updates} updates long, and {self.epochs} epochs as well"
             raise problem(text, "Remove the key, or set updates: null", "epochs", code="conflicting-values")
@@ -253,6 +250,7 @@ class TrainConfig(Strict):
             "memory": (isinstance(self.memory, BudgetSpec), "a budget is planned for a whole model", "Give exact"),
             "supervision": (self.supervision is not None, "its heads would be in several stages", "Remove it"),
             "task": (self.task_and_options[0] != "classification", "a pipeline trains classification", "Use fsdp"),
+            "heads": (self.heads is not None, "a pipeline trains one set of classes", "Use fsdp"),
             "amp": (self.amp == "float16", "each stage of a pipeline would scale its own loss", "Give bfloat16"),
             "data": (self.batch_is_stream, "each stage of a pipeline would read other images of a stream", "Use fsdp"),
         }
@@ -284,7 +282,7 @@ class TrainConfig(Strict):
     @property
     def batch_is_stream(self) -> bool:
         """Is the training set read from front to back, so that its order depends on workers and processes?"""
-        return isinstance(self.data, ImagesConfig) and self.data.is_stream
+        return isinstance(self.data, (ImagesConfig, SourcesConfig)) and self.data.is_stream
 
     def total_updates(self, of_epoch: int) -> int:
         """Updates of the whole run, whose epochs have `of_epoch` each."""

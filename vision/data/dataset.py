@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from revnets.utils.regular_files import require_regular
-from vision.config.data import DataConfig, DigitsConfig, IdxConfig, SemanticMapsConfig
+from vision.config.data import DataConfig, DigitsConfig, IdxConfig, SemanticMapsConfig, SourcesConfig
 from vision.distributed.context import World
 from vision.errors import DataError, printable, run_error
 
@@ -117,6 +117,9 @@ def load_data(config: DataConfig, seed: int, notes: Path | None = None, world: W
     if isinstance(config, SemanticMapsConfig):
         problem = "this task does not read class maps"
         raise run_error("data.name", problem, "Give task: semantic_segmentation", code="conflicting-values")
+    if isinstance(config, SourcesConfig):
+        problem = "several sources have several sets of classes, and this reads one"
+        raise run_error("data", problem, "Name one data set", code="conflicting-values")
     from vision.data.timm_readers import load_images  # every kind of data has requirements of its own
 
     return load_images(config, seed, Unreadable(notes, config.unreadable), world or World())

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import IO
 
 from revnets.utils.regular_files import open_regular
-from vision.data.listing import Listing, list_folder, list_tars
+from vision.data.listing import ImageFile, Listing, list_folder, list_tars
 from vision.errors import comparable, printable, run_error
 
 ENDINGS = (".png", ".jpg", ".jpeg")
@@ -26,9 +26,11 @@ class ImageFiles:
         endings: of the files that are read, such as `.webp;.tif`; by default `ENDINGS`.
         numbers: the classes that count. By default all that are found, numbered in the natural order of their names.
         may_lack: may classes have no images, as in a validation set?
+        has_classes: are folders classes? Otherwise images may be in any folder and have the number -1.
 
     Attributes:
         class_to_idx: numbers of the classes by name.
+        left_out: keys of the images that `leave_out` has removed.
         remarks: lines about what is not as expected, but does no harm.
 
     Raises:
@@ -43,12 +45,19 @@ class ImageFiles:
         endings: str | None = None,
         numbers: Mapping[str, int] | None = None,
         may_lack: bool = False,
+        has_classes: bool = True,
     ):
         self.root = root
+        self.left_out: frozenset[str] = frozenset()
         found = (list_tars if tars else list_folder)(root, _endings(endings))
         found.files.sort(key=lambda file: (natural_key(file.name), file))
         found.unread.sort()
         _require_images(root, found)
+        if not has_classes:
+            self.class_to_idx: dict[str, int] = {}
+            self.files, self.targets, self.classes = found.files, [-1] * len(found.files), set[str]()
+            self.remarks = _remarks(name, found, (), {})
+            return
         if numbers is None:
             _require_clear_classes(root, found)
             if not may_lack:
@@ -67,19 +76,61 @@ class ImageFiles:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
-        file, target = self.files[index], self.targets[index]
-        if not file.archive:
-            return open_regular(os.path.join(self.root, file.name)), target
-        if file.start < 0:
-            raise OSError("the tar does not hold its bytes")
-        with open_regular(file.archive) as archive:
-            archive.seek(file.start)
-            return io.BytesIO(archive.read(file.size)), target
+        return open_listed(self.root, self.files[index]), self.targets[index]
+
+    def leave_out(self, keys: frozenset[str]) -> None:
+        """Forget the images with these keys.
+
+        Raises:
+            revnets.SpecError: none is left.
+        """
+        names = [self.filename(index) for index in range(len(self))]
+        kept = [index for index, name in enumerate(names) if name not in keys]
+        if not kept:
+            problem = f"all images of {self.root} are left out"
+            raise run_error("data.exclude", problem, "Check the list", code="empty-data")
+        self.left_out = keys.intersection(names)
+        self.files, self.targets = [self.files[index] for index in kept], [self.targets[index] for index in kept]
 
     def filename(self, index: int) -> str:
-        """What an image is called in messages."""
+        """The key of an image: its path in the folder; in a tar its path there, behind the name of the tar."""
         file = self.files[index]
         return f"{os.path.basename(file.archive)}/{file.name}" if file.archive else file.name
+
+
+def open_listed(root: str, file: ImageFile) -> IO[bytes]:
+    """The bytes of an image.
+
+    Args:
+        root: the folder that was listed.
+
+    Raises:
+        OSError: the file, or its bytes in the tar, are not there.
+    """
+    if not file.archive:
+        return open_regular(os.path.join(root, file.name))
+    if file.start < 0:
+        raise OSError("the tar does not hold its bytes")
+    with open_regular(file.archive) as archive:
+        archive.seek(file.start)
+        return io.BytesIO(archive.read(file.size))
+
+
+class NumberedFiles:
+    """Some files of a reader, with their numbers there in place of their classes."""
+
+    def __init__(self, reader: ImageFiles, numbers: Sequence[int]):
+        self.reader, self.numbers = reader, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
+        number = int(self.numbers[index])
+        return self.reader[number][0], number
+
+    def filename(self, index: int) -> str:
+        return self.reader.filename(int(self.numbers[index]))
 
 
 def natural_key(text: str) -> list[str | int]:

@@ -22,7 +22,7 @@ from vision.distributed.context import World
 from vision.errors import DataError, first_line, printable
 
 
-class Stream(IterableDataset[tuple[Tensor, int]]):
+class Stream(IterableDataset[tuple[Tensor, Any]]):
     """One of timm's streaming readers.
 
     Args:
@@ -69,14 +69,18 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
         """Samples in the whole set, as the reader was told or found."""
         return int(self.reader.num_samples or 0)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         self.reader.ds = None  # begin again, with shuffling buffers that know nothing of the epochs before
         self.reader.set_epoch(self.epoch)
         with noting(self.unreadable):
             yield from self._share() if self.seed is None else self._augmented(self.seed)
 
+    def _samples(self) -> Iterator[tuple[Any, Any]]:
+        """Pictures and what they are labeled with, as the reader gives them."""
+        return iter(self.reader)
+
     def _read(self) -> Iterator[tuple[Any, Any]]:
-        samples = iter(self.reader)
+        samples = self._samples()
         while True:
             try:
                 sample = next(samples)
@@ -88,7 +92,7 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
                 raise DataError(f"{type(self.reader).__name__}: {first_line(error)}. Check the shards") from error
             yield sample
 
-    def _augmented(self, seed: int) -> Iterator[tuple[Tensor, int]]:
+    def _augmented(self, seed: int) -> Iterator[tuple[Tensor, Any]]:
         worker = get_worker_info()
         place = (seed, self.epoch, self.world.rank, worker.id if worker else 0)
         for number, (picture, label) in enumerate(self._read()):

@@ -45,13 +45,14 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
         revnets.SpecError: the data are missing or empty, or their classes do not fit together.
     """
     if config.is_stream:
-        train_steps, val_steps = train_transform(config), val_transform(config)
-        reader: Any = Stream(lambda: _reader(config, "train", seed), train_steps, unreadable, world, seed, config.exif)
+        val_steps = val_transform(config)
+        reader: Any = training_stream(config, unreadable, world, seed)
         val_reader: Any = Stream(lambda: _reader(config, "val", seed), val_steps, unreadable, world, None, config.exif)
     else:
         reader, val_reader = _reader(config, "train", seed), _reader(config, "val", seed)
+    left_out = leave_out(reader, config)
     found, others = class_to_idx(reader), class_to_idx(val_reader)
-    remarks = [*getattr(reader, "remarks", ()), *getattr(val_reader, "remarks", ())]
+    remarks = [*getattr(reader, "remarks", ()), *getattr(val_reader, "remarks", ()), *left_out]
     if config.class_map is None and found:
         if strange := sorted(set(others) - set(found)):
             noun = "classes" if len(strange) > 1 else "class"
@@ -77,6 +78,31 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
         val = Images(val_reader, val_transform(config), unreadable, None, config.exif, count)
     shape = (3, config.img_size, config.img_size)
     return ImageData(train, val, classes, shape, config.mean, config.std, unreadable, tuple(remarks))
+
+
+def training_stream(config: ImagesConfig, unreadable: Unreadable, world: World, seed: int) -> Stream:
+    """The training set of a data set that is streamed."""
+    return Stream(lambda: _reader(config, "train", seed), train_transform(config), unreadable, world, seed, config.exif)
+
+
+def leave_out(reader: Any, config: ImagesConfig) -> tuple[str, ...]:
+    """Leave the images of the key `exclude` out of a training set; a line about them, if there are any.
+
+    Raises:
+        revnets.SpecError: the list cannot be read, or leaves nothing.
+    """
+    if config.exclude is None:
+        return ()
+    from vision.data.key_lists import read_keys  # few runs have a list
+
+    if not isinstance(reader, ImageFiles):
+        problem = f"images of {config.name} have no keys"
+        raise run_error("data.exclude", problem, "Give name: folder or tar", code="conflicting-values")
+    keys = read_keys(config.exclude)
+    reader.leave_out(keys)
+    unknown = len(keys) - len(reader.left_out)
+    others = f"; {unknown} of its keys are not there" if unknown else ""
+    return (f"{config.exclude} leaves out {len(reader.left_out)} training images{others}",)
 
 
 class Images(Dataset[tuple[Tensor, int]]):

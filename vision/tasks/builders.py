@@ -34,7 +34,7 @@ from vision.errors import first_line, run_error
 from vision.revcol import ARGUMENTS
 from vision.tasks.base import Task
 
-OPTIONAL = ("label_smoothing", "mixup", "supervision", "pretrained")
+OPTIONAL = ("label_smoothing", "mixup", "supervision", "pretrained", "heads")
 """Keys of a run that a task must name in `uses`, or else they would be ignored silently."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +47,10 @@ def create_task(config: TrainConfig) -> Task:
         revnets.SpecError: it is no task, does not take its options, or does not use a key that is given.
     """
     name, options = config.task_and_options
-    if name == "classification" and config.supervision is not None:
+    if name == "classification" and config.heads is not None:
+        module = "vision.tasks.multi_target"
+        kind = resolve_name(f"{module}:{'MultiTarget' if config.supervision is None else 'SupervisedMultiTarget'}")
+    elif name == "classification" and config.supervision is not None:
         kind = resolve_name("vision.tasks.intermediate_supervision:SupervisedClassification")
     elif name in TASKS:
         try:

@@ -69,7 +69,12 @@ class Classification(Task):
 
     def training_task(self, model: nn.Module, data: ImageData, device: torch.device) -> TrainingTask:
         """timm's, with a loss that smooths labels or takes those that mixup gives."""
-        return ClassificationTask(model, criterion_kwargs=self.criterion_options, device=device, verbose=False)
+        return ClassificationTask(model, self.criterion, self.criterion_options, device=device, verbose=False)
+
+    @property
+    def criterion(self) -> nn.Module | None:
+        """The loss of a head, of its scores and targets; None for timm's."""
+        return None
 
     @property
     def criterion_options(self) -> dict[str, Any]:

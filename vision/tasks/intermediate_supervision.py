@@ -37,7 +37,7 @@ class SupervisedClassification(Classification):
         options = {"device": device, "verbose": False}
         try:
             task = SupervisionTask(
-                model, self.config.supervision, None, self.criterion_options, data.mean, data.std, **options
+                model, self.config.supervision, self.criterion, self.criterion_options, data.mean, data.std, **options
             )
         except ValueError as error:
             raise run_error(

@@ -20,7 +20,7 @@ from revnets import NetSpec
 from revnets.config.errors import ArgumentError, SpecError
 from vision.checkpoints import reader
 from vision.checkpoints.layout import TO_EVALUATE
-from vision.config.data import ImagesConfig
+from vision.config.data import images_in
 from vision.config.run import TrainConfig, load_config
 from vision.data.class_subsets import class_difference
 from vision.data.dataset import ImageData, load_data
@@ -102,17 +102,18 @@ class LoadedRun:
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """From a picture (PIL) to an image (C, H, W) as the validation set has it; the model takes batches of these."""
-        if isinstance(self.config.data, ImagesConfig):
+        if (images := images_in(self.config.data)) is not None:
             from vision.data.transforms import val_transform
 
-            transform = val_transform(self.config.data)
-            return lambda picture: transform(converted(picture, *self.decoding))
+            transform, decoding = val_transform(images), self.decoding
+            return lambda picture: transform(converted(picture, *decoding))
         return self._small_image
 
     @property
     def decoding(self) -> tuple[str, Exif]:
         """The mode of the images of the run, `RGB` or `L`, and whether their EXIF orientation is applied."""
-        return ("RGB", self.config.data.exif) if isinstance(self.config.data, ImagesConfig) else ("L", "ignore")
+        images = images_in(self.config.data)
+        return ("L", "ignore") if images is None else ("RGB", images.exif)
 
     def _small_image(self, picture: Image.Image) -> Tensor:
         side = self.config.data.img_size
@@ -243,7 +244,7 @@ def _bounded(config: TrainConfig, path: Path) -> TrainConfig:
         revnets.SpecError: its batches of images are too large for an evaluation.
     """
     side = config.data.img_size
-    image = (3 if isinstance(config.data, ImagesConfig) else 1) * side**2
+    image = (1 if images_in(config.data) is None else 3) * side**2
     if config.batch_size * image > MAX_BATCH:
         problem = f"{config.batch_size} images of {side} x {side} are more than a batch may have"
         most = MAX_BATCH // image
@@ -288,6 +289,6 @@ def _require_size(checkpoint: Checkpoint) -> None:
 
 def _without_images(config: TrainConfig, classes: tuple[str, ...]) -> ImageData:
     """The data of a run as far as its model is built for them."""
-    channels = 3 if isinstance(config.data, ImagesConfig) else 1
+    channels = 1 if images_in(config.data) is None else 3
     side = config.data.img_size
     return ImageData(None, None, classes, (channels, side, side), (0.0,) * channels, (1.0,) * channels)

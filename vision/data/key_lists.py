@@ -1,0 +1,85 @@
+"""Keys of images, such as those that are left out of training: a text with a key a line, or a Parquet file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from revnets.config.errors import ConfigError
+from revnets.utils.regular_files import open_regular
+from vision.errors import first_line, printable, run_error
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
+MAX_BYTES = 2**30
+"""Of a list, ten million keys with room to spare."""
+
+EXPANSION, FREE_BYTES = 64, 2**26
+"""How many times as many bytes as a Parquet file has its columns may take, and how many they always may."""
+
+
+def read_keys(file: str) -> frozenset[str]:
+    """The keys in a list; `.parquet` in its column `key`.
+
+    Raises:
+        revnets.SpecError: there is no such file, or it is no list of keys.
+    """
+    path = Path(file)
+    if path.suffix.lower() == ".parquet":
+        with open_parquet(path) as opened:
+            column = next((field for field in opened.schema_arrow if field.name == "key"), None)
+            if column is None or str(column.type) not in ("string", "large_string"):
+                problem = f"{path} has no column `key` of texts"
+                raise run_error("data.exclude", problem, "Give a list of keys", code="wrong-format")
+            batches = opened.iter_batches(columns=["key"])
+            return frozenset(key for batch in batches for key in batch.column(0).to_pylist() if key is not None)
+    try:
+        with open_regular(path) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            data = opened.read(size) if size <= MAX_BYTES else None
+    except OSError as error:
+        problem = f"{path} cannot be read ({error.strerror or first_line(error)})"
+        raise run_error("data.exclude", problem, "Check the path", code="missing-file") from None
+    if data is None:
+        raise run_error("data.exclude", f"{path} is too large", "Check it", code="too-large")
+    try:
+        return frozenset(key for line in data.decode("utf-8-sig").split("\n") if (key := line.removesuffix("\r")))
+    except UnicodeDecodeError:
+        raise run_error("data.exclude", f"{path} is not UTF-8", "Convert it", code="invalid-encoding") from None
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """A Parquet file whose columns take no more memory than a file of its size may.
+
+    Raises:
+        revnets.SpecError: it cannot be read, within the body as well, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        problem, remedy = "pyarrow is not installed, which reads Parquet", "pip install 'revnets[labels]'"
+        raise ConfigError(str(path), "", problem, remedy, code="missing-dependency") from None
+    try:
+        with open_regular(path) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+            size = os.fstat(opened.fileno()).st_size
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+            total = sum(max(column.total_uncompressed_size, 4 * column.num_values) for column in columns)
+            if total > max(FREE_BYTES, EXPANSION * size):
+                problem = f"it declares {total} bytes, but has {size}"
+                raise ConfigError(str(path), "", problem, "Write the file again", code="damaged-file")
+            yield file
+    except ConfigError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        problem = f"it cannot be read ({getattr(error, 'strerror', None) or printable(first_line(error))})"
+        remedy = "Check the path" if is_missing else "Write the file again"
+        code = "missing-file" if is_missing else "damaged-file"
+        raise ConfigError(str(path), "", problem, remedy, code=code) from None

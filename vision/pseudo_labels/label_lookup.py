@@ -1,0 +1,82 @@
+"""Labels by key while images are read from front to back: the file of a shard is read when its first image comes."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from revnets.config.errors import ConfigError
+from vision.errors import DataError
+from vision.pseudo_labels.label_files import LabelFolder
+from vision.pseudo_labels.sparse import SparseProbabilities, joined_rows
+
+KEPT = 8
+"""Files whose labels are in memory. Images of more shards than that are rarely mixed in a shuffling buffer."""
+
+Rows = tuple[dict[str, int], dict[str, SparseProbabilities]]
+"""Row by key, and labels by head."""
+
+
+def sample_key(key: str) -> str:
+    """The key of an image in a tar without its endings, as webdataset has it: `a.tar/x/1.seg.png` is `a.tar/x/1`."""
+    archive, slash, member = key.partition("/")
+    return archive + slash + re.sub(r"^((?:.*/|)[^.]+)[.][^/]*$", r"\1", member)
+
+
+class LabelLookup:
+    """Labels of samples in tars.
+
+    Args:
+        folder: the labels, one file for each tar.
+        shared: heads that are wanted.
+    """
+
+    def __init__(self, folder: LabelFolder, shared: Sequence[str]):
+        self.folder, self.shared = folder, list(shared)
+        self.kept: OrderedDict[str, Rows] = OrderedDict()
+
+    @cached_property
+    def unreadable(self) -> frozenset[str]:
+        """Samples that the teacher could not read."""
+        return frozenset(map(sample_key, self.folder.unreadable))
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        """Number of the file by the name of the tar."""
+        found = {}
+        for number, file in enumerate(self.folder.files):
+            first = next((key for batch in file.batches(1) for key in batch.keys), "")
+            found[first.partition("/")[0]] = number
+        return found
+
+    def __call__(self, key: str) -> tuple[Mapping[str, SparseProbabilities], int]:
+        """Labels by head, and the row of a sample in them; -1 if the teacher could not read it.
+
+        Args:
+            key: as `sample_key` gives it.
+
+        Raises:
+            vision.errors.DataError: there is no label, or the file of the labels is damaged.
+        """
+        try:
+            rows, labels = self._rows(key.partition("/")[0])
+        except ConfigError as error:  # which a loader's worker could not hand on
+            raise DataError(str(error)) from None
+        row = rows.get(key, -1)
+        if row < 0 and key not in self.unreadable:
+            raise DataError(f"{self.folder.path}: it has no label of {key}. Label these tars: revnets label")
+        return labels, row
+
+    def _rows(self, archive: str) -> Rows:
+        if archive not in self.kept:
+            if len(self.kept) == KEPT:
+                self.kept.popitem(last=False)
+            number = self.files.get(archive)
+            batches = [] if number is None else list(self.folder.files[number].batches(2**16))
+            keys = [sample_key(key) for batch in batches for key in batch.keys]
+            labels = {name: joined_rows([batch.heads[name] for batch in batches]) for name in self.shared}
+            self.kept[archive] = {key: row for row, key in enumerate(keys)}, labels
+        self.kept.move_to_end(archive)
+        return self.kept[archive]

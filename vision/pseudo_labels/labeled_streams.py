@@ -1,0 +1,142 @@
+"""Streams of webdataset with targets of several heads, alone or mixed by weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from vision.data.samplers import seeded
+from vision.data.streaming import Stream, class_of
+from vision.pseudo_labels.label_lookup import LabelLookup
+from vision.pseudo_labels.targets import HeadTargets
+
+
+class LabeledStream(Stream):
+    """A training stream with targets in place of classes.
+
+    Args:
+        stream: of images, with classes or without; this one shares its reader, transform and epoch.
+        targets: makes targets.
+        head: whose classes the shards have (`.cls`); None if they have none.
+        lookup: soft labels; None for none.
+        excluded: keys that are left out, as `sample_key` gives them.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        targets: HeadTargets,
+        head: str | None,
+        lookup: LabelLookup | None,
+        excluded: frozenset[str] = frozenset(),
+    ):
+        vars(self).update(vars(stream))
+        self.targets, self.head, self.lookup, self.excluded = targets, head, lookup, excluded
+        self.turn = 0  # how often this process has begun the stream
+
+    def _samples(self) -> Iterator[tuple[Any, Any]]:
+        """Pictures with their keys and class numbers."""
+        from webdataset.filters import map as mapped
+
+        self.reader._lazy_init()
+        decode = len(self.reader.ds.pipeline) - 2  # the last two stages of timm decode a sample and rename its items
+        self.reader.ds.pipeline.insert(decode, mapped(self._keyed))
+        for sample in self.reader.ds.with_epoch(self.reader._num_samples_per_worker()):
+            yield sample["image"], (sample["__key__"], sample["target"])
+
+    def _keyed(self, sample: dict[str, Any]) -> dict[str, Any] | None:
+        """A sample with the name of its tar in its key; None for one that is left out."""
+        key = f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"
+        is_lost = self.head is None and self.lookup is not None and key in self.lookup.unreadable
+        if key in self.excluded or is_lost:
+            return None
+        sample["__key__"] = key
+        return sample if self.head is not None else sample | {"cls": b"-1"}
+
+    def _augmented(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        place = (seed, self.epoch, self.turn, self.world.rank, worker.id if worker else 0)
+        self.turn += 1
+        for number, (picture, (key, label)) in enumerate(self._read()):
+            image = self._image(picture)
+            if image is None:
+                continue
+            soft, row = self.lookup(key) if self.lookup is not None else ({}, -1)
+            count = None if self.head is None else self.targets.heads[self.head]
+            target = self.targets.target(self.head, class_of(int(label), count, key, True), soft, row)
+            with seeded(*place, number):
+                yield self.transform(image), target
+
+
+class MixedStreams(IterableDataset[tuple[Tensor, Tensor]]):
+    """Several training streams as one. Each sample comes from one of them, drawn by its weight.
+
+    A stream that ends before the others begins again, with other augmentations.
+
+    Args:
+        streams: at least one.
+        weights: positive; None for the numbers of their samples.
+        seed: of the draws.
+    """
+
+    def __init__(self, streams: Sequence[LabeledStream], weights: Sequence[float] | None, seed: int):
+        self.streams, self.seed = streams, seed
+        parts = np.array([len(stream) for stream in streams] if weights is None else weights, dtype=np.float64)
+        self.shares = parts / parts.sum()
+
+    def __len__(self) -> int:
+        return sum(len(stream) for stream in self.streams)
+
+    @property
+    def epoch(self) -> int:
+        return self.streams[0].epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        for stream in self.streams:
+            stream.epoch = value
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        world, workers = self.streams[0].world, worker.num_workers if worker else 1
+        generator = np.random.default_rng((self.seed, self.epoch, world.rank, worker.id if worker else 0))
+        for stream in self.streams:
+            stream.turn = 0
+        running = [iter(stream) for stream in self.streams]
+        for _ in range(-(-len(self) // (world.size * workers))):
+            number = int(generator.choice(len(running), p=self.shares))
+            sample = next(running[number], None)
+            if sample is None:
+                running[number] = iter(self.streams[number])
+                sample = next(running[number], None)
+            if sample is None:  # nothing in it can be read
+                return
+            yield sample
+
+
+class ClassStreams(IterableDataset[tuple[Tensor, Tensor]]):
+    """Validation streams one after another, with class numbers (heads,) of which one counts.
+
+    Args:
+        streams: by the number of the head.
+        heads: how many there are.
+    """
+
+    def __init__(self, streams: Sequence[tuple[int, Stream]], heads: int):
+        self.streams, self.heads = streams, heads
+
+    def __len__(self) -> int:
+        return sum(len(stream) for _, stream in self.streams)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for head, stream in self.streams:
+            for image, label in stream:
+                classes = torch.full((self.heads,), -1)
+                classes[head] = label
+                yield image, classes

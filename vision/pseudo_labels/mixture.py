@@ -1,0 +1,54 @@
+"""One training set made of several, each with its share of an epoch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from math import gcd
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from vision.data.samplers import Key
+
+
+class Mixture(Dataset[Any]):
+    """Several training sets as one, whose epochs have of each a share by its weight; asked by `Key`.
+
+    The samples of a set follow one another in a fixed order with even steps over the set, across epochs, so that each
+    of them is seen once before any is seen again, and images of a set that is seen twice in an epoch are augmented in
+    two ways. An epoch has as many samples as all sets together.
+
+    Args:
+        sets: asked by `Key`.
+        weights: positive; None for the numbers of their samples.
+
+    Attributes:
+        counts: samples of each set in an epoch.
+    """
+
+    def __init__(self, sets: Sequence[Any], weights: Sequence[float] | None = None):
+        self.sets, self.sizes = sets, [len(one) for one in sets]
+        total = sum(self.sizes)
+        parts = np.cumsum(self.sizes if weights is None else weights, dtype=np.float64)
+        self.starts = [0, *np.rint(parts / parts[-1] * total).astype(int).tolist()]
+        self.counts = np.diff(self.starts).tolist()
+        self.steps = [_even_step(size) for size in self.sizes]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, key: Key) -> Any:
+        number = bisect_right(self.starts, key.index) - 1
+        place = key.epoch * self.counts[number] + key.index - self.starts[number]
+        turn, place = divmod(place, self.sizes[number])
+        return self.sets[number][Key(turn, place * self.steps[number] % self.sizes[number])]
+
+
+def _even_step(size: int) -> int:
+    """A step that leads through all of `size` samples, and evenly through them at any time: near the golden section."""
+    step = max(1, round(size * (5**0.5 - 1) / 2))
+    while gcd(step, size) != 1:
+        step += 1
+    return step

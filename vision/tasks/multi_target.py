@@ -1,0 +1,134 @@
+"""Classification with several sets of classes at once, a head for each (RevCol, appendix C.1).
+
+As in Ghiasi et al., "Multi-Task Self-Training for Learning General Representations" (ICCV 2021), a model trains on the
+labels that an image has: classes of one data set, soft labels of a teacher for others. The heads are slices of one
+classifier, so that every model with a classifier has them, and classifiers at earlier columns are divided likewise.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from timm.task.evaluator import ClassificationEvaluator
+from torch import Tensor, nn
+
+from vision.config.data import images_in
+from vision.data.dataset import ImageData, Unreadable
+from vision.distributed.context import World
+from vision.errors import run_error
+from vision.supervision.supervised import Outputs
+from vision.tasks.classification import Classification, ClassificationMetrics
+from vision.tasks.intermediate_supervision import SupervisedClassification
+
+
+class MultiTarget(Classification):
+    """Images with targets of several heads: `heads: {in1k: 1000, places: 365}` in the run.
+
+    A training batch is images (B, C, H, W) and targets (B, classes of all heads), which are zeros where an image has no
+    label of a head; a batch of the validation set has class numbers (B, heads) instead, -1 where there is none.
+    """
+
+    uses: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "pretrained", "heads"})
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Number of classes of each head, in the order of the model's scores."""
+        return dict(self.config.heads or {})
+
+    def load_data(self, notes: Path | None = None, world: World | None = None) -> ImageData:
+        from vision.pseudo_labels.sources import load_sources
+        from vision.pseudo_labels.targets import HeadTargets
+
+        images = images_in(self.config.data)
+        if images is None:
+            raise run_error("data", "has no heads", "Give images of class folders", code="conflicting-values")
+        targets = HeadTargets(self.heads, self.config.label_smoothing)
+        unreadable = Unreadable(notes, images.unreadable)
+        return load_sources(cast(Any, self.config.data), targets, self.config.seed, unreadable, world or World())
+
+    @property
+    def criterion(self) -> nn.Module:
+        return HeadsCrossEntropy(self.heads)
+
+    @property
+    def criterion_options(self) -> dict[str, Any]:
+        return {}
+
+    def augment(self, data: ImageData) -> Callable[[Any], Any] | None:
+        return None
+
+    def evaluator(self, model: nn.Module, data: ImageData, device: torch.device) -> Any:
+        return MultiTargetEvaluator(self.heads, device)
+
+
+class SupervisedMultiTarget(MultiTarget, SupervisedClassification):
+    """The same with intermediate supervision."""
+
+    uses: ClassVar[frozenset[str]] = MultiTarget.uses | {"supervision"}
+
+    def evaluator(self, model: nn.Module, data: ImageData, device: torch.device) -> Any:
+        return MultiTargetEvaluator(self.heads, device)
+
+
+class HeadsCrossEntropy(nn.Module):
+    """The cross entropies of all heads with targets that are distributions, or zeros for no label.
+
+    They are summed over heads, and the mean is taken over all images of a batch, with a label or without one: so the
+    gradient of several batches, or processes, is that of all their images together.
+
+    Args:
+        heads: number of classes of each.
+    """
+
+    def __init__(self, heads: Mapping[str, int]):
+        super().__init__()
+        self.sizes = list(heads.values())
+
+    def forward(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Scores and targets (B, classes of all heads) to the loss."""
+        pairs = zip(scores.split(self.sizes, 1), targets.split(self.sizes, 1), strict=True)
+        losses = [-(target * score.float().log_softmax(1)).sum(1) for score, target in pairs]
+        return torch.stack(losses).sum(0).mean()
+
+
+class MultiTargetEvaluator:
+    """Top-1 and top-5 accuracy of every head on the images that have a class of it.
+
+    `loss`, `top1` and `top5` are those of the first head with such images. Those of other heads are called `top1_NAME`,
+    and those of the first one at an earlier column `top1_COLUMN`.
+
+    Args:
+        heads: number of classes of each.
+        device: of the model.
+    """
+
+    def __init__(self, heads: Mapping[str, int], device: torch.device):
+        self.heads = dict(heads)
+        self.evaluators: defaultdict[tuple[int, str], Any] = defaultdict(
+            lambda: ClassificationEvaluator(device=device)
+        )  # by column and head
+
+    def update(self, output: Tensor | Outputs, batch: tuple[Tensor, Tensor]) -> None:
+        """Add scores (B, classes of all heads) of a batch."""
+        columns = output.logits if isinstance(output, Outputs) else {0: output}
+        for column, scores in columns.items():
+            slices = scores.split(list(self.heads.values()), 1)
+            for name, logits, classes in zip(self.heads, slices, batch[1].unbind(1), strict=True):
+                counts = classes >= 0
+                self.evaluators[column, name].update(logits[counts], classes[counts])
+
+    def compute(self, world: World) -> ClassificationMetrics:
+        """The metrics over the images of all processes."""
+        found = {place: dict(one.compute(world.size > 1)) for place, one in self.evaluators.items()}
+        last = max(column for column, _ in found)
+        images = {name: world.sum(int(self.evaluators[last, name].counts[0])) for name in self.heads}
+        main = next((name for name, count in images.items() if count), next(iter(images)))
+        shown = {str(column): values for (column, name), values in found.items() if column != last and name == main}
+        shown |= {name: found[last, name] for name, count in images.items() if count and name != main}
+        named = {f"{key}_{place}": value for place, values in shown.items() for key, value in values.items()}
+        loss, top1, top5 = (found[last, main][key] for key in ("loss", "top1", "top5"))
+        return ClassificationMetrics(loss, top1, top5, sum(images.values()), None, named)
