@@ -1,0 +1,1 @@
+"""Soft labels for images without any: a teacher, the processes that share its work, and Ray Data."""
