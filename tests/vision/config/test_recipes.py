@@ -24,7 +24,7 @@ TABLE = {
     "revcol_large_in22k": (90, 5, 4096, 5e-4, 0.1, 0.3, 294),
     "revcol_xlarge_in22k": (90, 5, 4096, 5e-4, 0.1, 0.4, 871),
     "revcol_xlarge_168m": (10, 0.15, 5120, 6.25e-4, 0.05, 0.2, 871),
-    "revcol_huge_168m": (10, 0.15, 5120, 6.25e-4, 0.05, 0.2, 2217),
+    "revcol_huge_168m": (10, 0.15, 5120, 6.25e-4, 0.05, 0.2, 2218),  # with a second set of classes
     "revcol_vit_small_in1k": (300, 20, 4096, 4e-3, 0.05, 0.1, 20),
     "revcol_vit_base_in1k": (300, 20, 4096, 4e-3, 0.05, 0.2, 89),
 }
@@ -34,6 +34,7 @@ def data_of(config) -> ImageData:
     data = config.data
     if isinstance(data, ImagesConfig):
         shape, count, statistics = (3, data.img_size, data.img_size), data.num_classes or 1000, (data.mean, data.std)
+        count = sum(config.heads.values()) if config.heads else count
     else:
         shape, count, statistics = (1, data.img_size, data.img_size), 10, ((0.5,), (0.5,))
     return ImageData(None, None, tuple(map(str, range(count))), shape, *statistics)
@@ -148,3 +149,12 @@ def test_weights_that_a_model_exempts_do_not_decay_when_it_is_supervised():
     model = task.get_eval_model()
     assert decays[id(model.stem.pos_embed)] == 0
     assert decays[id(model.stem.conv.weight)] == 0.05
+
+
+@pytest.mark.parametrize("recipe", ["revcol_xlarge_168m", "revcol_huge_168m"])
+def test_large_data_have_soft_labels_of_several_heads(recipe):
+    config = load_config(recipe)
+    assert config.heads == {"in22k": config.data.num_classes, "places": 365}
+    assert (config.data.head, config.data.labels) == ("in22k", "data/large-labels")
+    plain = load_config(recipe, ["heads=null", "data.head=null", "data.labels=null", "data.root=/data/shards"])
+    assert plain.heads is None
