@@ -73,15 +73,15 @@ def label_data(
     for remark in images.reader.remarks:
         say(remark.replace("set data.input_key to", "add --input-key"))
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    started = time.monotonic()
+    started = finished = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=left, rate="")
 
         def advance(count: int) -> None:
-            seconds = time.monotonic() - started
-            bar.update(
-                task, advance=count, rate=f"{(bar.tasks[0].completed + count) / max(seconds, 1e-9):.1f} images/s"
-            )
+            nonlocal finished
+            finished = time.monotonic()
+            rate = (bar.tasks[0].completed + count) / max(finished - started, 1e-9)
+            bar.update(task, advance=count, rate=f"{rate:.1f} images/s")
 
         def remain(count: int) -> None:
             bar.update(task, total=bar.tasks[0].completed + count)
@@ -93,7 +93,7 @@ def label_data(
             done = label_with_ray(load, teacher, images, queue, settings, advance, say)
         else:
             done = label_images(teacher, images, queue, settings, workers, world, advance, remain, say)
-    seconds = time.monotonic() - started
+    seconds = max(finished - started, 1e-9)  # without the time that it has waited for others at the end
     if done:
         say(f"labeled {done} images in {seconds:.1f} s: {throughput(done / seconds)}")
     say(f"wrote {folder}")

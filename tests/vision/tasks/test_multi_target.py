@@ -6,12 +6,13 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tests.support.errors import raises_error
 from tests.support.labeling import HEADS, run_of, train, two_sources
-from tests.support.training_processes import process
+from tests.support.training_processes import process, together
 from tests.support.training_runs import assert_same
 from tests.vision.cli.test_train_and_eval import call
 from vision import load_run
@@ -104,6 +105,18 @@ def test_the_classes_of_a_run_are_named_by_their_heads(whole):
     run = load_run(whole[0])
     assert run.classes == ("insects/ant", "insects/bee", "insects/cat", "eyes/ant", "eyes/bee")
     assert run.model(torch.zeros(1, 3, 16, 16)).shape == (1, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_two_processes_train_and_count_as_one(tmp_path, whole):
+    output, sources = whole
+    assert together(run_of(tmp_path / "run", *sources, grad_accum=1)) == [0, 0]
+    ours, theirs = (reader.read(folder / "checkpoints/step-0000004.pt") for folder in (tmp_path / "run", output))
+    assert_close(ours["model"], theirs["model"], atol=1e-4, rtol=1e-4)
+    mine, other = (read_log(folder / LOG)[-1] for folder in (tmp_path / "run", output))
+    assert [line.pop("kind") for line in (mine, other)] == ["eval", "eval"]
+    assert mine == pytest.approx(other, rel=1e-3)
 
 
 def test_a_run_with_other_heads_does_not_go_on(whole):
