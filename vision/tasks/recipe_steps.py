@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from revnets import SpecError
+from vision.config.data import SmallImagesConfig
 from vision.config.run import TrainConfig, load_config
 from vision.paths import FOLDERS
 from vision.tasks.builders import create_task
@@ -47,8 +48,8 @@ def create(name: str, **options: Any) -> RecipeStep:
     shape = _shape(config)
     if shape is None:
         raise SpecError(name, "data", "its samples have no shape", "Plan its model alone", code="missing-shape")
-    most = 10 if config.data.name in ("digits", "idx") else 1000
-    classes = tuple(map(str, range(getattr(config.data, "num_classes", None) or most)))
+    count = getattr(config.data, "num_classes", None) or (10 if _is_grey(config) else 1000)
+    classes = tuple(map(str, range(sum(config.heads.values()) if config.heads else count)))
     task = create_task(config)
     model = task.build_model(SimpleNamespace(classes=classes, shape=shape))
     return RecipeStep(task.planned(model), shape)
@@ -56,4 +57,8 @@ def create(name: str, **options: Any) -> RecipeStep:
 
 def _shape(config: TrainConfig) -> tuple[int, ...] | None:
     side = getattr(config.data, "img_size", None)
-    return None if side is None else (1 if config.data.name in ("digits", "idx") else 3, side, side)
+    return None if side is None else (1 if _is_grey(config) else 3, side, side)
+
+
+def _is_grey(config: TrainConfig) -> bool:
+    return isinstance(config.data, SmallImagesConfig)
