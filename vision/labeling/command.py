@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from revnets.utils.atomic_files import make_folder
 from vision.distributed.context import world_of
 from vision.labeling.local_engine import LabelSettings, label_images, provenance_of
+from vision.labeling.origin import write_origin
 from vision.labeling.shards import list_shards
 from vision.labeling.teacher import load_teacher
 from vision.labeling.work_queue import WorkQueue
@@ -93,6 +94,7 @@ def label_data(
             done = label_with_ray(load, teacher, images, queue, settings, advance, say)
         else:
             done = label_images(teacher, images, queue, settings, workers, world, advance, remain, say)
+    write_origin(folder, source, data, settings.input_key)
     seconds = max(finished - started, 1e-9)  # without the time that it has waited for others at the end
     if done:
         say(f"labeled {done} images in {seconds:.1f} s: {throughput(done / seconds)}")
