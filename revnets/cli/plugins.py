@@ -29,6 +29,9 @@ PLUGINS = {
     "reshard": Plugin("vision", "Rewrite a checkpoint of `checkpoint: sharded` as one file, or one file as shards."),
     "convert": Plugin("vision", "Convert official RevCol checkpoints to ours, and ours to the official layout."),
     "label": Plugin("labels", "Write what a teacher predicts for the images of a folder: soft labels to train on."),
+    "duplicates": Plugin(
+        "duplicates", "Find images that are near-duplicates of those of a validation set, by their pseudo-labels."
+    ),
     "analyze": Plugin(
         None, "Look into a net as the paper's figures do. Each command draws a picture and writes its numbers as CSV."
     ),

@@ -1,0 +1,54 @@
+"""What is found: a table, a Parquet file of all suspects, and a list of keys that training leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from revnets.utils.atomic_files import replacing
+from vision.near_duplicates.suspects import Suspect
+
+SHOWN = 12
+"""Pairs in the table."""
+
+
+def suspects_table(suspects: Sequence[Suspect]) -> Table:
+    """The most certain pairs."""
+    table = Table(title=f"{len(suspects)} suspected near-duplicates", title_justify="left")
+    for heading in ("image", "against"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("label distance", "bits of 256", "correlation", "cosine"):
+        table.add_column(heading, justify="right")
+    for suspect in suspects[:SHOWN]:
+        bits = "" if suspect.bits is None else str(suspect.bits)
+        scores = (suspect.correlation, suspect.cosine)
+        texts = ("" if score is None else f"{score:.3f}" for score in scores)
+        table.add_row(suspect.key, suspect.against, f"{suspect.distance:.3f}", bits, *texts)
+    if len(suspects) > SHOWN:
+        table.caption = f"and {len(suspects) - SHOWN} more"
+    return table
+
+
+def write_suspects(suspects: Sequence[Suspect], path: Path) -> Path:
+    """Write all pairs as Parquet, and the keys of the images beside it, one a line. Both do for `exclude:` of a run.
+
+    Returns:
+        the list of keys, which can be edited by hand.
+
+    Raises:
+        OSError: no space, no permission and the like; its `filename` is the path.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"distance": pa.float32(), "bits": pa.int16(), "correlation": pa.float32(), "cosine": pa.float32()}
+    fields = [(name, kinds.get(name, pa.string())) for name in Suspect._fields]
+    table = pa.Table.from_pylist([suspect._asdict() for suspect in suspects], pa.schema(fields))
+    with replacing(path) as file:
+        pq.write_table(table, file)
+    keys = path.with_suffix(".txt")
+    with replacing(keys, "w") as file:
+        file.writelines(f"{key}\n" for key in sorted({suspect.key for suspect in suspects}))
+    return keys
