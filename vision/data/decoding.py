@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import IO, Any, Literal
 
@@ -91,6 +92,13 @@ def converted(picture: Image.Image, mode: str = "RGB", exif: Exif = "ignore") ->
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # the same colors; Pillow warns about any other way
     return picture if picture.mode == mode else picture.convert(mode)
+
+
+def fitted_size(size: Sequence[int], short_side: int, long_side: int) -> tuple[int, int]:
+    """The largest height and width in the proportion of `size` whose sides do not exceed these two."""
+    height, width = size
+    factor = min(short_side / min(size), long_side / max(size))
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _require_real_size(picture: Image.Image, file: IO[bytes]) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision.data.decoding import fitted_size
+
 Logits = Callable[[Tensor], Tensor]
 """From images (B, C, H, W) to scores (B, classes, H, W)."""
 
@@ -83,13 +85,6 @@ def semantic_probabilities(
             total = found if total is None else total + found
     assert total is not None
     return total[0] / (len(scales) * (1 + flip))
-
-
-def fitted_size(size: Sequence[int], short_side: int, long_side: int) -> tuple[int, int]:
-    """The largest height and width in the proportion of `size` whose sides do not exceed these two."""
-    height, width = size
-    factor = min(short_side / min(size), long_side / max(size))
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _starts(length: int, window: int, stride: int) -> Iterator[int]:

@@ -18,11 +18,10 @@ from revnets.utils.regular_files import open_regular
 from vision.config.data import SemanticMapsConfig
 from vision.data.class_maps import read_class_map
 from vision.data.dataset import Unreadable, class_names
-from vision.data.decoding import read_image, read_semantic_map
+from vision.data.decoding import fitted_size, read_image, read_semantic_map
 from vision.data.image_files import listed, natural_key
 from vision.data.samplers import Key, seeded
 from vision.errors import DataError, printable, run_error
-from vision.segmentation.inference import fitted_size
 from vision.segmentation.segmenters import IGNORED
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
