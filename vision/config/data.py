@@ -1,4 +1,4 @@
-"""What the key `data` of a training run may say: bundled digits, files in idx format, or any of timm's readers."""
+"""What the key `data` of a training run may say: digits, idx files, timm's readers, class maps, or files of COCO."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class ImagesConfig(Strict):
             name.startswith(("hfds/", "hfids/", "wds/")) and name[-1] != "/"
         ):
             return name + "/" * (name == "wds")
-        known = ["digits", "idx", "semantic_maps", *READERS]
+        known = ["digits", "idx", "semantic_maps", "coco", *READERS]
         raise problem(
             f"there is no data set or reader {name!r}", nearest(name, known, "There are"), code="unknown-choice"
         )
@@ -229,6 +229,42 @@ class SemanticMapsConfig(Strict):
         return self
 
 
+class CocoConfig(Strict):
+    """Images with boxes and masks of objects, in COCO's format; augmented as in the release, which follows DETR."""
+
+    name: Literal["coco"]
+    root: UserPath = Field(min_length=1, examples=["/data/coco"])
+    train_images: str = "train2017"  # folders in root
+    val_images: str = "val2017"
+    train_annotations: str = "annotations/instances_train2017.json"
+    val_annotations: str = "annotations/instances_val2017.json"
+    masks: bool = True  # read masks of objects; objects without one are left out
+    stuff_maps: str | None = None  # folder in root with a map of classes (a .png) for each training image, for HTC
+    keep_empty: bool = False  # train on images without objects, too
+    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))  # of which one is drawn for every training image
+    long_side: int = Field(default=1333, ge=8, le=16_384)  # images are resized to the largest size within both sides
+    crop: float = Field(default=0.5, ge=0, le=1)  # how often a training image is cropped before that
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)  # to which it is resized before its crop
+    crop_sizes: tuple[int, int] = (384, 600)  # smallest and largest side of the crop
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    val_short_side: int = Field(default=800, ge=8, le=16_384)
+    mean: Triple = IMAGENET_DEFAULT_MEAN
+    std: Triple = IMAGENET_DEFAULT_STD
+    unreadable: Literal["skip", "stop"] = "skip"
+
+    @property
+    def img_size(self) -> int:
+        return self.long_side
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        for key in ("short_sides", "crop_short_sides", "crop_sizes"):
+            sides = getattr(self, key)
+            if not sides or not all(8 <= side <= 16_384 for side in sides) or list(sides) != sorted(sides):
+                raise problem(f"{list(sides)}", "Give sides from 8 to 16384, rising", key, code="out-of-range")
+        return self
+
+
 def _by_name(value: Any) -> Any:
     """The right kind of `data`, so that complaints are about its keys alone."""
     if isinstance(value, Strict):
@@ -239,7 +275,7 @@ def _by_name(value: Any) -> Any:
         raise problem(what(value), "Give a mapping, as in {name: folder, root: /data/imagenet}", code="wrong-type")
     if not isinstance(value.get("name", "digits"), str):
         raise problem(what(value["name"]), "Give the name of a data set, such as digits", "name", code="wrong-type")
-    kinds = {"digits": DigitsConfig, "idx": IdxConfig, "semantic_maps": SemanticMapsConfig}
+    kinds = {"digits": DigitsConfig, "idx": IdxConfig, "semantic_maps": SemanticMapsConfig, "coco": CocoConfig}
     kind = kinds.get(value.get("name", "digits"), ImagesConfig)
     try:
         return validate(TypeAdapter(kind), value)
@@ -254,7 +290,7 @@ def _sources(values: Sequence[Any]) -> SourcesConfig:
     if not values:
         raise problem("the list is empty", "Give a mapping for each source", code="wrong-length")
     for number, value in enumerate(values):
-        if isinstance(value, dict) and value.get("name") in ("digits", "idx", "semantic_maps"):
+        if isinstance(value, dict) and value.get("name") in ("digits", "idx", "semantic_maps", "coco"):
             text = f"{show(value['name'])} cannot be one of several sources"
             raise problem(text, f"Give one of {', '.join(READERS)}", number, "name", code="conflicting-values")
         try:
@@ -310,5 +346,5 @@ def require_heads(data: Any, heads: Mapping[str, int] | None) -> None:
 
 
 DataConfig = Annotated[
-    DigitsConfig | IdxConfig | ImagesConfig | SemanticMapsConfig | SourcesConfig, BeforeValidator(_by_name)
+    DigitsConfig | IdxConfig | ImagesConfig | SemanticMapsConfig | CocoConfig | SourcesConfig, BeforeValidator(_by_name)
 ]

@@ -111,6 +111,7 @@ Off = BeforeValidator(_none_if_off)
 
 TASKS = {
     "classification": "vision.tasks.classification:Classification",
+    "object_detection": "vision.tasks.object_detection:ObjectDetection",
     "semantic_segmentation": "vision.tasks.semantic_segmentation:SemanticSegmentation",
 }
 """Import paths of the tasks that have a name."""

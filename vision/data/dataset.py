@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from revnets.utils.regular_files import require_regular
-from vision.config.data import DataConfig, DigitsConfig, IdxConfig, SemanticMapsConfig, SourcesConfig
+from vision.config.data import CocoConfig, DataConfig, DigitsConfig, IdxConfig, SemanticMapsConfig, SourcesConfig
 from vision.distributed.context import World
 from vision.errors import DataError, printable, run_error
 
@@ -120,6 +120,9 @@ def load_data(config: DataConfig, seed: int, notes: Path | None = None, world: W
     if isinstance(config, SourcesConfig):
         problem = "several sources have several sets of classes, and this reads one"
         raise run_error("data", problem, "Name one data set", code="conflicting-values")
+    if isinstance(config, CocoConfig):
+        problem = "this task does not read boxes of objects"
+        raise run_error("data.name", problem, "Give task: object_detection", code="conflicting-values")
     from vision.data.timm_readers import load_images  # every kind of data has requirements of its own
 
     return load_images(config, seed, Unreadable(notes, config.unreadable), world or World())
