@@ -1,0 +1,210 @@
+"""A training and a validation set of images with boxes and masks, out of folders and json files of COCO's format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from revnets.utils.regular_files import open_regular
+from vision.config.data import CocoConfig
+from vision.data.class_subsets import class_difference
+from vision.data.dataset import Unreadable
+from vision.data.decoding import read_image, read_semantic_map
+from vision.data.samplers import Key, seeded
+from vision.detection.augmentation import MultiScaleAugmentation, Target, resized
+from vision.detection.average_precision import require_library
+from vision.detection.coco_json import CocoAnnotations, CocoImage, CocoObject, read_coco
+from vision.detection.instance_masks import dense_mask
+from vision.errors import DataError, printable, run_error
+
+RETRIES = 10
+"""Images in a row that cannot be used and are skipped; more mean that something else is wrong."""
+
+MAX_MASKS = 2**29
+"""Bytes that the masks of an image may fill."""
+
+NOT_COUNTED = -1
+"""Number of an image that no evaluation counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionData:
+    """A training and a validation set of images (3, H, W) of many sizes, each with a mapping of its objects.
+
+    Attributes:
+        classes: names; label 1 is the first.
+        category_ids: the classes' numbers in the files.
+        annotations: of the validation set, for its evaluation.
+        shape: of the largest image.
+        remarks: what was left out of the files.
+    """
+
+    train: Any
+    val: Any
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    annotations: CocoAnnotations
+    shape: tuple[int, int, int]
+    unreadable: Unreadable = field(default_factory=Unreadable)
+    remarks: tuple[str, ...] = ()
+
+
+def load_coco(config: CocoConfig, seed: int, notes: Path | None = None) -> DetectionData:
+    """The data that a configuration names.
+
+    Args:
+        seed: of the augmentation.
+        notes: file that lists images that cannot be used.
+
+    Raises:
+        revnets.SpecError: files or folders are missing or damaged, have other classes, or hold no objects.
+    """
+    require_library()  # now, not in the validation after an epoch
+    unreadable = Unreadable(notes, config.unreadable)
+    found = []
+    for split in ("train", "val"):
+        path, folder = (Path(config.root) / getattr(config, f"{split}_{kind}") for kind in ("annotations", "images"))
+        annotations = read_coco(path, f"data.{split}_annotations", config.masks)
+        if not folder.is_dir():
+            problem = f"{folder} is no folder"
+            raise run_error(f"data.{split}_images", problem, "Check data.root and its folders", code="missing-file")
+        if not any(_trained_on(image) for image in annotations.images):
+            what = "objects with masks" if config.masks else "objects"
+            remedy = "Set data.masks to false, or check the file" if config.masks else "Check the file"
+            raise run_error(f"data.{split}_annotations", f"{path} has no {what}", remedy, code="empty-data")
+        found.append((annotations, folder))
+    (train, train_folder), (val, val_folder) = found
+    _require_same_classes(train, val)
+    chosen = [image for image in train.images if config.keep_empty or _trained_on(image)]
+    maps = None if config.stuff_maps is None else Path(config.root) / config.stuff_maps
+    if maps is not None and not maps.is_dir():
+        raise run_error("data.stuff_maps", f"{maps} is no folder", "Check data.root", code="missing-file")
+    return DetectionData(
+        CocoImages(config, train_folder, chosen, unreadable, seed, maps),
+        CocoImages(config, val_folder, val.images, unreadable),
+        train.classes,
+        train.category_ids,
+        val,
+        (3, config.long_side, config.long_side),
+        unreadable,
+        tuple(remark for remark in (train.remark, val.remark) if remark),
+    )
+
+
+def _require_same_classes(train: CocoAnnotations, val: CocoAnnotations) -> None:
+    difference = ""
+    if len(train.classes) != len(val.classes):
+        difference = f"{len(val.classes)} classes, and {len(train.classes)} in training"
+    elif train.category_ids != val.category_ids:
+        difference = "other ids of categories than in training"
+    elif different := class_difference(train.classes, val.classes):
+        difference = different.replace("in the data", "here").replace("in the model", "in training")
+    if difference:
+        raise run_error("data.val_annotations", difference, "Give files with the same categories", "class-mismatch")
+
+
+def _trained_on(image: CocoImage) -> list[CocoObject]:
+    return [item for item in image.objects if not item.is_crowd]
+
+
+class CocoImages(Dataset[tuple[Tensor, Target]]):
+    """Pairs of a normalized image (3, H, W) and a mapping of its objects.
+
+    For training, an image is asked by `Key`, augmented, and has `boxes` (left, top, right, bottom), `labels` from 1 and
+    perhaps `masks`, without crowds, and a `semantic_map`; an image that cannot be used is replaced by the next. For
+    validation it is asked by number and has its number `image_id` and its `size` in the file (height, width); an image
+    that cannot be used counts nowhere.
+
+    Args:
+        config: of the data.
+        folder: of the images.
+        images: with their objects.
+        unreadable: what happens with images that cannot be used.
+        seed: of the augmentation; None for validation.
+        maps: folder of semantic maps, if they are read.
+    """
+
+    def __init__(
+        self,
+        config: CocoConfig,
+        folder: Path,
+        images: list[CocoImage],
+        unreadable: Unreadable,
+        seed: int | None = None,
+        maps: Path | None = None,
+    ):
+        self.config, self.folder, self.images, self.maps = config, folder, images, maps
+        self.unreadable, self.seed = unreadable, seed
+        self.augment = MultiScaleAugmentation(config)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key | int) -> tuple[Tensor, Target]:
+        if isinstance(key, int):
+            return self._for_validation(key)
+        for retry in range(RETRIES):
+            image = self.images[(key.index + retry) % len(self)]
+            try:
+                pixels, target = self._pixels(image), self._target(image)
+            except DataError:
+                raise
+            except Exception as error:  # decoders raise many kinds
+                self.unreadable.note(image.file_name, error)
+                continue
+            with seeded(self.seed or 0, *key):
+                return self.augment(pixels, target)
+        name = printable(self.images[key.index].file_name)
+        raise DataError(f"{RETRIES} images in a row cannot be used, from {name} on. Check data.root")
+
+    def _for_validation(self, index: int) -> tuple[Tensor, Target]:
+        image = self.images[index]
+        try:
+            pixels = resized(self._pixels(image), self.config)
+        except DataError:
+            raise
+        except Exception as error:
+            self.unreadable.note(image.file_name, error)
+            index, pixels = NOT_COUNTED, torch.zeros(3, 64, 64)
+        size = torch.tensor((image.height, image.width))
+        return pixels, {"image_id": torch.tensor(index), "size": size}
+
+    def _pixels(self, image: CocoImage) -> Tensor:
+        with open_regular(self.folder / image.file_name) as file:
+            pixels = TF.pil_to_tensor(read_image(file))
+        if pixels.shape[1:] != (image.height, image.width):
+            sizes = f"{pixels.shape[2]} x {pixels.shape[1]} pixels, {image.width} x {image.height} in its annotations"
+            raise ValueError(f"it has {sizes}")
+        return pixels
+
+    def _target(self, image: CocoImage) -> Target:
+        objects = _trained_on(image)
+        target = {
+            "boxes": torch.tensor([item.box for item in objects], dtype=torch.float32).view(-1, 4),
+            "labels": torch.tensor([item.label for item in objects], dtype=torch.int64),
+        }
+        if self.config.masks:
+            if len(objects) * image.height * image.width > MAX_MASKS:
+                raise ValueError(f"the masks of its {len(objects)} objects fill more than {MAX_MASKS} bytes")
+            masks = np.zeros((len(objects), image.height, image.width), np.uint8)
+            for mask, item in zip(masks, objects, strict=True):
+                if item.segmentation is not None:
+                    mask[:] = dense_mask(item.segmentation, image.height, image.width)
+            target["masks"] = torch.from_numpy(masks)
+        if self.maps is not None:
+            target["semantic_map"] = self._map(image, self.maps)
+        return target
+
+    def _map(self, image: CocoImage, folder: Path) -> Tensor:
+        with open_regular((folder / image.file_name).with_suffix(".png")) as file:
+            numbers = read_semantic_map(file)
+        if numbers.shape != (image.height, image.width) or numbers.min() < 0 or numbers.max() > 255:
+            raise ValueError(f"its semantic map is not {image.width} x {image.height} numbers from 0 to 255")
+        return torch.from_numpy(numbers.astype(np.uint8))
