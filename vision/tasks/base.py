@@ -212,7 +212,8 @@ class Task:
             model: in training mode; perhaps wrapped for several processes, so it is to be called and not looked into.
 
         Returns:
-            A scalar, or several by name: `loss` among them is what is minimized, or without it their sum.
+            A scalar, or several by name: `loss` among them is what is minimized, or without it their sum. Scalars whose
+            names begin with `loss_` are logged.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 

@@ -38,6 +38,7 @@ class TrainState:
         note: what there is to say about the memory mode, if it was planned.
         beginning: what there is to say about the pretrained weights, if there are any.
         samples: how many this process has trained on since it started.
+        parts: of the loss of the last forward pass in this process: what the task calls `loss_...`.
 
     Raises:
         revnets.SpecError: the configuration does not fit the data or the machine.
@@ -54,7 +55,7 @@ class TrainState:
     ):
         self.config, self.data, self.world = config, data, world or World()
         self.task = task or create_task(config)
-        self.samples = 0
+        self.samples, self.parts = 0, dict[str, Tensor]()
         self.passes = config.grad_accum * self.world.replicas.size  # forward passes per update, of all processes
         images = config.batch_size * self.passes
         self.device = builders.choose_device(config.device, self.world)
@@ -134,9 +135,11 @@ class TrainState:
             is_last = number == config.grad_accum - 1
             with nullcontext() if is_last else self.training_task.no_sync():
                 with self.autocast():
-                    loss = self.task.forward(self.training_task, batch)["loss"] / config.grad_accum
+                    found = self.task.forward(self.training_task, batch)
+                    loss = found["loss"] / config.grad_accum
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+            self.parts = {name: part.detach() for name, part in found.items() if name.startswith("loss_")}
         return total
 
     def _stage_gradients(self, batches: Iterator[Any], step: int) -> Tensor:

@@ -162,6 +162,7 @@ class Trainer:
                 unit, short = self.task.samples
                 rate = clock.rate(self.state.samples) * self.world.replicas.size
                 values = {"loss": sum(window) / len(window), "lr": self.state.lr, f"{unit}_per_second": rate}
+                values |= {name: float(part) for name, part in self.state.parts.items()}
                 if self._logger:
                     self._logger.write("train", progress.epoch + 1, progress.step, values)
                 score = "" if self.score is None else self.task.text(self.score, self.task.digits - 1)
