@@ -17,8 +17,9 @@ from vision.errors import CheckpointError
 KEYS = ("format", "versions", "config", "world", "progress", "scaler", *DIVISIBLE)
 """What a checkpoint holds.
 
-Newer ones also have `classes`, their names. There is no state of the schedule, of the sampler, and of the generators of
-random numbers: all are functions of the seed and of `progress`, see `vision.data.samplers`.
+Newer ones also have `classes`, their names, and those of detectors `category_ids`, their numbers in files of COCO.
+There is no state of the schedule, of the sampler, and of the generators of random numbers: all are functions of the
+seed and of `progress`, see `vision.data.samplers`.
 """
 
 MAX_COUNT = 2**40
@@ -71,6 +72,10 @@ KINDS: dict[str, Kind] = {
     "classes": (
         "a list of names",
         lambda value: type(value) in (list, tuple) and all(type(name) is str for name in value),
+    ),
+    "category_ids": (
+        "a list of whole numbers from 0 on",
+        lambda value: type(value) in (list, tuple) and all(map(_is_count, value)),
     ),
     "progress": (
         f"a mapping of {', '.join(PROGRESS)}",

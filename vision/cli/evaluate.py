@@ -20,6 +20,7 @@ from vision.config.data import ImagesConfig
 from vision.config.run import TrainConfig, load_config
 from vision.data import class_subsets
 from vision.data.dataset import ImageData
+from vision.detection.average_precision import DetectionMetrics
 from vision.distributed.context import World
 from vision.errors import CheckpointError, comparable
 from vision.tasks import builders
@@ -108,6 +109,9 @@ def evaluate_checkpoint(
         with tracked(batches, name, console) as bar:
             found[name] = evaluate(task, module, bar, evaluator, device, autocast)
     counting = list(found.values())[-1]
+    if isinstance(counting, DetectionMetrics):
+        _print_precisions(console, given.path, found, len(data.val))
+        return found
     if not isinstance(counting, ClassificationMetrics):
         console.print(str(given.path), soft_wrap=True, highlight=False, markup=False)
         console.print(_table({name: scalars(metrics) for name, metrics in found.items()}))
@@ -191,6 +195,20 @@ def _refuse_classes(config: TrainConfig, png: Path | None, by_name: bool) -> Non
             sets = "no classes" if config.heads is None else "several sets of classes"
             problem = f"the task {config.task_and_options[0]} has {sets}"
             raise option_error(option, problem, "Leave it out")
+
+
+def _print_precisions(console: Console, path: Path, found: Mapping[str, DetectionMetrics], images: int) -> None:
+    """A row for the boxes of each set of weights, and one for its masks; a dash where there are no such objects."""
+    seen = list(found.values())[-1].images
+    text = f"{path}, {seen} images" + (f"; {images - seen} more cannot be read" if seen < images else "")
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    headings = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
+    table = Table("weights", *(Column(heading, justify="right") for heading in headings))
+    for name, metrics in found.items():
+        for kind, values in (("boxes", metrics.box), ("masks", metrics.mask)):
+            if values is not None:
+                table.add_row(f"{name}, {kind}", *(f"{x:.2f}" if x == x else "-" for x in values.values()))
+    console.print(table)
 
 
 def _table(found: Mapping[str, Mapping[str, float]]) -> Table:

@@ -1,0 +1,200 @@
+"""Detection of objects as a task of the trainer: boxes, and masks if the detector has them, validated by AP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+import vision.detection
+from revnets.config.errors import nearest
+from revnets.config.memory_budget import BudgetSpec
+from vision.config.data import CocoConfig
+from vision.config.run import TimmModel, TrainConfig
+from vision.detection.average_precision import AveragePrecisionEvaluator, DetectionMetrics
+from vision.detection.coco_data import NOT_COUNTED, DetectionData, load_coco
+from vision.distributed.context import World
+from vision.errors import run_error
+from vision.models.architecture import RevCol
+from vision.tasks.base import Task
+
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+"""Images (3, H, W) and mappings: for training boxes, labels and masks, for validation numbers and sizes of files."""
+
+DETECTORS = {"cascade_mask_rcnn": True, "htc": True, "dino": False}
+"""Detectors of `vision.detection`, and whether they train on masks."""
+
+MASKS_AT_ONCE = 16
+"""Masks that are resized together; those of a hundred objects of a large image would fill a gigabyte."""
+
+
+class ObjectDetection(Task):
+    """Boxes, classes and perhaps masks of objects. `model: {timm: revcol_tiny, ...}` names the backbone.
+
+    Args:
+        config: of the run, whose `data` is `coco`.
+        detector: `cascade_mask_rcnn`, `htc` or `dino`.
+        options: of the detector; see `vision.detection`.
+        copy_paste: how often objects of another image of the batch are pasted into an image, for masks only.
+    """
+
+    monitor, mode, label, unit, digits = "box_ap", "max", "box AP", "%", 2
+    uses: ClassVar[frozenset[str]] = frozenset({"pretrained"})
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        detector: str = "cascade_mask_rcnn",
+        options: dict[str, Any] | None = None,
+        copy_paste: float = 0.0,
+    ):
+        super().__init__(config)
+        if not isinstance(config.data, CocoConfig):
+            raise run_error("data", "has no boxes of objects", "Give name: coco", code="conflicting-values")
+        if not isinstance(config.model, TimmModel):
+            remedy = "Name a RevCol, as in {timm: revcol_tiny}"
+            raise run_error("model", "is no backbone for a detector", remedy, code="invalid-component")
+        if isinstance(config.memory, BudgetSpec):
+            problem = "a detector samples boxes by value, so that no budget can be planned"
+            raise run_error("memory", problem, "Give a memory mode", code="conflicting-values")
+        self.detector, self.options, self.coco = detector, dict(options or {}), config.data
+        if self.needs_masks() and not config.data.masks:
+            problem = f"{detector} trains on masks"
+            raise run_error("data.masks", problem, "Set it to true, or choose dino", code="conflicting-values")
+        if not isinstance(copy_paste, (int, float)) or not 0 <= copy_paste <= 1:
+            raise run_error("task.copy_paste", f"{copy_paste!r}", "Give a number from 0 to 1", code="out-of-range")
+        if copy_paste and not config.data.masks:
+            raise run_error("task.copy_paste", "objects are cut out by masks", "Set data.masks", "conflicting-values")
+        self.copy_paste = copy_paste
+
+    def needs_masks(self) -> bool:
+        """Does the detector train on masks?
+
+        Raises:
+            revnets.SpecError: there is no such detector.
+        """
+        if self.detector not in DETECTORS:
+            problem = f"there is no detector {self.detector!r}"
+            raise run_error("task.detector", problem, nearest(self.detector, DETECTORS, "Give"), "unknown-choice")
+        return DETECTORS[self.detector] and bool(self.options.get("masks", True))
+
+    def create_detector(self, backbone: str, num_classes: int, **options: Any) -> nn.Module:
+        """The detector on a backbone of that name; it is called as those of torchvision."""
+        create: Callable[..., nn.Module] = getattr(vision.detection, self.detector)
+        return create(backbone, num_classes, **options)
+
+    def load_data(self, notes: Path | None = None, world: World | None = None) -> DetectionData:
+        return load_coco(self.coco, self.config.seed, notes)
+
+    def collate(self, samples: list[Any]) -> Batch:
+        images, targets = zip(*samples, strict=True)
+        return list(images), list(targets)
+
+    def padding(self, sample: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same image, which counts nowhere."""
+        image, target = sample
+        return image, {**target, "image_id": torch.tensor(NOT_COUNTED)}
+
+    def metadata(self, data: DetectionData) -> dict[str, Any]:
+        """Names of the classes, and their numbers in files of COCO."""
+        return {"classes": list(data.classes), "category_ids": list(data.category_ids)}
+
+    def input_shape(self, data: Any) -> None:
+        """None: images have many sizes."""
+
+    def build_model(self, data: Any) -> nn.Module:
+        """The detector in training mode.
+
+        Raises:
+            revnets.SpecError: it cannot be built.
+        """
+        backbone = cast(TimmModel, self.config.model)
+        options = {**backbone.options, **self.options}
+        if self.config.memory is not None:
+            options["memory"] = self.config.memory
+        try:
+            model = self.create_detector(backbone.timm, len(data.classes), **options)
+        except (TypeError, ValueError) as error:
+            raise run_error("model", str(error), "See docs/guides/detection.md", code="component-failed") from error
+        return model.train()
+
+    def begin(self, model: nn.Module, data: DetectionData, world: World) -> str:
+        """Put pretrained weights into the backbone."""
+        assert self.config.pretrained is not None
+        from vision.weights import finetune
+
+        backbone = next(module for module in model.modules() if isinstance(module, RevCol))
+        return finetune.begin(backbone, self.config.pretrained, (), world)
+
+    def training_task(self, model: nn.Module, data: DetectionData, device: torch.device) -> TrainingTask:
+        """timm's task around the detector, whose BatchNorm counts over all processes where there are several GPUs."""
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if processes > 1 and device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return super().training_task(model, data, device)
+
+    def augment(self, data: DetectionData) -> Callable[[Batch], Batch] | None:
+        """Copy and paste within a batch, if it is asked for."""
+        if not self.copy_paste:
+            return None
+        paste = vision.detection.CopyPaste(self.copy_paste)
+        return lambda batch: paste(*batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        return model(*batch)
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
+        """What is in every image, in pixels of its file: `boxes` (N, 4), `labels`, `scores`, `masks` (N, H, W)."""
+        images, targets = batch
+        found = model(images)
+        return [
+            in_pixels_of_file(output, image.shape[-2:], target["size"].tolist())
+            for output, image, target in zip(found, images, targets, strict=True)
+        ]
+
+    def evaluator(self, model: nn.Module, data: DetectionData, device: torch.device) -> DetectionEvaluator:
+        return DetectionEvaluator(data, self.coco.masks)
+
+
+def in_pixels_of_file(
+    output: Mapping[str, Tensor], seen: tuple[int, int] | torch.Size, size: list[int]
+) -> dict[str, Tensor]:
+    """The output of a detector for a resized image, for the image of the file.
+
+    Args:
+        output: `boxes`, `labels`, `scores`, and perhaps `masks` (N, 1, H, W), probabilities.
+        seen: height and width of what the detector has seen.
+        size: of the file.
+    """
+    height, width = size
+    factors = torch.tensor([width / seen[1], height / seen[0]] * 2, dtype=torch.float64)
+    boxes = output["boxes"].double() * factors.to(output["boxes"].device)
+    limits = torch.tensor([width, height] * 2, dtype=torch.float64, device=boxes.device)
+    found = {**output, "boxes": torch.minimum(boxes.clamp(min=0), limits)}
+    if "masks" in output:
+        resized = [
+            F.interpolate(part.float(), size=size, mode="bilinear", align_corners=False)[:, 0] > 0.5
+            for part in output["masks"].split(MASKS_AT_ONCE)
+            if len(part)
+        ]
+        none = torch.zeros(0, height, width, dtype=torch.bool, device=boxes.device)
+        found["masks"] = torch.cat(resized) if resized else none
+    return found
+
+
+class DetectionEvaluator:
+    """Average precision over batches of the task."""
+
+    def __init__(self, data: DetectionData, with_masks: bool):
+        self.evaluator = AveragePrecisionEvaluator(data.annotations, with_masks)
+
+    def update(self, output: list[dict[str, Tensor]], batch: Batch) -> None:
+        self.evaluator.add(output, [int(target["image_id"]) for target in batch[1]])
+
+    def compute(self, world: World) -> DetectionMetrics:
+        return self.evaluator.compute(world)
