@@ -26,6 +26,7 @@ PLUGINS = {
         "vision",
         "Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one.",
     ),
+    "predict": Plugin("vision", "Show what a trained model finds in pictures."),
     "reshard": Plugin("vision", "Rewrite a checkpoint of `checkpoint: sharded` as one file, or one file as shards."),
     "convert": Plugin("vision", "Convert official RevCol checkpoints to ours, and ours to the official layout."),
     "label": Plugin("labels", "Write what a teacher predicts for the images of a folder: soft labels to train on."),

@@ -1,4 +1,4 @@
-"""The commands `revnets train`, `eval`, `reshard` and `convert`. Heavy imports wait until a command runs."""
+"""The commands `revnets train`, `eval`, `predict`, `reshard` and `convert`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -76,6 +76,39 @@ def evaluate(
         from vision.cli.evaluate import evaluate_checkpoint
 
         evaluate_checkpoint(checkpoint, overrides or [], png, config, subset, trust)
+
+
+def predict(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint, or the folder of a run: then its best one.", show_default=False, readable=False
+        ),
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Files of pictures.", show_default=False, readable=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for pictures and predictions.json.", readable=False),
+    ] = None,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Least score of the objects that are drawn.")] = 0.5,
+    weights: Annotated[
+        Literal["auto", "raw", "ema"], typer.Option(help="auto: averaged over training if the run kept them.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    trust: Trust = False,
+) -> None:
+    """Show what a trained model finds in pictures.
+
+    Detectors draw boxes, masks, names and scores, and write predictions.json
+    in COCO's format. Segmenters draw the class of every pixel beside a legend.
+    Of classifiers the five best classes are printed.
+
+    revnets predict runs/mine photos/*.jpg -o predictions
+    """
+    with reported():
+        from vision.cli.predict import predict_files
+
+        predict_files(checkpoint, images, output, score, weights, device, trust)
 
 
 def reshard(

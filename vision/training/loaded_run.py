@@ -58,6 +58,14 @@ class Checkpoint:
         return tuple(names) if isinstance(names, (list, tuple)) else None
 
     @property
+    def category_ids(self) -> tuple[int, ...] | None:
+        """Numbers of the classes in files of COCO, of a detector with one for each."""
+        numbers = self.state.get("category_ids")
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != len(self.classes or ()):
+            return None
+        return tuple(numbers)
+
+    @property
     def weight_sets(self) -> dict[str, tuple[Any, Any]]:
         """Weights of the model and of heads at its columns, by `raw` and `ema`: those that there are."""
         keys = {"raw": ("model", "heads"), "ema": ("ema", "heads_ema")}
@@ -76,6 +84,7 @@ class LoadedRun:
         name: the checkpoint, or what else the model is from.
         classes: names in the order of the model's scores.
         device: of the model.
+        category_ids: numbers of the classes in files of COCO; None for models that are no detectors.
     """
 
     name: str
@@ -83,6 +92,7 @@ class LoadedRun:
     config: TrainConfig
     classes: tuple[str, ...]
     device: torch.device
+    category_ids: tuple[int, ...] | None = None
 
     @cached_property
     def data(self) -> ImageData:
@@ -198,7 +208,7 @@ def load_run(
     model = builders.build_model(config, data or _without_images(config, classes))
     reader.load_weights(model, sets[name][0], checkpoint.path)
     device = builders.choose_device(config.device)
-    return LoadedRun(str(checkpoint.path), model.to(device).eval(), config, classes, device)
+    return LoadedRun(str(checkpoint.path), model.to(device).eval(), config, classes, device, checkpoint.category_ids)
 
 
 def fresh_run(config: TrainConfig, name: str) -> LoadedRun:
