@@ -1,0 +1,163 @@
+"""Scenes with exact boxes, masks and maps of classes: clothes in front of textures, for detectors and segmenters.
+
+    apt install dataset-fashion-mnist && pip install scikit-image
+    python examples/scenes/make_scenes.py data/scenes                        # 1,500 and 200 scenes of 128 x 160
+    python examples/scenes/make_scenes.py data/few --train 100 --val 20      # a quick look
+
+Two to six clothes of Fashion-MNIST, tinted and 24 to 72 pixels large, are in front of one or two textures of
+scikit-image and hide one another. Validation has clothes of the test set and parts of the textures that training never
+shows. The folder is read by `data: {name: coco}` and by `data: {name: semantic_maps}`; the same seed gives the same
+files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+from PIL import Image
+from rich.progress import track
+
+from revnets import SpecError
+from revnets.utils.atomic_files import replacing_folder
+from vision.data.in_memory import read_idx
+from vision.detection.instance_masks import packed_mask
+
+THINGS = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+STUFF = ("grass", "gravel", "brick", "coffee", "hubble_deep_field")
+HEIGHT, WIDTH = 128, 160
+COUNT, SIDE = (2, 6), (24, 72)  # least and most clothes of a scene; pixels along a side of one
+LEAST_PIXELS = 40
+"""Clothes of which fewer are visible are no objects."""
+
+TRAINED_PART = 0.6
+"""The left part of each texture that training scenes are cut from; validation scenes are cut from the rest."""
+
+
+class Scene(NamedTuple):
+    """An image (H, W, 3), masks (N, H, W) of its objects with classes (N,), and a map (H, W): things, then stuff."""
+
+    pixels: np.ndarray
+    masks: list[np.ndarray]
+    classes: list[int]
+    numbers: np.ndarray
+
+
+def clothes(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 28, 28) and classes (N,) of a set of Fashion-MNIST, `train` or `t10k`."""
+    images, labels = (
+        read_idx(folder, f"{split}-{name}-ubyte", axes) for name, axes in (("images-idx3", 3), ("labels-idx1", 1))
+    )
+    return images.numpy(), labels.numpy()
+
+
+def textures(part: str) -> list[np.ndarray]:
+    """The pictures of `STUFF` (H, W, 3), the part for `training` or for `validation`."""
+    import skimage
+
+    found = []
+    for name in STUFF:
+        file = next((Path(skimage.__file__).parent / "data").glob(f"{name}.*"))
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        border = round(TRAINED_PART * pixels.shape[1])
+        found.append(pixels[:, :border] if part == "training" else pixels[:, border:])
+    return found
+
+
+def scene(generator: np.random.Generator, items: np.ndarray, labels: np.ndarray, behind: Sequence[np.ndarray]) -> Scene:
+    """A scene out of images (N, 28, 28) of clothes with their classes, and textures (H, W, 3)."""
+    pixels, numbers = background(generator, behind)
+    masks: list[np.ndarray] = []
+    classes: list[int] = []
+    for _ in range(generator.integers(COUNT[0], COUNT[1] + 1)):
+        index, side = generator.integers(len(items)), int(generator.integers(*SIDE))
+        item = np.asarray(Image.fromarray(items[index]).resize((side, side), Image.Resampling.BILINEAR))
+        top, left = (int(generator.integers(-side // 4, length - 3 * side // 4)) for length in (HEIGHT, WIDTH))
+        whole = np.zeros((HEIGHT + 2 * side, WIDTH + 2 * side), np.uint8)  # with room around the scene
+        whole[top + side : top + 2 * side, left + side : left + 2 * side] = item
+        whole = whole[side:-side, side:-side]
+        mask = whole > 24
+        pixels[mask] = (whole[mask][:, None] * generator.uniform(0.4, 1, 3)).astype(np.uint8)
+        numbers[mask] = labels[index]
+        masks = [other & ~mask for other in masks]
+        masks.append(mask)
+        classes.append(int(labels[index]))
+    seen = [place for place, mask in enumerate(masks) if mask.sum() >= LEAST_PIXELS]
+    return Scene(pixels, [masks[place] for place in seen], [classes[place] for place in seen], numbers)
+
+
+def background(generator: np.random.Generator, behind: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (H, W, 3) of one texture, or of two above one another, and their classes (H, W)."""
+    pixels, numbers = np.zeros((HEIGHT, WIDTH, 3), np.uint8), np.zeros((HEIGHT, WIDTH), np.uint8)
+    line = int(generator.integers(HEIGHT // 3, 2 * HEIGHT // 3)) if generator.random() < 0.7 else HEIGHT
+    for rows in (slice(0, line), slice(line, HEIGHT)):
+        kind = int(generator.integers(len(behind)))
+        top, left = (
+            int(generator.integers(side - part))
+            for side, part in zip(behind[kind].shape, (HEIGHT, WIDTH), strict=False)
+        )
+        pixels[rows] = behind[kind][top : top + HEIGHT, left : left + WIDTH][rows]
+        numbers[rows] = len(THINGS) + kind
+    return pixels, numbers
+
+
+def annotations_of(found: Scene, image: int) -> list[dict[str, Any]]:
+    """The objects of a scene as files of COCO have them, without numbers of their own."""
+    rows = []
+    for mask, kind in zip(found.masks, found.classes, strict=True):
+        lines, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        left, top, right, bottom = (int(value) for value in (columns[0], lines[0], columns[-1] + 1, lines[-1] + 1))
+        box = [left, top, right - left, bottom - top]
+        row = {"image_id": image, "category_id": kind + 1, "bbox": box, "area": int(mask.sum()), "iscrowd": 0}
+        rows.append({**row, "segmentation": packed_mask(mask)})
+    return rows
+
+
+def write_split(root: Path, split: str, count: int, fashion: Path, seed: int) -> None:
+    """Write the images, maps and annotations of `training` or `validation`."""
+    items, labels = clothes(fashion, "train" if split == "training" else "t10k")
+    behind = textures(split)
+    for folder in ("images", "annotations"):
+        (root / folder / split).mkdir(parents=True)
+    images, annotations = [], []
+    for number in track(range(count), split):
+        found = scene(np.random.default_rng((seed, split == "training", number)), items, labels, behind)
+        name = f"{number:05}.png"
+        Image.fromarray(found.pixels).save(root / "images" / split / name)
+        Image.fromarray(found.numbers).save(root / "annotations" / split / name)
+        images.append({"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH})
+        annotations += annotations_of(found, number)
+    numbered = [{"id": number, **row} for number, row in enumerate(annotations)]
+    categories = [{"id": number, "name": name} for number, name in enumerate(THINGS, 1)]
+    content = {"images": images, "annotations": numbered, "categories": categories}
+    (root / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def make(
+    root: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    train: Annotated[int, typer.Option(min=1, max=99_999, help="Scenes to train on.")] = 1500,
+    val: Annotated[int, typer.Option(min=1, max=99_999, help="Scenes for validation.")] = 200,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    fashion: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = Path("/usr/share/datasets/fashion-mnist"),
+) -> None:
+    """Make scenes for detection and segmentation."""
+    if root.exists():
+        raise typer.BadParameter(f"{root} is there already; give another folder", param_hint="ROOT")
+    try:
+        with replacing_folder(root) as folder:
+            write_split(folder, "training", train, fashion, seed)
+            write_split(folder, "validation", val, fashion, seed)
+            (folder / "classes.txt").write_text("\n".join((*THINGS, *STUFF)) + "\n")
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"error: {error.name} is not installed. Try: pip install scikit-image") from None
+    except SpecError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"wrote {root}")
+
+
+if __name__ == "__main__":
+    typer.run(make)
