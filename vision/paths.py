@@ -8,7 +8,7 @@ CONFIGS = Path(__file__).parent / "configs"
 """Recipes that come with the package: `revnets train digits` means `configs/digits.yaml`."""
 
 
-FOLDERS = (CONFIGS, CONFIGS / "finetune", CONFIGS / "segmentation")
+FOLDERS = (CONFIGS, CONFIGS / "finetune", CONFIGS / "segmentation", CONFIGS / "detection")
 """Where recipes are looked for by their names."""
 
 
