@@ -123,6 +123,16 @@ class ObjectDetection(Task):
             raise run_error("model", str(error), "See docs/guides/detection.md", code="component-failed") from error
         return model.train()
 
+    def planned(self, model: nn.Module) -> nn.Module:
+        """Never a step: how many boxes it has depends on values.
+
+        Raises:
+            revnets.SpecError: always.
+        """
+        name = cast(TimmModel, self.config.model).timm
+        problem = "a detector samples boxes by value, so that its step cannot be planned"
+        raise run_error("task", problem, f"Plan its backbone: revnets plan {name}", code="conflicting-values")
+
     def begin(self, model: nn.Module, data: DetectionData, world: World) -> str:
         """Put pretrained weights into the backbone."""
         assert self.config.pretrained is not None

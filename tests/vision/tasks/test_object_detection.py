@@ -13,7 +13,7 @@ from vision.cli.evaluate import evaluate_checkpoint
 from vision.config.run import load_config
 from vision.data.dataset import ImageData
 from vision.distributed.context import World
-from vision.tasks import create_task
+from vision.tasks import create_task, recipe_steps
 from vision.tasks.object_detection import in_pixels_of_file
 from vision.training.loaded_run import load_checkpoint
 from vision.training.run_log import read_log
@@ -167,6 +167,11 @@ def test_runs_that_cannot_be_are_refused(root, tmp_path, changes, code, key):
 
     with raises_error(code=code, key=key):
         begin()
+
+
+def test_the_step_of_a_detector_cannot_be_planned():
+    with torch.device("meta"), raises_error(code="conflicting-values", key="task", names="revnets plan revcol_tiny"):
+        recipe_steps.create("coco_cascade_revcol_tiny_3x")
 
 
 def test_a_detector_of_masks_needs_masks(root, tmp_path):
