@@ -20,7 +20,6 @@ from vision.detection.average_precision import AveragePrecisionEvaluator, Detect
 from vision.detection.coco_data import NOT_COUNTED, DetectionData, load_coco
 from vision.distributed.context import World
 from vision.errors import run_error
-from vision.models.architecture import RevCol
 from vision.tasks.base import Task
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -134,12 +133,11 @@ class ObjectDetection(Task):
         raise run_error("task", problem, f"Plan its backbone: revnets plan {name}", code="conflicting-values")
 
     def begin(self, model: nn.Module, data: DetectionData, world: World) -> str:
-        """Put pretrained weights into the backbone."""
+        """Put pretrained weights into the backbone, or those of a whole DINO into another one."""
         assert self.config.pretrained is not None
-        from vision.weights import finetune
+        from vision.detection.class_transfer import begin_detector
 
-        backbone = next(module for module in model.modules() if isinstance(module, RevCol))
-        return finetune.begin(backbone, self.config.pretrained, (), world)
+        return begin_detector(model, self.config.pretrained, data.classes, world)
 
     def training_task(self, model: nn.Module, data: DetectionData, device: torch.device) -> TrainingTask:
         """timm's task around the detector, whose BatchNorm counts over all processes where there are several GPUs."""

@@ -81,6 +81,20 @@ def test_every_detector_trains_and_is_evaluated(tmp_path, detector):
     assert 0 <= evaluated["raw_box_ap"] <= 100
 
 
+def test_a_dino_begins_with_the_weights_of_another_one(root, tmp_path):
+    task = {"type": "object_detection", "detector": "dino", **DETECTORS["dino"]}
+    data = coco_files.values(root) | {"masks": False}
+    config = run(root, tmp_path / "run", task=task, data=data, pretrained={"source": str(tmp_path / "given.pt")})
+    detection = create_task(config)
+    loaded = detection.load_data()
+    torch.manual_seed(1)
+    given, model = detection.build_model(loaded), detection.build_model(loaded)
+    torch.save({"model": given.state_dict(), "classes": list(loaded.classes)}, tmp_path / "given.pt")
+    detection.begin(model, loaded, World())
+    for name, tensor in given.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
 def test_losses_and_metrics_are_logged(trained):
     log = read_log(trained / "log.jsonl")
     train = next(line for line in log if line["kind"] == "train")
