@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from revnets.engine.errors import ReplayError
-from revnets.engine.torch_internals import is_compiled, shared_version, tree_leaves, tree_map
+from revnets.engine.torch_internals import is_compiled, shared_version, storage_key, tree_leaves, tree_map
 
 _PRODUCTS = frozenset(
     getattr(torch.ops.aten, name).default
@@ -53,6 +53,23 @@ def _place_of_dropout(func: Any) -> int | None:
     return names.index("dropout_p") if "dropout_p" in names else None
 
 
+@cache
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...] | None:
+    """Places and names of the arguments that an operator changes; None where it does not say."""
+    schema = getattr(func, "_schema", None)  # which higher-order operators have not
+    if schema is None:
+        return None
+    arguments = enumerate(schema.arguments)
+    return tuple((place, each.name) for place, each in arguments if each.alias_info and each.alias_info.is_write)
+
+
+def _written_storages(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """The memory that an operator changes. Version counters miss some of it, as that of `.data` and of `nn.GRU`."""
+    names = _written_arguments(func)
+    values = (args, kwargs) if names is None else [args[k] if k < len(args) else kwargs.get(name) for k, name in names]
+    return [storage_key(leaf) for leaf in tree_leaves(values) if _is_plain(leaf)]
+
+
 class _Result(NamedTuple):
     """What a product returned, and the versions of its tensors at that time."""
 
@@ -73,7 +90,8 @@ class _Result(NamedTuple):
 class KeptProducts:
     """The results that one call of a cell keeps.
 
-    A result that the cell changes in place is computed again in the replay, as without this class.
+    A result whose memory the cell changes in place is computed again in the replay, as without this class, and so are
+    sparse and distributed tensors.
 
     Args:
         cell: is called.
@@ -112,6 +130,8 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not is_product(func, args, kwargs):
+            for storage in _written_storages(func, args, kwargs):
+                self.written(storage)
             return func(*args, **kwargs)
         self._next += 1
         return self.product(self._next - 1, func, args, kwargs)
@@ -119,17 +139,27 @@ class _Counting(TorchDispatchMode):
     def product(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError
 
+    def written(self, storage: int) -> None:
+        """An operator is about to change this memory."""
+        raise NotImplementedError
+
 
 class _Recording(_Counting):
     def __init__(self, numbers: Collection[int], results: dict[int, _Result]):
         super().__init__()
         self._numbers, self._results = numbers, results
+        self._number_of: dict[int, int] = {}  # of the product that made a storage
 
     def product(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
         value = func(*args, **kwargs)
-        if number in self._numbers:
-            self._results[number] = _Result.of(func, value)
+        if number in self._numbers and all(map(_is_plain, filter(_is_tensor, tree_leaves(value)))):
+            self._results[number] = result = _Result.of(func, value)
+            self._number_of |= {storage_key(leaf): number for leaf in tree_leaves(result.value) if _is_tensor(leaf)}
         return value
+
+    def written(self, storage: int) -> None:
+        if storage in self._number_of:
+            self._results.pop(self._number_of[storage], None)
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
@@ -142,6 +172,8 @@ class _Giving(_Counting):
     def __init__(self, results: dict[int, _Result], name: str, cell: str):
         super().__init__()
         self._results, self._name, self._cell = results, name, cell
+        values = [result.value for result in results.values()]
+        self._storages = {storage_key(leaf) for leaf in tree_leaves(values) if _is_tensor(leaf)}
 
     def product(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
         result = self._results.get(number)
@@ -155,6 +187,22 @@ class _Giving(_Counting):
             )
         return tree_map(_alias, result.value)
 
+    def written(self, storage: int) -> None:
+        if storage in self._storages:
+            raise ReplayError(
+                f"{self._name} changes the result of a product in place in its replay, and did not in its forward",
+                cell=self._cell,
+            )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _is_plain(value: Any) -> bool:
+    """Is it a tensor with memory of its own? Sparse and distributed tensors have none."""
+    return _is_tensor(value) and value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
+
 
 def _alias(value: Any) -> Any:
     """The same memory as another tensor without a graph; the two count their versions together."""
@@ -165,4 +213,4 @@ def _alias(value: Any) -> Any:
 
 
 def _versions(value: Any) -> list[int]:
-    return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf._version for leaf in tree_leaves(value) if _is_tensor(leaf)]

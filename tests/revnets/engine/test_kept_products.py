@@ -264,3 +264,80 @@ def test_a_policy_that_was_pickled_without_the_field_loads():
     older.__setstate__(state[:6])
     assert older.products == ()
     assert pickle.loads(pickle.dumps(policy)) == policy
+
+
+class Recurrent(nn.Module):
+    """Its kernel changes results of products by way of views that count versions on their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(CHANNELS, CHANNELS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def by_data(y: Tensor) -> Tensor:
+    y.data.mul_(2)
+    return y
+
+
+def by_a_list(y: Tensor) -> Tensor:
+    torch._foreach_mul_([y.detach()], 2)
+    return y
+
+
+def by_parts(y: Tensor) -> Tensor:
+    with torch.no_grad():
+        torch.unsafe_chunk(y, 2, -1)[0].mul_(2)
+    return y
+
+
+class Doubled(nn.Module):
+    """Changes the result of a product so that its version counter does not show it."""
+
+    change = staticmethod(by_data)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.change(self.first(x))))
+
+
+@pytest.mark.parametrize("change", [by_data, by_a_list, by_parts])
+def test_changes_that_no_version_counter_shows(change, monkeypatch):
+    monkeypatch.setattr(Doubled, "change", staticmethod(change))
+    net = sequence(Doubled)
+    with net.using(modes="store"):
+        expected = gradients(net)
+    net.products = {cell: [0, 1] for cell in range(2, 7)}
+    assert equal(gradients(net), expected)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "exact"])
+def test_a_recurrent_layer(mode):
+    net = sequence(Recurrent)
+    with net.using(modes="store"):
+        expected = gradients(net)
+    net.memory = mode
+    net.products = {cell: range(20) for cell in range(2, 7)}
+    assert equal(gradients(net), expected)
+
+
+def test_sparse_tensors_beside_products():
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(CHANNELS, CHANNELS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y + torch.eye(CHANNELS).to_sparse().mul_(2).to_dense().sum(0)
+
+    net = sequence(Sparse)
+    with net.using(modes="store"):
+        expected = gradients(net)
+    net.products = {cell: [0] for cell in range(2, 7)}
+    assert equal(gradients(net), expected)
