@@ -80,7 +80,8 @@ class _Parts:
 
     def resize(self, short_side: int, long_side: int) -> None:
         size = list(fitted_size(self.size, short_side, long_side))
-        self.image, self.boxes = TF.resize(self.image, size, antialias=True), TF.resize(self.boxes, size)
+        self.image = TF.resize(self.image, size, antialias=True)
+        self.boxes = TF.clamp_bounding_boxes(TF.resize(self.boxes, size))  # rounding leaves some outside by a hair
         exact = TF.InterpolationMode.NEAREST_EXACT  # masks of tv_tensors are moved by up to a pixel
         self.layers = {name: TF.resize(layer, size, interpolation=exact) for name, layer in self.layers.items()}
 
