@@ -52,17 +52,18 @@ def parameter_groups(
     places = [(re.compile(matcher["stem"]), 0), *((re.compile(name), layer) for name, (layer,) in matcher["blocks"])]
     top = 1 + max(layer for _, layer in places)  # also of a backbone that has lost its highest levels
     exempt = {prefix + name for name in backbone.no_weight_decay()} | getattr(model, "no_weight_decay", set)()
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = next((layer for pattern, layer in places if pattern.match(name)), top)
         decays = parameter.ndim > 1 and name not in exempt
-        scale = backbone_lr_scale if name.startswith(prefix) else 1.0
+        is_inside = name.startswith(prefix)  # a classifier of the backbone has the layer of the heads
+        scale = backbone_lr_scale if is_inside else 1.0
         group = {
             "lr_scale": scale * (1.0 if layer_decay is None else layer_decay ** (top - layer)),
             "weight_decay": weight_decay if decays else 0.0,
             "params": [],
         }
-        groups.setdefault((layer, decays), group)["params"].append(parameter)
+        groups.setdefault((layer, decays, is_inside and backbone_lr_scale < 1), group)["params"].append(parameter)
     return list(groups.values())

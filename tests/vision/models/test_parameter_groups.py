@@ -153,3 +153,16 @@ def test_a_classifier_is_no_backbone_of_itself():
     assert find_backbone(model) is None
     with raises_error(code="conflicting-values", key="optimizer.backbone_lr_scale"):
         optimizer_of(model, backbone_lr_scale=0.5)
+
+
+def test_a_classifier_of_the_backbone_takes_no_rate_from_the_heads():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.head = timm.create_model("test_revcol", num_classes=3), nn.Linear(3, 5)
+
+    model = Wrapped()
+    groups = parameter_groups(model, 0.05, None, 0.1)
+    scales = by_name(model, groups, "lr_scale")
+    assert {scales[name] for name in scales if name.startswith("net.")} == {0.1}
+    assert {scales[name] for name in scales if name.startswith("head.")} == {1.0}
