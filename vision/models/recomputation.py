@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -24,28 +24,27 @@ def recomputed(module: nn.Module | Callable[..., Any], *args: Any, draws: bool =
     owner = module if isinstance(module, nn.Module) else cast(nn.Module, cast(Any, module).__self__)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _fixed_statistics(owner)
+        return nullcontext(), _FixedStatistics(owner)
 
     if not torch.is_grad_enabled():
         return module(*args)
     return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
 
 
-@contextmanager
-def _fixed_statistics(module: nn.Module) -> Iterator[None]:
-    """Leave running statistics as they are; batches are still normalized by their own."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    before = [(norm, norm.momentum, norm.num_batches_tracked, _copied(norm.num_batches_tracked)) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0  # the kernel then writes the old values
-    try:
-        yield
-    finally:
-        for norm, momentum, count, value in before:
-            norm.momentum = momentum
-            if count is not None and value is not None:
-                count.copy_(value)
+class _FixedStatistics(AbstractContextManager[None]):
+    """Leaves running statistics as they are; batches are still normalized by their own. Every replay enters it."""
 
+    def __init__(self, module: nn.Module):
+        self._norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+        self._outside: list[list[dict[str, Tensor]]] = []
 
-def _copied(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
+    def __enter__(self) -> None:
+        self._outside.append([dict(norm.named_buffers(recurse=False)) for norm in self._norms])
+        for norm in self._norms:
+            for name, statistic in norm.named_buffers(recurse=False):
+                setattr(norm, name, statistic.clone())
+
+    def __exit__(self, *exception: object) -> None:
+        for norm, statistics in zip(self._norms, self._outside.pop(), strict=True):
+            for name, statistic in statistics.items():
+                setattr(norm, name, statistic)
