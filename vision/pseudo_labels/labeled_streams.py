@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data.readers.class_map import remap_target
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -44,11 +45,15 @@ class LabeledStream(Stream):
         """Pictures with their keys and class numbers."""
         from webdataset.filters import map as mapped
 
-        self.reader._lazy_init()
-        decode = len(self.reader.ds.pipeline) - 2  # the last two stages of timm decode a sample and rename its items
-        self.reader.ds.pipeline.insert(decode, mapped(self._keyed))
-        for sample in self.reader.ds.with_epoch(self.reader._num_samples_per_worker()):
-            yield sample["image"], (sample["__key__"], sample["target"])
+        reader = self.reader
+        reader._lazy_init()
+        decode = len(reader.ds.pipeline) - 2  # the last two stages of timm decode a sample and rename its items
+        reader.ds.pipeline.insert(decode, mapped(self._keyed))
+        for sample in reader.ds.with_epoch(reader._num_samples_per_worker()):
+            label = sample["target"]
+            if reader.remap_class and self.head is not None:  # by `class_map`, as timm's own iterator does
+                label = remap_target(label, reader.class_to_idx, reader._source_names, dense=reader.dense_target)
+            yield sample["image"], (sample["__key__"], label)
 
     def _keyed(self, sample: dict[str, Any]) -> dict[str, Any] | None:
         """A sample with the name of its tar in its key; None for one that is left out."""

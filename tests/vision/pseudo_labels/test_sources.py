@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -206,6 +208,20 @@ def test_a_sample_without_label_stops_a_stream(tmp_path, shards):
     data = data_of(tmp_path / "run", stream_of(root, head="insects", labels=str(other)))
     with pytest.raises(DataError, match=r"train-\d.tar/\d_\d"):
         list(data.train)
+
+
+def classes_of(stream):
+    return sorted(int(target[:3].argmax()) for _, target in stream)
+
+
+def test_a_class_map_numbers_the_classes_of_a_stream(tmp_path):
+    pytest.importorskip("webdataset")
+    root = image_folders.shards(tmp_path / "shards", count=2, each=1)  # both of class 0
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps({0: 2, 1: 1, 2: 0}))
+    plain = data_of(tmp_path / "run", stream_of(root, head="insects"))
+    mapped = data_of(tmp_path / "run", stream_of(root, head="insects", class_map=str(tmp_path / "map.pkl")))
+    assert (classes_of(plain.train), classes_of(mapped.train)) == ([0, 0], [2, 2])
+    assert [target.tolist() for _, target in mapped.val] == [[2, -1]]
 
 
 @pytest.mark.parametrize(
