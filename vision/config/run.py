@@ -25,7 +25,8 @@ from revnets.config.imports import foreign_file, imported
 from revnets.config.loader import Source, Strict, UserPath, read_layers
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
-from vision.config.data import DataConfig, DigitsConfig, ImagesConfig, SourcesConfig, require_heads
+from vision.config.data import DataConfig, DigitsConfig, ImagesConfig, SourcesConfig
+from vision.config.heads import require_heads
 from vision.config.learning import (
     EmaConfig,
     Heads,
@@ -203,7 +204,8 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        require_heads(self.data, self.heads)
+        if self.heads is not None or not isinstance(self.data, DigitsConfig):
+            require_heads(self.data, self.heads)
         if self.updates is not None and self.epochs != type(self).model_fields["epochs"].default:
             text = f"the run is {self.updates} updates long, and {self.epochs} epochs as well"
             raise problem(text, "Remove the key, or set updates: null", "epochs", code="conflicting-values")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tests.support.errors import raises_error
-from tests.support.labeling import HEADS, run_of, train, two_sources
+from tests.support.labeling import HEADS, run_of, source, train, two_sources
 from tests.support.training_processes import process, together
 from tests.support.training_runs import assert_same
 from tests.vision.cli.test_train_and_eval import call
@@ -181,3 +181,18 @@ def test_mistakes_in_sources_are_named(tmp_path, first, second, code, key):
     sources = [one | changes for one, changes in zip(two_sources(tmp_path), (first, second), strict=True)]
     with raises_error(code=code, key=key):
         load_config(run_of(tmp_path / "run", *sources))
+
+
+@pytest.mark.parametrize(
+    ("heads", "is_list", "code", "key"),
+    [
+        (None, False, "missing-key", "data.weight"),
+        ({"insects": 3}, False, "conflicting-values", "data.weight"),
+        ({"insects": 3}, True, "conflicting-values", "data.0.weight"),
+    ],
+)
+def test_a_weight_of_a_single_source_is_refused(tmp_path, heads, is_list, code, key):
+    entry = source(tmp_path, weight=2.0, head=None if heads is None else "insects")
+    config = {**run_of(tmp_path / "run"), "heads": heads, "data": [entry] if is_list else entry}
+    with raises_error(code=code, key=key):
+        load_config(config)
