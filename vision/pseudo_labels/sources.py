@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from revnets.config.errors import ConfigError
 from vision.config.data import ImagesConfig, SourcesConfig
 from vision.data.dataset import ImageData, Unreadable
 from vision.data.image_files import ImageFiles, NumberedFiles
@@ -55,14 +57,15 @@ def load_sources(
             problem = f"images of {source.name} have no keys, by which labels are found"
             raise run_error(f"{place}.name", problem, "Give folder, tar or wds", code="conflicting-values")
         data = None
-        if source.head is not None:
-            data = load_images(_without_list(source), seed + number, unreadable, world)
-            others = names.setdefault(source.head, data.classes)
-            _require_classes(data.classes, others, source.head, targets.heads, place)
-            remarks += data.remarks
-            val.append((heads.index(source.head), data.val))
-        join = _labeled_stream if source.is_stream else _training_set
-        train.append(join(source, data, targets, seed + number, unreadable, place, remarks, world))
+        with _errors_at(place):
+            if source.head is not None:
+                data = load_images(_without_list(source), seed + number, unreadable, world)
+                others = names.setdefault(source.head, data.classes)
+                _require_classes(data.classes, others, source.head, targets.heads, place)
+                remarks += data.remarks
+                val.append((heads.index(source.head), data.val))
+            join = _labeled_stream if source.is_stream else _training_set
+            train.append(join(source, data, targets, seed + number, unreadable, place, remarks, world))
     if not val:
         remedy = "Give one source the head that its class folders belong to"
         raise run_error("data", "no source has images to validate on", remedy, code="empty-data")
@@ -194,6 +197,19 @@ class HeadClasses(Dataset[tuple[Tensor, Tensor]]):
         classes = torch.full((self.heads,), -1)
         classes[self.head] = label
         return image, classes
+
+
+@contextmanager
+def _errors_at(place: str) -> Iterator[None]:
+    """Give errors of readers, which know a single source `data`, the key of one of several, such as `data.1`."""
+    try:
+        yield
+    except ConfigError as error:
+        inside = error.key == place or error.key.startswith(f"{place}.")
+        if inside or error.key.partition(".")[0] != "data":
+            raise
+        key = place + error.key.removeprefix("data")
+        raise ConfigError(error.source, key, error.message, error.hint, error.code) from None
 
 
 def _require_root(source: ImagesConfig, place: str) -> None:

@@ -158,6 +158,13 @@ def test_classes_that_do_not_fit_are_named(tmp_path, web):
         data_of(tmp_path / "run", source(web, labels=str(folder)))
 
 
+@pytest.mark.parametrize(("key", "code"), [("exclude", "missing-file"), ("root", "missing-file")])
+def test_errors_name_the_number_of_a_source(tmp_path, key, code):
+    first, second = two_sources(tmp_path)
+    with raises_error(code=code, key=f"data.1.{key}"):
+        data_of(tmp_path / "run", first, second | {key: str(tmp_path / "none")})
+
+
 def stream_of(root, **changes):
     return {"name": "wds", "root": str(root), "img_size": 16, "num_classes": 3, **changes}
 
