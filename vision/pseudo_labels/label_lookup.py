@@ -51,6 +51,11 @@ class LabelLookup:
             found[first.partition("/")[0]] = number
         return found
 
+    @cached_property
+    def archives(self) -> frozenset[str]:
+        """Names of the tars whose images the teacher has seen."""
+        return frozenset(key.partition("/")[0] for key in (*self.files, *self.unreadable)) - {""}
+
     def __call__(self, key: str) -> tuple[Mapping[str, SparseProbabilities], int]:
         """Labels by head, and the row of a sample in them; -1 if the teacher could not read it.
 
@@ -77,6 +82,12 @@ class LabelLookup:
             batches = [] if number is None else list(self.folder.files[number].batches(2**16))
             keys = [sample_key(key) for batch in batches for key in batch.keys]
             labels = {name: joined_rows([batch.heads[name] for batch in batches]) for name in self.shared}
-            self.kept[archive] = {key: row for row, key in enumerate(keys)}, labels
+            rows = {key: row for row, key in enumerate(keys)}
+            if number is not None and len(rows) < len(keys):
+                twice = next(key for row, key in enumerate(keys) if rows[key] != row)
+                problem, path = f"two images belong to the sample {twice}", str(self.folder.files[number].path)
+                remedy = "Label one image of each sample: revnets label --input-key"
+                raise ConfigError(path, "", problem, remedy, code="name-clash")
+            self.kept[archive] = rows, labels
         self.kept.move_to_end(archive)
         return self.kept[archive]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch.utils.data import ConcatDataset, Dataset
 from revnets.config.errors import ConfigError
 from vision.config.data import ImagesConfig, SourcesConfig
 from vision.data.dataset import ImageData, Unreadable
-from vision.data.image_files import ImageFiles, NumberedFiles
+from vision.data.image_files import ImageFiles, NumberedFiles, listed
 from vision.data.key_lists import read_keys
 from vision.data.samplers import Key
+from vision.data.streaming import Stream
 from vision.data.timm_readers import Images, leave_out, load_images, training_stream
 from vision.data.transforms import train_transform
 from vision.distributed.context import World
@@ -138,12 +140,29 @@ def _labeled_stream(
     """The samples of shards, which find their labels as they come."""
     _require_root(source, place)
     stream = data.train if data is not None else training_stream(source, unreadable, world, seed)
-    lookup = None
+    tars, lookup, excluded = _tars(stream), None, frozenset[str]()
     if source.labels is not None:
         folder = read_labels(source.labels)
         lookup = LabelLookup(folder, require_heads_of(folder, targets.heads, f"{place}.labels"))
-    excluded = frozenset() if source.exclude is None else frozenset(map(sample_key, read_keys(source.exclude)))
+        if missing := sorted(tars - lookup.archives):
+            problem = f"{folder.path} has no labels of {listed(missing)}"
+            raise run_error(f"{place}.labels", problem, "Label these tars: revnets label", code="misaligned-data")
+        if others := sorted(lookup.archives - tars):
+            remarks.append(f"{folder.path} has labels of tars that are not trained on: {listed(others)}")
+    if source.exclude is not None:
+        keys = read_keys(source.exclude)
+        excluded = frozenset(sample_key(key) for key in keys if key.partition("/")[0] in tars)
+        if keys and not excluded:
+            problem = f"no key in {source.exclude} begins with the name of a tar of {source.root}, such as {min(tars)}/"
+            raise run_error(f"{place}.exclude", problem, "Check the list", code="misaligned-data")
+        if unknown := sorted(key for key in keys if key.partition("/")[0] not in tars):
+            remarks.append(f"{source.exclude} has keys of tars that are not trained on: {listed(unknown)}")
     return LabeledStream(stream, targets, source.head, lookup, excluded)
+
+
+def _tars(stream: Stream) -> frozenset[str]:
+    """Names of the shards of a stream, as keys have them."""
+    return frozenset(map(os.path.basename, stream.reader.split_info.filenames))
 
 
 class HeadImages(Dataset[tuple[Tensor, Tensor]]):

@@ -17,8 +17,8 @@ from tests.support.labeling import HEADS, run_of, source, two_sources
 from vision.config.run import load_config
 from vision.data.samplers import Key
 from vision.errors import DataError
-from vision.pseudo_labels.label_files import Provenance, part_path, write_part
-from vision.pseudo_labels.label_lookup import sample_key
+from vision.pseudo_labels.label_files import Provenance, part_path, read_labels, write_part
+from vision.pseudo_labels.label_lookup import LabelLookup, sample_key
 from vision.pseudo_labels.sparse import largest
 from vision.pseudo_labels.targets import HeadTargets, listing_digest
 from vision.tasks import create_task
@@ -229,6 +229,30 @@ def test_a_class_map_numbers_the_classes_of_a_stream(tmp_path):
     mapped = data_of(tmp_path / "run", stream_of(root, head="insects", class_map=str(tmp_path / "map.pkl")))
     assert (classes_of(plain.train), classes_of(mapped.train)) == ([0, 0], [2, 2])
     assert [target.tolist() for _, target in mapped.val] == [[2, -1]]
+
+
+def test_streams_are_compared_with_labels_and_lists(tmp_path, shards):
+    root, folder = shards
+    few = labeled(tmp_path / "few", ["train-0.tar/0_0.jpg"], cuts=1)
+    with raises_error(code="misaligned-data", key="data.0.labels", names="train-1.tar"):
+        data_of(tmp_path / "run", stream_of(root, head="insects", labels=str(few)))
+    for content, is_refused in (("0_0.jpg\n", True), ("train-0.tar/0_0.jpg\nval-0.tar/0_0.jpg\n", False)):
+        (tmp_path / "list.txt").write_text(content)
+        entry = stream_of(root, head="insects", exclude=str(tmp_path / "list.txt"))
+        if is_refused:
+            with raises_error(code="misaligned-data", key="data.0.exclude"):
+                data_of(tmp_path / "run", entry)
+        else:
+            assert "val-0.tar/0_0.jpg" in data_of(tmp_path / "run", entry).remarks[-1]
+    entry = stream_of(root, head="insects", labels=str(folder), train_split="train-0.tar", train_samples=6)
+    assert "train-1.tar" in data_of(tmp_path / "run", entry).remarks[-1]
+
+
+def test_labels_of_two_images_of_a_sample_are_refused(tmp_path):
+    folder = labeled(tmp_path / "labels", ["a.tar/x.jpg", "a.tar/x.seg.png"], cuts=1)
+    lookup = LabelLookup(read_labels(folder), ["eyes"])
+    with pytest.raises(DataError, match=r"part-00000.parquet: .* a\.tar/x\."):
+        lookup("a.tar/x")
 
 
 @pytest.mark.parametrize(
