@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vision.data.samplers import seeded
 from vision.data.streaming import Stream, class_of
+from vision.errors import DataError
 from vision.pseudo_labels.label_lookup import LabelLookup
 from vision.pseudo_labels.targets import HeadTargets
 
@@ -82,7 +83,8 @@ class LabeledStream(Stream):
 class MixedStreams(IterableDataset[tuple[Tensor, Tensor]]):
     """Several training streams as one. Each sample comes from one of them, drawn by its weight.
 
-    A stream that ends before the others begins again, with other augmentations.
+    A stream that ends before the others begins again, with other augmentations. One without a usable sample in the
+    shards of a worker leaves its share to the others there; without any in all streams there is a `DataError`.
 
     Args:
         streams: at least one.
@@ -113,15 +115,17 @@ class MixedStreams(IterableDataset[tuple[Tensor, Tensor]]):
         generator = np.random.default_rng((self.seed, self.epoch, world.rank, worker.id if worker else 0))
         for stream in self.streams:
             stream.turn = 0
-        running = [iter(stream) for stream in self.streams]
+        running, shares = [iter(stream) for stream in self.streams], self.shares
         for _ in range(-(-len(self) // (world.size * workers))):
-            number = int(generator.choice(len(running), p=self.shares))
-            sample = next(running[number], None)
-            if sample is None:
-                running[number] = iter(self.streams[number])
+            sample = None
+            while sample is None:
+                number = int(generator.choice(len(running), p=shares))
                 sample = next(running[number], None)
-            if sample is None:  # nothing in it can be read
-                return
+                if sample is None:
+                    running[number] = iter(self.streams[number])
+                    sample = next(running[number], None)
+                if sample is None:
+                    shares = self._without(number, shares)
             yield sample
 
 
@@ -135,6 +139,14 @@ class ClassStreams(IterableDataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, streams: Sequence[tuple[int, Stream]], heads: int):
         self.streams, self.heads = streams, heads
+
+    def _without(self, number: int, shares: np.ndarray) -> np.ndarray:
+        """The shares when a stream has no samples."""
+        others = np.where(np.arange(len(shares)) == number, 0.0, shares)
+        if not others.any():
+            root = self.streams[number].reader.root
+            raise DataError(f"{root}: some shards have no sample that can be used. Check exclude and labels")
+        return others / others.sum()
 
     def __len__(self) -> int:
         return sum(len(stream) for _, stream in self.streams)

@@ -38,11 +38,16 @@ def load_sources(
     seed: int,
     unreadable: Unreadable,
     world: World,
+    workers: int | None = None,
 ) -> ImageData:
     """The data of a run with several heads.
 
     A training sample is an image with the target of `targets`; a sample of the validation set has a class number for
     each head, -1 where it has none. Sources with a `head` have a validation set, others are for training alone.
+
+    Args:
+        workers: processes of each rank that load images; every one needs a shard of each stream. None if nothing is
+            trained.
 
     Raises:
         revnets.SpecError: data or labels are missing, or do not fit the heads.
@@ -68,6 +73,8 @@ def load_sources(
                 val.append((heads.index(source.head), data.val))
             join = _labeled_stream if source.is_stream else _training_set
             train.append(join(source, data, targets, seed + number, unreadable, place, remarks, world))
+        if source.is_stream and workers is not None:
+            _require_shards(train[-1], world.size, max(1, workers), place)
     if not val:
         remedy = "Give one source the head that its class folders belong to"
         raise run_error("data", "no source has images to validate on", remedy, code="empty-data")
@@ -229,6 +236,15 @@ def _errors_at(place: str) -> Iterator[None]:
             raise
         key = place + error.key.removeprefix("data")
         raise ConfigError(error.source, key, error.message, error.hint, error.code) from None
+
+
+def _require_shards(stream: Stream, processes: int, workers: int, place: str) -> None:
+    shards = len(stream.reader.split_info.filenames)
+    if shards < processes * workers:
+        needed = processes * workers
+        problem = f"{stream.reader.root} has {shards} of {needed} tars, one for each worker of each process"
+        remedy = f"Divide the images among {needed} tars or more, or set workers to a smaller number"
+        raise run_error(f"{place}.root", problem, remedy, code="too-few-samples")
 
 
 def _require_root(source: ImagesConfig, place: str) -> None:

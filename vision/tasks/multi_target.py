@@ -48,7 +48,9 @@ class MultiTarget(Classification):
             raise run_error("data", "has no heads", "Give images of class folders", code="conflicting-values")
         targets = HeadTargets(self.heads, self.config.label_smoothing)
         unreadable = Unreadable(notes, images.unreadable)
-        return load_sources(cast(Any, self.config.data), targets, self.config.seed, unreadable, world or World())
+        config = cast(Any, self.config.data)
+        workers = self.config.workers if world is not None else None  # without a world nothing is trained
+        return load_sources(config, targets, self.config.seed, unreadable, world or World(), workers)
 
     @property
     def criterion(self) -> nn.Module:

@@ -16,6 +16,7 @@ from tests.support.errors import raises_error
 from tests.support.labeling import HEADS, run_of, source, two_sources
 from vision.config.run import load_config
 from vision.data.samplers import Key
+from vision.distributed.context import World
 from vision.errors import DataError
 from vision.pseudo_labels.label_files import Provenance, part_path, read_labels, write_part
 from vision.pseudo_labels.label_lookup import LabelLookup, sample_key
@@ -49,6 +50,11 @@ def keys_of(root):
 
 def data_of(output, *sources, **changes):
     return create_task(load_config(run_of(output, *sources, **changes))).load_data()
+
+
+def training_data(output, *sources, **changes):
+    """The same as a trainer has it, with all checks."""
+    return create_task(load_config(run_of(output, *sources, **changes))).load_data(world=World())
 
 
 @pytest.fixture
@@ -229,6 +235,26 @@ def test_a_class_map_numbers_the_classes_of_a_stream(tmp_path):
     mapped = data_of(tmp_path / "run", stream_of(root, head="insects", class_map=str(tmp_path / "map.pkl")))
     assert (classes_of(plain.train), classes_of(mapped.train)) == ([0, 0], [2, 2])
     assert [target.tolist() for _, target in mapped.val] == [[2, -1]]
+
+
+def test_every_worker_needs_a_shard_of_each_stream(tmp_path, shards):
+    root, folder = shards
+    sources = stream_of(root, head="insects"), stream_of(root, labels=str(folder))
+    assert len(training_data(tmp_path / "run", *sources, workers=2).train) == 24
+    with raises_error(code="too-few-samples", key="data.0.root"):
+        training_data(tmp_path / "run", *sources, workers=3)
+
+
+def test_a_stream_without_samples_leaves_its_share_to_others(tmp_path, shards):
+    root, folder = shards
+    names = tmp_path / "list.txt"
+    names.write_text("".join(f"train-{shard}.tar/{shard}_{number}.jpg\n" for shard in range(2) for number in range(6)))
+    own, none = stream_of(root, head="insects"), stream_of(root, labels=str(folder), exclude=str(names))
+    targets = [target for _, target in data_of(tmp_path / "run", own, none).train]
+    assert len(targets) == 24
+    assert not torch.stack(targets)[:, 3:].any()
+    with pytest.raises(DataError, match="shards"):
+        next(iter(data_of(tmp_path / "run", own | {"exclude": str(names)}, none).train))
 
 
 def test_streams_are_compared_with_labels_and_lists(tmp_path, shards):
