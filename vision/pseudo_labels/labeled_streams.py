@@ -16,6 +16,7 @@ from vision.data.samplers import seeded
 from vision.data.streaming import Stream, class_of
 from vision.errors import DataError
 from vision.pseudo_labels.label_lookup import LabelLookup
+from vision.pseudo_labels.mixture import finite_weights
 from vision.pseudo_labels.targets import HeadTargets
 
 
@@ -41,6 +42,11 @@ class LabeledStream(Stream):
         vars(self).update(vars(stream))
         self.targets, self.head, self.lookup, self.excluded = targets, head, lookup, excluded
         self.turn = 0  # how often this process has begun the stream
+
+    @property
+    def soft_heads(self) -> tuple[str, ...]:
+        """Heads with soft labels."""
+        return () if self.lookup is None else tuple(self.lookup.shared)
 
     def _samples(self) -> Iterator[tuple[Any, Any]]:
         """Pictures with their keys and class numbers."""
@@ -94,11 +100,16 @@ class MixedStreams(IterableDataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, streams: Sequence[LabeledStream], weights: Sequence[float] | None, seed: int):
         self.streams, self.seed = streams, seed
-        parts = np.array([len(stream) for stream in streams] if weights is None else weights, dtype=np.float64)
+        parts = finite_weights([len(stream) for stream in streams] if weights is None else weights)
         self.shares = parts / parts.sum()
 
     def __len__(self) -> int:
         return sum(len(stream) for stream in self.streams)
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each stream in an epoch, on average."""
+        return np.rint(self.shares * len(self)).astype(int).tolist()
 
     @property
     def epoch(self) -> int:
@@ -128,6 +139,14 @@ class MixedStreams(IterableDataset[tuple[Tensor, Tensor]]):
                     shares = self._without(number, shares)
             yield sample
 
+    def _without(self, number: int, shares: np.ndarray) -> np.ndarray:
+        """The shares when a stream has no samples."""
+        others = np.where(np.arange(len(shares)) == number, 0.0, shares)
+        if not others.any():
+            root = self.streams[number].reader.root
+            raise DataError(f"{root}: some shards have no sample that can be used. Check exclude and labels")
+        return others / others.sum()
+
 
 class ClassStreams(IterableDataset[tuple[Tensor, Tensor]]):
     """Validation streams one after another, with class numbers (heads,) of which one counts.
@@ -139,14 +158,6 @@ class ClassStreams(IterableDataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, streams: Sequence[tuple[int, Stream]], heads: int):
         self.streams, self.heads = streams, heads
-
-    def _without(self, number: int, shares: np.ndarray) -> np.ndarray:
-        """The shares when a stream has no samples."""
-        others = np.where(np.arange(len(shares)) == number, 0.0, shares)
-        if not others.any():
-            root = self.streams[number].reader.root
-            raise DataError(f"{root}: some shards have no sample that can be used. Check exclude and labels")
-        return others / others.sum()
 
     def __len__(self) -> int:
         return sum(len(stream) for _, stream in self.streams)

@@ -31,7 +31,7 @@ class Mixture(Dataset[Any]):
     def __init__(self, sets: Sequence[Any], weights: Sequence[float] | None = None):
         self.sets, self.sizes = sets, [len(one) for one in sets]
         total = sum(self.sizes)
-        parts = np.cumsum(self.sizes if weights is None else weights, dtype=np.float64)
+        parts = np.cumsum(finite_weights(self.sizes if weights is None else weights))
         self.starts = [0, *np.rint(parts / parts[-1] * total).astype(int).tolist()]
         self.counts = np.diff(self.starts).tolist()
         self.steps = [_even_step(size) for size in self.sizes]
@@ -44,6 +44,11 @@ class Mixture(Dataset[Any]):
         place = key.epoch * self.counts[number] + key.index - self.starts[number]
         turn, place = divmod(place, self.sizes[number])
         return self.sets[number][Key(turn, place * self.steps[number] % self.sizes[number])]
+
+
+def finite_weights(weights: Sequence[float]) -> np.ndarray:
+    """Weights times a power of two, which changes no share, so that their sum is finite."""
+    return np.ldexp(np.array(weights, dtype=np.float64), -np.frexp(float(max(weights)))[1])
 
 
 def _even_step(size: int) -> int:

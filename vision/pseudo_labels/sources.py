@@ -47,10 +47,10 @@ def load_sources(
 
     Args:
         workers: processes of each rank that load images; every one needs a shard of each stream. None if nothing is
-            trained.
+            trained, so that heads without labels, streams of few shards and tiny weights do no harm.
 
     Raises:
-        revnets.SpecError: data or labels are missing, or do not fit the heads.
+        revnets.SpecError: data or labels are missing or do not fit the heads, or a source has no images to train on.
     """
     is_list = isinstance(config, SourcesConfig)
     sources, heads = config.sources if is_list else (config,), list(targets.heads)
@@ -78,6 +78,8 @@ def load_sources(
     if not val:
         remedy = "Give one source the head that its class folders belong to"
         raise run_error("data", "no source has images to validate on", remedy, code="empty-data")
+    if workers is not None:
+        _require_labels(heads, {*names, *(name for one in train for name in one.soft_heads)})
     first = sources[0]
     for head, count in targets.heads.items():
         names.setdefault(head, tuple(map(str, range(count))))
@@ -88,6 +90,10 @@ def load_sources(
     else:
         mixed = Mixture(train, weights)
         whole = ConcatDataset([HeadClasses(images, head, len(heads)) for head, images in val])
+    for number, count in enumerate(mixed.counts):
+        if count == 0 and workers is not None:
+            problem = f"no image of this source is among the {len(mixed)} of an epoch"
+            raise run_error(f"data.{number}.weight", problem, "Give a larger weight", code="out-of-range")
     classes = tuple(f"{head}/{name}" for head in heads for name in names[head])
     shape = (3, first.img_size, first.img_size)
     return ImageData(mixed, whole, classes, shape, first.mean, first.std, unreadable, tuple(remarks))
@@ -130,6 +136,9 @@ def _training_set(
             kept = np.flatnonzero(rows >= 0)
             if len(kept) < len(reader):
                 remarks.append(f"left out, for the teacher could not read them: {len(reader) - len(kept)} images")
+            if not len(kept):
+                problem = f"the teacher could read no image of {reader.root}"
+                raise run_error(f"{place}.labels", problem, "Leave out this source", code="empty-data")
     images = Images(NumberedFiles(reader, kept.tolist()), train_transform(source), unreadable, seed, source.exif)
     return HeadImages(images, targets, source.head, reader.targets, soft, rows)
 
@@ -201,6 +210,11 @@ class HeadImages(Dataset[tuple[Tensor, Tensor]]):
             rows,
         )
 
+    @property
+    def soft_heads(self) -> tuple[str, ...]:
+        """Heads with soft labels."""
+        return tuple(self.soft or ())
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -245,6 +259,13 @@ def _require_shards(stream: Stream, processes: int, workers: int, place: str) ->
         problem = f"{stream.reader.root} has {shards} of {needed} tars, one for each worker of each process"
         remedy = f"Divide the images among {needed} tars or more, or set workers to a smaller number"
         raise run_error(f"{place}.root", problem, remedy, code="too-few-samples")
+
+
+def _require_labels(heads: Sequence[str], labeled: set[str]) -> None:
+    for head in heads:
+        if head not in labeled:
+            remedy = "Remove it, or give it to a source with its classes"
+            raise run_error(f"heads.{head}", "no source has labels of this head", remedy, code="class-mismatch")
 
 
 def _require_root(source: ImagesConfig, place: str) -> None:

@@ -42,6 +42,11 @@ def test_weights_are_shares_of_an_epoch():
     assert Counter(name for name, _ in epoch(mixture, 5)) == {"a": 60, "b": 40, "c": 20}
 
 
+@pytest.mark.parametrize("scale", [1.7e308, 5e-324])
+def test_shares_of_huge_and_tiny_weights_are_finite(scale):
+    assert Mixture([Numbers("a", 7), Numbers("b", 13)], [scale, scale]).counts == [10, 10]
+
+
 @pytest.mark.parametrize("size", [1, 2, 6, 11, 89, 360])
 def test_a_set_is_seen_as_a_whole_before_it_is_seen_again(size):
     """Also where epochs end in its middle; a repeated sample has another key, and so another augmentation."""

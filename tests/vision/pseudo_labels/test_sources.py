@@ -20,7 +20,7 @@ from vision.distributed.context import World
 from vision.errors import DataError
 from vision.pseudo_labels.label_files import Provenance, part_path, read_labels, write_part
 from vision.pseudo_labels.label_lookup import LabelLookup, sample_key
-from vision.pseudo_labels.sparse import largest
+from vision.pseudo_labels.sparse import joined_rows, largest
 from vision.pseudo_labels.targets import HeadTargets, listing_digest
 from vision.tasks import create_task
 
@@ -34,7 +34,7 @@ def labeled(folder, keys, missing=(), heads=HEADS, digest=None, cuts=2):
     for part, piece in enumerate(pieces):
         kept = [key for key in piece if key not in missing]
         rows = {head: [probabilities(names.index(key), count) for key in kept] for head, count in heads.items()}
-        soft = {head: largest(torch.stack(found), 0.2) for head, found in rows.items()}
+        soft = {head: largest(torch.stack(found), 0.2) if found else joined_rows([]) for head, found in rows.items()}
         write_part(part_path(folder, part), set_of, part, kept, soft, [key for key in piece if key in missing])
     return folder
 
@@ -162,6 +162,28 @@ def test_classes_that_do_not_fit_are_named(tmp_path, web):
     folder = labeled(tmp_path / "labels", keys_of(web))
     with raises_error(code="empty-data", key="data"):
         data_of(tmp_path / "run", source(web, labels=str(folder)))
+
+
+def test_a_source_without_an_image_is_named(tmp_path, web):
+    folder = labeled(tmp_path / "labels", keys_of(web), missing=keys_of(web))
+    sources = [{**one, "weight": 1.0} for one in two_sources(tmp_path)]
+    with raises_error(code="empty-data", key="data.2.labels"):
+        data_of(tmp_path / "run", *sources, source(web, labels=str(folder), weight=1.0))
+
+
+def test_a_source_that_no_epoch_would_show_is_named(tmp_path):
+    sources = [one | {"weight": weight} for one, weight in zip(two_sources(tmp_path), (1.0, 1e-6), strict=True)]
+    with raises_error(code="out-of-range", key="data.1.weight"):
+        training_data(tmp_path / "run", *sources)
+    assert len(data_of(tmp_path / "run", *sources).val) == 13  # an evaluation needs no training set
+
+
+def test_a_head_without_labels_is_named(tmp_path, web):
+    entry, folder = two_sources(tmp_path)[0], labeled(tmp_path / "labels", keys_of(web), heads={"insects": 3})
+    for number, sources in enumerate(([entry], [entry, source(web, labels=str(folder))])):
+        with raises_error(code="class-mismatch", key="heads.eyes"):
+            training_data(tmp_path / f"run-{number}", *sources)
+        assert len(data_of(tmp_path / f"run-{number}", *sources).val) == 9
 
 
 @pytest.mark.parametrize(("key", "code"), [("exclude", "missing-file"), ("root", "missing-file")])
