@@ -59,7 +59,7 @@ class PreTrainedLanguageModel(PreTrainedModel):
         folder = Path(pretrained_model_name_or_path or "") / (kwargs.get("subfolder") or "")
         kwargs.setdefault("use_safetensors", True)
         require_config(folder)
-        if (folder / "config.json").exists():
+        if pretrained_model_name_or_path and (folder / "config.json").exists():
             given = kwargs.get("config")
             config = given if isinstance(given, PreTrainedConfig) else RevColLMConfig.from_pretrained(folder)
             blocks = {"columns": config.num_hidden_layers}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from revnets.config.errors import SpecError, first_line
+from revnets.config.errors import ArgumentError, SpecError, first_line
 from revnets.utils.regular_files import require_regular
 
 MAX_CONFIG = 2**24
@@ -36,6 +37,29 @@ def require_config(folder: Path) -> None:
         raise SpecError(str(path), "", error.strerror or "cannot be read", code="not-a-file") from None
 
 
+@contextmanager
+def configuration_errors(source: Path) -> Iterator[None]:
+    """Turn what a damaged configuration causes into one line.
+
+    transformers checks few values, so any exception may follow from a wrong one.
+
+    Args:
+        source: file or folder of the configuration.
+
+    Raises:
+        revnets.SpecError: with the key and the code of an `ArgumentError`, and without a key for all others.
+    """
+    try:
+        yield
+    except SpecError:
+        raise
+    except ArgumentError as error:
+        raise SpecError(str(source), error.key, str(error), code=error.code) from None
+    except Exception as error:
+        problem = f"this configuration cannot be used ({type(error).__name__}: {error})"
+        raise SpecError(str(source), "", problem, "Use the configuration of these weights") from None
+
+
 def require_room(
     folder: Path, build: Callable[[], nn.Module], blocks: Mapping[str, int], size: str, free: int = FREE_ELEMENTS
 ) -> None:
@@ -44,25 +68,27 @@ def require_room(
     Args:
         build: makes the model, on the meta device.
         blocks: numbers of modules that the configuration asks for, by key; each has a tensor at least.
-        size: key of its channels, for messages.
+        size: key of its channels, for messages; empty if several keys have them.
         free: how many numbers it may have beyond those in its files.
 
     Raises:
-        revnets.SpecError: the configuration asks for more, or a file of weights is damaged.
+        revnets.SpecError: the configuration asks for more or cannot be used, or weights are missing or damaged.
     """
     sizes = _sizes(folder)
     if not sizes:
-        return  # transformers says that there are no weights
+        problem = "there are no weights in files of safetensors"
+        raise SpecError(str(folder), "", problem, "Save the model with save_pretrained", code="missing-weights")
     remedy = "Use the configuration of these weights"
     for key, count in blocks.items():
         if count > len(sizes):
             problem = f"{count:,} blocks, but there are {len(sizes):,} tensors"
             raise SpecError(str(folder), key, problem, remedy, code="weights-mismatch")
-    try:
-        with torch.device("meta"):
-            needed = sum(parameter.numel() for parameter in build().parameters())
-    except RuntimeError as error:  # sizes whose product overflows
-        raise SpecError(str(folder), size, first_line(error), remedy, code="weights-mismatch") from None
+    with configuration_errors(folder):
+        try:
+            with torch.device("meta"):
+                needed = sum(parameter.numel() for parameter in build().parameters())
+        except RuntimeError as error:  # sizes whose product overflows
+            raise SpecError(str(folder), size, first_line(error), remedy, code="weights-mismatch") from None
     if needed > sum(sizes.values()) + free:
         problem = f"a model of {needed:,} parameters, but its weights are {sum(sizes.values()):,} numbers"
         raise SpecError(str(folder), size, problem, remedy, code="weights-mismatch")

@@ -229,3 +229,9 @@ def test_a_configuration_of_many_bytes_is_not_read(folder: Path) -> None:
         file.truncate(2**25)
     with raises_error(code="too-large", source=folder / "config.json"):
         RevColForCausalLM.from_pretrained(folder)
+
+
+def test_a_folder_without_safetensors_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with raises_error(code="missing-weights", source=folder):
+        RevColForCausalLM.from_pretrained(folder)
