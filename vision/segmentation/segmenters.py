@@ -21,6 +21,7 @@ from revnets import keep_budget
 from revnets.config.errors import ArgumentError
 from revnets.config.memory_budget import BudgetSpec
 from revnets.memory.auto_budget import forget_budget
+from revnets.models.saved_folder import require_all
 from vision.huggingface import RevColBackboneConfig
 from vision.huggingface.saved_sizes import require_fitting
 from vision.models.architecture import RevCol
@@ -36,14 +37,25 @@ class RevColSegmenter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """A segmenter of `save_pretrained`; the arguments are those of transformers.
+        """A segmenter of `save_pretrained`, with safetensors weights; the arguments are those of transformers.
+
+        With `ignore_mismatched_sizes`, weights of another shape are those of the initialization, such as classifiers
+        of other classes; with `output_loading_info`, what differs is returned and not refused.
 
         Raises:
-            revnets.SpecError: the configuration of a folder asks for a larger model than its weights are.
+            revnets.SpecError: the folder holds another model than its configuration describes.
         """
+        wants_info = kwargs.pop("output_loading_info", False)
+        ignores_shapes = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs.setdefault("use_safetensors", True)
         require_fitting(cls, pretrained_model_name_or_path, kwargs)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": ignores_shapes or not wants_info}
         parent: Any = super()
-        return parent.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, info = parent.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if wants_info:
+            return model, info
+        require_all(str(pretrained_model_name_or_path), {**info, "mismatched_keys": ()} if ignores_shapes else info)
+        return model
 
     def targets(self, maps: Tensor) -> dict[str, Any]:
         """The arguments of `forward` for class maps (B, H, W), of which `IGNORED` does not count."""
@@ -90,6 +102,8 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
         config: of transformers; its attribute `head_dropout` is the rate (0.1 if there is none), and with
             `checkpoint_heads` activations of the heads, scores and losses are computed again in backward.
     """
+
+    _keys_to_ignore_on_load_unexpected: Any = (r"^auxiliary_head\.",)  # of `use_auxiliary_head=False`
 
     def __init__(self, config: UperNetConfig):
         super().__init__(config)

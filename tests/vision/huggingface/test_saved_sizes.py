@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("transformers")
 
 import timm
-from transformers import AutoBackbone, AutoModelForImageClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoBackbone, AutoModelForImageClassification, TimmBackboneConfig
 
 from revnets.config.errors import ConfigError
 from tests.support.errors import raises_error
@@ -100,8 +101,8 @@ def segmenter(tmp_path):
     ("values", "key", "code"),
     [
         ({"columns": 900}, "columns", "weights-mismatch"),
-        ({"hidden_size": 2**15}, "dims", "weights-mismatch"),
-        ({"hidden_size": 2**40}, "dims", "weights-mismatch"),
+        ({"hidden_size": 2**15}, "", "weights-mismatch"),
+        ({"hidden_size": 2**40}, "", "weights-mismatch"),
         ({"auxiliary_num_convs": 2**40}, "auxiliary_num_convs", "weights-mismatch"),
         ({"pool_scales": [1] * 999}, "pool_scales", "weights-mismatch"),
         ({"num_labels": 2**40}, "num_labels", "out-of-range"),
@@ -111,6 +112,98 @@ def test_larger_segmenters_than_the_weights_are_refused(segmenter, values, key, 
     change(segmenter, **values)
     with raises_error(code=code, key=key):
         UperNet.from_pretrained(segmenter, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "code"),
+    [
+        ({"hidden_size": -5}, "", "weights-mismatch"),
+        ({"hidden_size": 10**30}, "", "invalid-value"),
+        ({"hidden_size": "8"}, "", "invalid-value"),
+        ({"auxiliary_in_channels": 3}, "weights", "weights-mismatch"),
+        ({"num_labels": "1e9"}, "", "invalid-value"),
+        ({"id2label": [1, 2]}, "", "invalid-value"),
+        ({"backbone_config": None}, "backbone_config", "unknown-model"),
+        ({"backbone_config": {"model_type": "resnet", "depths": [10**8]}}, "backbone_config", "unknown-model"),
+        ({"backbone_config": {"model_type": "timm_backbone", "backbone": "vgg"}}, "backbone_config", "unknown-model"),
+        ({"backbone": "microsoft/resnet-50"}, "backbone", "conflicting-values"),
+        ({"use_pretrained_backbone": True}, "use_pretrained_backbone", "conflicting-values"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files", "reserved-key"),
+    ],
+)
+def test_damaged_configurations_are_refused(segmenter, values, key, code):
+    change(segmenter, **values)
+    with raises_error(code=code, key=key):
+        UperNet.from_pretrained(segmenter)
+
+
+def test_a_configuration_inside_of_another_is_refused(segmenter):
+    path = segmenter / "config.json"
+    path.write_text(json.dumps({"model_type": "other", "part": json.loads(path.read_text())}))
+    with raises_error(code="wrong-format", key="model_type", source=path):
+        UperNet.from_pretrained(segmenter)
+
+
+def test_a_list_is_no_configuration(segmenter):
+    (segmenter / "config.json").write_text("[1]")
+    with raises_error(code="wrong-format", key="", source=segmenter / "config.json"):
+        UperNet.from_pretrained(segmenter)
+
+
+@pytest.mark.parametrize("name", ["config.json", ""])
+def test_a_configuration_of_another_folder_is_compared(segmenter, tmp_path_factory, name):
+    other = tmp_path_factory.mktemp("other")
+    (other / "config.json").write_bytes((segmenter / "config.json").read_bytes())
+    change(other, auxiliary_num_convs=2**40)
+    with raises_error(code="weights-mismatch", key="auxiliary_num_convs", source=segmenter):
+        UperNet.from_pretrained(segmenter, config=str(other / name))
+
+
+def change_weights(folder, keep=lambda name: True, **new):
+    path = folder / "model.safetensors"
+    weights = {name: tensor for name, tensor in load_file(path).items() if keep(name)}
+    save_file(weights | new, path, {"format": "pt"})
+
+
+def test_a_segmenter_without_all_of_its_weights_is_refused(segmenter):
+    change_weights(segmenter, lambda name: name != "decode_head.classifier.weight")
+    with raises_error(code="weights-mismatch", key="weights", names="decode_head.classifier.weight"):
+        UperNet.from_pretrained(segmenter)
+
+
+def test_weights_of_no_layer_are_refused(segmenter):
+    change_weights(segmenter, other=torch.zeros(3))
+    with raises_error(code="weights-mismatch", key="weights", names="other"):
+        UperNet.from_pretrained(segmenter)
+
+
+def test_the_report_of_loading_names_missing_weights(segmenter):
+    change_weights(segmenter, lambda name: name != "decode_head.classifier.bias")
+    _, info = UperNet.from_pretrained(segmenter, output_loading_info=True)
+    assert info["missing_keys"] == {"decode_head.classifier.bias"}
+
+
+def test_pickled_weights_are_refused(segmenter):
+    path = segmenter / "model.safetensors"
+    torch.save(load_file(path), segmenter / "pytorch_model.bin")
+    path.unlink()
+    with raises_error(code="missing-weights", source=segmenter):
+        UperNet.from_pretrained(segmenter)
+
+
+def test_a_segmenter_gets_a_classifier_of_other_classes(segmenter):
+    model = UperNet.from_pretrained(segmenter, num_labels=7, ignore_mismatched_sizes=True)
+    assert model.decode_head.classifier.out_channels == 7
+
+
+def test_a_segmenter_loads_without_its_auxiliary_head(segmenter):
+    assert UperNet.from_pretrained(segmenter, use_auxiliary_head=False).auxiliary_head is None
+
+
+def test_a_segmenter_on_a_model_of_timm_still_loads(tmp_path):
+    backbone = TimmBackboneConfig(backbone=MODEL, out_indices=[0, 1, 2, 3])
+    upernet(backbone, 5, channels=8, auxiliary_channels=8).save_pretrained(tmp_path)
+    assert UperNet.from_pretrained(tmp_path).revcol.num_features
 
 
 def test_a_saved_backbone_still_loads(tmp_path):

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from timm.optim import param_groups_layer_decay
 
 from revnets.memory.tracker import kept_bytes
-from vision.segmentation import UperNet, mask2former, upernet
+from vision.segmentation import Mask2Former, UperNet, mask2former, upernet
 from vision.segmentation.segmenters import IGNORED
 from vision.tasks.semantic_segmentation import SegmentationStep
 
@@ -135,6 +135,14 @@ def test_a_saved_segmenter_keeps_its_dropout_and_weights(tmp_path):
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert again.config.head_dropout == 0.3
+
+
+def test_a_saved_mask2former_loads_with_all_weights(tmp_path):
+    model = build("mask2former")
+    model.save_pretrained(tmp_path)
+    again = Mask2Former.from_pretrained(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
 
 
 @pytest.mark.parametrize("name", BUILDERS)
