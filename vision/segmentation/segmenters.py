@@ -133,6 +133,9 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
             or pixel_values is None
             or labels is None
             or any(value is not None for value in others.values())
+            or self.config.num_labels == 1  # which the parent refuses
+            or self.config.output_hidden_states
+            or not self.config.return_dict
         ):
             return super().forward(pixel_values=pixel_values, labels=labels, **others)
         maps, size = self.backbone(pixel_values).feature_maps, pixel_values.shape[2:]

@@ -83,6 +83,25 @@ def test_checkpointed_heads_are_saved_with_the_segmenter(tmp_path):
     assert UperNet.from_pretrained(tmp_path).config.checkpoint_heads is True
 
 
+def test_checkpointed_heads_refuse_a_single_class():
+    model = upernet("test_revcol", 1, **SMALL["upernet"], checkpoint_heads=True)
+    images, maps = batch()
+    with pytest.raises(ValueError, match="greater than one"):
+        model(pixel_values=images, labels=torch.zeros_like(maps))
+
+
+@pytest.mark.parametrize(("option", "value"), [("return_dict", False), ("output_hidden_states", True)])
+def test_checkpointed_heads_return_what_the_configuration_asks_for(option, value):
+    images, maps = batch()
+    expected, found = (build("upernet", dropout=0.0, checkpoint_heads=checkpoints) for checkpoints in (False, True))
+    for model in (expected, found):
+        setattr(model.config, option, value)
+    expected, found = (model(pixel_values=images, labels=maps) for model in (expected, found))
+    assert type(found) is type(expected)
+    assert len(found) == len(expected)
+    assert torch.equal(found[0], expected[0])
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_parameter_has_a_gradient(name):
     assert all(gradient is not None for gradient in gradients(build(name)).values())
