@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**30
 """Of a list, ten million keys with room to spare."""
 
+MAX_KEY = 2**13
+"""Characters of a key, twice as many as a path has on Linux."""
+
 EXPANSION, FREE_BYTES = 64, 2**26
 """How many times as many bytes as a Parquet file has its columns may take, and how many they always may."""
 
@@ -30,13 +33,13 @@ def read_keys(file: str) -> frozenset[str]:
     """
     path = Path(file)
     if path.suffix.lower() == ".parquet":
-        with open_parquet(path) as opened:
-            column = next((field for field in opened.schema_arrow if field.name == "key"), None)
-            if column is None or str(column.type) not in ("string", "large_string"):
+        with open_parquet(path, dictionaries=["key"]) as opened:
+            kinds = [str(field.type) for field in opened.schema_arrow if field.name == "key"]
+            if not kinds or not kinds[0].startswith(("dictionary<values=string,", "dictionary<values=large_string,")):
                 problem = f"{path} has no column `key` of texts"
                 raise run_error("data.exclude", problem, "Give a list of keys", code="wrong-format")
-            batches = opened.iter_batches(columns=["key"])
-            return frozenset(key for batch in batches for key in batch.column(0).to_pylist() if key is not None)
+            batches = opened.iter_batches(2**20, columns=["key"])
+            return frozenset(key for batch in batches for key in key_texts(batch.column(0)))
     try:
         with open_regular(path) as opened:
             size = os.fstat(opened.fileno()).st_size
@@ -47,14 +50,34 @@ def read_keys(file: str) -> frozenset[str]:
     if data is None:
         raise run_error("data.exclude", f"{path} is too large", "Check it", code="too-large")
     try:
-        return frozenset(key for line in data.decode("utf-8-sig").split("\n") if (key := line.removesuffix("\r")))
+        keys = frozenset(key for line in data.decode("utf-8-sig").split("\n") if (key := line.removesuffix("\r")))
     except UnicodeDecodeError:
         raise run_error("data.exclude", f"{path} is not UTF-8", "Convert it", code="invalid-encoding") from None
+    if (longest := max(map(len, keys), default=0)) > MAX_KEY:
+        problem = f"{path} has a key of {longest} characters"
+        raise run_error("data.exclude", problem, f"Give keys of at most {MAX_KEY}", code="too-large")
+    return keys
+
+
+def key_texts(column: pyarrow.DictionaryArray) -> list[str]:
+    """The keys of a column that is read as a dictionary, without nulls; equal ones are one object.
+
+    Raises:
+        ValueError: a key is too long, or is not UTF-8.
+    """
+    numbers = column.indices.drop_null().dictionary_encode()
+    keys = column.dictionary.take(numbers.dictionary).to_pylist()
+    if (longest := max(map(len, keys), default=0)) > MAX_KEY:
+        raise ValueError(f"a key has {longest} characters")
+    return [keys[number] for number in numbers.indices.to_pylist()]
 
 
 @contextmanager
-def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+def open_parquet(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pyarrow.parquet.ParquetFile]:
     """A Parquet file whose columns take no more memory than a file of its size may.
+
+    Args:
+        dictionaries: columns of text to read as dictionaries, which hold a repeated text once.
 
     Raises:
         revnets.SpecError: it cannot be read, within the body as well, or pyarrow is not installed.
@@ -66,9 +89,17 @@ def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
         problem, remedy = "pyarrow is not installed, which reads Parquet", "pip install 'revnets[labels]'"
         raise ConfigError(str(path), "", problem, remedy, code="missing-dependency") from None
     try:
-        with open_regular(path) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+        with open_regular(path) as opened:
+            metadata = pq.read_metadata(opened)
+            there = {metadata.schema.column(number).path for number in range(metadata.num_columns)}
+            file = pq.ParquetFile(
+                opened,
+                metadata=metadata,
+                read_dictionary=[name for name in dictionaries if name in there],  # pyarrow raises KeyError for others
+                page_checksum_verification=True,
+            )
             size = os.fstat(opened.fileno()).st_size
-            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
             columns = [group.column(number) for group in groups for number in range(group.num_columns)]
             total = sum(max(column.total_uncompressed_size, 4 * column.num_values) for column in columns)
             if total > max(FREE_BYTES, EXPANSION * size):

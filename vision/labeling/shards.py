@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from revnets.config.errors import ConfigError, option_error
+from revnets.config.errors import ConfigError, option_error, show
 from vision.data.image_files import ImageFiles
+from vision.data.key_lists import MAX_KEY
 from vision.pseudo_labels.targets import listing_digest
 
 
@@ -50,7 +51,7 @@ def list_shards(data: Path, size: int, endings: str | None = None) -> ShardedIma
         endings: of the files that are read, such as `.webp;.tif`; by default those of PNG and JPEG.
 
     Raises:
-        revnets.SpecError: there are no images, or a tar, or an image in a tar, is there twice.
+        revnets.SpecError: there are no images, a tar, or an image in a tar, is there twice, or a key is too long.
     """
     if not data.exists():
         raise option_error("DATA", f"there is no {data}", "Give a folder of images or tars", code="missing-file")
@@ -72,6 +73,9 @@ def list_shards(data: Path, size: int, endings: str | None = None) -> ShardedIma
         if not key.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in key):
             problem = f"the name {key!r} is not UTF-8"
             raise option_error("DATA", problem, "Rename the file", code="invalid-encoding")
+        if len(key) > MAX_KEY:
+            problem = f"the name {show(key)} has {len(key)} characters"
+            raise option_error("DATA", problem, f"Give names of at most {MAX_KEY}", code="too-large")
     if is_tar:
         names = sorted(set(archives), key=lambda name: name + "/")
         members: dict[str, list[int]] = {name: [] for name in names}

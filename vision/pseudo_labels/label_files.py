@@ -20,7 +20,7 @@ import numpy as np
 
 from revnets.config.errors import ConfigError, show
 from revnets.utils.atomic_files import replacing
-from vision.data.key_lists import open_parquet
+from vision.data.key_lists import MAX_KEY, key_texts, open_parquet
 from vision.pseudo_labels.sparse import SparseProbabilities
 
 if TYPE_CHECKING:
@@ -97,12 +97,12 @@ class LabelFile:
             revnets.SpecError: a row is no prediction, or keys are not sorted.
         """
         last, seen = "", 0
-        with open_parquet(self.path) as file:
+        with open_parquet(self.path, dictionaries=["key"]) as file:
             for table in file.iter_batches(rows):
                 batch = self._batch(table, seen)
                 for key in batch.keys:
                     if key <= last:
-                        raise _damaged(self.path, f"row {seen} has the key {key!r} after {last!r}")
+                        raise _damaged(self.path, f"row {seen} has the key {show(key)} after {show(last)}")
                     last, seen = key, seen + 1
                 yield batch
         if seen != self.rows:
@@ -122,7 +122,7 @@ class LabelFile:
             heads[name] = SparseProbabilities(starts[0], np.asarray(values[0]), np.asarray(values[1]), rest)
             if flaw := heads[name].flaw(count, seen):
                 raise _damaged(self.path, f"{flaw} of {name}")
-        return LabelBatch(table.column("key").to_pylist(), heads)
+        return LabelBatch(key_texts(table.column("key")), heads)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class LabelFolder:
         for file in self.files:
             for batch in file.batches(rows):
                 if last is not None and batch.keys[:1] <= [last[0]] and batch.keys:
-                    problem = f"the images from {batch.keys[0]!r} on are also in {last[1].name}"
+                    problem = f"the images from {show(batch.keys[0])} on are also in {last[1].name}"
                     raise ConfigError(str(file.path), "", problem, "Label the data set again", code="name-clash")
                 yield batch
                 last = (batch.keys[-1], file.path) if batch.keys else last
@@ -288,7 +288,7 @@ def _checked(path: Path, content: Any) -> tuple[Provenance, int, tuple[str, ...]
         if type(content.get(key)) is not kind:
             raise _damaged(path, f"its metadata have no {key}")
     heads, unreadable = content["heads"], content.get("unreadable", [])
-    is_list = isinstance(unreadable, list) and all(isinstance(key, str) for key in unreadable)
+    is_list = isinstance(unreadable, list) and all(isinstance(key, str) and len(key) <= MAX_KEY for key in unreadable)
     are_heads = all(type(count) is int and 1 < count <= MAX_CLASSES for count in heads.values())
     if not (is_list and are_heads and 0 < len(heads) <= MAX_HEADS):
         raise _damaged(path, "its metadata have no heads with numbers of classes")

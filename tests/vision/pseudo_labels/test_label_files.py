@@ -188,6 +188,21 @@ def test_keys_that_are_not_sorted_are_refused(folder):
         list(read_labels(folder).batches())
 
 
+def test_long_keys_are_refused(folder):
+    path = part_path(folder, 1)
+    rewritten(path, lambda table: table.set_column(0, "key", pa.array(["a" * 100_003] * ROWS)))
+    with raises_error(code="damaged-file", source=path, names="100003 characters"):
+        list(read_labels(folder).batches())
+
+
+def test_a_key_that_would_fill_the_line_is_shortened(folder):
+    path = part_path(folder, 1)
+    rewritten(path, lambda table: table.set_column(0, "key", pa.array(["a" * 5003] * ROWS)))
+    with raises_error(code="damaged-file", source=path) as caught:
+        list(read_labels(folder).batches())
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_row_that_would_fill_the_memory_is_refused(tmp_path):
     """Sixteen million equal probabilities in one row take few bytes on the disk."""
     count = 2**24
