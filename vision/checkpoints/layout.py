@@ -17,7 +17,8 @@ from vision.errors import CheckpointError
 KEYS = ("format", "versions", "config", "world", "progress", "scaler", *DIVISIBLE)
 """What a checkpoint holds.
 
-Newer ones also have `classes`, their names, and those of detectors `category_ids`, their numbers in files of COCO.
+Newer ones also have `classes`, their names, `provenance`, what soft labels were made from and which images were left
+out, by keys of the configuration, and those of detectors `category_ids`, their numbers in files of COCO.
 There is no state of the schedule, of the sampler, and of the generators of random numbers: all are functions of the
 seed and of `progress`, see `vision.data.samplers`.
 """
@@ -69,6 +70,10 @@ KINDS: dict[str, Kind] = {
     "config.grad_accum": _POSITIVE,
     "config.workers": _COUNT,
     "world": _POSITIVE,
+    "provenance": (
+        "a mapping of plain values",
+        lambda value: type(value) is dict and _is_plain(value) and all(type(key) is str for key in value),
+    ),
     "classes": (
         "a list of names",
         lambda value: type(value) in (list, tuple) and all(type(name) is str for name in value),

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from revnets import SpecError
+from revnets.config.errors import show
 from vision.checkpoints import reader
 from vision.checkpoints.layout import TO_RESUME
 from vision.checkpoints.manager import sample_counts, step_of
@@ -95,7 +96,8 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
     Args:
         size: processes of this run.
         state: the checkpoint at `path`.
-        data: of this run. Wherever they lie now, they must have the classes and as many images as before.
+        data: of this run. Wherever they lie now, they must have the classes and as many images as before, soft labels
+            of the same teacher and settings, and the same images left out.
 
     Raises:
         revnets.SpecError: names the key, what it is and what it was.
@@ -139,6 +141,13 @@ def _require_same_data(data: object, state: dict[str, Any], path: Path) -> None:
     for part, count in sample_counts(data).items():
         if isinstance(before, dict) and before.get(part, count) != count:
             _refuse("data", f"{count} samples in {part}", before[part], path)
+    if (was := state.get("provenance")) is not None:  # earlier versions did not record it
+        now = getattr(data, "provenance", {})
+        for key in {**now, **was}:
+            if now.get(key) != was.get(key):
+                place, one, other = _first_difference(key, now.get(key), was.get(key))
+                name = place.removeprefix(key).lstrip(".")
+                _refuse(key, f"{name} {show(one)}".lstrip(), show(other), path)
 
 
 def _without_place(data: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class ImageData:
     std: tuple[float, ...]
     unreadable: Unreadable = field(default_factory=Unreadable)
     remarks: tuple[str, ...] = ()  # lines about what is not as expected, but does no harm
+    provenance: dict[str, Any] = field(default_factory=dict)  # of soft labels and lists of images, by configuration key
 
 
 def load_data(config: DataConfig, seed: int, notes: Path | None = None, world: World | None = None) -> ImageData:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,14 @@ def read_keys(file: str) -> frozenset[str]:
         problem = f"{path} has a key of {longest} characters"
         raise run_error("data.exclude", problem, f"Give keys of at most {MAX_KEY}", code="too-large")
     return keys
+
+
+def listing_digest(keys: Iterable[str]) -> str:
+    """The sha256 of the keys of a data set, in any order: by it labels know which images they are of."""
+    digest = hashlib.sha256()
+    for key in sorted(keys):
+        digest.update(key.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def key_texts(column: pyarrow.DictionaryArray) -> list[str]:

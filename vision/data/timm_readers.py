@@ -77,7 +77,8 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
         train = Images(reader, train_transform(config), unreadable, seed, config.exif, count)
         val = Images(val_reader, val_transform(config), unreadable, None, config.exif, count)
     shape = (3, config.img_size, config.img_size)
-    return ImageData(train, val, classes, shape, config.mean, config.std, unreadable, tuple(remarks))
+    provenance = provenance_of_exclusion(reader, "data")
+    return ImageData(train, val, classes, shape, config.mean, config.std, unreadable, tuple(remarks), provenance)
 
 
 def training_stream(config: ImagesConfig, unreadable: Unreadable, world: World, seed: int) -> Stream:
@@ -103,6 +104,15 @@ def leave_out(reader: Any, config: ImagesConfig) -> tuple[str, ...]:
     unknown = len(keys) - len(reader.left_out)
     others = f"; {unknown} of its keys are not there" if unknown else ""
     return (f"{config.exclude} leaves out {len(reader.left_out)} training images{others}",)
+
+
+def provenance_of_exclusion(reader: Any, place: str) -> dict[str, Any]:
+    """By `PLACE.exclude`, the digest of the keys that `leave_out` has removed; empty if it has removed none."""
+    if not getattr(reader, "left_out", ()):
+        return {}
+    from vision.data.key_lists import listing_digest
+
+    return {f"{place}.exclude": listing_digest(reader.left_out)}
 
 
 class Images(Dataset[tuple[Tensor, int]]):

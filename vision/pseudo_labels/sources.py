@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vision.data.image_files import ImageFiles, NumberedFiles, listed
 from vision.data.key_lists import read_keys
 from vision.data.samplers import Key
 from vision.data.streaming import Stream
-from vision.data.timm_readers import Images, leave_out, load_images, training_stream
+from vision.data.timm_readers import Images, leave_out, load_images, provenance_of_exclusion, training_stream
 from vision.data.transforms import train_transform
 from vision.distributed.context import World
 from vision.errors import run_error
@@ -58,6 +59,7 @@ def load_sources(
     val: list[tuple[int, Any]] = []
     names: dict[str, tuple[str, ...]] = {}
     remarks: list[str] = []
+    provenance: dict[str, Any] = {}
     for number, source in enumerate(sources):
         place = f"data.{number}" if is_list else "data"
         if source.name not in ("folder", "tar") and not source.name.startswith("wds/"):
@@ -72,7 +74,7 @@ def load_sources(
                 remarks += data.remarks
                 val.append((heads.index(source.head), data.val))
             join = _labeled_stream if source.is_stream else _training_set
-            train.append(join(source, data, targets, seed + number, unreadable, place, remarks, world))
+            train.append(join(source, data, targets, seed + number, unreadable, place, remarks, provenance, world))
         if source.is_stream and workers is not None:
             _require_shards(train[-1], world.size, max(1, workers), place)
     if not val:
@@ -96,7 +98,7 @@ def load_sources(
             raise run_error(f"data.{number}.weight", problem, "Give a larger weight", code="out-of-range")
     classes = tuple(f"{head}/{name}" for head in heads for name in names[head])
     shape = (3, first.img_size, first.img_size)
-    return ImageData(mixed, whole, classes, shape, first.mean, first.std, unreadable, tuple(remarks))
+    return ImageData(mixed, whole, classes, shape, first.mean, first.std, unreadable, tuple(remarks), provenance)
 
 
 def _without_list(source: ImagesConfig) -> ImagesConfig:
@@ -112,6 +114,7 @@ def _training_set(
     unreadable: Unreadable,
     place: str,
     remarks: list[str],
+    provenance: dict[str, Any],
     world: World,
 ) -> Dataset:
     """The images of files, joined with their labels."""
@@ -123,9 +126,11 @@ def _training_set(
         reader = data.train.reader
     keys = [reader.filename(index) for index in range(len(reader))]
     remarks += leave_out(reader, source)
+    provenance |= provenance_of_exclusion(reader, place)
     kept, soft, rows = np.arange(len(reader)), None, np.full(len(reader), -1)
     if source.labels is not None:
         folder = read_labels(source.labels)
+        provenance[f"{place}.labels"] = asdict(folder.provenance)
         shared = require_heads_of(folder, targets.heads, f"{place}.labels")
         if source.class_map is None and listing_digest(keys) != folder.provenance.data:
             problem = f"{folder.path} has labels of other images than those in {reader.root}"
@@ -151,6 +156,7 @@ def _labeled_stream(
     unreadable: Unreadable,
     place: str,
     remarks: list[str],
+    provenance: dict[str, Any],
     world: World,
 ) -> LabeledStream:
     """The samples of shards, which find their labels as they come."""
@@ -159,6 +165,7 @@ def _labeled_stream(
     tars, lookup, excluded = _tars(stream), None, frozenset[str]()
     if source.labels is not None:
         folder = read_labels(source.labels)
+        provenance[f"{place}.labels"] = asdict(folder.provenance)
         lookup = LabelLookup(folder, require_heads_of(folder, targets.heads, f"{place}.labels"))
         if missing := sorted(tars - lookup.archives):
             problem = f"{folder.path} has no labels of {listed(missing)}"
@@ -173,6 +180,8 @@ def _labeled_stream(
             raise run_error(f"{place}.exclude", problem, "Check the list", code="misaligned-data")
         if unknown := sorted(key for key in keys if key.partition("/")[0] not in tars):
             remarks.append(f"{source.exclude} has keys of tars that are not trained on: {listed(unknown)}")
+    if excluded:
+        provenance[f"{place}.exclude"] = listing_digest(excluded)
     return LabeledStream(stream, targets, source.head, lookup, excluded)
 
 

@@ -6,14 +6,14 @@ its classes, or zeros where an image has no label: then the cross entropy of tha
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vision.data.key_lists import listing_digest as listing_digest
 from vision.errors import run_error
 from vision.pseudo_labels.label_files import LabelBatch, LabelFolder
 from vision.pseudo_labels.sparse import SparseProbabilities, joined_rows
@@ -69,14 +69,6 @@ def require_heads_of(folder: LabelFolder, heads: Mapping[str, int], key: str) ->
             problem = f"{folder.path} has {folder.heads[name]} classes of {name}, the run has {heads[name]}"
             raise run_error(key, problem, f"Set heads.{name}={folder.heads[name]}", code="class-mismatch")
     return shared
-
-
-def listing_digest(keys: Iterable[str]) -> str:
-    """The sha256 of the keys of a data set, in any order: by it labels know which images they are of."""
-    digest = hashlib.sha256()
-    for key in sorted(keys):
-        digest.update(key.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()
 
 
 def join_labels(

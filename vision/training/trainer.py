@@ -187,6 +187,7 @@ class Trainer:
             "config": self.config.plain(),
             "world": self.world.replicas.size,
             "samples": manager.sample_counts(self.data),
+            "provenance": getattr(self.data, "provenance", {}),
             **self.task.metadata(self.data),
             "progress": self.progress.plain(self.losses),
             **self.state.state(),

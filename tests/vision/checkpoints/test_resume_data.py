@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from vision.checkpoints import reader, resume
 from vision.cli.evaluate import evaluate_checkpoint
 from vision.config.run import load_config
 from vision.data.class_subsets import class_difference
-from vision.data.dataset import ImageData
+from vision.data.dataset import ImageData, load_data
 from vision.distributed.context import World
 from vision.training.loaded_run import Checkpoint, load_run
 from vision.training.trainer import Trainer
@@ -123,6 +124,22 @@ def test_classes_of_either_kind_are_compared(kind):
         resume.require_same_course(config, 1, state, path, data)
     assert Checkpoint(path, config, state).classes == ("a", "c")
     assert class_names_in(state) == ("a", "c")
+
+
+def test_other_images_that_are_left_out_are_refused(finished, tmp_path):
+    """Their numbers are equal."""
+    found = []
+    for name in ("ant/1.jpg", "ant/2.jpg"):
+        (tmp_path / "list.txt").write_text(name)
+        config = load_config(settings(tmp_path, finished / "data", data={"exclude": str(tmp_path / "list.txt")}))
+        found.append(load_data(config.data, config.seed))
+    state = {"config": config.plain(), "world": 1, "provenance": found[0].provenance}
+    resume.require_same_course(config, 1, state, tmp_path, found[0])
+    for data in (found[1], replace(found[0], provenance={})):
+        with raises_error(code="settings-differ", key="data.exclude"):
+            resume.require_same_course(config, 1, state, tmp_path, data)
+    del state["provenance"]  # as earlier versions wrote it
+    resume.require_same_course(config, 1, state, tmp_path, found[1])
 
 
 def test_classes_in_another_order_are_matched_by_name(finished, tmp_path):

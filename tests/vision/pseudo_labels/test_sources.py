@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 
 from tests.support import image_folders
 from tests.support.errors import raises_error
-from tests.support.labeling import HEADS, run_of, source, two_sources
+from tests.support.labeling import HEADS, run_of, source, train, two_sources
 from vision.config.run import load_config
 from vision.data.samplers import Key
 from vision.distributed.context import World
@@ -25,12 +26,12 @@ from vision.pseudo_labels.targets import HeadTargets, listing_digest
 from vision.tasks import create_task
 
 
-def labeled(folder, keys, missing=(), heads=HEADS, digest=None, cuts=2):
+def labeled(folder, keys, missing=(), heads=HEADS, digest=None, cuts=2, teacher="t"):
     """Labels of images: the same probabilities for every head, which depend on the number of the image."""
     folder.mkdir()
     names = sorted(keys)
     pieces = [list(piece) for piece in np.array_split(names, cuts)]
-    set_of = Provenance("t", digest or listing_digest(keys), {}, heads, cuts)
+    set_of = Provenance(teacher, digest or listing_digest(keys), {}, heads, cuts)
     for part, piece in enumerate(pieces):
         kept = [key for key in piece if key not in missing]
         rows = {head: [probabilities(names.index(key), count) for key in kept] for head, count in heads.items()}
@@ -139,6 +140,16 @@ def test_lists_that_cannot_be_used_are_named(tmp_path, content, code):
     config = {**run_of(tmp_path / "run"), "heads": None, "data": source(tmp_path / "data", exclude=str(path))}
     with raises_error(code=code, key="data.exclude"):
         create_task(load_config(config)).load_data()
+
+
+def test_a_run_does_not_go_on_with_labels_of_another_teacher(tmp_path, web):
+    sources = two_sources(tmp_path)
+    own, others = (labeled(tmp_path / teacher, keys_of(web), teacher=teacher) for teacher in ("own", "others"))
+    moved = shutil.copytree(own, tmp_path / "moved")
+    train(run_of(tmp_path / "run", *sources, source(web, labels=str(own)), epochs=1))
+    train(run_of(tmp_path / "run", *sources, source(web, labels=str(moved)), epochs=2))
+    with raises_error(code="settings-differ", key="data.2.labels", names=["teacher", "own", "others"]):
+        train(run_of(tmp_path / "run", *sources, source(web, labels=str(others)), epochs=3))
 
 
 def test_labels_that_do_not_fit_are_named(tmp_path, web):
