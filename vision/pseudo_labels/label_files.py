@@ -94,15 +94,17 @@ class LabelFile:
         """The rows in order, at most that many at a time.
 
         Raises:
-            revnets.SpecError: a row is no prediction, or keys are not sorted.
+            revnets.SpecError: a row is no prediction, keys are not sorted, or one is also among the unreadable images.
         """
-        last, seen = "", 0
+        last, seen, unreadable = "", 0, set(self.unreadable)
         with open_parquet(self.path, dictionaries=["key"]) as file:
             for table in file.iter_batches(rows):
                 batch = self._batch(table, seen)
                 for key in batch.keys:
                     if key <= last:
                         raise _damaged(self.path, f"row {seen} has the key {show(key)} after {show(last)}")
+                    if key in unreadable:
+                        raise _damaged(self.path, f"row {seen} has the key {show(key)} of an unreadable image")
                     last, seen = key, seen + 1
                 yield batch
         if seen != self.rows:
@@ -248,9 +250,6 @@ def read_parts(folder: Path) -> list[LabelFile]:
             raise ConfigError(
                 str(file.path), "", problem, "Keep the labels of one teacher and data set", code="settings-differ"
             )
-        if file.path != part_path(folder, file.part):
-            problem = f"it is a copy of {part_path(folder, file.part).name} under another name"
-            raise ConfigError(str(file.path), "", problem, "Remove or rename it", code="name-clash")
     return sorted(files, key=lambda file: file.part)
 
 
@@ -258,13 +257,16 @@ def read_part(path: Path) -> LabelFile:
     """A label file, whose metadata and columns are checked.
 
     Raises:
-        revnets.SpecError: it is none.
+        revnets.SpecError: it is none, or has the name of another part.
     """
     with open_parquet(path) as file:
         schema = file.schema_arrow
         provenance, part, unreadable = _checked(path, json.loads((schema.metadata or {}).get(METADATA, b"null")))
         if not schema.equals(_schema(provenance.heads)):
             raise _damaged(path, "its columns are not those of its heads")
+        if path != part_path(path.parent, part):
+            problem = f"it is a copy of {part_path(path.parent, part).name} under another name"
+            raise ConfigError(str(path), "", problem, "Remove or rename it", code="name-clash")
         return LabelFile(path, provenance, part, file.metadata.num_rows, unreadable)
 
 

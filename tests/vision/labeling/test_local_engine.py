@@ -108,6 +108,15 @@ def test_a_claim_of_a_process_that_lives_is_left_alone(teacher, images, labels, 
     assert contents(folder) == contents(labels)
 
 
+def test_a_file_with_the_name_of_another_part_is_refused_while_labeling(images, labels, tmp_path):  # noqa: F811
+    found = list_shards(images, SETTINGS.shard_size)
+    queue = work_queue.WorkQueue(tmp_path, found.shards, read_labels(labels).provenance)
+    (tmp_path / "part-00000.parquet").write_bytes((labels / "part-00001.parquet").read_bytes())
+    for look in (queue.waiting, lambda: next(queue.claims())):
+        with raises_error(code="name-clash", source=tmp_path / "part-00000.parquet", names="part-00001.parquet"):
+            look()
+
+
 def test_tars_are_shards_with_keys_of_their_own(teacher, tmp_path):  # noqa: F811
     image_folders.shards(tmp_path / "all", count=3, each=4)
     (tmp_path / "train").mkdir()

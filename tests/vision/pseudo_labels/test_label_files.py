@@ -203,6 +203,13 @@ def test_a_key_that_would_fill_the_line_is_shortened(folder):
     assert len(str(caught.value)) < 1000
 
 
+def test_an_image_with_a_row_that_is_also_unreadable_is_named(folder):
+    heads = {name: largest(values, 0.01) for name, values in dense(1).items()}
+    write_part(part_path(folder, 1), SET, 1, keys(1), heads, [keys(1)[3]])
+    with raises_error(code="damaged-file", source=part_path(folder, 1), names="1/03.jpg"):
+        list(read_labels(folder).batches())
+
+
 def test_a_row_that_would_fill_the_memory_is_refused(tmp_path):
     """Sixteen million equal probabilities in one row take few bytes on the disk."""
     count = 2**24
