@@ -10,6 +10,7 @@ from pathlib import Path
 from revnets.config.errors import ConfigError, option_error, show
 from vision.data.image_files import ImageFiles
 from vision.data.key_lists import MAX_KEY
+from vision.pseudo_labels.label_files import MAX_PARTS
 from vision.pseudo_labels.targets import listing_digest
 
 
@@ -51,7 +52,8 @@ def list_shards(data: Path, size: int, endings: str | None = None) -> ShardedIma
         endings: of the files that are read, such as `.webp;.tif`; by default those of PNG and JPEG.
 
     Raises:
-        revnets.SpecError: there are no images, a tar, or an image in a tar, is there twice, or a key is too long.
+        revnets.SpecError: there are no images, a tar, or an image in a tar, is there twice, a key is too long, or
+            there are too many shards.
     """
     if not data.exists():
         raise option_error("DATA", f"there is no {data}", "Give a folder of images or tars", code="missing-file")
@@ -84,6 +86,10 @@ def list_shards(data: Path, size: int, endings: str | None = None) -> ShardedIma
         cuts = list(members.values())
     else:
         cuts = [order[start : start + size] for start in range(0, len(order), size)]
+    if len(cuts) > MAX_PARTS:
+        problem = f"{len(cuts)} shards are more than the {MAX_PARTS} that a set of labels may have"
+        option, remedy = ("DATA", "Give fewer tars") if is_tar else ("--shard-size", "Give more images a shard")
+        raise option_error(option, problem, remedy, code="too-large")
     shards = tuple(Shard(number, tuple(images)) for number, images in enumerate(cuts))
     return ShardedImages(reader, shards, listing_digest(keys))
 

@@ -117,6 +117,12 @@ def test_a_file_with_the_name_of_another_part_is_refused_while_labeling(images, 
             look()
 
 
+def test_more_shards_than_a_set_may_have_are_refused(images, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("vision.labeling.shards.MAX_PARTS", 4)
+    with raises_error(code="too-large", key="--shard-size", names=["5 shards", "4"]):
+        list_shards(images, SETTINGS.shard_size)
+
+
 def test_tars_are_shards_with_keys_of_their_own(teacher, tmp_path):  # noqa: F811
     image_folders.shards(tmp_path / "all", count=3, each=4)
     (tmp_path / "train").mkdir()
