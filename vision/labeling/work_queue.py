@@ -8,6 +8,7 @@ a file takes its name when it is complete, that costs time alone.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,7 +17,7 @@ from pathlib import Path
 from revnets.config.errors import option_error
 from revnets.utils.file_lock import FileLock, LockedError
 from vision.labeling.shards import Shard
-from vision.pseudo_labels.label_files import Provenance, part_path, read_part, read_parts
+from vision.pseudo_labels.label_files import LabelFile, Provenance, part_path, read_part, read_parts
 
 PAUSE = 1.0
 """Seconds between looks at shards that other processes have claimed."""
@@ -36,11 +37,15 @@ class WorkQueue:
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...], provenance: Provenance):
         self.folder, self.shards, self.provenance = folder, shards, provenance
-        self._done = {self._checked(file.path, file.provenance, file.part) for file in read_parts(folder)}
+        self._waiting = {part_path(folder, shard.number).name: shard for shard in shards}
+        for file in read_parts(folder):
+            self._finish(file)
 
     def waiting(self) -> list[Shard]:
-        """The shards without a label file."""
-        return [shard for shard in self.shards if not self._is_done(shard)]
+        """The shards without a label file; the folder is listed once."""
+        for name in self._waiting.keys() & os.listdir(self.folder):
+            self._finish(read_part(self.folder / name))
+        return list(self._waiting.values())
 
     def images_waiting(self) -> int:
         """Images of these shards."""
@@ -54,7 +59,7 @@ class WorkQueue:
             wait: gets the owner of a claim while nothing is left but what others have claimed.
         """
         while waiting := self.waiting():
-            start, has_claimed, owner = rank * len(waiting) // size, False, None
+            start, has_claimed, locked = rank * len(waiting) // size, False, None
             for shard in (*waiting[start:], *waiting[:start]):
                 if self._is_done(shard):
                     continue
@@ -62,30 +67,27 @@ class WorkQueue:
                 try:
                     lock.acquire()
                 except LockedError as error:
-                    owner = error.owner
+                    locked = error
                     continue
                 with lock:
                     if not self._is_done(shard):
                         has_claimed = True
                         yield shard
-            if not has_claimed and owner is not None:
-                wait(str(owner))
+            if not has_claimed and locked is not None:
+                wait(str(locked.owner or "another process"))
                 time.sleep(PAUSE)
         for path in self.folder.glob(".part-*.lock"):  # of processes that were killed between writing and releasing
             with suppress(LockedError), FileLock(path):
                 pass
 
     def _is_done(self, shard: Shard) -> bool:
-        if shard.number not in self._done:
-            path = part_path(self.folder, shard.number)
-            if not path.exists():
-                return False
-            file = read_part(path)
-            self._done.add(self._checked(path, file.provenance, file.part))
-        return True
+        path = part_path(self.folder, shard.number)
+        if path.name in self._waiting and path.exists():
+            self._finish(read_part(path))
+        return path.name not in self._waiting
 
-    def _checked(self, path: Path, found: Provenance, part: int) -> int:
-        if difference := self.provenance.difference(found):
-            problem = f"{path} has other labels: {difference}"
+    def _finish(self, file: LabelFile) -> None:
+        if difference := self.provenance.difference(file.provenance):
+            problem = f"{file.path} has other labels: {difference}"
             raise option_error("--output", problem, "Give a new folder", code="settings-differ")
-        return part
+        self._waiting.pop(file.path.name, None)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from revnets.utils.file_lock import try_lock
 from tests.support import image_folders
 from tests.support.errors import raises_error
 from tests.support.labeled_images import images, labels, teacher  # noqa: F401  (fixtures)
@@ -17,7 +20,7 @@ from tests.support.labeling import SETTINGS, contents, ended, label, start
 from vision import load_run
 from vision.labeling import work_queue
 from vision.labeling.local_engine import LabelSettings
-from vision.labeling.shards import list_shards
+from vision.labeling.shards import Shard, list_shards
 from vision.labeling.teacher import load_teacher
 from vision.pseudo_labels.label_files import read_labels
 from vision.pseudo_labels.targets import listing_digest
@@ -106,6 +109,35 @@ def test_a_claim_of_a_process_that_lives_is_left_alone(teacher, images, labels, 
     others = {path.name for path in labels.glob("part-*")} - {f"part-{claimed.number:05d}.parquet"}
     assert waited == [sorted(others)]
     assert contents(folder) == contents(labels)
+
+
+def test_a_lock_that_does_not_name_its_owner_is_waited_for(images, labels, tmp_path, monkeypatch):  # noqa: F811
+    """As that of a process which has just made the file."""
+    found = list_shards(images, SETTINGS.shard_size)
+    queue = work_queue.WorkQueue(tmp_path, found.shards, read_labels(labels).provenance)
+    for name, content in list(contents(labels).items())[1:]:
+        (tmp_path / name).write_bytes(content)
+    waited, owners = [], []
+
+    def finish(seconds: float) -> None:
+        waited.append(seconds)
+        (tmp_path / "part-00000.parquet").write_bytes((labels / "part-00000.parquet").read_bytes())
+
+    monkeypatch.setattr(work_queue.time, "sleep", finish)
+    with open(tmp_path / ".part-00000.lock", "wb") as file:
+        assert try_lock(file.fileno())
+        assert list(queue.claims(wait=owners.append)) == []
+    assert (waited, owners) == ([work_queue.PAUSE], ["another process"])
+
+
+def test_what_is_left_takes_one_look_at_the_folder(images, labels, tmp_path, monkeypatch):  # noqa: F811
+    shards = tuple(Shard(number, (number,)) for number in range(503))
+    queue = work_queue.WorkQueue(tmp_path, shards, replace(read_labels(labels).provenance, parts=503))
+    looks, listdir, exists = [], os.listdir, Path.exists
+    monkeypatch.setattr(os, "listdir", lambda path: looks.append(path) or listdir(path))
+    monkeypatch.setattr(Path, "exists", lambda path: looks.append(path) or exists(path))
+    assert queue.images_waiting() == 503
+    assert looks == [tmp_path]
 
 
 def test_a_file_with_the_name_of_another_part_is_refused_while_labeling(images, labels, tmp_path):  # noqa: F811
