@@ -7,12 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vision.detection.dino_detr.deformable_attention import DeformableAttention
 from vision.detection.dino_detr.padded_levels import FeatureSequence, sine_encoding
+from vision.models.recomputation import recomputed
 
 TEMPERATURE = 10000
 """Ratio of the longest to the shortest wavelength in the encoding of the queries' boxes."""
@@ -200,6 +199,4 @@ def inverse_sigmoid(fractions: Tensor, eps: float) -> Tensor:
 
 
 def _run(layer: nn.Module, checkpointed: bool, *args: object) -> Tensor:
-    if checkpointed and torch.is_grad_enabled():
-        return checkpoint(layer, *args, use_reentrant=False)  # pyright: ignore[reportReturnType]
-    return layer(*args)
+    return recomputed(layer, *args) if checkpointed else layer(*args)
