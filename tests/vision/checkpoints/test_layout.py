@@ -47,6 +47,14 @@ def test_an_entry_of_another_kind(key, value):
         require_layout(state, PATH, TO_RESUME)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("category_ids", [3, "7"]), ("category_ids", [True]), ("classes", ["a", 7])]
+)
+def test_a_list_with_an_item_of_another_kind(key, value):
+    with raises_error(CheckpointError, code="wrong-format", source=PATH, names=key):
+        require_layout(checkpoint(**{key: value}), PATH, TO_EVALUATE)
+
+
 @pytest.mark.parametrize("key", TO_EVALUATE)
 def test_an_entry_that_is_missing(key):
     with raises_error(CheckpointError, code="wrong-format", source=PATH, names=key):
