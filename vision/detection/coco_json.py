@@ -159,6 +159,7 @@ class _Content:
 
 def _categories(content: _Content, data: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     names: dict[int, str] = {}
+    seen: set[str] = set()
     for index, item in enumerate(content.list_in(data, "categories")):
         place = f"categories[{index}]"
         if not isinstance(item, dict) or not isinstance(item.get("name"), str):
@@ -166,7 +167,11 @@ def _categories(content: _Content, data: dict[str, Any]) -> tuple[tuple[str, ...
         number = content.integer(item, "id", place)
         if number in names:
             content.refuse(f"{place} has the id {number} of another category", "name-clash")
-        names[number] = comparable(item["name"])
+        name = comparable(item["name"])
+        if name in seen:
+            content.refuse(f"{place} has the name {show(name)} of another category", "name-clash")
+        seen.add(name)
+        names[number] = name
     if not 1 <= len(names) <= 2**16:
         content.refuse(f"it has {len(names)} categories", "empty-data" if not names else "too-large")
     numbers = tuple(sorted(names))

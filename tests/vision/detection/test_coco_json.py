@@ -107,6 +107,7 @@ def test_objects_need_no_mask_where_masks_are_not_read(tmp_path):
         (data(annotations=[annotation(iscrowd=[])]), "wrong-format", "annotations[0].iscrowd"),
         (data(categories=[]), "empty-data", "categories"),
         (data(categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]), "name-clash", "categories[1]"),
+        (data(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]), "name-clash", "categories[1]"),
         (data(categories=[{"id": True, "name": "a"}]), "wrong-format", "categories[0].id"),
         (data(categories=[{"id": 1}]), "wrong-format", "categories[0]"),
         (data(images=[{"id": 1, "file_name": "../a.jpg", "height": 3, "width": 3}]), "invalid-value", "../a.jpg"),
