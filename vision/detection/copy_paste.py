@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
+from revnets.config.errors import ArgumentError
 from vision.detection.training_targets import Target
+
+OBJECT_KEYS = ("boxes", "labels", "masks", "area", "iscrowd")
+"""Of a target: with an item for each object."""
+
+IMAGE_KEYS = ("semantic_map", "image_id", "size", "orig_size", "image_size")
 
 
 class CopyPaste:
@@ -32,7 +38,8 @@ class CopyPaste:
 
         Args:
             images: of any sizes; what reaches beyond the other image is cut off.
-            targets: with `boxes`, `labels`, `masks` (N, H, W), and perhaps `semantic_map` (H, W).
+            targets: with `boxes`, `labels`, `masks` (N, H, W), and perhaps `semantic_map` (H, W), `area` and
+                `iscrowd` (N,).
             generator: of the random numbers.
         """
         pasted = []
@@ -57,7 +64,11 @@ def paste_objects(
         source_target: its objects.
         chosen: booleans, one for each of them.
         least_pixels: objects of which fewer pixels are visible are left out.
+
+    Raises:
+        ValueError: only one target has `area` or `iscrowd`, or one has tensors under unknown keys.
     """
+    others = _others_of_objects(target, source_target)
     rows = chosen.nonzero().squeeze(1).to(source_target["labels"].device)
     if not len(rows):
         return image, target
@@ -71,7 +82,8 @@ def paste_objects(
 
     behind = target["masks"] * ~front
     masks = torch.cat([behind, masks])
-    kept = masks.flatten(1).sum(1) >= least_pixels
+    pixels = (masks > 0).flatten(1).sum(1)
+    kept = pixels >= least_pixels
     unchanged = torch.zeros_like(kept)
     unchanged[: len(behind)] = (behind == target["masks"]).flatten(1).all(1)
     kept |= unchanged
@@ -80,6 +92,11 @@ def paste_objects(
     boxes[redrawn] = pixel_boxes(masks[redrawn]).to(boxes.dtype)
     labels = torch.cat([target["labels"], source_target["labels"][rows]])
     result = {**target, "boxes": boxes[kept], "labels": labels[kept], "masks": masks[kept]}
+    for name in others:
+        values = torch.cat([target[name], source_target[name][rows]])
+        if name == "area":
+            values[redrawn] = pixels[redrawn].to(values.dtype)
+        result[name] = values[kept]
     if "semantic_map" in target:
         classes = target["semantic_map"].clone()
         other = source_target.get("semantic_map")
@@ -88,6 +105,24 @@ def paste_objects(
             values[:height, :width] = other[:height, :width]
         result["semantic_map"] = torch.where(front, values, classes)
     return image, result
+
+
+def _others_of_objects(target: Target, source_target: Target) -> list[str]:
+    """What else both targets say about every object.
+
+    Raises:
+        ValueError: one of them lacks it, or has a tensor that may be about objects.
+    """
+    for part in (target, source_target):
+        for name, value in part.items():
+            if isinstance(value, Tensor) and value.ndim and name not in (*OBJECT_KEYS, *IMAGE_KEYS):
+                problem = f"copy and paste does not know whether {name} is about objects. Leave it out"
+                raise ArgumentError(problem, f"targets.{name}", code="unknown-key")
+    others = [name for name in ("area", "iscrowd") if name in target or name in source_target]
+    for name in others:
+        if name not in target or name not in source_target:
+            raise ArgumentError(f"{name} is missing in one of two targets", f"targets.{name}", code="missing-key")
+    return others
 
 
 def pixel_boxes(masks: Tensor) -> Tensor:

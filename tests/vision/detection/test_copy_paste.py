@@ -52,6 +52,39 @@ def test_classes_of_pixels_move_with_the_object():
     assert torch.equal(result["semantic_map"][~front], target["semantic_map"][~front])
 
 
+@pytest.mark.parametrize("value", [255, 0.25])
+def test_pixels_of_objects_are_counted_whatever_their_value(value):
+    (image, source), (target, other) = detection_batch()
+    visible = int(other["masks"][:, : image.shape[1], : image.shape[2]].sum())
+    for part in (target, other):
+        part["masks"] = part["masks"] * value
+    for least, is_pasted in ((visible, True), (visible + 1, False)):
+        _, result = paste_objects(image, target, source, other, torch.tensor([True]), least)
+        assert (2 in result["labels"]) == is_pasted
+
+
+def test_areas_and_crowds_move_with_their_objects():
+    (image, source), (target, other) = detection_batch()
+    for part in (target, other):
+        part["area"] = part["masks"].flatten(1).sum(1).float()
+        part["iscrowd"] = torch.zeros_like(part["labels"])
+    other["iscrowd"][:] = 1
+    _, result = paste_objects(image, target, source, other, torch.tensor([True]))
+    assert torch.equal(result["area"], result["masks"].flatten(1).sum(1).float())
+    assert result["iscrowd"].tolist() == [0] * (len(result["labels"]) - 1) + [1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [({"area": torch.ones(2)}, "missing-key"), ({"keypoints": torch.ones(2, 5, 3)}, "unknown-key")],
+)
+def test_what_cannot_move_with_an_object_is_refused(extra, code):
+    images, (target, other) = detection_batch()
+    with pytest.raises(ValueError) as caught:
+        CopyPaste()(images, [target | extra, other])
+    assert (caught.value.key, caught.value.code) == (f"targets.{next(iter(extra))}", code)
+
+
 def test_nothing_changes_without_chosen_objects():
     image, target, *_, found, result = pasted((False,))
     assert found is image
