@@ -22,7 +22,7 @@ from vision.data import class_subsets
 from vision.data.dataset import ImageData
 from vision.detection.average_precision import DetectionMetrics
 from vision.distributed.context import World
-from vision.errors import CheckpointError, comparable
+from vision.errors import CheckpointError, comparable, run_error
 from vision.tasks import builders
 from vision.tasks.base import scalars
 from vision.tasks.builders import create_task
@@ -41,6 +41,7 @@ class Candidate:
         path: where they come from.
         sets: tensors of the model and of heads at its columns, by `raw` and `ema`.
         classes: names of the model's classes, if the file has them.
+        category_ids: numbers of the classes in files of COCO, of a detector.
         is_run: is it a checkpoint of `revnets train`? Other files hold weights alone, under any names.
     """
 
@@ -49,6 +50,7 @@ class Candidate:
     sets: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
     classes: tuple[str, ...] | None
     is_run: bool
+    category_ids: tuple[int, ...] | None = None
 
 
 def evaluate_checkpoint(
@@ -88,6 +90,8 @@ def evaluate_checkpoint(
     if not has_one_set:
         _refuse_classes(config, png, by_name)
     data = task.load_data()
+    if config.heads is None and not has_one_set:  # `_known` compares those of a classifier
+        _require_same_classes(given, task.metadata(data))
     for remark in getattr(data, "remarks", ()):
         console.print(remark, style="yellow", soft_wrap=True, highlight=False, markup=False)
     chosen, known = _known(given, data, by_name, console) if has_one_set else (None, data)
@@ -138,7 +142,7 @@ def evaluate_checkpoint(
 
 def _of_run(path: Path, overrides: Sequence[str], trust: bool) -> Candidate:
     found = load_checkpoint(path, overrides, trust=trust)
-    return Candidate(found.path, found.config, found.weight_sets, found.classes, is_run=True)
+    return Candidate(found.path, found.config, found.weight_sets, found.classes, True, found.category_ids)
 
 
 def _of_weights(path: Path, recipe: str, overrides: Sequence[str], trust: bool) -> Candidate:
@@ -195,6 +199,20 @@ def _refuse_classes(config: TrainConfig, png: Path | None, by_name: bool) -> Non
             sets = "no classes" if config.heads is None else "several sets of classes"
             problem = f"the task {config.task_and_options[0]} has {sets}"
             raise option_error(option, problem, "Leave it out")
+
+
+def _require_same_classes(given: Candidate, metadata: Mapping[str, Any]) -> None:
+    """Refuse data whose classes, by what the task says of them, are not those of the weights in the same order."""
+    classes, ids = metadata.get("classes"), metadata.get("category_ids")
+    if not classes or not given.classes:
+        return
+    if len(classes) != len(given.classes):
+        difference = f"{len(classes)} classes, and the weights are for {len(given.classes)}"
+    elif not (difference := class_subsets.class_difference(given.classes, classes)):
+        if not ids or given.category_ids is None or tuple(ids) == given.category_ids:
+            return
+        difference = "the ids of its categories are not those of the run"
+    raise run_error("data", difference, "Give data with the classes of the model, in its order", "class-mismatch")
 
 
 def _print_precisions(console: Console, path: Path, found: Mapping[str, DetectionMetrics], images: int) -> None:

@@ -183,6 +183,35 @@ def test_runs_that_cannot_be_are_refused(root, tmp_path, changes, code, key):
         begin()
 
 
+def renamed(found):
+    found["categories"][0]["name"] = "zebra"
+
+
+def in_another_order(found):
+    found["categories"] = [{"id": 3, "name": "green"}, {"id": 7, "name": "red"}]
+
+
+def with_other_ids(found):
+    found["categories"][1]["id"] = 8
+    for item in found["annotations"]:
+        item["category_id"] += item["category_id"] == 7
+
+
+def with_one_more(found):
+    found["categories"].append({"id": 9, "name": "blue"})
+
+
+@pytest.mark.parametrize("change", [renamed, in_another_order, with_other_ids, with_one_more])
+def test_a_checkpoint_is_not_evaluated_on_other_classes(trained, tmp_path, change):
+    files = coco_files.make_files(tmp_path / "coco", train=2, val=1)
+    for split in ("train", "val"):
+        found = coco_files.read(files, split)
+        change(found)
+        coco_files.write(files, split, found)
+    with raises_error(code="class-mismatch", key="data"):
+        evaluate_checkpoint(trained / "checkpoints/step-0000008.pt", [f"data.root={files}"], trust=True)
+
+
 def test_the_step_of_a_detector_cannot_be_planned():
     with torch.device("meta"), raises_error(code="conflicting-values", key="task", names="revnets plan revcol_tiny"):
         recipe_steps.create("coco_cascade_revcol_tiny_3x")
