@@ -56,12 +56,15 @@ class DetectionData:
     remarks: tuple[str, ...] = ()
 
 
-def load_coco(config: CocoConfig, seed: int, notes: Path | None = None) -> DetectionData:
+def load_coco(
+    config: CocoConfig, seed: int, notes: Path | None = None, stuff_classes: int | None = None
+) -> DetectionData:
     """The data that a configuration names.
 
     Args:
         seed: of the augmentation.
         notes: file that lists images that cannot be used.
+        stuff_classes: of the semantic maps; None for any.
 
     Raises:
         revnets.SpecError: files or folders are missing or damaged, have other classes, or hold no objects.
@@ -87,7 +90,7 @@ def load_coco(config: CocoConfig, seed: int, notes: Path | None = None) -> Detec
     if maps is not None and not maps.is_dir():
         raise run_error("data.stuff_maps", f"{maps} is no folder", "Check data.root", code="missing-file")
     return DetectionData(
-        CocoImages(config, train_folder, chosen, unreadable, seed, maps),
+        CocoImages(config, train_folder, chosen, unreadable, seed, maps, stuff_classes),
         CocoImages(config, val_folder, val.images, unreadable),
         train.classes,
         train.category_ids,
@@ -129,6 +132,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         unreadable: what happens with images that cannot be used.
         seed: of the augmentation; None for validation.
         maps: folder of semantic maps, if they are read.
+        stuff_classes: of these maps; None for any.
     """
 
     def __init__(
@@ -139,8 +143,10 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         unreadable: Unreadable,
         seed: int | None = None,
         maps: Path | None = None,
+        stuff_classes: int | None = None,
     ):
-        self.config, self.folder, self.images, self.maps = config, folder, images, maps
+        self.config, self.folder, self.images = config, folder, images
+        self.maps, self.stuff_classes = maps, stuff_classes
         self.unreadable, self.seed = unreadable, seed
         self.augment = MultiScaleAugmentation(config)
 
@@ -207,4 +213,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
             numbers = read_semantic_map(file)
         if numbers.shape != (image.height, image.width) or numbers.min() < 0 or numbers.max() > 255:
             raise ValueError(f"its semantic map is not {image.width} x {image.height} numbers from 0 to 255")
+        wrong = (numbers >= (255 if self.stuff_classes is None else self.stuff_classes)) & (numbers != 255)
+        if wrong.any():
+            raise ValueError(f"its semantic map has class {numbers[wrong][0]} of {self.stuff_classes}, numbered from 0")
         return torch.from_numpy(numbers.astype(np.uint8))

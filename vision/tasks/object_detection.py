@@ -20,7 +20,7 @@ from vision.detection.average_precision import AveragePrecisionEvaluator, Detect
 from vision.detection.coco_data import NOT_COUNTED, DetectionData, load_coco
 from vision.distributed.context import World
 from vision.errors import run_error
-from vision.tasks.base import Task
+from vision.tasks.base import Batches, Task
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 """Images (3, H, W) and mappings: for training boxes, labels and masks, for validation numbers and sizes of files."""
@@ -82,13 +82,32 @@ class ObjectDetection(Task):
             raise run_error("task.detector", problem, nearest(self.detector, DETECTORS, "Give"), "unknown-choice")
         return DETECTORS[self.detector] and bool(self.options.get("masks", True))
 
+    def stuff_classes(self) -> int | None:
+        """Number of classes of the semantic maps that the detector trains on; None if it reads none."""
+        return self.options.get("stuff_classes") if self.detector == "htc" else None
+
     def create_detector(self, backbone: str, num_classes: int, **options: Any) -> nn.Module:
         """The detector on a backbone of that name; it is called as those of torchvision."""
         create: Callable[..., nn.Module] = getattr(vision.detection, self.detector)
         return create(backbone, num_classes, **options)
 
     def load_data(self, notes: Path | None = None, world: World | None = None) -> DetectionData:
-        return load_coco(self.coco, self.config.seed, notes)
+        return load_coco(self.coco, self.config.seed, notes, self.stuff_classes())
+
+    def train_batches(self, data: DetectionData, world: World) -> Batches:
+        """The training batches, with semantic maps if the detector learns them.
+
+        Raises:
+            revnets.SpecError: maps are missing, or no detector reads them.
+        """
+        has_maps, reads_maps = self.coco.stuff_maps is not None, self.stuff_classes() is not None
+        if reads_maps and not has_maps:
+            problem = "is missing, and the detector has stuff_classes"
+            raise run_error("data.stuff_maps", problem, "Give the folder of the semantic maps", "conflicting-values")
+        if has_maps and not reads_maps:
+            remedy = "Remove the key, or choose htc with the option stuff_classes"
+            raise run_error("data.stuff_maps", "the detector reads no semantic maps", remedy, "conflicting-values")
+        return super().train_batches(data, world)
 
     def collate(self, samples: list[Any]) -> Batch:
         images, targets = zip(*samples, strict=True)

@@ -168,6 +168,18 @@ def test_a_semantic_map_of_another_size_cannot_be_used(root, tmp_path):
     assert data.unreadable.count() == 1
 
 
+def test_a_semantic_map_with_other_classes_cannot_be_used(root, tmp_path):
+    (root / "maps").mkdir()
+    for number, value in enumerate((4, 5, 255, 0, 200)):
+        Image.fromarray(np.full((48, 64), value, np.uint8)).save(root / f"maps/{number}.png")
+    notes = tmp_path / "unreadable.txt"
+    train = load_coco(settings(root, stuff_maps="maps", **PLAIN), 0, notes, stuff_classes=5).train
+    for index, expected in enumerate((4, 255, 255, 0, 4)):  # of 1.png and 4.png, the next images are taken
+        assert (train[Key(0, index)][1]["semantic_map"] == expected).all()
+    text = notes.read_text()
+    assert [f"{number}.png" in text for number in range(5)] == [False, True, False, False, True]
+
+
 def test_what_is_left_out_is_a_remark(root):
     changed(root, "train", lambda found: found["annotations"][0].update(bbox=[1, 1, 0, 0]))
     (remark,) = load_coco(settings(root), 0).remarks

@@ -183,6 +183,22 @@ def test_runs_that_cannot_be_are_refused(root, tmp_path, changes, code, key):
         begin()
 
 
+@pytest.mark.parametrize(
+    ("task", "maps"),
+    [
+        ({"detector": "htc", "options": {"stuff_classes": 3}}, {}),
+        ({"detector": "htc"}, {"stuff_maps": "maps"}),
+        ({"detector": "cascade_mask_rcnn", "options": {"stuff_classes": 3}}, {"stuff_maps": "maps"}),
+    ],
+)
+def test_semantic_maps_are_read_by_a_detector_with_stuff_classes_alone(root, tmp_path, task, maps):
+    (root / "maps").mkdir(exist_ok=True)
+    data = coco_files.values(root) | maps
+    detection = create_task(run(root, tmp_path / "run", task={"type": "object_detection", **task}, data=data))
+    with raises_error(code="conflicting-values", key="data.stuff_maps"):
+        detection.train_batches(detection.load_data(), World())
+
+
 def renamed(found):
     found["categories"][0]["name"] = "zebra"
 
