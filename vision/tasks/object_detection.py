@@ -19,7 +19,7 @@ from vision.config.run import TimmModel, TrainConfig
 from vision.detection.average_precision import AveragePrecisionEvaluator, DetectionMetrics
 from vision.detection.coco_data import NOT_COUNTED, DetectionData, load_coco
 from vision.distributed.context import World
-from vision.errors import run_error
+from vision.errors import first_line, run_error
 from vision.tasks.base import Batches, Task
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -137,8 +137,9 @@ class ObjectDetection(Task):
             options["memory"] = self.config.memory
         try:
             model = self.create_detector(backbone.timm, len(data.classes), **options)
-        except (TypeError, ValueError) as error:
-            raise run_error("model", str(error), "See docs/guides/detection.md", code="component-failed") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            remedy = "See docs/guides/detection.md"
+            raise run_error("model", first_line(error), remedy, code="component-failed") from error
         return model.train()
 
     def planned(self, model: nn.Module) -> nn.Module:

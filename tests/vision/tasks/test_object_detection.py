@@ -199,6 +199,13 @@ def test_semantic_maps_are_read_by_a_detector_with_stuff_classes_alone(root, tmp
         detection.train_batches(detection.load_data(), World())
 
 
+def test_a_detector_without_memory_for_its_weights_is_refused(root, tmp_path):
+    task = {"type": "object_detection", "options": {"channels": 2**40}}
+    detection = create_task(run(root, tmp_path / "run", task=task))
+    with raises_error(code="component-failed", key="model"):
+        detection.build_model(detection.load_data())
+
+
 def renamed(found):
     found["categories"][0]["name"] = "zebra"
 

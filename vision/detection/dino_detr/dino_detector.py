@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -11,6 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
 from revnets.config.errors import ArgumentError
+from vision.detection.detector_options import require_counts, require_numbers
 from vision.detection.dino_detr.deformable_transformer import (
     DeformableDecoder,
     DeformableEncoder,
@@ -48,7 +50,7 @@ class DINO(nn.Module):
         checkpoint_heads: compute the layers of the transformer again in backward instead of keeping their activations.
 
     Raises:
-        ValueError: a number is too small, or `width` is not a multiple of what it must be.
+        ValueError: a number is too small or of another type, or `width` is not a multiple of what it must be.
     """
 
     def __init__(
@@ -70,14 +72,10 @@ class DINO(nn.Module):
         checkpoint_heads: bool = False,
     ):
         super().__init__()
-        positive = {"num_classes": num_classes, "width": width, "feedforward": feedforward, "heads": heads}
-        positive |= {"decoder_layers": decoder_layers, "queries": queries, "detections": detections}
-        others = {"encoder_layers": encoder_layers, "denoising": denoising}
-        others |= {"label_noise": label_noise, "box_noise": box_noise}
-        for least, numbers in ((1, positive), (0, others)):
-            for name, number in numbers.items():
-                if not number >= least:
-                    raise ArgumentError(f"{name} {number}: give at least {least}", name, code="out-of-range")
+        require_counts(1, num_classes=num_classes, width=width, feedforward=feedforward, heads=heads)
+        require_counts(1, decoder_layers=decoder_layers, queries=queries, detections=detections)
+        require_counts(0, encoder_layers=encoder_layers, denoising=denoising)
+        require_numbers(math.inf, label_noise=label_noise, box_noise=box_noise)
         for divisor in (32, heads):
             if width % divisor:
                 raise ArgumentError(f"width {width} is not a multiple of {divisor}", "width", code="not-divisible")

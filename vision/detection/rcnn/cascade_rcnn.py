@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from revnets.config.errors import ArgumentError
+from vision.detection.detector_options import require_counts, require_numbers
 from vision.detection.feature_pyramid import STRIDES, RevColPyramid
 from vision.detection.rcnn.box_heads import BoxStage, SampledBoxes
 from vision.detection.rcnn.mask_heads import MaskHead, mask_loss, pasted_masks
@@ -242,7 +242,7 @@ def cascade_mask_rcnn(
         all processes if there are several on GPUs when this is called.
 
     Raises:
-        ValueError: the backbone does not exist, has a memory budget or refuses its options.
+        ValueError: the backbone does not exist, has a memory budget or refuses its options, or another option is wrong.
     """
     heads = {"masks": masks, "width": width, "mask_width": mask_width}
     heads |= {"threshold": score_threshold, "soft": soft_nms}
@@ -259,8 +259,9 @@ def build_detector(
     backbone_options: dict[str, Any],
 ) -> RegionDetector:
     """A detector whose heads are of the class `kind`."""
-    if num_classes < 1:
-        raise ArgumentError(f"num_classes {num_classes}: give at least 1", "num_classes", code="out-of-range")
+    widths = {name: options[name] for name in ("width", "mask_width")}
+    require_counts(1, num_classes=num_classes, channels=channels, **widths)
+    require_numbers(1, score_threshold=options["threshold"])
     pyramid = RevColPyramid(backbone, channels, recompute=recompute, **backbone_options)
     distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     norm = nn.SyncBatchNorm if distributed and torch.cuda.is_available() else nn.BatchNorm2d

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision.detection.detector_options import require_counts
 from vision.detection.feature_pyramid import STRIDES
 from vision.detection.rcnn.box_heads import BoxStage, SampledBoxes
 from vision.detection.rcnn.cascade_rcnn import CascadeHeads, RegionDetector, build_detector
@@ -134,8 +135,10 @@ def htc(
         have `semantic_map` (H, W), classes from 0 on, of which 255 does not count.
 
     Raises:
-        ValueError: the backbone does not exist, has a memory budget or refuses its options.
+        ValueError: the backbone does not exist, has a memory budget or refuses its options, or another option is wrong.
     """
+    if stuff_classes is not None:
+        require_counts(1, stuff_classes=stuff_classes)
     heads = {"masks": masks, "width": width, "mask_width": mask_width, "stuff_classes": stuff_classes}
     heads |= {"threshold": score_threshold, "soft": soft_nms}
     return build_detector(HybridTaskHeads, backbone, num_classes, channels, checkpoint_heads, heads, backbone_options)

@@ -207,6 +207,34 @@ def test_a_backbone_that_does_not_fit_is_refused(backbone, classes, options, key
     assert (caught.value.key, caught.value.code) == (key, code)
 
 
+@pytest.mark.parametrize("build", [cascade_mask_rcnn, htc])
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"channels": -5}, "out-of-range"),
+        ({"channels": 0}, "out-of-range"),
+        ({"channels": True}, "wrong-type"),
+        ({"width": 0}, "out-of-range"),
+        ({"mask_width": 2.5}, "wrong-type"),
+        ({"score_threshold": -1}, "out-of-range"),
+        ({"score_threshold": 1}, "out-of-range"),
+        ({"score_threshold": math.nan}, "out-of-range"),
+        ({"score_threshold": "high"}, "wrong-type"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(build, options, code):
+    with pytest.raises(ValueError) as caught:
+        build("test_revcol", 3, **options)
+    assert (caught.value.key, caught.value.code) == (next(iter(options)), code)
+
+
+@pytest.mark.parametrize(("classes", "code"), [(0, "out-of-range"), ("x", "wrong-type")])
+def test_stuff_classes_that_cannot_be_used_are_refused(classes, code):
+    with pytest.raises(ValueError) as caught:
+        htc("test_revcol", 3, classes)
+    assert (caught.value.key, caught.value.code) == ("stuff_classes", code)
+
+
 @pytest.mark.parametrize(
     ("variant", "millions"), [("tiny", 87.94), ("small", 118.05), ("base", 196.07), ("large", 330.31)]
 )
