@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,25 +11,34 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
-from revnets.config.errors import ArgumentError
+from revnets.config.errors import ArgumentError, show
 
 Target = dict[str, Any]
 """Objects of one image: `boxes` (N, 4) as (left, top, right, bottom), `labels` (N,), `masks` (N, H, W), and others."""
 
 
-def padded_batch(images: Sequence[Tensor], multiple: int = 32) -> ImageList:
+def padded_batch(images: Sequence[Tensor], channels: int = 3, multiple: int = 32, least: int = 1) -> ImageList:
     """Images (C, H, W) of different sizes as one batch, with zeros at the right and at the bottom.
+
+    Args:
+        images: of a batch.
+        channels: C.
+        multiple: divides both sides of the batch.
+        least: pixels of either side.
 
     Raises:
         ValueError: there are no images, or they have other shapes.
     """
+    if not all(isinstance(image, Tensor) for image in images):
+        raise ArgumentError("a detector takes a list of tensors (C, H, W)", "images", code="wrong-type")
     shapes = [tuple(image.shape) for image in images]
-    if not shapes or any(len(shape) != 3 or 0 in shape or shape[0] != shapes[0][0] for shape in shapes):
-        problem = f"a detector takes a list of images (C, H, W), and not {shapes[:3]}"
+    if not shapes or any(len(shape) != 3 or 0 in shape or shape[0] != channels for shape in shapes):
+        problem = f"a detector takes a list of images ({channels}, H, W), and not {shapes[:3]}"
         raise ArgumentError(problem, "images", code="shape-mismatch")
     if not all(image.is_floating_point() for image in images):
         raise ArgumentError("a detector takes normalized images, not whole numbers", "images", code="wrong-type")
-    height, width = (-(-max(shape[axis] for shape in shapes) // multiple) * multiple for axis in (1, 2))
+    sides = (max(least, *(shape[axis] for shape in shapes)) for axis in (1, 2))
+    height, width = (-(-side // multiple) * multiple for side in sides)
     batch = images[0].new_zeros(len(images), shapes[0][0], height, width)
     for place, image in zip(batch, images, strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
@@ -60,6 +69,9 @@ def checked_targets(
 
 
 def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks: bool) -> Target:
+    if not isinstance(target, Mapping):
+        problem = f"target {number} of the batch is {show(target)}, not a mapping"
+        raise ArgumentError(problem, f"targets.{number}", code="wrong-type")
     names = ["boxes", "labels", *(["masks"] if masks else [])]
     for name in names:
         if not isinstance(target.get(name), Tensor):
@@ -68,14 +80,18 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
     if boxes.ndim != 2 or boxes.shape[-1] != 4:
         raise _target_error(number, "boxes", f"has the shape {tuple(boxes.shape)}, not (N, 4)", "shape-mismatch")
     if labels.shape != boxes.shape[:1]:
-        raise _target_error(number, "labels", f"has {labels.numel()} items for {len(boxes)} boxes", "shape-mismatch")
+        problem = f"has the shape {tuple(labels.shape)}, not ({len(boxes)},)"
+        raise _target_error(number, "labels", problem, "shape-mismatch")
+    if len(labels) and (target["labels"].is_floating_point() or target["labels"].is_complex()):
+        raise _target_error(number, "labels", f"has numbers of {target['labels'].dtype}, not integers", "wrong-type")
     height, width = image.shape[-2:]
     size = (height, width)
     if masks and target["masks"].shape != (len(boxes), *size):
         found, expected = tuple(target["masks"].shape), (len(boxes), *size)
         raise _target_error(number, "masks", f"has the shape {found}, not {expected}", "shape-mismatch")
-    if len(boxes) and not torch.isfinite(boxes).all():
-        raise _target_error(number, "boxes", "has numbers that are not finite", "not-finite")
+    for name, values in (("boxes", boxes), ("masks", target["masks"] if masks else boxes)):
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise _target_error(number, name, "has numbers that are not finite", "not-finite")
     if len(boxes) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
         found = sorted({int(labels.min()), int(labels.max())})
         raise _target_error(number, "labels", f"has {found}, outside of 1 to {num_classes}", "out-of-range")

@@ -25,7 +25,7 @@ from vision.detection.dino_detr.padded_levels import FeatureProjection, FeatureS
 from vision.detection.dino_detr.proposal_selection import ProposalSelection
 from vision.detection.dino_detr.set_losses import set_losses
 from vision.detection.dino_detr.target_boxes import TargetBoxes, target_boxes
-from vision.detection.feature_pyramid import revcol_levels
+from vision.detection.feature_pyramid import STRIDES, revcol_levels
 from vision.detection.training_targets import Target, checked_targets, padded_batch
 from vision.models.architecture import RevCol
 
@@ -123,7 +123,7 @@ class DINO(nn.Module):
         Raises:
             ValueError: images or targets have other shapes, or values outside of their ranges.
         """
-        batch = padded_batch(images, multiple=1)
+        batch = padded_batch(images, self.revcol.in_chans, multiple=1, least=STRIDES[-1])
         padded = _padding(batch)
         if self.training:
             objects = target_boxes(checked_targets(images, targets, self.num_classes))

@@ -83,7 +83,14 @@ def sine_encoding(fractions: Tensor, dim: int, temperature: float) -> Tensor:
 def _projection(channels: int, dim: int, kernel: int, stride: int) -> nn.Sequential:
     convolution = nn.Conv2d(channels, dim, kernel, stride, kernel // 2, bias=False)
     nn.init.xavier_uniform_(convolution.weight)
-    return nn.Sequential(convolution, nn.GroupNorm(32, dim))
+    return nn.Sequential(convolution, _LevelNorm(32, dim))
+
+
+class _LevelNorm(nn.GroupNorm):
+    """GroupNorm that also takes a level of a single position with one channel a group: it gives the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class _Shown(NamedTuple):

@@ -195,7 +195,7 @@ class RegionDetector(nn.Module):
             ValueError: images or targets have other shapes, or labels are out of range.
         """
         images = list(images)
-        batch = padded_batch(images)
+        batch = padded_batch(images, self.revcol.in_chans)
         checked = None
         if self.training:
             checked = checked_targets(images, targets, self.num_classes, masks=len(self.roi_heads.mask_heads) > 0)

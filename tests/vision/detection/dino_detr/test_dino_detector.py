@@ -92,6 +92,20 @@ def test_boxes_of_no_area_do_not_count():
     torch.testing.assert_close(trained(build(), odd), trained(build(), plain))
 
 
+@pytest.mark.parametrize("size", [(199, 2), (3, 67)])
+def test_images_thinner_than_the_coarsest_stride_are_padded(size):
+    torch.manual_seed(3)
+    images = [torch.randn(3, *size)]
+    targets = [{"boxes": torch.tensor([[0.0, 0, size[1], size[0]]]), "labels": torch.tensor([2])}]
+    model = build()
+    for name, loss in trained(model, (images, targets)).items():
+        assert loss.isfinite(), name
+    with torch.no_grad():
+        (found,) = model.eval()(images)
+    assert found["scores"].isfinite().all()
+    assert (found["boxes"] <= torch.tensor([size[1], size[0]] * 2)).all()
+
+
 def test_bfloat16_autocast_gives_finite_losses():
     with torch.autocast("cpu", torch.bfloat16):
         losses = build().train()(*detection_batch())

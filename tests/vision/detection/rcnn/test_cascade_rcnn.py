@@ -156,10 +156,14 @@ def broken(name, value):
     [
         (lambda targets: targets.pop(), "targets", "wrong-length"),
         (lambda targets: targets[0].pop("masks"), "targets.0.masks", "missing-key"),
+        (lambda targets: targets.__setitem__(0, None), "targets.0", "wrong-type"),
         (broken("boxes", torch.zeros(1, 5)), "targets.1.boxes", "shape-mismatch"),
         (broken("labels", torch.ones(2, dtype=torch.long)), "targets.1.labels", "shape-mismatch"),
         (broken("masks", torch.zeros(1, 71, 64)), "targets.1.masks", "shape-mismatch"),
         (broken("boxes", torch.tensor([[1.0, 2.0, math.nan, 7.0]])), "targets.1.boxes", "not-finite"),
+        (broken("labels", torch.ones(1, 1, dtype=torch.long)), "targets.1.labels", "shape-mismatch"),
+        (broken("labels", torch.tensor([1.5])), "targets.1.labels", "wrong-type"),
+        (broken("masks", torch.full((1, *SIZES[1]), math.nan)), "targets.1.masks", "not-finite"),
         (broken("labels", torch.tensor([0])), "targets.1.labels", "out-of-range"),
         (broken("labels", torch.tensor([CLASSES + 1])), "targets.1.labels", "out-of-range"),
         (lambda targets: targets[0].pop("semantic_map"), "targets.0.semantic_map", "missing-key"),
@@ -182,6 +186,8 @@ def test_a_target_that_does_not_fit_is_named(untrained, change, key, code):
         ([torch.zeros(3, 5)], "shape-mismatch"),
         ([torch.zeros(3, 0, 5)], "shape-mismatch"),
         ([torch.zeros(3, 37, 41), torch.zeros(1, 37, 41)], "shape-mismatch"),
+        ([torch.zeros(1, 37, 41)], "shape-mismatch"),
+        ([None], "wrong-type"),
         ([torch.zeros(3, 37, 41, dtype=torch.uint8)], "wrong-type"),
     ],
 )
