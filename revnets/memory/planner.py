@@ -278,8 +278,9 @@ def _attempts(
     """Policies that are found one after the other, each with what was learned from the ones before."""
     if host is not None:
         host.limit = host.host.bytes
+    spare = 0
     for _ in range(ATTEMPTS):
-        found = predictor.search(budget - needs(tried) + tried.peak, corrections, host)
+        found = predictor.search(budget - needs(tried) + tried.peak - spare, corrections, host)
         if found is None:
             return
         policy, errors = found
@@ -287,8 +288,11 @@ def _attempts(
         is_within = host is None or host.takes(tried.host)
         yield tried
         fits = is_within and needs(tried) <= budget
-        if (is_known and is_within) or (fits and (tried.extra <= 1.0 or budget - needs(tried) < CLOSE * budget)):
+        if fits and (is_known or tried.extra <= 1.0 or budget - needs(tried) < CLOSE * budget):
             return
+        if is_known and is_within:  # the search works in units, and finds what is above the budget by less than one
+            spare += max(needs(tried) - budget, int(CLOSE * budget))
+            continue
         # Tensors that cells share, and what else single cells do not tell, set the peaks off.
         found = [known + error for known, error in zip(corrections or [0] * len(errors), errors, strict=True)]
         corrections = [max(pair) for pair in zip(corrections, found, strict=True)] if corrections else found
