@@ -55,11 +55,11 @@ def learn_pieces(
 ) -> int:
     """Learn a model, and write it and fairseq's dictionary of its pieces into a folder.
 
-    The model is the same for the same text, whatever the machine and the folder.
+    Equal texts give equal models on any machine and in any folder.
 
     Args:
         texts: paths relative to the folder; the model records them.
-        vocab: exactly so many pieces, those for unknown text and the ends of sentences included. None stands for
+        vocab: exactly so many pieces, those for unknown text and the ends of sentences included. None means
             `DEFAULT_VOCAB` or as many as the text has.
         model_type: "unigram" (Kudo, 2018) or "bpe" (Sennrich et al., 2016).
         character_coverage: the share of the characters of the text that are pieces; rarer ones become `<unk>`.

@@ -154,7 +154,7 @@ def decode(batch: Batch, transform: Callable[[Image.Image], torch.Tensor], exif:
         try:
             with open_listed(str(batch["root"][0]), ImageFile(*place)) as file:
                 image = read_image(file, exif=exif)
-        except Exception:  # decoders raise whatever they like
+        except Exception:  # decoders raise errors of any kind
             image = None
         is_readable.append(image is not None)
         pixels.append(transform(image or Image.new("RGB", (8, 8))))
