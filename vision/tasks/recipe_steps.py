@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from revnets import SpecError
+from revnets.config.errors import nearest
 from vision.config.data import SmallImagesConfig
 from vision.config.run import TrainConfig, load_config
 from vision.paths import FOLDERS
@@ -15,7 +16,7 @@ from vision.tasks.builders import create_task
 
 
 class RecipeStep(nn.Module):
-    """What a task plans memory for: from a batch of images to the loss, or to what stands for it.
+    """The part of a training step that a plan simulates: the model of a task, or the model with its loss.
 
     Attributes:
         pretrained_cfg: names the shape of one image, as the models of timm do.
@@ -41,9 +42,11 @@ def create(name: str, **options: Any) -> RecipeStep:
         options: replace keys of the recipe, such as `model={"kernel_size": 3}`.
 
     Raises:
-        SpecError: the model cannot be built, or the recipe has no images of one size.
+        SpecError: there is no such recipe, its model cannot be built, or its images have no common size.
     """
-    file = next(file for folder in FOLDERS for file in folder.glob("*.yaml") if file.stem == name)
+    file = next((file for folder in FOLDERS for file in folder.glob("*.yaml") if file.stem == name), None)
+    if file is None:
+        raise SpecError(name, "", "there is no such recipe", nearest(name, names(), "Try"), code="unknown-choice")
     config = load_config({"base": str(file), **options}, name=name)
     shape = _shape(config)
     if shape is None:

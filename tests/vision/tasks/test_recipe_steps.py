@@ -63,3 +63,8 @@ def test_the_step_of_a_classifier_is_its_model(name):
 def test_a_wrong_key_is_named():
     with raises_error(code="unknown-key", key="optimiser"):
         recipe_steps.create(RECIPE, optimiser={})
+
+
+def test_a_recipe_that_does_not_exist():
+    with raises_error(revnets.SpecError, code="unknown-choice", names="revcol_tiny_in1k"):
+        recipe_steps.create("revcol_tiny_in1")
