@@ -22,7 +22,7 @@ $(SETUP): pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[vision,dense,data,labels,hf,lm,nlp,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[vision,dense,data,labels,duplicates,ray,hf,lm,nlp,dev]'
 	-$(BIN)/python -m pip install --quiet --no-deps $(RIVALS) $(TEXT)
 	@touch $(SETUP)
 
