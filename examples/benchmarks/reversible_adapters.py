@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import revnets
+from revnets.config.memory_budget import BudgetSpec
 
-Streams = tuple[Tensor, Tensor]
+Streams = Sequence[Tensor]
 Trunk = Callable[[Tensor], Streams]
 """The stem's output -> the last two states (x_{T-2}, x_{T-1})."""
 
@@ -74,6 +75,19 @@ class Net(nn.Module):
         return self.head((one + other).flatten(1, -2).mean(1))
 
 
+class Trained(nn.Module):
+    """A net whose blocks are run in one way."""
+
+    def __init__(self, net: Net, way: Way):
+        super().__init__()
+        self.net, self.trunk = net, way.make(net.blocks)
+        if way.budget is not None:
+            revnets.keep_budget(self, BudgetSpec(budget=way.budget, optimizer="none"))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.net.logits(self.trunk, patches)
+
+
 # ------------------------------------------------------------------------------------------------ who trains it
 
 
@@ -104,8 +118,7 @@ def checkpointed(blocks: nn.ModuleList) -> Trunk:
 def ours(memory: str) -> Callable[[nn.ModuleList], Trunk]:
     def make(blocks: nn.ModuleList) -> Trunk:
         # Two identities: both streams start as the stem's output.
-        columns = revnets.ReversibleSequence([nn.Identity(), nn.Identity(), *blocks], m=2, memory=memory)
-        return lambda x: tuple(columns(x))
+        return revnets.ReversibleSequence([nn.Identity(), nn.Identity(), *blocks], m=2, memory=memory)
 
     return make
 
@@ -146,6 +159,7 @@ class Way(NamedTuple):
 
     make: Callable[[nn.ModuleList], Trunk]
     package: str | None = None  # what has to be installed from PyPI
+    budget: str | None = None  # the memory mode whose peak a plan may reach
 
 
 WAYS = {
@@ -155,6 +169,7 @@ WAYS = {
     "revlib": Way(revlib("autograd_function"), "revlib"),  # its default, and its fastest
     "revlib graph": Way(revlib("autograd_graph"), "revlib"),
     **{f"revnets {memory}": Way(ours(memory)) for memory in ("store", "recompute", "invert", "exact")},
+    "revnets exact, planned": Way(ours("exact"), budget="exact"),
 }
 REFERENCE = "plain autograd"
 """Whose gradients are the measure of the others."""

@@ -5,8 +5,9 @@
     .venv/bin/python examples/benchmarks/reversible_libraries.py --blocks 16 --case conv --png out/libraries.png
 
 `reversible_adapters.py` defines the candidates. Outputs are compared first. Prints CPU seconds (user and system,
-medians of interleaved rounds, one thread), bytes kept between forward and backward, the highest number of bytes alive
-at once (gradients of the parameters included) and the gradient error against plain autograd, all of one run.
+medians of interleaved rounds, one thread), their ratio to plain autograd round by round (median and range), bytes kept
+between forward and backward, the highest number of bytes alive at once (gradients of the parameters included) and the
+gradient error against plain autograd, all of one run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from _cli import counts, listed, picture
-from reversible_adapters import CASES, REFERENCE, WAYS, Case, Net, installed
+from reversible_adapters import CASES, REFERENCE, WAYS, Case, Net, Trained, installed
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -38,10 +39,14 @@ from revnets.plotting.style import save
 class Result(NamedTuple):
     """What one step takes."""
 
-    seconds: float
+    seconds: list[float]  # of each round
     kept: int
     peak: int
     error: float
+
+    def ratios(self, base: Result) -> list[float]:
+        """Time against that of another, round by round, in order of size."""
+        return sorted(mine / other for mine, other in zip(self.seconds, base.seconds, strict=True))
 
 
 class Contender:
@@ -49,11 +54,11 @@ class Contender:
 
     def __init__(self, name: str, net: Net, patches: Tensor, labels: Tensor):
         self.name, self.net, self.patches, self.labels = name, net, patches, labels
-        self.trunk = WAYS[name].make(net.blocks)
+        self.model = Trained(net, WAYS[name])
         self.seconds: list[float] = []
 
     def logits(self) -> Tensor:
-        return self.net.logits(self.trunk, self.patches)
+        return self.model(self.patches)
 
     def loss(self) -> Tensor:
         return F.cross_entropy(self.logits(), self.labels)
@@ -112,10 +117,7 @@ def measure(names: Sequence[str], case: Case, depth: int, rounds: int, tick: Cal
         for contender in field:
             contender.timed()
         tick()
-    return {
-        contender.name: Result(statistics.median(contender.seconds), *memory[i], errors[i])
-        for i, contender in enumerate(field)
-    }
+    return {each.name: Result(each.seconds, *memory[i], errors[i]) for i, each in enumerate(field)}
 
 
 def main(
@@ -156,15 +158,17 @@ def main(
         console.print(f"wrote {png}", highlight=False, markup=False, soft_wrap=True)
 
 
-COLUMNS = ("", "CPU s", "x plain", "kept MB", "peak MB", "gradient error")
+COLUMNS = ("", "CPU s", "x plain", "range", "kept MB", "peak MB", "gradient error")
 
 
 def row(name: str, result: Result, base: Result) -> tuple[str, ...]:
     verdict = "bit for bit" if result.error == 0 else f"{result.error:.1e}"
+    ratios = result.ratios(base)
     return (
         name,
-        f"{result.seconds:.2f}",
-        f"{result.seconds / base.seconds:.2f}",
+        f"{statistics.median(result.seconds):.2f}",
+        f"{statistics.median(ratios):.2f}",
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
         f"{result.kept / 1e6:.1f}",
         f"{result.peak / 1e6:.1f}",
         verdict,
@@ -200,6 +204,7 @@ STYLES = {
     "revnets recompute": ("#56b4e9", "P"),
     "revnets invert": ("#0072b2", "X"),
     "revnets exact": ("#0072b2", "o"),
+    "revnets exact, planned": ("#009e73", "*"),
 }
 
 
@@ -218,7 +223,7 @@ def draw(results: dict[tuple[str, int], dict[str, Result]], path: Path) -> None:
             colour, marker = STYLES[name]
             axis.plot(
                 one.peak / 1e6,
-                one.seconds / result[REFERENCE].seconds,
+                statistics.median(one.ratios(result[REFERENCE])),
                 linestyle="none",
                 marker=marker,
                 markersize=9,

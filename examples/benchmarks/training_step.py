@@ -3,8 +3,9 @@
     .venv/bin/python examples/benchmarks/training_step.py                    # 8 columns, 128 x 128, batch 8
     .venv/bin/python examples/benchmarks/training_step.py --columns 4,16 --png out/training_step.png
 
-Prints CPU seconds (user and system, medians of interleaved rounds, one thread), bytes kept between forward and
-backward, the highest number of bytes alive at once, and the gradient error against plain autograd, all of one run.
+Prints CPU seconds (user and system, medians of interleaved rounds, one thread), their ratio to `store` round by round
+(median and range), bytes kept between forward and backward, the highest number of bytes alive at once, and the gradient
+error against plain autograd, all of one run.
 `exact, planned` is `exact` under a budget equal to its own peak (docs/guides/memory-planning.md): it stores
 what costs no more than that peak.
 """
@@ -17,7 +18,7 @@ import time
 import warnings
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Images a step.", min=1)] = 8,
     rounds: Annotated[int, typer.Option(help="Timed steps of each contender.", min=1)] = 5,
     png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.", callback=picture)] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
 ) -> None:
     """Compare the memory modes on one training step."""
     torch.set_num_threads(1)
@@ -135,15 +137,31 @@ def main(
         raise typer.BadParameter(f"{shape!r}: give {' or '.join(SHAPES)}", param_hint="--shape")
     for count in counts(columns, "--columns", 1):
         results[count] = measure(shape, count, size, batch, rounds)
-        console.print(table(f"RevCol-{shape} columns: {count}, {size} x {size}, batch {batch}", results[count]))
+        title = f"RevCol-{shape} columns: {count}, {size} x {size}, batch {batch}"
+        if markdown:
+            console.print(as_markdown(title, results[count]), markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(table(title, results[count]))
     console.print(f"torch {torch.__version__}, 1 thread of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     if png is not None:
         draw(results, png)
         console.print(f"wrote {png}", highlight=False, markup=False, soft_wrap=True)
 
 
-def measure(shape: str, count: int, size: int, batch: int, rounds: int) -> dict[str, tuple[float, int, int, float]]:
-    """For each contender: median CPU seconds, bytes kept, peak bytes, gradient error."""
+class Result(NamedTuple):
+    """What one step takes."""
+
+    seconds: list[float]  # of each round
+    kept: int
+    peak: int
+    error: float
+
+    def ratios(self, base: Result) -> list[float]:
+        """Time against that of another, round by round, in order of size."""
+        return sorted(mine / other for mine, other in zip(self.seconds, base.seconds, strict=True))
+
+
+def measure(shape: str, count: int, size: int, batch: int, rounds: int) -> dict[str, Result]:
     torch.manual_seed(0)
     net = columns_net(shape, count)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
@@ -155,10 +173,7 @@ def measure(shape: str, count: int, size: int, batch: int, rounds: int) -> dict[
     for _ in track(range(rounds), description=f"{count} columns", transient=True):
         for contender in contenders:
             contender.timed()
-    return {
-        contender.name: (statistics.median(contender.seconds), *memory[i], errors[i])
-        for i, contender in enumerate(contenders)
-    }
+    return {each.name: Result(each.seconds, *memory[i], errors[i]) for i, each in enumerate(contenders)}
 
 
 def error(gradients: list[Tensor], reference: list[Tensor]) -> float:
@@ -167,29 +182,55 @@ def error(gradients: list[Tensor], reference: list[Tensor]) -> float:
     return (difference / sum(float(b.double().square().sum()) for b in reference)) ** 0.5
 
 
-def table(title: str, result: dict[str, tuple[float, int, int, float]]) -> Table:
+COLUMNS = ("mode", "CPU s", "x store", "range", "kept MB", "peak MB", "gradient error")
+
+
+def row(name: str, result: Result, base: Result) -> tuple[str, ...]:
+    ratios = result.ratios(base)
+    return (
+        name,
+        f"{statistics.median(result.seconds):.2f}",
+        f"{statistics.median(ratios):.3f}",
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+        f"{result.kept / 1e6:.1f}",
+        f"{result.peak / 1e6:.1f}",
+        "bit for bit" if result.error == 0 else f"{result.error:.1e}",
+    )
+
+
+def table(title: str, results: dict[str, Result]) -> Table:
     rows = Table(title=title, title_justify="left")
-    for name in ("mode", "CPU s", "x store", "kept MB", "peak MB", "gradient error"):
+    for name in COLUMNS:
         rows.add_column(name, justify="left" if name == "mode" else "right")
-    base = result["store"][0]
-    for name, (seconds, kept, peak, wrong) in result.items():
-        verdict = "[green]bit for bit" if wrong == 0 else f"[{'yellow' if wrong < 0.01 else 'red'}]{wrong:.1e}"
-        rows.add_row(name, f"{seconds:.2f}", f"{seconds / base:.3f}", f"{kept / 1e6:.1f}", f"{peak / 1e6:.1f}", verdict)
+    for name, result in results.items():
+        *cells, verdict = row(name, result, results["store"])
+        color = "green" if result.error == 0 else "yellow" if result.error < 0.01 else "red"
+        rows.add_row(*cells, f"[{color}]{verdict}")
     return rows
 
 
-def draw(results: dict[int, dict[str, tuple[float, int, int, float]]], path: Path) -> None:
+def as_markdown(title: str, results: dict[str, Result]) -> str:
+    lines = [f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
+    lines += [f"| {' | '.join(row(name, result, results['store']))} |" for name, result in results.items()]
+    return "\n".join([*lines, ""])
+
+
+def draw(results: dict[int, dict[str, Result]], path: Path) -> None:
     """Time, bytes kept and peak against the number of columns."""
     from matplotlib.figure import Figure
 
     from revnets.plotting.style import save
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
+    values = {
+        "CPU seconds a step": lambda result: statistics.median(result.seconds),
+        "kept MB": lambda result: result.kept / 1e6,
+        "peak MB": lambda result: result.peak / 1e6,
+    }
     axes = figure.subplots(1, 3)
-    for index, (axis, title) in enumerate(zip(axes, ("CPU seconds a step", "kept MB", "peak MB"), strict=True)):
+    for axis, (title, value) in zip(axes, values.items(), strict=True):
         for name in next(iter(results.values())):
-            values = [result[name][index] / (1 if index == 0 else 1e6) for result in results.values()]
-            axis.plot(list(results), values, marker="o", label=name)
+            axis.plot(list(results), [value(result[name]) for result in results.values()], marker="o", label=name)
         axis.set(title=title, xlabel="columns", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from tests.support.paths import ROOT
 
 FOLDER = ROOT / "examples" / "benchmarks"
-BIT_FOR_BIT = ["torch checkpoint", "revnets store", "revnets recompute", "revnets exact"]
+BIT_FOR_BIT = ["torch checkpoint", "revnets store", "revnets recompute", "revnets exact", "revnets exact, planned"]
 NEAR = ["memcnn", "revlib", "revlib graph", "revnets invert"]
 SMALL = {"mlp": (3, 7, 16), "conv": (3, 5, 7, 16)}
 
