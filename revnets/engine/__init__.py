@@ -1,1 +1,4 @@
-"""The reversible engine: the graph of cells, the tape that rebuilds states in backward, and its codecs. Torch only."""
+"""The reversible engine: the graph of cells, the tape that rebuilds states in backward, and the lost bits.
+
+It depends on PyTorch and NumPy only.
+"""

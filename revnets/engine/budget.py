@@ -1,4 +1,4 @@
-"""What the engine knows of a memory budget. The module is for type checkers: nothing of it is needed at run time."""
+"""The type of a memory budget, for type checkers. Nothing here is needed at run time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Budget(Protocol):
-    """A memory budget, as the engine carries it; `revnets.config.memory_budget.BudgetSpec` is one."""
+    """A memory budget as the engine holds it, such as `revnets.config.memory_budget.BudgetSpec`."""
 
     @property
     def budget(self) -> int | str: ...

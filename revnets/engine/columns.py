@@ -1,4 +1,4 @@
-"""Reversible sequences and columns of cells: the modules that people build nets from."""
+"""Reversible sequences and columns of cells: the modules that networks are built from."""
 
 from __future__ import annotations
 
@@ -22,21 +22,31 @@ if TYPE_CHECKING:
 
 
 class ReversibleColumns(PolicyAttributes, nn.Module):
-    """Cells wired into columns of m levels, trained with next to nothing kept for backward.
+    """Cells connected into columns of m levels, which keep almost nothing for backward.
+
+    The attributes `memory`, `stored`, `kept`, `products`, `offloaded`, `verify`, `budget` and `policy` control what is
+    kept. They can be changed at any time and are not part of the state dict.
 
     Args:
-        graph: which cell reads what, see `revnets.engine.graph.wire`.
-        cells: one `Cell` per node, in order. `self.cells[c][l]` is the cell at column c, level l, in either
-            direction.
-        memory: `store`, `recompute`, `invert` or `exact`, or one of them per column. It can be changed at any time
-            through the attribute `memory`; it is no part of the state dict.
-        verify: keep a checksum of every state and compare it with the state that backward rebuilds; raises a
-            `ReconstructionError` there if they differ. For debugging: on a GPU, backward then waits for every cell.
-            It can be switched at any time through the attribute `verify`.
+        graph: inputs and residual of each cell, see `revnets.wire`.
+        cells: one `Cell` per node, in order.
+        memory: memory mode `store`, `recompute`, `invert` or `exact`, for all columns or one per column.
+        verify: compare a checksum of every state with the state that backward rebuilds, which raises a
+            `ReconstructionError` if they differ. For debugging: on a GPU, backward then waits for every cell.
 
     Attributes:
-        policy, memory, stored, kept, products, offloaded, verify, budget: what is kept for backward, see
-            `PolicyAttributes`.
+        graph: the graph of the cells.
+        cells: the cell of column c, level l is `cells[c][l]`, in either direction of the column.
+
+    Raises:
+        ArgumentError: the number of cells is not the number of nodes, a cell has a gain without a residual or a
+            residual without a gain, or `memory` is invalid.
+
+    Example:
+        >>> graph = revnets.wire(6, 3, [[1]] * 3)  # 2 columns of 3 levels; each cell reads the previous state
+        >>> gains = [None] * 3 + [revnets.Gain(8) for _ in range(3)]
+        >>> columns = revnets.ReversibleColumns(graph, [revnets.Cell(nn.Linear(8, 8), gain) for gain in gains])
+        >>> levels = columns(torch.randn(4, 8))
     """
 
     warned_of: Budget | None = None
@@ -46,11 +56,11 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
     ):
         super().__init__()
         if len(cells) != len(graph.nodes):
-            text = f"the graph has {len(graph.nodes)} nodes, but {len(cells)} cells were given"
+            text = f"the graph has {len(graph.nodes)} nodes, but there are {len(cells)} cells; give one per node"
             raise ArgumentError(text, "cells", code="wrong-length")
         for node, cell in zip(graph.nodes, cells, strict=True):
             if (cell.gain is None) != (node.residual is None):
-                text = f"{graph.name(node.index)}: a cell has a gain exactly if it has a residual"
+                text = f"{graph.name(node.index)}: a cell with a residual needs a gain, one without must not have any"
                 raise ArgumentError(text, "cells", code="conflicting-values")
         self.graph = graph
         self.cells = nn.ModuleList(
@@ -66,7 +76,7 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
         super().__setstate__(state)  # pyright: ignore[reportUnknownMemberType]
 
     def flat(self) -> list[Cell]:
-        """All cells in the order in which they run."""
+        """Return all cells in the order in which they run."""
         found: list[Cell] = []
         for index, column in enumerate(self.cells):
             cells = list(cast(Iterable[Cell], column))
@@ -83,25 +93,24 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
     def forward(
         self, x: Tensor, *, taps: Sequence[int] = (), stop: int | None = None, **context: Any
     ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
-        """The last column's states, level 0 first.
+        """Run the cells and return the states of the last column.
 
-        In training, a memory budget that is still pending here is warned of: whatever was called is not an entry of
-        the model that plans it, and the columns run in their present memory modes.
+        In training, a memory budget that is still pending here causes a warning: the model was not called in a way that
+        plans the budget, so the columns run in their current memory modes.
 
         Args:
-            x: the stem's output; channels are the last axis.
-            taps: columns whose top level is handed out as well. A tapped state stays alive as long as its caller
-                holds it.
-            stop: index of the first cell that is left out, and with it all later ones; by default all cells run.
+            x: the stem's output, shape (B, ..., C).
+            taps: columns whose top-level state is also returned. It stays alive as long as the caller holds it.
+            stop: index of the first cell that does not run, nor do the cells after it; by default all cells run.
             context: keyword arguments for the function of every cell, such as a padding mask.
 
         Returns:
-            A list of m states, level 0 first also where the last column runs down, or of those among them that no
-            other level has replaced (residuals within a column); with taps, the pair (that list, list of tapped
-            states). If the last column is cut short, the levels that it lacks come first, from the column before.
+            A list of m states, level 0 first in either direction. States that a level of the same column replaced are
+            omitted. If the last column is incomplete, the latest states of its missing levels come first. With `taps`,
+            a pair of that list and the list of intermediate outputs.
 
         Raises:
-            ArgumentError: there is no such tap or cell.
+            ArgumentError: a column of `taps` or the cell `stop` does not exist.
         """
         policy, graph, cells = self._policy, self.graph, self.flat()
         if stop is not None:
@@ -118,16 +127,19 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
         return (last, tapped) if taps else last
 
     def truncated(self, length: int) -> ReversibleColumns:
-        """The first `length` cells as columns that share them, under the same policy.
+        """Return columns that share the first cells and keep their memory policy.
 
-        Stored and offloaded cells that are left out leave the policy as well; a pending budget stays pending.
+        The policy of omitted cells is dropped; a pending budget stays pending.
+
+        Args:
+            length: number of cells, at least 1.
 
         Raises:
-            ArgumentError: there is no cell left, or there are not so many.
+            ArgumentError: `length` is below 1 or above the number of cells.
         """
         graph = _first(self.graph, length, "length")
         result = ReversibleColumns(graph, self.flat()[:length])
-        for module in (result, result.cells, *result.cells):  # the flags of the cells are their own
+        for module in (result, result.cells, *result.cells):  # the cells keep their own flags
             module.training = self.training
         policy, modes = self._policy, self.memory[: graph.columns]
         stored, offloaded = (
@@ -147,41 +159,63 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
         balance: str | Sequence[float] = "bytes",
         x: Tensor | None = None,
     ) -> list[ColumnsStage]:
-        """Stages of a pipeline that share the cells; arguments and errors are those of `pipeline.stage.stages_of`."""
-        from revnets.engine.pipeline.stage import stages_of  # few nets are divided
+        """Divide the columns into pipeline stages that share the cells, as for `torch.distributed.pipelining`.
+
+        Args:
+            stages: number of stages.
+            stem: runs in the first stage, before its cells.
+            head: runs in the last stage, on the list of states that the columns return.
+            balance: what to distribute evenly: `bytes` of weights, `flops` of a forward pass for `x`, number of
+                `cells`, or custom costs, one per cell.
+            x: input of the stem, or of the columns if there is no stem. Its values do not matter.
+
+        Returns:
+            One module per stage.
+
+        Raises:
+            ArgumentError: there are fewer cells than stages, `balance` is unknown, the memory mode is `invert`, or a
+                budget is pending.
+        """
+        from revnets.engine.pipeline.stage import stages_of  # rarely needed
 
         return stages_of(self, stages, stem, head, balance, x)
 
     def inverse(self, levels: Sequence[Tensor], x: Tensor, **context: Any) -> list[list[Tensor]]:
-        """The states of every column, last column first, from the states of the last one. No forward is needed.
+        """Rebuild the states of all columns from the states of the last one, without a forward pass.
 
-        It is the plain inverse: rounding errors grow from column to column (docs/concepts/numerical-drift.md), and a
-        cell that draws random numbers cannot be undone, so call `eval()` first.
+        This is the plain inverse: rounding errors grow with every column (docs/concepts/numerical-drift.md). A cell
+        that draws random numbers cannot be inverted, so call `eval()` first.
 
         Args:
             levels: the states that `forward` returned.
-            x: the stem's output, as given to `forward`.
+            x: the stem's output, as passed to `forward`.
+            context: keyword arguments that were passed to `forward`.
+
+        Returns:
+            A list of states per column, last column first; within a column, level 0 first.
 
         Raises:
-            ArgumentError: another number of states, or cells without residuals, behind which nothing comes back.
+            ArgumentError: the number of states is wrong, or cells without residuals make the inverse impossible.
         """
         if not self.graph.is_invertible:
-            text = "cells without residuals replace no state, and so give none back; nothing can be inverted"
+            text = "some cells have no residual, so earlier states cannot be rebuilt from the last ones"
             raise ArgumentError(text, "residuals", code="no-columns")
         expected = len(self.graph.last)
         if len(levels) != expected:
-            text = f"{len(levels)} states were given; the inverse starts from the last {expected}"
+            text = f"got {len(levels)} states; the inverse needs the last {expected}, as returned by the forward pass"
             raise ArgumentError(text, "levels", code="wrong-length")
         return executor.invert(self.graph, self.flat(), levels, x, context)
 
     def compile(self, *args: Any, dynamic: bool | None = False, **kwargs: Any) -> None:
-        """Compile the function of every cell; the arguments are those of `torch.compile`.
+        """Compile the function of every cell.
 
-        Shapes are static unless asked for otherwise: with dynamic ones, Dynamo may compile a cell anew between its
-        forward and its replay, which then need not save the same tensors.
+        Use this method for training: `torch.compile` of the whole module does not compile cells outside mode `store`.
 
-        While gradients are recorded this is the way to compile: `torch.compile` of the whole module leaves the cells
-        of columns with another mode than `store` as they are.
+        Args:
+            args: positional arguments of `torch.compile`.
+            dynamic: as in `torch.compile`, but static by default: with dynamic shapes, Dynamo may recompile a cell
+                between its forward pass and its replay, which may then save other tensors.
+            kwargs: other arguments of `torch.compile`.
         """
         cells = self.flat()
         raise_compile_limits(_VERSIONS * len(cells))
@@ -194,18 +228,28 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
 
 
 class ReversibleSequence(ReversibleColumns):
-    """The same engine for anyone's own modules: x_t = F_t(x_{t-1}, ...) + gamma * x_{t-m}.
+    """Custom modules as a reversible sequence: x_t = F_t(x_{t-1}, ...) + gamma * x_{t-m}.
 
-    The first m modules start the sequence (there is no x_{t-m} for them). To begin with two equal streams, as RevViT
-    does, let the first two modules be `nn.Identity()`.
+    The first m modules have no x_{t-m} and start the sequence. To start with two equal streams, as RevViT does, pass
+    `nn.Identity()` for the first two modules.
 
     Args:
-        functions: modules F_t, called with their reads in order; a `Cell` is taken as it is.
-        m: how far back the residual reaches; RevNet, RevViT and Reformer have m = 2.
-        reads: what each F_t reads: offsets k (for x_{t-k}) between 1 and m - 1, or names out of
-            `revnets.engine.graph.READS`. A cell that would read nothing reads the input.
-        gain: fixed gamma of every residual. For learned gains pass cells of your own.
-        memory, verify: as in `ReversibleColumns`.
+        functions: modules F_t, called with their inputs in order; a `Cell` is used unchanged.
+        m: offset of the residual; RevNet, RevViT and Reformer use m = 2.
+        reads: inputs of each F_t: offsets k (for x_{t-k}) from 1 to m - 1, or names from
+            `revnets.engine.graph.READS`. A cell without inputs reads `x`.
+        gain: constant gamma of every residual. For learned gains, pass cells.
+        memory: as in `ReversibleColumns`.
+        verify: as in `ReversibleColumns`.
+
+    Raises:
+        ArgumentError: `gain` is 0, or `memory` is invalid.
+        ReadError: `m` or `reads` is invalid, or there are no functions.
+
+    Example:
+        >>> blocks = [nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(12)]
+        >>> sequence = revnets.ReversibleSequence(blocks)
+        >>> sequence(torch.randn(4, 8))[-1].sum().backward()
     """
 
     def __init__(
@@ -225,14 +269,12 @@ class ReversibleSequence(ReversibleColumns):
 
 
 _VERSIONS = 8
-"""How often a cell may be compiled, for other shapes or without gradients: PyTorch's own limit for one function."""
+"""How often a cell may be compiled, for other shapes or without gradients: PyTorch's default for one function."""
 
 
 def _first(graph: Graph, length: int, name: str) -> Graph:
-    """The first cells; `name` is the argument that gives their number."""
+    """Return the graph of the first cells; `name` is the argument that holds their number, for the error."""
     total = len(graph.nodes)
     if not 1 <= length <= total:
-        raise ArgumentError(
-            f"the first {length} cells: there are {total}, and at least one must run", name, code="out-of-range"
-        )
+        raise ArgumentError(f"{name} = {length}: give a number of cells, 1 to {total}", name, code="out-of-range")
     return graph if length == total else Graph(graph.m, graph.nodes[:length])

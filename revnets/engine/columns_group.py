@@ -1,4 +1,4 @@
-"""All reversible columns of a model under one policy: a pretrained net has a sequence of blocks in each stage."""
+"""All reversible columns of a model under one policy: a pretrained network has one sequence of blocks per stage."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ T = TypeVar("T")
 
 
 class ColumnsGroup(Sequence[ReversibleColumns]):
-    """An immutable sequence of `ReversibleColumns`, with the attributes of one for all of them together.
+    """An immutable sequence of `ReversibleColumns` whose attributes apply to all members together.
 
-    Columns and cells are numbered through: those of the second member follow those of the first.
-
-        group = revnets.find_columns(model)
-        group.memory = "exact"  # all columns of all members
-        group.stored = 5  # the last five cells of the model
-        group[0].memory = "store"  # the first member alone
+    Columns and cells are numbered continuously: those of the second member follow those of the first.
 
     Args:
-        members: in the order in which the model runs them.
+        members: columns in the order in which the model runs them.
+
+    Example:
+        >>> group = revnets.find_columns(model)
+        >>> group.memory = "exact"  # all columns of all members
+        >>> group.stored = 5  # the last five cells of the model
+        >>> group[0].memory = "store"  # only the first member
     """
 
     def __init__(self, members: Iterable[ReversibleColumns]):
@@ -66,31 +67,31 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
 
     @property
     def column_count(self) -> int:
-        """Columns of all members."""
+        """Number of columns of all members."""
         return sum(columns.graph.columns for columns in self)
 
     @property
     def cell_count(self) -> int:
-        """Cells of all members."""
+        """Number of cells of all members."""
         return sum(len(columns.graph.nodes) for columns in self)
 
     @property
     def first_columns(self) -> tuple[int, ...]:
-        """The number of each member's first column."""
+        """Index of each member's first column."""
         return tuple(start for start, _ in self._spans(lambda columns: columns.graph.columns))
 
     @property
     def column_of_cell(self) -> list[int]:
-        """The number of each cell's column."""
+        """Index of each cell's column."""
         starts = zip(self, self.first_columns, strict=True)
         return [first + node.column for columns, first in starts for node in columns.graph.nodes]
 
     @property
     def policy(self) -> MemoryPolicy:
-        """The policies of all members as one. Setting it sets all of them, or none if it does not fit.
+        """The policies of all members as one. An invalid value changes no member.
 
         Raises:
-            ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
+            ArgumentError: (on assignment) the number of modes is not that of the columns, or a cell does not exist.
         """
         kept, products = tuple(self.kept.items()), tuple(self.products.items())
         return MemoryPolicy(self.memory, self.stored, self.verify, self.budget, kept, self.offloaded, products)
@@ -118,37 +119,36 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         offloaded: Iterable[int] | None = None,
         products: Products | None = None,
     ) -> Generator[MemoryPolicy]:
-        """Run a `with` block under another policy, as `ReversibleColumns.using` does; yields the one in force.
+        """Use another policy for all members in a `with` block, and restore the current ones at its end.
 
         Args:
-            policy, modes, stored, kept, verify, offloaded, products: for all members; what is not given stays as each
-                has it.
+            policy: replaces the current policies before the changes below; by default the current policies.
+            modes: assigned to `memory`. A pending budget is not planned inside the block.
+            stored: assigned to `stored`.
+            kept: assigned to `kept`.
+            verify: assigned to `verify`.
+            offloaded: assigned to `offloaded`.
+            products: assigned to `products`.
+
+        Yields:
+            The policy in effect.
 
         Raises:
-            ArgumentError: as the attributes do.
+            ArgumentError: a value is invalid for its attribute.
         """
+        changes = {"policy": policy, "memory": modes, "stored": stored, "kept": kept, "verify": verify}
+        changes |= {"offloaded": offloaded, "products": products}
         with ExitStack() as stack:
             for columns in self:
                 stack.enter_context(columns.using())
-            if policy is not None:
-                self.policy = policy
-            if modes is not None:
-                self.memory = modes
-            if stored is not None:
-                self.stored = stored
-            if kept is not None:
-                self.kept = kept
-            if verify is not None:
-                self.verify = verify
-            if offloaded is not None:
-                self.offloaded = offloaded
-            if products is not None:
-                self.products = products
+            for name, value in changes.items():
+                if value is not None:
+                    setattr(self, name, value)
             yield self.policy
 
     @property
     def memory(self) -> tuple[Memory, ...]:
-        """The memory mode of each column, see `ReversibleColumns`."""
+        """The memory mode of each column, see `ReversibleColumns.memory`."""
         return tuple(mode for columns in self for mode in columns.memory)
 
     @memory.setter
@@ -159,7 +159,7 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
 
     @property
     def stored(self) -> frozenset[int]:
-        """Cells that keep all they save. Set it to their indices, or to a number of cells counted from the end."""
+        """Indices of cells that keep everything autograd saves, see `ReversibleColumns.stored`."""
         return self._joined([columns.stored for columns in self])
 
     @stored.setter
@@ -169,7 +169,7 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
 
     @property
     def offloaded(self) -> frozenset[int]:
-        """Cells that keep in host memory what they keep for backward. Set it to their indices."""
+        """Indices of cells that hold in host memory what they keep, see `ReversibleColumns.offloaded`."""
         return self._joined([columns.offloaded for columns in self])
 
     @offloaded.setter
@@ -179,7 +179,7 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
 
     @property
     def kept(self) -> dict[int, int | None]:
-        """Cells that keep the state that they replace, and how much of them is replayed, see `ReversibleColumns`."""
+        """Cells that keep the state they replace, see `ReversibleColumns.kept`."""
         return self._joined_items([columns.kept for columns in self])
 
     @kept.setter
@@ -189,7 +189,7 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
 
     @property
     def products(self) -> dict[int, tuple[int, ...]]:
-        """Matrix products whose results cells keep, see `ReversibleColumns`."""
+        """Matrix products whose results cells keep, see `ReversibleColumns.products`."""
         return self._joined_items([columns.products for columns in self])
 
     @products.setter
@@ -199,7 +199,7 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
 
     @property
     def verify(self) -> bool:
-        """Do all members compare what backward rebuilds with checksums of the forward?"""
+        """Whether all members compare what backward rebuilds with checksums of the forward pass."""
         return all(columns.verify for columns in self)
 
     @verify.setter
@@ -209,7 +209,7 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
 
     @property
     def budget(self) -> Budget | None:
-        """The memory budget of the whole model, as long as it is pending for a member; see `revnets.keep_budget`."""
+        """The memory budget of the whole model while it is pending for a member; see `revnets.keep_budget`."""
         return next((columns.budget for columns in self if columns.budget is not None), None)
 
     @budget.setter
@@ -218,40 +218,40 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
             columns.budget = value
 
     def flat(self) -> list[Cell]:
-        """All cells, those of the first member first."""
+        """Return all cells, those of the first member first."""
         return [cell for columns in self for cell in columns.flat()]
 
     def call_indices(self) -> dict[Cell, Iterator[int]]:
-        """For each cell, the index of its next call, without end: one cell may serve several columns or passes."""
-        found: dict[Cell, list[int]] = {}
+        """Return an endless iterator over the indices of each cell's calls; several columns may share a cell."""
+        calls: dict[Cell, list[int]] = {}
         for index, cell in enumerate(self.flat()):
-            found.setdefault(cell, []).append(index)
-        return {cell: cycle(indices) for cell, indices in found.items()}
+            calls.setdefault(cell, []).append(index)
+        return {cell: cycle(indices) for cell, indices in calls.items()}
 
     def _joined(self, parts: Iterable[Iterable[int]]) -> frozenset[int]:
-        """Indices of cells in the group, from those in each member."""
+        """Convert indices of cells in each member to indices in the group."""
         starts = (start for start, _ in self._spans(_cells_of))
         return frozenset(start + index for part, start in zip(parts, starts, strict=True) for index in part)
 
     def _parted(self, cells: Iterable[int]) -> list[frozenset[int]]:
-        """Indices of cells in each member, from those in the group."""
+        """Convert indices of cells in the group to indices in each member."""
         spans = self._spans(_cells_of)
         return [frozenset(index - start for index in cells if start <= index < stop) for start, stop in spans]
 
     def _joined_items(self, parts: Iterable[Mapping[int, T]]) -> dict[int, T]:
-        """As `_joined`, for what cells are mapped to."""
+        """Like `_joined`, for mappings from cells."""
         starts = (start for start, _ in self._spans(_cells_of))
         return {start + index: item for part, start in zip(parts, starts, strict=True) for index, item in part.items()}
 
     def _parted_items(self, items: Mapping[int, T]) -> list[dict[int, T]]:
-        """As `_parted`, for what cells are mapped to."""
+        """Like `_parted`, for mappings from cells."""
         spans = self._spans(_cells_of)
         return [
             {index - start: item for index, item in items.items() if start <= index < stop} for start, stop in spans
         ]
 
     def _spans(self, count: Callable[[ReversibleColumns], int]) -> list[tuple[int, int]]:
-        """The numbers of each member's columns or cells, from the first to the one past the last."""
+        """Return the range (start, stop) of each member's columns or cells in the group."""
         return list(pairwise(accumulate((count(columns) for columns in self), initial=0)))
 
 
@@ -260,16 +260,18 @@ def _cells_of(columns: ReversibleColumns) -> int:
 
 
 def find_columns(model: nn.Module) -> ColumnsGroup:
-    """The reversible columns of a model: itself, its `.columns`, or all among its submodules.
+    """Return the reversible columns of a model: the model itself, its attribute `columns`, or those of its submodules.
 
-    Columns inside of a cell of others do not count. Sequences that are no submodules count where their blocks are: a
-    block that runs as a cell of one has it as the attribute `sequence` of its `_reversible_call`.
+    Columns inside a cell of other columns are omitted. Networks rewired by `revnets.make_reversible` are supported.
+
+    Args:
+        model: a model with reversible columns.
 
     Returns:
         The columns in the order in which the model lists its submodules.
 
     Raises:
-        ArgumentError: there are none.
+        ArgumentError: the model has no reversible columns.
     """
     for candidate in (model, getattr(model, "columns", None)):
         if isinstance(candidate, ColumnsGroup):
@@ -278,13 +280,13 @@ def find_columns(model: nn.Module) -> ColumnsGroup:
             return ColumnsGroup([candidate])
     found = dict.fromkeys(_outermost(model, set()))
     if not found:
-        text = f"{type(model).__name__} must be or contain reversible columns; it has none"
+        text = f"{type(model).__name__} has no reversible columns"
         raise ArgumentError(text, "model", code="no-columns")
     return ColumnsGroup(found)
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model, and those of its sequences that are no submodules."""
+    """Return the modules of a model, including those of sequences that are not among its submodules."""
     registered = list(model.modules())
     roots = (model, *filter(None, map(_sequence_of, registered)))
     return list(dict.fromkeys(module for root in roots for module in root.modules()))
@@ -302,6 +304,6 @@ def _outermost(module: nn.Module, seen: set[nn.Module]) -> Iterator[ReversibleCo
 
 
 def _sequence_of(block: nn.Module) -> ReversibleColumns | None:
-    """The sequence that runs this block as one of its cells."""
+    """Return the sequence that runs this block as a cell, the attribute `sequence` of its `_reversible_call`."""
     call: Any = vars(block).get("_reversible_call")
     return None if call is None else cast(ReversibleColumns, call.sequence)

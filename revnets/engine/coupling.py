@@ -1,12 +1,12 @@
-"""How F_t meets x_{t-m}: the two operations of the equation, and the three couplings that a cell may be called with.
+"""How F_t is combined with x_{t-m}: the coupling, its inverse, and the three couplings that a cell is called with.
 
-A cell computes F_t and gamma_t and hands both to its coupling, which knows x_{t-m} and returns x_t.
+A cell computes F_t and gamma_t and passes both to its coupling, which holds x_{t-m} and returns x_t.
 
-| coupling | x_{t-m} | besides x_t |
+| coupling | source of x_{t-m} | side effect |
 | --- | --- | --- |
-| `PlainCoupling` | is given | nothing |
-| `RecordingCoupling` | is given | notes what backward needs to return to x_{t-m} |
-| `ReplayCoupling` | is found, or rebuilt from x_t | puts x_{t-m} into the window of the tape |
+| `PlainCoupling` | the caller | none |
+| `RecordingCoupling` | the caller | records what backward needs to recover x_{t-m} |
+| `ReplayCoupling` | the tape, or rebuilt from x_t | puts x_{t-m} into the window of the tape |
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def add(past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
-    """x_t = F_t + gamma * x_{t-m}, in the dtype of x_{t-m}."""
+    """Return x_t = F_t + gamma * x_{t-m} in the dtype of x_{t-m}."""
     update = update.to(past.dtype)
     if not isinstance(gamma, Tensor):
         return update + past if gamma == 1.0 else torch.add(update, past, alpha=gamma)
@@ -34,7 +34,7 @@ def add(past: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
 
 
 def subtract(state: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
-    """x_{t-m} = (x_t - F_t) / gamma, as near as the dtype allows."""
+    """Return x_{t-m} = (x_t - F_t) / gamma, up to rounding."""
     difference = state - update.to(state.dtype)
     if not isinstance(gamma, Tensor):
         return difference if gamma == 1.0 else difference.div_(gamma)
@@ -42,17 +42,17 @@ def subtract(state: Tensor, update: Tensor, gamma: Tensor | float) -> Tensor:
 
 
 def _is_zero(gamma: Tensor | float) -> bool:
-    """Is x_{t-m} lost from x_t, so that it must be kept? A learned gamma never is 0 (`Gain`)."""
+    """Whether x_t does not contain x_{t-m}, which must then be kept. A learned gamma is never 0 (`Gain`)."""
     return not isinstance(gamma, Tensor) and gamma == 0.0
 
 
 class PlainCoupling:
-    """x_t from x_{t-m}; nothing is kept for backward.
+    """Computes x_t from x_{t-m} and keeps nothing for backward.
 
     Args:
         cell: short name of the cell, such as "c1.l0".
         past: x_{t-m}.
-        name: of the cell, for the text of errors; by default the short one.
+        name: name of the cell in error messages; by default the short name.
     """
 
     def __init__(self, cell: str, past: Tensor, name: str = ""):
@@ -63,8 +63,8 @@ class PlainCoupling:
     def __call__(self, update: Tensor, gamma: Tensor | float) -> Tensor:
         if update.shape != self.past.shape:
             raise ArgumentError(
-                f"{self.name} gives a tensor of shape {tuple(update.shape)}, but the state x_(t-m) that it is added to "
-                f"has {tuple(self.past.shape)}; both must be equal",
+                f"{self.name} returns a tensor of shape {tuple(update.shape)}, but the state x_(t-m) that it is added "
+                f"to has shape {tuple(self.past.shape)}; both must be equal",
                 self.cell,
                 code="shape-mismatch",
             )
@@ -72,13 +72,16 @@ class PlainCoupling:
 
 
 class RecordingCoupling(PlainCoupling):
-    """x_t from x_{t-m}, and into the record of the cell what its memory mode needs to return to x_{t-m}.
+    """Computes x_t from x_{t-m}, and records what the memory mode needs to recover x_{t-m}.
 
-    `store` and `recompute` keep x_{t-m}, `exact` its lost bits, `invert` nothing. Where gamma is 0, all keep it, and
-    so does `exact` where the lost bits take as much.
+    `store` and `recompute` keep x_{t-m}, `exact` keeps its lost bits, `invert` keeps nothing. All modes keep x_{t-m}
+    if gamma is 0, and so does `exact` if the lost bits are no smaller.
 
     Args:
-        record: of the cell that is called.
+        cell: short name of the cell, such as "c1.l0".
+        past: x_{t-m}.
+        name: name of the cell in error messages.
+        record: of this call of the cell.
     """
 
     def __init__(self, cell: str, past: Tensor, name: str, record: CellRecord):
@@ -103,34 +106,34 @@ class RecordingCoupling(PlainCoupling):
         return state
 
     def check(self, state: Tensor) -> None:
-        """Make sure that the cell returned x_t as the coupling made it.
+        """Check that the cell returned x_t unchanged.
 
         Args:
-            state: what the cell returned.
+            state: the tensor that the cell returned.
 
         Raises:
             ReplayError: the cell returned something else, or never called its coupling.
         """
         if self._made is None:
             raise ReplayError(
-                f"{self.name} has a residual, but its forward never calls `couple`, so x_(t-m) is lost and nothing can "
-                "be inverted. Return couple(update, gain), as `revnets.Cell` does",
+                f"{self.name} has a residual, but its forward never calls `couple`, so x_(t-m) is lost and cannot be "
+                "recovered. Return couple(update, gain), as `revnets.Cell` does",
                 code="not-coupled",
                 cell=self.cell,
             )
         if not is_unchanged(state, *self._made):
             raise ReplayError(
-                f"{self.name} does not return the state that its coupling made; a forward hook on the cell, "
-                "perhaps? What lies behind the coupling cannot be inverted: hook `cell.function` instead",
+                f"{self.name} changed its output after the residual was added (in a forward hook?). This cannot be "
+                "inverted; register the hook on `cell.function`",
                 code="output-changed",
                 cell=self.cell,
             )
 
 
 class ReplayCoupling:
-    """x_{t-m} from the window of the tape, from what the forward kept, or rebuilt from x_t; then x_t again.
+    """Takes x_{t-m} from the tape or rebuilds it from x_t, and recomputes x_t where needed.
 
-    With learned gamma, x_t is computed as in the forward, so that autograd saves the operands of the product once more.
+    With a learned gamma, x_t is recomputed so that autograd saves the operands of the product again.
 
     Args:
         tape: of the pass.
@@ -147,12 +150,12 @@ class ReplayCoupling:
             past = self._rebuild(update.detach(), gamma)
             self.tape.put_back(self.record, past)
         if not isinstance(gamma, Tensor) and self.tape.verifier is None:
-            return past  # a sum with fixed gamma saves nothing, and nobody looks at x_t
+            return past  # a sum with a fixed gamma saves nothing, and x_t is not used
         return add(past.detach().requires_grad_(self.record.past_grad), update, gamma)
 
     @torch.no_grad()
     def _rebuild(self, update: Tensor, gamma: Tensor | float) -> Tensor:
-        """x_{t-m}, with the strides that it had (Rule 4)."""
+        """Return x_{t-m} with its original strides (Rule 4)."""
         state, stride = self.tape.state(self.record.node.index), self.record.past_stride
         past = with_stride(subtract(state, update, gamma), stride)
         lost = self.record.lost if self.tape.host is None else self.tape.host.lost_bits_of(self.record)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 
 class ArgumentError(ValueError):
-    """An argument of a Python call, such as an option of a component, cannot be used.
+    """An argument of a Python call, such as an option of a component, is invalid.
 
     Attributes:
-        key: the name of the argument; of an error in a forward pass, the name of the cell, such as "c1.l0", or of the
-            class of a module.
-        code: the kind of error, as in `ReplayError`.
+        key: name of the argument. In a forward pass, name of the cell, such as "c1.l0", or of a module's class.
+        code: kind of the error, see `ReplayError`.
     """
 
     def __init__(self, message: str, key: str = "", code: str = "invalid-value"):
@@ -18,11 +17,11 @@ class ArgumentError(ValueError):
 
 
 class ReplayError(RuntimeError):
-    """A replay that cannot give, or did not give, what the forward gave.
+    """A replay cannot reproduce the forward pass, or did not reproduce it.
 
     Attributes:
-        code: the kind of error, a short name that does not change with the words.
-        cell: the name of the cell that it is about, such as "c1.l0", if it is about one.
+        code: kind of the error, a short name that stays the same when the message changes.
+        cell: name of the cell, such as "c1.l0", or None if the error concerns no single cell.
     """
 
     def __init__(self, message: str = "", *, code: str = "replay-mismatch", cell: str | None = None):
@@ -31,14 +30,17 @@ class ReplayError(RuntimeError):
 
 
 class ReconstructionError(ReplayError):
-    """A state of the backward is not, bit for bit, that of the forward."""
+    """A state in the backward pass differs from the forward pass in at least one bit.
+
+    Raised only while `ReversibleColumns.verify` is on. The attributes are those of `ReplayError`.
+    """
 
     def __init__(self, message: str = "", *, code: str = "state-mismatch", cell: str | None = None):
         super().__init__(message, code=code, cell=cell)
 
 
 EARLY_BACKWARD = (
-    "A backward inside of a cell's forward, and one after a forward that an exception has cut short, need plain "
-    "autograd there: put the cell into `stored` of the columns, or use memory='store'"
+    "A backward pass inside a cell's forward, or after a forward pass that an exception interrupted, needs plain "
+    "autograd in this cell: add the cell to `stored` of the columns, or use memory='store'"
 )
-"""What to do about a backward that reaches a cell whose forward is not over."""
+"""Hint for a backward pass that reaches a cell before its forward pass has finished."""

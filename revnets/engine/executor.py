@@ -1,4 +1,4 @@
-"""Runs a sequence of cells forward, with or without a tape, and backward by the plain inverse."""
+"""Runs a sequence of cells forward, with or without a tape, and inverts it."""
 
 from __future__ import annotations
 
@@ -38,21 +38,25 @@ def run(
     offloaded: Collection[int] = (),
     products: Products = _NO_PRODUCTS,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Run all cells; returns the states `graph.last` and those at the indices `taps`.
+    """Run all cells.
 
-    Without a gradient to record, and where autograd's hooks do not reach (export, `torch.func`), there is no tape.
+    There is no tape if no gradient is recorded or hooks on saved tensors do not work (export, `torch.func`).
 
     Args:
-        graph: nodes in order, one a cell.
+        graph: nodes in order, one per cell.
         cells: modules with the signature of `revnets.engine.cell.Cell.forward`.
-        stem: the input of `STEM` reads.
+        stem: output of the stem, shape (B, ..., C).
         modes: memory mode of each column.
         context: keyword arguments for every cell, such as a padding mask.
-        stored: indices of cells that run in `store`, whatever the mode of their column.
+        taps: indices of states to return as intermediate outputs.
+        stored: indices of cells that run in `store`, regardless of the mode of their column.
         verify: compare what backward rebuilds with checksums (`revnets/engine/replay/checksums.py`).
-        kept: cells that keep their state in place of lost bits, whatever the mode of their column.
-        offloaded: indices of cells that keep in host memory what they keep.
-        products: matrix products whose results cells keep, whatever their mode but `store`.
+        kept: cells that keep their state instead of lost bits, in any mode but `store`.
+        offloaded: indices of cells that hold in host memory what they keep.
+        products: matrix products whose results cells keep, in any mode but `store`.
+
+    Returns:
+        The states `graph.last` and the intermediate outputs.
     """
     modes = modes_of_cells(graph, modes, stored, kept)
     if not is_recorded(modes, offloaded):
@@ -63,7 +67,7 @@ def run(
 def modes_of_cells(
     graph: Graph, modes: Sequence[Memory], stored: Collection[int], kept: Collection[int] = ()
 ) -> list[Memory]:
-    """The memory mode of each cell, from those of the columns, and the cells that keep everything or their state."""
+    """Return the memory mode of each cell, from the modes of the columns and the stored and kept cells."""
 
     def mode(index: int, column: int) -> Memory:
         if index in stored:
@@ -74,19 +78,24 @@ def modes_of_cells(
 
 
 def is_recorded(modes: Sequence[Memory], offloaded: Collection[int] = ()) -> bool:
-    """Does a pass in these modes need a tape: is there a gradient to record, and can hooks see it?"""
+    """Whether a pass in these modes needs a tape: a gradient is recorded, and hooks on saved tensors work."""
     needs_tape = bool(offloaded) or any(mode is not Memory.STORE for mode in modes)
     return torch.is_grad_enabled() and needs_tape and not is_transformed()
 
 
 class PlainPass:
-    """One pass over the cells without a tape: the states that later cells still need, and the tapped ones.
+    """One pass over the cells without a tape.
 
     Args:
-        graph, cells, stem, taps: as of `run`.
+        graph: as in `run`.
+        cells: as in `run`.
+        stem: as in `run`.
+        taps: as in `run`.
 
     Attributes:
-        context: keyword arguments that all cells have in common.
+        context: keyword arguments that all cells share.
+        states: states that later cells still need, by index.
+        tapped: intermediate outputs, by index.
     """
 
     def __init__(self, graph: Graph, cells: Sequence[nn.Module], stem: Tensor, taps: Sequence[int] = ()):
@@ -99,7 +108,7 @@ class PlainPass:
         self.tapped: dict[int, Tensor] = {}
 
     def step(self, node: Node, context: Mapping[str, Any]) -> Tensor:
-        """Run the next cell and return its state, which takes the place of its residual."""
+        """Run the next cell and return its state, which replaces its residual."""
         state = self._call(node, self._reads(node), self._past(node), context)
         self._advance(node, state)
         self.states.pop(node.index - self.graph.window, None)
@@ -123,27 +132,33 @@ class PlainPass:
             self.tapped[node.index] = state
 
     def close(self) -> None:
-        """Let backward start from the present states. Further cells may follow, and another call of this method.
+        """Prepare backward from the current states. More cells may follow, and then another call of this method.
 
-        Without a tape there is nothing to do.
+        Does nothing without a tape.
         """
 
     def results(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The states `graph.last` and the tapped ones, at the end."""
+        """Return the states `graph.last` and the intermediate outputs."""
         return [self.states[index] for index in self.graph.last], [self.tapped[index] for index in self.taps]
 
 
 class TapedPass(PlainPass):
-    """One pass that is recorded on a tape, from the first cell on that needs a gradient.
+    """One pass recorded on a tape, starting at the first cell that needs a gradient.
 
     Args:
+        graph: as in `run`.
+        cells: as in `run`.
+        stem: as in `run`.
         modes: memory mode of each cell.
-        context: keyword arguments that all cells have in common; `step` may be given others.
-        kept: how much cells keep beside their state.
-        offloaded, products: as of `run`.
+        context: keyword arguments that all cells share; `step` accepts others.
+        taps: as in `run`.
+        verify: as in `run`.
+        kept: as in `run`.
+        offloaded: as in `run`.
+        products: as in `run`.
 
     Raises:
-        ArgumentError: the stem is an inference tensor, through which no gradient can be taken.
+        ArgumentError: the stem is an inference tensor, which autograd does not support.
     """
 
     def __init__(
@@ -162,15 +177,15 @@ class TapedPass(PlainPass):
         super().__init__(graph, cells, stem, taps)
         if stem.is_inference():
             raise ArgumentError(
-                "the input was made under torch.inference_mode(), so no gradient can be taken through what reads it; "
-                "clone() it, or make it under torch.no_grad()",
+                "the input was created under torch.inference_mode(), which autograd does not support; clone() it, or "
+                "create it under torch.no_grad()",
                 "x",
                 code="invalid-value",
             )
         self.modes = modes
         self.context = context
         self.tape = Tape(graph, cells, stem, context, verify, kept, offloaded, products)
-        self.started = False  # has anything so far needed a gradient?
+        self.started = False  # whether a cell so far needed a gradient
 
     def step(self, node: Node, context: Mapping[str, Any]) -> Tensor:
         past, reads = self._past(node), self._reads(node)
@@ -184,7 +199,7 @@ class TapedPass(PlainPass):
         return state
 
     def close(self) -> None:
-        self.tape.close(self.states)  # a state that none has replaced stays there, for none gives it back
+        self.tape.close(self.states)  # includes states without a successor, which cannot be rebuilt
 
 
 def _run_plain(
@@ -196,7 +211,7 @@ def _run_plain(
     return run.results()
 
 
-@without_dynamo  # the tape is plain Python; to compile the cells, call compile() of the columns
+@without_dynamo  # the tape is plain Python; compile() of the columns compiles the cells
 def _run_taped(
     graph: Graph,
     cells: Sequence[nn.Module],
@@ -221,9 +236,17 @@ def _run_taped(
 def invert(
     graph: Graph, cells: Sequence[nn.Module], last: Sequence[Tensor], stem: Tensor, context: Mapping[str, Any]
 ) -> list[list[Tensor]]:
-    """All states from those that are left at the end, column by column, last column first, each from level 0 up.
+    """Rebuild all states from the last ones, without recording gradients.
 
-    No gradients are recorded.
+    Args:
+        graph: as in `run`.
+        cells: as in `run`.
+        last: the states `graph.last`.
+        stem: as in `run`.
+        context: as in `run`.
+
+    Returns:
+        A list of states per column, last column first; within a column, level 0 first.
     """
     states = dict(zip(graph.last, last, strict=True))
     with torch.no_grad():
@@ -245,27 +268,29 @@ def _needs_grad(cell: nn.Module, reads: list[Tensor], context: Mapping[str, Any]
 
 @without_dynamo
 def warn_of_pending(columns: Any, budget: Budget) -> None:
-    """Warn, once for each budget, that nothing has planned it. Gradients are right without a plan, so nothing fails."""
+    """Warn once per budget that it is still pending. Gradients are correct without a plan, so this is no error."""
     if columns.warned_of is budget:
         return
     columns.warned_of = budget
     warnings.warn(
-        f"the memory budget {budget.budget} is still pending in a training forward of the columns, which run in "
-        f"{'/'.join(dict.fromkeys(columns.memory))} without a plan: the model around them was not called as model(x). "
-        "Call it so, pass the module that you do call to revnets.keep_budget, or plan before: "
+        f"the memory budget {budget.budget} is still pending in a training forward pass, so the columns run in "
+        f"{'/'.join(dict.fromkeys(columns.memory))} without a plan: the model that contains them was not called as "
+        "model(x). Call it, pass the module that you call to revnets.keep_budget, or plan first: "
         "revnets.plan(model, shape, budget=...).apply(model)",
         stacklevel=3,
     )
 
 
 def tap_index(graph: Graph, column: int) -> int:
-    """The state that a tap at this column hands out: its top level, which a column that runs down begins with.
+    """Return the index of a column's top-level state, which is the first one in a column that runs down.
 
     Raises:
-        ArgumentError: there is no such column.
+        ArgumentError: the column does not exist.
     """
     if isinstance(column, bool) or not 0 <= column < graph.columns:
         raise ArgumentError(
-            f"tap {column!r}: columns are numbered 0 to {graph.columns - 1}", "taps", code="out-of-range"
+            f"taps: there is no column {column!r}; columns are numbered 0 to {graph.columns - 1}",
+            "taps",
+            code="out-of-range",
         )
     return graph.states_of(column)[-1]

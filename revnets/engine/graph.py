@@ -1,21 +1,21 @@
 # pyright: reportUnnecessaryIsInstance=false
-"""From reads to nodes and wires. Plain Python: no torch, so it can be tested and drawn without it.
+"""The graph of cells: their inputs and residuals. Plain Python without torch, so it can be tested and drawn alone.
 
-A column net is one sequence of states x_0 ... x_{T-1}. With m levels, state t belongs to column t // m and
+A network of columns is one sequence of states x_0 ... x_{T-1}. With m levels, state t belongs to column t // m and
 level t % m (RevCol, ICLR 2023, section 2.1, Eq. 2):
 
-    x_t = F_t(reads) + gamma_t * x_{t-m}
+    x_t = F_t(inputs) + gamma_t * x_{t-m}
 
-x_t takes the place of x_{t-m}, which can be rebuilt from it. The inverse can only be taken if every read is still there
-once x_t is: a cell may read states that no other has replaced, the window x_{t-1} ... x_{t-m+1}, and the stem.
+x_t replaces x_{t-m}, which can be rebuilt from it as long as all inputs of F_t are still available. So a cell may read
+only states that have not been replaced: the window x_{t-1} ... x_{t-m+1}, and the stem.
 
-A column may also run from its top level down to level 0, as those of RevColV2's decoder do (Han, Cai, Zhang,
-"RevColV2: Exploring Disentangled Representations in Masked Image Modeling", NeurIPS 2023). Its residuals are the same
-levels of the column before. Where the direction turns, these lie 1, 3, 5, ... states back in place of m.
+A column may also run from its top level down to level 0, as in RevColV2's decoder (Han, Cai, Zhang, "RevColV2:
+Exploring Disentangled Representations in Masked Image Modeling", NeurIPS 2023). Its residuals are the same levels of
+the previous column. Where the direction changes, their offsets are 1, 3, 5, ... instead of m.
 
-Other nets are the same sequence with other residuals, level by level. With x_{t-2} at most levels, and none where the
-resolution changes, one long column is a RevNet in stages. Without any residual nothing is replaced, and a cell may
-read the whole column before, as the branches of HRNet do; then nothing can be rebuilt either.
+Other networks are the same sequence with other residuals per level. One long column with x_{t-2} at most levels, and
+no residual where the resolution changes, is a RevNet with stages. Without residuals no state is replaced: a cell may
+read the whole previous column, as the branches of HRNet do, but no state can be rebuilt.
 """
 
 from __future__ import annotations
@@ -24,27 +24,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 STEM = -1
-"""Index that stands for the stem's output in `Node.reads`."""
+"""Index of the stem's output in `Node.reads`."""
 
 READS = ("below", "above", "stem", "top", "full", "before")
-"""Reads that have a name. An integer k, 1 <= k <= m - 1, reads the level that runs k places before this one."""
+"""Named inputs. An integer k, 1 <= k <= m - 1, means the level that runs k positions before this one."""
 
 DIRECTIONS = ("up", "down")
-"""A column runs from level 0 up to level m - 1, or from there down."""
+"""`up` runs a column from level 0 to level m - 1, `down` from level m - 1 to level 0."""
 
 ReadToken = str | int
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One cell: where it stands, which states it reads, and which state it replaces."""
+    """One cell: its position, its inputs, and the state that it replaces.
 
-    index: int  # t, the place in the sequence
-    column: int  # t // m
-    level: int  # 0 is nearest to the image; t % m in a column that runs up
-    reads: tuple[int, ...]  # indices of states, or STEM
-    residual: int | None  # the state that it replaces, x_{t-m} in RevCol; None where there is none, and so no gain
-    constant: bool = False  # does a learned constant enter here? It is a weight of F_t, not a state
+    Attributes:
+        index: position t in the sequence.
+        column: t // m.
+        level: 0 is closest to the image; t % m in a column that runs up.
+        reads: indices of the input states, or `STEM` (-1) for the stem's output.
+        residual: index of the state that it replaces, t - m in RevCol; None if there is none, and then no gain.
+        constant: whether a learned constant is added here. It is a weight of F_t, not a state.
+    """
+
+    index: int
+    column: int
+    level: int
+    reads: tuple[int, ...]
+    residual: int | None
+    constant: bool = False
 
     def __setstate__(self, state: Sequence[object]) -> None:
         for name, value in zip(Node.__slots__, (*state, False), strict=False):  # older pickles have no `constant`
@@ -53,18 +62,25 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """All nodes of a sequence, in the order in which they run."""
+    """All nodes of a sequence, in the order in which they run. `revnets.wire` creates it.
+
+    Attributes:
+        m: levels per column.
+        nodes: one node per cell.
+        window: number of latest states that cells need, in addition to the stem.
+        last: indices of the states that remain at the end, at most one per level, level 0 first.
+    """
 
     m: int
     nodes: tuple[Node, ...]
-    window: int = field(init=False)  # so many states back from x_t are all that cells need, besides the stem
-    last: tuple[int, ...] = field(init=False)  # each level's latest state, if it is left at the end: level 0 first
+    window: int = field(init=False)
+    last: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         total, replaced = len(self.nodes), self.replaced
         latest = {node.level: node for node in self.nodes}
         last = sorted(latest.values(), key=lambda node: (node.column, node.level))
-        # Fields, for Dynamo cannot trace a cached_property: it takes a lock in Python 3.11.
+        # Fields, because Dynamo cannot trace a cached_property: it takes a lock in Python 3.11.
         object.__setattr__(self, "last", tuple(node.index for node in last if node.index not in replaced))
         needs = ((node.index, need) for node in self.nodes for need in (*node.reads, node.residual))
         distances = [index - need for index, need in needs if need is not None and need != STEM]
@@ -72,38 +88,45 @@ class Graph:
 
     @property
     def columns(self) -> int:
+        """Number of columns."""
         return self.nodes[-1].column + 1
 
     @property
     def replaced(self) -> set[int]:
-        """States that a later one has taken the place of, and gives back."""
+        """Indices of the states that a later state replaces."""
         return {node.residual for node in self.nodes if node.residual is not None}
 
     @property
     def is_invertible(self) -> bool:
-        """Do the last column's states give back all others?"""
+        """Whether all states can be rebuilt from the last ones."""
         return len(self.replaced) + len(self.last) == len(self.nodes)
 
     def is_down(self, column: int) -> bool:
-        """Does this column run from its top level down?"""
+        """Return True if this column runs from its top level down."""
         return self.nodes[column * self.m].level > 0
 
     def states_of(self, column: int) -> range:
-        """The states of a column, the lowest level first, whatever its direction."""
+        """Return the indices of a column's states, level 0 first in either direction."""
         states = range(column * self.m, min((column + 1) * self.m, len(self.nodes)))
         return states[::-1] if self.is_down(column) else states
 
     def kind(self, node: Node, read: int) -> str:
-        """`stem`, `below` (own column) or `above` (the column before): which way the wire comes."""
+        """Return where an input comes from: `stem`, `below` (same column) or `above` (an earlier column).
+
+        Args:
+            node: the cell that reads it.
+            read: index of the input state, or `STEM`.
+        """
         if read == STEM:
             return "stem"
         return "below" if read >= node.column * self.m else "above"
 
     def name(self, index: int) -> str:
+        """Return the name of a state: "c1.l0" for column 1, level 0, or "stem"."""
         return "stem" if index == STEM else f"c{self.nodes[index].column}.l{self.nodes[index].level}"
 
     def table(self) -> list[tuple[str, str, str]]:
-        """Rows (cell, what it reads, what its gain scales), as `revnets show` prints them."""
+        """Return one row (cell, inputs, residual) per cell, as printed by `revnets show`."""
         return [
             (
                 self.name(node.index),
@@ -115,10 +138,13 @@ class Graph:
 
 
 class ReadError(ValueError):
-    """An argument of `wire` cannot be used, such as a read that no cell of this level can have.
+    """An argument of `wire` is invalid, such as an input that cells of a level cannot read.
+
+    Not an `ArgumentError`, because importing that class imports torch.
 
     Attributes:
-        key, code: as those of `revnets.engine.errors.ArgumentError`; importing that one would import torch.
+        key: name of the argument.
+        code: kind of the error, as in `revnets.engine.errors.ArgumentError`.
     """
 
     def __init__(self, message: str, key: str = "reads", code: str = "invalid-value"):
@@ -134,24 +160,32 @@ def wire(
     directions: Sequence[str] | None = None,
     constant: int | None = None,
 ) -> Graph:
-    """Wire `length` cells into columns of m levels; `reads[l]` lists what level l reads.
+    """Connect cells into columns of m levels.
 
-    A column that runs down is the mirror image of one that runs up: `below` is the level that has run just before in
-    either, and `above` the one that runs next, in the column before. In other words, of every level but its own a cell
-    can read the latest state.
+    A column that runs down mirrors one that runs up: in both, `below` is the level that ran just before, and `above`
+    is the level that runs next, in the previous column. A cell can read the latest state of every level but its own.
 
     Args:
         length: number of cells T; the last column may be shorter than m.
         m: levels per column, at least 2.
-        reads: per level, names out of `READS` or offsets k: the level k places before in the order of the column.
-        residuals: per level, as offsets k, 1 <= k <= m; m is the level itself, one column before. 0 for none. By
-            default m everywhere.
-        directions: of each column, out of `DIRECTIONS`; the first one runs up. By default all do.
-        constant: the column into whose first cell a learned constant enters, such as mask tokens.
+        reads: inputs of each level: names from `revnets.engine.graph.READS`, or offsets k for the level k positions
+            earlier in the order of the column.
+        residuals: residual of each level as an offset k, 1 <= k <= m; m is the same level of the previous column, and
+            0 means no residual. By default m for all levels.
+        directions: `up` or `down` for each column; the first column runs up. By default all columns do.
+        constant: column whose first cell adds a learned constant, such as mask tokens.
+
+    Returns:
+        The graph of all cells.
 
     Raises:
-        ReadError: too few levels or cells; an unknown name, an offset outside the window, or a state that another one
-            has replaced; directions or a constant that do not fit the columns.
+        ReadError: there are too few levels or cells; an input has an unknown name, an offset outside the window, or is
+            a replaced state; or the directions or the constant do not match the columns.
+
+    Example:
+        >>> graph = revnets.wire(8, 4, [["below", "above"]] * 4)
+        >>> graph.columns, graph.nodes[4].reads
+        (2, (-1, 1))
     """
     if m < 2:
         raise ReadError(f"m = {m}: a reversible column has at least 2 levels", "m", code="out-of-range")
@@ -164,7 +198,7 @@ def wire(
         text = f"there is no column {constant!r}: columns are numbered from 0 to {columns - 1}"
         raise ReadError(text, "constant", code="out-of-range")
     nodes: list[Node] = []
-    replaced: dict[int, int] = {}  # by a state of which level
+    replaced: dict[int, int] = {}  # level that replaced each state
     for t in range(length):
         place = _Place(t, m, directions)
         level = place.level
@@ -172,28 +206,28 @@ def wire(
         residual = place.back(step) if step else None
         if residual is not None:
             if residual in replaced:
-                text = f"level {level}: its residual, {step} states back, is taken by a level between"
+                text = f"level {level}: its residual, {step} states back, is already replaced by another level"
                 raise ReadError(text, "residuals", code="conflicting-values")
             replaced[residual] = level
-        wires: dict[int, None] = {}  # a set that keeps the order
+        inputs: dict[int, None] = {}  # an ordered set
         for token in reads[level]:
             for read in _resolve(token, place):
                 if read in replaced:
                     raise ReadError(
-                        f"level {level} reads a state {t - read} back, which is replaced by then: it is the residual "
-                        f"of level {replaced[read]}. Without residuals (0) nothing is",
+                        f"level {level} reads a state {t - read} back, which is already replaced: it is the residual "
+                        f"of level {replaced[read]}. Set that residual to 0 to keep the state",
                         "reads",
                         code="conflicting-values",
                     )
-                wires[read] = None
-        # Whoever would read nothing (the first cell of a net without stem reads) starts from the stem.
-        enters = place.column == constant and place.position == 0
-        nodes.append(Node(t, place.column, level, tuple(wires) or (STEM,), residual, enters))
+                inputs[read] = None
+        # A cell without inputs, such as the first one if no level reads the stem, reads the stem.
+        has_constant = place.column == constant and place.position == 0
+        nodes.append(Node(t, place.column, level, tuple(inputs) or (STEM,), residual, has_constant))
     return Graph(m, tuple(nodes))
 
 
 class _Place:
-    """Where cell t runs: its column, its position in the order of the column, and its level."""
+    """Position of cell t: its column, its position in the order of the column, and its level."""
 
     def __init__(self, t: int, m: int, directions: Sequence[str]):
         self.m = m
@@ -203,7 +237,7 @@ class _Place:
         self.level = _mirrored(self.position, m, self.is_down)
 
     def back(self, k: int) -> int | None:
-        """The latest state of the level that runs k places before this one, 1 <= k <= m; None if there is none yet."""
+        """Return the latest state of the level k positions earlier, 1 <= k <= m; None if there is none yet."""
         before, position = divmod(self.position - k, self.m)
         column = self.column + before
         if column < 0:
@@ -213,35 +247,35 @@ class _Place:
 
 
 def _mirrored(number: int, m: int, is_down: bool) -> int:
-    """From the position in a column to the level, and from the level to the position."""
+    """Convert a position in a column to the level, or a level to the position."""
     return m - 1 - number if is_down else number
 
 
 def _check_directions(directions: Sequence[str], columns: int) -> None:
     for direction in directions:
         if direction not in DIRECTIONS:
-            text = f"{direction!r} is not a direction; there are {' and '.join(DIRECTIONS)}"
+            text = f"{direction!r} is not a direction; choose {' or '.join(DIRECTIONS)}"
             raise ReadError(text, "directions", code="unknown-choice")
     if len(directions) != columns:
         text = f"{len(directions)} directions for {columns} columns; give one for each"
         raise ReadError(text, "directions", code="wrong-length")
     if directions[0] == "down":
-        text = "the first column runs down, but one that runs up must come before: the stem enters at level 0"
+        text = "the first column must run up, because the stem enters at level 0"
         raise ReadError(text, "directions", code="conflicting-values")
 
 
 def _resolve(token: ReadToken, place: _Place) -> list[int]:
-    """Indices that a token means at a cell, without states that do not exist."""
+    """Return the indices of the states that an input token selects at a cell; states that do not exist are omitted."""
     m, is_first, is_last = place.m, place.position == 0, place.position == place.m - 1
     offsets: Sequence[int] = ()
     stem: list[int] = []
     if isinstance(token, bool) or not isinstance(token, (str, int)):
         raise ReadError(
-            f"{token!r} is neither a name out of {', '.join(READS)} nor an offset", "reads", code="wrong-type"
+            f"{token!r} is neither an offset nor one of {', '.join(READS)}", "reads", code="wrong-type"
         )
     if isinstance(token, int):
         if not 1 <= token <= m - 1:
-            text = f"offset {token} reaches out of the window: with {m} levels a cell can read x_(t-1) to x_(t-{m - 1})"
+            text = f"offset {token} is outside the window: with {m} levels a cell can read x_(t-1) to x_(t-{m - 1})"
             raise ReadError(text, "reads", code="out-of-range")
         offsets = (token,)
     elif token == "below":
@@ -251,7 +285,7 @@ def _resolve(token: ReadToken, place: _Place) -> list[int]:
         offsets = () if is_last else (m - 1,)
     elif token == "stem":
         stem = [STEM]
-    elif token == "top":  # where a column ends: at that level itself it is the residual, which the gain already brings
+    elif token == "top":  # the last level of a column; at that level itself it is the residual
         offsets = () if is_last else (place.position + 1,)
     elif token == "full":
         offsets = range(1, m)
@@ -260,6 +294,6 @@ def _resolve(token: ReadToken, place: _Place) -> list[int]:
         start = place.column * m
         return list(range(start - m, start)) if start else []
     else:
-        text = f"{token!r} is not a read; there are {', '.join(READS)}, and offsets 1 to {m - 1}"
+        text = f"{token!r} is not an input; choose {', '.join(READS)}, or an offset from 1 to {m - 1}"
         raise ReadError(text, "reads", code="unknown-choice")
     return stem + [state for state in map(place.back, offsets) if state is not None]

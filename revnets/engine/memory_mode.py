@@ -1,5 +1,5 @@
 # pyright: reportUnnecessaryIsInstance=false
-"""Which activations a network keeps for backward: the memory mode of each column, and the policy of all of them."""
+"""Which activations a network keeps for backward: the memory mode of each column and the policy of all columns."""
 
 from __future__ import annotations
 
@@ -19,37 +19,53 @@ if TYPE_CHECKING:
 
 
 class Memory(StrEnum):
-    """How the state x_{t-m}, which cell t replaces, comes back in backward."""
+    """How backward recovers x_{t-m}, the state that cell t replaces.
 
-    STORE = "store"  # autograd keeps it, and all that the cell saves: no replay
-    RECOMPUTE = "recompute"  # the tape keeps it; the cell is replayed
-    INVERT = "invert"  # rebuilt by the inverse alone; rounding errors add up
-    EXACT = "exact"  # rebuilt by the inverse and the lost bits, bit for bit
+    Attributes:
+        STORE: autograd keeps it and everything the cell saves; there is no replay.
+        RECOMPUTE: the tape keeps it and replays the cell.
+        INVERT: the inverse alone rebuilds it; rounding errors accumulate.
+        EXACT: the inverse and the lost bits (the rounding residual of the coupling) rebuild it bit for bit.
+    """
+
+    STORE = "store"
+    RECOMPUTE = "recompute"
+    INVERT = "invert"
+    EXACT = "exact"
 
 
 Kept: TypeAlias = "Mapping[int, int | None]"
-"""Cells that keep the state x_{t-m} that they replace, by index. An integer k: they keep what they save as well, but
-for the first k tensors, which a replay brings back. None: they keep the state alone."""
+"""Cells that keep the state x_{t-m} that they replace, by index. With an integer k, a cell also keeps its saved
+tensors except the first k, which a replay restores. With None, it keeps only the state."""
 
 Products: TypeAlias = "Mapping[int, Collection[int]]"
-"""Matrix products whose results cells keep, by index of the cell: their numbers in its call, counted from 0."""
+"""Matrix products whose results cells keep: for each index of a cell, positions in its call, counted from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
-    """What reversible columns keep for backward. It is immutable; `dataclasses.replace` makes another one.
+    """What reversible columns keep for backward. Immutable; `dataclasses.replace` returns a changed copy.
+
+    Attributes:
+        modes: memory mode of each column.
+        stored: indices of cells that keep everything autograd saves, regardless of the mode of their column.
+        verify: compare what backward rebuilds with checksums of the forward pass.
+        budget: pending until the first training forward pass of the model, see `revnets.keep_budget`.
+        kept: items of a `Kept`, sorted by cell.
+        offloaded: indices of cells that hold in host memory what they keep.
+        products: items of a `Products`, sorted by cell.
 
     Raises:
-        ArgumentError: an unknown memory mode, or a field has another type.
+        ArgumentError: a memory mode is unknown, or a field has the wrong type.
     """
 
-    modes: tuple[Memory, ...]  # one per column
-    stored: frozenset[int] = frozenset()  # indices of cells that keep all they save, whatever their column's mode
-    verify: bool = False  # compare what backward rebuilds with checksums of the forward
-    budget: Budget | None = None  # pending until the first training forward of the model, see `revnets.keep_budget`
-    kept: tuple[tuple[int, int | None], ...] = ()  # items of a `Kept`, in order of the cells
-    offloaded: frozenset[int] = frozenset()  # indices of cells that keep in host memory what they keep
-    products: tuple[tuple[int, tuple[int, ...]], ...] = ()  # items of a `Products`, in order of the cells
+    modes: tuple[Memory, ...]
+    stored: frozenset[int] = frozenset()
+    verify: bool = False
+    budget: Budget | None = None
+    kept: tuple[tuple[int, int | None], ...] = ()
+    offloaded: frozenset[int] = frozenset()
+    products: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.modes, tuple) or not all(isinstance(mode, Memory) for mode in self.modes):
@@ -63,7 +79,7 @@ class MemoryPolicy:
                 raise ArgumentError(f"{name} = {value!r}: give {wanted}", name, code="wrong-type") from None
 
     def __setstate__(self, state: list[Any]) -> None:
-        # An older pickle ends before the last of them.
+        # Older pickles lack the last fields.
         defaults: list[Any] = [(), frozenset(), False, None, (), frozenset(), ()]
         for name, value in zip(self.__slots__, [*state, *defaults[len(state) :]], strict=True):
             object.__setattr__(self, name, value)
@@ -87,23 +103,23 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "products": _sorted_products,
 }
 _WANTED = {
-    "kept": "a mapping of cells to numbers of tensors",
-    "products": "a mapping of cells to the numbers of their products, such as {3: [0, 2]}",
+    "kept": "a mapping from cells to numbers of tensors",
+    "products": "a mapping from cells to positions of their products, such as {3: [0, 2]}",
 }
 
 
 class PolicyAttributes:
-    """The attributes by which columns show and change their memory policy."""
+    """Attributes of columns that read and set their memory policy."""
 
     graph: Graph
     _policy: MemoryPolicy
 
     @property
     def policy(self) -> MemoryPolicy:
-        """What is kept for backward.
+        """What the columns keep for backward.
 
         Raises:
-            ArgumentError: (when set) another number of modes than columns, or a stored cell that does not exist.
+            ArgumentError: (on assignment) the number of modes is not that of the columns, or a cell does not exist.
         """
         return self._policy
 
@@ -128,45 +144,43 @@ class PolicyAttributes:
         offloaded: Iterable[int] | None = None,
         products: Products | None = None,
     ) -> Generator[MemoryPolicy]:
-        """Run a `with` block under another policy; the present one returns at its end, also after an exception.
+        """Use another policy in a `with` block, and restore the current one at its end.
 
         Args:
-            policy: the other policy; by default the present one with the changes below.
-            modes: as for the attribute `memory`. A pending budget is not planned inside of the block.
-            stored: as for the attribute `stored`.
-            kept: as for the attribute `kept`.
-            verify: as for the attribute `verify`.
-            offloaded: as for the attribute `offloaded`.
-            products: as for the attribute `products`.
+            policy: replaces the current policy before the changes below; by default the current policy.
+            modes: assigned to `memory`. A pending budget is not planned inside the block.
+            stored: assigned to `stored`.
+            kept: assigned to `kept`.
+            verify: assigned to `verify`.
+            offloaded: assigned to `offloaded`.
+            products: assigned to `products`.
+
+        Yields:
+            The policy in effect.
 
         Raises:
-            ArgumentError: as the attributes do.
+            ArgumentError: a value is invalid for its attribute.
+
+        Example:
+            >>> with model.columns.using(modes="store"):
+            ...     loss(model(x), y).backward()  # plain autograd
         """
-        found = self._policy
+        current = self._policy
+        changes = {"policy": policy, "memory": modes, "stored": stored, "kept": kept, "verify": verify}
+        changes |= {"offloaded": offloaded, "products": products}
         try:
-            if policy is not None:
-                self.policy = policy
-            if modes is not None:
-                self.memory = modes
-            if stored is not None:
-                self.stored = stored
-            if kept is not None:
-                self.kept = kept
-            if verify is not None:
-                self.verify = verify
-            if offloaded is not None:
-                self.offloaded = offloaded
-            if products is not None:
-                self.products = products
+            for name, value in changes.items():
+                if value is not None:
+                    setattr(self, name, value)
             yield self._policy
         finally:
-            self._policy = found
+            self._policy = current
 
     @property
     def memory(self) -> tuple[Memory, ...]:
         """The memory mode of each column.
 
-        Setting one for all or one per column ends a pending budget, `kept`, `offloaded` and `products`.
+        Set it to one mode for all columns or to one per column. This resets all but `stored` and `verify`.
         """
         return self._policy.modes
 
@@ -177,10 +191,10 @@ class PolicyAttributes:
 
     @property
     def stored(self) -> frozenset[int]:
-        """Cells (by their index t) that keep all they save, whatever their column's mode says: no replay.
+        """Indices t of cells that keep everything autograd saves and are not replayed, regardless of their column.
 
-        Set it to their indices, or to a number of cells counted from the end. `revnets.plan` finds those that save the
-        most work under a budget.
+        Set it to indices, or to a number of cells counted from the end. `revnets.plan` finds the cells that save the
+        most compute under a budget.
         """
         return self._policy.stored
 
@@ -190,10 +204,10 @@ class PolicyAttributes:
 
     @property
     def kept(self) -> dict[int, int | None]:
-        """Cells (by their index t) that keep the state that they replace in place of its lost bits.
+        """Cells (by index t) that keep the state they replace instead of its lost bits.
 
-        The value says how much a replay brings back: None is all that the cell saves, an integer k its first k tensors;
-        the others stay. Set it to such a mapping, or to indices of cells that keep the state alone.
+        The value is the number k of saved tensors that a replay restores; the cell keeps the others. With None, a
+        replay restores all. Set it to such a mapping, or to the indices of cells that keep only the state.
         """
         return dict(self._policy.kept)
 
@@ -204,9 +218,9 @@ class PolicyAttributes:
 
     @property
     def offloaded(self) -> frozenset[int]:
-        """Cells (by their index t) that keep in host memory what they keep for backward. Set it to their indices.
+        """Indices t of cells that hold in host memory what they keep for backward.
 
-        Of stored cells these are the tensors that autograd saves, of others the lost bits or the state.
+        For stored cells these are the tensors that autograd saves, for other cells the lost bits or the state.
         """
         return self._policy.offloaded
 
@@ -216,11 +230,11 @@ class PolicyAttributes:
 
     @property
     def products(self) -> dict[int, tuple[int, ...]]:
-        """Matrix products whose results cells (by their index t) keep, so that a replay does not compute them again.
+        """Matrix products whose results cells (by index t) keep, so that a replay skips them.
 
-        Convolutions, matrix products and attention without dropout count, from 0 in the order of the cell's call. Set
-        it to a mapping of cells to such numbers; a number beyond the last product keeps nothing. Compiled and stored
-        cells do without. Gradients are the same bits with any of them.
+        Set it to a mapping from cells to positions. Convolutions, matrix products and attention without dropout are
+        numbered from 0 in the order of the cell's call; a position after the last one has no effect. Compiled and
+        stored cells ignore the setting. It does not change a bit of the gradients.
         """
         return dict(self._policy.products)
 
@@ -231,7 +245,7 @@ class PolicyAttributes:
 
     @property
     def verify(self) -> bool:
-        """Compare what backward rebuilds with checksums of the forward."""
+        """Whether backward compares what it rebuilds with checksums of the forward pass."""
         return self._policy.verify
 
     @verify.setter
@@ -240,7 +254,7 @@ class PolicyAttributes:
 
     @property
     def budget(self) -> Budget | None:
-        """A memory budget that is pending until the first training forward of the model, see `revnets.keep_budget`."""
+        """A memory budget, pending until the first training forward pass of the model; see `revnets.keep_budget`."""
         return self._policy.budget
 
     @budget.setter
@@ -249,10 +263,10 @@ class PolicyAttributes:
 
 
 def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]:
-    """One memory mode per column, from one for all or a list.
+    """Return one memory mode per column, from one mode for all columns or a list.
 
     Raises:
-        ArgumentError: an unknown mode, or a list of another length.
+        ArgumentError: a mode is unknown, or the list has the wrong length.
     """
     values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value] * columns
     for item in values:
@@ -267,10 +281,10 @@ def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]
 
 
 def stored_cells(value: int | Iterable[int], cells: int) -> frozenset[int]:
-    """Indices of stored cells, from the indices or from a number of cells counted from the end.
+    """Return the indices of stored cells, from indices or a number of cells counted from the end.
 
     Raises:
-        ArgumentError: there are fewer cells, or none of that index, or the value has another type.
+        ArgumentError: there are too few cells, an index does not exist, or the value has the wrong type.
     """
     if isinstance(value, int):
         if not 0 <= value <= cells:
@@ -281,28 +295,28 @@ def stored_cells(value: int | Iterable[int], cells: int) -> frozenset[int]:
 
 
 def kept_cells(value: Kept | Iterable[int], cells: int) -> dict[int, int | None]:
-    """Cells that keep their state, from a mapping, or from the indices of those that keep the state alone.
+    """Return the cells that keep their state, from a mapping or the indices of cells that keep only the state.
 
     Raises:
-        ArgumentError: there is no cell of that index, or a number of tensors is below 0, or a value has another type.
+        ArgumentError: an index does not exist, a number of tensors is negative, or a value has the wrong type.
     """
     is_mapping = isinstance(value, Mapping)
     kept: dict[Any, Any] = dict(cast(Any, value)) if is_mapping else dict.fromkeys(_cells(value, cells, "kept"))
     _cells(kept.keys(), cells, "kept")
     if wrong := [number for number in kept.values() if number is not None and not hasattr(number, "__index__")]:
-        text = f"kept: {wrong[0]!r} is no number of tensors; give a whole number, or None for all"
+        text = f"kept: {wrong[0]!r} is not a number of tensors; give an integer, or None for all"
         raise ArgumentError(text, "kept", code="wrong-type")
     if wrong := [number for number in kept.values() if number is not None and number < 0]:
-        text = f"kept: a replay brings back {wrong[0]} tensors; give 0 or more, or None for all"
+        text = f"kept: a replay cannot restore {wrong[0]} tensors; give 0 or more, or None for all"
         raise ArgumentError(text, "kept", code="out-of-range")
     return kept
 
 
 def products_of_cells(value: Products, cells: int) -> dict[int, tuple[int, ...]]:
-    """Numbers of the products that cells keep, sorted.
+    """Return the sorted positions of the products that cells keep.
 
     Raises:
-        ArgumentError: there is no cell of that index, or a number is below 0, or a value has another type.
+        ArgumentError: an index does not exist, a position is negative, or a value has the wrong type.
     """
     try:
         found = {cell: tuple(sorted({index(number) for number in numbers})) for cell, numbers in dict(value).items()}
@@ -311,16 +325,12 @@ def products_of_cells(value: Products, cells: int) -> dict[int, tuple[int, ...]]
         raise ArgumentError(text, "products", code="wrong-type") from None
     _cells(found.keys(), cells, "products")
     if any(numbers and numbers[0] < 0 for numbers in found.values()):
-        raise ArgumentError("products: they are numbered from 0", "products", code="out-of-range")
+        raise ArgumentError("products: positions start at 0; none may be negative", "products", code="out-of-range")
     return {cell: numbers for cell, numbers in found.items() if numbers}
 
 
 def offloaded_cells(value: Iterable[int], cells: int) -> frozenset[int]:
-    """Indices of offloaded cells.
-
-    Raises:
-        ArgumentError: there is no cell of that index, or the value has another type.
-    """
+    """Return the indices of offloaded cells; raise an `ArgumentError` if they are invalid."""
     return _cells(value, cells, "offloaded")
 
 
@@ -334,7 +344,7 @@ def _cells(value: Any, cells: int, name: str) -> frozenset[int]:
         raise ArgumentError(text, name, code="wrong-type") from None
     if not found <= set(range(cells)):
         wrong = min(found - set(range(cells)), key=abs)
-        shown = wrong if wrong.bit_length() < 64 else f"of {wrong.bit_length()} bits"  # Python prints no huge numbers
-        text = f"{name}: there is no cell {shown}; they are 0 to {cells - 1}"
+        shown = wrong if wrong.bit_length() < 64 else f"of {wrong.bit_length()} bits"  # Python limits long numbers
+        text = f"{name}: there is no cell {shown}; cells are numbered 0 to {cells - 1}"
         raise ArgumentError(text, name, code="out-of-range")
     return found
