@@ -1,27 +1,27 @@
-"""The tape: records cells going forward, rebuilds their inputs and replays them going backward.
+"""The tape: records cells in the forward pass, rebuilds their inputs and replays them in the backward pass.
 
-The forward runs under ordinary autograd. A recorded cell leaves no tensor in the graph: each one that autograd wants
-to save is replaced by a packed handle (tape, t, k). The first handle of a cell that backward unpacks makes the tape
+The forward pass runs under ordinary autograd. A recorded cell leaves no tensor in the graph: each tensor that autograd
+saves is replaced by a packed handle (tape, t, k). When backward unpacks the first handle of a cell, the tape
 
-1. rebuild x_{t-m} = (x_t - F_t) / gamma_t and thereby move its window of m states one step down, and
-2. replay the cell, which saves the same tensors in the same order; handle k is unpacked to the k-th of them.
+1. rebuilds x_{t-m} = (x_t - F_t) / gamma_t, which moves its window of m states down by one, and
+2. replays the cell, which saves the same tensors in the same order; handle k unpacks to the k-th of them.
 
-The rules that keep this right:
+Correctness depends on these rules:
 
-- Rule 1. Nothing about a pass is stored on a module. Cell records belong to a tape, a tape to one call of `run`; two
-  forwards before one backward have two tapes.
-- Rule 2. References go one way: graph -> handle -> tape -> cell records -> plain tensors. When the graph lets go of its
-  handles (after backward, or when it is dropped), everything goes by reference counting.
+- Rule 1. Modules hold no state of a pass. Cell records belong to a tape, and a tape to one call of `run`: two forward
+  passes before one backward pass have two tapes.
+- Rule 2. References go one way: graph -> handle -> tape -> cell records -> plain tensors. When the graph releases its
+  handles (after backward, or when it is freed), reference counting frees everything.
 - Rule 3. The window only moves down. A handle from above the window (a second backward, a double backward, a loss on
-  an early tap after a loss at the end) makes the tape start again from the top. The top is the last window until the
-  graph has let go of all handles above the window (a backward that does not retain it does so as it goes); then
-  nobody can ask for those cells again, the top moves down with the window, and what they kept is dropped.
-- Rule 4. A rebuilt state gets the strides of the original: with others, kernels take other paths and round otherwise.
-- Rule 5. A replay runs in the context of its forward (`replay_context.py`), under the same `requires_grad` of its
-  reads, and must save what the forward saved: number, shape, strides and dtype are checked.
-- Rule 6. What was changed in place after the forward cannot be trusted; versions are checked as autograd does.
-- Rule 7. Tapes do not nest. Columns inside of a cell run plainly, and the replay of the cell brings back what they
-  saved; a tape of their own would keep their window for every cell around them.
+  an intermediate output after a loss at the end) restarts the tape from the top. The top is the last window until the
+  graph has released all handles above the current window, which a backward that does not retain the graph does cell by
+  cell. Then those cells are not needed again: the top moves down with the window, and what they kept is freed.
+- Rule 4. A rebuilt state gets the strides of the original: with other strides, kernels may round differently.
+- Rule 5. A replay runs in the context of its forward pass (`replay_context.py`), with the same `requires_grad` of its
+  inputs, and must save what the forward pass saved: number, shape, strides and dtype are checked.
+- Rule 6. A tensor that was changed in place after the forward pass is an error; versions are checked as in autograd.
+- Rule 7. Tapes do not nest. Columns inside a cell run without a tape, and the replay of the cell restores what they
+  saved. With a tape of their own, each enclosing cell would keep their window.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ if TYPE_CHECKING:
 
 
 def unpack(handle: PackedHandle | Held | OffloadedTensor) -> Tensor:
+    """Return the tensor that the graph holds as `handle`: the unpack hook of the tape."""
     if isinstance(handle, PackedHandle):
         return handle.tape.unpack(handle.t, handle.k)
     return trusted(handle.on_device(), "a tensor that a cell saved")
 
 
 class Tape:
-    """What one pass keeps for its backward: the last window, the constants, and a record a cell."""
+    """What one pass keeps for its backward: the last window, the arguments of cells, and one record per cell."""
 
     def __init__(
         self,
@@ -90,11 +91,11 @@ class Tape:
         self.products = products or {}
         self.overwritten: Overwritten = {}
         self.records: list[CellRecord | None] = []
-        self.last: Mapping[int, Held | HostedTensor] = {}  # the window at its top, from which it starts
+        self.last: Mapping[int, Held | HostedTensor] = {}  # the window at the top, where backward starts
         self.top = -1
         self.window: dict[int, Held] = {}
         self.cursor = -1  # the window holds x_cursor, or already x_{cursor-m}, and the m - 1 states between them
-        self.lock = threading.RLock()  # autograd runs one thread a device
+        self.lock = threading.RLock()  # autograd runs one thread per device
         self.verifier = None
         if verify:
             from revnets.engine.replay.checksums import Verifier
@@ -102,7 +103,7 @@ class Tape:
             self.verifier = Verifier(graph)
         self.host = None
         if offloaded:
-            from revnets.engine.offload.host_store import HostStore  # no other pass needs it
+            from revnets.engine.offload.host_store import HostStore  # rarely needed
 
             self.host = HostStore(offloaded, stem)
 
@@ -117,14 +118,14 @@ class Tape:
         context: Mapping[str, Any],
         is_common: bool = True,
     ) -> Tensor:
-        """Run a cell so that the graph keeps handles in place of what it saves.
+        """Run a cell so that the graph holds handles instead of its saved tensors.
 
         Args:
             context: keyword arguments of the cell.
-            is_common: are they those of the tape, which all cells have in common? Others are noted for the replay.
+            is_common: whether these are the arguments of the tape, which all cells share.
         """
         if past is not None and mode is not Memory.STORE and is_same_memory(past, self.stem.tensor):
-            mode = Memory.RECOMPUTE  # a stream that starts as the stem, as RevNet's do: the tape holds it anyway
+            mode = Memory.RECOMPUTE  # a stream that starts as the stem, as in RevNet: the tape holds it anyway
         record = CellRecord(node, mode)
         record.context = self.context if is_common else Constant.of(dict(context))
         record.grad_reads = [read.requires_grad for read in reads]
@@ -137,7 +138,7 @@ class Tape:
         record.liveness = weakref.ref(liveness)
 
         def pack(tensor: Tensor) -> PackedHandle | Held | OffloadedTensor:
-            if mode is Memory.STORE or len(record.metas) == record.replayed:  # the rest stays
+            if mode is Memory.STORE or len(record.metas) == record.replayed:  # the rest is kept
                 return Held.of(tensor) if self.host is None else self.host.saved(node.index, tensor)
             record.metas.append(Meta.of(tensor))
             return PackedHandle(self, node.index, len(record.metas) - 1, liveness)
@@ -157,8 +158,8 @@ class Tape:
             couple.check(state)
         if [read._version for read in reads] != versions:
             raise ReplayError(
-                f"{self._name(node)} changed one of its reads in place; other cells still need that state. "
-                "Work on a copy, or use the out-of-place operation",
+                f"{self._name(node)} changed one of its inputs in place, but other cells still need that state. "
+                "Modify a copy, or use the out-of-place operation",
                 code="changed-in-place",
                 cell=self.graph.name(node.index),
             )
@@ -166,7 +167,7 @@ class Tape:
         if self.host is not None:
             self.host.send(record, cell, self._name(node), state)
         if node.residual is not None and (before := self.records[node.residual]) is not None:
-            before.settle()  # of a column ago: the counts have long arrived from the device
+            before.settle()  # one column later, its counts have arrived from the device
             if self.host is not None:
                 self.host.send_settled(before, self._name(before.node))
         if self.verifier is not None:
@@ -174,18 +175,18 @@ class Tape:
         return state
 
     def skip(self) -> None:
-        """A cell below everything that needs a gradient, for which backward does not ask."""
+        """Skip a cell before the first one that needs a gradient; backward does not reach it."""
         self.records.append(None)
 
     def _record_of(self, t: int) -> CellRecord:
         record = self.records[t]
-        assert record is not None  # nobody asks for a cell below the first that needs a gradient
+        assert record is not None  # backward stops at the first cell that needs a gradient
         return record
 
     def close(self, states: Mapping[int, Tensor]) -> None:
-        """End of the forward: hold the last m states, from which backward starts.
+        """End the forward pass: hold the last m states, where backward starts.
 
-        It starts below stored cells at the end, which have no handles: their states are not needed here.
+        It starts before the stored cells at the end. They have no handles, so their states are not needed here.
         """
         last: dict[int, Held | HostedTensor] = {index: Held.of(state) for index, state in states.items()}
         self.top = len(self.records) - 1
@@ -199,11 +200,11 @@ class Tape:
     # --------------------------------------------------------------- backward
 
     def unpack(self, t: int, k: int) -> Tensor:
-        """The k-th tensor that cell t saved, for a packed handle."""
+        """Return the k-th tensor that cell t saved, for a packed handle."""
         if self.top < 0:
             name = self.graph.name(t)
             raise ReplayError(
-                f"cell {name} is asked for what it saved before the forward is over. {EARLY_BACKWARD}",
+                f"backward reached cell {name} before its forward pass had finished. {EARLY_BACKWARD}",
                 code="early-replay",
                 cell=name,
             )
@@ -213,19 +214,19 @@ class Tape:
                 self.move_to(t)
                 self._replay(record, collect=True)
                 if record.products is not None and not is_graph_kept():
-                    record.products = None  # a later replay computes them
+                    record.products = None  # a later replay recomputes them
                 self._let_go()
             saved = record.saved[k]
             self._release(record, k)
-        if saved.tensor._version == saved.version:  # to put the name together takes longer than all else here
+        if saved.tensor._version == saved.version:  # a shortcut, since building the name is slow
             return saved.tensor
         return trusted(saved, f"a tensor that {self._name(record.node)} saved")
 
     def _release(self, record: CellRecord, k: int) -> None:
-        """Forget a saved tensor once its node has used it: one use a pass, and a second pass replays (Rule 3)."""
+        """Free a saved tensor once its node has used it; a second backward replays the cell (Rule 3)."""
         node = running_node()
         if node is None:
-            return  # read outside of a backward, perhaps again; forgotten when the window moves on
+            return  # read outside of backward, possibly again; freed when the window moves
         if not may_read_again(node):
             del record.saved[k]
             return
@@ -237,6 +238,7 @@ class Tape:
         handle = node.register_hook(done)
 
     def move_to(self, index: int) -> None:
+        """Move the window to cell `index`."""
         if self.host is not None:
             self.host.settle()
         if self.cursor < index:
@@ -248,7 +250,7 @@ class Tape:
             self._step_down()
 
     def _step_down(self) -> None:
-        """Forget x_t, having made sure of x_{t-m}."""
+        """Move from x_t to x_{t-1}, after making x_{t-m} available."""
         record = self._record_of(self.cursor)
         residual = record.node.residual
         record.settle()
@@ -257,12 +259,12 @@ class Tape:
                 self.window[residual] = record.kept.on_device()
             else:
                 self._replay(record, collect=False)
-        record.saved.clear()  # handles that this backward did not need
+        record.saved.clear()  # tensors that this backward did not need
         self._let_go()
         self.cursor -= 1
 
     def _let_go(self) -> None:
-        """Drop x_t, which is needed for x_{t-m} alone, and move the top down if nobody can ask for more (Rule 3)."""
+        """Free x_t, which only x_{t-m} needs, and move the top down if no handles above are left (Rule 3)."""
         self.window.pop(self.cursor, None)
         if any(self._record_of(t).has_live_handles() for t in range(self.cursor + 1, self.top + 1)):
             return
@@ -271,17 +273,17 @@ class Tape:
         self.last, self.top = dict(self.window), self.cursor
 
     def _replay(self, record: CellRecord, collect: bool) -> None:
-        """Call the cell again on rebuilt reads; put x_{t-m} into the window and, if asked, collect what it saves.
+        """Call the cell again on rebuilt inputs, put x_{t-m} into the window, and optionally collect saved tensors.
 
-        Where x_{t-m} need not be rebuilt, the call ends after the last saved tensor: the rest serves x_t alone.
+        If x_{t-m} need not be rebuilt, the call ends after the last saved tensor, because only x_t needs the rest.
         """
         record.settle()
         node, residual = record.node, record.node.residual
         saved: list[Held] = []
-        assert record.replay_context is not None  # only in `store`, where there are no handles
+        assert record.replay_context is not None  # it is None only in `store`, which has no handles
         has_past = residual is None or self.find_past(record) is not None
         if has_past:
-            self._let_go()  # of x_t, before the replay takes its room
+            self._let_go()  # free x_t before the replay allocates memory
         ends_early = collect and has_past and self.verifier is None
 
         def pack(tensor: Tensor) -> None:
@@ -290,10 +292,10 @@ class Tape:
             if ends_early and record.is_like(saved):
                 raise AllCollected
 
-        # Gradients are enabled even where nothing is collected: without them some modules take other kernels.
+        # Gradients are enabled even if nothing is collected: without them some modules use other kernels.
         couple = None if residual is None else ReplayCoupling(self, record)
         with (
-            without_transforms(),  # one replay for all of a batched backward
+            without_transforms(),  # one replay for a whole batched backward
             torch.enable_grad(),
             saved_tensors_hooks(pack, _never),
             inside(replaying=True),
@@ -310,9 +312,9 @@ class Tape:
             record.saved = dict(enumerate(saved))
 
     def find_past(self, record: CellRecord) -> Tensor | None:
-        """x_{t-m} from the window, or into the window if the forward kept it; None if it has to be rebuilt."""
+        """Return x_{t-m} from the window or from what the forward pass kept; None if it must be rebuilt."""
         residual = record.node.residual
-        assert residual is not None  # or there would be nothing to couple with
+        assert residual is not None  # a coupling needs a residual
         if residual not in self.window:
             if record.kept is None:
                 return None
@@ -320,7 +322,7 @@ class Tape:
         return self.state(residual)
 
     def put_back(self, record: CellRecord, past: Tensor) -> None:
-        """Take a rebuilt x_{t-m} into the window; x_t is needed no longer."""
+        """Put a rebuilt x_{t-m} into the window; x_t is no longer needed."""
         assert record.node.residual is not None
         if self.verifier is not None:
             self.verifier.rebuilt(record.node, self._name(record.node), record.mode, past)
@@ -328,7 +330,7 @@ class Tape:
         self._let_go()
 
     def state(self, index: int) -> Tensor:
-        """x_index, which the window holds."""
+        """Return the state x_index, which must be in the window."""
         return trusted(self.window[index], f"the state of {self.graph.name(index)}")
 
     def _read(self, index: int, grad: bool) -> Tensor:
@@ -341,4 +343,4 @@ class Tape:
 
 
 def _never(_: int) -> Tensor:
-    raise ReplayError(f"a replay is asked for what it saves before it is over. {EARLY_BACKWARD}", code="early-replay")
+    raise ReplayError(f"backward reached a replay that had not finished. {EARLY_BACKWARD}", code="early-replay")

@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
-"""What the engine needs of PyTorch that has no public name, in one place. Written for torch 2.7 and later."""
+"""All private PyTorch APIs that the engine uses, for torch 2.7 and later."""
 
 from __future__ import annotations
 
@@ -44,49 +44,49 @@ T = TypeVar("T")
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own buffers; writing here puts another tensor in place of one."""
+    """Return the module's own buffers. Writing to the dictionary replaces a buffer."""
     return module._buffers
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own parameters. Plain tensors are among them under `functional_call`."""
+    """Return the module's own parameters. Under `functional_call` some are plain tensors."""
     return cast("dict[str, Tensor | None]", module._parameters)
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The module's own submodules."""
+    """Return the module's own submodules."""
     return module._modules
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Is there something to compute with? Fake tensors and those on the meta device have shapes alone."""
+    """Whether the tensor holds values, unlike fake tensors and tensors on the meta device."""
     return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Equal for tensors that share their memory. `Tensor.is_set_to` does not know fake tensors."""
+    """Return a key that is equal for tensors sharing memory. `Tensor.is_set_to` does not support fake tensors."""
     return tensor.untyped_storage()._cdata
 
 
 def is_transformed() -> bool:
-    """Does something else than autograd's backward look at the operations? Export and torch.func know no hooks."""
+    """Whether export, tracing or torch.func is active, which do not support hooks on saved tensors."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def without_dynamo(function: Callable[P, T]) -> Callable[P, T]:
-    """As torch.compiler.disable, but does not import Dynamo, which takes a second, until it runs."""
+    """Like torch.compiler.disable, but imports Dynamo, which takes a second, only when the function runs."""
     return torch._disable_dynamo()(function)
 
 
 def raise_compile_limits(least: int) -> None:
-    """Let Dynamo compile one function at least so many times. It counts by code, which all cells have in common."""
+    """Let Dynamo compile one function at least `least` times. It counts per code object, which cells share."""
     limits = cast(Any, torch._dynamo).config
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(limits, name, max(getattr(limits, name), least))
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """As that of PyTorch, whose helper is a closure that refers to itself: garbage for the collector in every call."""
+    """Like `tree_map` of PyTorch, but without its self-referential closure, which the collector must free."""
     kind = _pytree.SUPPORTED_NODES.get(_pytree._get_node_type(tree))
     if kind is None:
         return function(tree)
@@ -95,16 +95,16 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def saving_hook() -> object:
-    """The hook that packs what is saved now, if there is one."""
+    """Return the pack hook for saved tensors that is active now, or None."""
     hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
 
 
 @contextmanager
 def without_transforms() -> Generator[None]:
-    """Leave all transforms of `torch.func`, and the older `vmap` of batched gradients, and return to them.
+    """Suspend all transforms of `torch.func` and the legacy `vmap` of batched gradients.
 
-    Hooks on saved tensors, which these transforms refuse, are allowed in the body.
+    The body may use hooks on saved tensors, which these transforms disable.
     """
     autograd = cast(Any, torch._C)._autograd
     refusal = autograd._saved_tensors_hooks_get_disabled_error_message()
@@ -123,20 +123,20 @@ def without_transforms() -> Generator[None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Is the module, as `compile()` leaves it or as `torch.compile` returns it, run by Dynamo?"""
+    """Whether Dynamo runs the module, after `module.compile()` or as the result of `torch.compile`."""
     return module._compiled_call_impl is not None or "_torchdynamo_orig_callable" in vars(module)
 
 
 def running_node() -> torch.autograd.graph.Node | None:
-    """The node of the graph whose backward this thread runs, if it runs one."""
+    """Return the node of the graph whose backward this thread runs, or None."""
     return cast("torch.autograd.graph.Node | None", torch._C._current_autograd_node())
 
 
 def may_read_again(node: torch.autograd.graph.Node) -> bool:
-    """May the node ask for what it saved more than once in its backward?
+    """Whether the node may read its saved tensors more than once in its backward.
 
-    A `torch.autograd.Function` may. PyTorch's own nodes do not, and neither does compiled code, which is a Function but
-    lets go of what it saved as it goes.
+    A `torch.autograd.Function` may. Built-in nodes do not, and neither does compiled code, which is a Function but
+    frees its saved tensors on first use.
     """
     return isinstance(node, torch.autograd.function.BackwardCFunction) and not hasattr(
         cast(Any, node)._forward_cls, "_aot_id"
@@ -144,7 +144,7 @@ def may_read_again(node: torch.autograd.graph.Node) -> bool:
 
 
 def is_graph_kept() -> bool:
-    """May a graph be needed again: is this thread outside of a backward, or in one that keeps its graph?"""
+    """Whether a graph may be needed again: no backward runs in this thread, or one that retains the graph."""
     return running_node() is None or bool(cast(Any, torch._C)._autograd._get_current_graph_task_keep_graph())
 
 
@@ -154,10 +154,10 @@ _draws = threading.local()
 
 @contextmanager
 def intercepted_draws(key: Any, draw: _Draw) -> Generator[None]:
-    """Let `draw` carry out the random operations of this thread that use the default generator of the CPU.
+    """Let `draw` execute the random operations of this thread that use the default generator of the CPU.
 
-    They are redirected by the dispatcher, below Python and for no other operation: by a key that PyTorch keeps for
-    tests of modes, which this thread alone includes.
+    The dispatcher redirects these operations and no others, through a dispatch key that PyTorch reserves for tests and
+    that only this thread includes.
 
     Args:
         key: from `draw_key`.
@@ -178,7 +178,7 @@ _RANDOM = (
     "normal_ poisson rand rand_like randint randint_like randn randn_like random_ randperm rrelu rrelu_ "
     "rrelu_with_noise rrelu_with_noise_ uniform_ _sample_dirichlet _standard_gamma"
 )
-"""All others, such as `dropout`, call one of these."""
+"""Other random operations, such as `dropout`, call one of these."""
 
 _NEEDED = "_IncludeDispatchKeyGuard _dispatch_key_parse _dispatch_keyset_full_after _len_torch_dispatch_stack"
 """Names in `torch._C`."""
@@ -188,17 +188,17 @@ _libraries: list[torch.library.Library] = []  # a registration lasts as long as 
 
 @cache
 def draw_key() -> Any:
-    """The dispatch key, once the random operations have kernels there and all others pass it by.
+    """Register kernels for the random operations at the dispatch key, and return the key.
 
-    The first call is for one thread alone. It gives None, and warns, if this version of PyTorch lacks what is needed.
+    The first call is not thread-safe. Returns None, with a warning, if this version of PyTorch lacks a private API.
     """
     try:
         return _registered_draws()
     except (AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(
-            f"PyTorch {torch.__version__} lacks what noting random draws of one thread needs ({reason}); where several "
-            "threads draw random numbers at once, gradients may belong to other numbers than the loss",
+            f"PyTorch {torch.__version__} does not support recording the random numbers of a single thread ({reason}). "
+            "If several threads draw random numbers at once, gradients may use other numbers than the loss",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -221,7 +221,7 @@ def _registered_draws() -> Any:
 
 
 def _intercept(operation: Any, place: int | None, keys: Any, *args: Any, **kwargs: Any) -> Any:
-    """The kernel of a random operation; its generator is argument number `place`."""
+    """Run the kernel of a random operation whose generator is argument number `place`."""
     run = partial(operation.redispatch, keys & torch._C._dispatch_keyset_full_after(draw_key()))
     tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     given = kwargs.get("generator") if place is None or place >= len(args) else args[place]
@@ -237,19 +237,19 @@ def _intercept(operation: Any, place: int | None, keys: Any, *args: Any, **kwarg
 
         return draw(call)
     if not torch._C._len_torch_dispatch_stack():
-        return run(*args, **kwargs)  # what it calls is intercepted
-    return draw(partial(_with_default, partial(run, *args, **kwargs)))  # what a mode calls is not
+        return run(*args, **kwargs)  # the operations that it calls are intercepted
+    return draw(partial(_with_default, partial(run, *args, **kwargs)))  # inside a dispatch mode they are not
 
 
 def _is_on_cpu(tensor: Tensor | None, device: Any) -> bool:
-    """Does the operation draw numbers of the CPU? Tensors of other types carry out operations of their own."""
+    """Whether the operation draws numbers on the CPU. Tensor subclasses run their own operations."""
     if tensor is None:
         return device is None or torch.device(device).type == "cpu"
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _with_default(operation: Callable[[], Any], generator: torch.Generator) -> Any:
-    """Run an operation that takes no generator, as if the one given were the default generator."""
+    """Run an operation that takes no generator with `generator` as the default one."""
     before = torch.get_rng_state()
     try:
         torch.set_rng_state(generator.get_state())
@@ -261,5 +261,5 @@ def _with_default(operation: Callable[[], Any], generator: torch.Generator) -> A
 
 
 def shared_version() -> Any:
-    """Aliases made below autograd, in a dispatch mode, count versions together with their tensor."""
+    """Return a guard under which aliases created in a dispatch mode share the version counter of their tensor."""
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
