@@ -1,13 +1,13 @@
-"""The bits that x_t = F_t + gamma * x_{t-m} rounds away, packed small, so that the inverse is exact.
+"""Lost bits: the rounding residual of the coupling x_t = F_t + gamma * x_{t-m}, which makes its inverse exact.
 
-At forward time both x_{t-m} and its reconstruction (x_t - F_t) / gamma are at hand. Their difference d, taken between
-the bit patterns read as integers, is kept. Integer subtraction wraps and is undone by integer addition, so every value
-comes back bit for bit: denormals, -0.0, infinities and NaN payloads as well.
+The forward pass has both x_{t-m} and its reconstruction (x_t - F_t) / gamma. It keeps their difference d as integers,
+between the bit patterns. Integer subtraction wraps around and integer addition undoes it, so every value is restored
+bit for bit, including denormals, -0.0, infinities and NaN payloads.
 
-How large d can be follows from x_t, the reconstruction and gamma (`rounding.py`), which backward has too. So every
-element gets a field of its own width, and no width is kept (`fields.py`).
+x_t, the reconstruction and gamma bound the size of d (`rounding.py`), and backward has all three. So every element
+gets a bit field whose width need not be stored (`fields.py`).
 
-Keeping what a reversible step rounds away goes back to Maclaurin et al., "Gradient-based Hyperparameter Optimization
+Storing the rounding of a reversible step goes back to Maclaurin et al., "Gradient-based Hyperparameter Optimization
 through Reversible Learning" (ICML 2015), for momentum in fixed point, and MacKay et al., "Reversible Recurrent Neural
 Networks" (NeurIPS 2018), for hidden states in fixed point.
 """

@@ -1,4 +1,4 @@
-"""Lost bits of a state: found in the forward, added to the reconstruction in backward."""
+"""Lost bits of a state: encoded in the forward pass, added to the reconstruction in backward."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class LostBits(Protocol):
 
     @property
     def is_pending(self) -> bool:
-        """Is it not known yet how long it is?"""
+        """Whether the length is not known yet."""
         ...
 
     def compact(self) -> bool:
-        """Cut to length what is longer than it has to be, which may wait for the device.
+        """Truncate buffers to the length in use, which may wait for the device.
 
         Returns:
-            Is it smaller than the state?
+            True if the lost bits are smaller than the state.
         """
         ...
 
@@ -52,17 +52,17 @@ class LostBits(Protocol):
 def encode(
     past: Tensor, rebuilt: Tensor, state: Tensor, gamma: Tensor | float, defer: bool | None = None
 ) -> LostBits | None:
-    """What must be kept to turn `rebuilt` into `past`. The memory of `rebuilt` is used up.
+    """Encode the difference between a state and its reconstruction. Overwrites `rebuilt`.
 
     Args:
         past: x_{t-m}.
         rebuilt: its reconstruction, of the same shape, dtype and strides.
-        state: x_t, likewise.
+        state: x_t, of the same shape, dtype and strides.
         gamma: a number, or a tensor whose shape broadcasts to that of the state.
-        defer: never wait for the device, leave the cut to `compact`; by default on everything but the CPU.
+        defer: do not wait for the device, and leave the truncation to `compact`; by default on all devices but the CPU.
 
     Returns:
-        None where the state itself takes no more.
+        The lost bits, or None if they are no smaller than the state.
     """
     assumed_gamma = _assumed.get()
     if assumed_gamma is None and past.is_meta:
@@ -82,7 +82,7 @@ def encode(
 
 
 def kernels_for(past: Tensor) -> type[BlockFields] | None:
-    """The coder in Triton, where there is one for the device and dtype."""
+    """Return the Triton coder, or None if there is none for the device and dtype."""
     if past.device.type != "cuda" or past.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     return working_kernels(past.device)
@@ -90,12 +90,12 @@ def kernels_for(past: Tensor) -> type[BlockFields] | None:
 
 @cache
 def working_kernels(device: torch.device) -> type[BlockFields] | None:
-    """The coder in Triton, if its kernels can be built and run on a device; otherwise None, with one warning.
+    """Return the Triton coder if its kernels compile and run on the device; otherwise None, with one warning.
 
-    Triton builds a launcher with a C compiler at the first launch, and knows no GPU below compute capability 7.0.
+    Triton needs a C compiler for the first launch, and compute capability 7.0 or higher.
     """
     try:
-        from revnets.engine.lost_bits.kernels import BlockFields  # a second of imports
+        from revnets.engine.lost_bits.kernels import BlockFields  # takes a second to import
     except ImportError:
         return None
     try:
@@ -103,10 +103,10 @@ def working_kernels(device: torch.device) -> type[BlockFields] | None:
             past = torch.ones(1, device=device)
             BlockFields.encode(past, past.clone(), past, 0.5).decode(past.clone(), past, 0.5)
     except torch.OutOfMemoryError:
-        raise  # says nothing about the kernels
-    except Exception as error:  # a compiler and a driver have errors of many kinds
+        raise  # not a failure of the kernels
+    except Exception as error:  # compilers and drivers raise many kinds of errors
         reason = str(error).strip().partition("\n")[0]
-        text = f"lost bits are coded without Triton on {device}, which takes more bytes: its kernels fail with"
+        text = f"lost bits are coded without Triton on {device}, which takes more memory: its kernels fail with"
         warnings.warn(f"{text} {type(error).__name__}: {reason}", stacklevel=2)
         return None
     return BlockFields
@@ -114,9 +114,9 @@ def working_kernels(device: torch.device) -> type[BlockFields] | None:
 
 @contextmanager
 def assumed(gamma: float) -> Generator[None]:
-    """Let fake tensors through, which have no values to look at: lost bits have the length usual at this |gamma|.
+    """Give the lost bits of fake tensors, which have no values, their expected length at this |gamma|.
 
-    Tensors on the meta device always pass, with the length usual at 0.5.
+    Tensors on the meta device always use the expected length, by default at |gamma| = 0.5.
     """
     token = _assumed.set(gamma)
     try:
@@ -126,12 +126,12 @@ def assumed(gamma: float) -> Generator[None]:
 
 
 _PADDING = 5
-"""Half a word of fields and half a byte of signs."""
+"""Bytes: on average, half a word of fields and half a byte of signs are unused."""
 
 
 @dataclass(slots=True)
 class _Assumed:
-    """As many bytes as usual."""
+    """A buffer of the expected length, without content."""
 
     content: Tensor
 

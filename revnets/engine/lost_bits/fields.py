@@ -1,15 +1,14 @@
-"""Differences in fields of the width that `rounding.py` finds, on the CPU.
+"""Differences packed into bit fields of the widths from `rounding.py`, on the CPU.
 
-| stream | holds |
+| stream | content |
 | --- | --- |
-| words | the low w bits of every difference, one after the other |
-| signs | a bit where these bits are those of 2^(w-1), which -2^(w-1) shares |
-| wide | whole differences, where no width is found |
-| gaps, outside | where differences are outside of their field, which is rare, and those |
+| words | the low w bits of every difference, consecutively |
+| signs | one bit for each field equal to 2^(w-1), which has the same bits as -2^(w-1) |
+| wide | whole differences of elements without a width |
+| gaps, outside | positions and values of differences that exceed their field, which is rare |
 
-Four fields are joined to one number of at most 60 bits, two and two, before anything looks for its place in the words.
-NumPy needs a third of the time that PyTorch takes to call so many short operations. Work goes in blocks that fit the
-cache.
+Fields are first joined in pairs and then in groups of four, of at most 60 bits, which are written to the words. NumPy
+takes a third of PyTorch's time for so many short operations. Elements are processed in blocks that fit the cache.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ class Fields:
     """Difference between a state and its reconstruction."""
 
     words: Tensor  # int64
-    signs: Tensor  # uint8, eight a byte; each block begins a byte
+    signs: Tensor  # uint8, eight per byte; each block starts a byte
     wide: Tensor  # integers of the width of the state
-    gaps: Tensor  # from place to place; the smallest integers that hold all
-    outside: Tensor  # likewise
+    gaps: Tensor  # between positions; the smallest sufficient integers
+    outside: Tensor  # the smallest sufficient integers
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +51,7 @@ class Fields:
 
     @classmethod
     def encode(cls, past: Tensor, rebuilt: Tensor, state: Tensor, gamma: Tensor | float) -> Fields:
-        """What must be kept to turn `rebuilt` into `past`. All are dense and have the strides of `past`."""
+        """Encode the difference between `past` and `rebuilt`. All tensors are dense, with the strides of `past`."""
         blocks = _Blocks(past, rebuilt, state, gamma)
         words: list[Integers] = []
         signs: list[NDArray[np.uint8]] = []
@@ -69,7 +68,7 @@ class Fields:
             high = np.left_shift(low, unused)
             centered = high >> unused
             escaped = centered != low
-            escaped &= centered != -low  # at an end, which the sign tells from the other
+            escaped &= centered != -low  # equal at one end, where the sign bit decides
             escaped |= difference != low
             if escaped.any():
                 at = np.flatnonzero(escaped)
@@ -79,17 +78,17 @@ class Fields:
             signs.append(np.packbits(low[_ends(high)] > 0))
             low &= ~np.left_shift(np.int16(-1), width)
             words.append(_join(low, width))
-        found = (
+        streams = (
             np.concatenate([*words, _NONE]),
             np.concatenate([*signs, _NONE.view(np.uint8)]),
             np.concatenate([*wide, _NONE.view(blocks.past.dtype)]),
             _narrowest(np.diff(np.concatenate([*places, _NONE]), prepend=0)),
             _narrowest(np.concatenate([*outside, _NONE.view(blocks.past.dtype)])),
         )
-        return cls(*(torch.from_numpy(part).clone() for part in found))  # pyright: ignore[reportUnknownMemberType]
+        return cls(*(torch.from_numpy(part).clone() for part in streams))  # pyright: ignore[reportUnknownMemberType]
 
     def decode(self, rebuilt: Tensor, state: Tensor, gamma: Tensor | float) -> None:
-        """Turn `rebuilt`, in place, into what it is a reconstruction of."""
+        """Turn `rebuilt` into the original state, in place."""
         blocks = _Blocks(rebuilt, rebuilt, state, gamma)
         words, signs, wide = self.words.numpy(), self.signs.numpy(), self.wide.numpy()
         for part in blocks.parts():
@@ -116,7 +115,7 @@ _NONE = np.empty(0, np.int64)
 
 
 class _Blocks:
-    """The memory of the tensors as integers, and the parts in which it is gone through."""
+    """The memory of the tensors as integers, processed in blocks."""
 
     def __init__(self, past: Tensor, rebuilt: Tensor, state: Tensor, gamma: Tensor | float):
         self.past, self.rebuilt, self.state = (bits_of(tensor).numpy() for tensor in (past, rebuilt, state))
@@ -134,7 +133,7 @@ class _Blocks:
 
 
 def _take_unbounded(width: Shorts, limit: int) -> NDArray[np.intp]:
-    """The places without a width, which get 0."""
+    """Return the positions without a width, and set their width to 0."""
     if not (unbounded := width > limit).any():
         return np.empty(0, np.intp)
     width[unbounded] = 0
@@ -142,12 +141,12 @@ def _take_unbounded(width: Shorts, limit: int) -> NDArray[np.intp]:
 
 
 def _ends(high: Shorts) -> NDArray[np.intp]:
-    """Where fields, shifted to the top, are those of -2^(w-1) and of 2^(w-1)."""
+    """Return the positions of fields, shifted to the top, that equal -2^(w-1) or 2^(w-1)."""
     return np.flatnonzero(high == np.iinfo(np.int16).min)
 
 
 def _narrowest(values: Integers) -> Integers:
-    """In the smallest integers that hold all."""
+    """Convert to the smallest integers that represent all values."""
     for integer in (np.int8, np.int16, np.int32):
         limits = np.iinfo(integer)
         if not len(values) or (values.min() >= limits.min and values.max() <= limits.max):
@@ -156,7 +155,7 @@ def _narrowest(values: Integers) -> Integers:
 
 
 def _join(low: Shorts, width: Shorts) -> Integers:
-    """The fields one after the other, the first in the lowest bits of the first word."""
+    """Pack the fields consecutively, the first one in the lowest bits of the first word."""
     fields, sizes = _padded(low), _padded(width)
     for integer in (np.int32, np.int64):
         fields, sizes = fields.view(integer), sizes.view(integer)
@@ -173,8 +172,8 @@ def _join(low: Shorts, width: Shorts) -> Integers:
     bit = ends - sizes
     word = bit >> 6
     bit &= 63
-    begins = np.append(0, np.flatnonzero(word[1:] != word[:-1]) + 1)  # in every word begins a group: none is as long
-    last = np.append(begins[1:], len(word)) - 1  # which may go on in the next word
+    begins = np.append(0, np.flatnonzero(word[1:] != word[:-1]) + 1)  # groups are short, so one starts in every word
+    last = np.append(begins[1:], len(word)) - 1  # the last group of a word may continue in the next word
     words = np.zeros(len(begins) + 1, np.int64)
     words[:-1] = np.bitwise_or.reduceat(fields << bit, begins)
     words[1:] |= (fields[last] >> 1) >> (63 - bit[last])
@@ -182,7 +181,7 @@ def _join(low: Shorts, width: Shorts) -> Integers:
 
 
 def _split(words: Integers, width: Shorts) -> tuple[Shorts, int]:
-    """The fields, with bits of others above them, and the number of words that they lie in."""
+    """Unpack the fields, with bits of other fields above them; also return the number of words they take."""
     pairs = _padded(width).view(np.int32)
     first_of_pair = pairs & 0xFFFF
     pairs = pairs >> 16
@@ -210,7 +209,7 @@ def _split(words: Integers, width: Shorts) -> tuple[Shorts, int]:
 
 
 def _apart(joined: Integers, first: Integers) -> Integers:
-    """Two numbers, the first of so many bits, moved to the halves of theirs; in place."""
+    """Split each number into two halves, in place; `first` is the number of bits of the first one."""
     half = 4 * joined.itemsize
     second = joined >> first
     second <<= half
@@ -220,5 +219,5 @@ def _apart(joined: Integers, first: Integers) -> Integers:
 
 
 def _padded(values: Shorts) -> Shorts:
-    """To whole groups."""
+    """Pad to whole groups of four."""
     return np.pad(values, (0, -len(values) % 4)) if len(values) % 4 else values

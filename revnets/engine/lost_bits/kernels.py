@@ -1,12 +1,12 @@
-"""The fields of `fields.py` on a GPU: one kernel to encode, one to decode, and no waiting for the device.
+"""The bit fields of `fields.py` on a GPU: one kernel to encode, one to decode, without waiting for the device.
 
-A program of a kernel codes a block of elements. It knows how many words its block takes before it writes them, and
-gets its place in the words from a counter, so blocks lie in the order in which they come. In its place there are, each
-beginning a word: the fields; the signs of fields at an end; whole differences where no width is found; pairs of place
-and difference where that is outside of its field.
+Each program of a kernel codes one block of elements. It first counts the words of its block and reserves them with an
+atomic counter, so the order of blocks is arbitrary. The words of a block hold, each starting at a word: the fields; the
+signs of fields at an end; whole differences of elements without a width; pairs of position and difference for those
+outside their field.
 """
 
-# Kernels are in a language of their own, and Triton is not installed everywhere:
+# Kernels are written in Triton's language, and Triton may not be installed:
 # pyright: basic, reportMissingImports=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from revnets.engine.lost_bits.rounding import TOLERANCE, Magnification, bits_of, layout_of, widest
 
 _BLOCK = 2048
-_MANTISSA = tl.constexpr(round((2 * TOLERANCE - 1) * 2**23))  # of a float32 below which gamma is rounded down
+_MANTISSA = tl.constexpr(round((2 * TOLERANCE - 1) * 2**23))  # float32 mantissa below which gamma is rounded down
 
 
 @dataclass(slots=True)
@@ -29,14 +29,14 @@ class BlockFields:
     """Difference between a state and its reconstruction, on its device."""
 
     words: Tensor  # int64; the first counts those in use
-    headers: Tensor  # int32 (blocks, 2): where the words of a block begin, how many differences are outside
+    headers: Tensor  # int32 (blocks, 2): first word of a block, number of differences outside their field
     limit: int  # bytes of the state
-    count: Tensor | None = None  # of the words in use, on its way to the host
+    count: Tensor | None = None  # number of words in use, being copied to the host
     arrived: torch.Event | None = None
 
     @classmethod
     def encode(cls, past: Tensor, rebuilt: Tensor, state: Tensor, gamma: Tensor | float) -> "BlockFields":
-        """What must be kept to turn `rebuilt` into `past`. All are dense and have the strides of `past`."""
+        """Encode the difference between `past` and `rebuilt`. All tensors are dense, with the strides of `past`."""
         capacity = past.nbytes // 8
         words = torch.zeros(1 + capacity, dtype=torch.int64, device=past.device)
         headers = torch.empty(triton.cdiv(past.numel(), _BLOCK), 2, dtype=torch.int32, device=past.device)
@@ -66,12 +66,12 @@ class BlockFields:
                 self.arrived.synchronize()
             count, self.count, self.arrived = int(self.count), None, None
             if count > len(self.words) - 1:
-                return False  # and what there was no room for is not there
+                return False  # blocks that did not fit were not written
             self.words = self.words[: 1 + count].clone()
         return self.nbytes < self.limit
 
     def decode(self, rebuilt: Tensor, state: Tensor, gamma: Tensor | float) -> None:
-        """Turn `rebuilt`, in place, into what it is a reconstruction of."""
+        """Turn `rebuilt` into the original state, in place."""
         with _launching_on(rebuilt.device):
             _decode[(len(self.headers),)](
                 bits_of(rebuilt), bits_of(state), *_gamma(gamma, rebuilt), self.words, self.headers,
@@ -80,16 +80,16 @@ class BlockFields:
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which may be another than that of the tensors."""
+    """Make `device` current, because Triton launches on the current device."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def _gamma(gamma: Tensor | float, past: Tensor) -> tuple[Tensor, int, int, int, int, int]:
-    """Gamma as the kernels take it: float32, and the element whose value is at an offset in the memory of the state.
+    """Return gamma as arguments of the kernels.
 
     Returns:
-        values, offsets after which comes the next of these, their number, elements of the state, and, if gamma is a
-        number, its magnification and whether that is exact.
+        The float32 values, the number of consecutive elements in memory that share a value, the number of values, the
+        number of elements of the state and, if gamma is a number, its magnification and whether that is exact.
     """
     if not isinstance(gamma, Tensor):
         magnification = Magnification.of(gamma)
@@ -192,7 +192,7 @@ def _decode(
     found = rebuilt + tl.where(above, -centered, centered) + tl.load(whole, mask=wide, other=0)
     tl.store(rebuilt_bits + offset, found.to(kind), mask=inside)
     if count > 0:
-        tl.debug_barrier()  # these were written above, by other threads
+        tl.debug_barrier()  # other threads wrote these elements above
         source += _words_of_wide(wide, narrow)
         pairs = source.to(tl.pointer_type(tl.int32), bitcast=True) + 2 * place
         at = program.to(tl.int64) * block + tl.load(pairs, mask=place < count, other=0)
@@ -206,7 +206,7 @@ def _widths(
     rebuilt, state, offset, inside, gamma, inner, channels, magnification, is_exact,
     learned: tl.constexpr, exponent: tl.constexpr, mantissa: tl.constexpr, limit: tl.constexpr,
 ):  # fmt: skip
-    """As `rounding.widths`; whether gamma is a power of two is asked of each alone."""
+    """Like `rounding.widths`, but checks for each gamma whether it is a power of two."""
     if learned:
         value = tl.load(gamma + (offset // inner) % channels, inside, 1.0).to(tl.int32, bitcast=True)
         part = value & 0x7FFFFF
@@ -228,14 +228,14 @@ def _words_of_wide(wide, narrow: tl.constexpr):
 
 @triton.jit
 def _center(low, width):
-    """The number in -2^(w-1), ..., 2^(w-1) - 1 that has these low w bits."""
+    """Return the number in -2^(w-1), ..., 2^(w-1) - 1 that has these low w bits."""
     unused = tl.minimum(32 - width, 31)
     return tl.where(width > 0, (low << unused) >> unused, 0)
 
 
 @triton.jit
 def _write(target, low, width, block: tl.constexpr):
-    """The fields one after the other, into words that are 0."""
+    """Write the fields consecutively into words that are 0."""
     first, second = tl.split(low.to(tl.int64).reshape(block // 2, 2))
     shift, more = tl.split(width.reshape(block // 2, 2))
     first, second = tl.split((first | (second << shift)).reshape(block // 4, 2))
@@ -249,7 +249,7 @@ def _write(target, low, width, block: tl.constexpr):
 
 @triton.jit
 def _read(source, width, block: tl.constexpr):
-    """The fields, with bits of others above them."""
+    """Read the fields, with bits of other fields above them."""
     first_of_pair, more = tl.split(width.reshape(block // 2, 2))
     first_of_group, other = tl.split((first_of_pair + more).reshape(block // 4, 2))
     size = first_of_group + other

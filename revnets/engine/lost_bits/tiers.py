@@ -1,12 +1,12 @@
-"""Differences in tiers, on devices for which waiting is worse than a longer code.
+"""Differences coded in tiers, for devices where waiting costs more than a longer code.
 
-Every element has a code of 4 bits; -8 among these says that the difference did not fit and that the next entry of the
-8-bit tier holds it; -128 there points to the 16-bit tier, and so on up to the width of the state. Entries of a tier lie
-in the order of memory, so no index is kept.
+Every element has a 4-bit code. The code -8 means that the difference does not fit, and that the next entry of the
+8-bit tier holds it; -128 there refers to the 16-bit tier, and so on up to the width of the state. Entries of a tier
+follow the order of memory, so no index is stored.
 
-A tier's length is known only after the elements have been looked at, and asking for it would make the host wait. So
-`encode` fills tiers of the greatest possible length and sends the counts home without waiting, and `compact`, called
-some cells later when they have long arrived, cuts the tiers to length.
+The length of a tier depends on the values, and reading it would make the host wait. So `encode` allocates tiers of the
+maximum length and copies the counts to the host asynchronously. `compact`, called some cells later when the counts
+have arrived, truncates the tiers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Tiers:
 
     nibbles: Tensor  # uint8: element i in the low half of byte i, element half + i in the high half
     tiers: list[Tensor]  # int8, int16, ... up to the width of the state
-    counts: Tensor | None = None  # lengths of the tiers, on their way to the host
+    counts: Tensor | None = None  # lengths of the tiers, being copied to the host
     arrived: torch.Event | None = None
     limit: int = 0  # bytes of the state
 
     @classmethod
     def encode(cls, past: Tensor, rebuilt: Tensor) -> Tiers:
-        """By prefix sums: no operation here makes the host wait for the device."""
+        """Encode with prefix sums, without making the host wait for the device."""
         difference = bits_of(rebuilt)
         torch.sub(bits_of(past), difference, out=difference)
         nibbles = difference.clamp(-8, 8).to(torch.int8)  # 8 and -8 have the same low half
@@ -48,12 +48,12 @@ class Tiers:
             counts.append(count)
             if escaped is not None:
                 mask = mask & escaped
-        home = torch.stack(counts).to("cpu", non_blocking=True)
+        lengths = torch.stack(counts).to("cpu", non_blocking=True)
         arrived = None
         if difference.device.type != "cpu":
             arrived = torch.Event(difference.device)
             arrived.record()
-        return cls(_pack(nibbles), tiers, home, arrived, past.nbytes)
+        return cls(_pack(nibbles), tiers, lengths, arrived, past.nbytes)
 
     def compact(self) -> bool:
         if self.counts is not None:
@@ -75,7 +75,7 @@ class Tiers:
             wide = code.to(bits.dtype).masked_scatter_(escaped, wide.to(bits.dtype))
         if wide.numel():
             index = (nibbles == -8).nonzero().squeeze(1)
-            bits.index_add_(0, index, wide.to(bits.dtype) + 8)  # the code -8 was added already
+            bits.index_add_(0, index, wide.to(bits.dtype) + 8)  # the code -8 is already added
 
     @property
     def is_pending(self) -> bool:
@@ -87,14 +87,14 @@ class Tiers:
 
 
 def _to_front(values: Tensor, mask: Tensor) -> Tensor:
-    """The masked values moved to the front, in order; what lies behind them is of no meaning."""
+    """Move the masked values to the front, in order; the values after them are undefined."""
     place = torch.where(mask, mask.cumsum(0) - 1, values.numel())
     front = values.new_zeros(values.numel() + 1)
     return front.scatter_(0, place, values)[:-1]
 
 
 def _narrow(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Codes of a narrower dtype, and where they do not say all; the smallest code is the sign for that."""
+    """Return codes of a narrower dtype, and a mask of the values that do not fit, whose code is the smallest one."""
     if dtype == values.dtype:
         return values, None
     code = values.to(dtype)
@@ -104,7 +104,7 @@ def _narrow(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def _pack(nibbles: Tensor) -> Tensor:
-    """Two signed 4-bit numbers a byte. Halves are paired, not neighbours, so that all reads are contiguous."""
+    """Pack two signed 4-bit numbers per byte: element i and element half + i, so that all reads are contiguous."""
     half = (nibbles.numel() + 1) // 2
     packed = nibbles[:half].bitwise_and(15)
     packed[: nibbles.numel() - half].bitwise_or_(nibbles[half:].bitwise_left_shift(4))
@@ -112,6 +112,6 @@ def _pack(nibbles: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, numel: int) -> Tensor:
-    low = packed.bitwise_left_shift(4).bitwise_right_shift_(4)  # arithmetic shifts bring the sign back
+    low = packed.bitwise_left_shift(4).bitwise_right_shift_(4)  # arithmetic shifts restore the sign
     high = packed[: numel - packed.numel()].bitwise_right_shift(4)
     return torch.cat((low, high))

@@ -1,1 +1,1 @@
-"""Host memory for what cells keep: copies beside the computation, and the store of one pass."""
+"""Offloading to host memory of what cells keep: asynchronous copies, and the store of one pass."""

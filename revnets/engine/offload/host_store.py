@@ -1,11 +1,11 @@
-"""What the cells of one pass keep in host memory: lost bits, states, and what autograd saves inside of stored cells.
+"""What the cells of one pass keep in host memory: lost bits, states, and saved tensors of stored cells.
 
-Forward: when the call of a cell is over, what it keeps is copied to the host. The device lets go of it when the call of
-the next cell is over; so much time the copy has to hide in. Backward: when it arrives at a cell, what the cell below
-keeps starts to come back.
+Forward: after the call of a cell, what it keeps is copied to the host. The device memory is freed after the call of the
+next cell, so the copy can overlap with that call. Backward: when it reaches a cell, the copy of what the previous cell
+keeps starts.
 
-Memory is copied storage by storage, once for all views of it that a cell keeps. It stays on the device if it is there
-anyway (parameters, buffers, the stem, arguments of all cells), if sharded training has emptied it, or if it is small.
+Each storage is copied once, for all views that a cell keeps. A storage stays on the device if it is there anyway
+(parameters, buffers, the stem, arguments of cells), if sharded training has emptied it, or if it is small.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from revnets.engine.offload.transfers import Transfer
 from revnets.engine.torch_internals import FakeTensor, storage_key, tree_leaves, tree_map
 
 LEAST = 1024
-"""Bytes of a storage below which a copy is not worth its launch."""
+"""Bytes of a storage below which a copy does not pay off."""
 
 
 class OffloadedTensor:
-    """What the graph holds in place of a tensor that autograd saves in a cell, and that no replay brings back."""
+    """What the graph holds instead of a saved tensor that no replay restores."""
 
     __slots__ = ("__weakref__", "_store", "place")
 
     def __init__(self, tensor: Tensor, store: HostStore):
         self.place: Held | HostedTensor = Held.of(tensor)
-        self._store = store  # lives as long as something may come back from it
+        self._store = store  # keeps the store alive
 
     def on_device(self) -> Held:
-        self._store.settle()  # backward may get here first, past states without a hook
+        """Return the tensor on its device."""
+        self._store.settle()  # states without a hook do not notify the store
         return self.place.on_device()
 
 
@@ -51,23 +52,23 @@ class HostStore:
 
     Args:
         cells: indices of the cells that use it.
-        stem: stays on the device, for all cells may read it.
+        stem: stays on the device, because any cell may read it.
     """
 
     def __init__(self, cells: Collection[int], stem: Tensor):
         self.cells = cells
         self._stem = storage_key(stem)
-        self._is_replayed = False  # is any cell so far?
-        self._saved: list[weakref.ref[OffloadedTensor]] = []  # by the cell whose call goes on
+        self._is_replayed = False  # whether any cell so far will be replayed
+        self._saved: list[weakref.ref[OffloadedTensor]] = []  # by the current call
         self._storages: dict[int, list[weakref.ref[HostedStorage]]] = defaultdict(list)  # by the index of the cell
         self._outgoing: list[OutgoingCopies] = []
-        self._pending: set[int] = set()  # cells whose lost bits are not cut to length yet
+        self._pending: set[int] = set()  # cells whose lost bits are not compacted yet
         self._lock = threading.RLock()
 
     # ---------------------------------------------------------------- forward
 
     def saved(self, index: int, tensor: Tensor) -> Held | OffloadedTensor:
-        """What the graph holds in place of a tensor that autograd saves in a cell."""
+        """Return what the graph holds instead of a tensor that autograd saves in a cell."""
         if index not in self.cells:
             return Held.of(tensor)
         saved = OffloadedTensor(tensor, self)
@@ -75,19 +76,21 @@ class HostStore:
         return saved
 
     def send(self, record: CellRecord, cell: nn.Module, name: str, state: Tensor) -> None:
-        """Start to copy what a cell keeps, after its call, and let go of what the cell before has kept.
+        """Start to copy what a cell keeps, after its call, and free what the previous cell kept on the device.
 
         Args:
-            name: of the cell, for errors.
+            record: of the call.
+            cell: the called module.
+            name: name of the cell in error messages.
             state: x_t.
         """
         index = record.node.index
         self.settle()
         self._is_replayed = self._is_replayed or record.mode is not Memory.STORE
         if not self._is_replayed:
-            record.kept = None  # backward of stored cells needs no state, and none before is replayed
-        is_handed_through = state.is_leaf or storage_key(state) == self._stem  # and keeps its hooks after this pass
-        if state.requires_grad and not is_handed_through:  # its gradient is there when backward arrives at the cell
+            record.kept = None  # backward of stored cells needs no state, and no earlier cell is replayed
+        is_passed_through = state.is_leaf or storage_key(state) == self._stem  # and keeps its hooks after this pass
+        if state.requires_grad and not is_passed_through:  # its gradient is computed when backward reaches the cell
             hook = partial(_arrive, weakref.ref(self), index)
             state.register_hook(hook)  # pyright: ignore[reportUnknownMemberType]
         if index in self.cells:
@@ -111,7 +114,7 @@ class HostStore:
                 self._send_lost_bits(record, name)
 
     def send_settled(self, record: CellRecord, name: str) -> None:
-        """Start to copy what a cell keeps, once a device has counted its lost bits (`CellRecord.settle`)."""
+        """Start to copy what a cell keeps, once the device has counted its lost bits (`CellRecord.settle`)."""
         if record.node.index not in self._pending:
             return
         self._pending.remove(record.node.index)
@@ -136,7 +139,7 @@ class HostStore:
         self._storages[index] += [weakref.ref(storage) for storage in copies.storages.values()]
 
     def settle(self) -> None:
-        """Let the device have back the memory whose copies are under way, when they are over."""
+        """Free the device memory of started copies once they have finished."""
         with self._lock:
             for copies in self._outgoing:
                 copies.end()
@@ -145,16 +148,16 @@ class HostStore:
     # --------------------------------------------------------------- backward
 
     def lost_bits_of(self, record: CellRecord) -> LostBits | None:
-        """The lost bits of a cell, on the device."""
+        """Return the lost bits of a cell, on the device."""
         self.settle()
         return None if record.lost is None else _mapped(record.lost, HostedTensor, HostedTensor.tensor)
 
     def arrive(self, index: int) -> None:
-        """Backward is at this cell: fetch what it and the next one keep, and release what is behind."""
+        """Fetch what this cell and the one below keep, when backward reaches the cell, and release what is above."""
         self.settle()
         with self._lock:
             for cell in self._storages:
-                if cell > index + 1:  # while this cell is replayed, the tape may ask for a state of the one above
+                if cell > index + 1:  # the replay of this cell may need a state of the cell above
                     for storage in self._alive(cell):
                         storage.release()
             for cell in (index, index - 1):
@@ -166,11 +169,12 @@ class HostStore:
 
 
 class OutgoingCopies:
-    """Copies of what one cell keeps, on their way to the host.
+    """Copies to the host of what one cell keeps.
 
     Args:
-        name: of what is copied, for errors.
+        name: description of what is copied, for error messages.
         resident: keys of storages that stay on the device.
+        lock: of the store; autograd runs one thread per device.
     """
 
     def __init__(self, name: str, resident: Collection[int], lock: threading.RLock):
@@ -182,7 +186,7 @@ class OutgoingCopies:
         self._transfers: list[Transfer] = []
 
     def add(self, held: Held) -> None:
-        """Copy the storage of this tensor as well, unless it is one that stays on the device."""
+        """Add the storage of this tensor to the copies, unless it stays on the device."""
         tensor = held.tensor
         if not is_plain(tensor) or (key := storage_key(tensor)) in self._resident:
             return
@@ -202,13 +206,13 @@ class OutgoingCopies:
         self._note_changes()
 
     def _sources_by_storage(self) -> Iterator[tuple[HostedStorage, Tensor]]:
-        """Each storage once, by the tensor with the smallest elements, which reach to its end."""
+        """Yield each storage once, with its tensor of the smallest elements, which cover all of its bytes."""
         for storage in self.storages.values():
             tensors = [held.tensor for held, of in self._sources if of is storage]
             yield storage, min(tensors, key=Tensor.element_size)
 
     def end(self) -> None:
-        """Let the present stream go on behind the copies, and let go of what was copied."""
+        """Make the current stream wait for the copies, and free what was copied."""
         for transfer in self._transfers:
             transfer.wait()
         self._note_changes()
@@ -219,18 +223,18 @@ class OutgoingCopies:
             storage.is_changed = storage.is_changed or held.tensor._version != held.version
 
     def hosted(self, tensor: Tensor) -> Tensor | HostedTensor:
-        """The hosted tensor of one that was added, or the tensor itself if it stays on the device."""
+        """Return the hosted tensor of an added tensor, or the tensor itself if it stays on the device."""
         storage = self.storages.get(storage_key(tensor)) if is_plain(tensor) else None
         return tensor if storage is None else HostedTensor(tensor, storage)
 
     def place(self, held: Held | HostedTensor) -> Held | HostedTensor:
-        """As `hosted`, of a tensor that the tape holds."""
-        found = self.hosted(held.tensor) if isinstance(held, Held) else held
-        return found if isinstance(found, HostedTensor) else held
+        """Like `hosted`, for a tensor that the tape holds."""
+        hosted = self.hosted(held.tensor) if isinstance(held, Held) else held
+        return hosted if isinstance(hosted, HostedTensor) else held
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Is the tensor nothing but a strided view of its storage, with values?"""
+    """Whether the tensor is a plain strided view of its storage, with values."""
     known = type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout is torch.strided
     return known and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
 
@@ -245,7 +249,7 @@ def _storages_of_constants(context: Any) -> set[int]:
 
 
 def _mapped(lost: LostBits, kind: type, function: Callable[[Any], Any]) -> LostBits:
-    """Lost bits with something in place of their tensors, or the other way."""
+    """Return lost bits with `function` applied to every item of type `kind`."""
 
     def mapped(item: Any) -> Any:
         return function(item) if isinstance(item, kind) else item

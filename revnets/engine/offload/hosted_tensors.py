@@ -1,4 +1,4 @@
-"""Tensors whose bytes are in host memory, and on their device only while backward needs them."""
+"""Tensors in host memory, which are on their device only while backward needs them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from revnets.engine.torch_internals import without_transforms
 
 
 class HostedStorage:
-    """The bytes of a storage of a device in host memory.
+    """Host memory for the bytes of a storage on a device.
 
     Args:
-        source: any tensor with this storage. Its bytes are not copied here.
-        name: of what is in it, for an error.
-        lock: autograd runs one thread a device.
+        source: any tensor with this storage. The constructor does not copy its bytes.
+        name: description of the content, for error messages.
+        lock: of the store; autograd runs one thread per device.
 
     Attributes:
         buffer: the bytes (uint8) in host memory.
-        fetched: the bytes on the device, or None; perhaps still on their way.
-        is_changed: was the source changed in place before its copy was over?
+        fetched: the bytes on the device, or None; the copy may not have finished.
+        is_changed: whether the source was changed in place before its copy finished.
     """
 
     __slots__ = ("__weakref__", "_arriving", "_lock", "buffer", "device", "fetched", "is_changed", "name")
@@ -41,11 +41,11 @@ class HostedStorage:
         self._arriving: Transfer | None = None
 
     def bytes_on_device(self) -> Tensor:
-        """The bytes (uint8), for use on the present stream."""
+        """Return the bytes (uint8), for use on the current stream."""
         if self.is_changed:
             raise ReplayError(
-                f"{self.name} was changed in place after it was saved for backward, before its copy was in host "
-                "memory. Work on a copy: tensor.clone()",
+                f"{self.name} was changed in place after it was saved for backward, before its copy to host memory "
+                "finished. Modify a copy: tensor.clone()",
                 code="changed-in-place",
             )
         with self._lock:
@@ -57,17 +57,17 @@ class HostedStorage:
             return self.fetched
 
     def arrive_by(self, transfer: Transfer, fetched: Tensor) -> None:
-        """Expect the bytes on the device."""
+        """Note a transfer that writes the bytes to `fetched` on the device."""
         self.fetched, self._arriving = fetched, transfer
 
     def release(self) -> None:
-        """Let go of the bytes on the device."""
+        """Free the bytes on the device."""
         with self._lock:
             self.fetched = self._arriving = None
 
 
 def fetch_storages(storages: Iterable[HostedStorage]) -> None:
-    """Start to copy storages to their device, where they are not there yet."""
+    """Start to copy storages to their device, except those that are already there."""
     absent: dict[torch.device, list[HostedStorage]] = defaultdict(list)
     for storage in storages:
         if storage.fetched is None:
@@ -92,17 +92,17 @@ class HostedTensor:
         self._stride, self._offset = tensor.stride(), tensor.storage_offset()
 
     def tensor(self) -> Tensor:
-        """The tensor on its device, with the shape, strides and dtype that it had."""
-        found = self._storage.bytes_on_device()
-        whole = found[: found.numel() // self._dtype.itemsize * self._dtype.itemsize]
+        """Return the tensor on its device, with its original shape, strides and dtype."""
+        content = self._storage.bytes_on_device()
+        whole = content[: content.numel() // self._dtype.itemsize * self._dtype.itemsize]
         return whole.view(self._dtype).as_strided(self._shape, self._stride, self._offset)
 
     def on_device(self) -> Held:
-        """The tensor as a tape holds it."""
+        """Return the tensor on its device, as a tape holds it."""
         return Held.of(self.tensor())
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """The bytes of the storage of a tensor, shared with it; without those at the end that make no whole element."""
+    """Return the bytes of a tensor's storage without a copy, up to the last whole element."""
     count = tensor.untyped_storage().nbytes() // tensor.element_size()
     return tensor.as_strided((count,), (1,), 0).view(torch.uint8)

@@ -1,15 +1,15 @@
-"""Copies between a device and host memory that run beside the computation.
+"""Copies between a device and host memory that overlap with the computation.
 
-An accelerator copies on a stream of its own, from and to pinned memory. Two rules keep its memory right without
-`record_stream`, which would let blocks return late and at random times:
+An accelerator copies on a separate stream, from and to pinned memory. Two rules make this safe without `record_stream`,
+which would free blocks late and at unpredictable times:
 
-- The copying stream starts behind what the computation has queued so far, so what it reads is there, and what it
-  writes is free.
-- A `Transfer` holds all tensors that take part until the stream of the computation waits for its end, and makes it wait
-  if nothing else does before it is freed. So no block is used again while a copy still reads or writes it.
+- The copy stream waits for the operations that the compute stream has queued so far, so its sources are written and its
+  destinations are free.
+- A `Transfer` holds its tensors until the compute stream waits for the end of the copies. If the transfer is freed
+  first, it makes the compute stream wait. So no block is reused while a copy reads or writes it.
 
-The CPU has no second memory: its "host" memory is a plain copy, which `is_host_allocation` lets a counter of bytes tell
-from the rest.
+The CPU has no second memory: its "host" memory is a plain copy. `is_host_allocation` lets a memory tracker distinguish
+it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _now = threading.local()
 
 
 def host_empty(size: int, pinned: bool) -> Tensor:
-    """A buffer of `size` bytes in host memory."""
+    """Return a buffer of `size` bytes in host memory."""
     _now.is_allocating = True
     try:
         with transferring():
@@ -37,18 +37,18 @@ def host_empty(size: int, pinned: bool) -> Tensor:
 
 
 def is_host_allocation() -> bool:
-    """Is the storage that this thread allocates now one of host memory?"""
+    """Whether the storage that this thread currently allocates is host memory."""
     return getattr(_now, "is_allocating", False)
 
 
 def is_transferring() -> bool:
-    """Does this thread run operations for a copy over the link, which are no work of the device?"""
+    """Whether this thread currently runs operations of a copy between device and host."""
     return getattr(_now, "is_transferring", False)
 
 
 @contextmanager
 def transferring() -> Generator[None]:
-    """Let `is_transferring` be true in the body."""
+    """Make `is_transferring` return True in the body."""
     _now.is_transferring = True
     try:
         yield
@@ -57,7 +57,7 @@ def transferring() -> Generator[None]:
 
 
 def has_streams(device: torch.device) -> bool:
-    """Does the device copy from and to pinned memory beside its computation?"""
+    """Whether the device can copy from and to pinned memory while it computes."""
     return device.type != "cpu" and hasattr(torch.get_device_module(device), "current_stream")
 
 
@@ -67,11 +67,11 @@ def _copying_stream(device: torch.device) -> Any:
 
 
 class Transfer:
-    """Copies that are on their way.
+    """Copies in progress.
 
     Args:
-        device: whose memory is one side of each copy.
-        pairs: (destination, source), all of one size; those on the device belong to the current stream.
+        device: the device of either the source or the destination of each copy.
+        pairs: (destination, source) of equal size; tensors on the device belong to the current stream.
     """
 
     def __init__(self, device: torch.device, pairs: Sequence[tuple[Tensor, Tensor]]):
@@ -91,9 +91,9 @@ class Transfer:
         self._over = copying.record_event()
 
     def wait(self) -> None:
-        """Let the present stream go on behind the copies, and let go of the tensors. The host does not wait."""
+        """Make the current stream wait for the copies, and release the tensors. The host does not wait."""
         if self._backend is not None and self._pairs:
-            self._computing.wait_event(self._over)  # whose memory the tensors are
+            self._computing.wait_event(self._over)  # the stream that owns the tensors
             self._backend.current_stream(self._computing.device).wait_event(self._over)
         self._pairs = ()
 

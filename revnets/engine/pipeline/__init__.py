@@ -1,1 +1,1 @@
-"""Stages of a pipeline: reversible columns divided among processes."""
+"""Pipeline stages: reversible columns divided among processes."""

@@ -1,13 +1,13 @@
-"""What crosses from one stage of a pipeline to the next: states, and a header about them.
+"""What one pipeline stage sends to the next: states, and a header that describes them.
 
-A runtime such as `torch.distributed.pipelining` sends contiguous tensors of fixed shapes one way, and their gradients
-the other way. Three things would be lost: the strides of a state and of its gradient, by which kernels choose how they
-round; that a state has no gradient at all; and where the random numbers of the micro-batch have come to. They travel in
-the header, a small tensor in front of the states. In the place of its gradient it carries the strides of the gradients.
+A runtime such as `torch.distributed.pipelining` sends contiguous tensors of fixed shapes forward, and their gradients
+backward. Three things would be lost: the strides of a state and of its gradient, which affect how kernels round;
+whether a state has a gradient at all; and the generator state of the micro-batch. The header, a small tensor before
+the states, carries them. Its gradient carries the strides of the gradients.
 
-A header is a vector of float64, which holds every stride exactly: a mark, for each state a flag and its strides, then
-the states of the generators as they are in memory. A header without the mark is uninitialized memory, with which
-runtimes try out shapes; then tensors are taken as they are.
+A header is a float64 vector, which represents every stride exactly: a magic number, a flag and the strides of each
+state, then the raw bytes of the generator states. A header without the magic number is uninitialized memory, which
+runtimes use to infer shapes; then tensors are used unchanged.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-_MARK = 0x5265764E6574  # a whole number that float64 holds
+_MARK = 0x5265764E6574  # an integer that float64 represents exactly
 Layout = tuple[int, ...] | None
 """The strides of a tensor; None if there is no tensor."""
 
 
 def generator_state(device: torch.device) -> Tensor:
-    """The states of the default generators of the CPU and of a device, as float64 in the memory of the CPU."""
+    """Return the states of the default generators of the CPU and of `device`, as a float64 tensor on the CPU."""
     states = [torch.get_rng_state()]
     if device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(device))
@@ -32,21 +32,22 @@ def generator_state(device: torch.device) -> Tensor:
 
 
 def set_generator_state(state: Tensor, device: torch.device) -> None:
-    """Put the generators into states that `generator_state` gave, perhaps in another process."""
+    """Set the generators to states from `generator_state`, possibly of another process."""
     size = torch.get_rng_state().numel()
     states = state.cpu().view(torch.uint8).tensor_split([size])
-    torch.set_rng_state(states[0].clone())  # it takes no slice of a tensor
+    torch.set_rng_state(states[0].clone())  # it does not accept a slice
     if device.type not in ("cpu", "meta"):
         torch.get_device_module(device).set_rng_state(states[1].clone(), device)
 
 
 def header(tensors: Sequence[Tensor | None], axes: Sequence[int], rest: Tensor, device: torch.device) -> Tensor:
-    """A header about tensors.
+    """Return the header of tensors.
 
     Args:
         tensors: states or their gradients.
-        axes: number of axes of each.
-        rest: what follows, float64.
+        axes: number of axes of each tensor.
+        rest: float64 vector to append.
+        device: of the header.
     """
     values = [float(_MARK)]
     for tensor, count in zip(tensors, axes, strict=True):
@@ -55,28 +56,28 @@ def header(tensors: Sequence[Tensor | None], axes: Sequence[int], rest: Tensor, 
 
 
 def header_length(axes: Sequence[int]) -> int:
-    """Numbers of a header before those that follow."""
+    """Return the length of a header without the appended vector."""
     return 1 + len(axes) + sum(axes)
 
 
 def read_header(given: Tensor, axes: Sequence[int]) -> tuple[list[Layout], Tensor] | None:
-    """The layouts of tensors with so many axes, and what follows; None if the header has no mark."""
+    """Return the strides of tensors with these numbers of axes, and the appended vector; None without the mark."""
     length = header_length(axes)
     values = cast("list[float]", cast(Any, given[:length]).tolist())
     if values[0] != _MARK:
         return None
-    found: list[Layout] = []
+    layouts: list[Layout] = []
     place = 1
     for count in axes:
         strides = tuple(int(value) for value in values[place + 1 : place + 1 + count])
-        found.append(strides if values[place] else None)
+        layouts.append(strides if values[place] else None)
         place += 1 + count
-    return found, given[length:]
+    return layouts, given[length:]
 
 
 def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A copy with these strides: runtimes receive the next micro-batch into the same memory."""
-    once = tensor  # a gradient may be a number for many elements, with the stride 0
+    """Return a copy with these strides. A copy, because runtimes receive the next micro-batch into the same memory."""
+    once = tensor  # a gradient may be an expanded tensor with stride 0
     for axis, stride in enumerate(strides):
         once = once.narrow(axis, 0, 1) if stride == 0 and once.shape[axis] else once
     copy = torch.empty_strided(once.shape, strides, dtype=once.dtype, device=once.device).copy_(once)
@@ -84,14 +85,14 @@ def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 class Leave(torch.autograd.Function):
-    """States as contiguous tensors with a header in front; gradients get back the strides that they had."""
+    """Makes states contiguous and prepends their header; gradients get their original strides."""
 
     @staticmethod
     def forward(ctx: Any, rest: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.axes = [state.ndim for state in states]
         first = header(states, ctx.axes, rest, states[0].device)
-        sent = [state.detach().contiguous() for state in states]  # the tape holds them as well, so nothing is copied
+        sent = [state.detach().contiguous() for state in states]  # shares memory with the tape if contiguous already
         pairs = zip(states, sent, strict=True)
         ctx.mark_non_differentiable(*[copy for state, copy in pairs if not state.requires_grad])
         return first, *sent
@@ -109,10 +110,10 @@ class Leave(torch.autograd.Function):
 
 
 class Enter(torch.autograd.Function):
-    """The states from what `Leave` of the stage before has sent; gradients leave as contiguous tensors.
+    """Restores the states that `Leave` of the previous stage sent; gradients leave as contiguous tensors.
 
     Args:
-        found: the strides of the states; None for those of the tensors that were received.
+        found: strides of the states; None to keep those of the received tensors.
         first: the header.
     """
 

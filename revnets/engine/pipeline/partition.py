@@ -1,4 +1,4 @@
-"""Where a sequence of cells is cut into the stages of a pipeline: the most expensive stage sets the pace of all."""
+"""Partition of a sequence of cells into pipeline stages. The most expensive stage limits the throughput."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ if TYPE_CHECKING:
     from revnets.engine.columns import ReversibleColumns
 
 BALANCES = ("bytes", "flops", "cells")
-"""Costs of a cell by name: bytes of its weights, operations of its forward, or 1."""
+"""Costs of a cell by name: bytes of its weights, FLOPs of its forward pass, or 1."""
 
 
 def partition(costs: Sequence[float], stages: int) -> list[range]:
-    """Contiguous ranges of cells, one a stage, such that the largest cost of a stage is as small as possible.
+    """Return contiguous ranges of cells, one per stage, that minimize the largest cost of a stage.
 
-    Among several such partitions it is that of the least sum of squares, so the other stages are balanced as well.
+    Ties are broken by the sum of squares, which balances the other stages as well.
 
     Args:
-        costs: of each cell.
+        costs: cost of each cell.
+        stages: number of stages.
 
     Raises:
-        ArgumentError: fewer cells than stages, or no stage.
+        ArgumentError: there are fewer cells than stages, or no stage.
     """
     total = len(costs)
     if not 1 <= stages <= total:
-        text = f"{stages} stages: give 1 to {total}, for each has at least one of the {total} cells"
+        text = f"{stages} stages: give 1 to {total}, because each stage needs at least one of the {total} cells"
         raise ArgumentError(text, "stages", code="out-of-range")
     sums = [0.0, *accumulate(map(float, costs))]
     infinite = (float("inf"), float("inf"))
-    best = [(0.0, 0.0), *[infinite] * total]  # of the first cells: largest cost and sum of squares
+    best = [(0.0, 0.0), *[infinite] * total]  # largest cost and sum of squares for each number of first cells
     cuts: list[list[int]] = []
     for stage in range(1, stages + 1):
         found, starts = [infinite] * (total + 1), [0] * (total + 1)
@@ -65,30 +66,33 @@ def cell_costs(
     stem: nn.Module | None = None,
     head: nn.Module | None = None,
 ) -> list[float]:
-    """The cost of each cell; that of the stem goes to the first one, that of the head to the last one.
+    """Return the cost of each cell. The first cell includes the stem, the last one the head.
 
     Args:
-        balance: a name out of `BALANCES`, or the costs themselves.
-        x: an input, whose values do not matter: of the stem, or of the columns if there is none. `flops` needs it.
+        columns: columns of the cells.
+        balance: one of `BALANCES`, or the costs themselves.
+        x: input of the stem, or of the columns if there is no stem; required by `flops`. Its values do not matter.
+        stem: runs before the first cell.
+        head: runs after the last cell.
 
     Raises:
-        ArgumentError: no such name, another number of costs than cells, or an input is missing.
+        ArgumentError: `balance` is unknown, the number of costs is not that of the cells, or `x` is missing.
     """
     cells = columns.flat()
     if not isinstance(balance, str):
         costs = [float(cost) for cost in balance]
         if len(costs) != len(cells) or not all(0 <= cost < float("inf") for cost in costs):
-            text = f"{len(costs)} costs for {len(cells)} cells; give one number of at least 0 for each"
+            text = f"{len(costs)} costs for {len(cells)} cells; give one finite number per cell, 0 or more"
             raise ArgumentError(text, "balance", code="wrong-length")
         return costs
     if balance not in BALANCES:
-        text = f"balance {balance!r}: choose {', '.join(BALANCES)}, or give one cost a cell"
+        text = f"balance {balance!r}: choose {', '.join(BALANCES)}, or give one cost per cell"
         raise ArgumentError(text, "balance", code="unknown-choice")
     if balance == "cells":
         return [1.0] * len(cells)
     if balance == "flops":
         if x is None:
-            text = "balance 'flops' counts the operations of a forward; give it an input x"
+            text = "balance 'flops' counts the FLOPs of a forward pass and needs an input; give x"
             raise ArgumentError(text, "x", code="missing-key")
         return _flops(columns, x, stem, head)
     costs = [_bytes(cell) for cell in cells]
@@ -102,13 +106,13 @@ def _bytes(module: nn.Module | None) -> float:
 
 
 def _flops(columns: ReversibleColumns, x: Tensor, stem: nn.Module | None, head: nn.Module | None) -> list[float]:
-    """Counted on fake tensors, so nothing is computed. Operations that PyTorch does not count cost nothing."""
+    """Count FLOPs on fake tensors, without computing. Operations that PyTorch does not count cost nothing."""
     modules = [module for part in (columns, stem, head) if part is not None for module in part.modules()]
     training = [module.training for module in modules]
     costs: list[float] = []
     with ExitStack() as stack:
         for module in modules:
-            module.training = False  # no statistics are updated, no random numbers drawn
+            module.training = False  # update no statistics, draw no random numbers
         stack.callback(_set_training, modules, training)
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(torch.no_grad())

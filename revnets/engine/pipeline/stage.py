@@ -1,8 +1,8 @@
-"""A stage of a pipeline: a range of cells, from the states that it receives to those that it sends.
+"""A pipeline stage: a range of cells, from the states that it receives to the states that it sends.
 
-At a cut between two cells, the later ones need the states that none has replaced yet, and the stem's output if they
-read it: in RevCol m states, however many columns there are. Each stage has a tape of its own. In `exact` it rebuilds,
-bit for bit, the states that it has received, so it keeps lost bits alone for every micro-batch in flight.
+After a cut between two cells, the later cells need the states that have not been replaced yet, and the stem's output
+if they read it: in RevCol, m states for any number of columns. Each stage has its own tape. In `exact` it rebuilds the
+received states bit for bit, so it keeps only lost bits for every micro-batch in flight.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ if TYPE_CHECKING:
 
 
 class ColumnsStage(nn.Module):
-    """A range of the cells of reversible columns, as one stage of a pipeline.
+    """A range of the cells of reversible columns, as one pipeline stage.
 
-    Parameters have the names that they have in a model with the attributes `stem`, `columns` and `head`, without the
-    word `columns.` in front of `cells.`. They are shared with the columns, not copied.
+    Parameters are shared with the columns. They have the same names as in a model with the attributes `stem`, `columns`
+    and `head`, without the prefix `columns.`.
 
-    The random numbers of a micro-batch are one stream through all stages, as in one process: the first stage seeds the
-    generators, and their state travels with the states. The process's own generators return after the forward.
+    The random numbers of a micro-batch form one stream through all stages, as in one process: the first stage seeds the
+    generators, and their state is sent with the states. The generators of the process are restored after the forward
+    pass.
 
     Args:
-        columns: to which the cells belong.
+        columns: columns of the cells.
         cells: indices of the cells.
-        stem: of the first stage; its output is the input of `STEM` reads.
-        head: of the last stage; it gets the list of states that the columns return.
+        stem: used by the first stage, before its cells.
+        head: used by the last stage; receives the list of states that the columns return.
 
     Attributes:
-        policy: what is kept for backward, for all cells of the columns: a copy of theirs.
-        incoming, outgoing: indices of the states that the stage receives and sends, `STEM` for the stem's output.
+        policy: what the cells keep for backward, a copy of the policy of all columns.
+        incoming: indices of the states that the stage receives, `STEM` for the stem's output.
+        outgoing: indices of the states that the stage sends.
     """
 
     def __init__(
@@ -59,10 +61,10 @@ class ColumnsStage(nn.Module):
         self.stem = stem if self.is_first else None
         self.cells = nn.ModuleDict()
         for node in graph.nodes[cells.start : cells.stop]:
-            place = graph.states_of(node.column).index(node.index)  # as in the columns, from the lowest level up
+            place = graph.states_of(node.column).index(node.index)  # the level, as in the columns
             self._column(node.column)[str(place)] = columns.flat()[node.index]
         self.head = head if self.is_last else None
-        for module in (self, self.cells, *self.cells.children()):  # the flags of the cells are their own
+        for module in (self, self.cells, *self.cells.children()):  # the cells keep their own flags
             module.training = columns.training
 
     def _column(self, column: int) -> nn.ModuleDict:
@@ -72,29 +74,29 @@ class ColumnsStage(nn.Module):
         return cast(nn.ModuleDict, self.cells[name])
 
     def flat(self) -> list[Cell]:
-        """The cells in the order in which they run."""
+        """Return the cells in the order in which they run."""
         columns = cast(Iterable[nn.ModuleDict], self.cells.values())
         return [cast(Cell, cell) for column in columns for cell in column.values()]
 
     def forward(self, *inputs: Tensor, seed: Tensor | int | None = None, **context: Any) -> Any:
-        """From the input of the model, or from what the stage before has sent, to what the next stage receives.
+        """Run the stage on the model's input or on the output of the previous stage.
 
         Args:
-            inputs: one tensor for the first stage; a header and the states `incoming` for the others.
-            seed: of the random numbers of this micro-batch, as for `torch.manual_seed`; a tensor has one element. The
-                first stage uses it. By default it draws one in training, and seeds nothing in evaluation.
+            inputs: one tensor for the first stage; a header and the states `incoming` for later stages.
+            seed: seed of this micro-batch's random numbers, as in `torch.manual_seed`, or a tensor with one element.
+                Only the first stage uses it. By default it draws a seed in training, and none in evaluation.
             context: keyword arguments for the function of every cell, such as a padding mask.
 
         Returns:
-            A header and the states `outgoing`; of the last stage what its head returns, or the tuple of states that the
-            columns return if it has none.
+            A header and the states `outgoing`. The last stage returns the output of its head, or without a head the
+            tuple of states that the columns return.
 
         Raises:
-            ArgumentError: another number of inputs.
+            ArgumentError: the number of inputs is wrong.
         """
         expected = 1 if self.is_first else 1 + len(self.incoming)
         if len(inputs) != expected:
-            text = f"{len(inputs)} inputs, but cells {self.range.start} to {self.range.stop - 1} receive {expected}"
+            text = f"got {len(inputs)} inputs; cells {self.range.start} to {self.range.stop - 1} need {expected}"
             raise ArgumentError(text, "inputs", code="wrong-length")
         if self.is_first and seed is None and any(cell.training for cell in self.flat()):
             seed = torch.randint(2**63 - 1, ())
@@ -116,9 +118,9 @@ class ColumnsStage(nn.Module):
                 return tuple(states) if self.head is None else self.head(states)
             return Leave.apply(generator_state(device), *states)
 
-    @without_dynamo  # the tape is plain Python; to compile the cells, call compile() of the columns before
+    @without_dynamo  # the tape is plain Python; compile() of the columns compiles the cells
     def _run(self, states: dict[int, Tensor], context: dict[str, Any]) -> dict[int, Tensor]:
-        """Run the cells; all states that are left, and the stem's output."""
+        """Run the cells, and return all remaining states and the stem's output."""
         graph, start, policy = self.graph, self.range.start, self.policy
         modes = modes_of_cells(graph, policy.modes, policy.stored, dict(policy.kept))
         cells: list[nn.Module] = [*[_ABSENT] * start, *self.flat()]
@@ -176,32 +178,19 @@ def stages_of(
     balance: str | Sequence[float],
     x: Tensor | None,
 ) -> list[ColumnsStage]:
-    """Divide columns into the stages of a pipeline, such as those of `torch.distributed.pipelining`.
-
-    Args:
-        columns: whose cells the stages share.
-        stages: how many.
-        stem: runs in the first stage, before its cells.
-        head: runs in the last stage, on the list of states that the columns return.
-        balance: what the stages share evenly: `bytes` of weights, `flops` of a forward for `x`, `cells`, or the costs
-            of the cells.
-        x: an input of the stem, or of the columns without one. Its values do not matter.
-
-    Raises:
-        ArgumentError: fewer cells than stages, an unknown balance, memory `invert`, or a pending budget.
-    """
+    """Divide columns into pipeline stages; see `ReversibleColumns.split`."""
     if columns.budget is not None:
-        text = f"the memory budget {columns.budget.budget} is pending, and no stage sees the whole model; plan before"
+        text = f"the memory budget {columns.budget.budget} is pending; plan it for the whole model before the split"
         raise ArgumentError(text, "memory", code="conflicting-values")
     if Memory.INVERT in columns.memory:
-        text = "memory 'invert' drifts, and no stage could predict by how much; use 'exact' in a pipeline"
+        text = "memory 'invert' drifts, which a single stage cannot predict; use 'exact' in a pipeline"
         raise ArgumentError(text, "memory", code="conflicting-values")
     parts = partition(cell_costs(columns, balance, x, stem, head), stages)
     return [ColumnsStage(columns, part, stem, head) for part in parts]
 
 
 def live_states(graph: Graph, at: int) -> tuple[int, ...]:
-    """States before cell `at` that it or a later one reads or replaces, or that the columns return; and the stem."""
+    """Return the states before cell `at`, and `STEM`, that it or later cells use or that the columns return."""
     if at == len(graph.nodes):
         return graph.last
     later = graph.nodes[at:]
@@ -211,7 +200,7 @@ def live_states(graph: Graph, at: int) -> tuple[int, ...]:
 
 @contextmanager
 def _own_generators(device: torch.device) -> Generator[None]:
-    """Return the default generators to their present states at the end."""
+    """Restore the states of the default generators at the end."""
     if device.type == "meta":
         yield
         return

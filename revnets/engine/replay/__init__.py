@@ -1,1 +1,1 @@
-"""What a replay needs to repeat a forward pass: its context, its buffers, its autocast regions, and checksums."""
+"""What a replay needs to repeat a forward pass: the replay context, buffers, random numbers and checksums."""

@@ -1,17 +1,17 @@
-"""Buffers of a cell as its forward found them, copied only where the forward writes them.
+"""Buffers of a cell at the start of its forward pass, copied only if the forward pass writes them.
 
-A replay must see the buffers of its forward, and must not write them a second time. What a forward writes is known
-only afterwards, when the old values are gone. So all buffers are copied before the first forward of a cell, and
-compared with the copies after it. In later forwards
+A replay must see the buffers of its forward pass, and must not update them a second time. Which buffers a forward pass
+writes is known only afterwards, when the old values are gone. So all buffers are copied before the first forward pass
+of a cell, and compared with the copies after it. In later forward passes
 
-- a buffer of at most `SMALL` bytes is copied, whatever is known of it: counters, statistics, vectors of spectral norm;
-- a larger one is copied if a forward under the same train/eval flags has ever written it;
-- any other is not copied. The replay gets the buffer itself, and its version tells if it was written since.
+- a buffer of at most `SMALL` bytes is always copied: counters, statistics, vectors of spectral norm;
+- a larger buffer is copied if a forward pass with the same train/eval flags has ever written it;
+- other buffers are not copied. The replay uses the buffer itself, and checks its version.
 
-If a large buffer is written in place for the first time in a later forward, its old value is lost: the replay raises a
-`ReplayError`, and the forwards after that one copy it. A buffer that is replaced (`self.table = ...`) loses nothing.
+If a later forward pass is the first to write a large buffer in place, the old value is lost: the replay raises a
+`ReplayError`, and further forward passes copy the buffer. A buffer that is replaced (`self.table = ...`) is safe.
 
-The first comparison is of values, since what is written through `.data` leaves the version as it was.
+The first comparison is by value, because writes through `.data` do not change the version.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ SMALL = 64 * 1024
 """Bytes up to which a buffer is always copied."""
 
 Overwritten = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""By id and version: a buffer that a cell has written, and a copy of what it held at this version."""
+"""By id and version: a buffer that a cell has written, and a copy of its content at this version."""
 
 Place = tuple[int, str]
-"""Index of a module within its cell, and the name of a buffer there."""
+"""Index of a module in its cell, and the name of a buffer of that module."""
 
 
 class BufferUse:
-    """What the forwards of one cell, under one setting of its train/eval flags, have done to its buffers so far.
+    """How past forward passes of one cell, with the same train/eval flags, used its buffers.
 
-    It belongs to the cell, not to a pass: it says how much is copied, never what a replay computes.
+    It belongs to the cell, not to a pass: it decides what is copied, never what a replay computes.
     """
 
     def __init__(self) -> None:
-        self.read_only: dict[Place, weakref.ref[nn.Module]] = {}  # modules may be exchanged for others
+        self.read_only: dict[Place, weakref.ref[nn.Module]] = {}  # modules may be replaced
         self.silent: dict[Place, weakref.ref[nn.Module]] = {}  # written without a new version
         self.written: set[Place] = set()
 
@@ -65,7 +65,7 @@ _uses: weakref.WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], BufferUse]] =
 
 
 def use_of(cell: nn.Module, training: Sequence[bool]) -> BufferUse:
-    """What is known of a cell's buffers under these flags."""
+    """Return the use of a cell's buffers under these flags."""
     return _uses.setdefault(cell, {}).setdefault(tuple(training), BufferUse())
 
 
@@ -82,19 +82,19 @@ class CellBuffers:
 
     Args:
         modules: all modules of the cell.
-        overwritten: what cells of this pass have written. A cell before may have read it, and finds it here.
+        overwritten: buffers that cells of this pass have written, for earlier cells that read them.
     """
 
     def __init__(self, modules: Sequence[nn.Module], overwritten: Overwritten):
         self.modules = modules
-        self.written: dict[Place, Tensor] = {}  # copies of buffers as they were before
+        self.written: dict[Place, Tensor] = {}  # copies from before the call
         self.read: dict[Place, tuple[Tensor, int]] = {}  # all other buffers, and their versions
-        self.lost: dict[Place, Tensor] = {}  # buffers whose values before are gone
+        self.lost: dict[Place, Tensor] = {}  # buffers whose old values are lost
         self._overwritten = overwritten
 
     @contextmanager
     def recorded(self, cell: nn.Module, training: Sequence[bool]) -> Generator[None]:
-        """Let the body run the cell, whose modules have these train/eval flags, and note which buffers it writes."""
+        """Record which buffers the body, the call of the cell, writes; `training` holds the flags of its modules."""
         use = use_of(cell, training)
         before = [
             _Before(
@@ -131,34 +131,34 @@ class CellBuffers:
                 self.read[place] = buffer, version
 
     def check(self) -> None:
-        """Make sure that the values of the forward are still at hand.
+        """Check that the values of the forward pass are still available.
 
         Raises:
-            ReplayError: a buffer was changed in place after the forward, or in it, where no forward had done so before.
+            ReplayError: a buffer was changed in place after the forward pass, or in it for the first time.
         """
         for (index, name), buffer in self.lost.items():
             raise ReplayError(
                 f"the buffer {name} of {type(self.modules[index]).__name__}, of shape {tuple(buffer.shape)}, was "
-                "written in place by this forward, but only read by those before; large buffers are copied where they "
-                "are known to be written, so its value before is lost. From now on it is copied: run this step again. "
-                "Or put the cell into `stored` of the columns, or use memory='store'",
+                "written in place by this forward pass for the first time, so its old value is lost: a large buffer is "
+                "copied only once it is known to be written. Run this step again, add the cell to `stored` of the "
+                "columns, or use memory='store'",
                 code="buffer-lost",
             )
         for (index, name), (buffer, version) in self.read.items():
             if buffer._version != version and (id(buffer), version) not in self._overwritten:
                 raise ReplayError(
                     f"the buffer {name} of {type(self.modules[index]).__name__} was changed in place between the "
-                    "forward and its backward; call backward() before. (DDP writes buffers in every forward unless it "
-                    "is given broadcast_buffers=False.)",
+                    "forward pass and its backward; call backward() first. (DDP writes buffers in every forward pass "
+                    "unless broadcast_buffers=False.)",
                     code="changed-in-place",
                 )
 
     @contextmanager
     def restored(self) -> Generator[None]:
-        """Let the cell see what the forward saw, functional_call's buffers too. A shared buffer stays one.
+        """Give the cell the buffers of the forward pass, also those of functional_call. Shared buffers stay shared.
 
         Raises:
-            ReplayError: the body has written a buffer that the forward has only read.
+            ReplayError: the body wrote a buffer that the forward pass only read.
         """
         present = list(self._present())
         seen: dict[int, Tensor] = {}
@@ -175,9 +175,9 @@ class CellBuffers:
         for (index, name), buffer, version in lent:
             if buffer._version != version:
                 raise ReplayError(
-                    f"the buffer {name} of {type(self.modules[index]).__name__} was only read in the forward, but is "
-                    "written in the replay, and so twice. The cell takes another path in its replay: does it count "
-                    "its calls, or look at global state?"
+                    f"the buffer {name} of {type(self.modules[index]).__name__} was only read in the forward pass, but "
+                    "is written in the replay. The cell takes another code path in its replay: does it depend on a "
+                    "call counter or on global state?"
                 )
 
     def _present(self) -> Iterator[tuple[Place, nn.Module, Tensor]]:
@@ -190,7 +190,7 @@ class CellBuffers:
         if place in self.written:
             return self.written[place].clone()
         if place not in self.read:
-            return now.detach().clone()  # the forward itself has made it, such as a cache
+            return now.detach().clone()  # created by the forward pass, such as a cache
         buffer, version = self.read[place]
         if buffer._version != version:
             return self._overwritten[id(buffer), version][1].clone()
@@ -201,7 +201,7 @@ class CellBuffers:
 
 
 def _is_plain(buffer: Tensor) -> bool:
-    """Other tensors, such as sparse and sharded ones, are always copied."""
+    """Whether this is a plain tensor. Others, such as sparse and sharded ones, are always copied."""
     return buffer.layout is torch.strided and type(buffer) in (Tensor, nn.Parameter, FakeTensor)
 
 

@@ -1,9 +1,8 @@
-"""Does backward compute with what the forward computed? A checksum of every state tells, to the bit.
+"""Checksums of states, which verify bit for bit that backward uses the states of the forward pass.
 
-Three things may come back otherwise: a state that is rebuilt, because its cell's F_t is another one in the replay; the
-state that a replay gives, where nothing was rebuilt (`recompute`, the first column); and, in `invert`, every state a
-little, from rounding. The latter is no mistake: states that come from `invert` are not compared
-(docs/concepts/numerical-drift.md).
+Three kinds of states may differ: a rebuilt state, if F_t differs in the replay; the state that a replay computes, if
+nothing was rebuilt (`recompute`, the first column); and in `invert` every state, by rounding errors. The last kind is
+expected, so states that depend on `invert` are not compared (docs/concepts/numerical-drift.md).
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from revnets.engine.memory_mode import Memory
 from revnets.engine.torch_internals import has_values
 
 CAUSES = (
-    "Usual causes: a kernel that is not deterministic (torch.use_deterministic_algorithms(True) names it), or a cell "
-    "with a hidden state: a cache, a counter, random numbers of Python or NumPy"
+    "Usual causes: a nondeterministic kernel (torch.use_deterministic_algorithms(True) names it), or a cell with "
+    "hidden state: a cache, a counter, random numbers of Python or NumPy"
 )
 
 
@@ -32,28 +31,46 @@ class Verifier:
         self.drifted: set[int] = set()  # rebuilt by `invert`, or from such states
 
     def note(self, index: int, state: Tensor) -> None:
-        """Remember a state of the forward, without waiting for its device."""
+        """Record the checksum of a state of the forward pass, without waiting for its device."""
         if has_values(state):
             self.sums[index] = checksum(state.detach())
 
     def rebuilt(self, node: Node, name: str, mode: Memory, past: Tensor) -> None:
-        """x_{t-m}, as the replay of cell t gives it back."""
+        """Compare x_{t-m} as rebuilt by the replay of cell t.
+
+        Args:
+            node: cell t.
+            name: description of the cell for the message.
+            mode: memory mode of the cell.
+            past: the rebuilt state.
+
+        Raises:
+            ReconstructionError: the state differs from the forward pass.
+        """
         assert node.residual is not None
         if mode is Memory.INVERT or self._has_drifted(node):
             self.drifted.add(node.residual)
         elif self._differs(node.residual, past):
             raise ReconstructionError(
-                f"the state of {self._place(node.residual)} comes back with other bits than it had. It was rebuilt by "
-                f"{name}, at {self._place(node.index)}, whose replay computes something else than its forward. "
-                f"{CAUSES}",
+                f"the state of {self._place(node.residual)} was not rebuilt bit for bit: the replay of {name}, at "
+                f"{self._place(node.index)}, computes something else than its forward pass. {CAUSES}",
                 cell=self.graph.name(node.index),
             )
 
     def replayed(self, node: Node, name: str, state: Tensor) -> None:
-        """x_t, as the replay of cell t computes it again."""
+        """Compare x_t as recomputed by the replay of cell t.
+
+        Args:
+            node: cell t.
+            name: description of the cell for the message.
+            state: the recomputed state.
+
+        Raises:
+            ReconstructionError: the state differs from the forward pass.
+        """
         if node.residual not in self.drifted and not self._has_drifted(node) and self._differs(node.index, state):
             raise ReconstructionError(
-                f"{name}, at {self._place(node.index)}, gives another state in its replay than in its forward. "
+                f"{name}, at {self._place(node.index)}, computes another state in its replay than in its forward pass. "
                 f"{CAUSES}",
                 cell=self.graph.name(node.index),
             )
@@ -62,7 +79,7 @@ class Verifier:
         return not self.drifted.isdisjoint((node.index, *node.reads))
 
     def _differs(self, index: int, state: Tensor) -> bool:
-        expected = self.sums.get(index)  # none of fake tensors, and of cells below the first that needs a gradient
+        expected = self.sums.get(index)  # None for fake tensors, and before the first cell that needs a gradient
         return expected is not None and not torch.equal(checksum(state.detach()), expected)
 
     def _place(self, index: int) -> str:
@@ -71,10 +88,10 @@ class Verifier:
 
 
 def checksum(state: Tensor) -> Tensor:
-    """Two wrapped int64 sums of a dense tensor's bits, on its device.
+    """Return two wrapped int64 sums of a dense tensor's bits, on its device.
 
-    Seen as a table whose rows are of the last axis' length, each row's sum and each column's has a weight of its own:
-    differences of one unit in the last place, which come with both signs, do not cancel out as in a plain sum.
+    The bits form a table whose rows have the length of the last axis. The sum of each row and of each column has a
+    different weight, so that differences of one unit in the last place do not cancel as in a plain sum.
     """
     bits = bits_of(state)
     width = state.shape[-1] if state.ndim and state.shape[-1] else 1

@@ -1,10 +1,10 @@
 # pyright: reportUnknownMemberType=false
-"""Results of matrix products that a cell keeps, so that its replay does not compute them again.
+"""Results of matrix products that a cell keeps, so that its replay does not recompute them.
 
-Products take most of a cell's time, and the results of some are small: the second product of an MLP makes a quarter
-of what the first one makes, for as many operations. So a few bytes save much of a replay. PyTorch's selective
-activation checkpointing (`torch.utils.checkpoint.create_selective_checkpoint_contexts`) has the same idea with a rule
-for operators; here products are named by their number in the call, and the planner chooses them under a budget
+Products take most of a cell's time, and some results are small: the second product of an MLP takes as many FLOPs as the
+first, but its result is a quarter of the size. So little memory saves much of a replay. PyTorch's selective activation
+checkpointing (`torch.utils.checkpoint.create_selective_checkpoint_contexts`) uses the same idea with a policy per
+operator. Here products are identified by their position in the call, and the planner selects them under a budget
 (`revnets/memory/cell_options.py`).
 """
 
@@ -36,11 +36,11 @@ _PRODUCTS = frozenset(
         "_scaled_dot_product_cudnn_attention",
     )
 )
-"""Operators that multiply matrices and make new tensors."""
+"""Operators that multiply matrices and return new tensors."""
 
 
 def is_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Does an operator multiply matrices? Attention with dropout does not count: a replay must draw its numbers."""
+    """Whether an operator is a matrix product. Attention with dropout is not: a replay must draw its random numbers."""
     if func not in _PRODUCTS:
         return False
     place = _place_of_dropout(func)
@@ -55,8 +55,8 @@ def _place_of_dropout(func: Any) -> int | None:
 
 @cache
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...] | None:
-    """Places and names of the arguments that an operator changes; None where it does not say."""
-    schema = getattr(func, "_schema", None)  # which higher-order operators have not
+    """Return positions and names of the arguments that an operator changes; None if it has no schema."""
+    schema = getattr(func, "_schema", None)  # higher-order operators have none
     if schema is None:
         return None
     arguments = enumerate(schema.arguments)
@@ -64,14 +64,14 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...] | None:
 
 
 def _written_storages(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """The memory that an operator changes. Version counters miss some of it, as that of `.data` and of `nn.GRU`."""
+    """Return the storages that an operator changes. Version counters miss some, as with `.data` and in `nn.GRU`."""
     names = _written_arguments(func)
     values = (args, kwargs) if names is None else [args[k] if k < len(args) else kwargs.get(name) for k, name in names]
     return [storage_key(leaf) for leaf in tree_leaves(values) if _is_plain(leaf)]
 
 
 class _Result(NamedTuple):
-    """What a product returned, and the versions of its tensors at that time."""
+    """The result of a product, and the versions of its tensors at that time."""
 
     func: Any
     value: Any
@@ -90,31 +90,31 @@ class _Result(NamedTuple):
 class KeptProducts:
     """The results that one call of a cell keeps.
 
-    A result whose memory the cell changes in place is computed again in the replay, as without this class, and so are
-    sparse and distributed tensors.
+    Results that the cell changes in place are recomputed in the replay, and so are sparse and distributed tensors.
 
     Args:
-        cell: is called.
-        numbers: of the products, from 0 in the order of the call.
+        cell: the called module.
+        numbers: positions of the products, from 0 in the order of the call.
     """
 
     def __init__(self, cell: nn.Module, numbers: Collection[int]):
-        # A dispatch mode would make Dynamo run a compiled module as it is written.
+        # Under a dispatch mode, Dynamo would run a compiled module eagerly.
         self._numbers = () if any(map(is_compiled, cell.modules())) else numbers
         self._results: dict[int, _Result] = {}
 
     def recorded(self) -> AbstractContextManager[Any]:
-        """A context for the forward, which takes the results."""
+        """Return a context for the forward pass that records the results."""
         return _Recording(self._numbers, self._results) if self._numbers else nullcontext()
 
     def given(self, name: str, cell: str) -> AbstractContextManager[Any]:
-        """A context for the replay, which gives the results in place of the products.
+        """Return a context for the replay that returns the recorded results instead of computing the products.
 
         Args:
-            name, cell: of the cell, as errors have it and as their attribute `cell`.
+            name: description of the cell for error messages.
+            cell: name of the cell for the error's attribute `cell`.
 
         Raises:
-            ReplayError: (from the body) the replay calls another product than the forward did.
+            ReplayError: (from the body) the replay calls another product than the forward pass did.
         """
         results = {number: result for number, result in self._results.items() if result.is_unchanged}
         return _Giving(results, name, cell) if results else nullcontext()
@@ -137,10 +137,11 @@ class _Counting(TorchDispatchMode):
         return self.product(self._next - 1, func, args, kwargs)
 
     def product(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result of product `number`."""
         raise NotImplementedError
 
     def written(self, storage: int) -> None:
-        """An operator is about to change this memory."""
+        """Called before an operator changes this storage."""
         raise NotImplementedError
 
 
@@ -181,8 +182,8 @@ class _Giving(_Counting):
             return func(*args, **kwargs)
         if result.func is not func:
             raise ReplayError(
-                f"{self._name}: product {number} was {result.func} in the forward and is {func} in the replay. The "
-                "cell takes another path in its replay",
+                f"{self._name}: product {number} was {result.func} in the forward pass and is {func} in the replay. "
+                "The cell takes another code path in its replay",
                 cell=self._cell,
             )
         return tree_map(_alias, result.value)
@@ -190,7 +191,7 @@ class _Giving(_Counting):
     def written(self, storage: int) -> None:
         if storage in self._storages:
             raise ReplayError(
-                f"{self._name} changes the result of a product in place in its replay, and did not in its forward",
+                f"{self._name} changes the result of a product in place in its replay, but not in its forward pass",
                 cell=self._cell,
             )
 
@@ -200,12 +201,12 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Is it a tensor with memory of its own? Sparse and distributed tensors have none."""
+    """Whether the value is a strided tensor with its own storage, not a sparse or distributed one."""
     return _is_tensor(value) and value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
 
 
 def _alias(value: Any) -> Any:
-    """The same memory as another tensor without a graph; the two count their versions together."""
+    """Return a detached alias of a tensor that shares its version counter; other values unchanged."""
     if not isinstance(value, Tensor):
         return value
     with shared_version():

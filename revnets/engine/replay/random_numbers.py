@@ -1,16 +1,16 @@
-"""Random numbers of a cell, drawn again by its replay.
+"""Random numbers of a cell, which its replay draws again.
 
-Every draw without a `torch.Generator` of its own takes the next numbers of one generator for the process (for each
-accelerator, one for the device). With one thread, setting that generator back is enough. With several, another thread
-draws from it at any moment: between the draws of a forward, and from a generator that a replay has set back.
+Draws without a `torch.Generator` use the default generator of the process, or of the accelerator. With one thread, a
+replay only has to restore the state of that generator. With several threads, another thread may draw at any time:
+between two draws of a forward pass, or from a generator that a replay has reset.
 
-Then the forward notes the state of the generator of the CPU draw by draw, for which its random operations are
-intercepted in its thread alone (`torch_internals.intercepted_draws`). They still take the numbers that are next. The
-replay draws the same numbers from a generator of its own and leaves that of the process as it is.
+In that case the forward pass records the state of the CPU generator before each draw. It intercepts the random
+operations of its own thread (`torch_internals.intercepted_draws`), which still take the next numbers. The replay draws
+the same numbers from a separate generator and leaves the default one unchanged.
 
-Two things need the generator of the process itself: code that looks at its state, such as an activation checkpoint
-inside of a cell, and the random operations of accelerators. It is set back for their replays, under a lock against
-other replays (`threads.py`). So it is for all draws where PyTorch lacks what intercepting them needs.
+Two uses need the default generator itself: code that reads its state, such as an activation checkpoint inside a cell,
+and random operations of accelerators. For their replays it is reset, under a lock against other replays
+(`threads.py`). The same applies to all draws if this version of PyTorch does not support interception.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from revnets.engine.replay.threads import is_alone, process_lock
 from revnets.engine.torch_internals import draw_key, intercepted_draws, saving_hook
 
 Draw = Callable[[torch.Generator], Any]
-"""A random operation that lacks its generator alone."""
+"""A random operation; its only missing argument is the generator."""
 
 
 class RandomNumbers:
@@ -35,12 +35,12 @@ class RandomNumbers:
 
     Args:
         devices: accelerators whose generators the cell may use.
-        always: intercept draws even where there is no other thread. To Dynamo that is another version of the code, so
-            it should not depend on a thread that starts between a forward and its replay.
+        always: intercept draws even without other threads. Dynamo compiles intercepted code separately, so this must
+            not depend on a thread that starts between a forward pass and its replay.
 
     Attributes:
-        states: generator states of the CPU before the draws. Draw k starts from `states[k]`, or if there is none,
-            where draw k - 1 ended.
+        states: CPU generator states before the draws. Draw k starts at `states[k]`, or without that entry where draw
+            k - 1 ended.
         accelerators: generator state of each accelerator before the call, if the call drew from it.
     """
 
@@ -49,11 +49,11 @@ class RandomNumbers:
         self.accelerators: dict[torch.device, Tensor] = {}
         self._devices = devices
         self._always = always
-        self._needs_default = False  # does the cell look at the generator of the process?
+        self._needs_default = False  # whether the cell reads the default generator's state
 
     @contextmanager
     def recorded(self) -> Generator[None]:
-        """Let the body run the cell, and note what it draws. The body runs under the hooks of its tape."""
+        """Record what the body, the call of the cell, draws. It runs under the hooks of its tape."""
         before = _states_of(self._devices)
         key = _draw_key() if self._always or not is_alone() else None
         if key is None:
@@ -68,7 +68,7 @@ class RandomNumbers:
         self.accelerators = {device: state for device, state in before.items() if not _is_equal(state, after[device])}
 
     def _recording(self) -> Callable[[Draw], Any]:
-        """Draws the numbers that are next, and notes the generator's state wherever others have drawn in between."""
+        """Return a function that draws the next numbers; it records the first state and those after foreign draws."""
         generator, outer_hook = torch.Generator(), saving_hook()
         count, end = 0, None
 
@@ -79,14 +79,14 @@ class RandomNumbers:
                 generator.set_state(state)
                 result = operation(generator)
                 after = generator.get_state()
-                if _is_equal(after, state):  # no element, or a compiler that traces
+                if _is_equal(after, state):  # an empty tensor, or a tracing compiler
                     return result
                 if end is None or not _is_equal(state, end):
                     self.states[count] = state
                 count, end = count + 1, after
-                if _is_equal(state, torch.get_rng_state()):  # or code that takes no lock has drawn meanwhile
+                if _is_equal(state, torch.get_rng_state()):  # otherwise code without the lock drew in the meantime
                     torch.set_rng_state(after)
-            # An activation checkpoint runs under hooks of its own, or without gradients.
+            # An activation checkpoint runs under its own hooks, or without gradients.
             self._needs_default |= not torch.is_grad_enabled() or saving_hook() is not outer_hook
             return result
 
@@ -94,7 +94,7 @@ class RandomNumbers:
 
     @contextmanager
     def restored(self) -> Generator[None]:
-        """Let the body draw the same numbers; afterwards the generators are as they were."""
+        """Make the body draw the same numbers, and restore the generators afterwards."""
         alone = is_alone()
         key = _draw_key() if self._always or (self.states and not (alone and len(self.states) == 1)) else None
         with ExitStack() as stack:
@@ -110,7 +110,7 @@ class RandomNumbers:
 
     @contextmanager
     def _redrawn(self, key: Any) -> Generator[None]:
-        """Draw from a generator of its own. That of the process follows it only where the cell looks there."""
+        """Draw from a separate generator. The default one follows it only if the cell reads its state."""
         generator = torch.Generator()
         count, seeded = 0, False
 
@@ -133,7 +133,7 @@ class RandomNumbers:
             with intercepted_draws(key, draw):
                 yield
         finally:
-            if seeded and not self._needs_default:  # the cell itself has called `manual_seed`
+            if seeded and not self._needs_default:  # the cell itself called `manual_seed`
                 torch.set_rng_state(default)
 
 
@@ -163,7 +163,7 @@ def _accelerators_as(states: dict[torch.device, Tensor]) -> Generator[None]:
 
 
 def _states_of(devices: Iterable[torch.device]) -> dict[torch.device, Tensor]:
-    """Generator states of accelerators; none is started that was not in use."""
+    """Return the generator states of accelerators."""
     return {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
 
 
@@ -173,5 +173,5 @@ def _set_states(states: dict[torch.device, Tensor]) -> None:
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
-    """Are two generator states equal? Read past the dispatcher: among fake tensors these are real all the same."""
+    """Whether two generator states are equal. Bypasses the dispatcher: states are real even in fake tensor mode."""
     return ctypes.string_at(a.data_ptr(), a.nbytes) == ctypes.string_at(b.data_ptr(), b.nbytes)

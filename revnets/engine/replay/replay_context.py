@@ -1,10 +1,9 @@
-"""What a replay must find as the forward found it, so that the same call gives the same numbers.
+"""The replay context: what a replay must restore so that the same call returns the same numbers.
 
-A cell's output is a function of its reads, its parameters and of a context that Python does not show in the
-call: random number generators, autocast, the kernels allowed for attention, train/eval flags and buffers.
-`ReplayContext.record` notes it before the forward; `ReplayContext.restored` brings it back for the replay and puts
-everything as it was afterwards, so that BatchNorm statistics move once a step and the replay draws no fresh random
-numbers.
+The output of a cell depends on its inputs, its parameters and an implicit context: random number generators, autocast,
+the enabled attention kernels, train/eval flags and buffers. `ReplayContext.record` saves the context before the forward
+pass. `ReplayContext.restored` restores it for the replay and resets it afterwards, so BatchNorm statistics change once
+per step and the replay draws no new random numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Weight(NamedTuple):
-    """A parameter as the forward found it in its module."""
+    """A parameter of a module at the start of the forward pass."""
 
     module: nn.Module
     name: str
@@ -38,14 +37,14 @@ class Weight(NamedTuple):
 
 
 class ReplayContext:
-    """What surrounds one cell's forward. It belongs to the pass, not to the module."""
+    """The context of one cell's forward pass. It belongs to the pass, not to the module."""
 
     def __init__(self, modules: list[nn.Module], devices: frozenset[torch.device], overwritten: Overwritten):
         self._modules = modules
         for module in self._modules:
             if isinstance(module, LazyModuleMixin) and any(is_lazy(weight) for weight in module.parameters()):
                 raise ArgumentError(
-                    f"{type(module).__name__} has no weights before its first input; run the net once under "
+                    f"{type(module).__name__} has no weights before its first input; run the model once under "
                     "torch.no_grad(), then train it",
                     type(module).__name__,
                     code="invalid-value",
@@ -71,12 +70,14 @@ class ReplayContext:
     def record(
         cls, cell: nn.Module, devices: frozenset[torch.device], overwritten: Overwritten
     ) -> Generator[ReplayContext]:
-        """Note the context, let the body run the cell, and keep only what the cell changed.
+        """Save the context, let the body run the cell, and keep only what the cell changed.
 
-        A cell that draws no random number keeps no generator state, one that writes no buffer keeps no buffer.
+        Generator states are kept only if the cell draws random numbers, buffers only if it writes them.
 
         Args:
-            overwritten: what cells of this pass have written. A cell before may have read it, and finds it here.
+            cell: called in the body.
+            devices: devices of its inputs.
+            overwritten: buffers that cells of this pass have written, for earlier cells that read them.
         """
         modules = _modules_of(cell)
         with exclusive(modules, _accelerators(devices)):
@@ -87,15 +88,15 @@ class ReplayContext:
 
     @contextmanager
     def restored(self) -> Generator[None]:
-        """Run the body as if the forward were just about to start.
+        """Run the body in the context that the forward pass started with.
 
         Raises:
-            ReplayError: a parameter or a buffer was changed in place between the forward and its backward.
+            ReplayError: a parameter or buffer was changed in place between the forward pass and its backward.
         """
         with ExitStack() as stack:
             stack.enter_context(exclusive(self._modules, _accelerators(self._devices)))
             self._check_weights()
-            buffers = self._buffers or self._cell_buffers()  # the forward itself may have made the first one
+            buffers = self._buffers or self._cell_buffers()  # the forward pass may have registered the first buffer
             if buffers is not None:
                 buffers.check()
             for autocast in self._autocast:
@@ -115,19 +116,19 @@ class ReplayContext:
                 raise
 
     def _require_weights(self, error: RuntimeError) -> None:
-        """Say so if a replay failed because of a weight that was released after the forward."""
+        """Raise a `ReplayError` if a replay failed because a weight was released after the forward pass."""
         for module, name, *_ in self._weights:
             now = parameters_of(module).get(name)
             if now is not None and now.numel() == 0 and not isinstance(error, ReplayError):
                 raise ReplayError(
-                    f"the parameter {name} of {type(module).__name__} has no elements in a replay: it was released "
-                    "after the forward, as ZeRO-3 does, and nothing has gathered it again. Gather it in a forward "
-                    "pre-hook of the cell or of this module; hooks around the columns do not run in a replay",
+                    f"the parameter {name} of {type(module).__name__} is empty in a replay: it was released after the "
+                    "forward pass, as in ZeRO-3, and was not gathered again. Gather it in a forward pre-hook of the "
+                    "cell or of this module; hooks of modules around the columns do not run in a replay",
                     code="weights-released",
                 ) from error
 
     def _cell_buffers(self) -> CellBuffers | None:
-        """The buffers of the cell; None if it has none, as most cells without BatchNorm."""
+        """Return the buffers of the cell; None if it has none, like most cells without BatchNorm."""
         if not any(buffers_of(module) for module in self._modules):
             return None
         from revnets.engine.replay.buffers import CellBuffers
@@ -138,16 +139,16 @@ class ReplayContext:
         for weight in self._weights:
             if weight.tensor._version != weight.version:
                 raise ReplayError(
-                    f"a parameter of shape {tuple(weight.tensor.shape)} was changed in place (an optimizer step?) "
-                    "between the forward and its backward; call backward() before the step",
+                    f"a parameter of shape {tuple(weight.tensor.shape)} was changed in place (by an optimizer step?) "
+                    "between the forward pass and its backward; call backward() before the step",
                     code="changed-in-place",
                 )
 
     @contextmanager
     def _weights_of_the_forward(self) -> Generator[None]:
-        """Undo for the replay what happened to weights: functional_call has ended, or requires_grad was switched.
+        """Use the forward pass's weights in the replay, after functional_call or a change of requires_grad.
 
-        Weights of other types, such as DTensor, are left to those who gather and shard them by hooks of the cell.
+        Weights of other types, such as DTensor, are left to the hooks that gather and shard them.
         """
         held: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         for module, name, tensor, _, grad in self._weights:
@@ -166,14 +167,14 @@ class ReplayContext:
 
 
 def _modules_of(cell: nn.Module) -> list[nn.Module]:
-    """As `cell.modules()`, which takes longer, for it puts names together. Modules may change from pass to pass."""
-    found = {cell: None}  # a set that keeps the order
-    for module in (left := [cell]):
+    """Like `cell.modules()`, but faster, without names. Not cached, because modules may change between passes."""
+    seen = {cell: None}
+    for module in (modules := [cell]):
         for child in children_of(module).values():
-            if child is not None and child not in found:
-                found[child] = None
-                left.append(child)
-    return left
+            if child is not None and child not in seen:
+                seen[child] = None
+                modules.append(child)
+    return modules
 
 
 def _accelerators(devices: Iterable[torch.device]) -> frozenset[torch.device]:
@@ -201,7 +202,7 @@ _ATTENTION = (
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
 )
-"""What `torch.nn.attention.sdpa_kernel` switches, for the CPU as well; it usually stands around the forward alone."""
+"""Switches of `torch.nn.attention.sdpa_kernel`, on all devices. Usually only the forward pass runs in its context."""
 
 
 def _attention_kernels() -> tuple[bool, ...]:
@@ -225,7 +226,7 @@ def _attention_as(kernels: tuple[bool, ...]) -> Generator[None]:
 
 
 class Autocast(NamedTuple):
-    """Autocast of one device type. It is thread-local, and backward may run in another thread."""
+    """Autocast settings of one device type. They are thread-local, and backward may run in another thread."""
 
     device_type: str
     enabled: bool
@@ -244,30 +245,30 @@ class Autocast(NamedTuple):
 
 @contextmanager
 def outside_of_autocast() -> Generator[Callable[[], ExitStack]]:
-    """Leave the caller's autocast regions; yields what enters one like them.
+    """Leave the autocast regions of the caller; yields a function that enters an equal region.
 
-    Backward runs outside, as in a training loop, and weights that were cast for the forward are dropped in time.
+    So backward runs outside autocast, as in a training loop, and weights cast for the forward pass are freed in time.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = ["cpu", *([accelerator.type] if accelerator else [])]
-    found = [Autocast.now(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
+    enabled_regions = [Autocast.now(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
     depth = torch.autocast_increment_nesting()
 
     def region() -> ExitStack:
         stack = ExitStack()
-        for kind, enabled, dtype, cache in found:
+        for kind, enabled, dtype, cache in enabled_regions:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
         return stack
 
     for _ in range(depth):
         torch.autocast_decrement_nesting()
-    for autocast in found:
+    for autocast in enabled_regions:
         torch.set_autocast_enabled(autocast.device_type, False)
     torch.clear_autocast_cache()
     try:
         yield region
     finally:
-        for autocast in found:
+        for autocast in enabled_regions:
             torch.set_autocast_enabled(autocast.device_type, True)
         for _ in range(depth - 1):
             torch.autocast_increment_nesting()

@@ -1,6 +1,6 @@
-"""Where a thread is in a pass, and what it takes for itself: the modules of a cell, a generator, a global switch.
+"""Thread-local state of a pass, and locks for the modules of a cell, generators and global settings.
 
-A program of one thread takes no lock here. Locks are not part of modules, which are copied and pickled.
+A program with a single thread takes no lock. Locks are not stored in modules, which are copied and pickled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _nesting = _Nesting()
 
 @contextmanager
 def inside(replaying: bool = False) -> Generator[None]:
-    """Let the body run a cell whose saved tensors are handles, or replay it."""
+    """Mark the body as the call of a cell whose saved tensors are handles, or as its replay."""
     before = _nesting.inside, _nesting.replaying
     _nesting.inside, _nesting.replaying = True, replaying
     try:
@@ -37,20 +37,19 @@ def inside(replaying: bool = False) -> Generator[None]:
 
 
 def is_inside() -> bool:
-    """Is this thread in a cell whose saved tensors are handles? (Rule 7)"""
+    """Whether this thread runs a cell whose saved tensors are handles (Rule 7)."""
     return _nesting.inside
 
 
 def is_replaying() -> bool:
-    """Does this thread replay a cell for its backward?
+    """Return True while this thread replays a cell in backward.
 
-    A replay calls the modules of the cell a second time. Those that do more in their forward than to compute, such as
-    to count calls or to append a loss to a list, ask here and leave it out:
+    A replay calls the modules of the cell a second time. Modules with side effects in their forward pass, such as a
+    call counter, can skip them in a replay. What the cell computes and saves must not depend on the result.
 
-        if not revnets.is_replaying():
-            self.calls += 1
-
-    What the cell computes and saves must not depend on the answer.
+    Example:
+        >>> if not revnets.is_replaying():
+        ...     self.calls += 1
     """
     return _nesting.replaying
 
@@ -61,30 +60,30 @@ _of_process = threading.RLock()
 
 
 def is_alone() -> bool:
-    """Is the main thread the only one? Those of autograd, one a device, are not counted among Python's threads."""
+    """Whether the main thread is the only one. Python does not count the threads of autograd, one per device."""
     return threading.active_count() == 1 and threading.get_ident() == threading.main_thread().ident
 
 
 @contextmanager
 def process_lock() -> Generator[None]:
-    """Exclude all other threads that ask for it: from the default generator, or from a switch of the process."""
+    """Hold the lock for the default generator and for global settings of the process."""
     with _of_process:
         yield
 
 
 @contextmanager
 def exclusive(modules: Sequence[nn.Module], devices: Iterable[torch.device]) -> Generator[None]:
-    """Exclude other threads from a cell, from modules with buffers that it shares with others, and from generators.
+    """Hold the locks of a cell, of its modules with buffers, which other cells may share, and of generators.
 
     Args:
-        modules: of the cell, which is the first of them.
+        modules: modules of the cell, which is the first one.
         devices: accelerators whose generators the cell may use.
     """
     if is_alone():
         yield
         return
     places = {modules[0], *(module for module in modules if buffers_of(module))}
-    # In one order for all threads, so that no two of them wait for each other.
+    # The same order in all threads prevents a deadlock.
     locks = [_of_modules.setdefault(place, threading.RLock()) for place in sorted(places, key=id)]
     locks += [_of_devices.setdefault(device, threading.RLock()) for device in sorted(devices, key=str)]
     with ExitStack() as stack:
@@ -94,7 +93,7 @@ def exclusive(modules: Sequence[nn.Module], devices: Iterable[torch.device]) -> 
 
 
 def _renew() -> None:
-    """A forked child has the locks of its parent, but not the threads that hold them."""
+    """Create new locks in a forked child, because the threads that may hold the old ones do not exist there."""
     global _of_process
     _of_process = threading.RLock()
     _of_modules.clear()
