@@ -1,4 +1,4 @@
-"""Reversible columns: any blocks, trained with the gradients of ordinary backprop and a fraction of its memory."""
+"""Reversible columns: train networks with the exact gradients of ordinary backprop and a fraction of its memory."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ _LAZY = {
     "make_reversible": "revnets.pretrained.rewiring",
     "undo_reversible": "revnets.pretrained.rewiring",
 }
-"""Modules that are imported when one of their names is first used: a net is built and trained without them."""
+"""Names whose module is imported on first use: building and training a network does not need it."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m revnets` is the command `revnets`."""
+"""Run the command `revnets` as `python -m revnets`."""
 
 from revnets.cli.main import main
 

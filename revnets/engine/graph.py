@@ -270,9 +270,7 @@ def _resolve(token: ReadToken, place: _Place) -> list[int]:
     offsets: Sequence[int] = ()
     stem: list[int] = []
     if isinstance(token, bool) or not isinstance(token, (str, int)):
-        raise ReadError(
-            f"{token!r} is neither an offset nor one of {', '.join(READS)}", "reads", code="wrong-type"
-        )
+        raise ReadError(f"{token!r} is neither an offset nor one of {', '.join(READS)}", "reads", code="wrong-type")
     if isinstance(token, int):
         if not 1 <= token <= m - 1:
             text = f"offset {token} is outside the window: with {m} levels a cell can read x_(t-1) to x_(t-{m - 1})"

@@ -9,7 +9,7 @@ __all__ = ["load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_model":  # imported when it is first used: a net is built without it
+    if name == "load_model":  # imported on first use: building a network does not need it
         from revnets.models.loading import load_model
 
         return load_model

@@ -1,4 +1,4 @@
-"""An input that a model takes, found from what the model says about itself."""
+"""Example inputs of a model, derived from its attributes and configuration."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 TOKENS = 128
-"""Length of a text where a language model does not state one that is shorter."""
+"""Maximum length of the example input of a language model."""
 
 
 def example_shape(model: nn.Module) -> tuple[int, ...] | None:
-    """Shape of one sample: of the stem of a net, the configuration of a timm model, or one of transformers.
+    """Return the shape of one sample, from the stem of a `Net` or the configuration of a timm or transformers model.
 
-    None if the model states none.
+    Returns:
+        The shape without the batch axis; None if the model does not define one.
     """
     shape = getattr(getattr(model, "stem", None), "example_shape", None)
     if shape is None:
@@ -34,15 +35,16 @@ def example_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def takes_tokens(model: nn.Module) -> bool:
-    """Does the model read numbers of tokens? Models of transformers name their main input."""
+    """Whether the input of the model is token indices, according to the main input of a transformers model."""
     return getattr(model, "main_input_name", None) == "input_ids"
 
 
 def example_input(model: nn.Module, shape: Sequence[int], *, device: str | None = None) -> Tensor:
-    """Random values for a model: normal ones, or numbers of tokens.
+    """Return a random input for a model: normal values or token indices.
 
     Args:
-        shape: batch first.
+        model: the model.
+        shape: shape of the input, batch first.
         device: "meta" for an input without values; by default the default device.
     """
     if not takes_tokens(model):

@@ -1,6 +1,6 @@
-"""Models of Hugging Face transformers by name: `hf:NAME`, where the name is a folder or one of their hub.
+"""Hugging Face transformers models by name: `hf:NAME`, where NAME is a directory or a name on the hub.
 
-The module is what an entry of the group `revnets.models` refers to (`revnets.models.loading`).
+The entry point `hf` of the group `revnets.models` refers to this module (`revnets.models.loading`).
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ from revnets.config.errors import SpecError
 from revnets.utils.regular_files import require_regular
 
 MAX_LAYERS = 10_000
-"""More would take minutes to build, even without weights."""
+"""Maximum number of layers; more take minutes to build, even without weights."""
 
 MAX_BYTES = 2**24
-"""Of a configuration."""
+"""Maximum size of a configuration file."""
 
 
 def names() -> list[str]:
-    """None: the hub has too many to list."""
+    """Return no names: the hub has too many models to list."""
     return []
 
 
 def create(name: str, **options: Any) -> nn.Module:
-    """A model of the architecture that its configuration names.
+    """Create a model of the architecture in its configuration.
 
-    Weights are read if the folder has some as safetensors, else they are those of the initialization; on the meta
-    device there are none. Keys and values are not cached (`use_cache`), as training needs it.
+    Weights are loaded from safetensors files in the directory, if there are any; otherwise they are initialized. On the
+    meta device no weights are loaded. The cache of keys and values is off (`use_cache`), as training requires.
 
     Args:
-        name: folder with a `config.json`, or a name of the hub, whose configuration is then downloaded.
-        options: replace values of the configuration.
+        name: directory with a `config.json`, or a name on the hub, whose configuration is downloaded.
+        options: values that replace those of the configuration.
+
+    Returns:
+        The model.
 
     Raises:
-        SpecError: transformers is not installed, or the configuration names code outside of it, is no regular file, or
-            asks for more layers than a network has.
+        SpecError: transformers is not installed, or the configuration refers to code outside transformers, is not a
+            regular file, or has too many layers.
     """
     try:
         import transformers

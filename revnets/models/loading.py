@@ -1,8 +1,8 @@
-"""Whole models by one word: a YAML file, a name that an installed package knows, or an import path.
+"""Loads a model from one word: a YAML file, the name of a model in an installed package, or an import path.
 
-A package makes its models known through the entry-point group `revnets.models`: each entry is a module (or any object)
-with `names()`, which lists them, and `create(name, **options)`, which builds one. `ENTRY:name` asks one entry alone,
-such as `timm:vit_base_patch16_224` or `hf:FOLDER`, whether or not it lists the name.
+A package registers its models in the entry-point group `revnets.models`. Each entry point is a module or an object with
+`names()`, which lists the models, and `create(name, **options)`, which builds one. `ENTRY:NAME`, such as
+`timm:vit_base_patch16_224` or `hf:DIRECTORY`, selects one entry point, which need not list the name.
 """
 
 from __future__ import annotations
@@ -26,30 +26,39 @@ from revnets.models.net import build
 GROUP = "revnets.models"
 
 
-class Zoo(Protocol):
-    """What an entry of the group gives."""
+class ModelProvider(Protocol):
+    """The interface of an entry point of the group `revnets.models`."""
 
-    def names(self) -> Iterable[str]: ...
+    def names(self) -> Iterable[str]:
+        """Return the names of all models."""
+        ...
 
-    def create(self, name: str, **options: Any) -> nn.Module: ...
+    def create(self, name: str, **options: Any) -> nn.Module:
+        """Build a model by its name."""
+        ...
 
 
 def load_model(source: Source | NetSpec, overrides: Sequence[str] = (), *, trust: bool = True) -> nn.Module:
-    """Build the model that a word, a file, a dict or a spec stands for.
+    """Build a model from a file, a dict, a spec or a name.
 
     Args:
-        source: a YAML file, a dict or a `NetSpec`; the name of a model, such as timm's `revcol_tiny`; or
+        source: a YAML file, a dict or a `NetSpec`; the name of a model, such as timm's `revcol_tiny`; an import path
             `package.module:function`, which is called; or `timm:NAME`, `hf:NAME`.
-        overrides: `key=value`; of a YAML as in `revnets.build`, else keyword arguments of the model.
-        trust: may a YAML file, dict or spec name classes of other projects? An import path in `source` is called.
+        overrides: items `key=value`: for a specification as in `revnets.build`, otherwise keyword arguments of the
+            model.
+        trust: whether a YAML file, dict or spec may name classes of other projects. An import path in `source` is
+            always called.
+
+    Returns:
+        The model.
 
     Raises:
-        revnets.SpecError: there is no such file or model, it is not trusted, or it refuses its options.
+        revnets.SpecError: the file or model does not exist, is not trusted, or rejects its options.
     """
     if isinstance(source, (Mapping, NetSpec)):
         return build(source, overrides, trust=trust)
     name, file = str(source), Path(source)
-    if file.suffix.lower() in (".yaml", ".yml") or os.path.exists(file):  # False for what is no path at all
+    if file.suffix.lower() in (".yaml", ".yml") or os.path.exists(file):  # False for an invalid path
         return build(file, overrides, trust=trust)
     options = _options(overrides)
     prefix, separator, rest = name.partition(":")
@@ -62,33 +71,33 @@ def load_model(source: Source | NetSpec, overrides: Sequence[str] = (), *, trust
                 return _called(name, imported("model", name, [Path.cwd()]), options)
             except PartError as error:
                 raise SpecError(name, "", error.problem, error.remedy, error.code) from error
-    zoos, missing = _zoos()
-    for zoo in zoos:
-        if name in zoo.names():
-            return _called(name, partial(zoo.create, name), options)
-    known = [item for zoo in zoos for item in zoo.names()]
+    providers, missing = _providers()
+    for provider in providers:
+        if name in provider.names():
+            return _called(name, partial(provider.create, name), options)
+    known = [item for provider in providers for item in provider.names()]
     near = get_close_matches(name, known, n=1)
-    remedy = f"Did you mean {near[0]}?" if near else "Give a YAML file, a model's name or package.module:function"
-    reason = f" (names of {', '.join(missing)} are not available)" if missing else ""
-    raise SpecError(name, "", f"there is neither such a file nor such a model{reason}", remedy, code="unknown-model")
+    hint = f"Did you mean {near[0]}?" if near else "Give a YAML file, a model's name or package.module:function"
+    reason = f" (not available: {', '.join(missing)})" if missing else ""
+    raise SpecError(name, "", f"no file and no model has this name{reason}", hint, code="unknown-model")
 
 
-def _loaded(entry: EntryPoint, name: str) -> Zoo:
+def _loaded(entry: EntryPoint, name: str) -> ModelProvider:
     try:
         return entry.load()
     except ImportError as error:
-        raise SpecError(name, "", f"names of {entry.name} are not available: {error}", code="missing-module") from None
+        raise SpecError(name, "", f"models of {entry.name} are not available: {error}", code="missing-module") from None
 
 
-def _zoos() -> tuple[list[Zoo], list[str]]:
-    """Those that are installed, and what is missing for the others."""
-    zoos, missing = [], []
+def _providers() -> tuple[list[ModelProvider], list[str]]:
+    """Return the providers that can be imported, and an error message for each of the others."""
+    providers, missing = [], []
     for entry in entry_points(group=GROUP):
         try:
-            zoos.append(entry.load())
+            providers.append(entry.load())
         except ImportError as error:
             missing.append(f"{entry.name}: {error}")
-    return zoos, missing
+    return providers, missing
 
 
 def _options(overrides: Sequence[str]) -> dict[str, Any]:
@@ -103,13 +112,10 @@ def _called(name: str, factory: Any, options: dict[str, Any]) -> nn.Module:
         model = factory(**options)
     except SpecError:
         raise
-    except Exception as error:  # whatever a model's code may raise
-        said = next(iter(str(error).splitlines()), "")
-        raise SpecError(
-            name, "", f"{type(error).__name__}: {said}", "Check its options", code="component-failed"
-        ) from error
+    except Exception as error:  # a model's code may raise anything
+        message = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise SpecError(name, "", message, "Check its options", code="component-failed") from error
     if not isinstance(model, nn.Module):
-        raise SpecError(
-            name, "", f"gives a {type(model).__name__}", "It must give a torch.nn.Module", code="invalid-component"
-        )
+        message = f"returns a {type(model).__name__}"
+        raise SpecError(name, "", message, "It must return a torch.nn.Module", code="invalid-component")
     return model

@@ -1,4 +1,4 @@
-"""From a specification to a module: stem, columns, head."""
+"""Builds a network from a specification: stem, columns and head."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from revnets.engine.graph import STEM, Graph, Node
 from revnets.nn.fusions import Source, WithConstant
 
 NetOutput = Tensor | list[Tensor] | tuple[Tensor | list[Tensor], list[Tensor]]
-"""What a net gives: with a head its result, without one the last column's states; with taps a pair (that, taps)."""
+"""Output of a network: the result of its head, or the states of the last column if it has none. With taps, a pair of
+that and the list of intermediate outputs."""
+
 BUGS = (AssertionError, AttributeError, ImportError, LookupError, NameError)
-"""Errors that no option of a component of this package causes, so that a specification is not to blame."""
+"""Errors that indicate a bug in a component of this package, not a wrong specification."""
 
 
 class Level(nn.Module):
-    """F_t: a fusion of the reads, then blocks.
+    """The function F_t of a cell: a fusion of its inputs, then blocks.
 
     Args:
-        fusion: brings the reads to one state with `dim` channels.
-        blocks: keep the state's shape.
-        name: of the cell, for error messages.
+        fusion: combines the inputs into one state with `dim` channels.
+        blocks: modules that keep the shape of the state.
+        dim: number of channels.
+        name: name of the cell in error messages.
     """
 
     def __init__(self, fusion: nn.Module, blocks: Sequence[nn.Module], dim: int, name: str):
@@ -41,16 +44,16 @@ class Level(nn.Module):
         self.name = name
 
     def forward(self, *reads: Tensor, **context: Any) -> Tensor:
-        """States (B, ..., C) of the reads to (B, ..., dim).
+        """Map input states (B, ..., C) to (B, ..., dim).
 
         Raises:
-            ArgumentError: a part gives another shape than its neighbours rely on.
+            ArgumentError: the fusion or a block returns an invalid shape.
         """
         x = self.fusion(*reads)
         if x.shape[-1] != self.dim:
             raise ArgumentError(
-                f"cell {self.name}: the fusion {type(self.fusion).__name__} gives shape {tuple(x.shape)}, but the "
-                f"level has dim {self.dim}. Channels are the last axis; is it the stem that gives another number?",
+                f"cell {self.name}: the fusion {type(self.fusion).__name__} returns shape {tuple(x.shape)}, but the "
+                f"level has dim {self.dim}. Channels are the last axis; does the stem return another number?",
                 self.name,
                 code="shape-mismatch",
             )
@@ -58,8 +61,8 @@ class Level(nn.Module):
             y = block(x, **context)
             if y.shape != x.shape:
                 raise ArgumentError(
-                    f"cell {self.name}: block {index} ({type(block).__name__}) makes {tuple(y.shape)} out of "
-                    f"{tuple(x.shape)}. A block must keep the shape; resolution and dim change between levels, in "
+                    f"cell {self.name}: block {index} ({type(block).__name__}) changes shape {tuple(x.shape)} to "
+                    f"{tuple(y.shape)}. A block must keep the shape; resolution and dim change between levels, in "
                     "the fusion",
                     self.name,
                     code="shape-mismatch",
@@ -69,10 +72,19 @@ class Level(nn.Module):
 
 
 class Net(nn.Module):
-    """Stem, reversible columns and head as one module.
+    """Stem, reversible columns and head as one module. `revnets.build` creates it from a specification.
 
-    Returns what the head gives, or the list of the last column's states if there is none. With taps in the spec it
-    returns the pair (that, list of tapped states).
+    Args:
+        spec: the specification.
+        stem: maps the input of the network to the input of the columns.
+        columns: the reversible columns.
+        head: maps the list of the last column's states to the output; optional.
+
+    Attributes:
+        spec: the specification.
+        stem: the stem.
+        columns: the columns, whose attribute `memory` sets the memory mode.
+        head: the head, or None.
     """
 
     def __init__(self, spec: NetSpec, stem: nn.Module, columns: ReversibleColumns, head: nn.Module | None):
@@ -82,11 +94,20 @@ class Net(nn.Module):
         self.columns = columns
         self.head = head
         if isinstance(spec.memory, BudgetSpec):
-            from revnets.memory.auto_budget import keep_budget  # with the planner, which no other net needs
+            from revnets.memory.auto_budget import keep_budget  # imports the planner
 
             keep_budget(self, spec.memory)
 
     def forward(self, x: Tensor) -> NetOutput:
+        """Run the network.
+
+        Args:
+            x: input of the stem, batch first.
+
+        Returns:
+            The output of the head, or without a head the list of the last column's states, level 0 first. If the
+            specification has `taps`, a pair of that and the list of intermediate outputs.
+        """
         x = self.stem(x)
         if self.spec.taps:
             levels, tapped = self.columns(x, taps=self.spec.taps)
@@ -95,7 +116,7 @@ class Net(nn.Module):
         return levels if self.head is None else self.head(levels)
 
     def twin(self) -> Net:
-        """The same net without values, on the meta device; what is frozen here is frozen there."""
+        """Return a copy on the meta device, without values. Frozen parameters are frozen in the copy, too."""
         with torch.device("meta"):
             other = build(self.spec)
         frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
@@ -105,56 +126,72 @@ class Net(nn.Module):
 
 
 def build(source: ConfigSource | NetSpec, overrides: Sequence[str] = (), *, trust: bool = True) -> Net:
-    """Build the net that a YAML file, a dict or a spec describes.
+    """Build a network from a specification.
 
     Args:
-        source, overrides: as in `load_spec`.
-        trust: may it name classes of other projects? Their modules are imported and their constructors called.
+        source: a YAML file, a dict or a `NetSpec`.
+        overrides: items `key=value` that replace values, such as `columns=8`.
+        trust: whether the specification may name classes of other projects. Their modules are imported and their
+            constructors are called.
+
+    Returns:
+        The network, with initialized weights.
 
     Raises:
-        revnets.SpecError: the spec is wrong, not trusted, or a part refuses its options.
+        revnets.SpecError: the specification is invalid or not trusted, or a component rejects its options.
+
+    Example:
+        >>> level = {"dim": 8, "depth": 1, "block": "mlp"}
+        >>> spec = {"columns": 4, "stem": {"type": "linear", "in_dim": 16}, "levels": [level] * 3, "fusion": "linear"}
+        >>> net = revnets.build(spec, ["memory=exact"])
+        >>> levels = net(torch.randn(2, 16))
     """
     spec = load_spec(source, overrides, trust=trust)
     name = "spec" if isinstance(source, NetSpec) else "dict" if isinstance(source, Mapping) else str(source)
     stem = build_stem(spec, name)
     columns = build_columns(spec, name)
     dims = [level.dim for level in spec.levels]
-    head = spec.head and _part(name, "head", "head", spec.head.type, dims=dims, **spec.head.options)
+    head = spec.head and _component(name, "head", "head", spec.head.type, dims=dims, **spec.head.options)
     return Net(spec, stem, columns, head)
 
 
 def build_stem(spec: NetSpec, name: str = "spec", **options: Any) -> nn.Module:
-    """Only the stem of a net.
+    """Build the stem of a network.
 
     Args:
-        name: of the spec, for error messages.
-        options: replace those of the spec.
+        spec: the specification.
+        name: name of the specification in error messages.
+        options: options that replace those of the specification.
 
     Raises:
-        revnets.SpecError: the stem refuses its options.
+        revnets.SpecError: the stem rejects its options.
     """
-    return _part(name, "stem", "stem", spec.stem.type, dim=spec.levels[0].dim, **{**spec.stem.options, **options})
+    return _component(name, "stem", "stem", spec.stem.type, dim=spec.levels[0].dim, **{**spec.stem.options, **options})
 
 
 def build_columns(spec: ColumnsSpec, name: str = "spec") -> ReversibleColumns:
-    """Only the columns of a net, for hosts that bring a stem and a head of their own.
+    """Build only the columns, for a host model with a custom stem and head.
 
-    A budget is left to the host: `revnets.keep_budget(host, spec.memory)`. Until then the columns run in `exact`, and
-    warn in training that it is pending.
+    If `spec.memory` is a budget, call `revnets.keep_budget(host, spec.memory)`. Until then the columns run in `exact`
+    and warn in training that the budget is pending.
 
     Args:
-        name: of the spec, for error messages.
+        spec: the specification.
+        name: name of the specification in error messages.
+
+    Returns:
+        The columns. Their input has the channels of level 0.
 
     Raises:
-        revnets.SpecError: a part refuses its options.
+        revnets.SpecError: a component rejects its options.
     """
     graph, reductions, rates = spec.graph(), spec.reductions(), spec.drop_path_rates()
     cells = []
     for node in graph.nodes:
         level = spec.levels[node.level]
         sources = [_source(spec, graph, node, read, reductions) for read in node.reads]
-        given = {"dim": level.dim, "reduction": reductions[node.level], "sources": sources}
-        fusion = _part(name, "fusion", "fusion", spec.fusion.type, **given, **spec.fusion.options)
+        provided = {"dim": level.dim, "reduction": reductions[node.level], "sources": sources}
+        fusion = _component(name, "fusion", "fusion", spec.fusion.type, **provided, **spec.fusion.options)
         if node.constant and spec.constant is not None:
             fusion = WithConstant(fusion, (*spec.constant.positions, level.dim))
         blocks = [_block(name, node.level, spec, rate) for rate in rates[node.level]]
@@ -178,7 +215,7 @@ def _block(name: str, index: int, spec: ColumnsSpec, rate: float) -> nn.Module:
     level = spec.levels[index]
     options = spec.block_options(level)
     options = {"drop_path": rate, **options} if rate else options
-    return _part(name, f"levels.{index}", "block", level.block, dim=level.dim, **options)
+    return _component(name, f"levels.{index}", "block", level.block, dim=level.dim, **options)
 
 
 def _gain(spec: ColumnsSpec, node: Node, dim: int) -> Gain | FixedGain | None:
@@ -187,26 +224,21 @@ def _gain(spec: ColumnsSpec, node: Node, dim: int) -> Gain | FixedGain | None:
     return Gain(dim, spec.gain.init, spec.gain.min_abs) if spec.gain.learn else FixedGain(spec.gain.init)
 
 
-def _part(source: str, key: str, kind: str, name: str, /, **arguments: Any) -> nn.Module:
-    """Build one part. If it refuses its arguments, that is a mistake in the spec: say where."""
-    who = f'"{name}"' if key == kind else f'{kind} "{name}"'
+def _component(source: str, key: str, kind: str, name: str, /, **arguments: Any) -> nn.Module:
+    """Build one component. If it rejects its arguments, raise a `SpecError` with the key of the specification."""
+    title = f'"{name}"' if key == kind else f'{kind} "{name}"'
     factory = find_component(kind, name)
     try:
-        part = factory(**arguments)
-    except Exception as error:  # anything that a class of the user's may raise
+        component = factory(**arguments)
+    except Exception as error:  # a custom class may raise anything
         if isinstance(error, BUGS) and factory.__module__.startswith("revnets."):
             raise
-        said = next(iter(str(error).splitlines()), "")
+        message = next(iter(str(error).splitlines()), "")
         if not isinstance(error, ValueError):
-            said = f"{type(error).__name__}: {said}"
+            message = f"{type(error).__name__}: {message}"
         code = error.code if isinstance(error, ArgumentError) else "component-failed"
-        raise SpecError(source, key, f"{who}: {said}", code=code) from error
-    if not isinstance(part, nn.Module):
-        raise SpecError(
-            source,
-            key,
-            f"{who} gives a {type(part).__name__}",
-            "It must give a torch.nn.Module",
-            code="invalid-component",
-        )
-    return part
+        raise SpecError(source, key, f"{title}: {message}", code=code) from error
+    if not isinstance(component, nn.Module):
+        message = f"{title} returns a {type(component).__name__}"
+        raise SpecError(source, key, message, "It must return a torch.nn.Module", code="invalid-component")
+    return component

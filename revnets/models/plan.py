@@ -1,4 +1,4 @@
-"""The memory of a training step of any net, predicted without building it: `revnets.plan`."""
+"""Memory estimates and plans of a training step, without allocating the model: `revnets.plan`."""
 
 from __future__ import annotations
 
@@ -36,28 +36,37 @@ def plan(
     trust: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Predict the memory of a training step in each mode; under a budget, choose the fastest that fits.
+    """Estimate the memory of a training step in each memory mode, and choose the fastest plan under a budget.
 
     Args:
         model_or_spec: a module with reversible columns (also on the meta device), a YAML file, dict or
-            spec, or a model's name such as timm's `revcol_tiny` (`revnets.models.loading.load_model`).
-        input_shape: shape of one rank's input, batch first; or an example, of which only shape and dtype matter.
+            spec, or the name of a model such as timm's `revcol_tiny` (`revnets.models.loading.load_model`).
+        input_shape: shape of the input of one rank, batch first; or an example, of which only shape and dtype matter.
         dtype: float32; bfloat16 or float16 mean autocast with float32 weights.
-        optimizer: which states to count, one of `revnets.config.memory_budget.OPTIMIZERS`, or how many tensors of a
-            weight's size.
-        ranks: processes; with more than one, what `sharding` holds to communicate is counted.
+        optimizer: optimizer whose states are counted, one of `revnets.config.memory_budget.OPTIMIZERS`, or the number
+            of state tensors per weight.
+        ranks: number of processes. With more than one, communication buffers of `sharding` are counted.
         sharding: `ddp` (replicas), or `fsdp` (`fully_shard` on every cell).
-        grad_accum: forward passes per update. With several, gradients of the earlier ones are there all along.
-        budget: bytes, text such as `24GiB`, or a memory mode, whose peak is meant; `Plan.chosen` is the choice.
-        host: bytes of host memory that cells may use besides, or text such as `64GiB`; needs a budget.
-        link: bytes a second between device and host, or text such as `25GB/s`.
-        flops: operations a second that the device reaches, or text such as `300TFLOP/s`; by default those that it
-            reaches in a matrix product, on a device of this machine if the model lies on none.
-        trust: may a YAML file, dict or spec name classes of other projects? They are imported and called.
+        grad_accum: forward passes per update. With several, gradients stay allocated throughout the step.
+        budget: number of bytes, text such as `24GiB`, or a memory mode, which stands for its peak. `Plan.chosen` is
+            the chosen plan.
+        host: additional host memory for cells in bytes, or text such as `64GiB`; requires a budget.
+        link: bandwidth between device and host in bytes per second, or text such as `25GB/s`.
+        flops: FLOPs per second of the device, or text such as `300TFLOP/s`. By default measured in a matrix product, on
+            a device of this machine if the model is on the meta device.
+        modes: memory modes to estimate.
+        trust: whether a YAML file, dict or spec may name classes of other projects, which are imported and called.
+        progress: called with a description of each step of the computation.
+
+    Returns:
+        The estimates of all modes and, under a budget, the chosen plan.
 
     Raises:
-        PlanError: nothing fits the budget (the message says what the least is and what to change), or a value cannot
-            be used.
+        PlanError: no plan fits the budget (the message states the minimum and what to change), or a value is invalid.
+
+    Example:
+        >>> plan = revnets.plan(net, (32, 16), budget="exact")
+        >>> plan.apply(net)
     """
     try:
         limit = None if budget is None else parse_budget(budget)

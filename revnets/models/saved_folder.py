@@ -1,4 +1,4 @@
-"""Folders of `save_pretrained`: what is in one is compared with what should be there, before memory is taken for it."""
+"""Checks of directories written by `save_pretrained`, before memory is allocated for their model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from revnets.config.errors import ArgumentError, SpecError, first_line
 from revnets.utils.regular_files import require_regular
 
 MAX_CONFIG = 2**24
-"""Bytes of a configuration."""
+"""Maximum size of a configuration file in bytes."""
 
 FREE_ELEMENTS = 2**20
-"""How many numbers a model may have beyond those in its files, for buffers and heads that are new."""
+"""Number of elements that a model may have in addition to those in its files, for buffers and new heads."""
 
 
 def require_config(folder: Path) -> None:
-    """The configuration of a folder is a file, and no larger than one can be.
+    """Check that the configuration of a directory is a regular file of acceptable size.
 
     Raises:
         revnets.SpecError: it is not.
@@ -39,15 +39,15 @@ def require_config(folder: Path) -> None:
 
 @contextmanager
 def configuration_errors(source: Path) -> Iterator[None]:
-    """Turn what a damaged configuration causes into one line.
+    """Convert any exception that an invalid configuration causes into a `SpecError`.
 
-    transformers checks few values, so any exception may follow from a wrong one.
+    transformers validates few values, so an invalid one may raise any exception.
 
     Args:
-        source: file or folder of the configuration.
+        source: file or directory of the configuration.
 
     Raises:
-        revnets.SpecError: with the key and the code of an `ArgumentError`, and without a key for all others.
+        revnets.SpecError: with the key and code of an `ArgumentError`, without a key for other exceptions.
     """
     try:
         yield
@@ -56,32 +56,33 @@ def configuration_errors(source: Path) -> Iterator[None]:
     except ArgumentError as error:
         raise SpecError(str(source), error.key, str(error), code=error.code) from None
     except Exception as error:
-        problem = f"this configuration cannot be used ({type(error).__name__}: {error})"
+        problem = f"invalid configuration ({type(error).__name__}: {error})"
         raise SpecError(str(source), "", problem, "Use the configuration of these weights") from None
 
 
 def require_room(
     folder: Path, build: Callable[[], nn.Module], blocks: Mapping[str, int], size: str, free: int = FREE_ELEMENTS
 ) -> None:
-    """A model is no larger than the weights that its folder has for it; what is missing would be made up.
+    """Check that a model is no larger than the weights in its directory.
 
     Args:
-        build: makes the model, on the meta device.
-        blocks: numbers of modules that the configuration asks for, by key; each has a tensor at least.
-        size: key of its channels, for messages; empty if several keys have them.
-        free: how many numbers it may have beyond those in its files.
+        folder: directory of the configuration and the weights.
+        build: builds the model; called on the meta device.
+        blocks: number of modules in the configuration, by key; each module has at least one tensor.
+        size: key of the channels, for error messages; empty if several keys determine them.
+        free: number of elements that the model may have in addition to those in its files.
 
     Raises:
-        revnets.SpecError: the configuration asks for more or cannot be used, or weights are missing or damaged.
+        revnets.SpecError: the configuration is invalid or describes a larger model, or weights are missing or damaged.
     """
     sizes = _sizes(folder)
     if not sizes:
-        problem = "there are no weights in files of safetensors"
+        problem = "there are no weights in safetensors files"
         raise SpecError(str(folder), "", problem, "Save the model with save_pretrained", code="missing-weights")
     remedy = "Use the configuration of these weights"
     for key, count in blocks.items():
         if count > len(sizes):
-            problem = f"{count:,} blocks, but there are {len(sizes):,} tensors"
+            problem = f"{count:,} blocks, but only {len(sizes):,} tensors"
             raise SpecError(str(folder), key, problem, remedy, code="weights-mismatch")
     with configuration_errors(folder):
         try:
@@ -90,37 +91,38 @@ def require_room(
         except RuntimeError as error:  # sizes whose product overflows
             raise SpecError(str(folder), size, first_line(error), remedy, code="weights-mismatch") from None
     if needed > sum(sizes.values()) + free:
-        problem = f"a model of {needed:,} parameters, but its weights are {sum(sizes.values()):,} numbers"
+        problem = f"a model of {needed:,} parameters, but its weights have {sum(sizes.values()):,} elements"
         raise SpecError(str(folder), size, problem, remedy, code="weights-mismatch")
 
 
 def require_all(folder: str, info: dict[str, Any]) -> None:
-    """All weights of a model came from its files, and none of a file is left over.
+    """Check that a model loaded all weights of its files and needs no others.
 
     Args:
-        info: what transformers reports of the loading.
+        folder: directory of the files.
+        info: loading information from transformers.
 
     Raises:
-        revnets.SpecError: names a weight that is missing, has another shape or belongs to no layer.
+        revnets.SpecError: a weight is missing, has another shape or belongs to no layer; the message names it.
     """
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
-    kinds = {"missing": missing, "of another shape": mismatched, "left over": sorted(info["unexpected_keys"])}
+    kinds = {"missing": missing, "of another shape": mismatched, "unexpected": sorted(info["unexpected_keys"])}
     for kind, names in kinds.items():
         if names:
             name = names[0] if isinstance(names[0], str) else names[0][0]
-            problem = f"{name} is {kind}" + (f", with {len(names) - 1} more" if len(names) > 1 else "")
+            problem = f"{name} is {kind}" + (f", and {len(names) - 1} more" if len(names) > 1 else "")
             raise SpecError(folder, "weights", problem, "Use the configuration of these weights", "weights-mismatch")
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Numbers in each tensor of the files of a folder, by name."""
-    found = {}
+    """Return the number of elements of each tensor in the files of a directory, by name."""
+    sizes = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             require_regular(path)
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  # it is no mapping
-                    found[name] = torch.Size(file.get_slice(name).get_shape()).numel()
+                for name in file.keys():  # noqa: SIM118  # not a mapping
+                    sizes[name] = torch.Size(file.get_slice(name).get_shape()).numel()
         except (OSError, SafetensorError) as error:
             raise SpecError(str(path), "", first_line(error), "Use another copy", code="damaged-file") from None
-    return found
+    return sizes

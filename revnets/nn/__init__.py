@@ -1,4 +1,4 @@
-"""Components of networks: blocks, fusions, stems and heads. Importing this package registers them by name."""
+"""Components of networks: blocks, fusions, stems and heads. Importing the package registers them by name."""
 
 from revnets.nn import blocks as blocks
 from revnets.nn import fusions as fusions

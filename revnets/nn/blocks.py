@@ -1,6 +1,6 @@
-"""Built-in blocks. Each keeps the shape of its input; channels are the last axis.
+"""Built-in blocks. Each block keeps the shape of its input; channels are the last axis.
 
-B batch, H W height and width, N any number of positions (H W flattened, or words), C channels.
+Shapes: B batch, H and W height and width, N number of positions (H W flattened, or tokens), C channels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from revnets.config.errors import ArgumentError
 from revnets.config.registry import register_block
 
-# Types of options with their ranges: what a YAML gives is checked against the signature (revnets/config/components.py).
+# Option types with ranges. Values from YAML are checked against the signature (revnets/config/registry.py).
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -25,7 +25,7 @@ EPS = 1e-6
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal of standard deviation 0.02, biases zero (RevCol, appendix D.1)."""
+    """Initialize weights from a truncated normal with standard deviation 0.02, and biases with 0 (RevCol, D.1)."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -33,20 +33,28 @@ def init_weights(module: nn.Module) -> None:
 
 
 def conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A convolution of (B, H, W, C): the permutations are views, the kernel sees channels_last memory."""
+    """Convolve a (B, H, W, C) tensor. The permutations are views, so the kernel gets channels_last memory."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a whole sample's residual branch with probability `rate` (Huang et al., 2016)."""
+    """Stochastic depth: drops the residual branch of a sample with probability `rate` (Huang et al., 2016).
+
+    Args:
+        rate: in [0, 1).
+
+    Raises:
+        ArgumentError: the rate is out of range.
+    """
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
         if not 0 <= rate < 1:
-            raise ArgumentError(f"drop_path {rate}: a rate lies in [0, 1)", "drop_path", code="out-of-range")
+            raise ArgumentError(f"drop_path {rate}: give a rate in [0, 1)", "drop_path", code="out-of-range")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale the branch of each sample, (B, ...), by 0 or 1 / (1 - rate); in evaluation, return it unchanged."""
         if self.rate == 0 or not self.training:
             return x
         keep = 1 - self.rate
@@ -58,18 +66,30 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnable scale per channel at the end of a residual branch (Touvron et al., 2021)."""
+    """Learnable scale per channel at the end of a residual branch (Touvron et al., 2021).
+
+    Args:
+        dim: number of channels.
+        init: initial value of every scale.
+    """
 
     def __init__(self, dim: int, init: float):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), init))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale (..., C) per channel."""
         return x * self.gamma
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear over the channels."""
+    """Linear, GELU and Linear over the channels, with dropout after GELU and at the end.
+
+    Args:
+        dim: number of channels.
+        hidden: number of hidden channels.
+        dropout: rate of both dropouts.
+    """
 
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
         super().__init__()
@@ -78,9 +98,10 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
         hidden = self.fc1(x)
-        # A tenth of the time of inference goes into the memory of a second tensor of this size. Gradients need it, and
-        # so does whoever looks at fc1; a trace is taken with gradients and checked without.
+        # Out of place, inference spends a tenth of its time on a second tensor of this size. Gradients and forward
+        # hooks on fc1 need the original; a trace is recorded with gradients and checked without.
         in_place = not (hidden.requires_grad or self.fc1._forward_hooks or torch.jit.is_tracing())
         hidden = torch.ops.aten.gelu_(hidden) if in_place else F.gelu(hidden)
         return self.drop(self.fc2(self.drop(hidden)))
@@ -88,9 +109,18 @@ class MLP(nn.Module):
 
 @register_block("convnext")
 class ConvNeXtBlock(nn.Module):
-    """ConvNeXt block (Liu et al., 2022), with RevCol's 3x3 kernel by default (section 2.2.2). Input (B, H, W, C).
+    """ConvNeXt block (Liu et al., 2022), by default with RevCol's 3x3 kernel (section 2.2.2).
 
-    Without its shortcut it is the F of a RevNet, whose residual takes the shortcut's place.
+    Args:
+        dim: number of channels.
+        kernel_size: of the depthwise convolution, odd.
+        expand: ratio of hidden channels to channels in the MLP.
+        layer_scale: initial scale of the branch.
+        drop_path: rate of stochastic depth.
+        shortcut: add the input to the branch. Without it, the block is F of a RevNet, whose residual replaces it.
+
+    Raises:
+        ArgumentError: the kernel size is even.
     """
 
     def __init__(
@@ -105,7 +135,7 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ArgumentError(
-                f"kernel_size {kernel_size} would change the size of the image. Give an odd number", "kernel_size"
+                f"kernel_size {kernel_size} changes the size of the image. Give an odd number", "kernel_size"
             )
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=EPS)
@@ -116,12 +146,22 @@ class ConvNeXtBlock(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, H, W, C)."""
         branch = self.drop_path(self.scale(self.mlp(self.norm(conv2d(x, self.dwconv)))))
         return x + branch if self.shortcut else branch
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all positions. Input (B, N, C)."""
+    """Multi-head self-attention over all positions.
+
+    Args:
+        dim: number of channels, a multiple of `heads`.
+        heads: number of heads.
+        dropout: rate on the attention weights.
+
+    Raises:
+        ArgumentError: `dim` is not a multiple of `heads`.
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0):
         super().__init__()
@@ -129,7 +169,7 @@ class Attention(nn.Module):
             fits = sorted((count for count in range(1, dim + 1) if dim % count == 0), key=lambda n: abs(n - heads))[:3]
             near = ", ".join(str(count) for count in sorted(fits))
             raise ArgumentError(
-                f"{dim} channels do not divide into {heads} heads. Give another dim, or heads {near}",
+                f"{dim} channels are not divisible by {heads} heads. Give another dim, or heads {near}",
                 "heads",
                 code="not-divisible",
             )
@@ -138,6 +178,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, C) to (B, N, C)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, C/heads)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -147,7 +188,15 @@ class Attention(nn.Module):
 class ViTBlock(nn.Module):
     """Pre-norm transformer block (Dosovitskiy et al., 2021).
 
-    Input (B, N, C), or (B, H, W, C) with every pixel a token. `dropout` acts on the attention weights and in the MLP.
+    Args:
+        dim: number of channels, a multiple of `heads`.
+        heads: number of attention heads.
+        mlp_ratio: ratio of hidden channels to channels in the MLP.
+        dropout: rate on the attention weights and in the MLP.
+        drop_path: rate of stochastic depth.
+
+    Raises:
+        ArgumentError: `dim` is not a multiple of `heads`.
     """
 
     def __init__(self, dim: int, heads: Count, mlp_ratio: Ratio = 4.0, dropout: Rate = 0.0, drop_path: Rate = 0.0):
@@ -160,9 +209,14 @@ class ViTBlock(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, C), or (B, H, W, C) with each pixel as a token, to the same shape.
+
+        Raises:
+            ArgumentError: the input has no axis of positions.
+        """
         if x.dim() < 3:
             raise ArgumentError(
-                f"attention needs positions, (B, N, C) or (B, H, W, C), but the state is {tuple(x.shape)}",
+                f"attention needs a state of shape (B, N, C) or (B, H, W, C), but got {tuple(x.shape)}",
                 "x",
                 code="shape-mismatch",
             )
@@ -174,7 +228,14 @@ class ViTBlock(nn.Module):
 
 @register_block("mlp")
 class MLPBlock(nn.Module):
-    """A residual MLP on every position by itself. Input (..., C)."""
+    """Residual MLP, applied to each position independently.
+
+    Args:
+        dim: number of channels.
+        expand: ratio of hidden channels to channels.
+        dropout: rate in the MLP.
+        drop_path: rate of stochastic depth.
+    """
 
     def __init__(self, dim: int, expand: Count = 4, dropout: Rate = 0.0, drop_path: Rate = 0.0):
         super().__init__()
@@ -184,4 +245,5 @@ class MLPBlock(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
         return x + self.drop_path(self.mlp(self.norm(x)))

@@ -1,7 +1,7 @@
-"""Fusions: how a cell brings its reads to one shape and adds them up (RevCol, section 2.2.2 and Figure 2c).
+"""Fusions: how a cell converts its inputs to one shape and adds them (RevCol, section 2.2.2 and Figure 2c).
 
-A fusion is called with the reads in order. It knows from `sources` where each comes from, how many channels it has
-and by how much its resolution is reduced against the stem's output.
+A fusion is called with the inputs in order. `sources` describes each of them: where it comes from, its number of
+channels, and its reduction of the resolution relative to the stem's output.
 """
 
 from __future__ import annotations
@@ -19,15 +19,27 @@ from revnets.nn.blocks import EPS, conv2d, init_weights
 
 
 class Source(NamedTuple):
-    """One read, as a fusion sees it."""
+    """One input of a fusion.
 
-    kind: str  # stem, below or above
-    dim: int  # channels
-    reduction: int  # of each side, against the stem's output
+    Attributes:
+        kind: `stem`, `below` or `above`.
+        dim: number of channels.
+        reduction: of height and width, relative to the stem's output.
+    """
+
+    kind: str
+    dim: int
+    reduction: int
 
 
 class Down(nn.Module):
-    """Strided convolution, then LayerNorm; the other way round than in ConvNeXt. Odd sides are padded by zeros."""
+    """Strided convolution, then LayerNorm (ConvNeXt has the reverse order). Incomplete windows are padded with zeros.
+
+    Args:
+        dim_in: channels of the input.
+        dim: channels of the output.
+        ratio: kernel size and stride.
+    """
 
     def __init__(self, dim_in: int, dim: int, ratio: int):
         super().__init__()
@@ -36,6 +48,7 @@ class Down(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, dim_in) to (B, ceil(H / ratio), ceil(W / ratio), dim)."""
         bottom, right = -x.shape[1] % self.ratio, -x.shape[2] % self.ratio
         if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
@@ -43,7 +56,13 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Linear and LayerNorm at the low resolution, then nearest-neighbour upsampling."""
+    """Linear and LayerNorm at the low resolution, then nearest-neighbor upsampling.
+
+    Args:
+        dim_in: channels of the input.
+        dim: channels of the output.
+        ratio: factor of height and width.
+    """
 
     def __init__(self, dim_in: int, dim: int, ratio: int):
         super().__init__()
@@ -51,14 +70,21 @@ class Up(nn.Module):
         self.proj = Project(dim_in, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, dim_in) to (B, H * ratio, W * ratio, dim)."""
         x = self.proj(x).permute(0, 3, 1, 2)
         size = (x.shape[2] * self.ratio, x.shape[3] * self.ratio)
-        # In backward ten times as fast on the CPU as the sum that an expanded view would need.
+        # On the CPU, its backward is ten times as fast as the sum that an expanded view needs.
         return F.interpolate(x, size).permute(0, 2, 3, 1)
 
 
 class Project(nn.Module):
-    """Linear and LayerNorm over the channels."""
+    """Linear and LayerNorm over the channels.
+
+    Args:
+        dim_in: channels of the input.
+        dim: channels of the output.
+        norm: whether to apply LayerNorm.
+    """
 
     def __init__(self, dim_in: int, dim: int, norm: bool = True):
         super().__init__()
@@ -66,19 +92,22 @@ class Project(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=EPS) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (..., dim_in) to (..., dim)."""
         return self.norm(self.linear(x))
 
 
 @register_fusion("convnext")
 class ConvNeXtFusion(nn.Module):
-    """Hierarchical fusion: strided convolution from finer reads, upsampling from coarser ones, summed.
+    """Hierarchical fusion: the sum of finer inputs after strided convolutions and coarser inputs after upsampling.
 
-    A read that already has the right shape, such as the stem's output at level 0, passes as it is. Odd sides are
-    rounded up going down and cropped coming up, to the size of the finest read.
-    Reads (B, H', W', C'), result (B, H, W, C).
+    An input that already has the shape of the level, such as the stem's output at level 0, is unchanged. Downsampling
+    rounds odd sizes up, and upsampled inputs are cropped to the smallest size.
 
     Args:
-        stepwise: go down by steps of 2, as HRNet does (Wang et al., 2019), where a read is more than one step finer.
+        dim: channels of the level.
+        reduction: of the level's resolution, relative to the stem's output.
+        sources: the inputs, in order.
+        stepwise: downsample in several steps of 2, as in HRNet (Wang et al., 2019).
     """
 
     default_stride = 2
@@ -103,25 +132,41 @@ class ConvNeXtFusion(nn.Module):
         return nn.Identity() if source.dim == dim else Project(source.dim, dim)
 
     def forward(self, *reads: Tensor) -> Tensor:
+        """Map inputs (B, H', W', C') to their sum (B, H, W, dim).
+
+        Raises:
+            ArgumentError: the inputs need resampling, but are not images.
+        """
         if not self.resamples:
             return sum_up(path(read) for path, read in zip(self.paths, reads, strict=True))
         for read in reads:
             if read.dim() != 4:
                 raise ArgumentError(
-                    f"fusion convnext resamples images (B, H, W, C), but a read has shape {tuple(read.shape)}. For "
+                    f"fusion convnext resamples images (B, H, W, C), but an input has shape {tuple(read.shape)}. For "
                     "vectors and tokens choose fusion linear",
                     "reads",
                     code="shape-mismatch",
                 )
         outs = [path(read) for path, read in zip(self.paths, reads, strict=True)]
-        h = min(out.shape[1] for out in outs)  # upsampling a rounded-up size overshoots
+        h = min(out.shape[1] for out in outs)  # upsampling a rounded-up size exceeds the level's size
         w = min(out.shape[2] for out in outs)
         return sum_up(out[:, :h, :w] for out in outs)
 
 
 @register_fusion("linear")
 class LinearFusion(nn.Module):
-    """Isotropic fusion: Linear and LayerNorm on the kinds of reads listed in `project`, others as they are, summed."""
+    """Isotropic fusion: the sum of projected inputs (Linear and LayerNorm) and unchanged inputs.
+
+    Args:
+        dim: channels of the level.
+        reduction: of the level's resolution, relative to the stem's output.
+        sources: the inputs, in order.
+        project: kinds of inputs to project. Inputs with another number of channels are always projected.
+        norm: whether projections include LayerNorm.
+
+    Raises:
+        ArgumentError: the inputs have another resolution than the level.
+    """
 
     default_stride = 1
 
@@ -142,12 +187,22 @@ class LinearFusion(nn.Module):
         self.apply(init_weights)
 
     def forward(self, *reads: Tensor) -> Tensor:
+        """Map inputs (..., C') to their sum (..., dim)."""
         return sum_up(path(read) for path, read in zip(self.paths, reads, strict=True))
 
 
 @register_fusion("identity")
 class IdentityFusion(nn.Module):
-    """The sum of the reads, without parameters; they must have equal shapes (RevNet, RevViT)."""
+    """Parameter-free sum of inputs of equal shape (RevNet, RevViT).
+
+    Args:
+        dim: channels of the level.
+        reduction: of the level's resolution, relative to the stem's output.
+        sources: the inputs, in order.
+
+    Raises:
+        ArgumentError: the inputs have another resolution or number of channels than the level.
+    """
 
     default_stride = 1
 
@@ -157,24 +212,23 @@ class IdentityFusion(nn.Module):
         for source in sources:
             if source.dim != dim:
                 raise ArgumentError(
-                    f"it adds reads as they are, but one has {source.dim} channels and the level {dim}. "
+                    f"all inputs must have the {dim} channels of the level, but one has {source.dim}. "
                     "Choose fusion linear, or equal dims",
                     "sources",
                     code="shape-mismatch",
                 )
 
     def forward(self, *reads: Tensor) -> Tensor:
+        """Map inputs (..., dim) to their sum (..., dim)."""
         return sum_up(reads)
 
 
 class WithConstant(nn.Module):
-    """A fusion, and a learned constant that is added to its result, such as the mask tokens of a decoder.
-
-    Reads as of the fusion, result (B, positions, dim).
+    """A fusion whose result is added to a learned constant, such as the mask tokens of a decoder.
 
     Args:
-        fusion: of the reads.
-        shape: of the constant, (dim,) for one vector at all positions, or (positions, dim).
+        fusion: fusion of the inputs.
+        shape: shape of the constant: (dim,) for one vector at all positions, or (*positions, dim).
     """
 
     def __init__(self, fusion: nn.Module, shape: tuple[int, ...]):
@@ -184,12 +238,16 @@ class WithConstant(nn.Module):
         nn.init.trunc_normal_(self.constant, std=0.02)
 
     def forward(self, *reads: Tensor) -> Tensor:
-        """Raises an `ArgumentError` if the positions of the constant are not those of the level."""
+        """Map the inputs of the fusion to (B, *positions, dim).
+
+        Raises:
+            ArgumentError: the constant has other positions than the level.
+        """
         x, shape = self.fusion(*reads), self.constant.shape
         if len(shape) > 1 and shape != x.shape[1:]:
             raise ArgumentError(
-                f"the constant has positions {tuple(shape[:-1])}, but enters at {tuple(x.shape[1:-1])}. "
-                "Give these, or none for one vector at all positions",
+                f"the constant has positions {tuple(shape[:-1])}, but the level has {tuple(x.shape[1:-1])}. "
+                "Give those of the level, or none for one vector at all positions",
                 "constant.positions",
                 code="shape-mismatch",
             )
@@ -197,7 +255,7 @@ class WithConstant(nn.Module):
 
 
 def sum_up(terms: Iterable[Tensor]) -> Tensor:
-    """The sum, without the 0 that `sum` begins with."""
+    """Return the sum of tensors, without the initial 0 of `sum`."""
     terms = iter(terms)
     total = next(terms)
     for term in terms:
@@ -209,8 +267,8 @@ def _same_resolution(reduction: int, sources: list[Source]) -> None:
     for source in sources:
         if source.reduction != reduction:
             raise ArgumentError(
-                f"it joins levels of one resolution, but reads 1/{source.reduction} into 1/{reduction} of the stem's. "
-                "Choose fusion convnext, or stride 1 at every level",
+                f"all inputs must have the resolution of the level, 1/{reduction} of the stem's, but one has "
+                f"1/{source.reduction}. Choose fusion convnext, or stride 1 at every level",
                 "sources",
                 code="shape-mismatch",
             )

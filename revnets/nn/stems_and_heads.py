@@ -1,4 +1,4 @@
-"""Stems and heads: what stands before the first column and after the last."""
+"""Stems and heads: the components before the first column and after the last one."""
 
 from __future__ import annotations
 
@@ -14,29 +14,45 @@ from revnets.nn.blocks import EPS, Count, Rate, init_weights
 
 @register_stem("patchify")
 class PatchifyStem(nn.Module):
-    """Non-overlapping patches: convolution with stride = kernel = `patch`, then LayerNorm (RevCol, section 2.2.1).
+    """Non-overlapping patches: strided convolution, then LayerNorm (RevCol, section 2.2.1).
 
-    Images (B, in_chans, H, W) to (B, H // patch, W // patch, dim); what is left over at the right and at the bottom
-    is not seen.
+    Args:
+        dim: channels of the output.
+        in_chans: channels of the images.
+        patch: kernel size and stride.
+
+    Attributes:
+        example_shape: shape of one sample, without the batch axis.
     """
 
     def __init__(self, dim: int, in_chans: Count = 3, patch: Count = 4):
         super().__init__()
         self.patch = patch
-        self.example_shape = (in_chans, 56 * patch, 56 * patch)  # one sample, for whoever has to make one up
+        self.example_shape = (in_chans, 56 * patch, 56 * patch)
         self.conv = nn.Conv2d(in_chans, dim, patch, stride=patch)
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_chans, H, W) to (B, H // patch, W // patch, dim), ignoring the rest at the right and bottom."""
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
 @register_stem("tokens")
 class TokenStem(nn.Module):
-    """Patches with learned position embeddings, as a sequence (Dosovitskiy et al., 2021).
+    """A sequence of patches with learned position embeddings (Dosovitskiy et al., 2021).
 
-    Images (B, in_chans, img_size, img_size) to (B, N, dim), N = (img_size / patch)^2.
+    Args:
+        dim: channels of the output.
+        img_size: height and width of the images, a multiple of `patch`.
+        in_chans: channels of the images.
+        patch: kernel size and stride.
+
+    Attributes:
+        example_shape: shape of one sample, without the batch axis.
+
+    Raises:
+        ArgumentError: `img_size` is not a multiple of `patch`.
     """
 
     def __init__(self, dim: int, img_size: Count, in_chans: Count = 3, patch: Count = 16):
@@ -55,10 +71,15 @@ class TokenStem(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_chans, img_size, img_size) to (B, N, dim), N = (img_size / patch)^2.
+
+        Raises:
+            ArgumentError: the images have another size.
+        """
         if x.shape[-2:] != (self.img_size, self.img_size):
             height, width = x.shape[-2:]
             raise ArgumentError(
-                f"images of {height} x {width}, but the position embeddings are for img_size {self.img_size}",
+                f"got images of {height} x {width}, but the position embeddings are for img_size {self.img_size}",
                 "img_size",
                 code="shape-mismatch",
             )
@@ -67,7 +88,15 @@ class TokenStem(nn.Module):
 
 @register_stem("linear")
 class LinearStem(nn.Module):
-    """Vectors or sequences of vectors (..., in_dim) to (..., dim)."""
+    """Linear layer for vectors or sequences of vectors.
+
+    Args:
+        dim: channels of the output.
+        in_dim: channels of the input.
+
+    Attributes:
+        example_shape: shape of one sample, without the batch axis.
+    """
 
     def __init__(self, dim: int, in_dim: Count):
         super().__init__()
@@ -76,12 +105,19 @@ class LinearStem(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_dim) to (..., dim)."""
         return self.linear(x)
 
 
 @register_head("classifier")
 class ClassifierHead(nn.Module):
-    """Mean over all positions of the top level, LayerNorm, Linear: (B, ..., C) to (B, num_classes)."""
+    """Classifier on the top level: mean over all positions, LayerNorm, Linear.
+
+    Args:
+        dims: channels of all levels.
+        num_classes: number of classes.
+        dropout: rate before the linear layer.
+    """
 
     def __init__(self, dims: Sequence[int], num_classes: Count, dropout: Rate = 0.0):
         super().__init__()
@@ -91,5 +127,6 @@ class ClassifierHead(nn.Module):
         self.apply(init_weights)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """Map states of all levels, the last one (B, ..., C), to logits (B, num_classes)."""
         top = levels[-1]
         return self.fc(self.drop(self.norm(top.flatten(1, -2).mean(1) if top.dim() > 2 else top)))

@@ -1,4 +1,4 @@
-"""Networks that were trained as usual, made reversible for their fine-tuning."""
+"""Makes trained networks reversible for fine-tuning."""
 
 from revnets.pretrained.blend_schedule import BlendSchedule
 from revnets.pretrained.rewiring import make_reversible, undo_reversible

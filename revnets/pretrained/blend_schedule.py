@@ -1,4 +1,4 @@
-"""A blend that grows over the first updates of a fine-tuning, from the network as it was trained."""
+"""A schedule that raises the blend during fine-tuning, starting from the original network."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from revnets.pretrained.update_rules import Blend, checked_blend
 
 
 class BlendSchedule:
-    """Raises the blend of a rewired network from 0 to its target in equal steps, one per update (after Dr2Net).
+    """Raises the blend of a rewired network linearly from 0 to its target, one step per update (as in Dr2Net).
 
-    At 0 the network computes what it was trained for, and every state is kept, as in the memory mode `recompute`.
-    Lost bits make every value on the way exact, so the schedule may be stopped anywhere.
+    At 0 the network equals the original one, and every state is kept, as in the memory mode `recompute`. Gradients are
+    exact at every value, so the schedule may stop early.
 
     Args:
-        model: made reversible with the rule `blend` and a constant blend.
+        model: network made reversible with the rule `blend` and a constant blend.
         updates: number of updates until the target.
-        blend: the target; by default the present blend.
+        blend: the target; by default the current blend.
+
+    Attributes:
+        update: number of updates so far.
+        updates: number of updates until the target.
+        blend: the target.
 
     Example:
         >>> schedule = BlendSchedule(model, updates=500)
@@ -30,7 +35,7 @@ class BlendSchedule:
         ...     schedule.step()
 
     Raises:
-        ArgumentError: the model is not rewired so, or a number is out of range.
+        ArgumentError: the model is not rewired, has another rule or a learned blend, or a number is out of range.
     """
 
     def __init__(self, model: nn.Module, updates: int, blend: float | None = None):
@@ -43,12 +48,12 @@ class BlendSchedule:
         self._set(0)
 
     def step(self) -> None:
-        """Go to the next value, after an update."""
+        """Set the next blend. Call it after each update."""
         self._set(self.update + 1)
 
     @property
     def value(self) -> float:
-        """The present blend."""
+        """The current blend."""
         return self.blend * min(self.update, self.updates) / self.updates
 
     def _set(self, update: int) -> None:
@@ -57,18 +62,22 @@ class BlendSchedule:
             blend.value = self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state of the schedule, for a checkpoint."""
         return {"update": self.update, "updates": self.updates, "blend": self.blend}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Restore the state of the schedule, and set its blend.
+
+        Args:
+            state: from `state_dict`.
 
         Raises:
-            ArgumentError: it is the state of something else.
+            ArgumentError: this is not the state of a `BlendSchedule`.
         """
         is_ours = isinstance(state, dict) and set(state) == {"update", "updates", "blend"}
         if not is_ours or not _is_count(state["update"], 0) or not _is_count(state["updates"], 1):
-            raise ArgumentError("this is no state of a BlendSchedule", "state", code="wrong-format")
+            text = "this is not the state of a BlendSchedule; pass the result of its state_dict()"
+            raise ArgumentError(text, "state", code="wrong-format")
         self.updates, self.blend = state["updates"], checked_blend(state["blend"])
         self._set(state["update"])
 
@@ -83,6 +92,6 @@ def _constant_blends(model: nn.Module) -> list[Blend]:
         text = f"{type(model).__name__} is not rewired; call revnets.make_reversible(model) first"
         raise ArgumentError(text, "model", code="no-columns")
     if any(blend.learned is not None or blend.rule != "blend" for blend in blends.values()):
-        text = "a schedule is for the rule `blend` with a constant blend; this one is learned, or of another rule"
+        text = "a schedule needs the rule `blend` with a constant blend; this blend is learned or has another rule"
         raise ArgumentError(text, "model", code="conflicting-values")
     return list(blends.values())

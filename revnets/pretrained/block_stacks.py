@@ -1,4 +1,4 @@
-"""Finds the stacks of residual blocks in a network: the parts that can become reversible sequences."""
+"""Finds the stacks of residual blocks in a network, which can become reversible sequences."""
 
 from __future__ import annotations
 
@@ -13,40 +13,47 @@ from revnets.engine.columns import ReversibleColumns
 from revnets.engine.errors import ArgumentError
 
 CONTAINERS = re.compile(r"(blocks?|layers?\d*|h|resblocks|stages?|encoder|decoder|\d+)")
-"""Last parts of the names that timm, transformers and torchvision give to containers of blocks."""
+"""Last component of the names of block containers in timm, transformers and torchvision."""
 
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-"""Containers whose modules have an order. torchtitan keeps its layers in a dictionary."""
+"""Ordered containers. torchtitan uses a dictionary for its layers."""
 
 MIXTURE = re.compile(r"Experts|Router|Moe(?![a-z])|MoE|SwitchTransformers")
 
 
 @dataclass(frozen=True, slots=True)
 class BlockStack:
-    """Consecutive blocks of one shape."""
+    """Consecutive blocks of equal shape.
 
-    name: str  # of their container
-    names: tuple[str, ...]  # of the blocks
+    Attributes:
+        name: name of their container.
+        names: names of the blocks.
+        blocks: the blocks.
+    """
+
+    name: str
+    names: tuple[str, ...]
     blocks: tuple[nn.Module, ...]
 
 
 def find_stacks(model: nn.Module, names: str | Sequence[str] | None = None) -> list[BlockStack]:
-    """The stacks of a network, in the order in which it lists them.
+    """Return the stacks of a network, in the order of its modules.
 
     Args:
-        names: of containers (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`), all of whose blocks are taken. By
-            default those that look like stacks are found: at least two consecutive blocks of one class whose
-            parameters have the same shapes, in a container named as timm, transformers or torchvision name theirs.
+        model: the network.
+        names: containers (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`) of which all blocks are used. By default,
+            a stack is at least two consecutive blocks of one class with equal parameter shapes, in a container with a
+            name that timm, transformers or torchvision use.
 
     Raises:
-        ArgumentError: there is no such container or no stack, blocks of a named container differ in shape, or a block
-            cannot be replayed by itself.
+        ArgumentError: a container or a stack does not exist, blocks of a named container differ in shape, or a block
+            cannot be replayed.
     """
     stacks = list(_found(model)) if names is None else [_named(model, name) for name in _as_list(names)]
     if not stacks:
         text = (
-            f"{type(model).__name__} has no stack of at least two blocks of one shape under a usual name. If it has "
-            "one, give the name of its container, such as blocks='encoder.blocks'"
+            f"{type(model).__name__} has no stack of at least two blocks of equal shape under a common name. If it has "
+            "a stack, give the name of its container, such as blocks='encoder.blocks'"
         )
         raise ArgumentError(text, "blocks", code="no-blocks")
     for stack in stacks:
@@ -96,40 +103,40 @@ def _named(model: nn.Module, name: str) -> BlockStack:
     for key, child in children[1:]:
         if _signature(child)[1:] != _signature(first)[1:]:
             text = (
-                f"{name}.{key} ({type(child).__name__}) has other shapes of weights or other strides than "
-                f"{name}.{children[0][0]}; the blocks of a reversible sequence have one shape. Does one of them change "
-                "the resolution?"
+                f"{name}.{key} ({type(child).__name__}) has other weight shapes or strides than "
+                f"{name}.{children[0][0]}; blocks of a reversible sequence must have equal shape. Does one of them "
+                "change the resolution?"
             )
             raise ArgumentError(text, "blocks", code="shape-mismatch")
     return BlockStack(name, tuple(f"{name}.{key}" for key, _ in children), tuple(child for _, child in children))
 
 
 def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
-    """As `named_children`, which leaves out a module that is there twice."""
+    """Like `named_children`, but with duplicates."""
     return [(key, child) for key, child in container._modules.items() if child is not None]
 
 
 def _signature(block: nn.Module) -> tuple[object, ...]:
-    """What blocks of one shape have in common: class, shapes of weights, and strides, which change the resolution."""
+    """Return what blocks of equal shape share: class, weight shapes, and strides, which change the resolution."""
     shapes = tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
     strides = tuple((name, str(module.stride)) for name, module in block.named_modules() if hasattr(module, "stride"))
     return type(block), shapes, strides
 
 
 def _is_composite(block: nn.Module) -> bool:
-    """Has it layers inside? A linear layer or a convolution is no residual block."""
+    """Whether the block contains layers, unlike a single linear layer or convolution."""
     return any(next(child.parameters(), None) is not None for child in block.children())
 
 
 def _is_checkpointed(block: nn.Module) -> bool:
-    """Is it a layer that transformers can checkpoint? They are what is repeated in its networks."""
+    """Whether this is a layer that transformers can checkpoint, which are the repeated layers of its networks."""
     return any(base.__name__ == "GradientCheckpointingLayer" for base in type(block).__mro__)
 
 
 def _check(name: str, block: nn.Module) -> None:
     kind = type(block).__name__
     if "_reversible_call" in vars(block):
-        text = f"{name} is reversible already; call revnets.undo_reversible(model) first"
+        text = f"{name} is already reversible; call revnets.undo_reversible(model) first"
         raise ArgumentError(text, "blocks", code="conflicting-values")
     for module in block.modules():
         if isinstance(module, ReversibleColumns):
@@ -137,12 +144,12 @@ def _check(name: str, block: nn.Module) -> None:
             raise ArgumentError(f"{text}; tapes do not nest", "blocks", code="unsupported-block")
         if MIXTURE.search(type(module).__name__):
             text = (
-                f"{name} ({kind}) routes tokens to experts ({type(module).__name__}); routing may communicate between "
-                "processes and drop tokens, so a replay need not repeat it"
+                f"{name} ({kind}) routes tokens to experts ({type(module).__name__}). Routing may communicate between "
+                "processes and drop tokens, so a replay may differ"
             )
             raise ArgumentError(text, "blocks", code="unsupported-block")
         if getattr(module, "is_kv_shared_layer", False):
-            text = f"{name} ({kind}) reads keys and values of an earlier layer, which a replay of it does not find"
+            text = f"{name} ({kind}) reads keys and values of an earlier layer, which are not available in a replay"
             raise ArgumentError(text, "blocks", code="unsupported-block")
 
 
@@ -151,7 +158,7 @@ def _check_distinct(stacks: Sequence[BlockStack]) -> None:
     for stack in stacks:
         for name, block in zip(stack.names, stack.blocks, strict=True):
             if id(block) in seen:
-                text = f"{name} and {seen[id(block)]} are the same module; a block has one place in a sequence"
+                text = f"{name} and {seen[id(block)]} are the same module; a sequence may use a block only once"
                 raise ArgumentError(text, "blocks", code="unsupported-block")
             seen[id(block)] = name
 

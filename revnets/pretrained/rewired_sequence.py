@@ -1,7 +1,7 @@
-"""A sequence whose cells are the blocks of a network, which the network itself calls one after another.
+"""A sequence whose cells are the blocks of a network, which the network calls one after another.
 
-The blocks stay where they are, with their names, hooks and arguments; each one's `forward` is replaced by that of a
-`BlockCall`, which runs one cell of the sequence. So whatever the network does around its blocks goes on as before.
+The blocks stay in the network, with their names, hooks and arguments. The `forward` of each block is replaced by that
+of a `BlockCall`, which runs one cell of the sequence. The rest of the network is unchanged.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from revnets.engine.torch_internals import tree_leaves, without_dynamo
 from revnets.pretrained.update_rules import Blend, start_of, update_of
 
 CALL = "_reversible_call"
-"""Attribute of a rewired block: its `BlockCall`."""
+"""Name of the attribute of a rewired block that holds its `BlockCall`."""
 
-CHECKPOINTING = "gradient checkpointing stays off: the blocks are reversible and rebuild their inputs already"
+CHECKPOINTING = "gradient checkpointing stays off: the blocks are reversible and already rebuild their inputs"
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Further arguments of a block's call, positional ones and keywords, without the state."""
+"""Positional and keyword arguments of a block's call, without the state."""
 
 
 class BlockCell(Cell):
-    """One update x_t from a trained block.
+    """A cell that updates x_t with a trained block.
 
     Args:
         block: shape-preserving module G(x) = x + f(x); its first argument is the state.
-        blend: the rule that combines G(x_{t-1}) with x_{t-1} and x_{t-2}.
-        is_first: is it the first block, for which x_{t-2} = x_{t-1}?
+        blend: rule that combines G(x_{t-1}) with x_{t-1} and x_{t-2}.
+        is_first: whether this is the first block, for which x_{t-2} = x_{t-1}.
     """
 
     function: nn.Module
@@ -49,9 +49,9 @@ class BlockCell(Cell):
     def __init__(self, block: nn.Module, blend: Blend, is_first: bool):
         super().__init__(block, None if is_first else FixedGain(1.0))
         if not is_first:
-            self.gain = blend  # type: ignore[assignment]  # it takes the state and gives all coefficients
+            self.gain = blend  # type: ignore[assignment]  # maps the state to all coefficients
         self.blend = blend
-        self.wrapper: Callable[..., Any] | None = vars(block).get("forward")  # that another tool has put there
+        self.wrapper: Callable[..., Any] | None = vars(block).get("forward")  # set by another tool
         self.compiled: Callable[..., Any] | None = None
         self.is_first = is_first
 
@@ -64,15 +64,18 @@ class BlockCell(Cell):
         number: float | None = None,
         **context: Any,
     ) -> Tensor:
-        """x_t from x_{t-1}.
+        """Return x_t.
 
         Args:
-            arguments: further arguments of the block.
-            number: of the update rule, as it was in the forward: a schedule may move on before a replay.
-            extras: gets what the block returns besides its state, or None if it returns the state alone.
+            reads: x_{t-1}.
+            couple: computes x_t from F_t and gamma_t.
+            arguments: other arguments of the block.
+            extras: list to which the block's other outputs are appended, or None if it returns only the state.
+            number: parameter of the update rule in the forward pass, which a schedule may change before a replay.
+            context: keyword arguments of the block.
 
         Raises:
-            ArgumentError: the block returns something else than a state, or a tuple that begins with one.
+            ArgumentError: the block returns neither a state nor a tuple that starts with one, or changes the shape.
         """
         (x,) = reads
         positional, keywords = arguments
@@ -84,12 +87,12 @@ class BlockCell(Cell):
             rest = tuple(further)
         if not isinstance(output, Tensor):
             name = type(self.function).__name__
-            text = f"{name} returns a {type(output).__name__}; a reversible block returns its state, or a tuple with it"
-            raise ArgumentError(f"{text} in front", name, code="unsupported-block")
+            text = f"{name} returns a {type(output).__name__}; a reversible block must return its state, or a tuple"
+            raise ArgumentError(f"{text} that starts with it", name, code="unsupported-block")
         if output.shape != x.shape:
             name = type(self.function).__name__
-            text = f"{name} makes {tuple(output.shape)} out of {tuple(x.shape)}; a reversible block keeps the shape"
-            raise ArgumentError(f"{text}. Leave it out of `blocks`", name, code="shape-mismatch")
+            text = f"{name} changes shape {tuple(x.shape)} to {tuple(output.shape)}; a reversible block must keep it"
+            raise ArgumentError(f"{text}. Omit the block from `blocks`", name, code="shape-mismatch")
         if extras is not None:
             extras.append(rest)
         coefficients = self.blend(x, self.function.training, number)
@@ -101,34 +104,35 @@ class BlockCell(Cell):
         return couple(update, coefficients.residual)
 
     def gamma(self) -> float:
-        """|gamma_t| in training, of a learned blend as it is now."""
-        return self.blend.gamma or 1.0  # at 0 the state is kept, and nothing drifts
+        """Return the current |gamma_t| in training."""
+        return self.blend.gamma or 1.0  # at 0 the state is kept, so there is no drift
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the block's own forward. What is around it stays outside of the compiled code."""
+        """Compile the block's original forward. The update rule and the coupling stay eager."""
         self.compiled = torch.compile(self._block_forward(), *args, **kwargs)
 
     def _block_forward(self) -> Callable[..., Any]:
-        """The forward of the block as it was before; looked up in each call, so that copies call their own."""
+        """Return the original forward of the block; looked up in each call, so that copied blocks call their own."""
         return self.wrapper or partial(type(self.function).forward, self.function)
 
 
 class Start(nn.Module):
-    """x_0: the input itself, as the first state."""
+    """Returns its input as the first state x_0."""
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """Return x."""
         return x
 
 
 class RewiredSequence(ReversibleSequence):
     """Blocks of a network as a reversible sequence with m = 2.
 
-    State 0 is the input of the first block, state t the output of block t - 1.
+    State 0 is the input of the first block, and state t is the output of block t - 1.
 
     Args:
-        names: of the blocks, for error messages.
-        blocks: modules of one shape; their present `forward` becomes the function of the cells.
-        blends: one per block.
+        names: names of the blocks in error messages.
+        blocks: modules of equal shape; their current `forward` becomes the function of the cells.
+        blends: update rule of each block.
         memory: as in `ReversibleColumns`.
     """
 
@@ -144,10 +148,10 @@ class RewiredSequence(ReversibleSequence):
         ]
         super().__init__([Cell(Start(), None), *cells], memory=memory)
         self.names = tuple(names)
-        self._passes: dict[int, PlainPass] = {}  # of each thread, from the first block of a forward to the last one
+        self._passes: dict[int, PlainPass] = {}  # by thread, from the first block of a forward pass to the last one
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_passes": {}}  # a pass that goes on belongs to the original
+        return {**self.__dict__, "_passes": {}}  # an unfinished pass belongs to the original
 
     @property
     def block_cells(self) -> list[BlockCell]:
@@ -155,18 +159,19 @@ class RewiredSequence(ReversibleSequence):
         return [cell for cell in self.flat() if isinstance(cell, BlockCell)]
 
     def step(self, position: int, x: Tensor, arguments: Arguments) -> tuple[Tensor, tuple[Any, ...] | None]:
-        """Run block `position`, as the network calls it.
+        """Run one block when the network calls it.
 
         Args:
-            x: x_{t-1} (B, ..., C), the very state that the block before returned.
-            arguments: further arguments of the block.
+            position: position of the block, from 0.
+            x: x_{t-1} (B, ..., C), the tensor that the previous block returned.
+            arguments: other arguments of the block.
 
         Returns:
-            The state x_t, and what else the block returns; None if that is nothing, not even a tuple.
+            The state x_t, and a tuple of the block's other outputs, or None if the block returns only the state.
 
         Raises:
-            ArgumentError: blocks are skipped or called in another order, the network changes the state between two of
-                them, or a cache of keys and values is filled while gradients are recorded.
+            ArgumentError: blocks are skipped or called in another order, the network changes the state between two
+                blocks, or a cache of keys and values is filled while gradients are recorded.
         """
         modes = modes_of_cells(self.graph, self.memory, self.stored, self.kept)
         if is_recorded(modes, self.offloaded) and not is_inside():
@@ -182,8 +187,8 @@ class RewiredSequence(ReversibleSequence):
         for value in tree_leaves(arguments):
             if hasattr(value, "get_seq_length"):  # any cache of transformers
                 text = (
-                    f"{self.names[position]} fills a cache of keys and values, which a replay in backward would fill "
-                    "again. Pass use_cache=False in training, or set model.config.use_cache = False"
+                    f"{self.names[position]} fills a cache of keys and values, which a replay would fill again. Pass "
+                    "use_cache=False in training, or set model.config.use_cache = False"
                 )
                 raise ArgumentError(text, "use_cache", code="conflicting-values")
         modes = modes_of_cells(self.graph, self.memory, self.stored, self.kept)
@@ -191,7 +196,7 @@ class RewiredSequence(ReversibleSequence):
         return self._step(position, x, arguments, lambda: TapedPass(self.graph, self.flat(), x, modes, {}, **ways))
 
     def _turn_off_checkpointing(self) -> None:
-        """The flag by which `gradient_checkpointing_enable` of transformers makes a layer checkpoint itself."""
+        """Reset the flag of transformers' `gradient_checkpointing_enable`, with which a layer checkpoints itself."""
         flagged = [cell.function for cell in self.block_cells if getattr(cell.function, "gradient_checkpointing", 0)]
         for block in flagged:
             block.gradient_checkpointing = False  # type: ignore[assignment]
@@ -221,39 +226,38 @@ class RewiredSequence(ReversibleSequence):
         return state, extras[0]
 
     def _continued(self, thread: int, position: int, x: Tensor) -> PlainPass:
-        """The pass that the blocks before have begun, if block `position` goes on with it."""
+        """Return the pass that the previous blocks have begun, after checking that this block continues it."""
         before, block = self.names[position - 1 : position + 1]
         run = self._passes.get(thread)
         if run is None or position not in run.states:
             text = (
-                f"{block} is called, but {before} was not called just before; all "
-                "blocks of a reversible sequence run in their order. Are layers skipped at random (layerdrop)?"
+                f"{block} is called, but {before} was not called just before. All blocks of a reversible sequence must "
+                "run in order. Are layers skipped at random (layerdrop)?"
             )
             raise ArgumentError(text, block, code="unsupported-block")
         state = run.states[position]
         if x is not state and not is_same_memory(x, state):
             text = (
-                f"the network changes the state between {before} and {block}, and a "
-                "state that is changed outside of the blocks cannot be rebuilt. Name the blocks behind in `blocks`; "
-                "with FSDP2, leave out the output_dtype of its MixedPrecisionPolicy"
+                f"the network changes the state between {before} and {block}, so it cannot be rebuilt. Name only the "
+                "blocks after this change in `blocks`; with FSDP2, omit output_dtype of its MixedPrecisionPolicy"
             )
             raise ArgumentError(text, block, code="unsupported-block")
         return run
 
 
 def rewired_sequences(model: nn.Module) -> list[RewiredSequence]:
-    """The sequences to which blocks of a model belong, in the order of the model; none if it is not rewired."""
+    """Return the sequences of a rewired model, in the order of its modules; an empty list if it is not rewired."""
     calls = (vars(module).get(CALL) for module in model.modules())
     return list(dict.fromkeys(call.sequence for call in calls if call is not None))
 
 
 class BlockCall:
-    """What a rewired block does when it is called: one step of its sequence.
+    """The call of a rewired block: one step of its sequence.
 
     Args:
-        sequence: of the block.
-        position: of the block in the sequence, from 0.
-        state_name: of its first argument, which may be passed as a keyword.
+        sequence: sequence of the block.
+        position: position of the block in the sequence, from 0.
+        state_name: name of the block's first argument, which may be passed as a keyword.
     """
 
     def __init__(self, sequence: RewiredSequence, position: int, state_name: str):
@@ -262,6 +266,7 @@ class BlockCall:
         self.state_name = state_name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block with its original arguments and return its outputs, with x_t as the state."""
         if args:
             x, *positional = args
         else:

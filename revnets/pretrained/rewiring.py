@@ -1,4 +1,4 @@
-"""Trained networks made reversible, and back: `revnets.make_reversible`, `revnets.undo_reversible`."""
+"""Makes trained networks reversible, and reverts it: `revnets.make_reversible`, `revnets.undo_reversible`."""
 
 from __future__ import annotations
 
@@ -31,38 +31,42 @@ def make_reversible(
     learn_blend: bool = False,
     rule: str = "blend",
 ) -> Model:
-    """Rewire the residual blocks of a trained network so that training keeps almost nothing of them for backward.
+    """Rewire the residual blocks of a trained network so that they keep almost nothing for backward.
 
-    Each stack of blocks G_1 ... G_L of one shape becomes a reversible sequence,
+    Each stack of blocks G_1 ... G_L of equal shape becomes a reversible sequence,
 
         x_t = G_t(x_{t-1}) - b x_{t-1} + b x_{t-2},    x_{-1} = x_0,
 
-    which is the network itself at b = 0. Weights and their names, hooks, masks, further outputs and caches of keys
-    and values in evaluation stay as they are. Gradients equal those of ordinary autograd on the rewired network bit
-    for bit in every memory mode but `invert`.
+    which is the original network at b = 0. Weights and their names, hooks, masks, other outputs, and caches of keys and
+    values in evaluation do not change. In every memory mode but `invert`, gradients equal those of ordinary autograd on
+    the rewired network bit for bit.
 
-    A small b stays close to the network that was trained and keeps more lost bits: about 0.8 bytes per element and
-    block at 0.05, 0.6 at 0.1, 0.5 at 0.5.
+    A small b stays close to the original network and keeps more lost bits: about 0.8 bytes per element and block at
+    0.05, 0.6 at 0.1, 0.5 at 0.5.
 
     Args:
-        model: any network with stacks of shape-preserving blocks, such as those of timm and transformers.
-        blend: b, in (0, 1]. Networks that normalize after the sum (BERT) need a small one.
-        blocks: name of a container of blocks, or a list; by default all stacks are found.
+        model: a network with stacks of shape-preserving blocks, such as those of timm and transformers.
+        blend: b, in (0, 1]. Networks that normalize after the sum (BERT) need a small value.
+        blocks: name of a container of blocks, or a list of names; by default all stacks are found.
         memory: memory mode, or a budget as in YAML: `{"budget": "8GiB"}`.
-        learn_blend: make b of every block but the first a trained parameter, `blend.weight` in the block.
-        rule: `blend`, or another published update rule, see `revnets.pretrained.update_rules.RULES`.
+        learn_blend: whether b is a trained parameter of every block but the first, `blend.weight` in the block.
+        rule: update rule: `blend`, or another published rule, see `revnets.pretrained.update_rules.RULES`.
 
     Returns:
         The same module.
 
     Raises:
-        ArgumentError: an argument is wrong, or a block cannot be rewired; the model is unchanged.
+        ArgumentError: an argument is invalid, or a block cannot be rewired; the model is unchanged.
+
+    Example:
+        >>> model = timm.create_model("vit_tiny_patch16_224", pretrained=True)
+        >>> model = revnets.make_reversible(model, blend=0.1)
     """
     budget = None if isinstance(memory, str) else _budget(memory)
     mode = memory_modes(memory if isinstance(memory, str) else "exact", 1)[0]
     constant = Blend(checked_blend(blend), rule)
     if any(isinstance(module, ReversibleColumns) for module in model.modules()):
-        text = f"{type(model).__name__} has reversible columns already; set their memory: revnets.find_columns(model)"
+        text = f"{type(model).__name__} already has reversible columns; set revnets.find_columns(model).memory instead"
         raise ArgumentError(text, "model", code="conflicting-values")
     stacks = find_stacks(model, blocks)
     if learn_blend:
@@ -76,7 +80,7 @@ def make_reversible(
         sequence = RewiredSequence(stack.names, stack.blocks, blends, mode)
         for position, (block, name) in enumerate(zip(stack.blocks, names, strict=True)):
             call = BlockCall(sequence, position, name)
-            block.__dict__[CALL] = call  # not __setattr__, which looks at every value for modules and parameters
+            block.__dict__[CALL] = call  # not __setattr__, which registers modules and parameters
             block.__dict__["forward"] = call.forward
             block.__dict__["_replicate_for_data_parallel"] = _no_replica
     _without_checkpointing(model)
@@ -88,9 +92,10 @@ def make_reversible(
 
 
 def undo_reversible(model: Model) -> Model:
-    """Give a rewired network its former blocks back; weights that were trained meanwhile stay.
+    """Restore the original blocks of a rewired network. Trained weights are kept, learned blends are removed.
 
-    Learned blends are dropped.
+    Args:
+        model: a network from `make_reversible`.
 
     Returns:
         The same module.
@@ -116,7 +121,7 @@ def undo_reversible(model: Model) -> Model:
 
 @contextmanager
 def original_blocks(model: nn.Module) -> Generator[None]:
-    """Run a `with` block in which a rewired network computes what it did before.
+    """Restore the computation of the original network in a `with` block.
 
     Raises:
         ArgumentError: the model is not rewired.
@@ -154,7 +159,7 @@ def _require_free(stacks: Sequence[BlockStack]) -> None:
     for stack in stacks:
         for name, block in zip(stack.names, stack.blocks, strict=True):
             if hasattr(block, "blend"):
-                text = f"{name} has an attribute blend of its own, which a learned blend would replace"
+                text = f"{name} already has an attribute `blend`, which a learned blend would replace"
                 raise ArgumentError(text, "learn_blend", code="name-clash")
 
 
@@ -166,21 +171,21 @@ def _learned(block: nn.Module, blend: float, rule: str) -> Blend:
 
 
 def _state_names(stack: BlockStack) -> list[str]:
-    """The first argument of each block, which is its state."""
+    """Return the name of each block's first argument, the state."""
     names = []
     for name, block in zip(stack.names, stack.blocks, strict=True):
         first = next(iter(inspect.signature(block.forward).parameters.values()), None)
         if first is None or first.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
-            text = f"{name} ({type(block).__name__}) takes no state as its first argument"
+            text = f"{name} ({type(block).__name__}) does not take the state as its first argument"
             raise ArgumentError(text, "blocks", code="unsupported-block")
         names.append(first.name)
     return names
 
 
 def _without_checkpointing(model: nn.Module) -> None:
-    """Turn off gradient checkpointing, which would replay what the tape replays, and keep timm's switch off.
+    """Turn off gradient checkpointing, which would replay a second time, and disable timm's method to turn it on.
 
-    That of transformers is a flag of the blocks, which the sequence looks at in every forward.
+    In transformers it is a flag of the blocks, which the sequence checks in every forward pass.
     """
     for module in model.modules():
         if getattr(module, "grad_checkpointing", False) is True:
@@ -196,9 +201,9 @@ def _no_grad_checkpointing(enable: bool = True) -> None:
 
 
 def _no_replica() -> nn.Module:
-    """In place of the method by which `nn.DataParallel` copies a block: the copy would run the original's forward."""
+    """Reject `nn.DataParallel`, which calls this method to copy a block; the copy would run the original's forward."""
     text = (
-        "nn.DataParallel copies a model in every forward, and a copy of a reversible block would call the block of "
-        "the original, on its device. Use torch.nn.parallel.DistributedDataParallel, one process per device"
+        "nn.DataParallel copies the model in every forward pass, but a copy of a reversible block calls the original "
+        "block, on its device. Use torch.nn.parallel.DistributedDataParallel, one process per device"
     )
     raise ArgumentError(text, "model", code="unsupported-block")

@@ -1,10 +1,10 @@
-"""How a trained residual block enters a reversible update: the coefficients of each published rule.
+"""Update rules: the published coefficients that combine a trained residual block with the previous states.
 
-A block G(x) = x + f(x) of a network takes part in
+A block G(x) = x + f(x) of a network is used in
 
-    x_t = keep * x_{t-1} + scale * f(x_{t-1}) + residual * x_{t-2},        x_{-1} = x_0
+    x_t = keep * x_{t-1} + scale * f(x_{t-1}) + residual * x_{t-2},        x_{-1} = x_0.
 
-with two equal states at the start. `residual` is the gamma of the engine: x_{t-2} = (x_t - F_t) / gamma.
+`residual` is gamma in the engine: x_{t-2} = (x_t - F_t) / gamma.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Scalar: TypeAlias = "float | Tensor"
 
 
 class Coefficients(NamedTuple):
-    """Weights of x_{t-1}, of f(x_{t-1}) and of x_{t-2}."""
+    """Coefficients of x_{t-1}, f(x_{t-1}) and x_{t-2}."""
 
     keep: Scalar
     scale: Scalar
@@ -30,26 +30,26 @@ class Coefficients(NamedTuple):
 
 
 RULES: dict[str, Callable[[Scalar], Coefficients]] = {
-    "blend": lambda b: Coefficients(1.0 - b, 1.0, b),  # the network itself at b = 0 (Dr2Net, arXiv 2401.04105)
+    "blend": lambda b: Coefficients(1.0 - b, 1.0, b),  # the original network at b = 0 (Dr2Net, arXiv 2401.04105)
     "midpoint": lambda h: Coefficients(0.0, 2.0 * h, 1.0),  # Reversing LLMs, arXiv 2512.02056; i-RevNet at h = 1/2
     "leapfrog": lambda h: Coefficients(2.0, h * h, -1.0),  # x'' = f(x), arXiv 2512.02056
     "momentum": lambda g: Coefficients(1.0 + g, 1.0 - g, -g),  # Momentum ResNets, arXiv 2102.07870
-    "bdia": lambda g: Coefficients(1.0 - g, 1.0 + g, g),  # BDIA, arXiv 2407.09093; in training with a random sign
-    "meft": lambda b: Coefficients(1.0, 1.0, b),  # MEFT, arXiv 2306.00477; its adapters are for PEFT to add
+    "bdia": lambda g: Coefficients(1.0 - g, 1.0 + g, g),  # BDIA, arXiv 2407.09093; random sign of g in training
+    "meft": lambda b: Coefficients(1.0, 1.0, b),  # MEFT, arXiv 2306.00477; without its adapters, which PEFT can add
 }
-"""Coefficients of each rule, from its one number."""
+"""Coefficients of each rule as a function of its parameter."""
 
 
 class Blend(nn.Module):
-    """The number of an update rule, and what follows from it for a block.
+    """An update rule with its parameter.
 
     Args:
-        value: b of the rule, in (0, 1].
+        value: parameter of the rule, in (0, 1].
         rule: one of `RULES`.
-        learned: a parameter that is trained with the network takes the place of the value; it belongs to one block.
+        learned: trained parameter that replaces `value`; each block needs its own.
 
     Raises:
-        ArgumentError: an unknown rule, a value outside (0, 1], or a rule that cannot be learned.
+        ArgumentError: the rule is unknown, the value is outside (0, 1], or the rule does not support learning.
     """
 
     def __init__(self, value: float, rule: str = "blend", learned: Gain | None = None):
@@ -58,20 +58,22 @@ class Blend(nn.Module):
             text = f"update rule {rule!r} is unknown; choose {', '.join(RULES)}"
             raise ArgumentError(text, "rule", code="unknown-choice")
         if learned is not None and rule == "bdia":
-            text = "the number of the rule bdia has a random sign and cannot be learned"
+            text = "the parameter of the rule bdia has a random sign and cannot be learned"
             raise ArgumentError(text, "learn_blend", code="conflicting-values")
         self.rule = rule
         self.value = checked_blend(value)
         self.learned = learned
 
     def forward(self, x: Tensor, is_training: bool, number: float | None = None) -> Coefficients:
-        """Coefficients for a state (B, ..., C).
+        """Return the coefficients for a state.
+
+        In training, `bdia` draws one sign per sample. In evaluation it uses the mean of both signs, which is the
+        original network.
 
         Args:
-            number: takes the place of `value`; a learned one is not replaced.
-
-        In training, `bdia` draws one sign per sample; in evaluation it takes the mean of both, which is the network
-        itself.
+            x: the state (B, ..., C).
+            is_training: whether the block is in training mode.
+            number: replaces `value`, but not a learned parameter.
         """
         value: Scalar = self.value if number is None else number
         if self.learned is not None:
@@ -85,7 +87,7 @@ class Blend(nn.Module):
 
     @property
     def gamma(self) -> float:
-        """|gamma|, the weight of x_{t-2} in training; on the meta device, its first value."""
+        """The current |gamma|, the coefficient of x_{t-2} in training; on the meta device, its initial value."""
         is_known = self.learned is not None and self.learned.weight.device.type != "meta"
         value = float(self.learned().detach()) if self.learned is not None and is_known else self.value
         return abs(float(RULES[self.rule](value).residual))
@@ -95,26 +97,28 @@ class Blend(nn.Module):
 
 
 def checked_blend(value: float, least: float = 0.0) -> float:
-    """The value itself.
+    """Return a valid blend as a float.
 
     Args:
-        least: values above it are allowed, up to 1.
+        value: the blend.
+        least: exclusive lower bound.
 
     Raises:
-        ArgumentError: it is no number in (least, 1].
+        ArgumentError: the value is not a number in (least, 1].
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= 1:
-        text = f"blend = {value!r}: give a number above {least:g}, and 1 at most"
+        text = f"blend = {value!r}: give a number above {least:g} and at most 1"
         raise ArgumentError(text, "blend", code="out-of-range")
     return float(value)
 
 
 def update_of(output: Tensor, x: Tensor, coefficients: Coefficients) -> Tensor:
-    """F_t: all of the update but the residual, from the output G(x) of a block.
+    """Return F_t, the update without its residual, from the output of a block.
 
     Args:
         output: G(x) = x + f(x), shape (B, ..., C).
-        x: x_{t-1} of the same shape.
+        x: x_{t-1}, of the same shape.
+        coefficients: of the update rule.
     """
     keep, scale, _ = coefficients
     output = output.to(torch.promote_types(output.dtype, x.dtype))
@@ -127,7 +131,7 @@ def update_of(output: Tensor, x: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 def start_of(coefficients: Coefficients) -> Coefficients:
-    """The coefficients of the first block, whose x_{t-1} and x_{t-2} are the same state."""
+    """Return the coefficients of the first block, for which x_{t-1} and x_{t-2} are the same state."""
     keep, scale, residual = coefficients
     total = keep + residual
     if not isinstance(total, Tensor) and abs(total - 1.0) < 1e-12:
