@@ -1,7 +1,7 @@
-"""Files that version 0.1.0 has written are read, and work on them goes on as that version would have gone on.
+"""Files written by version 0.1.0 are read, and runs continue as in that version.
 
-The files are in data/version_0_1_0/; README.md there says what they are and how they were made. Only commands and
-public names are used here, so that the test does not depend on where modules lie.
+The files are in data/version_0_1_0/, where README.md describes them. The test uses only commands and public names, so
+it does not depend on the layout of modules.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import revnets
-import vision  # noqa: F401  (timm knows the family from here on)
+import vision  # noqa: F401  (registers the models with timm)
 from tests.support import forked_programs
 from tests.support.timeouts import HANG
 
 DATA = Path(__file__).parent / "data" / "version_0_1_0"
 BIN = Path(sys.executable).parent
 PARTS = ("model", "ema", "heads", "heads_ema", "optimizer", "scaler")
-"""What a checkpoint of `revnets train` holds besides facts about the run."""
+"""Keys of a checkpoint of `revnets train` that hold tensors."""
 
 needs_fairseq = pytest.mark.skipif(find_spec("fairseq") is None, reason="fairseq is not installed (extra nlp)")
 
@@ -51,7 +51,7 @@ needs_fairseq = pytest.mark.skipif(find_spec("fairseq") is None, reason="fairseq
 
 @pytest.fixture
 def unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Unpack one of the archives into a new folder, and work there. Paths in the files are relative to it."""
+    """Return a function that unpacks an archive into a new directory and makes it the working directory."""
 
     def unpack(name: str) -> Path:
         folder = tmp_path.resolve()
@@ -64,7 +64,7 @@ def unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 def command(*words: object) -> str:
-    """What `revnets` prints. It runs in this process, which has imported everything already."""
+    """Return the output of `revnets`, run in this process, which has already imported everything."""
     (script,) = entry_points(group="console_scripts", name="revnets")
     shown = io.StringIO()
     with (
@@ -78,13 +78,13 @@ def command(*words: object) -> str:
 
 
 def program(*words: object) -> None:
-    """A program of this environment, in a process of its own."""
+    """Run a program of this environment in a separate process."""
     done = forked_programs.run([BIN / str(words[0]), *words[1:]], env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def pair(*words: object) -> None:
-    """`revnets` in two processes that train together."""
+    """Run `revnets` in two processes that train together."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
@@ -92,14 +92,14 @@ def pair(*words: object) -> None:
     for rank in range(2):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        given = {"env": environment() | variables, "stderr": subprocess.STDOUT}
-        children.append(forked_programs.Program([BIN / "revnets", *words], **given))
+        options = {"env": environment() | variables, "stderr": subprocess.STDOUT}
+        children.append(forked_programs.Program([BIN / "revnets", *words], **options))
     try:
-        said = [child.communicate(timeout=HANG)[0] for child in children]
+        outputs = [child.communicate(timeout=HANG)[0] for child in children]
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(said)
+    assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
 
 
 def environment() -> dict[str, str]:
@@ -111,7 +111,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def exact() -> bool:
-    """Does this machine round as the one did on which the files were made? If so, every bit is compared."""
+    """Whether this machine rounds like the one that created the files. If so, tests compare every bit."""
     stored = torch.load(DATA / "probe.pt", weights_only=True)
     return stored["torch"] == str(torch.__version__) and torch.equal(probe(**stored["given"]), stored["result"])
 
@@ -123,7 +123,7 @@ def probe(x: Tensor, weight: Tensor, kernel: Tensor) -> Tensor:
 
 
 def assert_alike(found: Any, expected: Any, exact: bool, rtol: float = 1e-4, atol: float = 1e-5, at: str = "") -> None:
-    """Nested data are equal: bit for bit if `exact`, and otherwise up to rounding."""
+    """Check that nested data are equal: bit for bit if `exact`, otherwise up to rounding."""
     assert type(found) is type(expected), at
     if isinstance(expected, dict):
         assert list(found) == list(expected), at
@@ -146,7 +146,7 @@ def assert_alike(found: Any, expected: Any, exact: bool, rtol: float = 1e-4, ato
 
 
 TRAINED = {"rtol": 1e-2, "atol": 5e-3}
-"""Of weights after some updates, on a machine that rounds otherwise: an optimizer makes small differences larger."""
+"""Tolerances of trained weights on a machine that rounds differently: updates magnify small differences."""
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -154,20 +154,20 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without what depends on the clock."""
+    """Return the lines of a log, without values that depend on the clock."""
     lines = map(json.loads, path.read_text().splitlines())
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
 def assert_ended_alike(checkpoint: Path, log: Path, expected: Path, exact: bool) -> None:
-    """A run has ended with the checkpoint and the log with which it ends in version 0.1.0."""
+    """Check that a run ended with the same checkpoint and log as in version 0.1.0."""
     ours, theirs = load(checkpoint), load(expected / "final.pt")
     for part in PARTS:
         assert_alike(ours[part], theirs[part], exact, **TRAINED, at=part)
     assert (ours["config"]["model"], ours["classes"]) == (theirs["config"]["model"], theirs["classes"])
     lines = read_log(log), read_log(expected / "log.jsonl")
     assert [(line["kind"], line["step"]) for line in lines[0]] == [(line["kind"], line["step"]) for line in lines[1]]
-    if exact:  # elsewhere an image on the border between two classes may fall on either side
+    if exact:  # otherwise an image at the boundary of two classes may belong to either
         assert_alike(ours["progress"], theirs["progress"], exact)
         assert lines[0] == lines[1]
 
@@ -200,15 +200,15 @@ def test_one_process_resumes_a_run_in_shards(unpacked, exact):
     assert_ended_alike(final, folder / "run" / "log.jsonl", folder / "expected" / "one", exact)
 
 
-def test_shards_of_version_0_1_0_become_one_file(unpacked):
+def test_converts_shards_of_version_0_1_0_to_one_file(unpacked):
     folder = unpacked("shards")
     command("reshard", max((folder / "run" / "checkpoints").glob("step-*")), "whole.pt")
     ours, theirs = load(folder / "whole.pt"), load(folder / "expected" / "stopped.pt")
     assert_alike(ours, theirs, exact=True)
 
 
-def test_a_file_of_version_0_1_0_becomes_shards(unpacked):
-    """Those that two processes of that version wrote, and of tensors that were whole there a part as well."""
+def test_converts_a_file_of_version_0_1_0_to_shards(unpacked):
+    """The shards contain those that two processes of that version wrote, and also parts of unsharded tensors."""
     folder = unpacked("shards")
     command("reshard", "expected/stopped.pt", "new", "--shards", "2")
     written = max((folder / "run" / "checkpoints").glob("step-*"))
@@ -217,8 +217,8 @@ def test_a_file_of_version_0_1_0_becomes_shards(unpacked):
         assert_alike({key: tensor for key, tensor in ours.items() if key in theirs}, theirs, exact=True)
 
 
-def test_a_resumed_run_has_the_same_bits_in_every_memory_mode(unpacked):
-    """This holds on every machine."""
+def test_resumed_runs_are_equal_in_all_memory_modes(unpacked):
+    """This is true on every machine."""
     folder = unpacked("digits")
     shutil.copytree("run", "other")
     command("train", "run/config.yaml", "memory=exact")
@@ -230,7 +230,7 @@ def test_a_resumed_run_has_the_same_bits_in_every_memory_mode(unpacked):
 
 @pytest.mark.parametrize("name", ["digits", "shards", "revcol_vit", "supervised"])
 def test_evaluates_a_run_of_version_0_1_0(unpacked, exact, name):
-    """The best checkpoint gives what the log of the training says about it."""
+    """Metrics of the best checkpoint equal those in the training log."""
     folder = unpacked(name)
     shown = command("eval", "run")
     (line,) = [line for line in read_log(folder / "run" / "log.jsonl") if line["kind"] == "eval"]
@@ -243,7 +243,7 @@ def test_evaluates_a_run_of_version_0_1_0(unpacked, exact, name):
 
 
 @pytest.mark.parametrize("name", ["digits", "revcol_vit", "supervised"])
-def test_weights_of_a_run_of_version_0_1_0_fit_the_net_that_it_names(unpacked, name):
+def test_model_of_a_run_loads_its_weights_of_version_0_1_0(unpacked, name):
     state = load(unpacked(name) / "expected" / "final.pt")
     model = dict(state["config"]["model"])
     is_timm = "timm" in model
@@ -270,7 +270,7 @@ def test_converts_weights_of_version_0_1_0_to_the_official_layout(unpacked):
 
 
 @pytest.mark.parametrize("name", ["ours.safetensors", "official.pth"])
-def test_a_model_of_timm_loads_weights_of_version_0_1_0(unpacked, exact, name):
+def test_timm_loads_weights_of_version_0_1_0(unpacked, exact, name):
     folder = unpacked("weights")
     expected = load(folder / "expected.pt")
     overlay = {"file": str(folder / name)}
@@ -279,13 +279,13 @@ def test_a_model_of_timm_loads_weights_of_version_0_1_0(unpacked, exact, name):
         assert_alike(model.eval()(expected["image"]), expected["logits"], exact)
 
 
-# ------------------------------------------------------------------------------------------------------------- nets
+# --------------------------------------------------------------------------------------------------------- networks
 
 NETS = ("convnext", "tokens", "revnet", "vectors", "revcol_vit", "sequence")
 
 
 class OfSum(nn.Sequential):
-    """Modules one after the other, for the sum of what is read."""
+    """Applies modules in sequence to the sum of the inputs."""
 
     def forward(self, *reads: Tensor) -> Tensor:
         return super().forward(torch.stack(reads).sum(0))
@@ -304,20 +304,20 @@ def tensors(out: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_net_begins_with_the_weights_of_version_0_1_0(unpacked, exact, name):
+def test_initial_weights_equal_version_0_1_0(unpacked, exact, name):
     folder = unpacked("nets") / name
     assert_alike(dict(build(folder).state_dict()), dict(load(folder / "state.pt")), exact)
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_state_dict_of_version_0_1_0_gives_the_same_outputs_and_gradients(unpacked, exact, name):
+def test_outputs_and_gradients_equal_version_0_1_0(unpacked, exact, name):
     folder = unpacked("nets") / name
     net, expected = build(folder), load(folder / "expected.pt")
     for tensor in net.state_dict().values():
         tensor.zero_()
     net.load_state_dict(load(folder / "state.pt"))
     x = expected["x"].requires_grad_()
-    torch.manual_seed(1)  # of what is dropped
+    torch.manual_seed(1)  # for dropout
     out = tensors(net(x))
     sum((part * part.detach().cos()).sum() for part in out).backward()
     assert_alike([part.detach() for part in out], expected["out"], exact)
@@ -333,7 +333,7 @@ PREPARE += ("--merges", "40", "--workers", "1")
 
 @pytest.fixture
 def prepared(unpacked) -> Path:
-    """The folder of the text and of its data. They know by path, size and time of which text they were made."""
+    """Return the directory of a corpus and its prepared data, which record path, size and time of the corpus."""
     folder = unpacked("prepared")
     for note in folder.rglob("prepared.json"):
         content = json.loads(note.read_text().replace("FOLDER", str(folder)))
@@ -344,7 +344,7 @@ def prepared(unpacked) -> Path:
 
 
 @needs_fairseq
-def test_data_that_version_0_1_0_has_prepared_are_left_alone(prepared):
+def test_data_prepared_by_version_0_1_0_are_reused(prepared):
     before = {path: path.stat().st_mtime_ns for path in (prepared / "bin").iterdir()}
     assert "is there already" in command(*PREPARE)
     assert {path: path.stat().st_mtime_ns for path in (prepared / "bin").iterdir()} == before
@@ -353,14 +353,14 @@ def test_data_that_version_0_1_0_has_prepared_are_left_alone(prepared):
 @pytest.mark.slow
 @needs_fairseq
 @pytest.mark.parametrize("step", ["tokens", "units"])
-def test_goes_on_preparing_data_where_version_0_1_0_was_killed(prepared, monkeypatch, step):
+def test_resumes_data_preparation_of_version_0_1_0(prepared, monkeypatch, step):
     monkeypatch.setattr(subprocess, "run", forked_programs.run)  # as fairseq-preprocess is started
     (prepared / "bin").rename(prepared / "expected")
     for path in (prepared / f"killed_after_{step}").iterdir():
         path.rename(prepared / path.name)
     for path in prepared.glob("killed_after_*"):
         shutil.rmtree(path)
-    with open(prepared / "bin.work" / step / "raw.test.de", "a+") as file:  # if the step is done again, this is lost
+    with open(prepared / "bin.work" / step / "raw.test.de", "a+") as file:  # lost if the step runs again
         file.seek(0)
         lines = file.read().replace("a", "A")
         file.truncate(0)
@@ -391,14 +391,14 @@ def user_dir() -> str:
 
 @pytest.fixture
 def translation(unpacked) -> Path:
-    """The folder of checkpoints of fairseq and of the data that they were trained on."""
+    """Return the directory of fairseq checkpoints and their training data."""
     unpacked("prepared")
     return unpacked("translation")
 
 
 @pytest.mark.slow
 @needs_fairseq
-def test_fairseq_goes_on_with_a_checkpoint_of_version_0_1_0(translation, exact):
+def test_fairseq_resumes_a_checkpoint_of_version_0_1_0(translation, exact):
     where = ("--user-dir", user_dir(), "--save-dir", "saved")
     program("fairseq-train", "bin", *where, "--arch", "revcol_transformer", *MODEL, *TRAIN)
     ours, theirs = (load_fairseq(path) for path in ("saved/checkpoint_last.pt", "expected/final.pt"))
@@ -410,7 +410,7 @@ def test_fairseq_goes_on_with_a_checkpoint_of_version_0_1_0(translation, exact):
 @pytest.mark.slow
 @needs_fairseq
 def test_fairseq_translates_with_a_checkpoint_of_version_0_1_0(translation, exact):
-    """Its net comes from a YAML file that is no longer there."""
+    """The YAML file of its network no longer exists."""
     path = ("--path", "from_file/checkpoint_last.pt", "--results-path", "generated", "--cpu")
     search = ("--beam", "2", "--max-len-b", "9", "--required-batch-size-multiple", "1")
     program("fairseq-generate", "bin", "--user-dir", user_dir(), *path, *search)
@@ -433,5 +433,5 @@ def test_averages_checkpoints_of_version_0_1_0(translation, exact):
 
 
 def load_fairseq(path: str) -> dict[str, Any]:
-    """A checkpoint of fairseq, which holds options besides plain data. It comes from here or from this test."""
+    """Load a fairseq checkpoint. It contains options, so weights_only fails, but the file is trusted."""
     return torch.load(path, map_location="cpu", weights_only=False)

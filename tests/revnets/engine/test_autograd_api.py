@@ -1,4 +1,4 @@
-"""Any way to ask for gradients, and hooks of all kinds, give what ordinary autograd gives."""
+"""All ways to compute gradients, and all kinds of hooks, match ordinary autograd."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.networks import stem_of, token_net
 TAPED = ("recompute", "exact")
 
 
-# --------------------------------------------------------------------------------------- ways to ask for gradients
+# --------------------------------------------------------------------------------------- ways to compute gradients
 
 
 @pytest.mark.parametrize(
     "names", [["cells.2.1.gain.weight"], ["cells.0.0.function.block.1.weight"], ["cells.1.2", "input"]]
 )
-def test_gradients_of_chosen_parameters(names):
+def test_gradients_of_selected_parameters(names):
     net = token_net(blocks=("mlp", "dropout"))
 
     def train(net, x):
@@ -33,8 +33,8 @@ def test_gradients_of_chosen_parameters(names):
 
 
 @pytest.mark.parametrize("early_first", [True, False])
-def test_parts_of_a_graph_one_after_the_other(early_first):
-    """No part retains the graph, and none runs a node that another has run: autograd allows it."""
+def test_disjoint_parts_of_a_graph_in_sequence(early_first):
+    """Autograd allows this without retain_graph, because no node runs twice."""
     net = token_net(columns=5, blocks=("mlp", "dropout"))
 
     def train(net, x):
@@ -49,7 +49,7 @@ def test_parts_of_a_graph_one_after_the_other(early_first):
     assert_like_autograd(net, stem_of(net), train)
 
 
-def test_backward_into_chosen_inputs():
+def test_backward_with_selected_inputs():
     net = token_net()
 
     def train(net, x):
@@ -85,7 +85,7 @@ def test_two_forwards_before_one_backward():
     assert_like_autograd(net, stem_of(net), train)
 
 
-def test_backwards_in_the_order_of_the_forwards():
+def test_backward_passes_in_forward_order():
     net = token_net(blocks=("mlp", "dropout", "batchnorm"))
 
     def train(net, x):
@@ -97,7 +97,7 @@ def test_backwards_in_the_order_of_the_forwards():
     assert_like_autograd(net, stem_of(net), train)
 
 
-def test_one_net_after_itself():
+def test_model_applied_to_its_own_output():
     net = token_net(m=2, dims=(5, 5), halve=False, blocks=("mlp", "dropout"))
 
     def train(net, x):
@@ -109,7 +109,7 @@ def test_one_net_after_itself():
 
 
 @pytest.mark.parametrize("tap", [0, 1, 2, 3])
-def test_loss_on_one_tap_alone(tap):
+def test_loss_on_one_intermediate_output(tap):
     net = token_net(blocks=("mlp", "dropout"))
 
     def train(net, x):
@@ -120,8 +120,8 @@ def test_loss_on_one_tap_alone(tap):
     assert_like_autograd(net, stem_of(net), train)
 
 
-def test_loss_on_every_tap():
-    """Deep supervision: one loss a column, summed."""
+def test_loss_on_all_intermediate_outputs():
+    """Deep supervision: the sum of one loss per column."""
     net = token_net(blocks=("mlp", "dropout"))
 
     def train(net, x):
@@ -133,7 +133,7 @@ def test_loss_on_every_tap():
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_several_losses_one_backward_each(order):
+def test_separate_backward_for_each_loss(order):
     net = token_net(columns=3, blocks=("mlp", "dropout"))
 
     def train(net, x):
@@ -159,7 +159,7 @@ def test_gradient_accumulation():
     assert_like_autograd(net, stem_of(net), train)
 
 
-def test_training_for_some_steps():
+def test_several_training_steps():
     net = token_net(blocks=("mlp", "dropout", "batchnorm"), gamma=0.0)
 
     def train(net, x):
@@ -175,8 +175,8 @@ def test_training_for_some_steps():
         assert_same(step(net, stem_of(net), memory, train), expected)
 
 
-def test_optimizer_in_the_backward():
-    """Each parameter steps as soon as its gradient is there, which frees the gradient."""
+def test_optimizer_step_in_backward():
+    """Each parameter is updated as soon as its gradient is computed, which frees the gradient."""
     net = token_net(blocks=("mlp", "dropout"))
 
     def train(net, x):
@@ -224,7 +224,7 @@ def test_parameter_and_tensor_hooks():
         tapped[0].register_hook(lambda grad: grad - 1)
         levels[0].retain_grad()
         loss_of(levels).backward()
-        assert sorted(calls) == list(range(len(calls)))  # each of them once
+        assert sorted(calls) == list(range(len(calls)))  # each exactly once
         return [*levels, *tapped, levels[0].grad]
 
     assert_like_autograd(net, stem_of(net), train)
@@ -244,9 +244,9 @@ def test_backward_hooks_on_cells():
     expected = step(net, stem_of(net), "store", train)
     for memory in TAPED:
         assert_same(step(net, stem_of(net), memory, train), expected)
-    with pytest.raises(AssertionError):  # the hooks did something
+    with pytest.raises(AssertionError):  # the hooks had an effect
         assert_same(step(net, stem_of(net)), expected)
-    net.flat()[4].register_full_backward_hook(lambda module, into, out: None)  # also where tensors are fake
+    net.flat()[4].register_full_backward_hook(lambda module, into, out: None)  # also with fake tensors
     assert plan(net, stem_of(net), modes=("exact",)).modes[0].kept > 0
 
 
@@ -261,7 +261,7 @@ def test_module_hooks():
             cell.function.register_forward_hook(lambda module, args, output: output.tanh())
         levels = net(x)
         loss_of(levels).backward()
-        assert len(seen) == len(net.flat())  # a replay is not part of the backward
+        assert len(seen) == len(net.flat())  # a replay does not run backward hooks
         return [*levels, *seen]
 
     assert_like_autograd(net, stem_of(net), train)

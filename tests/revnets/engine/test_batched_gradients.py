@@ -1,4 +1,4 @@
-"""Backward inside of a vmap: one replay for all of the batch, outside of every transform."""
+"""Backward inside vmap: one replay for the whole batch, outside all transforms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from revnets import ReversibleSequence
 
 
 def run(memory: str) -> tuple[Tensor, Tensor, nn.Module, list[int]]:
-    """Input, output, net and a list with an item for every call of a cell."""
+    """Return input, output, model and a list with one item per call of a cell."""
     calls: list[int] = []
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.BatchNorm1d(4), nn.Tanh()) for _ in range(4)]
@@ -41,7 +41,7 @@ def by_nested_vmap(x: Tensor, y: Tensor) -> Tensor:
 
 
 def by_jacrev(x: Tensor, y: Tensor) -> Tensor:
-    """Backward is linear in its vector, and its Jacobian is that of the net, transposed."""
+    """Backward is linear in its vector; its Jacobian is the transposed Jacobian of the model."""
 
     def gradient(vector: Tensor) -> Tensor:
         return torch.autograd.grad(y, x, vector, create_graph=True)[0]
@@ -64,7 +64,7 @@ def test_jacobian_through_dropout(method, memory):
     assert all(torch.equal(buffer, before) for buffer, before in zip(net.buffers(), statistics, strict=True))
 
 
-def test_transforms_return_after_the_replay():
+def test_transforms_are_active_again_after_the_replay():
     x, y, *_ = run("exact")
 
     def gradient(vector: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Buffers of cells: large ones that are only read cost nothing, and those that are written are right in the replay."""
+"""Buffers of cells: large read-only buffers are not copied, and written buffers are correct in the replay."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.support.errors import raises_error
 from tests.support.gradients import assert_like_autograd, assert_same, loss_of, step
 from tests.support.networks import cells_net, tokens
 
-ROWS = SMALL // 8  # a table of (ROWS, 6) float32 is three times as large as what is always copied
+ROWS = SMALL // 8  # a (ROWS, 6) float32 table is three times the size that is always copied
 
 
 class Copies(TorchDispatchMode):
-    """Counts tensors larger than `SMALL` that an operator makes."""
+    """Counts new tensors larger than `SMALL`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Copies(TorchDispatchMode):
 
 
 class Table(nn.Module):
-    """Adds the first rows of a large table; subclasses write the table in ways of their own."""
+    """Adds the first rows of a large table; subclasses write the table in different ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class ThroughData(Table):
 
 
 class Late(Table):
-    """Writes from its second forward on, as the step counter in its state dict says."""
+    """Writes from the second forward pass on, according to a step counter in its state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Late(Table):
 
 
 class MadeLate(nn.Module):
-    """Makes its only buffer, a number of calls, in its first forward."""
+    """Creates its only buffer, a call counter, in its first forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def net_of(kind: type[Table], memory: str = "exact", cells: int = 6) -> Reversib
 
 
 def train(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
-    """Three steps."""
+    """Run three steps."""
     result: list[Tensor] = []
     for _ in range(3):
         levels = net(x)
@@ -111,7 +111,7 @@ def train(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("memory", ["recompute", "exact"])
-def test_a_large_buffer_that_is_only_read_is_copied_in_the_first_forward_alone(memory):
+def test_large_read_only_buffer_is_copied_only_in_the_first_forward(memory):
     net, x = net_of(Table, memory), tokens()
     with Copies() as first:
         loss = loss_of(net(x))
@@ -123,7 +123,7 @@ def test_a_large_buffer_that_is_only_read_is_copied_in_the_first_forward_alone(m
     assert backward.names == second.names == []
 
 
-def test_no_copy_of_a_large_buffer_stays_alive():
+def test_copies_of_large_buffers_are_freed():
     net, x = net_of(Table), tokens()
     for _ in range(2):
         with Kept(peak=True) as mode:
@@ -133,7 +133,7 @@ def test_no_copy_of_a_large_buffer_stays_alive():
     assert len(levels) == 2
 
 
-def test_one_that_is_written_is_copied_again_and_again():
+def test_written_buffer_is_copied_in_every_forward():
     net, x = net_of(InPlace), tokens()
     for _ in range(3):
         with Copies() as copies:
@@ -148,7 +148,7 @@ def test_gradients_and_buffers_over_several_steps(kind):
 
 
 @pytest.mark.parametrize("memory", ["recompute", "exact"])
-def test_writing_through_data_leaves_the_version_but_is_seen(memory):
+def test_writes_through_data_are_detected(memory):
     net, x = net_of(ThroughData), tokens()
     expected = step(net, x, "store", train)
     assert_same(step(net, x, memory, train), expected)
@@ -156,7 +156,7 @@ def test_writing_through_data_leaves_the_version_but_is_seen(memory):
 
 @pytest.mark.parametrize("memory", ["recompute", "exact"])
 def test_train_after_eval(memory):
-    """In eval the tables are only read, and that says nothing of training."""
+    """Tables that are read-only in eval mode may be written in training."""
 
     def both(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
         result = train(net.eval(), x) + train(net.train(), x)
@@ -168,7 +168,7 @@ def test_train_after_eval(memory):
 
 
 @pytest.mark.parametrize("memory", ["recompute", "exact"])
-def test_a_large_buffer_written_late_is_an_error_once(memory):
+def test_late_write_to_a_large_buffer_raises_once(memory):
     net, x = net_of(Late, memory), tokens()
     loss_of(net(x)).backward()
     loss = loss_of(net(x))
@@ -179,7 +179,7 @@ def test_a_large_buffer_written_late_is_an_error_once(memory):
     assert_same(step(net, x, memory, train), expected)
 
 
-def test_a_large_buffer_written_by_the_replay_alone_is_an_error():
+def test_write_to_a_large_buffer_only_in_the_replay_raises():
     class Fickle(Table):
         calls = 0
 
@@ -193,7 +193,7 @@ def test_a_large_buffer_written_by_the_replay_alone_is_an_error():
         loss.backward()
 
 
-def test_a_module_that_is_exchanged_for_another_is_looked_at_anew():
+def test_buffers_of_a_replaced_module_are_checked_again():
     net, x = net_of(Table), tokens()
     loss_of(net(x)).backward()
     for cell in net.flat():
@@ -201,7 +201,7 @@ def test_a_module_that_is_exchanged_for_another_is_looked_at_anew():
     assert_like_autograd(net, x, train)
 
 
-def test_a_large_buffer_of_the_call_is_seen_by_the_replay():
+def test_replay_uses_large_buffers_of_functional_call():
     net, x = net_of(Table), tokens()
     others = {name: buffer.flip(0) for name, buffer in net.named_buffers()}
 
@@ -218,14 +218,14 @@ def test_a_large_buffer_of_the_call_is_seen_by_the_replay():
 
 
 @pytest.mark.parametrize("memory", ["recompute", "exact"])
-def test_the_replay_does_not_write_the_first_buffer_of_a_cell_again(memory):
+def test_replay_does_not_write_the_first_buffer_of_a_cell_again(memory):
     net = cells_net([MadeLate() for _ in range(6)], memory=memory)
     for calls in (1, 2):
         loss_of(net(tokens())).backward()
         assert [int(buffer) for buffer in net.buffers()] == [calls] * 6
 
 
-def test_what_is_known_of_a_cell_does_not_keep_it_alive():
+def test_buffer_records_do_not_keep_a_cell_alive():
     net = net_of(Table)
     loss_of(net(tokens())).backward()
     cells = [weakref.ref(cell) for cell in net.flat()]

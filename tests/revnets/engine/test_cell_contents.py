@@ -1,4 +1,4 @@
-"""What cells may do inside: views, buffers, random numbers, checkpoints, other columns, arguments of the call."""
+"""Supported contents of cells: views, buffers, random numbers, checkpoints, nested columns, keyword arguments."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ class Lambda(nn.Module):
         return self.function(*reads)
 
 
-def test_a_cell_that_returns_its_input():
+def test_cell_that_returns_its_input():
     functions = [nn.Identity(), nn.Identity(), Mlp(6), nn.Identity(), nn.Identity(), Mlp(6), nn.Identity()]
     assert_like_autograd(cells_net(functions), tokens())
     assert_like_autograd(cells_net([nn.Identity()] * 6), tokens())
 
 
-def test_a_cell_that_returns_a_view_of_its_input():
+def test_cell_that_returns_a_view_of_its_input():
     flip = Lambda(lambda x: x.transpose(1, 2).transpose(1, 2))
     part = Lambda(lambda x: x[:, :1].expand_as(x))
     assert_like_autograd(cells_net([flip, part, Mlp(6), part, flip, Mlp(6), Mlp(6)]), tokens())
 
 
-def test_a_cell_without_parameters_and_one_without_gradient():
+def test_cells_without_parameters_or_without_gradient():
     functions = [Mlp(6), Mlp(6), nn.Tanh(), Lambda(lambda x: x.detach().sin()), Mlp(6), nn.Tanh()]
     assert_like_autograd(cells_net(functions), tokens())
 
 
-def test_a_cell_that_uses_its_weight_twice():
+def test_cell_that_uses_its_weight_twice():
     class Twice(nn.Linear):
         def forward(self, x):
             return super().forward(super().forward(x).tanh())
@@ -67,7 +67,7 @@ def test_in_place_operations_on_intermediates():
 
 
 @pytest.mark.parametrize("memory", ["store", *TAPED])
-def test_in_place_operation_on_a_read(memory):
+def test_in_place_operation_on_an_input(memory):
     functions = [Mlp(6), Mlp(6), nn.ReLU(inplace=True), Mlp(6)]
     with raises_error(ReplayError, code="changed-in-place", cell="c1.l0"):
         cells_net(functions, memory=["store", memory] if memory != "store" else ["exact", "store"])(tokens())
@@ -86,7 +86,7 @@ def test_non_contiguous_inputs():
         assert_like_autograd(net, x.requires_grad_())
 
 
-def test_an_empty_batch():
+def test_empty_batch():
     net = token_net(blocks=("mlp", "conv"))
     assert_like_autograd(net, stem_of(net)[:0].detach().requires_grad_())
 
@@ -105,7 +105,7 @@ def test_images_in_both_memory_formats(memory_format):
     assert_like_autograd(net.to(memory_format=torch.channels_last), images.permute(0, 2, 3, 1).requires_grad_())
 
 
-def test_batch_norm_moves_once_a_step():
+def test_batch_norm_statistics_change_once_per_step():
     net = token_net(blocks=("batchnorm",))
     result = assert_like_autograd(net, stem_of(net))
     counts = [buffer for name, buffer in result.buffers.items() if "num_batches" in name]
@@ -113,12 +113,12 @@ def test_batch_norm_moves_once_a_step():
     assert all(count == 1 for count in counts)
 
 
-def test_batch_norm_in_two_passes():
-    """The second pass moves the statistics before the first one is replayed."""
+def test_batch_norm_in_two_forward_passes():
+    """The second pass changes the statistics before the first one is replayed."""
     net = token_net(blocks=("batchnorm",))
     for block in net.modules():
         if isinstance(block, nn.BatchNorm1d):
-            block.momentum = None  # cumulative average: the count matters
+            block.momentum = None  # a cumulative average depends on the number of calls
 
     def train(net, x):
         first, second = net(x), net(x * 2)
@@ -129,8 +129,8 @@ def test_batch_norm_in_two_passes():
     assert_like_autograd(net, stem_of(net), train)
 
 
-def test_a_buffer_that_a_later_cell_writes():
-    """Cells that share a module with the counter of calls: each reads it and leaves it to the next to write."""
+def test_buffer_that_a_later_cell_writes():
+    """Cells share a module with a call counter: each reads it, and the next one writes it."""
 
     class Counts(nn.Module):
         def __init__(self):
@@ -152,7 +152,7 @@ def test_a_buffer_that_a_later_cell_writes():
     assert assert_like_autograd(net, tokens()).buffers["cells.0.0.function.shared.calls"] == 2
 
 
-def test_buffers_that_are_passed_in():
+def test_buffers_of_functional_call():
     net = token_net(blocks=("batchnorm",)).eval()
     others = {name: torch.rand_like(buffer, dtype=torch.float32) + 0.5 for name, buffer in net.named_buffers()}
 
@@ -170,7 +170,7 @@ def test_buffers_that_are_passed_in():
     "wrap", [parametrizations.spectral_norm, parametrizations.weight_norm, parametrizations.orthogonal]
 )
 def test_parametrized_weights(wrap):
-    """Spectral norm's power iteration writes the buffers that its output depends on."""
+    """The power iteration of spectral norm writes the buffers that its output depends on."""
     net = cells_net([nn.Sequential(nn.LayerNorm(6), wrap(nn.Linear(6, 6)), nn.GELU()) for _ in range(6)])
 
     def train(net, x):
@@ -206,7 +206,7 @@ def test_gradients_in_eval_mode():
     assert_like_autograd(net, stem_of(net), train)
 
 
-def test_random_numbers_go_on_as_without_a_replay():
+def test_replays_do_not_advance_random_numbers():
     net = token_net(blocks=("dropout", "droppath"))
 
     def train(net, x):
@@ -233,7 +233,7 @@ def test_activation_checkpoint_inside_a_cell(reentrant):
 
 
 def test_saved_tensors_on_the_cpu():
-    """Hooks of the user's around the net get what stored columns save, and nothing else."""
+    """Custom hooks around the model receive only what stored columns save."""
     net = token_net(blocks=("mlp", "dropout"))
 
     def train(net, x):
@@ -263,7 +263,7 @@ def test_backward_in_another_thread():
         assert_same(step(net, stem_of(net), memory, train), expected)
 
 
-def test_activation_checkpoint_around_the_net():
+def test_activation_checkpoint_around_the_model():
     net = token_net(blocks=("mlp", "dropout"))
 
     def train(net, x):
@@ -276,9 +276,9 @@ def test_activation_checkpoint_around_the_net():
 
 @pytest.mark.parametrize("layout", ["coo", "csr"])
 def test_sparse_matrices(layout):
-    """As graph nets have them: a product with an adjacency matrix saves that matrix."""
+    """As in graph networks: a product with an adjacency matrix saves that matrix."""
     dense = torch.eye(5).roll(1, 0)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # PyTorch says that CSR is beta
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # CSR is beta in PyTorch
         matrix = dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()
 
     class Neighbours(nn.Module):
@@ -309,7 +309,7 @@ def test_complex_states(dtype):
         assert_same(step(net, x, memory, train), expected)
 
 
-def test_kernels_of_attention_that_were_chosen_for_the_forward():
+def test_replay_uses_the_attention_kernels_of_the_forward():
     net = token_net(blocks=("attention",))
 
     def train(net, x):
@@ -330,8 +330,8 @@ def test_one_module_in_two_cells():
     assert_like_autograd(cells_net(functions), tokens())
 
 
-def test_one_cell_in_two_places():
-    """Weights tied over columns, gain included, as in a recurrent net."""
+def test_one_cell_in_two_columns():
+    """Weights and gains shared by columns, as in a recurrent network."""
     start, cells = [Cell(Mlp(6), None) for _ in range(2)], [Cell(BLOCKS["batchnorm"](6), Gain(6)) for _ in range(2)]
     net = ReversibleColumns(wire(8, 2, [[1]] * 2), start + cells * 3)
     assert_like_autograd(net, tokens())
@@ -349,8 +349,8 @@ def test_columns_inside_a_cell():
     assert_like_autograd(cells_net([Mlp(6), Mlp(6), Inner(), Mlp(6), Inner(), Inner()]), tokens())
 
 
-def test_arguments_for_every_cell():
-    """A mask, a condition that needs a gradient, and a plain number; without a plain loop, which takes none."""
+def test_keyword_arguments_of_cells():
+    """A mask, a condition that needs a gradient, and a number. The plain loop does not support arguments."""
 
     class Conditioned(nn.Module):
         def __init__(self):
@@ -386,8 +386,8 @@ def test_arguments_for_every_cell():
 
 
 @pytest.mark.parametrize("memory", ["store", *TAPED])
-def test_arguments_in_lists(memory):
-    """One mask and one condition for each level: what lies in a nest is looked at as if it were given by itself."""
+def test_keyword_arguments_in_nested_lists(memory):
+    """One mask and one condition per level; tensors in nested containers are treated like single tensors."""
 
     class Scaled(nn.Module):
         def forward(self, x, *, scales):
@@ -407,7 +407,7 @@ def test_arguments_in_lists(memory):
         loss.backward()
 
 
-def test_the_condition_alone_needs_a_gradient():
+def test_only_a_keyword_argument_needs_a_gradient():
     class Shifted(nn.Module):
         def forward(self, x, *, shift):
             return (x + shift).tanh()

@@ -1,4 +1,4 @@
-"""verify=True: silent where the replay is right, and a name where it is not, to the last bit."""
+"""verify=True accepts correct replays, and names the cell of a wrong one, down to a single bit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.networks import BLOCKS, image_net, stem_of, token_net
 TAPED = ("recompute", "invert", "exact")
 
 
-# --------------------------------------------------------------------------------------- right replays
+# --------------------------------------------------------------------------------------- correct replays
 
 
 @pytest.mark.parametrize("memory", TAPED)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
-def test_right_replays_pass_and_change_nothing(memory, autocast):
+def test_correct_replays_pass_without_side_effects(memory, autocast):
     for net in (token_net(blocks=tuple(BLOCKS)), image_net()):
         x = stem_of(net)
         expected = step(net, x, memory, autocast=autocast)
@@ -34,7 +34,7 @@ def test_right_replays_pass_and_change_nothing(memory, autocast):
         assert_same(step(net, x, memory, autocast=autocast), expected)
 
 
-def test_mixed_modes_taps_and_a_second_backward():
+def test_mixed_modes_intermediate_outputs_and_a_second_backward():
     net = token_net(columns=6, blocks=("mlp", "dropout", "conv"))
     net.memory = ["exact", "recompute", "exact", "invert", "store", "exact"]
     net.verify = True
@@ -59,7 +59,7 @@ def test_columns_inside_a_cell():
     ReversibleSequence([Cell() for _ in range(6)], verify=True)(torch.randn(3, 5))[-1].sum().backward()
 
 
-def test_states_that_are_not_numbers():
+def test_non_finite_states():
     net = ReversibleSequence([nn.Linear(5, 5) for _ in range(6)], verify=True)
     x = torch.randn(3, 5)
     x[0, 0], x[1, 1] = float("nan"), float("inf")
@@ -70,7 +70,7 @@ def test_states_that_are_not_numbers():
 
 
 class Hidden(nn.Linear):
-    """Adds `size` to one element, in its replay alone."""
+    """Adds `size` to one element, only in its replay."""
 
     def __init__(self, size: float):
         super().__init__(5, 5)
@@ -82,7 +82,7 @@ class Hidden(nn.Linear):
         return y + self.size * (torch.arange(y.numel()).view_as(y) == 7) if self.calls % 2 == 0 else y + 0.0
 
 
-def spoilt(at: int, memory: str, verify: bool = True, size: float = 1e-3) -> ReversibleSequence:
+def with_wrong_replay(at: int, memory: str, verify: bool = True, size: float = 1e-3) -> ReversibleSequence:
     cells = [nn.Linear(5, 5) for _ in range(12)]
     cells[at] = Hidden(size)
     return ReversibleSequence(cells, m=3, gain=0.5, memory=memory, verify=verify)
@@ -90,8 +90,8 @@ def spoilt(at: int, memory: str, verify: bool = True, size: float = 1e-3) -> Rev
 
 @pytest.mark.parametrize("at", [0, 1, 4, 8, 11])
 @pytest.mark.parametrize("memory", ["recompute", "exact"])
-def test_a_wrong_replay_is_named(at, memory):
-    net = spoilt(at, memory)
+def test_error_names_the_cell_with_a_wrong_replay(at, memory):
+    net = with_wrong_replay(at, memory)
     cell = f"c{at // 3}.l{at % 3}"
     with raises_error(ReconstructionError, code="state-mismatch", cell=cell) as caught:
         loss_of(net(torch.randn(3, 5))).backward()
@@ -104,26 +104,26 @@ def test_a_wrong_replay_is_named(at, memory):
         assert "the state of column" not in text
 
 
-def test_one_unit_in_the_last_place_is_enough():
+def test_difference_of_one_ulp_is_detected():
     with pytest.raises(ReconstructionError):
-        loss_of(spoilt(4, "recompute", size=3e-7)(torch.randn(3, 5))).backward()
+        loss_of(with_wrong_replay(4, "recompute", size=3e-7)(torch.randn(3, 5))).backward()
 
 
 @pytest.mark.parametrize(("memory", "verify"), [("exact", False), ("invert", True), ("store", True)])
-def test_where_nothing_is_compared(memory, verify):
-    loss_of(spoilt(4, memory, verify)(torch.randn(3, 5))).backward()
+def test_store_and_verify_false_compare_nothing(memory, verify):
+    loss_of(with_wrong_replay(4, memory, verify)(torch.randn(3, 5))).backward()
 
 
 @pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
-def test_what_comes_from_drifted_states_is_not_compared():
+def test_states_after_invert_are_not_compared():
     net = token_net(columns=6, gamma=0.2)
     net.memory = ["exact"] * 3 + ["invert"] * 3
     net.verify = True
-    loss_of(net(stem_of(net))).backward()  # the states of the first columns are off, and exact cannot help it
+    loss_of(net(stem_of(net))).backward()  # the states of the first columns have drifted, also those in exact
 
 
-def test_it_can_be_switched():
-    net = spoilt(4, "exact", verify=False)
+def test_verify_can_be_changed():
+    net = with_wrong_replay(4, "exact", verify=False)
     net.verify = True
     with pytest.raises(ReconstructionError):
         loss_of(net(torch.randn(3, 5))).backward()
@@ -144,28 +144,28 @@ def test_small_differences_do_not_cancel(steps, halve):
 
 
 @given(st.permutations(range(12)))
-def test_order_counts(order):
+def test_checksum_depends_on_the_order(order):
     state = torch.arange(12.0).view(3, 4)
     other = state.flatten()[list(order)].view(3, 4)
     assert torch.equal(checksum(state), checksum(other)) == torch.equal(state, other)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (3, 0), (2, 3, 5)])
-def test_any_shape_without_waiting(shape):
+def test_checksum_of_any_shape_stays_on_the_device(shape):
     with Watch() as watch:
         found = checksum(torch.randn(shape))
     assert found.shape == (2,)
     assert watch.waits == []
 
 
-def test_a_state_costs_sixteen_bytes():
+def test_checksum_takes_sixteen_bytes():
     net = token_net()
     without = kept_bytes(net, stem_of(net))
     net.verify = True
     assert kept_bytes(net, stem_of(net)) - without == 16 * len(net.graph.nodes)
 
 
-def test_from_yaml_and_in_a_plan():
+def test_verify_from_yaml_and_in_a_plan():
     data = {"columns": 3, "stem": {"type": "linear", "in_dim": 5}, "fusion": "linear", "verify": True}
     data["levels"] = [{"dim": 8, "depth": 1, "block": "mlp"}] * 2
     net = revnets.build(data)

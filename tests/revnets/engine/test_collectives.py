@@ -1,4 +1,4 @@
-"""Cells that communicate, and weights that are gathered for a call: what a replay repeats, and in which order."""
+"""Replays of cells that communicate, and of cells whose weights are gathered per call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH = 7
 
 
 class AllReduce(torch.autograd.Function):
-    """The sum over all ranks; so is the gradient."""
+    """Sums over all ranks, forward and backward."""
 
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class AllReduce(torch.autograd.Function):
 
 
 class ParallelMlp(nn.Module):
-    """An MLP whose hidden units are divided among the ranks (Megatron-LM, section 3); it notes when it communicates."""
+    """An MLP with hidden units divided among ranks (Megatron-LM, section 3) that records when it communicates."""
 
     def __init__(self, calls: list[tuple[int, bool]], index: int):
         super().__init__()
@@ -90,7 +90,7 @@ NET = {
 
 
 def budgets_give_one_plan(rank: int) -> None:
-    """The ranks see batches of different sizes; the one with less to keep would store more cells."""
+    """Ranks have batches of different sizes; alone, the rank with the smaller batch would store more cells."""
     request = {"optimizer": "sgd", "ranks": PROCESSES, "sharding": "ddp"}
     peaks = [row.peak for row in plan(NET, (400, 13), modes=("exact", "store"), **request).modes]
 
@@ -104,7 +104,7 @@ def budgets_give_one_plan(rank: int) -> None:
     dist.all_gather_object(found, policy)
     assert found[0] == found[1]
     assert policy.stored
-    assert rank == 0 or planned(1)[1] < extra  # trains alone, and waits for no other rank
+    assert rank == 0 or planned(1)[1] < extra  # a single rank does not wait for the other one
 
 
 def work(rank: int) -> None:
@@ -114,19 +114,19 @@ def work(rank: int) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_collectives_inside_of_cells(tmp_path):
+def test_collectives_inside_cells(tmp_path):
     in_two_processes(work, tmp_path)
 
 
-# --------------------------------------------------------------------------------------- weights that come and go
+# --------------------------------------------------------------------------------------- gathered and released weights
 
 
 class Partitioned:
-    """Weights that are there for a call and for the backward of its output, as DeepSpeed's ZeRO-3 keeps them.
+    """Weights gathered for a call and for the backward of its output, as in DeepSpeed's ZeRO-3.
 
     Args:
-        modules: whose hooks gather and release their weights.
-        recurse: those of their submodules as well.
+        modules: modules whose hooks gather and release their weights.
+        recurse: whether the weights of submodules are included.
     """
 
     def __init__(self, modules: Iterable[nn.Module], recurse: bool):
@@ -171,7 +171,7 @@ def make(memory: str) -> ReversibleColumns:
 
 @pytest.mark.parametrize("memory", TAPED)
 @pytest.mark.parametrize(("modules", "recurse"), [(leaves, False), (ReversibleColumns.flat, True)])
-def test_weights_that_are_released_after_every_call(modules, recurse, memory):
+def test_weights_released_after_every_call(modules, recurse, memory):
     expected, net = make("store"), make(memory)
     frozen = ("fuse.0", "norm")
     for each in (expected, net):
@@ -189,7 +189,7 @@ def test_weights_that_are_released_after_every_call(modules, recurse, memory):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_weights_that_nothing_gathers_for_a_replay(memory):
+def test_weights_not_gathered_for_a_replay_raise(memory):
     net = make(memory)
     whole: dict[nn.Parameter, Tensor] = {parameter: parameter.data for parameter in net.parameters()}
 

@@ -1,4 +1,4 @@
-"""All reversible columns of a model: which are found, and the policy of all of them together."""
+"""All reversible columns of a model: the search for them, and their common policy."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def sequence(depth: int = 4) -> revnets.ReversibleSequence:
     return revnets.ReversibleSequence([nn.Linear(3, 3) for _ in range(depth)])
 
 
-# ------------------------------------------------------------------------------------------------------ which are found
+# ------------------------------------------------------------------------------------------------------ search
 
 
-def test_sequences_among_the_submodules_in_their_order():
+def test_sequences_are_found_in_module_order():
     net = staged_net()
     group = revnets.find_columns(net)
     assert isinstance(group, revnets.ColumnsGroup)
@@ -35,7 +35,7 @@ def test_sequences_among_the_submodules_in_their_order():
     assert list(group[1:]) == [net.early]
 
 
-def test_sequences_that_are_no_submodules_are_found_at_their_blocks():
+def test_rewired_sequences_are_found_at_their_blocks():
     net = staged_net(RewiredNet)
     assert not any(isinstance(module, revnets.ReversibleColumns) for module in net.modules())
     group = revnets.find_columns(net)
@@ -43,7 +43,7 @@ def test_sequences_that_are_no_submodules_are_found_at_their_blocks():
     assert [len(columns.flat()) for columns in group] == [DEPTHS[1], DEPTHS[0]]
 
 
-def test_a_copy_of_a_model_has_sequences_of_its_own():
+def test_copied_model_has_its_own_sequences():
     net = staged_net(RewiredNet)
     twin = copy.deepcopy(net)
     revnets.find_columns(twin).memory = "store"
@@ -51,7 +51,7 @@ def test_a_copy_of_a_model_has_sequences_of_its_own():
     assert revnets.find_columns(twin)[0].flat()[0].function is twin.late[0]
 
 
-def test_columns_inside_of_a_cell_do_not_count():
+def test_columns_inside_a_cell_are_omitted():
     outer = revnets.ReversibleSequence([nn.Sequential(sequence(), nn.Identity()), *(nn.Identity() for _ in range(3))])
     assert list(revnets.find_columns(nn.Sequential(outer))) == [outer]
     rewired = staged_net(RewiredNet)
@@ -59,12 +59,12 @@ def test_columns_inside_of_a_cell_do_not_count():
     assert len(revnets.find_columns(rewired)) == 2
 
 
-def test_a_sequence_at_two_places_counts_once():
+def test_shared_sequence_is_listed_once():
     shared = sequence()
     assert list(revnets.find_columns(nn.ModuleList([shared, nn.Sequential(shared), nn.Sequential(shared)]))) == [shared]
 
 
-def test_a_model_may_say_itself_which_columns_it_has():
+def test_model_may_define_its_columns():
     class Chosen(StagedNet):
         @property
         def columns(self) -> revnets.ColumnsGroup:
@@ -90,7 +90,7 @@ def test_modes_of_all_columns(kind):
     assert group[1].memory == (Memory.STORE, *[Memory.RECOMPUTE] * (early - 1))
 
 
-def test_modes_that_do_not_fit_change_nothing():
+def test_invalid_modes_change_nothing():
     group = revnets.find_columns(staged_net())
     with raises_error(ArgumentError, code="wrong-length", key="memory", names=[str(group.column_count)]):
         group.memory = ["store"] * (group.column_count - 1)
@@ -99,14 +99,14 @@ def test_modes_that_do_not_fit_change_nothing():
     assert set(group.memory) == {Memory.EXACT}
 
 
-def test_stored_cells_are_numbered_through():
+def test_stored_cells_are_numbered_continuously():
     group = revnets.find_columns(staged_net())
     first = DEPTHS[1]
     group.stored = [0, first - 1, first, first + 3]
     assert group[0].stored == {0, first - 1}
     assert group[1].stored == {0, 3}
     assert group.stored == {0, first - 1, first, first + 3}
-    group.stored = DEPTHS[0] + 2  # from the end
+    group.stored = DEPTHS[0] + 2  # counted from the end
     assert group[0].stored == {first - 2, first - 1}
     assert group[1].stored == set(range(DEPTHS[0]))
     with raises_error(ArgumentError, code="out-of-range", key="stored", names=str(group.cell_count)):
@@ -114,7 +114,7 @@ def test_stored_cells_are_numbered_through():
     assert [group.flat()[index] for index in (0, first)] == [group[0].flat()[0], group[1].flat()[0]]
 
 
-def test_the_policy_of_all_is_that_of_each():
+def test_group_policy_matches_the_members():
     group = revnets.find_columns(staged_net())
     stored, offloaded = frozenset({1, 6}), frozenset({1, 5})
     policy = MemoryPolicy(("store",) * 3 + ("recompute",) * 4, stored, verify=True, offloaded=offloaded)
@@ -129,7 +129,7 @@ def test_the_policy_of_all_is_that_of_each():
     assert group.policy == policy
 
 
-def test_another_policy_ends_with_its_block():
+def test_using_restores_the_policies():
     group = revnets.find_columns(staged_net())
     group[0].memory, group[1].verify = "store", True
     before = [columns.policy for columns in group]
@@ -140,7 +140,7 @@ def test_another_policy_ends_with_its_block():
     assert [columns.policy for columns in group] == before
 
 
-def test_a_policy_that_does_not_fit_leaves_the_present_one():
+def test_invalid_policy_changes_nothing():
     group = revnets.find_columns(staged_net())
     before = [columns.policy for columns in group]
     with (
@@ -151,7 +151,7 @@ def test_a_policy_that_does_not_fit_leaves_the_present_one():
     assert [columns.policy for columns in group] == before
 
 
-def test_a_budget_is_pending_until_all_modes_are_set():
+def test_budget_is_pending_until_all_modes_are_set():
     group, budget = revnets.find_columns(staged_net()), object()
     group.budget = budget
     assert all(columns.budget is budget for columns in group)
@@ -166,7 +166,7 @@ def test_a_budget_is_pending_until_all_modes_are_set():
 
 @KINDS
 @pytest.mark.parametrize("mode", ["recompute", "exact"])
-def test_gradients_are_those_of_store(kind, mode):
+def test_gradients_equal_store(kind, mode):
     net, x = staged_net(kind), images()
     group, found = revnets.find_columns(net), []
     for modes in ("store", mode):

@@ -1,4 +1,4 @@
-"""Compiled cells give the gradients of `store`, and the eval model can be traced, exported and run elsewhere."""
+"""Gradients of compiled cells equal those of `store`; the eval model can be compiled, traced and exported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _fresh_compiler():
 
 
 def compiled(backend: str, autocast: torch.dtype | None = None):
-    """For `step`: two training steps with compiled cells."""
+    """Return a function for `step`: two training steps with compiled cells."""
 
     def train(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
         torch.compiler.reset()
@@ -51,7 +51,7 @@ def test_compiled_cells(blocks):
     net = token_net(m=2, columns=3, dims=(6, 6), halve=False, blocks=blocks)
     x = stem_of(net)
     expected = step(net, x, "store", compiled("aot_eager"))
-    if "dropout" not in blocks:  # compiled code draws its random numbers in another order
+    if "dropout" not in blocks:  # compiled code draws random numbers in another order
         assert_near(expected, step(net, x, "store", eager), rtol=1e-4, atol=1e-4)
     for memory in TAPED:
         assert_same(step(net, x, memory, compiled("aot_eager")), expected)
@@ -63,7 +63,7 @@ def test_compiled_cells_under_autocast():
     assert_same(step(net, stem_of(net), "exact", train), step(net, stem_of(net), "store", train))
 
 
-def test_a_replay_compiles_nothing():
+def test_replays_compile_nothing():
     graphs = 0
 
     def backend(module, inputs):
@@ -82,7 +82,7 @@ def test_a_replay_compiles_nothing():
     assert graphs == compiled_in_forward
 
 
-def test_every_cell_is_compiled_however_many_differ():
+def test_all_cells_are_compiled_beyond_the_default_limit():
     graphs = 0
 
     def backend(module, inputs):
@@ -93,10 +93,10 @@ def test_every_cell_is_compiled_however_many_differ():
     net = cells_net([nn.Sequential(nn.Linear(6, hidden), nn.Linear(hidden, 6)) for hidden in range(1, 11)])
     net.compile(backend=backend)
     net(tokens())
-    assert graphs == 10  # PyTorch stops after 8 versions of one code
+    assert graphs == 10  # the default limit is 8 versions of one code object
 
 
-def test_cells_compiled_by_hand():
+def test_cells_compiled_individually():
     """`torch.compile` of a cell's function, and `compile()` of some cells only."""
 
     def train(net, x):
@@ -134,7 +134,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("memory", ["store", *TAPED])
-def test_the_whole_model_compiled_for_training(memory):
+def test_whole_model_compiled_for_training(memory):
     model, x = Model(token_net(m=2, columns=2, memory=memory)), torch.randn(2, 2, 3)
     model(x).square().sum().backward()
     expected = [parameter.grad for parameter in model.parameters()]
@@ -145,7 +145,7 @@ def test_the_whole_model_compiled_for_training(memory):
 
 
 @pytest.mark.parametrize(("memory", "dynamic"), [("store", False), ("exact", False), ("exact", True)])
-def test_the_whole_model_compiled_for_inference_is_one_graph(memory, dynamic):
+def test_whole_model_compiled_for_inference_is_one_graph(memory, dynamic):
     model, x = Model(token_net(m=2, columns=2, blocks=("mlp", "batchnorm"), memory=memory)).eval(), torch.randn(5, 2, 3)
     compiled_model = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_the_whole_model_compiled_for_inference_is_one_graph(memory, dynamic):
             torch.testing.assert_close(compiled_model(batch), model(batch))
 
 
-def test_a_tape_cannot_be_in_a_compiled_graph():
+def test_tape_in_a_compiled_graph_raises():
     model = Model(token_net(m=2, columns=3))
     with pytest.raises(Exception, match="_run_taped"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(2, 2, 3))
@@ -170,7 +170,7 @@ def test_export(strict):
         torch.testing.assert_close(program.module()(x), model(x))
 
 
-def test_export_of_images_with_taps():
+def test_export_of_images_with_intermediate_outputs():
     net = image_net().eval()
     x = stem_of(net, grad=False)
     program = torch.export.export(net, (x,), {"taps": (0, 1)})

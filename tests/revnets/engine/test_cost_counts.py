@@ -1,4 +1,4 @@
-"""What a pass costs, counted: matrix products, bytes kept, and what is left alive."""
+"""Cost of a pass, as exact counts: matrix products, bytes saved for backward, and bytes alive afterwards."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.support.networks import image_net, stem_of, token_net
 
 TAPED = ("recompute", "invert", "exact")
 
-pytestmark = pytest.mark.filterwarnings("ignore::revnets.DriftWarning")  # no gradient is looked at
+pytestmark = pytest.mark.filterwarnings("ignore::revnets.DriftWarning")  # gradients are not checked
 
 
 # --------------------------------------------------------------------------------------- matrix products
 
 
 def matmuls(net: ReversibleColumns, memory: str, taps: Sequence[int] | None = None) -> tuple[int, int]:
-    """Of a forward, and of the backward of a loss on the last levels or on the taps."""
+    """Count products of a forward, and of the backward of a loss on the last levels or on intermediate outputs."""
     net.memory = memory
     with Matmuls() as forward:
         levels = net(stem_of(net)) if taps is None else net(stem_of(net), taps=taps)[1]
@@ -36,9 +36,9 @@ def matmuls(net: ReversibleColumns, memory: str, taps: Sequence[int] | None = No
 
 
 def spared(net: ReversibleColumns) -> int:
-    """Products of the first column that come after the last tensor which their cell saves.
+    """Count the products of the first column after the last tensor that their cell saves.
 
-    They serve the state alone, and those cells have no other state to rebuild from it: no replay runs them.
+    Only the state needs them, and these cells rebuild no other state, so no replay runs them.
     """
     count, last, hooks, handles = 0, 0, [], []
 
@@ -67,7 +67,7 @@ def spared(net: ReversibleColumns) -> int:
 
 @pytest.mark.parametrize("memory", TAPED)
 @pytest.mark.parametrize("make", [image_net, lambda: token_net(blocks=("mlp", "conv", "attention"))])
-def test_backward_is_that_of_store_and_one_forward(make, memory):
+def test_backward_costs_store_and_one_forward(make, memory):
     net = make()
     forward, backward = matmuls(net, "store")
     assert forward > 0
@@ -78,11 +78,11 @@ def test_backward_is_that_of_store_and_one_forward(make, memory):
 
 @pytest.mark.parametrize("memory", TAPED)
 @pytest.mark.parametrize("taps", [[0], [1], [3], [0, 1, 2, 3]])
-def test_a_loss_on_taps_costs_one_more_forward_at_most(taps, memory):
+def test_loss_on_intermediate_outputs_costs_at_most_one_more_forward(taps, memory):
     net = token_net(blocks=("mlp", "conv", "attention"))
     forward, backward = matmuls(net, "store", taps)
     expected = forward - spared(net)
-    if memory == "recompute":  # states are at hand: what lies behind the last tap is not run again
+    if memory == "recompute":  # states are kept, so cells after the last tap are not replayed
         expected = sum(matmuls_of_column(net, column) for column in range(max(taps) + 1))
     assert matmuls(net, memory, taps) == (forward, backward + expected)
 
@@ -94,7 +94,7 @@ def matmuls_of_column(net: ReversibleColumns, column: int) -> int:
     return counts[1] - counts[0]
 
 
-def test_stored_columns_are_not_run_again():
+def test_stored_columns_are_not_replayed():
     net = token_net(blocks=("mlp", "conv"))
     forward, backward = matmuls(net, "store")
     extra = matmuls_of_column(net, 2)
@@ -103,8 +103,8 @@ def test_stored_columns_are_not_run_again():
 
 
 @pytest.mark.parametrize(("memory", "replayed"), [("recompute", 7), ("exact", 2 + 2 * 5)])
-def test_a_replay_with_its_state_at_hand_ends_with_the_last_saved_tensor(memory, replayed):
-    """The second product of a block serves its sum alone; two cells have no residual, and so no state to rebuild."""
+def test_replay_with_a_kept_state_ends_at_the_last_saved_tensor(memory, replayed):
+    """Only the sum needs the second product of a block; two cells have no residual and rebuild no state."""
     blocks = [nn.Sequential(nn.Linear(5, 11), nn.GELU(), nn.Linear(11, 5)) for _ in range(7)]
     net = ReversibleSequence(blocks, m=2, gain=0.5)
     counts = []
@@ -118,7 +118,7 @@ def test_a_replay_with_its_state_at_hand_ends_with_the_last_saved_tensor(memory,
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_each_further_backward_costs_one_more_forward_at_most(memory):
+def test_each_further_backward_costs_at_most_one_forward(memory):
     net = token_net(blocks=("mlp", "conv"), memory=memory)
     forward, backward = matmuls(net, "store")
     net.memory = memory
@@ -133,7 +133,7 @@ def test_each_further_backward_costs_one_more_forward_at_most(memory):
 
 
 def kept(columns: int, memory: str, batch: int = 16, **options) -> int:
-    """Bytes that a forward leaves behind for its backward, the outputs included."""
+    """Bytes alive after a forward pass, including its outputs."""
     net = token_net(columns=columns, dims=(32, 48, 64), blocks=("mlp", "conv"), memory=memory, **options)
     x = stem_of(net, batch)
     with Kept() as mode:
@@ -144,23 +144,23 @@ def kept(columns: int, memory: str, batch: int = 16, **options) -> int:
 
 
 ELEMENTS = 16 * (4 * 32 + 2 * 48 + 1 * 64)
-"""Of the states of one column in `kept`."""
+"""Elements of the states of one column in `kept`."""
 
 
 @pytest.mark.parametrize(("memory", "low", "high"), [("invert", 0, 0), ("exact", 1e-9, 1.3), ("recompute", 4, 4)])
-def test_bytes_a_state_element_for_each_added_column(memory, low, high):
+def test_bytes_per_state_element_of_an_added_column(memory, low, high):
     sizes = [kept(columns, memory) for columns in (2, 4, 8, 16)]
     for (few, fewer), (many, more) in zip([(2, sizes[0]), (4, sizes[1])], [(8, sizes[2]), (16, sizes[3])], strict=True):
         assert low <= (more - fewer) / (many - few) / ELEMENTS <= high
 
 
-def test_store_keeps_far_more():
+def test_store_keeps_several_times_more():
     assert kept(8, "store") > 4 * kept(8, "recompute")
 
 
 @pytest.mark.parametrize("memory", ["recompute", "invert"])
-def test_a_frozen_prefix_costs_nothing(memory):
-    """Cells below everything that needs a gradient leave nothing in the tape."""
+def test_frozen_prefix_keeps_nothing(memory):
+    """The tape keeps nothing of cells before the first one that needs a gradient."""
 
     def frozen(columns: int) -> int:
         net = token_net(columns=columns, memory=memory)
@@ -174,7 +174,7 @@ def test_a_frozen_prefix_costs_nothing(memory):
 
 
 @pytest.mark.parametrize("memory", ["invert", "exact"])
-def test_columns_inside_a_cell_keep_nothing_of_their_own(memory):
+def test_nested_columns_keep_nothing_themselves(memory):
     class Inner(nn.Module):
         def __init__(self):
             super().__init__()
@@ -196,7 +196,7 @@ def test_columns_inside_a_cell_keep_nothing_of_their_own(memory):
 def peak_of_backward(columns: int, memory: str) -> int:
     net = token_net(columns=columns, dims=(32, 48, 64), blocks=("mlp", "conv"), memory=memory)
     x = stem_of(net, 16)
-    loss_of(net(x)).backward()  # gradients exist from now on
+    loss_of(net(x)).backward()  # allocates the gradients
     mode = Kept(peak=True)
     with mode:
         loss = loss_of(net(x))
@@ -204,18 +204,18 @@ def peak_of_backward(columns: int, memory: str) -> int:
     return mode.highest
 
 
-def test_the_peak_of_a_step_does_not_grow_either():
+def test_peak_of_a_step_barely_grows():
     assert peak_of_backward(12, "invert") == peak_of_backward(4, "invert")
     grown = peak_of_backward(12, "exact") - peak_of_backward(4, "exact")
     assert grown / 8 / ELEMENTS <= 1.3
 
 
-# --------------------------------------------------------------------------------------- what is left alive
+# --------------------------------------------------------------------------------------- freed memory
 
 
 @pytest.fixture
 def no_collector():
-    """Reference counting alone has to do it."""
+    """Disable the garbage collector, so that only reference counting frees memory."""
     gc.disable()
     yield
     gc.enable()
@@ -227,7 +227,7 @@ def nets():
 
 
 def tape_of(net: ReversibleColumns, *args, **kwargs):
-    """The result of a forward, and a weak reference to its tape."""
+    """Return the result of a forward pass and a weak reference to its tape."""
     with tapes() as started:
         result = net(*args, **kwargs)
     (tape,) = started
@@ -236,13 +236,13 @@ def tape_of(net: ReversibleColumns, *args, **kwargs):
 
 
 def grads(net: ReversibleColumns, x: Tensor) -> int:
-    """Bytes that a backward is meant to leave behind."""
+    """Bytes of the gradients."""
     tensors = [*net.parameters(), x]
     return sum(tensor.grad.nbytes for tensor in tensors if tensor.grad is not None)
 
 
 @pytest.mark.parametrize("memory", ["store", *TAPED])
-def test_backward_leaves_nothing_but_gradients(memory, no_collector):
+def test_only_gradients_are_alive_after_backward(memory, no_collector):
     for net in nets():
         net.memory = memory
         x = stem_of(net)
@@ -259,7 +259,7 @@ def test_backward_leaves_nothing_but_gradients(memory, no_collector):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_a_tape_ends_with_its_backward(memory, no_collector):
+def test_tape_is_freed_after_backward(memory, no_collector):
     for net in nets():
         net.memory = memory
         levels, tape = tape_of(net, stem_of(net))
@@ -267,11 +267,11 @@ def test_a_tape_ends_with_its_backward(memory, no_collector):
         loss.backward(retain_graph=True)
         assert tape() is not None
         loss.backward()
-        assert tape() is None  # although levels and loss are still there
+        assert tape() is None  # although levels and loss are still alive
 
 
 def held_near_the_end(memory: str, columns: int, retain_graph: bool) -> int:
-    """Bytes alive when a backward has come down to the first column, besides the gradients."""
+    """Bytes alive, without gradients, when backward reaches the first column."""
     net = token_net(columns=columns, dims=(32, 48, 64), blocks=("mlp", "conv"), memory=memory)
     x, found = stem_of(net, 16), []
     with Kept() as mode:
@@ -284,7 +284,7 @@ def held_near_the_end(memory: str, columns: int, retain_graph: bool) -> int:
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_what_backward_has_passed_is_dropped_as_it_goes(memory, no_collector):
+def test_backward_frees_the_cells_it_has_passed(memory, no_collector):
     few, dropped = (held_near_the_end(memory, columns, False) for columns in (4, 8))
     assert few == dropped
     few, many = (held_near_the_end(memory, columns, True) for columns in (4, 8))
@@ -293,7 +293,7 @@ def test_what_backward_has_passed_is_dropped_as_it_goes(memory, no_collector):
 
 
 @pytest.mark.parametrize("memory", ["store", *TAPED])
-def test_a_graph_that_is_dropped_leaves_nothing(memory, no_collector):
+def test_deleted_graph_frees_everything(memory, no_collector):
     for net in nets():
         net.memory = memory
         x = stem_of(net)
@@ -304,7 +304,7 @@ def test_a_graph_that_is_dropped_leaves_nothing(memory, no_collector):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_a_graph_that_is_dropped_half_way(memory, no_collector):
+def test_graph_deleted_during_backward_frees_everything(memory, no_collector):
     net = token_net(blocks=("mlp", "dropout"), memory=memory)
     x = stem_of(net)
     with Kept() as mode:
@@ -317,7 +317,7 @@ def test_a_graph_that_is_dropped_half_way(memory, no_collector):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_a_double_backward_leaves_nothing(memory, no_collector):
+def test_double_backward_frees_everything(memory, no_collector):
     net = token_net(blocks=("mlp", "dropout"), memory=memory)
     x = stem_of(net)
     with Kept() as mode:
@@ -328,7 +328,7 @@ def test_a_double_backward_leaves_nothing(memory, no_collector):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_an_error_in_the_backward_leaves_nothing(memory, no_collector):
+def test_error_in_backward_frees_everything(memory, no_collector):
     net = token_net(memory=memory)
     with Kept() as mode:
         levels, tape = tape_of(net, stem_of(net))

@@ -1,4 +1,4 @@
-"""Columns that run down: states and gradients against plain loops, what is handed out, and the learned constant."""
+"""Columns that run down: states and gradients against plain loops, outputs, and the learned constant."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def net_of(order: str, m: int, **options: Any) -> ReversibleColumns:
 
 @pytest.mark.parametrize("m", [2, 3, 5])
 @pytest.mark.parametrize("order", ORDERS)
-def test_gradients_are_those_of_ordinary_autograd(order: str, m: int) -> None:
-    """Levels differ in width and length, so a state that comes back at another level would not fit."""
+def test_gradients_equal_ordinary_autograd(order: str, m: int) -> None:
+    """Levels differ in width and length, so a state restored at another level would not match."""
     net = net_of(order, m, blocks=STEADY[:3])
     found = assert_like_autograd(net, stem_of(net))
     assert [output.shape[-1] for output in found.outputs] == [5 + 2 * level for level in range(m)]
@@ -76,7 +76,7 @@ def test_gradients_under_a_budget(share: float) -> None:
 
 
 @pytest.mark.parametrize("mode", ["store", "recompute", "invert", "exact"])
-def test_taps_are_top_levels(mode: str) -> None:
+def test_intermediate_outputs_are_top_levels(mode: str) -> None:
     net = net_of("back up", 3)
     x, taps = stem_of(net), (1, 2, 4, 5)
     net.memory = mode
@@ -99,8 +99,8 @@ def test_cells_are_named_by_column_and_level() -> None:
 
 
 @pytest.mark.parametrize("length", [4, 6, 7, 8, 11])
-def test_a_column_that_is_cut_short(length: int) -> None:
-    """At its end every level's latest state is left, those of the column before first."""
+def test_incomplete_last_column(length: int) -> None:
+    """The latest state of each level is returned, those of the previous column first."""
     net = net_of("back up", 3).double()
     x = stem_of(net)
     states, nodes = plain(net).states(x), net.graph.nodes[:length]
@@ -117,7 +117,7 @@ def test_a_column_that_is_cut_short(length: int) -> None:
         torch.testing.assert_close(rebuilt, states[node.index], rtol=1e-8, atol=1e-8)
 
 
-def test_what_differs_in_a_replay_is_named_by_its_level() -> None:
+def test_error_names_the_level_of_a_wrong_replay() -> None:
     net = net_of("one down", 3)
     net.verify = True
     levels = net(stem_of(net))
@@ -128,7 +128,7 @@ def test_what_differs_in_a_replay_is_named_by_its_level() -> None:
         loss_of(levels).backward()
 
 
-def test_more_columns_that_run_down_keep_nothing_but_lost_bits() -> None:
+def test_additional_columns_keep_only_lost_bits() -> None:
     """The window is m states in either direction."""
 
     def kept(down: int, mode: str) -> int:
@@ -147,7 +147,7 @@ def test_more_columns_that_run_down_keep_nothing_but_lost_bits() -> None:
 # ------------------------------------------------------------------------------------------------ the learned constant
 
 
-def test_a_constant_is_added_where_the_column_starts() -> None:
+def test_constant_is_added_at_the_start_of_the_column() -> None:
     torch.manual_seed(0)
     net, x = revnets.build(DECODER), torch.randn(SHAPE)
     cell = net.columns.cells[2][2]
@@ -162,7 +162,7 @@ def test_a_constant_is_added_where_the_column_starts() -> None:
     assert cell.function.fusion.constant.grad.any()
 
 
-def test_a_constant_without_positions_is_one_vector() -> None:
+def test_constant_without_positions_is_one_vector() -> None:
     net = revnets.build({**DECODER, "constant": {"column": 4}})
     shapes = {name: parameter.shape for name, parameter in net.named_parameters() if name.endswith("constant")}
     assert shapes == {"columns.cells.4.2.function.fusion.constant": (7,)}
@@ -170,7 +170,7 @@ def test_a_constant_without_positions_is_one_vector() -> None:
 
 
 @pytest.mark.parametrize("positions", [[4, 3], [12], [1, 4]])
-def test_a_constant_of_another_shape(positions: list[int]) -> None:
+def test_constant_with_other_positions_raises(positions: list[int]) -> None:
     net = revnets.build({**DECODER, "constant": {"column": 2, "positions": positions}})
     with raises_error(
         ArgumentError, code="shape-mismatch", key="constant.positions", names=[str(tuple(positions)), "(3, 4)"]
@@ -181,7 +181,7 @@ def test_a_constant_of_another_shape(positions: list[int]) -> None:
 # ------------------------------------------------------------------------------------------------------ specifications
 
 
-def test_counts_by_direction_and_a_list_of_directions_are_the_same_net() -> None:
+def test_counts_per_direction_equal_a_list_of_directions() -> None:
     spec = revnets.load_spec(DECODER)
     assert (spec.columns, spec.directions) == (5, ("up", "up", "down", "down", "down"))
     listed = {**DECODER, "columns": 5, "direction": ["up", "up", "down", "down", "down"]}
@@ -219,7 +219,7 @@ def test_counts_by_direction_and_a_list_of_directions_are_the_same_net() -> None
         (["reads=before"], "conflicting-values", "reads", "level 0"),
     ],
 )
-def test_mistakes(overrides: list[str], code: str, key: str, names: str | list[str]) -> None:
+def test_invalid_directions_raise(overrides: list[str], code: str, key: str, names: str | list[str]) -> None:
     with raises_error(code=code, key=key, names=names):
         revnets.load_spec(copy.deepcopy(DECODER), overrides)
 
@@ -247,7 +247,7 @@ def test_gains_by_column_and_level() -> None:
     assert {(c.column, c.level): len(c.gamma) for c in found} == {(c.column, c.level): len(c.gamma) for c in of_file}
 
 
-def test_memory_against_columns_keeps_the_part_that_runs_down(tmp_path) -> None:
+def test_memory_scaling_keeps_the_columns_that_run_down(tmp_path) -> None:
     from revnets.analysis.memory_scaling import Step
 
     file = tmp_path / "net.yaml"

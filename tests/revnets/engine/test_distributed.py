@@ -1,4 +1,4 @@
-"""Two processes with gloo: DDP and FSDP2 get from `exact` the gradients that they get from `store`, bit for bit."""
+"""DDP and FSDP2 on two gloo processes: gradients of `exact` equal those of `store` bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 
 
 class Model(nn.Module):
-    """Stem, columns and head, and a loss on the top level (or on a tap, which leaves later columns unused)."""
+    """Stem, columns, head and a loss on the top level, or on a tap, so that later columns are unused."""
 
     def __init__(self, columns: ReversibleColumns, tap: int | None = None):
         super().__init__()
@@ -58,7 +58,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def leftovers(net: nn.Module) -> list[Tensor | None]:
-    """Gradients, parameters and buffers, each process's own part."""
+    """Return the local parts of gradients, parameters and buffers."""
     return [
         *(local(parameter.grad) for parameter in net.parameters()),
         *(local(parameter.detach()) for parameter in net.parameters()),
@@ -72,7 +72,7 @@ def same(ones: list[Tensor | None], others: list[Tensor | None]) -> None:
 
 
 def averaged_by_hand(net: nn.Module) -> list[Tensor]:
-    """The gradient of the mean of both processes' losses, by one process, without any wrapper."""
+    """Compute the gradient of the mean loss of both processes in one process, without a wrapper."""
     net = copy.deepcopy(net)
     for rank in range(PROCESSES):
         (loss_of([net(batch(rank))]) / PROCESSES).backward()
@@ -84,7 +84,7 @@ def averaged_by_hand(net: nn.Module) -> list[Tensor]:
 
 def ddp(rank: int) -> None:
     for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
-        for tap in (None, 0) if options else (None,):  # DDP wants to be told about unused parameters
+        for tap in (None, 0) if options else (None,):  # DDP has to know of unused parameters
             results = []
             for memory in ("store", *TAPED):
                 torch.manual_seed(rank)
@@ -112,7 +112,7 @@ def ddp_averages(rank: int) -> None:
         loss_of([wrapped(batch(rank))]).backward()
         for parameter, mean in zip(net.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, 2 * mean, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(unsynced, expected[0], rtol=1e-2)  # the processes had other data
+        assert not torch.allclose(unsynced, expected[0], rtol=1e-2)  # the processes have different data
 
 
 def ddp_with_two_forwards(rank: int) -> None:
@@ -141,7 +141,7 @@ def test_ddp(tmp_path):
 
 
 def shard(net: Model, by: str, **options) -> None:
-    """`fully_shard` each cell, each column, or only cells without a wrapper around the model."""
+    """Apply `fully_shard` to each cell, each column, or only the cells and not the model."""
     options["mesh"] = init_device_mesh("cpu", (PROCESSES,))
     for column in net.columns.cells:
         for group in [list(column)] if by == "column" else column:
@@ -158,7 +158,7 @@ def fsdp(rank: int, by: str, tap: int | None = None, blocks=("mlp", "dropout", "
         net.columns.verify = True
         shard(net, by, **options)
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-        for _ in range(2):  # the first gathers in an order that it finds out, the others by that order
+        for _ in range(2):  # the first step determines the gather order, which later steps use
             optimizer.zero_grad()
             loss_of([net(batch(rank)).float()]).backward()
             optimizer.step()
@@ -181,7 +181,7 @@ def fsdp_averages(rank: int) -> None:
 
 def fsdp_step_between(rank: int) -> None:
     net = model("exact")
-    shard(net, "cells alone")  # no prefetch, so that an error leaves no gather under way
+    shard(net, "cells alone")  # no prefetch, so that an error leaves no gather pending
     optimizer = torch.optim.SGD(net.columns.parameters(), lr=1e-3)
     loss_of([net(batch(rank))]).backward()
     loss = loss_of([net(batch(rank))])
@@ -233,7 +233,7 @@ NET = {
 
 @simulated_once()
 def fsdp_under_a_budget(rank: int) -> None:
-    """The ranks see batches of different sizes, and still replay the same cells."""
+    """Ranks with batches of different sizes replay the same cells."""
     samples, other = (400, 300) if rank == 0 else (300, 400)
     request = {"optimizer": "sgd", "ranks": PROCESSES, "sharding": "fsdp"}
     rows = {row.mode: row for row in plan(NET, (400, 13), modes=("store", "exact"), **request).modes}
@@ -257,7 +257,7 @@ def fsdp_under_a_budget(rank: int) -> None:
 
 
 def fsdp_where_nothing_fits(rank: int) -> None:
-    """One rank alone finds no plan; the other must not wait for it in its backward."""
+    """Only one rank finds no plan; the other must not wait for it in backward."""
     request = {"optimizer": "sgd", "ranks": PROCESSES, "sharding": "fsdp"}
     least = plan(NET, (100, 13), modes=("exact",), **request).modes[0].peak
     net = revnets.build({**NET, "memory": {"budget": int(1.1 * least), "optimizer": "sgd"}})

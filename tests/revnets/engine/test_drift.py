@@ -1,4 +1,4 @@
-"""The drift of `invert` is predicted to an order of magnitude, and warned of before it spoils the gradient."""
+"""The predicted drift of `invert` is correct to an order of magnitude, and a large one causes a warning."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def net(columns: int, gamma: float, memory="invert", learn: bool = True) -> revn
 
 
 def measured(model: nn.Module, x: Tensor, autocast: bool = False) -> float:
-    """The error of all gradients together, against ordinary autograd."""
+    """Return the relative error of all gradients against ordinary autograd."""
     gradients = []
     modes = model.columns.memory
     for memory in (modes, "store"):
@@ -52,13 +52,13 @@ IMAGE = (1, 3, 64, 64)
 @pytest.mark.parametrize(
     ("columns", "gamma"), [(4, 1.0), (12, 1.0), (6, 0.7), (3, 0.5), (4, 0.5), (8, 0.5), (3, 0.2), (2, 0.05)]
 )
-def test_the_prediction_holds_in_float32(columns: int, gamma: float) -> None:
+def test_prediction_in_float32(columns: int, gamma: float) -> None:
     error = measured(net(columns, gamma), torch.randn(IMAGE))
     assert 0.1 * error < predict_drift(["invert"] * columns, [gamma**-2] * columns) < 10 * error
 
 
 @pytest.mark.parametrize(("columns", "gamma"), [(3, 1.0), (8, 1.0), (4, 0.7), (3, 0.5), (4, 0.5), (3, 0.2)])
-def test_the_prediction_holds_under_autocast(columns: int, gamma: float) -> None:
+def test_prediction_under_autocast(columns: int, gamma: float) -> None:
     error = measured(net(columns, gamma), torch.randn(IMAGE), autocast=True)
     predicted = predict_drift(["invert"] * columns, [gamma**-2] * columns, autocast=torch.bfloat16)
     assert 0.1 * error < predicted < 10 * error
@@ -67,28 +67,28 @@ def test_the_prediction_holds_under_autocast(columns: int, gamma: float) -> None
 @pytest.mark.parametrize(
     "modes",
     [
-        ["invert"] * 4 + ["recompute"] + ["invert"] * 3,  # starts afresh
-        ["invert"] * 4 + ["exact"] * 2 + ["invert"] * 2,  # magnifies what comes in
+        ["invert"] * 4 + ["recompute"] + ["invert"] * 3,  # restarts at 0
+        ["invert"] * 4 + ["exact"] * 2 + ["invert"] * 2,  # magnifies the error
         ["store"] * 4 + ["invert"] * 4,
     ],
 )
-def test_the_prediction_holds_for_mixed_modes(modes: list[str]) -> None:
+def test_prediction_for_mixed_modes(modes: list[str]) -> None:
     error = measured(net(8, 0.5, modes), torch.randn(IMAGE))
     assert 0.1 * error < predict_drift(modes, [4.0] * 8) < 10 * error
 
 
-def test_no_drift_where_nothing_is_inverted() -> None:
+def test_no_drift_without_invert() -> None:
     for modes in (["exact"] * 8, ["store"] * 4 + ["exact"] * 4, ["recompute"] * 8, ["invert"] + ["exact"] * 7):
         assert predict_drift(modes, [4.0] * 8) == 0.0
 
 
-def test_the_prediction_holds_for_other_dtypes() -> None:
+def test_prediction_for_other_dtypes() -> None:
     x = torch.randn(IMAGE, dtype=torch.float64)
     error = measured(net(12, 0.5).double(), x)
     assert 0.1 * error < predict_drift(["invert"] * 12, [4.0] * 12, torch.float64) < 10 * error
 
 
-def test_a_deep_net_loses_all() -> None:
+def test_prediction_of_a_deep_network_is_one() -> None:
     assert predict_drift(["invert"] * 64, [400.0] * 64) == 1.0
 
 
@@ -99,7 +99,7 @@ def warned(model: nn.Module, x: Tensor) -> list[str]:
     return [str(item.message) for item in caught if issubclass(item.category, DriftWarning)]
 
 
-def test_it_is_warned_of_once_with_number_and_remedy() -> None:
+def test_one_warning_with_error_and_hint() -> None:
     model, x = net(12, 0.5), torch.randn(IMAGE)
     (text,) = warned(model, x)
     error = predict_drift(["invert"] * 12, [4.0] * 12)
@@ -113,7 +113,7 @@ def test_it_is_warned_of_once_with_number_and_remedy() -> None:
     assert warned(model, x) == []
 
 
-def test_half_precision_is_seen() -> None:
+def test_warning_considers_half_precision() -> None:
     model, x = net(4, 0.5), torch.randn(IMAGE)
     assert warned(model, x) == []
     model.columns.memory = "invert"
@@ -123,7 +123,7 @@ def test_half_precision_is_seen() -> None:
 
 
 @pytest.mark.parametrize("memory", ["store", "recompute", "exact"])
-def test_no_other_mode_is_warned_of(memory: str) -> None:
+def test_no_warning_in_other_modes(memory: str) -> None:
     assert warned(net(12, 0.2, memory), torch.randn(IMAGE)) == []
 
 
@@ -136,13 +136,13 @@ def test_stored_cells_do_not_drift() -> None:
     assert len(warned(model, x)) == 1
 
 
-def test_without_gradients_nothing_is_said() -> None:
+def test_no_warning_without_gradients() -> None:
     model, x = net(12, 0.5), torch.randn(IMAGE)
     with torch.no_grad():
         assert warned(model, x) == []
 
 
-def test_gains_of_all_kinds_are_seen() -> None:
+def test_warning_considers_all_kinds_of_gains() -> None:
     assert len(warned(net(12, 0.5, learn=False), torch.randn(IMAGE))) == 1
     sequence = revnets.ReversibleSequence([nn.Linear(5, 5) for _ in range(20)], gain=-0.3, memory="invert")
     with pytest.warns(DriftWarning, match=r"gamma about 0\.3"):
@@ -151,7 +151,7 @@ def test_gains_of_all_kinds_are_seen() -> None:
     assert warned(plain, torch.randn(3, 5)) == []
 
 
-def test_gains_that_shrink_in_training_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warning_when_gains_shrink_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "EVERY", 5)
     columns = token_net(columns=6, gamma=1.0, memory="invert")
     said = []
@@ -164,8 +164,8 @@ def test_gains_that_shrink_in_training_are_seen(monkeypatch: pytest.MonkeyPatch)
     assert said == [0] * 10 + [1, 0]
 
 
-def test_numbers_may_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from a GPU: the host goes on, and judges at the first forward at which they are there."""
+def test_gains_may_arrive_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a GPU: the host does not wait, and evaluates them in a later forward pass."""
 
     class Event:
         ready = False
@@ -182,7 +182,7 @@ def test_numbers_may_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warned(model, x) == []
 
 
-def test_the_audit_measures_in_silence() -> None:
+def test_audit_does_not_warn() -> None:
     columns = token_net(m=2, columns=8, gamma=0.1, memory="invert")
     with warnings.catch_warnings():
         warnings.simplefilter("error", DriftWarning)
@@ -192,7 +192,7 @@ def test_the_audit_measures_in_silence() -> None:
     assert len(warned(columns, stem_of(columns))) == 1
 
 
-def test_nothing_is_left_behind() -> None:
+def test_watch_does_not_keep_columns_alive() -> None:
     model = net(12, 0.5)
     warned(model, torch.randn(IMAGE))
     others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]

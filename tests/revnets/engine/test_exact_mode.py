@@ -1,4 +1,4 @@
-"""What `exact` promises: the gradients of `store` at any depth, for little more than a quarter byte an element."""
+"""`exact` computes the gradients of `store` at any depth, for little more than a quarter byte per element."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_gradients_at_other_depths(columns, gamma, blocks, autocast) -> None:
     same_gradients(columns, gamma, blocks, autocast)
 
 
-# ------------------------------------------------------------------------------------ bytes that the lost bits take
+# ------------------------------------------------------------------------------------ bytes of lost bits
 
 
 @cache
@@ -67,11 +67,11 @@ def digits_net(gamma: float) -> revnets.Net:
 
 
 def bytes_per_element(net: revnets.Net, images: Tensor, half: bool) -> float:
-    """What `exact` holds between forward and backward, and `invert` does not, over the elements that it rebuilds."""
+    """Bytes that `exact` keeps in addition to `invert`, per element that it rebuilds."""
     kept = {}
     for mode in ("invert", "exact"):
         net.columns.memory = mode
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):  # each with weights that are cast afresh
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):  # weights are cast again each time
             kept[mode] = kept_bytes(net, images)
     with torch.no_grad():
         levels = net.columns(net.stem(images))
@@ -86,7 +86,7 @@ HALF = pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"
 @LIMITS
 @HALF
 @pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
-def test_lost_bits_at_random_initialisation(gamma: float, limit: float, half: bool) -> None:
+def test_lost_bits_at_random_initialization(gamma: float, limit: float, half: bool) -> None:
     assert 0.15 <= bytes_per_element(digits_net(gamma), digits()[0][:64], half) <= limit
 
 
@@ -100,7 +100,7 @@ def test_lost_bits_after_training(gamma: float, limit: float, half: bool) -> Non
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
     losses = []
     for count in range(60):
-        net.columns.memory = "store"  # of which `exact` has the gradients, at more expense
+        net.columns.memory = "store"  # the same gradients as `exact`, but faster
         batch = torch.randint(len(images), (32,))
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = F.cross_entropy(net(images[batch]), labels[batch])
@@ -110,4 +110,4 @@ def test_lost_bits_after_training(gamma: float, limit: float, half: bool) -> Non
         losses.append(float(loss.detach()))
         if count % 20 == 19:
             assert 0.15 <= bytes_per_element(net, images[:64], half) <= limit
-    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])  # it has learned something
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])  # training works

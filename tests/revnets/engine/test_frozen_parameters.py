@@ -1,4 +1,4 @@
-"""Nets that are frozen in part get the gradients that they need, as in ordinary autograd."""
+"""Gradients of partly frozen models equal those of ordinary autograd."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def test_frozen_gains():
     assert_like_autograd(net, stem_of(net))
 
 
-def test_only_gains():
+def test_only_gains_trainable():
     net = token_net(blocks=("mlp", "conv"))
     for name, parameter in net.named_parameters():
         parameter.requires_grad_("gain" in name)
     assert_like_autograd(net, stem_of(net, grad=False))
 
 
-def test_frozen_after_the_forward():
-    """requires_grad at the time of the forward counts, as in ordinary autograd."""
+def test_frozen_after_the_forward_pass():
+    """The value of requires_grad in the forward pass applies, as in ordinary autograd."""
     net = token_net()
 
     def train(net, x):

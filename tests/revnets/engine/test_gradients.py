@@ -1,4 +1,4 @@
-"""Gradients and rebuilt states of the memory modes, bit for bit, and the errors of cells that cannot be replayed."""
+"""Gradients and rebuilt states of all memory modes, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GAINS = (0.05, 0.2, 0.5, 1.0, -0.5)
 
 @pytest.mark.parametrize("gamma", GAINS)
 @pytest.mark.parametrize("columns", [1, 4, 8, 16, 32])
-def test_gradients_are_those_of_store(columns, gamma):
+def test_gradients_equal_store(columns, gamma):
     net = token_net(m=3, columns=columns, blocks=STEADY, gamma=gamma, scale=0.7)
     x = stem_of(net)
     expected = step(net, x, "store")
@@ -65,7 +65,7 @@ def test_gradients_in_other_dtypes(dtype):
 
 
 def test_gradients_with_two_threads():
-    """Kernels share their work by size: the same in the forward and in the replay."""
+    """Kernels divide their work by size, equally in the forward pass and in the replay."""
     net = token_net(m=2, columns=6, dims=(128, 96), blocks=("mlp", "attention"))
     x = stem_of(net, batch=64)
     torch.set_num_threads(2)
@@ -74,7 +74,7 @@ def test_gradients_with_two_threads():
         assert_same(step(net, x, memory), expected)
 
 
-def test_autocast_around_the_backward_changes_nothing():
+def test_autocast_around_backward_changes_nothing():
     net = token_net(blocks=("mlp", "dropout"))
     x = stem_of(net)
 
@@ -100,7 +100,7 @@ def test_autocast_around_the_backward_changes_nothing():
 
 
 @pytest.mark.parametrize("reads", [["full"], ["stem", "below"], ["below", "above", "top"], [1, 3], ["stem"], [2]])
-def test_any_wires(reads):
+def test_gradients_for_any_inputs_of_cells(reads):
     net = token_net(m=4, columns=5, blocks=("mlp", "conv", "droppath"), reads=[reads] * 4)
     x = stem_of(net)
     expected = step(net, x, "store")
@@ -108,7 +108,7 @@ def test_any_wires(reads):
         assert_same(step(net, x, memory), expected)
 
 
-def test_a_sequence_with_fixed_gains_and_a_short_last_column():
+def test_sequence_with_fixed_gains_and_an_incomplete_last_column():
     functions = [
         nn.Identity(),
         nn.Identity(),
@@ -123,7 +123,7 @@ def test_a_sequence_with_fixed_gains_and_a_short_last_column():
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_the_equation_as_a_loop_gives_the_same(memory):
+def test_gradients_equal_a_plain_loop_of_the_equation(memory):
     for net in (token_net(blocks=STEADY, dtype=torch.float64), image_net().double()):
         x = stem_of(net)
         assert_near(step(net, x, memory), step(plain(net), x), rtol=1e-8, atol=1e-8)
@@ -141,7 +141,7 @@ def test_invert_drifts_and_exact_does_not():
 
 
 @pytest.mark.parametrize("pair", list(itertools.permutations(MODES, 2)), ids="/".join)
-def test_every_pair_of_modes_in_one_net(pair):
+def test_every_pair_of_modes_in_one_model(pair):
     net = token_net(m=2, columns=4, blocks=("mlp", "dropout"), dtype=torch.float64)
     x = stem_of(net)
     expected = step(net, x, "store")
@@ -162,7 +162,7 @@ def test_rebuilt_states_of_images(dtype, autocast):
         assert rebuilt.stride() == state.stride(), name
 
 
-def test_states_that_are_not_numbers_come_back_too():
+def test_non_finite_states_are_rebuilt():
     net = token_net(columns=3)
     x = stem_of(net).detach()
     x[0, 0, 0], x[1, 1, 1] = float("nan"), float("inf")
@@ -203,7 +203,7 @@ def test_gradient_penalty(memory):
     assert_same(step(net, x, memory, train), step(net, x, "store", train))
 
 
-# ------------------------------------------------------------------------------------- no gradient, no tape
+# ------------------------------------------------------------------------------------- passes without a tape
 
 
 def test_no_tape_without_gradients():

@@ -1,4 +1,4 @@
-"""Wires: what each cell reads, against lists written by hand and against the rules of the window."""
+"""The inputs of each cell, compared with explicit lists and with the rules of the window."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_revcol():
     graph = wire(12, 4, [["below", "above"]] * 4)
     assert reads(graph) == [
         *[(STEM,), (0,), (1,), (2,)],
-        *[(STEM, 1), (4, 2), (5, 3), (6,)],  # the top level has nothing above it
+        *[(STEM, 1), (4, 2), (5, 3), (6,)],  # the top level has no level above
         *[(STEM, 5), (8, 6), (9, 7), (10,)],
     ]
     assert [node.residual for node in graph.nodes] == [None] * 4 + list(range(8))
@@ -45,16 +45,16 @@ def test_m_2_is_a_revnet():
     assert reads(wire(6, 2, [[1]] * 2)) == [(STEM,), (0,), (1,), (2,), (3,), (4,)]
 
 
-def test_a_wire_is_drawn_once_however_many_names_it_has():
+def test_duplicate_inputs_are_merged():
     graph = wire(6, 2, [["stem", "below", 1, "top"], ["below", 1, "full"]])
     assert reads(graph)[2:4] == [(STEM, 1), (2,)]
 
 
-def test_top_level_above_reads_the_stem_alone():
+def test_top_level_with_above_reads_only_the_stem():
     assert reads(wire(4, 2, [["above"]] * 2)) == [(STEM,), (STEM,), (1,), (STEM,)]
 
 
-def test_the_last_column_may_be_short():
+def test_last_column_may_be_incomplete():
     graph = wire(7, 3, [["below", "above"]] * 3)
     assert graph.columns == 3
     assert [(node.column, node.level) for node in graph.nodes[-2:]] == [(1, 2), (2, 0)]
@@ -83,14 +83,14 @@ def test_names_kinds_and_table():
         ("side", "unknown-choice"),
     ],
 )
-def test_reads_outside_the_window(token, code):
+def test_inputs_outside_the_window_raise(token, code):
     with raises_error(ReadError, code=code, key="reads", names=str(token)) as caught:
         wire(6, 3, [[token]] * 3)
-    assert "--" not in str(caught.value)  # x_(t--1) is no name of anything
+    assert "--" not in str(caught.value)  # no index such as x_(t--1)
 
 
 @pytest.mark.parametrize(("length", "m", "key", "value"), [(4, 1, "m", "1"), (0, 2, "length", "0")])
-def test_sizes_that_make_no_column(length, m, key, value):
+def test_invalid_sizes_raise(length, m, key, value):
     with raises_error(ReadError, code="out-of-range", key=key, names=f"{key} = {value}"):
         wire(length, m, [["below"]] * m)
 
@@ -99,7 +99,7 @@ TOKENS = ["below", "above", "stem", "top", "full"]
 
 
 @given(st.data(), st.integers(2, 6), st.integers(1, 40))
-def test_every_read_is_still_there_when_it_is_inverted(data, m, length):
+def test_inputs_are_available_for_the_inverse(data, m, length):
     token = st.sampled_from([*TOKENS, *range(1, m)])
     level_reads = data.draw(st.lists(st.lists(token, max_size=4), min_size=m, max_size=m))
     graph = wire(length, m, level_reads)
@@ -115,7 +115,7 @@ def test_every_read_is_still_there_when_it_is_inverted(data, m, length):
 DOWN = wire(16, 4, [["below", "above"]] * 4, directions=["up", "up", "down", "down"])
 
 
-def test_a_column_that_runs_down_is_the_mirror_image():
+def test_column_that_runs_down_is_mirrored():
     assert [node.level for node in DOWN.nodes[4:]] == [0, 1, 2, 3, 3, 2, 1, 0, 3, 2, 1, 0]
     assert reads(DOWN)[8:] == [(6,), (8, 5), (9, 4), (10,), (9,), (12, 10), (13, 11), (14,)]
     kinds = [[DOWN.kind(node, read) for read in node.reads] for node in DOWN.nodes[12:]]
@@ -123,24 +123,24 @@ def test_a_column_that_runs_down_is_the_mirror_image():
     assert DOWN.table()[9] == ("c2.l2", "c2.l3, c1.l1", "c1.l2")
 
 
-def test_residuals_are_nearer_where_the_direction_turns():
+def test_residual_offsets_where_the_direction_changes():
     graph = wire(16, 4, [["below", "above"]] * 4, directions=["up", "down", "up", "up"])
     distances = [node.index - node.residual for node in graph.nodes if node.residual is not None]
     assert distances == [1, 3, 5, 7, 1, 3, 5, 7, 4, 4, 4, 4]
 
 
-def test_the_states_of_a_column_from_level_0_up():
+def test_states_of_a_column_start_at_level_0():
     assert [list(DOWN.states_of(column)) for column in range(4)] == [
         *[[0, 1, 2, 3], [4, 5, 6, 7]],
         *[[11, 10, 9, 8], [15, 14, 13, 12]],
     ]
     assert DOWN.last == (15, 14, 13, 12)
-    short = Graph(4, DOWN.nodes[:10])  # levels 0 and 1 are still those of the column before
+    short = Graph(4, DOWN.nodes[:10])  # levels 0 and 1 are from the previous column
     assert short.last == (4, 5, 9, 8)
     assert short.is_invertible
 
 
-def test_other_reads_of_a_column_that_runs_down():
+def test_named_inputs_of_a_column_that_runs_down():
     tokens: list[str | int] = ["top", "full", "before", "stem", 1, 3]
     found = {token: wire(12, 4, [[token]] * 4, [0] * 4, ["up", "down", "down"]).nodes for token in tokens}
     at_turn, after = ({token: [node.reads for node in nodes[start : start + 4]] for token, nodes in found.items()}
@@ -155,23 +155,23 @@ def test_other_reads_of_a_column_that_runs_down():
     assert (at_turn[3], after[3]) == ([(2,), (1,), (0,), (4,)], [(5,), (6,), (7,), (8,)])
 
 
-def test_a_constant_enters_at_the_first_level_of_a_column():
+def test_constant_is_added_at_the_first_level_of_a_column():
     graph = wire(12, 3, [["below"]] * 3, directions=["up", "up", "down", "down"], constant=2)
     assert [graph.name(node.index) for node in graph.nodes if node.constant] == ["c2.l2"]
     assert graph.table()[6] == ("c2.l2", "stem, constant", "c1.l2")
 
 
-def test_nodes_of_pickles_without_a_constant():
+def test_nodes_from_pickles_without_a_constant():
     node = DOWN.nodes[9]
     old = object.__new__(Node)
-    old.__setstate__([9, 2, 2, (8, 5), 6])  # the fields that there were
+    old.__setstate__([9, 2, 2, (8, 5), 6])  # the fields of older pickles
     assert old == node == pickle.loads(pickle.dumps(node))
 
 
 @pytest.mark.parametrize(
     ("options", "key", "code", "names"),
     [
-        ({"directions": ["up", "left", "down"]}, "directions", "unknown-choice", ["left", "up and down"]),
+        ({"directions": ["up", "left", "down"]}, "directions", "unknown-choice", ["left", "up or down"]),
         ({"directions": ["down", "up", "down"]}, "directions", "conflicting-values", "first column"),
         ({"directions": ["up", "down"]}, "directions", "wrong-length", ["2 directions", "3 columns"]),
         ({"constant": 3}, "constant", "out-of-range", ["column 3", "0 to 2"]),
@@ -179,7 +179,7 @@ def test_nodes_of_pickles_without_a_constant():
         ({"constant": True}, "constant", "out-of-range", "True"),
     ],
 )
-def test_directions_and_constants_that_do_not_fit(options, key, code, names):
+def test_invalid_directions_and_constants_raise(options, key, code, names):
     with raises_error(ReadError, code=code, key=key, names=names):
         wire(8, 3, [["below"]] * 3, **options)
 
@@ -202,7 +202,7 @@ def test_a_cell_reads_the_latest_states_of_other_levels_in_any_directions(data, 
     assert graph.is_invertible
 
 
-def test_torch_is_not_needed():
+def test_module_does_not_import_torch():
     code = (
         "import importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('graph', {str(Path(graph_module.__file__))!r})\n"

@@ -1,4 +1,4 @@
-"""Properties over random graphs: the inverse gives back the states, and the tape gives them back bit for bit."""
+"""Random graphs: the inverse rebuilds the states, and the tape rebuilds them bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRIMES = (2, 3, 5, 7, 11)
 
 @st.composite
 def token_nets(draw: st.DrawFn, gains: st.SearchStrategy[float], max_columns: int, blocks: tuple[str, ...], **options):
-    """Token nets of any m, width, wires, gains, cells and directions."""
+    """Draw token networks of any m, width, connections, gains, cells and directions."""
     m = draw(st.integers(2, 6))
     columns = draw(st.integers(1, max_columns))
     token = st.sampled_from(["below", "above", "stem", "top", "full", *range(1, m)])
@@ -38,7 +38,7 @@ def token_nets(draw: st.DrawFn, gains: st.SearchStrategy[float], max_columns: in
 
 
 def in_order(net: ReversibleColumns, columns: list[list[Tensor]]) -> list[Tensor]:
-    """The states that `inverse` gives, last column first and each from level 0 up, in the order of the cells."""
+    """Sort the states from `inverse` by the order of the cells."""
     return [columns[::-1][node.column][node.level] for node in net.graph.nodes]
 
 
@@ -60,7 +60,7 @@ def test_inverse_reconstructs_the_states(net: ReversibleColumns):
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 7])
-def test_inverse_of_a_short_last_column(length):
+def test_inverse_of_an_incomplete_last_column(length):
     net = ReversibleSequence([Mlp(5) for _ in range(length)], m=3, gain=0.7).double().eval()
     x = torch.randn(2, 4, 5, dtype=torch.float64)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_inverse_of_a_short_last_column(length):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @settings(max_examples=40)
 @given(data=st.data())
-def test_the_tape_rebuilds_the_states_bit_for_bit(dtype, autocast, data):
+def test_tape_rebuilds_states_bit_for_bit(dtype, autocast, data):
     net = data.draw(_any_net(dtype))
     for name, state, rebuilt in rebuilt_states(net, stem_of(net), autocast):
         assert torch.equal(rebuilt, state), name
@@ -98,8 +98,8 @@ def test_gradients_of_random_graphs(data: st.DataObject, autocast: torch.dtype |
 
 
 @given(token_nets(any_gain(0.5, 1.0), 6, STEADY, dtype=torch.float64, scale=0.5))
-def test_inverse_is_the_forward_backwards(net: ReversibleColumns):
-    """Any last states will do, not only those that a forward made: the map is one-to-one, so forward o inverse = id."""
+def test_forward_after_inverse_is_the_identity(net: ReversibleColumns):
+    """This is true for arbitrary last states, because the map is one-to-one."""
     net.eval()
     x = stem_of(net, grad=False)
     assume(net.graph.columns > 1)

@@ -1,4 +1,4 @@
-"""Cells that keep the state that they replace, and a part of what they save: same gradients, fewer products."""
+"""Cells that keep the state they replace and some saved tensors: same gradients, fewer products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATE = 4 * CHANNELS * SAMPLES
 
 
 class Block(nn.Module):
-    """Saves mean and deviation of the norm and, in order, inputs and weights of its three products."""
+    """Saves mean and standard deviation of the norm and, in order, inputs and weights of three products."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def products(net: ReversibleSequence) -> int:
 
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("kept", [[2, 3, 5], {4: 0, 5: 2, 6: 100, 7: None, 8: 5, 2: 3}])
-def test_gradients_are_those_of_store(kept, verify):
+def test_gradients_equal_store(kept, verify):
     net = sequence()
     net.memory = "store"
     expected = gradients(net)
@@ -71,14 +71,14 @@ def test_a_second_backward_replays_what_is_not_kept():
     assert torch.equal(first, *torch.autograd.grad(loss, x))
 
 
-def test_with_its_state_kept_a_cell_does_not_run_its_last_product_again():
+def test_kept_state_saves_the_last_product():
     net = sequence()
     rebuilt = products(net)
     net.kept = [5]
     assert products(net) == rebuilt - 1
 
 
-def test_the_fewer_tensors_are_replayed_the_fewer_products_run():
+def test_fewer_replayed_tensors_need_fewer_products():
     net, counts = sequence(), []
     for replayed in range(20):
         net.kept = {5: replayed}
@@ -86,11 +86,11 @@ def test_the_fewer_tensors_are_replayed_the_fewer_products_run():
     net.kept, net.stored = {}, [5]
     assert counts == sorted(counts)
     assert counts[0] == products(net)
-    assert counts[-1] - counts[0] == 3  # of four; the last one serves the state alone
+    assert counts[-1] - counts[0] == 3  # of four; only the state needs the last one
     assert set(counts) == set(range(counts[0], counts[0] + 4))
 
 
-def test_bytes_grow_by_the_state_and_by_what_is_not_replayed():
+def test_bytes_grow_by_the_state_and_the_kept_tensors():
     net, x = sequence(), torch.randn(SAMPLES, CHANNELS)
 
     def kept(replayed: int | None) -> int:
@@ -109,7 +109,7 @@ def test_bytes_grow_by_the_state_and_by_what_is_not_replayed():
     assert lost < kept(None) <= lost + STATE
 
 
-def test_what_is_kept_is_set_by_indices_or_a_mapping():
+def test_kept_accepts_indices_or_a_mapping():
     net = sequence()
     net.kept = {5: 3, 2: None}
     assert net.policy.kept == ((2, None), (5, 3))
@@ -123,13 +123,13 @@ def test_what_is_kept_is_set_by_indices_or_a_mapping():
 
 
 @pytest.mark.parametrize(("kept", "names"), [([99], "cell 99"), ([10**5000], "16610 bits"), ({3: -1}, "-1")])
-def test_what_cannot_be_kept(kept, names):
+def test_invalid_kept_raises(kept, names):
     net = sequence()
     with raises_error(ArgumentError, code="out-of-range", key="kept", names=names):
         net.kept = kept
 
 
-def test_cells_of_a_group_are_numbered_through():
+def test_cells_of_a_group_are_numbered_continuously():
     group = ColumnsGroup([sequence(), sequence()])
     group.kept = {3: None, 9: 2, 17: 0}
     assert (group[0].kept, group[1].kept) == ({3: None}, {0: 2, 8: 0})
@@ -140,7 +140,7 @@ def test_cells_of_a_group_are_numbered_through():
     assert group.kept == {3: None, 9: 2, 17: 0}
 
 
-def test_a_policy_that_was_pickled_without_the_field_loads():
+def test_policy_pickled_without_the_field_loads():
     policy = MemoryPolicy((Memory.EXACT,), frozenset({1}), True)
     kind, arguments, state = policy.__reduce_ex__(2)[:3]
     older = kind(*arguments)

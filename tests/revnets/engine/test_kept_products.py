@@ -84,7 +84,7 @@ def matmuls(net: ReversibleSequence) -> int:
 @pytest.mark.parametrize(
     "numbers", [*combinations(range(PRODUCTS), 1), *combinations(range(PRODUCTS), 3), range(PRODUCTS)]
 )
-def test_gradients_are_those_of_store(mode, numbers):
+def test_gradients_equal_store(mode, numbers):
     net = sequence()
     net.memory = "store"
     expected = gradients(net)
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_store(mode, numbers):
 
 
 @pytest.mark.parametrize("options", [{"verify": True}, {"kept": {3: 4, 4: None}, "stored": [5]}])
-def test_gradients_under_other_attributes(options):
+def test_gradients_with_other_attributes(options):
     net = sequence()
     with net.using(modes="store"):
         expected = gradients(net)
@@ -111,7 +111,7 @@ def test_gradients_under_autocast():
 
 
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
-def test_attention_is_one_product_or_those_inside(backend):
+def test_attention_is_one_product_or_its_inner_products(backend):
     net = sequence()
     with sdpa_kernel(backend):
         with net.using(modes="store"):
@@ -121,7 +121,7 @@ def test_attention_is_one_product_or_those_inside(backend):
             assert matmuls(net) == least
 
 
-def test_attention_with_dropout_is_computed_again(monkeypatch):
+def test_attention_with_dropout_is_recomputed(monkeypatch):
     monkeypatch.setattr(Block, "dropout", 0.5)
     net = sequence()
     with net.using(modes="store"):
@@ -131,7 +131,7 @@ def test_attention_with_dropout_is_computed_again(monkeypatch):
         assert matmuls(net) >= least
 
 
-def test_a_kept_product_is_not_computed_again():
+def test_kept_products_are_not_recomputed():
     net = sequence()
     counts = []
     for numbers in ([], [0], [0, 1], [0, 1, 2], range(4)):
@@ -140,7 +140,7 @@ def test_a_kept_product_is_not_computed_again():
     assert counts == list(range(counts[0], counts[0] - 5, -1))
 
 
-def test_bytes_grow_by_the_results():
+def test_bytes_grow_by_the_kept_results():
     net = sequence()
     least = kept(net)
     net.products = {4: [3]}
@@ -149,7 +149,7 @@ def test_bytes_grow_by_the_results():
     assert kept(net) == least + 5 * STATE
 
 
-def test_a_result_that_is_changed_in_place_is_computed_again():
+def test_result_changed_in_place_is_recomputed():
     net = sequence(Squashed)
     with net.using(modes="store"):
         expected = gradients(net)
@@ -159,7 +159,7 @@ def test_a_result_that_is_changed_in_place_is_computed_again():
     assert equal(gradients(net), expected)
 
 
-def test_results_serve_a_second_backward():
+def test_results_are_reused_in_a_second_backward():
     net = sequence()
     net.products = {cell: [1, 2] for cell in range(2, 7)}
     given = x()
@@ -175,7 +175,7 @@ def test_results_serve_a_second_backward():
     assert without.matmuls == counter.matmuls + 2 * BLOCKS
 
 
-def test_results_are_gone_after_backward():
+def test_results_are_freed_after_backward():
     net, given = sequence(), x()
     net.products = {cell: range(4) for cell in range(2, 7)}
     with MemoryTracker() as tracker:
@@ -185,7 +185,7 @@ def test_results_are_gone_after_backward():
         assert tracker.live <= 3 * STATE
 
 
-def test_another_product_in_the_replay_is_an_error():
+def test_other_product_in_the_replay_raises():
     class Fickle(nn.Module):
         calls = 0
 
@@ -205,7 +205,7 @@ def test_another_product_in_the_replay_is_an_error():
         gradients(net)
 
 
-def test_a_compiled_cell_keeps_no_results():
+def test_compiled_cell_keeps_no_results():
     net = sequence()
     with net.using(modes="store"):
         expected = gradients(net)
@@ -216,7 +216,7 @@ def test_a_compiled_cell_keeps_no_results():
     assert equal(gradients(net), expected)
 
 
-def test_numbers_are_set_by_a_mapping():
+def test_products_accept_a_mapping():
     net = sequence()
     net.products = {5: [3, 1, 1], 2: [], 3: range(2)}
     assert net.products == {3: (0, 1), 5: (1, 3)}
@@ -238,13 +238,13 @@ def test_numbers_are_set_by_a_mapping():
         ([1], "wrong-type"),
     ],
 )
-def test_what_is_no_product(products, code):
+def test_invalid_products_raise(products, code):
     net = sequence()
     with raises_error(ArgumentError, code=code, key="products"):
         net.products = products
 
 
-def test_cells_of_a_group_are_numbered_through():
+def test_cells_of_a_group_are_numbered_continuously():
     group = ColumnsGroup([sequence(), sequence()])
     group.products = {3: [1], 9: [0, 2]}
     assert (group[0].products, group[1].products) == ({3: (1,)}, {2: (0, 2)})
@@ -257,7 +257,7 @@ def test_cells_of_a_group_are_numbered_through():
         assert group.products == {}
 
 
-def test_a_policy_that_was_pickled_without_the_field_loads():
+def test_policy_pickled_without_the_field_loads():
     policy = MemoryPolicy(("exact",), frozenset({1}), products={3: [0]})
     kind, arguments, state = policy.__reduce_ex__(2)[:3]
     older = kind(*arguments)
@@ -267,7 +267,7 @@ def test_a_policy_that_was_pickled_without_the_field_loads():
 
 
 class Recurrent(nn.Module):
-    """Its kernel changes results of products by way of views that count versions on their own."""
+    """Its kernel changes results of products through views with separate version counters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ def by_parts(y: Tensor) -> Tensor:
 
 
 class Doubled(nn.Module):
-    """Changes the result of a product so that its version counter does not show it."""
+    """Changes the result of a product without changing its version counter."""
 
     change = staticmethod(by_data)
 
@@ -307,7 +307,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("change", [by_data, by_a_list, by_parts])
-def test_changes_that_no_version_counter_shows(change, monkeypatch):
+def test_changes_without_a_new_version_are_detected(change, monkeypatch):
     monkeypatch.setattr(Doubled, "change", staticmethod(change))
     net = sequence(Doubled)
     with net.using(modes="store"):
@@ -317,7 +317,7 @@ def test_changes_that_no_version_counter_shows(change, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["recompute", "exact"])
-def test_a_recurrent_layer(mode):
+def test_recurrent_layer(mode):
     net = sequence(Recurrent)
     with net.using(modes="store"):
         expected = gradients(net)
@@ -326,7 +326,7 @@ def test_a_recurrent_layer(mode):
     assert equal(gradients(net), expected)
 
 
-def test_sparse_tensors_beside_products():
+def test_sparse_tensors_and_products():
     class Sparse(nn.Module):
         def __init__(self) -> None:
             super().__init__()

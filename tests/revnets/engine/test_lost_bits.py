@@ -1,4 +1,4 @@
-"""Lost bits: whatever was there comes back bit for bit, in little room, without waiting for a device."""
+"""Lost bits restore any state bit for bit, take little memory and do not wait for a device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 class Coupled(NamedTuple):
-    """x_{t-m}, its reconstruction, and what both sides know of them."""
+    """x_{t-m}, its reconstruction, and the values that both encoder and decoder have."""
 
     past: Tensor
     rebuilt: Tensor
@@ -38,7 +38,7 @@ class Coupled(NamedTuple):
 
 
 def coupled(count: int, gamma: float, dtype: torch.dtype = torch.float32) -> Coupled:
-    """A state and its reconstruction after x_t = F + gamma x_{t-m}."""
+    """Create a state and its reconstruction after x_t = F + gamma x_{t-m}."""
     generator = torch.Generator().manual_seed(count)
     past = torch.randn(count, generator=generator).to(dtype)
     update = torch.randn(count, generator=generator).to(dtype)
@@ -61,7 +61,7 @@ def decoded(pair: Coupled, lost: lost_bits.LostBits) -> Tensor:
 
 @st.composite
 def pairs_of_bits(draw) -> Coupled:
-    """Vectors of arbitrary bit patterns, from near neighbours to 2^30 apart, NaN and denormals among them."""
+    """Draw vectors of arbitrary bit patterns, from close neighbors to 2^30 apart, including NaN and denormals."""
     dtype = draw(st.sampled_from(list(INTEGER)))
     width = 8 * torch.empty((), dtype=dtype).element_size()
     lowest, highest = -(2 ** (width - 1)), 2 ** (width - 1) - 1
@@ -78,13 +78,13 @@ def pairs_of_bits(draw) -> Coupled:
 
 
 @given(pairs_of_bits())
-def test_any_state_comes_back_bit_for_bit(pair: Coupled) -> None:
+def test_arbitrary_states_are_restored_bit_for_bit(pair: Coupled) -> None:
     for lost in (Fields.encode(*pair), Tiers.encode(pair.past, pair.rebuilt.clone())):
         assert same_bits(decoded(pair, lost), pair.past)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, -0.5, 0.05, 1e-3, float("inf"), float("nan")])
-def test_what_arithmetic_makes_comes_back(gamma: float) -> None:
+def test_states_of_the_coupling_are_restored(gamma: float) -> None:
     past = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1.0, 3e38, float("inf"), -float("inf"), float("nan"), 2.0**-126])
     update = torch.tensor([1.0, -0.0, 1e-45, 3e38, -1.0, 3e38, 1.0, float("inf"), 0.0, 1e30])
     gain = torch.tensor(gamma)
@@ -98,13 +98,13 @@ LIMITS = [(1.0, 0.22), (0.5, 0.30), (-0.5, 0.30), (0.3, 0.36), (0.2, 0.44), (0.0
 
 @pytest.mark.parametrize(("gamma", "limit"), LIMITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_room_per_element(gamma: float, limit: float, dtype: torch.dtype) -> None:
+def test_bytes_per_element(gamma: float, limit: float, dtype: torch.dtype) -> None:
     pair = coupled(100_003, gamma, dtype)
     assert encoded(pair).nbytes <= limit * pair.past.numel()
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.45, 0.2, 0.05, 0.001])
-def test_room_is_near_the_entropy_of_what_is_not_known(gamma: float) -> None:
+def test_bytes_are_close_to_the_conditional_entropy(gamma: float) -> None:
     """Entropy of the differences, given the exponents of x_t and of the reconstruction."""
     pair = coupled(100_003, gamma)
     difference = lost_bits.bits_of(pair.past) - lost_bits.bits_of(pair.rebuilt)
@@ -117,19 +117,19 @@ def test_room_is_near_the_entropy_of_what_is_not_known(gamma: float) -> None:
 
 
 @pytest.mark.parametrize(("gamma", "dtype"), [(1e-6, torch.bfloat16), (1e-9, torch.float32), (0.0, torch.float32)])
-def test_no_lost_bits_that_take_as_much_as_the_state(gamma: float, dtype: torch.dtype) -> None:
+def test_lost_bits_as_large_as_the_state_are_not_kept(gamma: float, dtype: torch.dtype) -> None:
     pair = coupled(1009, gamma, dtype)
     assert lost_bits.encode(*pair) is None
 
 
-def test_a_tensor_with_gaps_has_no_lost_bits() -> None:
+def test_tensor_with_gaps_has_no_lost_bits() -> None:
     pair = coupled(1010, 0.5)
     assert lost_bits.encode(*(vector[::2] for vector in pair[:3]), pair.gamma) is None
 
 
-def test_a_difference_that_leaves_its_field_is_kept_with_its_place() -> None:
+def test_difference_outside_its_field_is_stored_with_its_position() -> None:
     pair = coupled(70_001, 0.5)
-    for place in (0, 65_535, 65_536, 70_000):  # of both blocks
+    for place in (0, 65_535, 65_536, 70_000):  # in both blocks
         pair.past[place] *= 1.01
     lost = encoded(pair)
     assert isinstance(lost, Fields)
@@ -138,8 +138,8 @@ def test_a_difference_that_leaves_its_field_is_kept_with_its_place() -> None:
     assert torch.equal(decoded(pair, lost), pair.past)
 
 
-def test_channels_of_different_gamma() -> None:
-    """Each element has the width of its own channel, in the order of memory."""
+def test_channels_with_different_gamma() -> None:
+    """Each element has the field width of its channel, in the order of memory."""
     generator = torch.Generator().manual_seed(0)
     past, update = (torch.randn(5, 7, 13, 11, generator=generator) for _ in range(2))
     gamma = torch.logspace(-3, 0, 7).view(7, 1, 1)
@@ -156,7 +156,7 @@ def test_channels_of_different_gamma() -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_memory_in_any_order(order: tuple[int, ...]) -> None:
+def test_any_memory_layout(order: tuple[int, ...]) -> None:
     def laid_out(flat: Tensor) -> Tensor:
         inverse = sorted(range(3), key=order.__getitem__)
         return flat.view([(7, 5, 3)[axis] for axis in order]).permute(inverse)
@@ -170,7 +170,7 @@ def test_memory_in_any_order(order: tuple[int, ...]) -> None:
     assert torch.equal(back, pair.past)
 
 
-def test_deferred_encoding_never_waits_and_is_cut_to_length() -> None:
+def test_deferred_encoding_does_not_wait_and_is_compacted() -> None:
     pair = coupled(10_007, 0.05)
     with Watch() as watch:
         lost = encoded(pair, defer=True)
@@ -183,7 +183,7 @@ def test_deferred_encoding_never_waits_and_is_cut_to_length() -> None:
     assert torch.equal(decoded(pair, lost), pair.past)
 
 
-def test_tiers_hold_only_what_did_not_fit_the_tier_before() -> None:
+def test_tiers_contain_only_overflows_of_the_previous_tier() -> None:
     steps = torch.tensor([0, 7, -7, 8, -8, 127, -127, 128, -128, 32767, -32768, 2**30, -(2**31)], dtype=torch.int64)
     state = steps.to(torch.int32).view(torch.float32)
     pair = Coupled(state, torch.zeros(len(steps)), state, 1.0)
@@ -196,14 +196,14 @@ def test_tiers_hold_only_what_did_not_fit_the_tier_before() -> None:
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.45, 0.2, 0.05, 0.001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_expected_bytes_are_near_what_is_found(gamma: float, dtype: torch.dtype) -> None:
+def test_expected_bytes_are_close_to_measured_bytes(gamma: float, dtype: torch.dtype) -> None:
     pair = coupled(100_003, gamma, dtype)
     found = encoded(pair).nbytes / pair.past.numel()
     expected = lost_bits.expected_bytes(gamma, dtype.itemsize)
     assert expected == pytest.approx(found, rel=0.1 if dtype == torch.float32 else 0.25)
 
 
-def test_no_more_than_the_state_is_expected() -> None:
+def test_expected_bytes_are_at_most_the_state() -> None:
     assert lost_bits.expected_bytes(1e-5, 2) == 2
     assert lost_bits.expected_bytes(0.0, 4) == 4
 
@@ -219,13 +219,13 @@ def test_fake_tensors_have_the_expected_size() -> None:
             assert decoded(pair, lost).shape == (1009,)
         assert (
             lost.nbytes == int(lost_bits.expected_bytes(gamma, dtype.itemsize) * 1009) + 5
-        )  # half a word, half a byte
+        )  # half a word and half a byte of padding
     with FakeTensorMode(), lost_bits.assumed(1e-7):
         state = torch.empty(1009)
         assert lost_bits.encode(state, state.clone(), state, 1e-7) is None
 
 
-def test_a_step_on_the_meta_device() -> None:
+def test_step_on_the_meta_device() -> None:
     import revnets
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Lost bits coded in Triton: on a GPU where there is one, otherwise in Triton's interpreter (`conftest.py`)."""
+"""Lost bits coded in Triton, on a GPU if available, otherwise in Triton's interpreter (`conftest.py`)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def decoded(pair: Coupled, lost: lost_bits.LostBits) -> Tensor:
 
 @given(pairs_of_bits().filter(lambda pair: pair.past.dtype != torch.float64))
 @settings(max_examples=8)
-def test_any_state_comes_back_bit_for_bit(pair: Coupled) -> None:
-    """What leaves its field takes more than the state, so ordinary elements make room for it."""
+def test_arbitrary_states_are_restored_bit_for_bit(pair: Coupled) -> None:
+    """A difference outside its field takes more than the state, so ordinary elements are added."""
     ones = torch.ones(2099, dtype=pair.past.dtype)
     vectors = [torch.cat((vector, ones)) for vector in pair[:3]]
     gamma = pair.gamma
@@ -56,7 +56,7 @@ def test_any_state_comes_back_bit_for_bit(pair: Coupled) -> None:
 
 @pytest.mark.parametrize("gamma", [1.0, -0.45, 0.05, 0.001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_small_as_on_the_cpu(gamma: float, dtype: torch.dtype) -> None:
+def test_size_is_close_to_the_cpu_coder(gamma: float, dtype: torch.dtype) -> None:
     pair = coupled(10_007, gamma, dtype)
     there = Coupled(*map(on_device, pair))
     lost = BlockFields.encode(there.past, there.rebuilt.clone(), there.state, there.gamma)
@@ -66,7 +66,7 @@ def test_as_small_as_on_the_cpu(gamma: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 1, 1), (5, 7, 1, 1), (1, 3), (3, 1, 5, 3), ()])
-def test_gamma_of_any_shape_in_memory_of_any_order(shape: tuple[int, ...]) -> None:
+def test_gamma_of_any_shape_and_memory_layout(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     gamma = torch.rand(shape, generator=generator)
     for order in (torch.contiguous_format, torch.channels_last):
@@ -79,13 +79,13 @@ def test_gamma_of_any_shape_in_memory_of_any_order(shape: tuple[int, ...]) -> No
         assert torch.equal(decoded(pair, lost), pair.past)
 
 
-def test_a_state_that_is_smaller_than_its_lost_bits_is_kept() -> None:
+def test_state_smaller_than_its_lost_bits_is_kept() -> None:
     pair = coupled(10_007, 1e-6, torch.bfloat16)
     assert not BlockFields.encode(*map(on_device, pair)).compact()
 
 
 class DeviceOperations(TorchDispatchMode):
-    """Counts operators that do work on the device; views and allocations do none."""
+    """Counts operators that run on the device, without views and allocations."""
 
     FREE = ("view", "slice", "as_strided", "detach", "alias", "select", "expand", "squeeze", "unsqueeze", "empty")
 
@@ -99,7 +99,7 @@ class DeviceOperations(TorchDispatchMode):
 
 
 class CountedKernel:
-    """A kernel as one operation, whatever the interpreter does for it."""
+    """Counts a kernel as one operation, regardless of the interpreter's operations."""
 
     def __init__(self, kernel: Any, operations: DeviceOperations):
         self.kernel, self.operations = kernel, operations
@@ -114,7 +114,9 @@ class CountedKernel:
 
 
 @pytest.mark.parametrize("gamma", [0.5, torch.full((2003,), 0.45)])
-def test_a_third_of_the_device_operations_of_tiers(gamma: Tensor | float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_need_a_third_of_the_device_operations_of_tiers(
+    gamma: Tensor | float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = Coupled(*map(on_device, (*coupled(2003, 0.5)[:3], gamma)))
     counts = []
     for tiers in (True, False):
@@ -135,12 +137,12 @@ def test_a_third_of_the_device_operations_of_tiers(gamma: Tensor | float, monkey
     assert counts[1] <= 7
 
 
-def test_kernels_that_work_on_the_device_are_used() -> None:
+def test_working_kernels_are_used() -> None:
     assert coding.working_kernels(torch.device(DEVICE)) is BlockFields
 
 
-def test_kernels_that_fail_on_a_device_are_given_up_with_one_warning() -> None:
-    """As without a C compiler, or on a GPU that Triton does not support; here on one without memory."""
+def test_failing_kernels_are_disabled_with_one_warning() -> None:
+    """As without a C compiler or on an unsupported GPU; here on a device without memory."""
     coding.working_kernels.cache_clear()
     with pytest.warns(UserWarning, match="without Triton on meta") as caught:
         found = [coding.working_kernels(torch.device("meta")) for _ in range(3)]
@@ -149,8 +151,8 @@ def test_kernels_that_fail_on_a_device_are_given_up_with_one_warning() -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1e-6])
-def test_gradients_of_a_net(gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells of the last column are replayed before anything has cut their lost bits to length."""
+def test_gradients_of_a_model(gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of the last column are replayed before their lost bits are compacted."""
     made = []
 
     class Noted(BlockFields):

@@ -1,4 +1,4 @@
-"""The memory policy of columns: one immutable value, and what sets, restores, copies and pickles it."""
+"""The memory policy of columns: immutable, set through attributes, restored, copied and pickled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def columns(count: int = 3) -> ReversibleColumns:
 
 
 def with_policy() -> tuple[ReversibleColumns, MemoryPolicy]:
-    """Columns in which every field of the policy differs from its default."""
+    """Return columns whose policy differs from the default in every field."""
     net = columns()
     modes = Memory.RECOMPUTE, Memory.EXACT, Memory.STORE
     policy = MemoryPolicy(modes, frozenset({1, 4}), True, BUDGET, offloaded=frozenset({0, 4}))
@@ -33,19 +33,19 @@ def with_policy() -> tuple[ReversibleColumns, MemoryPolicy]:
     return net, policy
 
 
-def test_the_attributes_are_those_of_the_policy() -> None:
+def test_attributes_match_the_policy() -> None:
     net, policy = with_policy()
     assert (net.memory, net.stored, net.verify, net.budget) == (policy.modes, policy.stored, policy.verify, BUDGET)
     assert net.offloaded == policy.offloaded
 
 
-def test_it_is_immutable() -> None:
+def test_policy_is_immutable() -> None:
     net, _ = with_policy()
     with pytest.raises(FrozenInstanceError):
         net.policy.verify = False  # type: ignore[misc]
 
 
-def test_fields_are_brought_to_their_types() -> None:
+def test_fields_are_converted_to_their_types() -> None:
     policy = MemoryPolicy(["exact", "store"], [3, 1, 3])  # type: ignore[arg-type]
     assert policy == MemoryPolicy((Memory.EXACT, Memory.STORE), frozenset({1, 3}))
     assert all(type(mode) is Memory for mode in policy.modes)
@@ -53,13 +53,13 @@ def test_fields_are_brought_to_their_types() -> None:
         MemoryPolicy(("most",))  # type: ignore[arg-type]
 
 
-def test_setting_the_memory_ends_a_pending_budget_and_what_a_plan_offloads() -> None:
+def test_setting_memory_resets_the_budget_and_offloaded_cells() -> None:
     net, policy = with_policy()
     net.memory = "invert"
     assert net.policy == replace(policy, modes=(Memory.INVERT,) * 3, budget=None, offloaded=frozenset())
 
 
-def test_setting_the_rest_changes_that_alone() -> None:
+def test_setting_other_attributes_changes_nothing_else() -> None:
     net, policy = with_policy()
     net.stored, net.verify = 2, False
     total = len(net.graph.nodes)
@@ -80,7 +80,7 @@ def test_setting_the_rest_changes_that_alone() -> None:
         ("kept", {3: "2"}),
     ],
 )
-def test_values_of_another_type_are_refused(name, value) -> None:
+def test_values_of_the_wrong_type_raise(name, value) -> None:
     net, policy = with_policy()
     with raises_error(ArgumentError, code="wrong-type", key=name, names=name):
         setattr(net, name, value)
@@ -88,7 +88,7 @@ def test_values_of_another_type_are_refused(name, value) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"kept": {1, 2}}, {"kept": 3}, {"stored": 3}, {"offloaded": 3}])
-def test_fields_of_another_type_are_refused(changes) -> None:
+def test_fields_of_the_wrong_type_raise(changes) -> None:
     (name,) = changes
     with raises_error(ArgumentError, code="wrong-type", key=name, names=name):
         MemoryPolicy((Memory.EXACT,), **changes)
@@ -102,7 +102,7 @@ def test_fields_of_another_type_are_refused(changes) -> None:
         ({"offloaded": frozenset({3, -1})}, "out-of-range", "offloaded", "cell -1"),
     ],
 )
-def test_a_policy_of_other_columns_is_refused(changes, code, key, names) -> None:
+def test_policy_of_other_columns_raises(changes, code, key, names) -> None:
     net, policy = with_policy()
     with raises_error(ArgumentError, code=code, key=key, names=names):
         net.policy = replace(policy, **changes)
@@ -129,7 +129,7 @@ def test_using_restores_after_an_exception() -> None:
     assert net.policy is policy
 
 
-def test_using_takes_a_whole_policy() -> None:
+def test_using_accepts_a_policy() -> None:
     net, policy = with_policy()
     other = replace(policy, budget=None, verify=False)
     with net.using(other, stored=[2]):
@@ -145,7 +145,7 @@ def saved(net: ReversibleColumns) -> ReversibleColumns:
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), saved])
-def test_copies_have_the_whole_policy_and_set_their_own(copied) -> None:
+def test_copies_have_an_independent_policy(copied) -> None:
     net, policy = with_policy()
     other = copied(net)
     assert other.policy == policy
@@ -153,7 +153,7 @@ def test_copies_have_the_whole_policy_and_set_their_own(copied) -> None:
     assert net.policy is policy
 
 
-def test_pickles_of_four_attributes_load() -> None:
+def test_pickles_with_four_attributes_load() -> None:
     net, policy = with_policy()
     state = {name: value for name, value in vars(net).items() if name != "_policy"}
     state |= {"_memory": policy.modes, "_stored": policy.stored, "verify": True, "budget": BUDGET}
@@ -163,7 +163,7 @@ def test_pickles_of_four_attributes_load() -> None:
     assert not {"_memory", "_stored", "verify", "budget"} & vars(other).keys()
 
 
-def test_pickled_policies_without_offloaded_cells_load() -> None:
+def test_policy_pickled_without_offloaded_cells_loads() -> None:
     _, policy = with_policy()
     other = MemoryPolicy.__new__(MemoryPolicy)
     other.__setstate__(policy.__getstate__()[:5])  # type: ignore[attr-defined]

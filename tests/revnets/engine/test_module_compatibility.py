@@ -1,4 +1,4 @@
-"""What people do with a whole net: copies, files, averages, weights of the call, transforms of torch.func."""
+"""Common uses of a whole model: copies, files, weight averages, functional_call, transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_copies_are_independent():
 
 def test_state_dict_round_trip(tmp_path):
     net, other = token_net(blocks=("mlp", "batchnorm"), seed=1), token_net(blocks=("mlp", "batchnorm"), seed=2)
-    loss_of(net(stem_of(net))).backward()  # moves buffers
+    loss_of(net(stem_of(net))).backward()  # changes buffers
     torch.save(net.state_dict(), tmp_path / "net.pt")
     other.memory = "recompute"
     assert other.load_state_dict(torch.load(tmp_path / "net.pt")) == ([], [])
@@ -64,8 +64,8 @@ def test_exponential_moving_average():
 @pytest.mark.parametrize(
     "wrap", [nn.Identity(), lambda weight: nn.Parameter(weight.detach())], ids=["tensor", "parameter"]
 )
-def test_weights_that_are_passed_in(wrap):
-    """functional_call: the weights of the call, not those of the module, are in the gradient and in the replay."""
+def test_weights_of_functional_call(wrap):
+    """The gradient and the replay use the weights of the call, not those of the module."""
     net = token_net(blocks=("mlp", "batchnorm"))
 
     def train(net, x):
@@ -78,8 +78,8 @@ def test_weights_that_are_passed_in(wrap):
     assert_like_autograd(net, stem_of(net), train)
 
 
-def test_the_weights_of_an_inner_loop():
-    """MAML: a step of gradient descent inside of the graph."""
+def test_weights_of_an_inner_loop():
+    """MAML: a step of gradient descent inside the graph."""
     net = token_net(columns=3, gamma=0.8, scale=0.5)
 
     def train(net, x):
@@ -97,7 +97,7 @@ def test_the_weights_of_an_inner_loop():
 
 @pytest.mark.parametrize("memory", ["store", *TAPED])
 def test_function_transforms(memory):
-    """torch.func knows no saved-tensor hooks: under it every mode computes as `store` does."""
+    """torch.func does not support saved-tensor hooks, so every mode runs as `store`."""
     net = token_net(columns=3, blocks=("mlp", "conv"), memory=memory)
     x = stem_of(net, grad=False)
     weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
@@ -117,8 +117,8 @@ def test_function_transforms(memory):
 
 
 @pytest.mark.parametrize("memory", ["invert", "exact"])
-def test_an_ensemble_by_vmap(memory):
-    """`invert` would look at gains that have no values of their own here."""
+def test_ensemble_with_vmap(memory):
+    """The drift check of `invert` must skip gains, which have no values under vmap."""
     nets = [token_net(columns=3, memory=memory, seed=seed) for seed in (0, 1)]
     weights, buffers = torch.func.stack_module_state(nets)
     x = stem_of(nets[0], grad=False)
@@ -141,12 +141,12 @@ def test_forward_mode(memory):
     torch.testing.assert_close((grad * tangent).sum(), loss_of(slopes))  # the loss is linear in the levels
 
 
-def test_a_sequence_of_plain_modules():
+def test_sequence_of_plain_modules():
     functions = [nn.Identity(), nn.Identity(), *(BLOCKS[name](6) for name in ("mlp", "attention", "mlp", "attention"))]
     assert_like_autograd(ReversibleSequence(functions), tokens())
 
 
-def test_a_mode_can_change_between_forward_and_backward():
+def test_mode_may_change_between_forward_and_backward():
     net = token_net()
 
     def train(net, x):

@@ -1,4 +1,4 @@
-"""Offloaded cells: what they keep is in host memory, gradients are those of `store` bit for bit."""
+"""Offloaded cells: what they keep is in host memory, and gradients equal those of `store` bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.errors import raises_error
 from tests.support.gradients import Result, assert_same, loss_of, step
 from tests.support.networks import BLOCKS, image_net, stem_of, token_net
 
-BATCH = 211  # so that lost bits are larger than LEAST as well
+BATCH = 211  # so that lost bits exceed LEAST as well
 MODES = ("store", "recompute", "exact")
 ONE, OTHER = ("mlp", "attention", "dropout"), ("conv", "batchnorm", "inplace")
 
@@ -37,7 +37,7 @@ def offloaded(net: ReversibleColumns, stored: Sequence[int] = ()) -> ReversibleC
 
 
 def bytes_of_a_step(net: ReversibleColumns, x: Tensor) -> tuple[int, int, int, int]:
-    """Bytes on the device and in host memory, after the forward and at the peaks."""
+    """Return bytes on the device and in host memory, after the forward pass and at their peaks."""
     with MemoryTracker() as tracker:
         tracker.register(net)
         static = tracker.live
@@ -53,14 +53,14 @@ def bytes_of_a_step(net: ReversibleColumns, x: Tensor) -> tuple[int, int, int, i
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("stored", [(), (3, 4, 10)])
 @pytest.mark.parametrize("blocks", [ONE, OTHER])
-def test_gradients_are_those_of_store(blocks, stored, memory):
+def test_gradients_equal_store(blocks, stored, memory):
     net = token_net(columns=4, blocks=blocks)
     x = stem_of(net, BATCH)
     expected = step(net, x, "store")
     assert_same(step(offloaded(net, stored), x, memory), expected)
 
 
-def test_kept_states_and_what_kept_cells_save():
+def test_kept_states_and_kept_tensors():
     net = token_net(columns=4, blocks=ONE)
     x = stem_of(net, BATCH)
     expected = step(net, x, "store")
@@ -74,7 +74,7 @@ def test_kept_states_and_what_kept_cells_save():
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_under_autocast_and_with_other_layouts(memory):
+def test_autocast_and_other_memory_layouts(memory):
     net = image_net()
     x = stem_of(net, 17)
     expected = step(net, x, "store", autocast=torch.bfloat16)
@@ -82,7 +82,7 @@ def test_under_autocast_and_with_other_layouts(memory):
 
 
 def twice(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
-    """A gradient of a gradient, and one more backward through the same graph."""
+    """Compute a gradient of a gradient, and run another backward through the same graph."""
     loss = loss_of([level.tanh() for level in net(x)])
     (grad,) = torch.autograd.grad(loss, x, create_graph=True, retain_graph=True)
     grad.square().sum().backward(retain_graph=True)
@@ -91,7 +91,7 @@ def twice(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
 
 
 def batched(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
-    """Several gradients in one backward, by vmap."""
+    """Compute several gradients in one backward with vmap."""
     levels = net(x)
     top = levels[-1].sum((0, 1))
     rows = torch.autograd.grad(top, x, torch.eye(len(top)), is_grads_batched=True, retain_graph=True)
@@ -101,7 +101,7 @@ def batched(net: ReversibleColumns, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("train", [twice, batched])
-def test_other_ways_through_the_graph(train, memory):
+def test_double_and_batched_backward(train, memory):
     net = token_net(columns=3, blocks=("mlp", "conv"))
     x = stem_of(net, BATCH)
     expected = step(net, x, "store", train)
@@ -109,7 +109,7 @@ def test_other_ways_through_the_graph(train, memory):
 
 
 @pytest.mark.parametrize(("memory", "stored"), [("store", ()), ("recompute", ()), ("exact", ()), ("exact", (4, 7, 8))])
-def test_the_device_is_spared_what_the_host_holds(memory, stored):
+def test_device_memory_shrinks_by_the_host_memory(memory, stored):
     net = token_net(columns=5, memory=memory)
     x = stem_of(net, BATCH, grad=False)
     net.stored = stored
@@ -118,25 +118,25 @@ def test_the_device_is_spared_what_the_host_holds(memory, stored):
     less, lower, host, highest = bytes_of_a_step(offloaded(net, stored), x)
     assert host > LEAST
     assert highest == host  # it only shrinks in backward
-    assert kept - host <= less < kept  # states that several cells save are copied by each
-    assert lower < peak or memory == "exact"  # whose lost bits are few
+    assert kept - host <= less < kept  # each cell copies the states it saves
+    assert lower < peak or memory == "exact"  # which keeps few lost bits
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_a_step_on_fake_tensors_takes_the_same(memory):
+def test_fake_tensors_predict_the_memory(memory):
     net = offloaded(token_net(columns=4, memory=memory), [4])
     x = stem_of(net, BATCH, grad=False)
     kept, peak, host, _ = bytes_of_a_step(net, x)
     predicted = simulate(net, (x,))
-    near = partial(pytest.approx, rel=0.06 if memory == "exact" else 0)  # small parts of lost bits stay
+    near = partial(pytest.approx, rel=0.06 if memory == "exact" else 0)  # small tensors of lost bits stay on the device
     assert predicted.kept == near(kept)
     assert predicted.peak == near(peak)
     assert predicted.host == near(host)
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_hooks_around_the_net_see_what_plain_autograd_saves_alone(memory):
-    """Such as `save_on_cpu`, and the activation offloading of other libraries."""
+def test_hooks_around_the_model_receive_only_what_plain_autograd_saves(memory):
+    """Such hooks are `save_on_cpu` and the activation offloading of other libraries."""
     seen = []
     net = token_net(columns=3, memory=memory)
     with saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
@@ -145,7 +145,7 @@ def test_hooks_around_the_net_see_what_plain_autograd_saves_alone(memory):
     del levels
 
 
-def test_nothing_is_left_when_a_graph_is_dropped():
+def test_deleted_graph_frees_everything():
     net = offloaded(token_net(memory="store"))
     x = stem_of(net, BATCH)
     with MemoryTracker() as tracker:
@@ -156,7 +156,7 @@ def test_nothing_is_left_when_a_graph_is_dropped():
 
 
 class Masked(nn.Module):
-    """Its backward needs its input, and a mask that all cells are given."""
+    """Its backward needs its input and a mask, which all cells share."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -167,20 +167,20 @@ class Masked(nn.Module):
         return self.linear(x).sin() * self.table * mask
 
 
-def test_what_is_there_anyway_stays_on_the_device():
+def test_resident_tensors_stay_on_the_device():
     dim = 31
     cells = [Cell(Masked(dim), FixedGain() if t >= 2 else None) for t in range(6)]
     net = offloaded(ReversibleColumns(wire(6, 2, [[1]] * 2), cells, "store"))
     x, mask = torch.randn(BATCH, dim), torch.rand(BATCH, dim)
     with MemoryTracker() as tracker:
         levels = net(x, mask=mask)
-    assert tracker.host == (5 + 6) * x.nbytes  # the states that cells but the first read, and the operands of the sine
+    assert tracker.host == (5 + 6) * x.nbytes  # inputs of all cells but the first, and the operands of the sine
     del levels
 
 
 @contextmanager
 def fetches() -> Iterator[list[tuple[int, bool]]]:
-    """For each use of a hosted storage: its bytes, and whether its copy had been started before."""
+    """For each use of a hosted storage, yield its bytes and whether its copy had been started before."""
     used: list[tuple[int, bool]] = []
     original = hosted_tensors.HostedStorage.bytes_on_device
 
@@ -204,8 +204,8 @@ def test_copies_start_before_their_cell_is_reached(memory, stored):
     assert all(started for _, started in used)
 
 
-def test_one_cell_and_the_next_are_on_the_device_at_a_time():
-    """Backward through a chain of equal cells: its peak does not grow with their number, the host's does."""
+def test_at_most_two_cells_are_on_the_device():
+    """In a chain of equal cells, host memory grows with their number, but the device's peak does not."""
     found = []
     for count in (5, 17):
         net = ReversibleSequence([nn.Sequential(nn.Linear(13, 13), nn.Tanh()) for _ in range(count)], memory="store")
@@ -218,7 +218,7 @@ def test_one_cell_and_the_next_are_on_the_device_at_a_time():
 
 
 @pytest.mark.parametrize("is_leaf", [True, False])
-def test_a_stem_that_cells_hand_through_keeps_no_hooks(is_leaf):
+def test_stem_returned_by_cells_keeps_no_hooks(is_leaf):
     cells = [nn.Identity(), nn.Identity(), *(nn.Linear(13, 13) for _ in range(3))]
     net = offloaded(ReversibleSequence(cells, m=2, memory="store"))
     stem = nn.Parameter(torch.randn(BATCH, 13))
@@ -229,7 +229,7 @@ def test_a_stem_that_cells_hand_through_keeps_no_hooks(is_leaf):
 
 
 class LateCopies(TorchDispatchMode):
-    """The copying stream of a device on which a copy happens when another stream waits for it, and no sooner."""
+    """The copy stream of a device that copies only when another stream waits for it."""
 
     device = torch.device("cpu")
 
@@ -242,10 +242,10 @@ class LateCopies(TorchDispatchMode):
         if func is not torch.ops.aten.copy_.default:
             return func(*args, **(kwargs or {}))
         self.pairs.append(args[:2])
-        return args[0].fill_(99)  # what is seen too early
+        return args[0].fill_(99)  # the content before the copy
 
     def wait_stream(self, _: Any) -> None:
-        """The computation is never late here."""
+        """Do nothing: the computation is always finished."""
 
     def record_event(self) -> int:
         return self.done + len(self.pairs)
@@ -268,7 +268,7 @@ def late_copies(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
 
 
 @pytest.mark.parametrize(("memory", "stored"), [("store", ()), ("recompute", (3,)), ("exact", (2, 7))])
-def test_nothing_is_read_before_its_copy_is_over(late_copies, memory, stored):
+def test_nothing_is_read_before_its_copy_finishes(late_copies, memory, stored):
     net = token_net(columns=3, blocks=("mlp", "conv"))
     x = stem_of(net, BATCH)
     expected = step(net, x, "store")
@@ -277,7 +277,7 @@ def test_nothing_is_read_before_its_copy_is_over(late_copies, memory, stored):
     assert not late_copies.pairs
 
 
-def test_the_copies_matter(late_copies, monkeypatch):
+def test_missing_waits_change_the_gradients(late_copies, monkeypatch):
     monkeypatch.setattr(LateCopies, "wait_event", lambda *_: None)
     net = token_net(columns=3)
     x = stem_of(net, BATCH)
@@ -286,7 +286,7 @@ def test_the_copies_matter(late_copies, monkeypatch):
         assert_same(step(offloaded(net), x, "recompute"), expected)
 
 
-def test_lost_bits_that_are_cut_to_length_later(monkeypatch):
+def test_lost_bits_compacted_later(monkeypatch):
     """As on a GPU, where their lengths arrive late."""
     net = token_net(columns=4)
     x = stem_of(net, BATCH)
@@ -300,7 +300,7 @@ def test_lost_bits_that_are_cut_to_length_later(monkeypatch):
 
 
 class Changing(nn.Module):
-    """Changes in place what a product has saved."""
+    """Changes a saved tensor of a product in place."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -314,7 +314,7 @@ class Changing(nn.Module):
         return z
 
 
-def test_a_saved_tensor_that_changes_is_not_used():
+def test_saved_tensor_changed_in_place_raises():
     net = ReversibleSequence([nn.Linear(7, 7), nn.Linear(7, 7), Changing(7)], memory="store")
     net.offloaded = [2]
     loss = loss_of(net(torch.randn(BATCH, 7)))
@@ -322,7 +322,7 @@ def test_a_saved_tensor_that_changes_is_not_used():
         loss.backward()
 
 
-def test_weights_that_change_before_backward_are_not_used():
+def test_weights_changed_before_backward_raise():
     net = offloaded(token_net(memory="store"))
     loss = loss_of(net(stem_of(net, BATCH)))
     with torch.no_grad():
@@ -360,7 +360,7 @@ class Residual(nn.Module):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("memory", MODES)
 def test_on_a_gpu(memory):
-    """The same from pinned memory, and the allocator of the device agrees about what is spared."""
+    """Same results from pinned memory; the allocator of the device confirms the saved memory."""
     net = token_net(columns=7, blocks=("mlp", "conv"), memory=memory).cuda()
     x = torch.randn(4 * BATCH, 4, 5, device="cuda")
 

@@ -1,4 +1,4 @@
-"""Residuals that differ by level: RevNets in stages, nets without any, and what neither may do."""
+"""Different residuals per level: RevNets with stages, networks without residuals, and invalid combinations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from revnets.memory.tracker import MemoryTracker
 from revnets.nn.blocks import ConvNeXtBlock
 from tests.support.errors import raises_error
 
-STAGES = {  # two streams; the second stage has half the resolution and begins without residuals
+STAGES = {  # two streams; the second stage has half the resolution and starts without residuals
     "columns": 1,
     "stem": {"type": "patchify", "patch": 2},
     "reads": [1],
@@ -53,7 +53,7 @@ def gradients(net: torch.nn.Module, x: Tensor, mode: str, passes: int = 1) -> li
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_gradients_are_those_of_ordinary_autograd(name: str) -> None:
+def test_gradients_equal_ordinary_autograd(name: str) -> None:
     torch.manual_seed(0)
     net, x = revnets.build(NETS[name]), torch.randn(2, 3, 26, 22)
     expected = gradients(net, x, "store")
@@ -64,8 +64,8 @@ def test_gradients_are_those_of_ordinary_autograd(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_states_are_those_of_the_equation(name: str) -> None:
-    """By hand: x_t = F_t(reads) + gamma * residual, with all states at hand."""
+def test_states_match_the_equation(name: str) -> None:
+    """Compare with a loop of x_t = F_t(inputs) + gamma * residual that keeps all states."""
     torch.manual_seed(0)
     spec = revnets.load_spec(NETS[name])
     net, x = revnets.build(spec), torch.randn(2, 3, 24, 24)
@@ -94,7 +94,7 @@ def test_states_are_those_of_the_equation(name: str) -> None:
         torch.testing.assert_close(net.columns(stem), [states[t] for t in left])
 
 
-def test_a_stage_comes_back_from_its_last_two_states() -> None:
+def test_stage_is_rebuilt_from_its_last_two_states() -> None:
     torch.manual_seed(0)
     net = revnets.build(STAGES).double()
     stem = net.stem(torch.randn(2, 3, 16, 16, dtype=torch.float64))
@@ -108,7 +108,7 @@ def test_a_stage_comes_back_from_its_last_two_states() -> None:
         assert torch.equal(states[t], state)
 
 
-def test_without_residuals_nothing_is_inverted() -> None:
+def test_inverse_without_residuals_raises() -> None:
     net = revnets.build(BRANCHES)
     stem = net.stem(torch.randn(1, 3, 16, 16))
     with raises_error(ArgumentError, code="no-columns", key="residuals"):
@@ -116,7 +116,7 @@ def test_without_residuals_nothing_is_inverted() -> None:
     assert not [name for name, _ in net.named_parameters() if "gain" in name]
 
 
-def test_more_blocks_in_a_stage_keep_no_more_but_lost_bits() -> None:
+def test_additional_blocks_keep_only_lost_bits() -> None:
     def kept(blocks: int, mode: str) -> int:
         data: dict[str, Any] = copy.deepcopy(STAGES)
         data["levels"][2:6] = data["levels"][2:3] * blocks
@@ -129,7 +129,7 @@ def test_more_blocks_in_a_stage_keep_no_more_but_lost_bits() -> None:
             before = tracker.live
             levels = net.columns(stem)
             found = tracker.live - before
-        assert levels[-1].requires_grad  # and so they are held until here
+        assert levels[-1].requires_grad  # keeps them alive until here
         return found
 
     state = 2 * 32 * 32 * 5 * 4
@@ -150,14 +150,14 @@ def test_audit(name: str, rebuilt: int) -> None:
 
 
 def test_plan() -> None:
-    """Without residuals every mode but `store` keeps the same: all states."""
+    """Without residuals every mode but `store` keeps all states."""
     with torch.device("meta"):
         net = revnets.build({**BRANCHES, "columns": 2})
     kept = {mode.mode: mode.kept for mode in revnets.plan(net, (2, 3, 16, 16)).modes}
     assert kept["recompute"] == kept["invert"] == kept["exact"] < kept["store"]
 
 
-def test_wires() -> None:
+def test_inputs_and_residuals() -> None:
     stages = revnets.load_spec(STAGES).graph()
     assert [node.residual for node in stages.nodes] == [None, None, 0, 1, 2, 3, None, None, 6, 7, 8]
     assert [node.reads for node in stages.nodes] == [
@@ -190,7 +190,9 @@ def test_wires() -> None:
         ([[1], [1], [1]], [2, 3, 3], "residuals", ["level 1", "3 states back"]),
     ],
 )
-def test_wires_that_cannot_be(reads: list, residuals: list[int] | None, key: str, names: str | list[str]) -> None:
+def test_invalid_inputs_and_residuals_raise(
+    reads: list, residuals: list[int] | None, key: str, names: str | list[str]
+) -> None:
     with raises_error(ReadError, code="conflicting-values", key=key, names=names):
         wire(9, 3, reads, residuals)
 
@@ -211,14 +213,12 @@ def test_wires_that_cannot_be(reads: list, residuals: list[int] | None, key: str
         (BRANCHES, ["fusion.stepwise=2"], "wrong-type", "fusion.stepwise", "2"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
-    data: dict, overrides: list[str], code: str, key: str, names: str | list[str]
-) -> None:
+def test_errors_are_one_line(data: dict, overrides: list[str], code: str, key: str, names: str | list[str]) -> None:
     with raises_error(code=code, key=key, names=names):
         revnets.load_spec(data, overrides)
 
 
-def test_steps_of_two() -> None:
+def test_stepwise_downsampling() -> None:
     spec = revnets.load_spec({**BRANCHES, "columns": 2})
     paths = revnets.build(spec).columns.cells[1][2].function.fusion.paths
     kernels = [
@@ -231,7 +231,7 @@ def test_steps_of_two() -> None:
     assert at_once.columns.cells[1][2].function.fusion.paths[1].conv.weight.shape == (7, 3, 4, 4)
 
 
-def test_a_block_without_its_shortcut_is_the_branch() -> None:
+def test_block_without_shortcut_is_its_branch() -> None:
     torch.manual_seed(0)
     whole, branch = (ConvNeXtBlock(5, layer_scale=1.0, shortcut=shortcut) for shortcut in (True, False))
     branch.load_state_dict(whole.state_dict())

@@ -1,4 +1,4 @@
-"""Stages of a pipeline: in one process, and over gloo. The gradients are those of the whole net, bit for bit."""
+"""Pipeline stages in one process and over gloo: gradients equal those of the whole model bit for bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODES = ("store", *TAPED)
 
 
 def send(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What a runtime hands to the next stage: contiguous leaves."""
+    """Return what a runtime passes to the next stage: contiguous leaves."""
     assert all(tensor.is_contiguous() for tensor in tensors)
     return [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
 
@@ -41,7 +41,7 @@ def send(tensors: Sequence[Tensor]) -> list[Tensor]:
 def run_stages(
     stages: Sequence[ColumnsStage], x: Tensor, loss: Callable[[Any], Tensor], overwrite: bool = False, **options: Any
 ) -> Tensor:
-    """Forward and backward through stages that pass on nothing but detached tensors."""
+    """Run forward and backward through stages that exchange only detached tensors."""
     received, sent = [[x]], []
     for stage in stages:
         sent.append(stage(*received[-1], **options if stage.is_first else {}))
@@ -78,14 +78,14 @@ def require_equal_to_whole(make: Callable[[], ReversibleColumns], x: Tensor, sta
 
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("stages", [1, 2, 5])
-def test_every_kind_of_cell(stages, memory):
+def test_all_kinds_of_cells(stages, memory):
     blocks = ("dropout", "attention", "batchnorm", "conv", "droppath", "inplace", "mlp")
     net = token_net(blocks=blocks, memory=memory, scale=0.5)
     require_equal_to_whole(lambda: token_net(blocks=blocks, memory=memory, scale=0.5), stem_of(net), stages)
 
 
 class Transposed(nn.Module):
-    """F_t on tokens (B, N, C) whose channels are not next to one another in memory."""
+    """F_t on tokens (B, N, C) whose channels are not contiguous in memory."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -152,14 +152,14 @@ def _with(net: ReversibleColumns, **attributes: Any) -> ReversibleColumns:
     return net
 
 
-def test_a_cut_carries_m_states_and_the_stem():
+def test_cut_carries_m_states_and_the_stem():
     for columns in (3, 8):
         stages = token_net(m=3, columns=columns).split(columns, balance="cells")
         for stage, following in pairwise(stages):
             first = following.range.start
             assert stage.outgoing == following.incoming == (STEM, first - 3, first - 2, first - 1)
     stages = ReversibleSequence([nn.Linear(5, 5) for _ in range(7)]).split(2, balance="cells")
-    assert stages[0].outgoing == (stages[1].range.start - 2, stages[1].range.start - 1)  # none reads the stem
+    assert stages[0].outgoing == (stages[1].range.start - 2, stages[1].range.start - 1)  # no later cell reads the stem
 
 
 def test_parameters_keep_their_names_and_are_shared():
@@ -170,8 +170,8 @@ def test_parameters_keep_their_names_and_are_shared():
     assert all(parameter is net.get_parameter(name) for name, parameter in named.items())
 
 
-def test_what_needs_no_gradient_gets_none():
-    """Frozen cells at the beginning, and a loss that does not see all states of the last cut."""
+def test_states_without_gradient_get_none():
+    """Frozen first cells, and a loss that does not depend on all states of the last cut."""
     whole, divided = token_net(), token_net()
     for net in (whole, divided):
         for cell in net.flat()[:4]:
@@ -184,8 +184,8 @@ def test_what_needs_no_gradient_gets_none():
         assert parameter.grad is expected is None or torch.equal(parameter.grad, expected), name
 
 
-def test_gradients_that_are_one_number_and_states_without_any():
-    """The loss is a sum of the states at the cut, whose gradients have the stride 0; the stem is frozen."""
+def test_expanded_gradients_and_states_without_gradient():
+    """The loss sums the states at the cut, so their gradients have stride 0; the stem is frozen."""
     whole, divided = token_net(), token_net()
     x = stem_of(whole, grad=False)
     sum(level.sum() for level in whole(x)).backward()
@@ -195,7 +195,7 @@ def test_gradients_that_are_one_number_and_states_without_any():
         assert torch.equal(parameter.grad, other.grad), name
 
 
-def test_random_numbers_belong_to_a_micro_batch():
+def test_random_numbers_depend_on_the_seed_of_the_micro_batch():
     net = token_net(blocks=("dropout",))
     stages, x = net.split(3), stem_of(net, grad=False)
 
@@ -212,7 +212,7 @@ def test_random_numbers_belong_to_a_micro_batch():
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(outputs(), outputs())
     torch.manual_seed(5)
-    torch.randint(2**63 - 1, ())  # one draw a micro-batch, and no other
+    torch.randint(2**63 - 1, ())  # exactly one draw per micro-batch
     second = outputs()
     torch.manual_seed(5)
     outputs()
@@ -221,8 +221,8 @@ def test_random_numbers_belong_to_a_micro_batch():
     assert torch.equal(outputs(), net(x)[-1])
 
 
-def test_what_a_stage_keeps_of_a_micro_batch():
-    """The last states and lost bits in `exact`, which rebuilds what it has received; less than a state a cell."""
+def test_bytes_kept_per_micro_batch():
+    """`exact` keeps the last states and lost bits, less than one state per cell, and rebuilds received states."""
     net = token_net(m=2, columns=8, dims=(61, 67), halve=False, memory="exact")
     first, second = net.split(2, balance="cells")
     received = send(first(torch.randn(8, 2, 61)))
@@ -235,7 +235,7 @@ def test_what_a_stage_keeps_of_a_micro_batch():
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_offloaded_cells_are_those_of_the_stage(memory):
+def test_offloaded_cells_of_a_stage(memory):
     def make() -> ReversibleColumns:
         return _with(token_net(columns=4, memory=memory), stored=[2, 7], offloaded=range(3, 9))
 
@@ -253,7 +253,7 @@ def test_offloaded_cells_are_those_of_the_stage(memory):
 # --------------------------------------------------------------------------------------- balance
 
 
-def test_partition_is_the_best_of_all():
+def test_partition_is_optimal():
     generator = torch.Generator().manual_seed(2)
     for stages in range(1, 7):
         costs = torch.randint(0, 9, (7,), generator=generator).tolist()
@@ -268,8 +268,8 @@ def test_partition_is_the_best_of_all():
         assert all(part for part in found)
 
 
-def test_stages_are_balanced_by_flops_and_by_bytes():
-    """Two cells of 13 x 13 weights, then ones of 3 products each; the head is as large as all cells."""
+def test_balance_by_flops_and_by_bytes():
+    """Two cells with 13 x 13 weights, then cells with 3 products each; the head is as large as all cells."""
     cells: list[nn.Module] = [nn.Linear(13, 13, bias=False) for _ in range(8)]
     net = ReversibleSequence(cells)
     ranges = lambda **options: [(part.range.start, part.range.stop) for part in net.split(2, **options)]  # noqa: E731
@@ -300,12 +300,12 @@ class _Top(nn.Module):
         ({"balance": "flops"}, "missing-key", "x"),
     ],
 )
-def test_mistakes(options, code, key):
+def test_invalid_options_raise(options, code, key):
     with raises_error(ArgumentError, code=code, key=key):
         token_net().split(**{"stages": 2, **options})
 
 
-def test_memory_that_no_stage_can_have():
+def test_invert_and_pending_budgets_raise():
     net = token_net(memory="invert")
     with raises_error(ArgumentError, code="conflicting-values", key="memory"):
         net.split(2)
@@ -332,7 +332,7 @@ SPEC = {
     "head": {"type": "classifier", "num_classes": 13},
 }
 BATCHES, SIZE = 4, 2
-"""Micro-batches of an update, and images of each."""
+"""Micro-batches per update, and images per micro-batch."""
 
 
 def build(memory: str) -> Net:
@@ -347,7 +347,7 @@ def images() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def of_one_process() -> tuple[Net, list[Tensor]]:
-    """Gradients and losses of gradient accumulation, without a tape."""
+    """Compute gradients and losses with gradient accumulation in `store`."""
     model, losses = build("store"), []
     for x, y, seed in zip(*(part.chunk(BATCHES) for part in images()), strict=True):
         torch.manual_seed(int(seed))
@@ -357,7 +357,7 @@ def of_one_process() -> tuple[Net, list[Tensor]]:
 
 
 def of_pipeline(rank: int, memory: str, kind: type, chunks: int = 1) -> tuple[Net, list[Tensor]]:
-    """Gradients of this rank's stages, and on the last rank the losses."""
+    """Compute the gradients of this rank's stages, and on the last rank the losses."""
     model, size, losses = build(memory), dist.get_world_size(), []
     parts = model.columns.split(size * chunks, stem=model.stem, head=model.head)
     stages = [
@@ -365,7 +365,7 @@ def of_pipeline(rank: int, memory: str, kind: type, chunks: int = 1) -> tuple[Ne
     ]
     schedule = kind(stages if chunks > 1 else stages[0], BATCHES, loss_fn=F.cross_entropy, scale_grads=False)
     x, y, seeds = images()
-    for _ in range(2):  # in the second step, buffers receive once more
+    for _ in range(2):  # the second step reuses the receive buffers
         model.zero_grad()
         losses.clear()
         inputs, options = ([x], {"seed": seeds}) if rank == 0 else ([], {})
@@ -384,7 +384,7 @@ def require_equal(rank: int, memory: str, kind: type, chunks: int = 1) -> None:
     assert len(losses) == (BATCHES if rank == dist.get_world_size() - 1 else 0)
     names: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(names, list(own))
-    assert sorted(name for part in names for name in part) == sorted(theirs)  # each has one owner
+    assert sorted(name for part in names for name in part) == sorted(theirs)  # each parameter has one owner
 
 
 def two(rank: int) -> None:

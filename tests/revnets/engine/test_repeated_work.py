@@ -1,4 +1,4 @@
-"""What happens once, though it is asked for twice: replays, side effects of cells, garbage."""
+"""Work that must not repeat: replays for several reads, side effects of cells, garbage collection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TAPED = ("recompute", "exact")
 
 
 class Product(torch.autograd.Function):
-    """x @ weight; its backward reads what it saved so many times."""
+    """x @ weight; its backward reads its saved tensors `reads` times."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, reads: int) -> Tensor:
@@ -64,7 +64,7 @@ def test_reads_of_saved_tensors_share_one_replay(memory, reads):
         results.append([x.grad, *(parameter.grad for parameter in net.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert [block.calls for block in blocks] == [2] * 6
-    loss.backward()  # a second pass replays once more
+    loss.backward()  # a second backward replays once more
     assert [block.calls for block in blocks] == [3] * 6
 
 
@@ -90,7 +90,7 @@ def test_repeated_reads_keep_no_more_bytes():
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_cells_know_that_they_are_replayed(memory):
+def test_is_replaying(memory):
     reference, stored, x = multiply("store", 1)
     reference(x)[-1].sum().backward()
     net, blocks, x = multiply(memory, 1)
@@ -102,7 +102,7 @@ def test_cells_know_that_they_are_replayed(memory):
 
 
 @pytest.mark.parametrize("memory", ["store", "recompute", "exact", "invert"])
-def test_steps_leave_nothing_to_the_collector(memory):
+def test_steps_create_no_garbage(memory):
     blocks = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.BatchNorm1d(4)) for _ in range(4)]
 
     class Masked(nn.Module):

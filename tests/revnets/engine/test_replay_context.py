@@ -1,4 +1,4 @@
-"""What a replay finds, and what it leaves behind: random numbers, buffers, flags, autocast, versions."""
+"""The replay context: random numbers, buffers, flags, autocast and versions, restored and reset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOWHERE: frozenset[torch.device] = frozenset()
 
 
 class Noisy(nn.Module):
-    """Draws, counts, and says what surrounds it."""
+    """Draws a random number, counts its calls, and returns its context."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ def record(module: nn.Module):
     return context, result
 
 
-def test_a_replay_is_the_forward_again_and_leaves_no_trace():
+def test_replay_repeats_the_forward_without_side_effects():
     module = Noisy()
     module()
     with torch.autocast("cpu", torch.bfloat16):
@@ -54,7 +54,7 @@ def test_a_replay_is_the_forward_again_and_leaves_no_trace():
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_a_forward_without_autocast_is_replayed_without():
+def test_forward_without_autocast_is_replayed_without_autocast():
     module = Noisy()
     context, result = record(module)
     assert result[-1] is None
@@ -64,7 +64,7 @@ def test_a_forward_without_autocast_is_replayed_without():
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_the_context_comes_back_after_an_error():
+def test_context_is_reset_after_an_error():
     module = Noisy()
     context, _ = record(module)
     module.eval()
@@ -78,7 +78,7 @@ def test_the_context_comes_back_after_an_error():
     assert not module.training
 
 
-def test_only_what_the_cell_changed_is_kept():
+def test_only_changed_buffers_are_kept():
     quiet, x = nn.BatchNorm1d(3).eval(), torch.randn(2, 3)
     with ReplayContext.record(quiet, NOWHERE, {}) as context:
         quiet(x)
@@ -89,7 +89,7 @@ def test_only_what_the_cell_changed_is_kept():
     assert [name for _, name in context._buffers.written] == ["calls"]
 
 
-def test_a_buffer_that_is_replaced_counts_as_written():
+def test_replaced_buffer_counts_as_written():
     class Moving(nn.Module):
         def __init__(self):
             super().__init__()
@@ -107,7 +107,7 @@ def test_a_buffer_that_is_replaced_counts_as_written():
     assert module.mean is now
 
 
-def test_a_buffer_in_two_places_stays_one():
+def test_shared_buffer_stays_shared():
     left, right = Noisy(), Noisy()
     right.calls = left.calls
 
@@ -127,7 +127,7 @@ def test_a_buffer_in_two_places_stays_one():
         assert module() == result
 
 
-def test_a_parameter_that_moved_is_not_trusted():
+def test_changed_parameter_raises():
     module = Noisy()
     context, _ = record(module)
     with torch.no_grad():

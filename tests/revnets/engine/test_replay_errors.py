@@ -1,4 +1,4 @@
-"""Cells and calls that cannot be replayed are errors, and these name the cell."""
+"""Errors of cells and calls that cannot be replayed, with the name of the cell."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAPED = ("recompute", "exact")
 
 
 class Fickle(nn.Module):
-    """Does something else in every second call."""
+    """Alternates between two functions."""
 
     def __init__(self, first, second):
         super().__init__()
@@ -32,7 +32,7 @@ class Fickle(nn.Module):
 
 
 def sequence(cell: nn.Module, memory: str = "exact") -> ReversibleSequence:
-    """Plain cells around cell c1.l0."""
+    """Return plain cells around cell c1.l0."""
     gain = Gain(4)
     return ReversibleSequence(
         [nn.Linear(4, 4), nn.Linear(4, 4), Cell(cell, gain), nn.Linear(4, 4), nn.Linear(4, 4)], memory=memory
@@ -43,14 +43,14 @@ def sequence(cell: nn.Module, memory: str = "exact") -> ReversibleSequence:
 @pytest.mark.parametrize(
     ("first", "second", "names"),
     [
-        (torch.sigmoid, lambda x: torch.sigmoid(torch.tanh(x)), " tensors in its forward and "),
+        (torch.sigmoid, lambda x: torch.sigmoid(torch.tanh(x)), " tensors in its forward pass and "),
         (lambda x: torch.sigmoid(x), lambda x: torch.sigmoid(x[:1]).expand(3, 4), ["[3, 4]", "[1, 4]"]),
         (lambda x: torch.sigmoid(x), lambda x: torch.sigmoid(x.t().contiguous().t()), ["(4, 1)", "(1, 3)"]),
         (lambda x: torch.sigmoid(x), lambda x: torch.sigmoid(x.double()).float(), ["float32", "float64"]),
     ],
     ids=["number", "shape", "stride", "dtype"],
 )
-def test_a_replay_that_differs_names_the_cell(memory, first, second, names):
+def test_different_replay_names_the_cell(memory, first, second, names):
     net = sequence(Fickle(first, second), memory)
     loss = loss_of(net(torch.randn(3, 4)))
     with raises_error(ReplayError, code="replay-mismatch", cell="c1.l0", names=names):
@@ -63,7 +63,7 @@ class Writes(nn.Module):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_a_cell_must_not_change_its_reads(memory):
+def test_cell_that_changes_its_inputs_raises(memory):
     net = sequence(Writes(), memory)
     with raises_error(ReplayError, code="changed-in-place", cell="c1.l0"):
         net(torch.randn(3, 4))
@@ -76,23 +76,23 @@ class Uncoupled(Cell):
 
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
-def test_a_cell_that_never_couples_is_named(memory):
+def test_cell_without_coupling_raises(memory):
     functions = [nn.Linear(4, 4), nn.Linear(4, 4), Uncoupled(nn.Linear(4, 4), Gain(4)), nn.Linear(4, 4)]
     net = ReversibleSequence(functions, memory=["exact", memory] if memory == "store" else memory)
     with raises_error(ReplayError, code="not-coupled", cell="c1.l0", names=["c1.l0 (Linear)", "`couple`"]):
         net(torch.randn(3, 4))
 
 
-class SpoilsItsOwn(nn.Module):
-    """Changes in place what autograd needs: an error in ordinary autograd, too."""
+class ChangesSavedTensor(nn.Module):
+    """Changes a saved tensor in place: an error in ordinary autograd, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sigmoid().mul_(2)
 
 
 @pytest.mark.parametrize("memory", [*TAPED, "store"])
-def test_a_cell_that_spoils_what_it_saved(memory):
-    loss = loss_of(sequence(SpoilsItsOwn(), memory)(torch.randn(3, 4, requires_grad=True)))
+def test_cell_that_changes_its_saved_tensors_raises(memory):
+    loss = loss_of(sequence(ChangesSavedTensor(), memory)(torch.randn(3, 4, requires_grad=True)))
     of_torch = pytest.raises(RuntimeError, match="modified by an inplace operation")
     of_replay = raises_error(ReplayError, code="changed-in-place", cell="c1.l0")
     with of_torch if memory == "store" else of_replay:
@@ -100,7 +100,7 @@ def test_a_cell_that_spoils_what_it_saved(memory):
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_an_update_of_another_shape(memory):
+def test_update_of_another_shape_raises(memory):
     with raises_error(ArgumentError, code="shape-mismatch", key="c1.l0", names=["c1.l0", "(3, 5)", "(3, 4)"]):
         sequence(nn.Linear(4, 5), memory)(torch.randn(3, 4))
     with raises_error(ArgumentError, code="shape-mismatch", key="c1.l0", names=["c1.l0", "(3, 1)", "(3, 4)"]):
@@ -109,7 +109,7 @@ def test_an_update_of_another_shape(memory):
 
 @pytest.mark.parametrize("hook", [lambda module, args, state: state * 2, lambda module, args, state: state.mul_(2)])
 @pytest.mark.parametrize("memory", TAPED)
-def test_a_hook_behind_the_coupling(memory, hook):
+def test_hook_after_the_coupling_raises(memory, hook):
     net = token_net(memory=memory)
     net.cells[1][1].register_forward_hook(hook)
     with raises_error(ReplayError, code="output-changed", cell="c1.l1", names="`cell.function`"):
@@ -117,7 +117,7 @@ def test_a_hook_behind_the_coupling(memory, hook):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_an_output_that_was_changed_in_place(memory):
+def test_output_changed_in_place_raises(memory):
     net = token_net(memory=memory)
     levels = net(stem_of(net))
     loss = loss_of(levels)
@@ -128,7 +128,7 @@ def test_an_output_that_was_changed_in_place(memory):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_an_input_that_was_changed_in_place(memory):
+def test_input_changed_in_place_raises(memory):
     net = token_net(memory=memory)
     x = stem_of(net, grad=False)
     loss = loss_of(net(x))
@@ -138,7 +138,7 @@ def test_an_input_that_was_changed_in_place(memory):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_an_optimizer_step_before_the_backward(memory):
+def test_optimizer_step_before_backward_raises(memory):
     net = token_net(memory=memory)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     loss_of(net(stem_of(net))).backward()
@@ -149,8 +149,8 @@ def test_an_optimizer_step_before_the_backward(memory):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_a_buffer_that_was_changed_before_the_backward(memory):
-    """The statistics with which a forward in eval mode computed are moved by one in train mode."""
+def test_buffer_changed_before_backward_raises(memory):
+    """A forward pass in training mode changes the statistics that an earlier one in eval mode used."""
     net = token_net(blocks=("batchnorm",), memory=memory)
     loss = loss_of(net.eval()(stem_of(net)))
     net.train()(stem_of(net))
@@ -159,7 +159,7 @@ def test_a_buffer_that_was_changed_before_the_backward(memory):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_an_optimizer_step_between_two_backwards(memory):
+def test_optimizer_step_between_two_backward_passes_raises(memory):
     net = token_net(memory=memory)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     levels = net(stem_of(net))
@@ -170,9 +170,9 @@ def test_an_optimizer_step_between_two_backwards(memory):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_an_optimizer_step_while_a_cell_is_half_done(memory):
+def test_optimizer_step_during_the_backward_of_a_cell_raises(memory):
     net = token_net(memory=memory).requires_grad_(False)
-    net.flat()[-1].requires_grad_(True)  # no other cell is replayed and could notice
+    net.flat()[-1].requires_grad_(True)  # no other cell is replayed
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     loss = loss_of(net(stem_of(net, grad=False)))
     net.flat()[-1].gain.weight.grad = torch.autograd.grad(loss, net.flat()[-1].gain.weight, retain_graph=True)[0]
@@ -183,7 +183,7 @@ def test_an_optimizer_step_while_a_cell_is_half_done(memory):
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_a_second_backward_needs_retain_graph(memory):
+def test_second_backward_needs_retain_graph(memory):
     net = token_net(memory=memory)
     loss = loss_of(net(stem_of(net)))
     loss.backward()
@@ -192,7 +192,7 @@ def test_a_second_backward_needs_retain_graph(memory):
 
 
 class TakesGradient(nn.Linear):
-    """A backward of its own, as in nets of energies and forces."""
+    """Runs a backward in its forward, as in networks for energies and forces."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x).tanh()
@@ -200,17 +200,17 @@ class TakesGradient(nn.Linear):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_a_backward_inside_of_a_cell(memory):
+def test_backward_inside_a_cell_raises(memory):
     net = sequence(TakesGradient(4, 4), memory)
     with raises_error(ReplayError, code="early-replay", cell="c1.l0", names="memory='store'"):
         net(torch.randn(3, 4))
-    net.stored = [2]  # as the error says
+    net.stored = [2]  # as the error suggests
     loss_of(net(torch.randn(3, 4))).backward()
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_a_forward_that_was_cut_short(memory):
-    """Some tools read a state by a hook and stop there by an exception."""
+def test_backward_after_an_interrupted_forward_raises(memory):
+    """Some tools read a state in a hook and stop there with an exception."""
 
     def stop(module, args, state):
         states.append(state)
@@ -225,7 +225,7 @@ def test_a_forward_that_was_cut_short(memory):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_lazy_weights(memory):
+def test_lazy_weights_raise(memory):
     net = sequence(nn.LazyLinear(4), memory)
     with raises_error(ArgumentError, code="invalid-value", key="LazyLinear", names=["LazyLinear", "torch.no_grad()"]):
         net(torch.randn(3, 4))
@@ -235,7 +235,7 @@ def test_lazy_weights(memory):
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_an_input_of_inference_mode(memory):
+def test_input_of_inference_mode_raises(memory):
     with torch.inference_mode():
         x = torch.randn(3, 4)
     net = sequence(nn.Linear(4, 4), memory)
@@ -244,7 +244,7 @@ def test_an_input_of_inference_mode(memory):
     loss_of(net(x.clone())).backward()
 
 
-def test_modes_and_taps_are_checked():
+def test_invalid_modes_and_taps_raise():
     net = token_net(columns=3)
     with raises_error(
         ArgumentError,
@@ -257,7 +257,7 @@ def test_modes_and_taps_are_checked():
         net.memory = None
     with raises_error(ArgumentError, code="wrong-length", key="memory", names=["2", "3 columns"]):
         net.memory = ["store", "exact"]
-    with raises_error(ArgumentError, code="out-of-range", key="taps", names=["tap 3", "0 to 2"]):
+    with raises_error(ArgumentError, code="out-of-range", key="taps", names=["column 3", "0 to 2"]):
         net(stem_of(net), taps=[3])
     with raises_error(ArgumentError, code="wrong-length", key="levels", names=["2 states", "last 3"]):
         net.inverse(net(stem_of(net))[:2], stem_of(net))

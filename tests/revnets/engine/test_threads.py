@@ -1,4 +1,4 @@
-"""Several threads: a replay draws the numbers of its own forward, and leaves those of other threads alone."""
+"""Several threads: a replay draws the random numbers of its forward and does not affect other threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TAPED = ("recompute", "exact")
 
 @pytest.fixture
 def other_thread() -> Iterator[Callable[[Callable[[], object]], None]]:
-    """Runs a function in another thread, which lives as long as the test."""
+    """Return a function that runs another one in a second thread, which lives as long as the test."""
     wanted, done, left = threading.Semaphore(0), threading.Semaphore(0), []
 
     def work() -> None:
@@ -73,7 +73,7 @@ class Checkpointed(nn.Module):
 
 
 class Seeded(nn.Module):
-    """Draws the same numbers in every call, and leaves the generator as it was."""
+    """Draws the same numbers in every call and restores the generator."""
 
     def __init__(self, fork: bool):
         super().__init__()
@@ -89,7 +89,7 @@ class Seeded(nn.Module):
 
 
 def gradients(block: Callable[[], nn.Module], memory: str, steps: int = 2) -> list[Tensor]:
-    """Of some steps, and the number that is next afterwards."""
+    """Return the gradients of several steps, and the next random number."""
     torch.manual_seed(0)
     net = ReversibleSequence([block() for _ in range(4)], m=2, memory=memory)
     x = torch.randn(4, 8, requires_grad=True)
@@ -124,7 +124,7 @@ def test_masks_of_two_threads(memory):
 
 @pytest.fixture
 def older_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Lets the engine find a PyTorch without one of the private names by which draws are intercepted."""
+    """Return a function that removes one private name of PyTorch that intercepting draws needs."""
 
     def without(name: str) -> None:
         monkeypatch.delattr(torch._C, name)
@@ -138,8 +138,8 @@ def older_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.mark.parametrize("name", torch_internals._NEEDED.split())
 @pytest.mark.parametrize("memory", TAPED)
-def test_a_torch_that_cannot_intercept_draws(older_torch, other_thread, memory, name):
-    """Beside a thread that draws nothing, replays draw the numbers of their forwards, and the next one is the same."""
+def test_torch_without_support_for_intercepted_draws(older_torch, other_thread, memory, name):
+    """If the other thread draws nothing, replays are correct and do not advance the generator."""
     block = lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh())  # noqa: E731
     reference = gradients(block, "store")
     older_torch(name)
@@ -152,7 +152,7 @@ def test_a_torch_that_cannot_intercept_draws(older_torch, other_thread, memory, 
 
 
 @pytest.mark.parametrize("memory", TAPED)
-def test_another_thread_draws_between_two_masks(other_thread, memory):
+def test_draw_of_another_thread_between_two_masks(other_thread, memory):
     drawn: dict[str, list[float]] = {}
 
     def block(mode: str) -> nn.Module:
@@ -164,7 +164,7 @@ def test_another_thread_draws_between_two_masks(other_thread, memory):
     reference = gradients(lambda: block("store"), "store", steps=1)[:-1]
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
     assert len(drawn[memory]) == 2 * len(drawn["store"])
-    assert len(set(drawn[memory])) == len(drawn[memory])  # a replay does not take the generator back
+    assert len(set(drawn[memory])) == len(drawn[memory])  # a replay does not reset the generator
 
 
 CELLS = {
@@ -179,7 +179,7 @@ CELLS = {
 
 @pytest.mark.usefixtures("other_thread")
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_of_several_threads_computes_what_a_single_one_does(cell):
+def test_gradients_with_several_threads_equal_a_single_thread(cell):
     reference = gradients(CELLS[cell], "store")
     for memory in TAPED:
         assert all(torch.equal(a, b) for a, b in zip(gradients(CELLS[cell], memory), reference, strict=True))
@@ -202,7 +202,7 @@ def test_random_operations_under_a_dispatch_mode():
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 
 
-def test_a_forward_before_the_thread_and_a_replay_after_it(other_thread):
+def test_thread_started_between_forward_and_replay(other_thread):
     def run(memory: str, function: Callable[[Callable[[], object]], None]) -> list[Tensor]:
         torch.manual_seed(0)
         net = ReversibleSequence([CELLS["dropout"]() for _ in range(4)], m=2, memory=memory)
@@ -215,7 +215,7 @@ def test_a_forward_before_the_thread_and_a_replay_after_it(other_thread):
 
 
 @pytest.mark.usefixtures("quick_switches")
-def test_threads_that_share_buffers():
+def test_threads_with_shared_buffers():
     blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(4)]
     net = ReversibleSequence(blocks, m=2)
     before = dict(net.named_buffers())
@@ -234,7 +234,7 @@ def test_threads_that_share_buffers():
 
 
 @pytest.mark.skipif(not hasattr(multiprocessing, "get_context") or sys.platform == "win32", reason="there is no fork")
-def test_a_fork_while_another_thread_holds_the_locks(other_thread):
+def test_fork_while_another_thread_holds_the_locks(other_thread):
     cell = CELLS["dropout"]()
     net = ReversibleSequence([cell, CELLS["dropout"]()], m=2)
     held, free = threading.Event(), threading.Event()
@@ -246,7 +246,7 @@ def test_a_fork_while_another_thread_holds_the_locks(other_thread):
 
     def child() -> None:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-        net(torch.randn(2, 8))  # no backward: autograd refuses it in forks of a process that has run its threads
+        net(torch.randn(2, 8))  # no backward, which autograd refuses in a fork of a process with autograd threads
 
     threading.Thread(target=hold).start()
     assert held.wait(60)

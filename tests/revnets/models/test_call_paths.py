@@ -1,4 +1,4 @@
-"""How many files of this package take part in a call, so that its path stays short."""
+"""Bounds the number of source files that one call runs through."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = ROOT / "vision" / "configs" / "models" / "revcol_tiny.yaml"
 
 
 def files_entered(call: Callable[[], Any]) -> set[str]:
-    """Files of this repository of which a function is called, apart from the tests."""
+    """Return the source files of this repository whose functions are called, without tests."""
     entered = set()
 
     def note(frame: FrameType, event: str, _: Any) -> None:
@@ -39,7 +39,7 @@ def build() -> None:
         revnets.build(CONFIG)
 
 
-def test_build_enters_few_files_besides_components() -> None:
+def test_build_runs_through_few_files() -> None:
     build()
     framework = {name for name in files_entered(build) if not name.startswith("revnets/nn/")}
     assert len(framework) <= 8, sorted(framework)

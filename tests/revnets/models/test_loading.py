@@ -1,4 +1,4 @@
-"""plan, audit and show take the names of models that other packages know, and import paths."""
+"""plan, audit and show accept the names of registered models and import paths."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ def number():
 
 
 @pytest.fixture
-def zoo(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package with two models, and one whose requirements are missing."""
-    (own_modules / "my_zoo.py").write_text(MODULE)
-    (own_modules / "broken_zoo.py").write_text("import a_module_that_is_not_there")
+def providers(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register a package with two models, and one whose requirements are missing."""
+    (own_modules / "my_models.py").write_text(MODULE)
+    (own_modules / "broken_models.py").write_text("import missing_module")
     monkeypatch.chdir(own_modules)
     monkeypatch.syspath_prepend(own_modules)
-    entries = [EntryPoint("broken", "broken_zoo", loading.GROUP), EntryPoint("mine", "my_zoo", loading.GROUP)]
+    entries = [EntryPoint("broken", "broken_models", loading.GROUP), EntryPoint("mine", "my_models", loading.GROUP)]
     monkeypatch.setattr(loading, "entry_points", lambda group: entries if group == loading.GROUP else [])
 
 
-@pytest.mark.parametrize("name", ["small_model", "my_zoo:Model"])
-def test_a_name_and_an_import_path(zoo: None, name: str) -> None:
+@pytest.mark.parametrize("name", ["small_model", "my_models:Model"])
+def test_load_by_name_and_by_import_path(providers: None, name: str) -> None:
     model = load_model(name, ["depth=6", "bias=false"])
     assert [parameter.shape for parameter in model.parameters()] == [(7, 7)] * 6
 
 
-def test_all_other_sources_go_to_build(tmp_path: Path) -> None:
+def test_other_sources_are_passed_to_build(tmp_path: Path) -> None:
     data = {"columns": 2, "stem": "patchify", "levels": [{"dim": 8, "depth": 1, "block": "convnext"}] * 2}
     (tmp_path / "net.yaml").write_text(json.dumps(data))
     for source in (data, revnets.load_spec(data), tmp_path / "net.yaml", str(tmp_path / "net.yaml")):
@@ -78,28 +78,30 @@ def test_all_other_sources_go_to_build(tmp_path: Path) -> None:
         ("smal_model", [], "unknown-model", ["broken", "Did you mean small_model?"]),
         ("xyz", [], "unknown-model", "package.module:function"),
         ("small_model", ["dept=3"], "component-failed", "'dept'"),
-        ("my_zoo:Modl", [], "unknown-component", ["my_zoo", '"Modl"', "Did you mean Model?"]),
+        ("my_models:Modl", [], "unknown-component", ["my_models", '"Modl"', "Did you mean Model?"]),
         ("no_zoo:Model", [], "missing-module", "no_zoo"),
-        ("my_zoo:number", [], "invalid-component", ["a int", "torch.nn.Module"]),
+        ("my_models:number", [], "invalid-component", ["a int", "torch.nn.Module"]),
         ("net.yml", [], "missing-file", ()),
     ],
 )
-def test_what_cannot_be_loaded(zoo: None, name: str, overrides: list[str], code: str, names: str | list[str]) -> None:
+def test_invalid_sources_raise(
+    providers: None, name: str, overrides: list[str], code: str, names: str | list[str]
+) -> None:
     with raises_error(code=code, source=name, key="", names=names):
         load_model(name, overrides)
 
 
-def test_an_override_without_value(zoo: None) -> None:
+def test_override_without_a_value_raises(providers: None) -> None:
     with raises_error(code="invalid-override", source="command line", key="depth"):
         load_model("small_model", ["depth"])
 
 
-def test_plan_by_name(zoo: None) -> None:
+def test_plan_by_name(providers: None) -> None:
     found = revnets.plan("small_model", (11, 7), modes=("exact",))
     assert found.modes[0].parameters == 4 * 4 * (49 + 7)
 
 
-def test_commands_by_name(zoo: None) -> None:
+def test_commands_by_name(providers: None) -> None:
     run = CliRunner().invoke
     done = run(main.app, ["audit", "small_model", "depth=8", "--input", "7", "--json"])
     assert done.exit_code == 0, done.output
@@ -107,7 +109,7 @@ def test_commands_by_name(zoo: None) -> None:
     assert found["model"] == "Model"
     assert [(mode["mode"], mode["equal"]) for mode in found["modes"]][-1] == ("exact", True)
     assert all(mode["seconds"] > 0 for mode in found["modes"])
-    done = run(main.app, ["plan", "my_zoo:Model", "--input", "7", "--batch", "3", "--json"])
+    done = run(main.app, ["plan", "my_models:Model", "--input", "7", "--batch", "3", "--json"])
     assert json.loads(done.stdout)["input_shape"] == [3, 7]
     for arguments, code, key, names in (
         (["audit", "plain_model", "--input", "7"], "no-columns", "", "Linear"),
@@ -119,8 +121,8 @@ def test_commands_by_name(zoo: None) -> None:
         assert_error(failed.exception, code=code, source=arguments[1], key=key, names=names)
 
 
-def test_a_wrong_gradient_is_exit_code_1(zoo: None, own_modules: Path) -> None:
-    (own_modules / "spoilt.py").write_text(
+def test_wrong_gradient_exits_with_code_1(providers: None, own_modules: Path) -> None:
+    (own_modules / "noisy.py").write_text(
         "import torch, revnets\n"
         "class Noisy(torch.nn.Linear):\n"
         "    calls = 0\n"
@@ -130,7 +132,7 @@ def test_a_wrong_gradient_is_exit_code_1(zoo: None, own_modules: Path) -> None:
         "def net():\n"
         "    return revnets.ReversibleSequence([Noisy(7, 7) for _ in range(6)])\n"
     )
-    done = CliRunner().invoke(main.app, ["audit", "spoilt:net", "--input", "7"])
+    done = CliRunner().invoke(main.app, ["audit", "noisy:net", "--input", "7"])
     assert done.exit_code == 1
     assert "WRONG" in done.output
 
@@ -151,6 +153,6 @@ def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_error(failed.exception, code="no-columns", source="resnet10t", names=["ResNet", "--reversible"])
 
 
-def test_the_wheel_names_its_models() -> None:
+def test_entry_point_of_timm_is_declared() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert f'[project.entry-points."{loading.GROUP}"]\ntimm = "vision.revcol"' in text

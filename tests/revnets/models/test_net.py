@@ -1,4 +1,4 @@
-"""From a specification to a net: which part gets what, and what comes out."""
+"""Networks built from specifications: their components, outputs and errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def spec(**changes: Any) -> dict[str, Any]:
     return data | changes
 
 
-def test_parts_stand_where_the_spec_says() -> None:
+def test_components_match_the_specification() -> None:
     net = revnets.build(spec())
     assert [len(column) for column in net.columns.cells] == [3, 3, 3]
     for column in net.columns.cells:
@@ -56,7 +56,7 @@ def test_gains() -> None:
     for gain, kind in (({"init": -0.25, "min_abs": 0.1}, Gain), ({"init": -0.25, "learn": False}, FixedGain)):
         net = revnets.build(spec(gain=gain))
         for cell in net.columns.cells[0]:
-            assert cell.gain is None  # nothing comes before the first column
+            assert cell.gain is None  # the first column has no residuals
         for column in list(net.columns.cells)[1:]:
             for cell in column:
                 assert type(cell.gain) is kind
@@ -76,19 +76,19 @@ def test_drop_path_rates_reach_the_blocks() -> None:
     assert rates == pytest.approx([0.1, 0.1, 0.3])
 
 
-def test_fast_initialization_changes_gains_and_layer_scales_alone() -> None:
+def test_fast_initialization_changes_only_gains_and_layer_scales() -> None:
     nets = []
     for init in ("paper", "fast"):
         torch.manual_seed(0)
         nets.append(revnets.build(spec(init=init)))
     paper, fast = (dict(net.named_parameters()) for net in nets)
     changed = {name for name in fast if name.endswith((".gain.weight", ".scale.gamma"))}
-    assert len(changed) == 2 * 3 + 3 * 2  # columns with gains x levels, columns x blocks of ConvNeXt
+    assert len(changed) == 2 * 3 + 3 * 2  # columns with gains * levels, columns * ConvNeXt blocks
     for name in fast:
         assert torch.equal(fast[name], torch.ones_like(fast[name]) if name in changed else paper[name]), name
 
 
-def test_given_gains_and_layer_scales_are_kept_beside_an_initialization() -> None:
+def test_explicit_gains_and_layer_scales_override_the_initialization() -> None:
     levels = spec()["levels"]
     levels[0] |= {"layer_scale": 0.25}
     net = revnets.build(spec(init="fast", levels=levels, gain={"init": 0.5}))
@@ -110,7 +110,7 @@ class Sum(Recorder):
 """
 
 
-def test_what_each_kind_of_part_is_given(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_each_kind_of_component(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_modules / "recorder.py").write_text(RECORDER)
     monkeypatch.syspath_prepend(own_modules)
     levels = [{"dim": dim, "depth": 1, "block": "recorder:Recorder", "tone": dim} for dim in (4, 5)]
@@ -145,7 +145,7 @@ def test_outputs() -> None:
     assert taps[0] is levels[-1]
 
 
-def test_taps_are_the_top_levels_of_their_columns() -> None:
+def test_intermediate_outputs_are_top_levels() -> None:
     torch.manual_seed(0)
     net = revnets.build(spec(taps=[0, 1, 2], head=None)).eval()
     x = torch.randn(1, 3, 8, 8)
@@ -156,8 +156,8 @@ def test_taps_are_the_top_levels_of_their_columns() -> None:
         assert_close(tap, column[-1], rtol=1e-3, atol=1e-4)
 
 
-def test_the_equation_of_the_paper() -> None:
-    """x_t = F_t(below, above) + gamma x_{t-m}, written out for RevCol's wires from the net's own parts."""
+def test_states_match_the_equation_of_the_paper() -> None:
+    """Compute x_t = F_t(below, above) + gamma x_{t-m} in a loop from the components of the network."""
     torch.manual_seed(0)
     net = revnets.build(spec(head=None)).double()
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
@@ -176,7 +176,7 @@ def test_the_equation_of_the_paper() -> None:
         assert_close(level, expected)
 
 
-def test_a_step_in_exact_has_the_gradients_of_store() -> None:
+def test_gradients_of_exact_equal_store() -> None:
     torch.manual_seed(0)
     net = revnets.build(spec(drop_path=0.3, memory=["recompute", "exact", "exact"], reads="full"))
     x = torch.randn(4, 3, 16, 16)
@@ -190,23 +190,23 @@ def test_a_step_in_exact_has_the_gradients_of_store() -> None:
 
 @pytest.mark.parametrize(
     ("name", "headed"),
-    # the paper's and the release's numbers without the gains of the first column, which get no gradient
+    # numbers of the paper and of the release, without the unused gains of the first column
     [
         ("revcol_tiny", 30_456_168 - 960),
         ("revcol_small", 60_568_424 - 960),
         ("huge_reads", 2_157_600_160 - 5400),
     ],
 )
-def test_parameters_of_the_paper(name: str, headed: int) -> None:
+def test_parameter_counts_of_the_paper(name: str, headed: int) -> None:
     with torch.device("meta"):
         net = revnets.build(EXAMPLES / f"{name}.yaml")
     assert sum(parameter.numel() for parameter in net.parameters()) == headed
 
 
-def test_every_source_of_a_spec_builds_the_same_net(tmp_path: Path) -> None:
+def test_all_sources_of_a_specification_build_the_same_network(tmp_path: Path) -> None:
     loaded = revnets.load_spec(spec())
     file = tmp_path / "net.yaml"
-    file.write_text(repr(dump(loaded)).replace("'", '"'))  # this much Python is YAML
+    file.write_text(repr(dump(loaded)).replace("'", '"'))  # this Python literal is valid YAML
     nets = [revnets.build(source, ["columns=2"]) for source in (spec(), loaded, str(file), file)]
     assert [net.spec for net in nets] == 4 * [nets[0].spec]
     assert {tuple(net.state_dict()) for net in nets} == {tuple(nets[0].state_dict())}
@@ -215,7 +215,7 @@ def test_every_source_of_a_spec_builds_the_same_net(tmp_path: Path) -> None:
     columns.load_state_dict(nets[0].columns.state_dict())
 
 
-def test_a_wrong_part_is_blamed_on_its_source(tmp_path: Path) -> None:
+def test_errors_of_components_name_their_source(tmp_path: Path) -> None:
     bad = spec(levels=[{"dim": 8, "depth": 1, "block": "vit", "heads": 3}] * 2)
     file = tmp_path / "net.yaml"
     file.write_text(repr(bad).replace("'", '"'))
@@ -223,7 +223,8 @@ def test_a_wrong_part_is_blamed_on_its_source(tmp_path: Path) -> None:
         with pytest.raises(revnets.SpecError) as caught:
             revnets.build(source)
         assert str(caught.value) == (
-            f'{name}: levels.0: block "vit": 8 channels do not divide into 3 heads. Give another dim, or heads 1, 2, 4'
+            f'{name}: levels.0: block "vit": 8 channels are not divisible by 3 heads. '
+            "Give another dim, or heads 1, 2, 4"
         )
         assert isinstance(caught.value.__cause__, ValueError)
 
@@ -233,7 +234,7 @@ class Widening(nn.Module):
         return torch.cat([x, x], -1)
 
 
-def test_parts_that_change_the_shape_are_named() -> None:
+def test_errors_name_components_that_change_the_shape() -> None:
     level = Level(nn.Identity(), [nn.Identity(), Widening()], 3, "c2.l1")
     with raises_error(
         ArgumentError, code="shape-mismatch", key="c2.l1", names=["block 1 (Widening)", "(2, 6)", "(2, 3)"]
@@ -244,7 +245,7 @@ def test_parts_that_change_the_shape_are_named() -> None:
         level(torch.ones(2, 3))
 
 
-def test_a_copy_is_independent() -> None:
+def test_copy_is_independent() -> None:
     net = revnets.build(spec())
     twin = copy.deepcopy(net)
     x = torch.randn(1, 3, 8, 8)
@@ -253,7 +254,7 @@ def test_a_copy_is_independent() -> None:
     assert torch.equal(net(x), twin(x))
 
 
-def test_options_may_have_the_names_that_errors_use(own_modules) -> None:
+def test_options_may_have_the_names_of_internal_arguments(own_modules) -> None:
     (own_modules / "named.py").write_text(
         "from revnets.nn.blocks import MLPBlock\n"
         "class Named(MLPBlock):\n"

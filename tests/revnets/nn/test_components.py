@@ -1,4 +1,4 @@
-"""Blocks, fusions, stems and heads, against timm, torch's own operators, and each other."""
+"""Blocks, fusions, stems and heads, compared with timm, operators of torch, and each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.errors import raises_error
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """In float64, with weights that are no zeros and no ones, so that every parameter matters."""
+    """Convert to float64 with random weights instead of zeros and ones, so that every parameter matters."""
     module.double()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -32,11 +32,11 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 def assert_same_function(ours: nn.Module, theirs: nn.Module, names: dict[str, str], x: Tensor, run=None) -> None:
-    """Equal outputs and equal gradients of the input and of every parameter.
+    """Check that outputs and the gradients of the input and of all parameters are equal.
 
     Args:
-        names: what a part of ours is called in theirs, whose weights are replaced by ours.
-        run: calls theirs, if it wants another layout.
+        names: maps names of submodules of `ours` to those of `theirs`, whose weights are replaced.
+        run: calls `theirs`, if it needs another memory layout.
     """
     pairs = {}
     for our_name, _ in ours.named_parameters():
@@ -60,7 +60,7 @@ def assert_same_function(ours: nn.Module, theirs: nn.Module, names: dict[str, st
 
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
-def test_convnext_block_is_timm_s(kernel_size: int) -> None:
+def test_convnext_block_equals_timm(kernel_size: int) -> None:
     ours = randomised(ConvNeXtBlock(11, kernel_size=kernel_size))
     theirs = timm.models.convnext.ConvNeXtBlock(11, kernel_size=kernel_size)
     names = {"dwconv": "conv_dw", "scale.gamma": "gamma"}
@@ -69,14 +69,14 @@ def test_convnext_block_is_timm_s(kernel_size: int) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_vit_block_is_timm_s(heads: int) -> None:
+def test_vit_block_equals_timm(heads: int) -> None:
     ours = randomised(ViTBlock(12, heads=heads))
     norm = partial(nn.LayerNorm, eps=1e-6)
     theirs = timm.models.vision_transformer.Block(12, num_heads=heads, qkv_bias=True, norm_layer=norm)
     assert_same_function(ours, theirs, {}, torch.randn(2, 7, 12, dtype=torch.float64))
 
 
-def test_pixels_are_tokens_to_a_vit_block() -> None:
+def test_vit_block_treats_pixels_as_tokens() -> None:
     block = randomised(ViTBlock(12, heads=3))
     image = torch.randn(2, 5, 7, 12, dtype=torch.float64)
     assert_close(block(image), block(image.flatten(1, 2)).unflatten(1, (5, 7)))
@@ -85,7 +85,7 @@ def test_pixels_are_tokens_to_a_vit_block() -> None:
 
 
 def test_attention_dropout_acts_on_the_weights() -> None:
-    """With equal values at every position, dropped weights only change the scale of each position's result."""
+    """With equal values at all positions, dropped weights only scale the result of each position."""
     attention = randomised(Attention(8, heads=2, dropout=0.5))
     x = torch.randn(1, 1, 8, dtype=torch.float64).expand(1, 64, 8)
     assert_close(attention.eval()(x)[0], attention(x)[0, :1].expand(64, 8))
@@ -100,7 +100,7 @@ def test_attention_dropout_acts_on_the_weights() -> None:
         assert scale.std() > 0.01
 
 
-def test_mlp_block_works_on_every_position_by_itself() -> None:
+def test_mlp_block_applies_to_each_position_independently() -> None:
     block = randomised(MLPBlock(5, expand=3))
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     hidden = F.gelu(F.linear(F.layer_norm(x, (5,), *block.norm.parameters(), 1e-6), *block.mlp.fc1.parameters()))
@@ -109,7 +109,7 @@ def test_mlp_block_works_on_every_position_by_itself() -> None:
 
 
 @pytest.mark.parametrize("make", [ConvNeXtBlock, partial(ViTBlock, heads=2), MLPBlock])
-def test_drop_path_drops_the_whole_branch_of_a_sample(make) -> None:
+def test_drop_path_drops_the_branch_of_a_sample(make) -> None:
     block = randomised(make(8, drop_path=0.6))
     x = torch.randn(200, 2, 2, 8, dtype=torch.float64)
     same = (block.train()(x) == x).flatten(1).all(1).double().mean().item()
@@ -128,7 +128,7 @@ def test_drop_path_keeps_the_mean() -> None:
 
 
 def test_initial_weights() -> None:
-    """Truncated normal of 0.02, biases zero, layer scale as given (RevCol, appendix D.1)."""
+    """Truncated normal with standard deviation 0.02, biases zero, and the layer scale (RevCol, appendix D.1)."""
     block = ConvNeXtBlock(256, layer_scale=1e-3)
     for weight in (block.dwconv.weight, block.mlp.fc1.weight, block.mlp.fc2.weight):
         assert abs(weight.std().item() - 0.02) < 2e-3
@@ -136,7 +136,7 @@ def test_initial_weights() -> None:
     assert block.scale.gamma.eq(1e-3).all()
 
 
-def test_vectors_have_no_positions_to_attend_to() -> None:
+def test_attention_on_vectors_raises() -> None:
     with raises_error(ValueError, code="shape-mismatch", key="x", names="(2, 8)"):
         ViTBlock(8, heads=2)(torch.randn(2, 8))
 
@@ -166,7 +166,7 @@ def test_down_is_a_strided_convolution_of_the_padded_image(ratio: int) -> None:
     assert_close(down(x), F.layer_norm(out, (3,), *down.norm.parameters(), 1e-6))
 
 
-def test_convnext_fusion_brings_its_reads_together() -> None:
+def test_convnext_fusion_sums_resampled_inputs() -> None:
     sources = [Source("below", 4, 2), Source("above", 9, 8), Source("stem", 6, 4), Source("above", 7, 4)]
     fusion = randomised(ConvNeXtFusion(6, 4, sources))
     assert [type(path) for path in fusion.paths] == [Down, Up, nn.Identity, Project]
@@ -177,13 +177,13 @@ def test_convnext_fusion_brings_its_reads_together() -> None:
         fusion(torch.randn(2, 7, 4), *reads[1:])
 
 
-def test_fusion_without_resampling_takes_any_shape() -> None:
+def test_fusion_without_resampling_accepts_any_shape() -> None:
     fusion = ConvNeXtFusion(4, 2, [Source("below", 4, 2), Source("above", 4, 2)])
     for shape in ((3, 4), (3, 5, 4), (3, 5, 6, 4)):
         assert torch.equal(fusion(torch.ones(shape), torch.ones(shape)), torch.full(shape, 2.0))
 
 
-def test_linear_fusion_projects_the_kinds_it_is_told_to() -> None:
+def test_linear_fusion_projects_the_selected_kinds() -> None:
     sources = [Source("stem", 8, 1), Source("below", 8, 1), Source("above", 8, 1), Source("stem", 5, 1)]
     assert [type(path) for path in LinearFusion(8, 1, sources).paths] == [nn.Identity, Project, Project, Project]
     fusion = randomised(LinearFusion(8, 1, sources, project=("above",), norm=False))
@@ -197,7 +197,7 @@ def test_identity_fusion_adds() -> None:
     fusion = IdentityFusion(4, 1, [Source("below", 4, 1), Source("above", 4, 1)])
     assert not list(fusion.parameters())
     assert torch.equal(fusion(torch.ones(2, 4), torch.ones(2, 4)), torch.full((2, 4), 2.0))
-    with raises_error(ValueError, code="shape-mismatch", key="sources", names=["5 channels", "level 4"]):
+    with raises_error(ValueError, code="shape-mismatch", key="sources", names=["4 channels", "one has 5"]):
         IdentityFusion(4, 1, [Source("below", 5, 1)])
     for make in (IdentityFusion, LinearFusion):
         with raises_error(ValueError, code="shape-mismatch", key="sources", names="1/2 into 1/1"):
@@ -218,8 +218,8 @@ def small(levels: int = 3, block: str = "convnext", **changes) -> revnets.Net:
     return revnets.build(data | changes)
 
 
-def test_states_are_contiguous_and_nothing_is_copied() -> None:
-    """Convolutions see channels_last views and give them back; a hidden copy would show as one of these operators."""
+def test_states_are_contiguous_without_copies() -> None:
+    """Convolutions read and return channels_last views; a hidden copy would appear as one of these operators."""
     net = small()
     x = torch.randn(2, 3, 32, 32)
     assert all(state.is_contiguous() for state in net.columns(net.stem(x)))
@@ -230,13 +230,13 @@ def test_states_are_contiguous_and_nothing_is_copied() -> None:
         torch.autograd.grad(loss, [stem, *net.columns.parameters()])
     copies = {"aten.clone", "aten.copy_", "aten._to_copy", "aten.contiguous", "aten.slice", "aten.constant_pad_nd"}
     assert not copies & counter.ops.keys()
-    assert counter.ops["aten.convolution"] == 3 * 3 + 3 * 2  # one of each block, one of each Down
+    assert counter.ops["aten.convolution"] == 3 * 3 + 3 * 2  # one per block, one per Down
 
 
 @settings(max_examples=30)
 @given(st.integers(1, 29), st.integers(1, 29), st.integers(2, 4), st.sampled_from(["convnext", "vit"]))
-def test_any_side_of_image_works(height: int, width: int, levels: int, block: str) -> None:
-    """Down rounds up, Up crops: states shrink by ceil(side / reduction), and gradients are those of `store`."""
+def test_images_of_any_size(height: int, width: int, levels: int, block: str) -> None:
+    """Down rounds up and Up crops: states have side ceil(side / reduction), and gradients equal `store`."""
     torch.manual_seed(0)
     net = small(levels, block)
     stem = torch.randn(1, height, width, 8)
@@ -250,7 +250,7 @@ def test_any_side_of_image_works(height: int, width: int, levels: int, block: st
     assert all(torch.equal(exact, store) for exact, store in zip(*grads, strict=True))
 
 
-def test_reading_the_top_from_level_0_at_odd_sides() -> None:
+def test_level_0_reads_the_top_at_odd_sizes() -> None:
     net = small(4, reads=["below", "above", "top"])
     assert [type(path) for path in net.columns.cells[1][0].function.fusion.paths] == [nn.Identity, Up, Up]
     states = net.columns(torch.randn(1, 13, 21, 8))
@@ -262,7 +262,7 @@ def test_reading_the_top_from_level_0_at_odd_sides() -> None:
 
 def test_patchify_stem() -> None:
     stem = randomised(PatchifyStem(6, in_chans=2, patch=3))
-    x = torch.randn(2, 2, 10, 8, dtype=torch.float64)  # a rest of 1 and 2 pixels is not seen
+    x = torch.randn(2, 2, 10, 8, dtype=torch.float64)  # the last pixels are ignored
     patches = F.unfold(x[:, :, :9, :6], 3, stride=3).transpose(1, 2)
     out = F.layer_norm(
         F.linear(patches, stem.conv.weight.flatten(1), stem.conv.bias), (6,), *stem.norm.parameters(), 1e-6
@@ -288,7 +288,7 @@ def test_linear_stem_and_example_shapes() -> None:
     assert LinearStem(6, in_dim=5)(torch.randn(2, 3, 4, 5)).shape == (2, 3, 4, 6)
 
 
-def test_classifier_head_takes_the_mean_of_the_top_level() -> None:
+def test_classifier_head_averages_the_top_level() -> None:
     head = randomised(ClassifierHead([3, 5], num_classes=7, dropout=0.5)).eval()
     low = torch.full((2, 3), torch.nan, dtype=torch.float64)
     image = torch.randn(2, 4, 6, 5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The blend that grows from 0, and its gradients on the way."""
+"""The schedule of the blend, and gradients at intermediate blends."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from revnets.engine.errors import ArgumentError
 from tests.support.residual_networks import ResidualNetwork, assert_same_tensors, inputs, training_step
 
 
-def test_it_starts_as_the_original_network():
+def test_schedule_starts_with_the_original_network():
     model = ResidualNetwork().eval()
     expected = model(inputs())
     revnets.BlendSchedule(revnets.make_reversible(model, 0.5), 7)
     torch.testing.assert_close(model(inputs()), expected)
 
 
-def test_it_reaches_the_target_and_stays_there():
+def test_schedule_reaches_the_target_and_stays_there():
     model = revnets.make_reversible(ResidualNetwork().eval(), 0.5)
     expected = model(inputs())
     schedule = revnets.BlendSchedule(model, 3)
@@ -30,7 +30,7 @@ def test_it_reaches_the_target_and_stays_there():
 
 
 @pytest.mark.parametrize("update", [0, 1, 5])
-def test_gradients_on_the_way_are_those_of_store(update):
+def test_gradients_at_intermediate_blends_equal_store(update):
     model = revnets.make_reversible(ResidualNetwork(), 0.5)
     schedule = revnets.BlendSchedule(model, 11)
     for _ in range(update):
@@ -39,7 +39,7 @@ def test_gradients_on_the_way_are_those_of_store(update):
     assert_same_tensors(training_step(model, inputs(), memory="exact"), expected)
 
 
-def test_a_step_before_backward_does_not_change_its_gradients():
+def test_step_before_backward_does_not_change_gradients():
     model = revnets.make_reversible(ResidualNetwork(dropout=0.0), 0.5)
     grads = []
     for mode in ("store", "exact"):
@@ -54,7 +54,7 @@ def test_a_step_before_backward_does_not_change_its_gradients():
     assert_same_tensors(*grads)
 
 
-def test_a_resumed_schedule_goes_on():
+def test_schedule_resumes_from_its_state():
     schedule = revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork(), 0.5), 7)
     schedule.step()
     resumed = revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork(), 0.1), 3)
@@ -65,7 +65,7 @@ def test_a_resumed_schedule_goes_on():
 
 
 @pytest.mark.parametrize("updates", [0, -1, 2.5, True])
-def test_numbers_of_updates_that_cannot_be(updates):
+def test_invalid_numbers_of_updates_raise(updates):
     with pytest.raises(ArgumentError) as error:
         revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork()), updates)
     assert (error.value.key, error.value.code) == ("updates", "out-of-range")
@@ -82,21 +82,21 @@ def test_numbers_of_updates_that_cannot_be(updates):
         {"update": 1, "updates": "3", "blend": 0.1},
     ],
 )
-def test_states_of_something_else(state):
+def test_invalid_states_raise(state):
     schedule = revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork()), 3)
     with pytest.raises(ArgumentError) as error:
         schedule.load_state_dict(state)
     assert (error.value.key, error.value.code) == ("state", "wrong-format")
 
 
-def test_a_model_that_is_not_rewired():
+def test_model_that_is_not_rewired_raises():
     with pytest.raises(ArgumentError) as error:
         revnets.BlendSchedule(ResidualNetwork(), 3)
     assert (error.value.key, error.value.code) == ("model", "no-columns")
 
 
 @pytest.mark.parametrize("options", [{"learn_blend": True}, {"rule": "midpoint"}])
-def test_blends_that_have_no_schedule(options):
+def test_unsupported_blends_raise(options):
     with pytest.raises(ArgumentError) as error:
         revnets.BlendSchedule(revnets.make_reversible(ResidualNetwork(), **options), 3)
     assert (error.value.key, error.value.code) == ("model", "conflicting-values")

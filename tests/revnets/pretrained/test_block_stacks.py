@@ -1,4 +1,4 @@
-"""Which stacks of blocks are found in the networks of timm and torchvision, and which blocks are refused."""
+"""The stacks of blocks found in networks of timm and torchvision, and unsupported blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOUND = {
     "swin_tiny_patch4_window7_224": {"layers.0.blocks": 2, "layers.1.blocks": 2, "layers.2.blocks": 6}
     | {"layers.3.blocks": 2},
     "convnext_atto": {"stages.0.blocks": 2, "stages.1.blocks": 2, "stages.2.blocks": 6, "stages.3.blocks": 2},
-    "resnet50": {"layer1": 2, "layer2": 3, "layer3": 5, "layer4": 2},  # the first of each changes the shape
+    "resnet50": {"layer1": 2, "layer2": 3, "layer3": 5, "layer4": 2},  # the first block of each stage changes the shape
     "efficientnet_b0": {"blocks.2": None, "blocks.3": 2, "blocks.4": 2, "blocks.5": 3},
     "mixer_s32_224": {"blocks": 8},
 }
@@ -46,7 +46,7 @@ def test_gradients_of_a_timm_model_with_several_stages():
     assert_same_tensors(training_step(model, x, memory="exact"), training_step(model, x, memory="store"))
 
 
-def test_layers_without_layers_inside_are_no_blocks():
+def test_single_layers_are_not_blocks():
     with pytest.raises(ArgumentError) as error:
         find_stacks(nn.ModuleDict({"layers": nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))}))
     assert (error.value.key, error.value.code) == ("blocks", "no-blocks")
@@ -65,7 +65,7 @@ def test_layers_in_a_dictionary():
     assert stack.names == ("layers.0", "layers.1", "layers.2")
 
 
-def test_a_named_container_with_a_block_of_another_shape():
+def test_named_container_with_a_block_of_another_shape_raises():
     model = nn.ModuleDict({"layers": nn.Sequential(ResidualBlock(), ResidualBlock(hidden=19), ResidualBlock())})
     with pytest.raises(ArgumentError) as error:
         find_stacks(model, "layers")
@@ -74,14 +74,14 @@ def test_a_named_container_with_a_block_of_another_shape():
 
 
 class StridedBlock(ResidualBlock):
-    """Has the weights of its neighbors, and half of their resolution."""
+    """Has the weight shapes of its neighbors and half their resolution."""
 
     def __init__(self, stride: int = 1):
         super().__init__()
         self.pool = nn.AvgPool1d(stride, stride)
 
 
-def test_a_block_that_changes_the_resolution_is_no_part_of_the_stack():
+def test_block_that_changes_the_resolution_is_excluded():
     blocks = nn.Sequential(StridedBlock(2), StridedBlock(), StridedBlock())
     (stack,) = find_stacks(nn.ModuleDict({"layers": blocks}))
     assert stack.names == ("layers.1", "layers.2")
@@ -90,7 +90,7 @@ def test_a_block_that_changes_the_resolution_is_no_part_of_the_stack():
     assert error.value.code == "shape-mismatch"
 
 
-def test_errors_name_the_block_where_a_stack_begins_later():
+def test_errors_name_the_block_in_a_stack_with_an_offset():
     model = nn.ModuleDict({"layers": nn.Sequential(StridedBlock(2), StridedBlock(), StridedBlock())})
     revnets.make_reversible(model)
     with pytest.raises(ArgumentError) as error:
@@ -99,7 +99,7 @@ def test_errors_name_the_block_where_a_stack_begins_later():
 
 
 class Router(nn.Linear):
-    """Chooses experts."""
+    """Selects experts."""
 
 
 class ExpertBlock(ResidualBlock):
@@ -117,23 +117,23 @@ def refused(model: nn.Module) -> str:
     return str(error.value)
 
 
-def test_mixtures_of_experts_are_refused_by_name():
+def test_mixtures_of_experts_raise():
     assert "layers.0" in refused(ResidualNetwork(block=ExpertBlock))
 
 
-def test_layers_that_are_skipped_at_random_are_refused():
+def test_layers_skipped_at_random_raise():
     model = ResidualNetwork()
     model.layerdrop = 0.1
     assert "layerdrop" in refused(model)
 
 
-def test_blocks_that_share_keys_and_values_are_refused():
+def test_blocks_that_share_keys_and_values_raise():
     model = ResidualNetwork()
     model.layers[3].is_kv_shared_layer = True
     assert "layers.3" in refused(model)
 
 
-def test_columns_inside_of_a_block_are_refused():
+def test_columns_inside_a_block_raise():
     class Nested(ResidualBlock):
         def __init__(self) -> None:
             super().__init__()
@@ -144,7 +144,7 @@ def test_columns_inside_of_a_block_are_refused():
     assert (error.value.key, error.value.code) == ("model", "conflicting-values")
 
 
-def test_one_module_in_two_places_is_refused():
+def test_module_used_twice_raises():
     model = ResidualNetwork()
     model.layers[2] = model.layers[1]
     assert "layers.2" in refused(model) or "layers.1" in refused(model)

@@ -1,4 +1,4 @@
-"""Networks become reversible without the packages that define them."""
+"""make_reversible does not import optional packages."""
 
 from __future__ import annotations
 

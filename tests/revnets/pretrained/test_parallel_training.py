@@ -1,4 +1,4 @@
-"""Rewired networks in two processes: DDP and FSDP2 get from `exact` the weights that they get from `store`."""
+"""Rewired networks with DDP and FSDP2 in two processes: `exact` trains the same weights as `store`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 
 
 class Block(nn.Module):
-    """x + f(x) with dropout, and a further argument and output as blocks of transformers have them."""
+    """x + f(x) with dropout, and an additional argument and output as in transformers."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -58,11 +58,11 @@ class Network(nn.Module):
 
 
 Wrap = Callable[[Network, str], nn.Module]
-"""Makes a network reversible, in this memory mode, and prepares it for two processes."""
+"""Makes a network reversible in this memory mode, and prepares it for two processes."""
 
 
 def trained(rank: int, wrap: Wrap, memory: str, steps: int = 3) -> list[Tensor]:
-    """The weights of this process after some updates, in whole or in part."""
+    """Return the weights of this process after several updates, full or sharded."""
     model = Network()
     wrapped = wrap(model, memory)
     for sequence in rewired_sequences(model):
@@ -102,10 +102,10 @@ def replicated(**options: Any) -> Wrap:
 
 
 def sharded(rewire_last: bool = False, root: MixedPrecisionPolicy | None = None, **options: Any) -> Wrap:
-    """`fully_shard` on every block and on the network, before or after it becomes reversible.
+    """Return a function that applies `fully_shard` to every block and the network, before or after rewiring.
 
     Args:
-        root: policy of the network, if it is another one than that of the blocks.
+        root: policy of the network, if it differs from that of the blocks.
     """
 
     def wrap(model: Network, memory: str) -> nn.Module:
@@ -141,7 +141,7 @@ def ddp_and_fsdp_agree(rank: int) -> None:
     parts = trained(rank, sharded(mesh=mesh), "exact")
     for part, whole in zip(parts, trained(rank, replicated(), "exact"), strict=True):
         mine = whole.chunk(PROCESSES)[rank]
-        torch.testing.assert_close(part, mine, rtol=1e-4, atol=1e-6)  # sums of gradients in another order
+        torch.testing.assert_close(part, mine, rtol=1e-4, atol=1e-6)  # gradients are summed in another order
 
 
 @needs_gloo
@@ -151,8 +151,8 @@ def test_two_processes(work, tmp_path):
 
 
 @needs_gloo
-def test_states_that_fsdp_casts_between_blocks_are_refused(tmp_path):
-    """The output in float32 is cast to bfloat16 on its way into the next block, where it is no longer the state."""
+def test_states_cast_by_fsdp_between_blocks_raise(tmp_path):
+    """The float32 output is cast to bfloat16 before the next block, so it is no longer the state."""
     in_two_processes(fsdp_with_casts, tmp_path)
 
 
@@ -163,8 +163,8 @@ def fsdp_with_casts(rank: int) -> None:
         trained(rank, sharded(mesh=mesh, mp_policy=policy), "exact")
 
 
-def test_data_parallel_is_refused():
-    """`nn.DataParallel` calls this method of every module in each forward on several devices."""
+def test_data_parallel_raises():
+    """`nn.DataParallel` calls this method of every module in each forward pass on several devices."""
     model = revnets.make_reversible(Network(), 0.3)
     with raises_error(ArgumentError, code="unsupported-block", key="model"):
         for module in model.modules():

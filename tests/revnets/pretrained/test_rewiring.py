@@ -1,4 +1,4 @@
-"""Networks made reversible and back: gradients, names, hooks, arguments and outputs of their blocks."""
+"""make_reversible and undo_reversible: gradients, names, hooks, arguments and outputs of blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TAPED = ("recompute", "exact")
 
 
 def by_hand(model: ResidualNetwork, x: torch.Tensor, b: float) -> torch.Tensor:
-    """The rewired network, written out with the blocks of the original."""
+    """Compute the rewired network as a loop over the original blocks."""
     before = now = model.stem(x)
     for layer in model.layers:
         before, now = now, layer(now) - b * now + b * before
@@ -36,13 +36,13 @@ def by_hand(model: ResidualNetwork, x: torch.Tensor, b: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("b", [0.01, 0.3, 1.0])
-def test_output_is_that_of_the_recursion(b):
+def test_output_equals_the_recursion(b):
     model = ResidualNetwork().eval()
     expected = by_hand(model, inputs(), b)
     torch.testing.assert_close(revnets.make_reversible(model, b)(inputs()), expected)
 
 
-def test_gradients_are_those_of_the_recursion():
+def test_gradients_equal_the_recursion():
     model = ResidualNetwork(dropout=0.0)
     by_hand(model, inputs(), 0.3).square().sum().backward()
     expected = [parameter.grad for parameter in model.parameters()]
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_recursion():
 
 @pytest.mark.parametrize("b", [0.01, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("memory", TAPED)
-def test_gradients_are_those_of_store_bit_for_bit(memory, b):
+def test_gradients_equal_store_bit_for_bit(memory, b):
     model = revnets.make_reversible(ResidualNetwork(depth=11), b)
     expected = training_step(model, inputs(), memory="store")
     assert_same_tensors(training_step(model, inputs(), memory=memory), expected)
@@ -88,7 +88,7 @@ def test_gradients_of_frozen_blocks():
     assert_same_tensors(training_step(model, inputs(), memory="exact"), expected)
 
 
-def test_nothing_but_states_is_kept():
+def test_exact_saves_no_tensors_of_blocks():
     model = revnets.make_reversible(ResidualNetwork(depth=23), 0.5)
 
     def saved(mode: str) -> int:
@@ -104,16 +104,16 @@ def test_nothing_but_states_is_kept():
             model(inputs())
         return count
 
-    assert saved("store") - saved("exact") >= 23 * 5  # every tensor that a block saves
+    assert saved("store") - saved("exact") >= 23 * 5  # all tensors that a block saves
 
 
-def test_invert_warns_of_its_drift():
+def test_invert_warns_of_drift():
     model = revnets.make_reversible(ResidualNetwork(depth=11), 0.1, memory="invert")
     with pytest.warns(revnets.DriftWarning):
         model(inputs())
 
 
-def test_names_and_weights_stay():
+def test_names_and_weights_do_not_change():
     model = ResidualNetwork()
     before = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
     assert revnets.make_reversible(model) is model
@@ -121,7 +121,7 @@ def test_names_and_weights_stay():
     assert [name for name, _ in model.named_modules()] == [name for name, _ in ResidualNetwork().named_modules()]
 
 
-def test_undo_gives_the_original_back():
+def test_undo_restores_the_original_network():
     model = ResidualNetwork().eval()
     expected = model(inputs())
     revnets.undo_reversible(revnets.make_reversible(model, 0.5, learn_blend=True))
@@ -131,7 +131,7 @@ def test_undo_gives_the_original_back():
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_undo_drops_a_budget(steps):
+def test_undo_removes_a_budget(steps):
     model = revnets.make_reversible(ResidualNetwork(), memory={"budget": "1GiB"})
     for _ in range(steps):
         model(inputs()).sum().backward()
@@ -140,7 +140,7 @@ def test_undo_drops_a_budget(steps):
     assert "memory_plan" not in vars(model)
 
 
-def test_undo_keeps_what_was_trained():
+def test_undo_keeps_trained_weights():
     model = revnets.make_reversible(ResidualNetwork())
     training_step(model, inputs(), memory="exact")
     torch.optim.SGD(model.parameters(), 0.1).step()
@@ -148,7 +148,7 @@ def test_undo_keeps_what_was_trained():
     assert_same_tensors(list(revnets.undo_reversible(model).state_dict().values()), list(trained.values()))
 
 
-def test_further_outputs_of_blocks_come_through_with_gradients():
+def test_other_outputs_of_blocks_have_gradients():
     grads = []
     model = revnets.make_reversible(ResidualNetwork(block=TupleBlock, dropout=0.0))
     for mode in ("store", "exact"):
@@ -163,7 +163,7 @@ def test_further_outputs_of_blocks_come_through_with_gradients():
     assert_same_tensors(*grads)
 
 
-def test_hooks_of_blocks_fire_once_a_forward():
+def test_hooks_of_blocks_run_once_per_forward():
     model = revnets.make_reversible(ResidualNetwork())
     calls = []
     for index, layer in enumerate(model.layers):
@@ -172,7 +172,7 @@ def test_hooks_of_blocks_fire_once_a_forward():
     assert calls == list(range(DEPTH))
 
 
-def test_states_between_blocks_can_be_tapped():
+def test_states_between_blocks_can_be_read():
     model = revnets.make_reversible(ResidualNetwork())
 
     def loss() -> torch.Tensor:
@@ -184,7 +184,7 @@ def test_states_between_blocks_can_be_tapped():
     assert_exact_is_store(model, loss)
 
 
-def test_a_forward_that_stops_early_has_gradients():
+def test_interrupted_forward_has_gradients():
     model = revnets.make_reversible(ResidualNetwork())
 
     def loss() -> torch.Tensor:
@@ -194,7 +194,7 @@ def test_a_forward_that_stops_early_has_gradients():
         return x.square().sum()
 
     assert_exact_is_store(model, loss)
-    training_step(model, inputs(), memory="exact")  # and the next forward begins anew
+    training_step(model, inputs(), memory="exact")  # the next forward pass starts again
 
 
 def test_two_forwards_before_one_backward():
@@ -202,7 +202,7 @@ def test_two_forwards_before_one_backward():
     assert_exact_is_store(model, lambda: model(inputs(0)).sum() * model(inputs(1)).sum())
 
 
-def test_threads_have_passes_of_their_own():
+def test_threads_have_separate_passes():
     model = revnets.make_reversible(ResidualNetwork().eval())
     expected = [model(inputs(seed)) for seed in range(4)]
     results: dict[int, torch.Tensor] = {}
@@ -222,7 +222,7 @@ def test_threads_have_passes_of_their_own():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_reversible_by_themselves(copied):
+def test_copies_are_reversible_and_independent(copied):
     model = revnets.make_reversible(ResidualNetwork())
     other = copied(model)
     expected = training_step(model, inputs(), memory="exact")
@@ -233,14 +233,14 @@ def test_copies_are_reversible_by_themselves(copied):
     assert [cell.function for cell in sequence.block_cells] == list(other.layers)
 
 
-def test_a_copy_in_the_middle_of_a_pass_has_none():
+def test_copy_during_a_pass_has_no_pass():
     model = revnets.make_reversible(ResidualNetwork())
     model.layers[0](model.stem(inputs()))
     (sequence,) = rewired_sequences(copy.deepcopy(model))
     assert not sequence._passes
 
 
-def test_learned_blends_get_the_gradients_of_store():
+def test_gradients_of_learned_blends_equal_store():
     model = revnets.make_reversible(ResidualNetwork(), 0.3, learn_blend=True)
     names = [name for name, _ in model.named_parameters() if "blend" in name]
     assert names == [f"layers.{index}.blend.weight" for index in range(1, DEPTH)]
@@ -249,7 +249,7 @@ def test_learned_blends_get_the_gradients_of_store():
     assert all(model.get_parameter(name).grad.abs() > 0 for name in names)
 
 
-def test_a_block_that_another_tool_wrapped_keeps_its_wrapper():
+def test_blocks_wrapped_by_another_tool_keep_the_wrapper():
     model = ResidualNetwork().eval()
     layer, calls = model.layers[1], []
     forward = layer.forward
@@ -259,7 +259,7 @@ def test_a_block_that_another_tool_wrapped_keeps_its_wrapper():
     assert len(calls) == 2
 
 
-def test_compiled_blocks_give_the_gradients_of_store():
+def test_gradients_of_compiled_blocks_equal_store():
     model = revnets.make_reversible(ResidualNetwork(depth=2, dropout=0.0))
     (sequence,) = rewired_sequences(model)
     sequence.compile(backend="aot_eager")
@@ -268,7 +268,7 @@ def test_compiled_blocks_give_the_gradients_of_store():
     assert "forward" not in vars(revnets.undo_reversible(model).layers[1])
 
 
-def test_batch_norm_moves_once_a_step():
+def test_batch_norm_statistics_change_once_per_step():
     blocks = [nn.Sequential(nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5)) for _ in range(4)]
     model = nn.ModuleDict({"layers": nn.Sequential(*blocks)})
     revnets.make_reversible(model, 0.3, blocks="layers")
@@ -276,11 +276,11 @@ def test_batch_norm_moves_once_a_step():
     assert [int(block[1].num_batches_tracked) for block in blocks] == [1] * 4
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------- invalid input
 
 
 @pytest.mark.parametrize("blend", [0, -0.1, 1.5, float("nan"), "0.1", True])
-def test_blends_outside_of_the_range(blend):
+def test_blends_out_of_range_raise(blend):
     model = ResidualNetwork()
     with pytest.raises(ArgumentError) as error:
         revnets.make_reversible(model, blend)
@@ -303,7 +303,7 @@ def test_blends_outside_of_the_range(blend):
         ({"blocks": ["layers", "layers"]}, "blocks", "unsupported-block"),
     ],
 )
-def test_arguments_that_cannot_be_used(options, key, code):
+def test_invalid_arguments_raise(options, key, code):
     model = ResidualNetwork()
     with pytest.raises(ArgumentError) as error:
         revnets.make_reversible(model, **options)
@@ -312,20 +312,20 @@ def test_arguments_that_cannot_be_used(options, key, code):
     assert list(model.state_dict()) == list(ResidualNetwork().state_dict())
 
 
-def test_a_model_is_rewired_once():
+def test_rewiring_twice_raises():
     model = revnets.make_reversible(ResidualNetwork())
     with pytest.raises(ArgumentError) as error:
         revnets.make_reversible(model)
     assert error.value.code == "conflicting-values"
 
 
-def test_undoing_what_is_not_rewired():
+def test_undo_without_rewiring_raises():
     with pytest.raises(ArgumentError) as error:
         revnets.undo_reversible(ResidualNetwork())
     assert (error.value.key, error.value.code) == ("model", "no-columns")
 
 
-def test_a_block_that_is_skipped():
+def test_skipped_block_raises():
     model = revnets.make_reversible(ResidualNetwork())
     x = model.layers[0](model.stem(inputs()))
     with pytest.raises(ArgumentError) as error:
@@ -333,7 +333,7 @@ def test_a_block_that_is_skipped():
     assert (error.value.key, error.value.code) == ("layers.2", "unsupported-block")
 
 
-def test_a_state_that_the_network_changes_between_blocks():
+def test_state_changed_between_blocks_raises():
     model = revnets.make_reversible(ResidualNetwork())
     x = model.layers[0](model.stem(inputs()))
     with pytest.raises(ArgumentError) as error:
@@ -341,7 +341,7 @@ def test_a_state_that_the_network_changes_between_blocks():
     assert (error.value.key, error.value.code) == ("layers.1", "unsupported-block")
 
 
-def test_a_block_that_changes_the_shape_of_its_state():
+def test_block_that_changes_the_shape_raises():
     model = nn.ModuleDict(
         {"layers": nn.Sequential(*(nn.Sequential(nn.MaxPool1d(2), nn.Linear(6, 6)) for _ in range(2)))}
     )

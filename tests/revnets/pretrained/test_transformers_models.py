@@ -1,4 +1,4 @@
-"""Networks of transformers made reversible: what people do with them goes on as before."""
+"""Rewired transformers models: training, generation, saving and adapters work as before."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SUPPORTED = sorted(FAMILIES.keys() - {"mixtral"})
 
 
 def logits(model: Any) -> Tensor:
-    """Of the batch, in evaluation."""
+    """Compute the logits of a batch in evaluation mode."""
     with torch.no_grad():
         return copy.deepcopy(model).eval()(**batch(model)).logits
 
@@ -41,7 +41,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_exact_equals_store_bit_for_bit(family):
-    """With dropout, a mask with padding on both sides, and hidden states in the loss."""
+    """Uses dropout, a mask with padding on both sides, and hidden states in the loss."""
     model = revnets.make_reversible(network(family), 0.3)
     expected = train_step(model, "store")
     outputs, gradients = expected
@@ -53,7 +53,7 @@ def test_exact_equals_store_bit_for_bit(family):
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_exact_equals_store_in_bfloat16(family):
-    """Under autocast, and with weights in bfloat16."""
+    """Uses autocast, and weights in bfloat16."""
     model = revnets.make_reversible(network(family), 0.3)
     with torch.autocast("cpu", torch.bfloat16):
         assert_bits(train_step(model, "exact"), train_step(model, "store"))
@@ -79,8 +79,8 @@ def test_exact_keeps_less_than_store(family):
     assert kept["exact"] < 0.7 * kept["store"]
 
 
-def test_every_stack_is_found():
-    """One of a decoder or an encoder, two of a network with both."""
+def test_all_stacks_are_found():
+    """One stack in a decoder or an encoder, two in a network with both."""
     found = {family: len(rewired_sequences(revnets.make_reversible(network(family)))) for family in SUPPORTED}
     assert found == {"bert": 1, "gpt2": 1, "llama": 1, "gemma2": 1, "t5": 2, "bart": 2}
 
@@ -93,32 +93,32 @@ def test_gradient_checkpointing_is_turned_off_with_a_warning(switch, is_reentran
         pytest.skip("a method of other releases")
     expected = train_step(model, "exact")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # one of the two has another name in later releases
+        warnings.simplefilter("ignore", FutureWarning)  # one of the two is renamed in later releases
         getattr(model, switch)({"use_reentrant": is_reentrant})
     with pytest.warns(UserWarning, match=CHECKPOINTING):
         found = train_step(model, "exact")
     assert_bits(found, expected)
 
 
-def test_training_with_a_cache_is_refused():
+def test_training_with_a_cache_raises():
     model = revnets.make_reversible(network("gpt2"))
     with raises_error(ArgumentError, code="conflicting-values", key="use_cache"):
         model(**batch(model), use_cache=True)
-    model(**batch(model), use_cache=False).loss.backward()  # the next pass begins anew
+    model(**batch(model), use_cache=False).loss.backward()  # the next pass starts again
 
 
 # --------------------------------------------------------------------------------------- generation
 
 
 def generated(model: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """The seven tokens with the greatest logits that follow, one after another, and their logits."""
+    """Generate seven tokens greedily, and return them with their logits."""
     arguments |= {"return_dict_in_generate": True, "output_logits": True}
     found = model.generate(do_sample=False, min_new_tokens=7, max_new_tokens=7, **arguments)
     return found.sequences[:, -7:], torch.stack(found.logits, dim=1)
 
 
 @pytest.mark.parametrize("family", GENERATING)
-def test_generation_with_and_without_a_cache_is_equal(family):
+def test_generation_is_equal_with_and_without_a_cache(family):
     model = revnets.make_reversible(network(family), 0.3).eval()
     prompts = {"input_ids": batch(model)["input_ids"]}
     tokens, scores = generated(model, **prompts, use_cache=True)
@@ -128,7 +128,7 @@ def test_generation_with_and_without_a_cache_is_equal(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_prompts_of_a_padded_batch_are_continued_as_by_themselves(family):
+def test_generation_in_a_padded_batch_equals_single_prompts(family):
     model = revnets.make_reversible(network(family), 0.3).eval()
     prompts, mask = batch(model)["input_ids"], torch.ones(3, 7, dtype=torch.long)
     mask[0, :2] = mask[1, :3] = 0
@@ -143,7 +143,7 @@ def test_prompts_of_a_padded_batch_are_continued_as_by_themselves(family):
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_a_saved_network_is_the_trained_one(family, tmp_path):
+def test_saved_model_equals_the_trained_one(family, tmp_path):
     model = network(family)
     expected = logits(model)
     revnets.make_reversible(model, 0.3).save_pretrained(tmp_path)
@@ -153,7 +153,7 @@ def test_a_saved_network_is_the_trained_one(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_undo_gives_the_original_back(family):
+def test_undo_restores_the_original_network(family):
     model = network(family)
     outputs, names = train_step(model, "store"), list(model.state_dict())
     revnets.make_reversible(model, 0.3)
@@ -172,7 +172,7 @@ def test_tied_weights_stay_tied():
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_adapters_may_be_added_before_or_after(family):
+def test_adapters_before_or_after_rewiring(family):
     peft = pytest.importorskip("peft")
 
     def adapted(model: Any) -> Any:
@@ -190,7 +190,7 @@ def test_adapters_may_be_added_before_or_after(family):
         assert_bits(train_step(model, "exact"), expected)
 
 
-def test_merged_adapters_leave_a_reversible_network():
+def test_network_stays_reversible_after_merging_adapters():
     peft = pytest.importorskip("peft")
     model = revnets.make_reversible(network("llama"), 0.3)
     config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
@@ -201,11 +201,11 @@ def test_merged_adapters_leave_a_reversible_network():
     assert_bits(train_step(merged.requires_grad_(), "exact"), train_step(merged, "store"))
 
 
-# --------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------------- unsupported networks
 
 
 @pytest.mark.parametrize(("family", "options"), [("mixtral", {}), ("bart", {"encoder_layerdrop": 0.1})])
-def test_refused_networks_are_unchanged(family, options):
+def test_unsupported_networks_are_unchanged(family, options):
     model = network(family, **options)
     expected = logits(model)
     with raises_error(ArgumentError, code="unsupported-block", key="blocks"):

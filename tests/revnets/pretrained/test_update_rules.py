@@ -1,4 +1,4 @@
-"""Each update rule against its equation, and its gradients against those of ordinary autograd."""
+"""Update rules compared with their equations, and their gradients with ordinary autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import revnets
 from revnets.pretrained.update_rules import RULES
 from tests.support.residual_networks import ResidualNetwork, assert_same_tensors, inputs, training_step
 
-EQUATIONS = {  # x_t from x_{t-1}, f(x_{t-1}), x_{t-2} and the number of the rule, as the papers write it
+EQUATIONS = {  # x_t from x_{t-1}, f(x_{t-1}), x_{t-2} and the parameter, as in the papers
     "blend": lambda x, f, past, b: f + (1 - b) * x + b * past,
     "midpoint": lambda x, f, past, h: past + 2 * h * f,
     "leapfrog": lambda x, f, past, h: 2 * x - past + h**2 * f,
@@ -37,14 +37,14 @@ def test_evaluation_follows_the_equation(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradients_are_those_of_store_bit_for_bit(rule, autocast):
+def test_gradients_equal_store_bit_for_bit(rule, autocast):
     model = revnets.make_reversible(ResidualNetwork(depth=11), 0.4, rule=rule)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = training_step(model, inputs(), memory="store")
         assert_same_tensors(training_step(model, inputs(), memory="exact"), expected)
 
 
-def test_bdia_draws_a_sign_for_every_sample_and_block():
+def test_bdia_draws_one_sign_per_sample_and_block():
     model = ResidualNetwork(depth=3, dropout=0.0)
     paths = []
     for signs in itertools.product((-0.4, 0.4), repeat=3):
@@ -62,7 +62,7 @@ def test_bdia_draws_a_sign_for_every_sample_and_block():
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "bdia"])
-def test_learned_numbers_of_every_rule(rule):
+def test_learned_parameters_of_all_rules(rule):
     model = revnets.make_reversible(ResidualNetwork(), 0.4, rule=rule, learn_blend=True)
     expected = training_step(model, inputs(), memory="store")
     assert_same_tensors(training_step(model, inputs(), memory="exact"), expected)

@@ -1,4 +1,4 @@
-"""Make the files beside this script. It must run with version 0.1.0 of revnets; see README.md."""
+"""Create the files in the directory of this script. It must run with revnets 0.1.0; see README.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import revnets
-import vision  # noqa: F401  (timm knows the family from here on)
+import vision  # noqa: F401  (registers the models with timm)
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
@@ -34,7 +34,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(folder: Path, *words: object, **variables: str) -> str:
-    """What a command of this environment prints."""
+    """Return the output of a command of this environment."""
     command = [str(BIN / str(words[0])), *map(str, words[1:])]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT | variables, capture_output=True, text=True)
     if done.returncode:
@@ -43,7 +43,7 @@ def run(folder: Path, *words: object, **variables: str) -> str:
 
 
 def start(folder: Path, *words: object, size: int = 1) -> list[subprocess.Popen]:
-    """A command in one process, or in several that train together."""
+    """Start a command in one process, or in several that train together."""
     command, port = [str(BIN / str(words[0])), *map(str, words[1:])], free_port()
     children = []
     for rank in range(size):
@@ -67,7 +67,7 @@ def finish(children: Sequence[subprocess.Popen]) -> None:
 
 
 def stop(children: Sequence[subprocess.Popen], moment: Callable[[], bool], number: int) -> None:
-    """Send a signal to processes, and to what they have started, as soon as the moment has come."""
+    """Send a signal to processes and their children as soon as `moment()` is true."""
     while not moment():
         assert all(child.poll() is None for child in children), "a process ended too early"
         time.sleep(0.0005)
@@ -78,7 +78,7 @@ def stop(children: Sequence[subprocess.Popen], moment: Callable[[], bool], numbe
 
 
 def pack(folder: Path, name: str) -> None:
-    """Pack a folder, with the times of its files, but without names of users."""
+    """Pack a directory, with the times of its files but without user names."""
 
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = 0
@@ -159,7 +159,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def make_run(name: str, folder: Path) -> None:
-    """A run that is stopped in its second epoch, and what becomes of it when it goes on."""
+    """Create a run that is stopped in its second epoch, and its result after resuming."""
     (folder / "run.yaml").write_text(yaml.safe_dump(TINY | RUNS[name], sort_keys=False))
     size = 2 if name == "shards" else 1
     run_folder, expected = folder / "run", folder / "expected"
@@ -196,7 +196,7 @@ def make_run(name: str, folder: Path) -> None:
 
 
 def make_weights(folder: Path) -> None:
-    """Weights of a model in our layout and in the official one. Values repeat, so that they can be packed tightly."""
+    """Create the weights of a model in our layout and the official one, with repeated values that compress well."""
     torch.manual_seed(0)
     model = timm.create_model("test_revcol_huge", num_classes=10).eval()
     with torch.no_grad():
@@ -220,7 +220,7 @@ PREPARE += ("--merges", "40", "--workers", "1")
 
 
 def make_prepared(folder: Path) -> None:
-    """Data of `revnets prepare-mt`: ready, and as left by processes that were killed between two steps."""
+    """Create data of `revnets prepare-mt`: complete, and from processes killed between two steps."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(60)]
     lines = [rng.choices(words, k=rng.randint(3, 9)) for _ in range(160)]
@@ -236,7 +236,7 @@ def make_prepared(folder: Path) -> None:
                 break
             shutil.rmtree(work)
         (folder / f"killed_after_{name}").mkdir()
-        for path in folder.glob("*bin*"):  # half-written files begin with a dot
+        for path in folder.glob("*bin*"):  # incomplete files start with a dot
             path.rename(folder / f"killed_after_{name}" / path.name)
     run(folder, *PREPARE)
     (folder / "bin" / "preprocess.log").unlink(missing_ok=True)
@@ -245,7 +245,7 @@ def make_prepared(folder: Path) -> None:
 
 
 TIME = 1_700_000_000_000_000_000
-"""When the table was written: part of what its data are known by."""
+"""Modification time of the table, which its prepared data record."""
 
 MODEL = ("--encoder-embed-dim", "8", "--encoder-ffn-embed-dim", "12", "--encoder-attention-heads", "2")
 MODEL += ("--decoder-embed-dim", "8", "--decoder-ffn-embed-dim", "12", "--decoder-attention-heads", "2")
@@ -265,7 +265,7 @@ levels:
 
 
 def make_translation(folder: Path, prepared: Path) -> None:
-    """Checkpoints of fairseq: of a model from options, and of one from a file."""
+    """Create fairseq checkpoints: of a model from options, and of a model from a file."""
     shutil.copytree(prepared / "bin", folder / "bin")
     (folder / "nlp").symlink_to(run(folder, "revnets", "user-dir").strip().splitlines()[-1])
     train = ("fairseq-train", "bin", "--user-dir", "nlp", "--arch", "revcol_transformer", *MODEL, *TRAIN)
@@ -292,7 +292,7 @@ def make_translation(folder: Path, prepared: Path) -> None:
     (folder / "nlp").unlink()
 
 
-# --------------------------------------------------------------------------------------------------------------- nets
+# ----------------------------------------------------------------------------------------------------------- networks
 
 NETS: dict[str, dict[str, Any]] = {
     "convnext": {
@@ -352,7 +352,7 @@ NETS: dict[str, dict[str, Any]] = {
 
 
 class OfSum(nn.Sequential):
-    """Modules one after the other, for the sum of what is read."""
+    """Applies modules in sequence to the sum of the inputs."""
 
     def forward(self, *reads: torch.Tensor) -> torch.Tensor:
         return super().forward(torch.stack(reads).sum(0))
@@ -364,7 +364,7 @@ def sequence() -> revnets.ReversibleSequence:
 
 
 def make_nets(folder: Path) -> None:
-    """New nets from a fixed seed, with the outputs and the gradients of `memory: exact` for an input."""
+    """Create networks with a fixed seed, and their outputs and gradients in `memory: exact`."""
     for name, spec in {**NETS, "sequence": {}}.items():
         (folder / name).mkdir()
         torch.manual_seed(0)
@@ -373,7 +373,7 @@ def make_nets(folder: Path) -> None:
             (folder / name / "net.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
         torch.save(net.state_dict(), folder / name / "state.pt")
         x = torch.randn((2, 3, 8, 8) if name not in ("vectors", "sequence") else (2, 8)).requires_grad_()
-        torch.manual_seed(1)  # of what is dropped
+        torch.manual_seed(1)  # for dropout
         out = tensors(net(x))
         sum((part * part.detach().cos()).sum() for part in out).backward()
         grads = {key: parameter.grad for key, parameter in net.named_parameters()}
@@ -389,7 +389,7 @@ def tensors(out: Any) -> list[torch.Tensor]:
 
 
 def make_probe() -> None:
-    """A calculation that other kernels round in another way; where it differs, so may everything else."""
+    """Create the result of a calculation that other kernels round differently; then all results may differ."""
     torch.manual_seed(0)
     x, weight, kernel = torch.randn(1, 12, 12, 12), torch.randn(12, 48), torch.randn(12, 1, 3, 3)
     given = {"x": x, "weight": weight, "kernel": kernel}
