@@ -21,7 +21,7 @@ Correctness depends on these rules:
   inputs, and must save what the forward pass saved: number, shape, strides and dtype are checked.
 - Rule 6. A tensor that was changed in place after the forward pass is an error; versions are checked as in autograd.
 - Rule 7. Tapes do not nest. Columns inside a cell run without a tape, and the replay of the cell restores what they
-  saved. With a tape of their own, each enclosing cell would keep their window.
+  saved. With separate tapes, each enclosing cell would keep their window.
 """
 
 from __future__ import annotations

@@ -79,20 +79,20 @@ def require_room(
     if not sizes:
         problem = "there are no weights in safetensors files"
         raise SpecError(str(folder), "", problem, "Save the model with save_pretrained", code="missing-weights")
-    remedy = "Use the configuration of these weights"
+    hint = "Use the configuration of these weights"
     for key, count in blocks.items():
         if count > len(sizes):
             problem = f"{count:,} blocks, but only {len(sizes):,} tensors"
-            raise SpecError(str(folder), key, problem, remedy, code="weights-mismatch")
+            raise SpecError(str(folder), key, problem, hint, code="weights-mismatch")
     with configuration_errors(folder):
         try:
             with torch.device("meta"):
                 needed = sum(parameter.numel() for parameter in build().parameters())
         except RuntimeError as error:  # sizes whose product overflows
-            raise SpecError(str(folder), size, first_line(error), remedy, code="weights-mismatch") from None
+            raise SpecError(str(folder), size, first_line(error), hint, code="weights-mismatch") from None
     if needed > sum(sizes.values()) + free:
         problem = f"a model of {needed:,} parameters, but its weights have {sum(sizes.values()):,} elements"
-        raise SpecError(str(folder), size, problem, remedy, code="weights-mismatch")
+        raise SpecError(str(folder), size, problem, hint, code="weights-mismatch")
 
 
 def require_all(folder: str, info: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ class BlendSchedule:
         blend: the target.
 
     Example:
-        >>> schedule = BlendSchedule(model, updates=500)
+        >>> schedule = revnets.BlendSchedule(model, updates=500)
         >>> for x, y in batches:
         ...     loss(model(x), y).backward()
         ...     optimizer.step()

@@ -71,7 +71,7 @@ def make_reversible(
     stacks = find_stacks(model, blocks)
     if learn_blend:
         _require_free(stacks)
-        Blend(blend, rule, Gain(1, blend))  # refuses rules that cannot be learned
+        Blend(blend, rule, Gain(1, blend))  # raises if the rule cannot be learned
     state_names = [_state_names(stack) for stack in stacks]
     for stack, names in zip(stacks, state_names, strict=True):
         blends = [constant] * len(stack.blocks)

@@ -281,7 +281,7 @@ def test_sparse_matrices(layout):
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # CSR is beta in PyTorch
         matrix = dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()
 
-    class Neighbours(nn.Module):
+    class Neighbors(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(6, 6)
@@ -289,7 +289,7 @@ def test_sparse_matrices(layout):
         def forward(self, x):
             return torch.tanh(matrix @ self.linear(x))
 
-    net, x = cells_net([Neighbours() for _ in range(6)]), torch.randn(5, 6, requires_grad=True)
+    net, x = cells_net([Neighbors() for _ in range(6)]), torch.randn(5, 6, requires_grad=True)
     expected = step(net, x, "store")
     for memory in TAPED:
         assert_same(step(net, x, memory), expected)

@@ -22,7 +22,7 @@ from revnets.nn.stems_and_heads import ClassifierHead, LinearStem, PatchifyStem,
 from tests.support.errors import raises_error
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     """Convert to float64 with random weights instead of zeros and ones, so that every parameter matters."""
     module.double()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def assert_same_function(ours: nn.Module, theirs: nn.Module, names: dict[str, st
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
 def test_convnext_block_equals_timm(kernel_size: int) -> None:
-    ours = randomised(ConvNeXtBlock(11, kernel_size=kernel_size))
+    ours = randomized(ConvNeXtBlock(11, kernel_size=kernel_size))
     theirs = timm.models.convnext.ConvNeXtBlock(11, kernel_size=kernel_size)
     names = {"dwconv": "conv_dw", "scale.gamma": "gamma"}
     x = torch.randn(2, 7, 5, 11, dtype=torch.float64)
@@ -70,14 +70,14 @@ def test_convnext_block_equals_timm(kernel_size: int) -> None:
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_vit_block_equals_timm(heads: int) -> None:
-    ours = randomised(ViTBlock(12, heads=heads))
+    ours = randomized(ViTBlock(12, heads=heads))
     norm = partial(nn.LayerNorm, eps=1e-6)
     theirs = timm.models.vision_transformer.Block(12, num_heads=heads, qkv_bias=True, norm_layer=norm)
     assert_same_function(ours, theirs, {}, torch.randn(2, 7, 12, dtype=torch.float64))
 
 
 def test_vit_block_treats_pixels_as_tokens() -> None:
-    block = randomised(ViTBlock(12, heads=3))
+    block = randomized(ViTBlock(12, heads=3))
     image = torch.randn(2, 5, 7, 12, dtype=torch.float64)
     assert_close(block(image), block(image.flatten(1, 2)).unflatten(1, (5, 7)))
     strided = image.transpose(1, 2)
@@ -86,7 +86,7 @@ def test_vit_block_treats_pixels_as_tokens() -> None:
 
 def test_attention_dropout_acts_on_the_weights() -> None:
     """With equal values at all positions, dropped weights only scale the result of each position."""
-    attention = randomised(Attention(8, heads=2, dropout=0.5))
+    attention = randomized(Attention(8, heads=2, dropout=0.5))
     x = torch.randn(1, 1, 8, dtype=torch.float64).expand(1, 64, 8)
     assert_close(attention.eval()(x)[0], attention(x)[0, :1].expand(64, 8))
     dropped = attention.train()(x) - attention.proj.bias
@@ -101,7 +101,7 @@ def test_attention_dropout_acts_on_the_weights() -> None:
 
 
 def test_mlp_block_applies_to_each_position_independently() -> None:
-    block = randomised(MLPBlock(5, expand=3))
+    block = randomized(MLPBlock(5, expand=3))
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     hidden = F.gelu(F.linear(F.layer_norm(x, (5,), *block.norm.parameters(), 1e-6), *block.mlp.fc1.parameters()))
     assert_close(block(x), x + F.linear(hidden, *block.mlp.fc2.parameters()))
@@ -110,7 +110,7 @@ def test_mlp_block_applies_to_each_position_independently() -> None:
 
 @pytest.mark.parametrize("make", [ConvNeXtBlock, partial(ViTBlock, heads=2), MLPBlock])
 def test_drop_path_drops_the_branch_of_a_sample(make) -> None:
-    block = randomised(make(8, drop_path=0.6))
+    block = randomized(make(8, drop_path=0.6))
     x = torch.randn(200, 2, 2, 8, dtype=torch.float64)
     same = (block.train()(x) == x).flatten(1).all(1).double().mean().item()
     branches = 2 if isinstance(block, ViTBlock) else 1
@@ -146,7 +146,7 @@ def test_attention_on_vectors_raises() -> None:
 
 @pytest.mark.parametrize("ratio", [2, 3, 4, 8])
 def test_up_repeats_pixels(ratio: int) -> None:
-    up = randomised(Up(5, 3, ratio))
+    up = randomized(Up(5, 3, ratio))
     x = torch.randn(2, 3, 7, 5, dtype=torch.float64)
     plain = Project(5, 3)
     names = {"proj.": ""}
@@ -157,7 +157,7 @@ def test_up_repeats_pixels(ratio: int) -> None:
 
 @pytest.mark.parametrize("ratio", [2, 3])
 def test_down_is_a_strided_convolution_of_the_padded_image(ratio: int) -> None:
-    down = randomised(Down(5, 3, ratio))
+    down = randomized(Down(5, 3, ratio))
     x = torch.randn(2, 7, 11, 5, dtype=torch.float64)
     padded = torch.zeros(2, 9 if ratio == 3 else 8, 12, 5, dtype=torch.float64)
     padded[:, :7, :11] = x
@@ -168,7 +168,7 @@ def test_down_is_a_strided_convolution_of_the_padded_image(ratio: int) -> None:
 
 def test_convnext_fusion_sums_resampled_inputs() -> None:
     sources = [Source("below", 4, 2), Source("above", 9, 8), Source("stem", 6, 4), Source("above", 7, 4)]
-    fusion = randomised(ConvNeXtFusion(6, 4, sources))
+    fusion = randomized(ConvNeXtFusion(6, 4, sources))
     assert [type(path) for path in fusion.paths] == [Down, Up, nn.Identity, Project]
     reads = [torch.randn(2, 16 // s.reduction, 24 // s.reduction, s.dim, dtype=torch.float64) for s in sources]
     parts = [path(read) for path, read in zip(fusion.paths, reads, strict=True)]
@@ -186,7 +186,7 @@ def test_fusion_without_resampling_accepts_any_shape() -> None:
 def test_linear_fusion_projects_the_selected_kinds() -> None:
     sources = [Source("stem", 8, 1), Source("below", 8, 1), Source("above", 8, 1), Source("stem", 5, 1)]
     assert [type(path) for path in LinearFusion(8, 1, sources).paths] == [nn.Identity, Project, Project, Project]
-    fusion = randomised(LinearFusion(8, 1, sources, project=("above",), norm=False))
+    fusion = randomized(LinearFusion(8, 1, sources, project=("above",), norm=False))
     assert [type(path) for path in fusion.paths] == [nn.Identity, nn.Identity, Project, Project]
     reads = [torch.randn(2, 3, source.dim, dtype=torch.float64) for source in sources]
     linear = [F.linear(read, *fusion.paths[index].linear.parameters()) for index, read in enumerate(reads) if index > 1]
@@ -261,7 +261,7 @@ def test_level_0_reads_the_top_at_odd_sizes() -> None:
 
 
 def test_patchify_stem() -> None:
-    stem = randomised(PatchifyStem(6, in_chans=2, patch=3))
+    stem = randomized(PatchifyStem(6, in_chans=2, patch=3))
     x = torch.randn(2, 2, 10, 8, dtype=torch.float64)  # the last pixels are ignored
     patches = F.unfold(x[:, :, :9, :6], 3, stride=3).transpose(1, 2)
     out = F.layer_norm(
@@ -271,7 +271,7 @@ def test_patchify_stem() -> None:
 
 
 def test_token_stem() -> None:
-    stem = randomised(TokenStem(6, img_size=8, in_chans=2, patch=4))
+    stem = randomized(TokenStem(6, img_size=8, in_chans=2, patch=4))
     x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
     patches = F.unfold(x, 4, stride=4).transpose(1, 2)
     assert_close(stem(x), F.linear(patches, stem.conv.weight.flatten(1), stem.conv.bias) + stem.pos_embed)
@@ -289,7 +289,7 @@ def test_linear_stem_and_example_shapes() -> None:
 
 
 def test_classifier_head_averages_the_top_level() -> None:
-    head = randomised(ClassifierHead([3, 5], num_classes=7, dropout=0.5)).eval()
+    head = randomized(ClassifierHead([3, 5], num_classes=7, dropout=0.5)).eval()
     low = torch.full((2, 3), torch.nan, dtype=torch.float64)
     image = torch.randn(2, 4, 6, 5, dtype=torch.float64)
     expected = F.linear(F.layer_norm(image.mean((1, 2)), (5,), *head.norm.parameters(), 1e-6), *head.fc.parameters())
