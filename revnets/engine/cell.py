@@ -120,7 +120,12 @@ class Cell(nn.Module):
         return 1.0 if self.gain is None else self.gain()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile F_t with the arguments of `torch.compile`. The coupling changes between calls and stays eager."""
+        """Compile `function`. The coupling changes between calls and stays eager.
+
+        Args:
+            args: positional arguments of `torch.compile`.
+            kwargs: keyword arguments of `torch.compile`.
+        """
         self.function.compile(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 
 

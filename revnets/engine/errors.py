@@ -6,6 +6,9 @@ from __future__ import annotations
 class ArgumentError(ValueError):
     """An argument of a Python call, such as an option of a component, is invalid.
 
+    Args:
+        message: text of the error.
+
     Attributes:
         key: name of the argument. In a forward pass, name of the cell, such as "c1.l0", or of a module's class.
         code: kind of the error, see `ReplayError`.
@@ -18,6 +21,9 @@ class ArgumentError(ValueError):
 
 class ReplayError(RuntimeError):
     """A replay cannot reproduce the forward pass, or did not reproduce it.
+
+    Args:
+        message: text of the error.
 
     Attributes:
         code: kind of the error, a short name that stays the same when the message changes.

@@ -102,11 +102,19 @@ class Graph:
         return len(self.replaced) + len(self.last) == len(self.nodes)
 
     def is_down(self, column: int) -> bool:
-        """Return True if this column runs from its top level down."""
+        """Return True if a column runs from its top level down.
+
+        Args:
+            column: index of the column.
+        """
         return self.nodes[column * self.m].level > 0
 
     def states_of(self, column: int) -> range:
-        """Return the indices of a column's states, level 0 first in either direction."""
+        """Return the indices of a column's states, level 0 first in either direction.
+
+        Args:
+            column: index of the column.
+        """
         states = range(column * self.m, min((column + 1) * self.m, len(self.nodes)))
         return states[::-1] if self.is_down(column) else states
 
@@ -122,7 +130,11 @@ class Graph:
         return "below" if read >= node.column * self.m else "above"
 
     def name(self, index: int) -> str:
-        """Return the name of a state: "c1.l0" for column 1, level 0, or "stem"."""
+        """Return the name of a state: "c1.l0" for column 1, level 0, or "stem".
+
+        Args:
+            index: index of the state, or `STEM`.
+        """
         return "stem" if index == STEM else f"c{self.nodes[index].column}.l{self.nodes[index].level}"
 
     def table(self) -> list[tuple[str, str, str]]:

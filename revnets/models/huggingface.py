@@ -83,4 +83,6 @@ def _require_bounded(name: str, values: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             _require_bounded(name, value)
         elif "layer" in str(key) and isinstance(value, int) and value > MAX_LAYERS:
-            raise SpecError(f"hf:{name}", str(key), f"{value:,} layers; at most {MAX_LAYERS:,} are supported", code="too-large")
+            raise SpecError(
+                f"hf:{name}", str(key), f"{value:,} layers; at most {MAX_LAYERS:,} are supported", code="too-large"
+            )

@@ -54,7 +54,11 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale the branch of each sample, (B, ...), by 0 or 1 / (1 - rate); in evaluation, return it unchanged."""
+        """Scale the branch of each sample by 0 or 1 / (1 - rate); in evaluation, return it unchanged.
+
+        Args:
+            x: output of the branch, shape (B, ...).
+        """
         if self.rate == 0 or not self.training:
             return x
         keep = 1 - self.rate

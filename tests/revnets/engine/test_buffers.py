@@ -172,7 +172,7 @@ def test_late_write_to_a_large_buffer_raises_once(memory):
     net, x = net_of(Late, memory), tokens()
     loss_of(net(x)).backward()
     loss = loss_of(net(x))
-    with raises_error(ReplayError, code="buffer-lost", names=["table", "Late", "run this step again"]):
+    with raises_error(ReplayError, code="buffer-lost", names=["table", "Late", "Run this step again"]):
         loss.backward()
     net.zero_grad()
     expected = step(net, x, "store", train)

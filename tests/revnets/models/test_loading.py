@@ -79,7 +79,7 @@ def test_other_sources_are_passed_to_build(tmp_path: Path) -> None:
         ("xyz", [], "unknown-model", "package.module:function"),
         ("small_model", ["dept=3"], "component-failed", "'dept'"),
         ("my_models:Modl", [], "unknown-component", ["my_models", '"Modl"', "Did you mean Model?"]),
-        ("no_zoo:Model", [], "missing-module", "no_zoo"),
+        ("no_models:Model", [], "missing-module", "no_models"),
         ("my_models:number", [], "invalid-component", ["a int", "torch.nn.Module"]),
         ("net.yml", [], "missing-file", ()),
     ],

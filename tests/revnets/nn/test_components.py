@@ -200,7 +200,7 @@ def test_identity_fusion_adds() -> None:
     with raises_error(ValueError, code="shape-mismatch", key="sources", names=["4 channels", "one has 5"]):
         IdentityFusion(4, 1, [Source("below", 5, 1)])
     for make in (IdentityFusion, LinearFusion):
-        with raises_error(ValueError, code="shape-mismatch", key="sources", names="1/2 into 1/1"):
+        with raises_error(ValueError, code="shape-mismatch", key="sources", names=["1/1 of the stem's", "1/2"]):
             make(4, 1, [Source("above", 4, 2)])
 
 
