@@ -1,4 +1,4 @@
-"""A block of one's own, used by own_block.yaml: any module that keeps the shape of its input will do."""
+"""A custom block for own_block.yaml. Any module that preserves the shape of its input works."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from revnets.nn.blocks import DropPath
 class GatedConvBlock(nn.Module):
     """A depthwise convolution that gates another branch: local attention without attention.
 
-    States are (B, H, W, C), channels last; PyTorch's convolutions want (B, C, H, W), and both permutations are free.
+    States are (B, H, W, C), channels last. PyTorch's convolutions need (B, C, H, W); both permutations are views.
 
     Args:
-        dim: channels; every block is given it.
-        kernel_size: odd. Whatever is annotated is checked when the YAML is read.
+        dim: channels, passed to every block.
+        kernel_size: odd. Options with annotations are checked when the YAML is read.
         expand: width of the branches in units of `dim`.
-        drop_path: filled in from the net's `drop_path`, because it is called so.
+        drop_path: set from the network's `drop_path`, because of its name.
     """
 
     def __init__(self, dim: int, kernel_size: int = 7, expand: int = 2, drop_path: float = 0.0):
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size {kernel_size} would change the size of the image. Give an odd number")
+            raise ValueError(f"kernel_size {kernel_size} changes the image size. Use an odd number")
         width = expand * dim
         self.norm = nn.LayerNorm(dim)
         self.inp = nn.Linear(dim, 2 * width)

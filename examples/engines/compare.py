@@ -1,8 +1,8 @@
-"""Train the same models with every engine that is installed, and compare their weights and losses in one table.
+"""Train the same models with all installed engines, and compare their weights and losses in one table.
 
     python examples/engines/compare.py [--steps 20] [--engines torch,fabric] [--workloads gpt2,columns]
 
-Each engine ends in memory mode `exact` with the weights of `store`, bit for bit, and all have one loss curve.
+In memory mode `exact`, each engine reaches the weights of `store`, bit for bit, and all have the same loss curve.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ ENGINES = {
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 20,
-    engines: Annotated[str, typer.Option(help="Names between commas.")] = ",".join(ENGINES),
-    workloads: Annotated[str, typer.Option(help="Names between commas.")] = ",".join(WORKLOADS),
+    steps: Annotated[int, typer.Option(min=1, help="Number of updates.")] = 20,
+    engines: Annotated[str, typer.Option(help="Comma-separated names.")] = ",".join(ENGINES),
+    workloads: Annotated[str, typer.Option(help="Comma-separated names.")] = ",".join(WORKLOADS),
 ) -> None:
-    """Train the same models with every engine that is installed."""
+    """Train the same models with all installed engines."""
     chosen, models = _listed(engines, ENGINES, "--engines"), _listed(workloads, WORKLOADS, "--workloads")
     console = Console()
     console.width = max(console.width, WIDTH)
@@ -72,10 +72,10 @@ def _listed(text: str, allowed: Mapping[str, Any], option: str) -> list[str]:
 
 
 def launched(name: str, workloads: Sequence[str], steps: int) -> dict[str, Any]:
-    """The result of an engine's script, run in as many processes as it needs.
+    """Run the script of an engine in the number of processes that it needs, and return its result.
 
     Raises:
-        typer.Exit: it failed; its output is printed.
+        typer.Exit: the script failed; its output is printed.
     """
     engine = ENGINES[name]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(engine.processes)]
@@ -91,10 +91,10 @@ def launched(name: str, workloads: Sequence[str], steps: int) -> dict[str, Any]:
 
 
 def assert_equal_curves(results: Sequence[Mapping[str, Any]]) -> None:
-    """All engines have the losses of the first one, bit for bit.
+    """Check that all engines have the losses of the first one, bit for bit.
 
     Raises:
-        AssertionError: one has not.
+        AssertionError: a loss differs.
     """
     reference = {}
     for result in results:
@@ -105,15 +105,15 @@ def assert_equal_curves(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 WIDTH = 120
-"""Columns that the table takes; a narrower terminal wraps its lines and loses no figure."""
+"""Width of the table in characters; a narrower terminal wraps its lines."""
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for every model and engine."""
-    found = Table(title="exact = store: all weights at the end; losses: those of the first engine; both bit for bit")
+    """Return a table with a row for every model and engine."""
+    found = Table(title="exact = store: equal final weights; losses equal those of the first engine; bit for bit")
     for heading in ("model", "engine", "version"):
         found.add_column(heading, no_wrap=True)
-    for heading in ("processes", "updates", "loss", "exact = store", "kept by store", "by exact"):
+    for heading in ("processes", "updates", "loss", "exact = store", "saved by store", "by exact"):
         found.add_column(heading, justify="right", no_wrap=True)
     for name in WORKLOADS:
         for result in results:

@@ -1,4 +1,4 @@
-"""Two processes of accelerate. `torchrun --nproc-per-node 2 examples/engines/with_accelerate.py`"""
+"""Train in two processes with accelerate. `torchrun --nproc-per-node 2 examples/engines/with_accelerate.py`"""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ WORKLOADS = ("gpt2", "gpt2-lora", "columns")
 
 def train(model: nn.Module, samples: Samples, memory: str) -> list[float]:
     accelerator = Accelerator(cpu=True)
-    model = reversible(model, memory)  # the line that is new
+    model = reversible(model, memory)  # the only new line
     model, optimizer, loader = accelerator.prepare(model, optimizer_of(model), micro_batches(samples))
     losses: list[float] = []
-    for batch in loader:  # every second micro-batch
+    for batch in loader:  # every second micro-batch, per process
         loss = model(**batch)["loss"]
         accelerator.backward(loss)
         optimizer.step()

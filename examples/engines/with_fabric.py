@@ -1,4 +1,4 @@
-"""Two processes of Lightning Fabric. `torchrun --nproc-per-node 2 examples/engines/with_fabric.py`"""
+"""Train in two processes with Lightning Fabric. `torchrun --nproc-per-node 2 examples/engines/with_fabric.py`"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORKLOADS = ("gpt2", "gpt2-lora", "columns")
 def train(model: nn.Module, samples: Samples, memory: str) -> list[float]:
     fabric = Fabric(accelerator="cpu", strategy="ddp", devices=2)
     fabric.launch()
-    model = reversible(model, memory)  # the line that is new
+    model = reversible(model, memory)  # the only new line
     model, optimizer = fabric.setup(model, optimizer_of(model))
     batches = micro_batches(samples, fabric.global_rank, fabric.world_size)
     losses: list[float] = []

@@ -1,4 +1,4 @@
-"""Two stages of a pipeline. `torchrun --nproc-per-node 2 examples/engines/with_pipeline.py`"""
+"""Train in two pipeline stages. `torchrun --nproc-per-node 2 examples/engines/with_pipeline.py`"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def train(model: nn.Module, samples: Samples, memory: str) -> list[float]:
         dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     net = cast(Any, cast(Classifier, reversible(model, memory)).net)
-    part = net.columns.split(size, stem=net.stem, head=net.head)[rank]  # the line that is new
+    part = net.columns.split(size, stem=net.stem, head=net.head)[rank]  # the only new line
     stage = PipelineStage(part, rank, size, torch.device("cpu"))
     schedule = Schedule1F1B(stage, ACCUMULATE, loss_fn=mean_loss, scale_grads=False)
     optimizer = optimizer_of(part)

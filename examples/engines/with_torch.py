@@ -1,4 +1,4 @@
-"""A training loop of plain PyTorch. `python examples/engines/with_torch.py`"""
+"""Train with plain PyTorch. `python examples/engines/with_torch.py`"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WORKLOADS = ("gpt2", "gpt2-lora", "columns")
 
 
 def train(model: nn.Module, samples: Samples, memory: str) -> list[float]:
-    model = reversible(model, memory)  # the line that is new
+    model = reversible(model, memory)  # the only new line
     optimizer = optimizer_of(model)
     losses: list[Tensor] = []
     for number, batch in enumerate(micro_batches(samples), start=1):

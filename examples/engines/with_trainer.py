@@ -1,4 +1,4 @@
-"""The `Trainer` of transformers, also with adapters of PEFT. `python examples/engines/with_trainer.py`"""
+"""Train with the `Trainer` of transformers, and with PEFT adapters. `python examples/engines/with_trainer.py`"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORKLOADS = ("gpt2", "gpt2-lora")
 
 
 def train(model: nn.Module, samples: Samples, memory: str) -> list[float]:
-    model = reversible(model, memory)  # the line that is new
+    model = reversible(model, memory)  # the only new line
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATE,

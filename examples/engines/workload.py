@@ -1,7 +1,7 @@
-"""What the engines train: models, data in a fixed order, and the comparison of `exact` with `store`.
+"""Models, data in a fixed order, and the comparison of `exact` with `store` for all engines.
 
-Two micro-batches make an update, so that one process which accumulates gradients and two processes which average them
-do the same arithmetic: a sum of two, and a division by 2, which is exact.
+Two micro-batches make an update, so one process that accumulates gradients and two processes that average them do the
+same arithmetic: a sum of two, and a division by 2, which is exact.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FOLDER = Path(__file__).resolve().parent
 TEXT = FOLDER.parent / "data" / "kjv-elberfelder-short.en-de.tsv.gz"
 MICRO_BATCH = 8
 ACCUMULATE = 2
-"""Micro-batches of an update."""
+"""Micro-batches per update."""
 LEARNING_RATE = 1e-3
 
 # --------------------------------------------------------------------------------------- data
 
 
 class Samples(Dataset[dict[str, Tensor]]):
-    """Inputs of a model by the names of its arguments, as many as the updates need, one after another."""
+    """Inputs of a model by argument name, repeated to the number of samples that the updates need."""
 
     def __init__(self, columns: dict[str, Tensor], steps: int):
         count = steps * ACCUMULATE * MICRO_BATCH
@@ -49,24 +49,24 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def micro_batches(samples: Samples, rank: int = 0, ranks: int = 1) -> DataLoader[dict[str, Tensor]]:
-    """The micro-batches of one of several processes, in order: each `ranks`-th one."""
+    """Return the micro-batches of one process in order: every `ranks`-th one, starting at `rank`."""
     starts = range(0, len(samples), MICRO_BATCH)[rank::ranks]
     return DataLoader(samples, batch_sampler=[list(range(start, start + MICRO_BATCH)) for start in starts])
 
 
 def verses(length: int = 64) -> dict[str, Tensor]:
-    """English text (N, length) as numbers below 128, each the label of the place before."""
+    """Return English text (N, length) as character codes below 128, which are also the next-token labels."""
     with gzip.open(TEXT, "rt", encoding="utf-8") as file:
         text = "\n".join(line.split("\t")[1] for _, line in zip(range(2000), file, strict=False))
     characters = torch.tensor([min(ord(character), 127) for character in text])
     rows = characters[: len(characters) // length * length].view(-1, length)
     labels = rows.clone()
-    labels[:, 0] = -100  # nothing comes before it, and `Trainer` divides by the number of labels
+    labels[:, 0] = -100  # has no predecessor, and `Trainer` divides by the number of labels
     return {"input_ids": rows, "labels": labels}
 
 
 def digits() -> dict[str, Tensor]:
-    """The scanned digits of scikit-learn: 64 pixels in [0, 1], and the class."""
+    """Return the scanned digits of scikit-learn: 64 pixels in [0, 1], and the class."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -77,7 +77,7 @@ def digits() -> dict[str, Tensor]:
 
 
 class Classifier(nn.Module):
-    """A net of columns that returns its loss, as models of transformers do."""
+    """A network of columns that returns its loss, as models of transformers do."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -88,7 +88,7 @@ class Classifier(nn.Module):
 
 
 def gpt2() -> nn.Module:
-    """A small GPT-2 on single characters, with random weights."""
+    """Build a small character-level GPT-2 with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -99,14 +99,14 @@ def gpt2() -> nn.Module:
 
 
 def gpt2_lora() -> nn.Module:
-    """The same with frozen weights and adapters of rank 4."""
+    """Build the same model with frozen weights and adapters of rank 4."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(gpt2(), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
 def columns() -> nn.Module:
-    """The net of columns.yaml."""
+    """Build the network of columns.yaml."""
     return Classifier(revnets.build(FOLDER / "columns.yaml"))
 
 
@@ -124,12 +124,12 @@ WORKLOADS = {
 
 
 def installed() -> list[str]:
-    """The workloads whose packages are there."""
+    """Return the workloads whose packages are installed."""
     return [name for name, workload in WORKLOADS.items() if all(map(find_spec, workload.packages))]
 
 
 def reversible(model: nn.Module, memory: str) -> nn.Module:
-    """A model in this memory mode: one with columns as it is, any other one rewired."""
+    """Set the memory mode of a model; make it reversible first if it has no columns."""
     columns = [module for module in model.modules() if isinstance(module, ReversibleColumns)]
     if not columns:
         return revnets.make_reversible(model, memory=memory)
@@ -146,14 +146,14 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 # --------------------------------------------------------------------------------------- comparison
 
 Train = Callable[[nn.Module, Samples, str], list[float]]
-"""Trains a model on samples in a memory mode, and returns the mean loss of every update."""
+"""Train a model on samples in a memory mode, and return the mean loss of every update."""
 
 
 def compared(train: Train, name: str, steps: int) -> dict[str, Any]:
     """Train a workload in `store` and in `exact` from equal weights.
 
     Returns:
-        Losses, and bytes that each mode keeps for the backward of a micro-batch.
+        Losses, and the bytes that each mode saves for the backward of a micro-batch.
 
     Raises:
         AssertionError: a weight or a loss differs in one bit.
@@ -178,24 +178,24 @@ def compared(train: Train, name: str, steps: int) -> dict[str, Any]:
 
 
 def run(engine: str, version: str, train: Train, names: Sequence[str], steps: int) -> dict[str, Any]:
-    """Train workloads with an engine: the row of `compare.py` for each of them."""
+    """Train workloads with an engine, and return the rows of `compare.py`."""
     return {"engine": engine, "version": version, "workloads": {name: compared(train, name, steps) for name in names}}
 
 
 def main(engine: str, version: str, train: Train, names: Sequence[str]) -> None:
-    """The command line of an engine's script."""
+    """Run the command line of an engine's script."""
 
     def command(
-        steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 20,
-        workloads: Annotated[str, typer.Option(help="Names between commas.")] = ",".join(names),
-        output: Annotated[Path | None, typer.Option(help="JSON file for compare.py.")] = None,
+        steps: Annotated[int, typer.Option(min=1, help="Number of updates.")] = 20,
+        workloads: Annotated[str, typer.Option(help="Comma-separated names.")] = ",".join(names),
+        output: Annotated[Path | None, typer.Option(help="Write results to this JSON file, for compare.py.")] = None,
     ) -> None:
         torch.set_num_threads(1)
         chosen = [name for name in workloads.split(",") if name in names and name in installed()]
         result = run(engine, version, train, chosen, steps)
         if int(os.environ.get("RANK", 0)) == 0:
             for name, found in result["workloads"].items():
-                print(f"{engine}, {name}: loss {found['losses'][-1]:.4f}; exact ends with the weights of store")
+                print(f"{engine}, {name}: loss {found['losses'][-1]:.4f}; exact reaches the weights of store")
             if output is not None:
                 output.write_text(json.dumps(result), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""What the scripts about trained networks share: bytes of a step, spreads over seeds, and the bundled verses."""
+"""Shared by the scripts on pretrained networks: memory of a step, spread over seeds, and the bundled verses."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Verse(NamedTuple):
 
 
 class StepBytes(NamedTuple):
-    """What a training step allocates, without parameters and optimizer."""
+    """Memory of a training step, without parameters and optimizer."""
 
-    kept: int  # alive between forward and backward
-    peak: int  # most at once, gradients of the weights among them
+    kept: int  # bytes saved for backward
+    peak: int  # highest number of bytes alive at once, gradients of the weights included
 
 
 def read_verses() -> list[Verse]:
-    """The bundled corpus in the order of the Bible (examples/data/README.md)."""
+    """Read the bundled corpus in the order of the Bible (examples/data/README.md)."""
     with gzip.open(CORPUS, "rt", encoding="utf-8") as file:
         return [Verse(*line.rstrip("\n").split("\t")[1:]) for line in file]
 
 
 def step_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> StepBytes:
-    """Bytes that one forward and backward allocate, to the byte."""
+    """Count the bytes that one forward and backward allocate."""
     with MemoryTracker() as tracker:
         value = loss()
         kept = tracker.live
@@ -55,18 +55,18 @@ def step_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> StepBytes:
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor], seed: int = 0) -> list[Tensor]:
-    """Gradients of all trained weights, with the random numbers of the seed."""
+    """Compute the gradients of all trained weights, with random numbers from the seed."""
     torch.manual_seed(seed)
     return list(torch.autograd.grad(loss(), [weight for weight in model.parameters() if weight.requires_grad]))
 
 
 def all_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Are all tensors equal bit for bit?"""
+    """Return True if all tensors are equal bit for bit."""
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation of a sample; a single value as it is."""
+    """Format mean ± standard deviation of a sample, or a single value."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -76,7 +76,7 @@ def megabytes(number: int) -> str:
 
 
 def new_table(title: str, *headings: str) -> Table:
-    """A table whose first column is aligned to the left and all others to the right."""
+    """Return an empty table with the first column aligned left and all others right."""
     table = Table(title=title, title_justify="left")
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="right" if place else "left")
@@ -84,22 +84,22 @@ def new_table(title: str, *headings: str) -> Table:
 
 
 def memory_table(title: str, rows: Iterable[tuple[str, StepBytes]]) -> Table:
-    """Bytes of a training step, one row for each way to train."""
-    table = new_table(title, "", "kept for backward", "peak")
+    """Return a table of the memory of a training step, one row per method."""
+    table = new_table(title, "", "saved for backward", "peak")
     for name, used in rows:
         table.add_row(name, megabytes(used.kept), megabytes(used.peak))
     return table
 
 
 def picture(path: Path | None) -> Path | None:
-    """For `typer.Option(callback=...)`: the path, if pictures of its ending can be drawn."""
+    """Check the suffix of a figure file; for `typer.Option(callback=...)`."""
     if path is not None and path.suffix.lower().removeprefix(".") not in FORMATS:
-        raise typer.BadParameter(f"{path}: give a file name that ends in .{', .'.join(FORMATS)}")
+        raise typer.BadParameter(f"{path}: use a file name that ends in .{', .'.join(FORMATS)}")
     return path
 
 
 def run_as_script(main: Callable[..., None]) -> None:
-    """The command line of a script; a mistake ends it with one line."""
+    """Run the command line of a script and report errors on one line."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:
@@ -109,12 +109,12 @@ def run_as_script(main: Callable[..., None]) -> None:
 
 
 def steps(values: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """The values, with a progress bar if the output is a terminal."""
+    """Iterate over values, with a progress bar if the output is a terminal."""
     return track(values, description, total, transient=True, disable=not sys.stdout.isatty())
 
 
 def new_console() -> Console:
-    """The console of a script, which computes on one thread and draws the same numbers in every run."""
+    """Set one thread and a fixed seed, and return the console of a script."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,12 +1,12 @@
-"""Which networks of timm and transformers become reversible, and what that saves: small ones, with random weights.
+"""Make small networks of timm and transformers with random weights reversible, and measure the memory saved.
 
     pip install 'revnets[vision,hf]'
     python examples/pretrained/architectures.py                                # under a CPU minute, one thread
     python examples/pretrained/architectures.py --only GPT-2,Swin
 
-For each network: how many blocks are rewired, the bytes that one training step keeps before and after, whether the
-gradients of `exact` equal those of `store` bit for bit, and whether `undo_reversible` gives back the very outputs.
-Those that are refused are listed with the reason.
+For each network, prints the number of converted blocks, the memory that one training step saves for backward before and
+after the conversion, whether the gradients of `exact` equal those of `store` bit for bit, and whether `undo_reversible`
+restores the same outputs. Networks that are refused are listed with the reason.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Tried(NamedTuple):
     """A network before and after it is made reversible."""
 
     blocks: int
-    plain: int  # bytes kept for backward
+    plain: int  # bytes saved for backward
     exact: int
     equal: bool  # gradients of `exact` and `store`
-    undone: bool  # outputs after undo_reversible are those from before
+    undone: bool  # outputs after undo_reversible equal the original ones
 
 
 def of_timm(name: str, **options: Any) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
-    """A model of timm and a batch of images."""
+    """Return a factory of a timm model and a batch of images."""
 
     def create() -> tuple[nn.Module, dict[str, Tensor]]:
         import timm
@@ -49,7 +49,7 @@ def of_timm(name: str, **options: Any) -> Callable[[], tuple[nn.Module, dict[str
 
 
 def of_transformers(kind: str, head: str, **options: Any) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
-    """A model of transformers, from the name of its configuration, and a batch of tokens or images."""
+    """Return a factory of a transformers model, given its configuration type, and a batch of tokens or images."""
 
     def create() -> tuple[nn.Module, dict[str, Tensor]]:
         import transformers
@@ -103,14 +103,14 @@ NETWORKS: Mapping[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean square of the outputs."""
+    """Compute the mean square of the outputs."""
     output = model(**batch)
     output = output if isinstance(output, Tensor) else output.logits
     return output.float().square().mean()
 
 
 def gradients_and_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], int]:
-    """Gradients of all used weights, and bytes that were kept for them."""
+    """Compute the gradients of all used weights, and the bytes saved for them."""
     torch.manual_seed(0)
     with MemoryTracker() as tracker:
         loss = loss_of(model, batch)
@@ -120,10 +120,10 @@ def gradients_and_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[
 
 
 def tried(create: Callable[[], tuple[nn.Module, dict[str, Tensor]]], blend: float = 0.1) -> Tried:
-    """Make a network reversible and back.
+    """Make a network reversible, compare it, and undo the conversion.
 
     Raises:
-        ArgumentError: it is refused.
+        ArgumentError: the network is refused.
     """
     torch.manual_seed(0)
     plain, batch = create()
@@ -140,14 +140,16 @@ def tried(create: Callable[[], tuple[nn.Module, dict[str, Tensor]]], blend: floa
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help=f"Some of {', '.join(NETWORKS)}, between commas.")] = None,
+    only: Annotated[str | None, typer.Option(help=f"Comma-separated names of {', '.join(NETWORKS)}.")] = None,
 ) -> None:
     """Try small networks of many architectures."""
     console = new_console()
     names = list(NETWORKS) if only is None else [word.strip() for word in only.split(",")]
     if unknown := sorted(set(names) - set(NETWORKS)):
-        raise typer.BadParameter(f"{unknown[0]!r}: give some of {', '.join(NETWORKS)}", param_hint="--only")
-    table = new_table("b = 0.1, one step", "", "blocks", "kept", "kept by exact", "gradients equal", "undone")
+        raise typer.BadParameter(f"{unknown[0]!r}: choose from {', '.join(NETWORKS)}", param_hint="--only")
+    table = new_table(
+        "saved for backward, b = 0.1, one step", "", "blocks", "original", "exact", "gradients equal", "undone"
+    )
     refused = []
     for name in steps(names, "networks"):
         try:

@@ -1,11 +1,11 @@
-"""Bytes per element and block that a reversible network keeps for backward, by the blend.
+"""Measure the bytes per element and block that a reversible network saves for backward, for each blend.
 
     pip install 'revnets[vision,hf]'
     python examples/pretrained/blend_bytes.py                                  # under a CPU minute, one thread
 
-The same network with two numbers of blocks, rewired in the memory mode `exact`: the difference of what both keep
-between forward and backward, divided by the additional blocks and the elements of a state. What embeddings and heads
-keep cancels out. A state that is kept whole would be 4 bytes in float32 and 2 in bfloat16. Weights are random.
+The same network is built with two numbers of blocks and converted in the memory mode `exact`. The difference in saved
+bytes is divided by the number of additional blocks and the elements of a state, so embeddings and heads cancel out. A
+whole state would take 4 bytes per element in float32 and 2 in bfloat16. Weights are random.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WIDTH = 96
 
 
 class Kind(NamedTuple):
-    """A network of any depth, and its input."""
+    """A network of variable depth, and its input."""
 
     create: Callable[[int], nn.Module]
     batch: Tensor
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 
 def new_vit(depth: int) -> nn.Module:
-    """Blocks that normalize before the sum."""
+    """Build a pre-norm ViT of timm."""
     import timm
 
     options = {"img_size": 64, "patch_size": 16, "embed_dim": WIDTH, "num_heads": 3}
@@ -42,14 +42,14 @@ def new_vit(depth: int) -> nn.Module:
 
 
 def new_gpt2(depth: int) -> nn.Module:
-    """The same, of transformers."""
+    """Build a pre-norm GPT-2 of transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(GPT2Config(n_embd=WIDTH, n_layer=depth, n_head=3, vocab_size=97, use_cache=False))
 
 
 def new_bert(depth: int) -> nn.Module:
-    """Layers that normalize after the sum."""
+    """Build a post-norm BERT of transformers."""
     from transformers import BertConfig, BertModel
 
     heads = {"num_attention_heads": 3, "intermediate_size": 4 * WIDTH}
@@ -57,7 +57,7 @@ def new_bert(depth: int) -> nn.Module:
 
 
 def kinds() -> dict[str, Kind]:
-    """What is measured, 23 samples each."""
+    """Return the measured networks, with 23 samples each."""
     tokens = torch.randint(0, 97, (23, 17))
     return {
         "ViT": Kind(new_vit, torch.randn(23, 3, 64, 64), 23 * 17 * WIDTH),
@@ -67,7 +67,7 @@ def kinds() -> dict[str, Kind]:
 
 
 def kept(model: nn.Module, batch: Tensor) -> int:
-    """Bytes alive after a forward in training."""
+    """Count the bytes alive after a forward in training mode."""
     with MemoryTracker() as tracker:
         output: Any = model(batch)
         live = tracker.live
@@ -76,7 +76,7 @@ def kept(model: nn.Module, batch: Tensor) -> int:
 
 
 def bytes_per_element(kind: Kind, blend: float, depths: tuple[int, int] = (4, 8), bfloat16: bool = False) -> float:
-    """Of one block, from two depths."""
+    """Compute the bytes per element of one block from two depths."""
     found = []
     for depth in depths:
         torch.manual_seed(0)
@@ -90,7 +90,7 @@ def bytes_per_element(kind: Kind, blend: float, depths: tuple[int, int] = (4, 8)
 
 
 def main(
-    blends: Annotated[str, typer.Option(help="Blends, between commas.")] = ",".join(f"{b:g}" for b in BLENDS),
+    blends: Annotated[str, typer.Option(help="Comma-separated blends.")] = ",".join(f"{b:g}" for b in BLENDS),
 ) -> None:
     """Measure bytes per element and block for each blend."""
     console = new_console()

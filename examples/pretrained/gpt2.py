@@ -1,12 +1,13 @@
-"""A small GPT-2 trained on source code, made reversible, and fine-tuned on the Bible, with and without, with LoRA too.
+"""Train a small GPT-2 on source code, make it reversible, and fine-tune it on the Bible, with and without LoRA.
 
     pip install 'revnets[hf]'
     python examples/pretrained/gpt2.py                                         # about 3 CPU minutes, one thread
     python examples/pretrained/gpt2.py --seeds 1 --pretraining 50 --updates 5  # a quick look
 
-The text to train on is the source of Python's standard library, byte by byte: it is there wherever Python is. Then the
-same network is fine-tuned on English verses, each time from the same weights and with the same batches: as it was,
-rewired with several update rules and blends, with a blend that grows from 0, and with low-rank adapters (PEFT).
+The training text is the source of Python's standard library, as bytes, which every Python installation contains. The
+same network is then fine-tuned on English verses, each time from the same weights and with the same batches: the
+original, converted with several update rules and blends, with a blend that grows from 0, and with low-rank adapters
+(PEFT).
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ from revnets.plotting.style import save
 
 CONTEXT = 128
 EVERY = 8
-"""Updates between two looks at the held-out text."""
+"""Updates between evaluations on held-out text."""
 
 
 class Way(NamedTuple):
-    """How the trained network is fine-tuned."""
+    """How to fine-tune the pretrained network."""
 
-    blend: float | None = None  # None: as it was
+    blend: float | None = None  # None: the original network
     rule: str = "blend"
-    grows: bool = False  # does the blend grow from 0 over the first half of the updates?
-    adapters: bool = False  # are low-rank adapters trained instead of all weights?
+    grows: bool = False  # whether the blend grows from 0 over the first half of the updates
+    adapters: bool = False  # whether to train low-rank adapters instead of all weights
 
 
 WAYS: Mapping[str, Way] = {
-    "as it was": Way(),
+    "original": Way(),
     "b = 0.1": Way(0.1),
     "b = 0.5": Way(0.5),
     "b from 0 to 0.5": Way(0.5, grows=True),
@@ -72,19 +73,19 @@ class Curve(NamedTuple):
 
 
 def standard_library() -> Tensor:
-    """Source of the top-level modules of the standard library as bytes (int64)."""
+    """Read the source of the top-level modules of the standard library as bytes (int64)."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return torch.frombuffer(bytearray(b"\n".join(file.read_bytes() for file in files)), dtype=torch.uint8).long()
 
 
 def english_verses() -> Tensor:
-    """The bundled verses as bytes (int64)."""
+    """Read the bundled verses as bytes (int64)."""
     text = "\n".join(verse.english for verse in read_verses())
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
 def batches(text: Tensor, size: int, count: int, seed: int) -> Iterator[Tensor]:
-    """Random pieces of the text (size, CONTEXT)."""
+    """Yield random pieces of the text (size, CONTEXT)."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         starts = torch.randint(0, len(text) - CONTEXT, (size,), generator=generator)
@@ -92,7 +93,7 @@ def batches(text: Tensor, size: int, count: int, seed: int) -> Iterator[Tensor]:
 
 
 def new_gpt2(layers: int, width: int) -> nn.Module:
-    """A GPT-2 of transformers over bytes, without dropout.
+    """Build a byte-level GPT-2 of transformers, without dropout.
 
     Raises:
         ImportError: transformers is missing.
@@ -112,19 +113,19 @@ def new_gpt2(layers: int, width: int) -> nn.Module:
         attn_pdrop=0.0,
         bos_token_id=None,
         eos_token_id=None,
-        use_cache=False,  # a replay would fill a cache a second time
+        use_cache=False,  # a replay would fill a cache twice
     )
     return GPT2LMHeadModel(config)
 
 
 def bits_per_byte(model: nn.Module, text: Tensor) -> Tensor:
-    """Mean over all bytes but the first of each piece of the text (pieces, CONTEXT)."""
+    """Compute bits per byte of text (pieces, CONTEXT), without the first byte of each piece."""
     return model(input_ids=text, labels=text).loss / math.log(2)
 
 
 @torch.no_grad()
 def held_out_bits(model: nn.Module, text: Tensor) -> float:
-    """The same in evaluation."""
+    """Compute bits per byte in evaluation mode."""
     model.eval()
     bits = float(bits_per_byte(model, text))
     model.train()
@@ -139,7 +140,7 @@ def train(
     description: str,
     after: Callable[[int], None] = lambda update: None,
 ) -> None:
-    """AdamW with a linear warm-up over a tenth of the updates, then a linear decay to a tenth of the rate."""
+    """Train with AdamW, a linear warm-up over a tenth of the updates, and a linear decay to a tenth of the rate."""
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=rate)
     warmup = max(1, updates // 10)
     factor = lambda step: min((step + 1) / warmup, 1 - 0.9 * step / updates)  # noqa: E731
@@ -155,7 +156,7 @@ def train(
 
 
 def converted(trained: nn.Module, way: Way) -> nn.Module:
-    """A copy of the trained network, with adapters and rewired as the way says."""
+    """Return a copy of the pretrained network, with adapters and a blend if `way` has them."""
     model: Any = copy.deepcopy(trained)
     if way.adapters:
         from peft import LoraConfig, get_peft_model
@@ -168,7 +169,7 @@ def converted(trained: nn.Module, way: Way) -> nn.Module:
 def fine_tune(
     trained: nn.Module, way: Way, text: Tensor, held_out: Tensor, updates: int, seed: int, description: str
 ) -> Curve:
-    """Fine-tune a copy; the seed chooses the batches."""
+    """Fine-tune a copy with batches drawn from the seed."""
     model = converted(trained, way)
     schedule = revnets.BlendSchedule(model, max(1, updates // 2)) if way.grows else None
     curve = Curve([0], [held_out_bits(model, held_out)])
@@ -186,17 +187,21 @@ def fine_tune(
 
 
 def main(
-    pretraining: Annotated[int, typer.Option(min=1, help="Updates on source code, 8 pieces each.")] = 320,
-    updates: Annotated[int, typer.Option(min=1, help="Of each fine-tuning on verses, 8 pieces each.")] = 16,
-    seeds: Annotated[int, typer.Option(min=1, help="How many fine-tunings of each kind.")] = 3,
-    layers: Annotated[int, typer.Option(min=2, help="Layers of the network.")] = 12,
-    width: Annotated[int, typer.Option(min=4, help="Its width, a multiple of 4.")] = 64,
-    png: Annotated[Path | None, typer.Option(help="Draw the curves into this file.", callback=picture)] = None,
+    pretraining: Annotated[int, typer.Option(min=1, help="Updates on source code, with 8 pieces each.")] = 320,
+    updates: Annotated[
+        int, typer.Option(min=1, help="Updates of each fine-tuning on verses, with 8 pieces each.")
+    ] = 16,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of fine-tunings of each kind.")] = 3,
+    layers: Annotated[int, typer.Option(min=2, help="Number of layers.")] = 12,
+    width: Annotated[int, typer.Option(min=4, help="Number of channels, a multiple of 4.")] = 64,
+    png: Annotated[
+        Path | None, typer.Option(help="Write a figure of the curves to this file.", callback=picture)
+    ] = None,
 ) -> None:
     """Train a small GPT-2, make it reversible in several ways, and fine-tune each."""
     console = new_console()
     if width % 4:
-        raise typer.BadParameter(f"{width}: give a multiple of 4", param_hint="--width")
+        raise typer.BadParameter(f"{width}: use a multiple of 4", param_hint="--width")
     source, verses = standard_library(), english_verses()
     text, rest = verses[: len(verses) * 9 // 10], verses[len(verses) * 9 // 10 :]
     held_out = next(batches(rest, 24, 1, seed=0))
@@ -220,11 +225,11 @@ def main(
     console.print(table)
     if png is not None:
         save(figure(curves), png)
-        console.print(f"picture {png}")
+        console.print(f"figure {png}")
 
 
 def fidelity_table(trained: nn.Module, text: Tensor) -> Any:
-    """Bits per byte and predictions of the rewired network on the text it was trained for, without training."""
+    """Return bits per byte and predictions of the converted network on its training domain, before fine-tuning."""
     table = new_table("held-out code, no training", "rule", "b", "bits per byte", "equal predictions")
     with torch.no_grad():
         before = trained.eval()(input_ids=text).logits.argmax(-1)
@@ -239,12 +244,12 @@ def fidelity_table(trained: nn.Module, text: Tensor) -> Any:
 
 
 def memory_of(trained: nn.Module, text: Tensor) -> Any:
-    """Table of the bytes of a training step, with all weights and with adapters."""
+    """Return the memory of a training step, with all weights and with adapters."""
     rows, equal = [], True
     for adapters in (False, True):
         prefix = "LoRA, " if adapters else ""
         model = converted(trained, Way(adapters=adapters)).train()
-        rows.append((f"{prefix}as it was", step_bytes(model, lambda model=model: bits_per_byte(model, text))))
+        rows.append((f"{prefix}original", step_bytes(model, lambda model=model: bits_per_byte(model, text))))
         model = converted(trained, Way(0.1, adapters=adapters)).train()
         loss = lambda model=model: bits_per_byte(model, text)  # noqa: E731
         found = []
@@ -258,7 +263,7 @@ def memory_of(trained: nn.Module, text: Tensor) -> Any:
 
 
 def figure(curves: Mapping[str, list[Curve]]) -> Figure:
-    """Mean curve of each way over its seeds."""
+    """Plot the mean curve over seeds of each method."""
     found = Figure(figsize=(8, 4.5), layout="constrained", facecolor="white")
     axes = found.subplots()
     for place, (name, of_way) in enumerate(curves.items()):

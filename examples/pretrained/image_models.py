@@ -1,14 +1,14 @@
-"""A ViT and a ConvNeXt trained on Fashion-MNIST, made reversible, and fine-tuned on handwritten digits.
+"""Train a ViT and a ConvNeXt on Fashion-MNIST, make them reversible, and fine-tune them on handwritten digits.
 
-    pip install 'revnets[vision]' && apt-get install dataset-fashion-mnist    # or a folder with the four idx files
+    pip install 'revnets[vision]' && apt-get install dataset-fashion-mnist    # or a directory with the four idx files
     python examples/pretrained/image_models.py                                # about 5 CPU minutes, one thread
     python examples/pretrained/image_models.py --seeds 1 --updates 10 epochs=1 data.train_samples=640
 
-Both networks are small ones of timm, trained by `revnets train fashion` from three seeds each. The first table shows
-what rewiring does to them on the images that they were trained for, without any training. Then each is fine-tuned on
-scikit-learn's digits, from the same weights and with the same batches: as it was, rewired with several blends, with one
-that grows from 0 (BlendSchedule), and with learned ones. Everything is in runs/pretrained; the same command again does
-not train the networks anew.
+Both networks are small timm models, trained by `revnets train fashion` from three seeds each. The first table shows the
+effect of the conversion on Fashion-MNIST, before fine-tuning. Then each is fine-tuned on scikit-learn's digits, from
+the same weights and with the same batches: the original, converted with several blends, with a blend that grows from 0
+(BlendSchedule), and with learned blends. The output is in runs/pretrained. Running the command again reuses the trained
+networks.
 """
 
 from __future__ import annotations
@@ -63,22 +63,22 @@ TRAINING = (
     "ema=null",
     "log_every=50",
 )
-"""What is changed in the recipe `fashion`."""
+"""Overrides of the recipe `fashion`."""
 
 SIDE, TEST = 32, 397
-"""Pixels of an image; digits to test with, the others of the 1797 are trained on."""
+"""Side of an image in pixels; number of test digits, of 1797."""
 
 
 class Way(NamedTuple):
-    """How the trained network is fine-tuned."""
+    """How to fine-tune the pretrained network."""
 
-    blend: float | None = None  # None: as it was
-    grows: bool = False  # does the blend grow from 0 over the first half of the updates?
+    blend: float | None = None  # None: the original network
+    grows: bool = False  # whether the blend grows from 0 over the first half of the updates
     learned: bool = False
 
 
 WAYS: Mapping[str, Way] = {
-    "as it was": Way(),
+    "original": Way(),
     "b = 0.05": Way(0.05),
     "b = 0.1": Way(0.1),
     "b = 0.5": Way(0.5),
@@ -97,10 +97,10 @@ class Labeled(NamedTuple):
 def trained_run(
     model: str, seed: int, root: Path, output: Path, overrides: Sequence[str], console: Console
 ) -> LoadedRun:
-    """A network trained by the recipe `fashion`, or by an earlier call.
+    """Train a network with the recipe `fashion`, or load it from an earlier call.
 
     Raises:
-        revnets.SpecError: the data are missing, or the folder holds a run with other settings.
+        revnets.SpecError: the data is missing, or the directory contains a run with other settings.
     """
     folder = output / f"{model.lower()}-{seed}"
     words = [f"model={MODELS[model]}", *TRAINING, f"data.root={root.resolve()}", f"seed={seed}", f"output={folder}"]
@@ -110,7 +110,7 @@ def trained_run(
 
 
 def read_digits() -> tuple[Labeled, Labeled]:
-    """Digits to train on and to test with, enlarged from 8 x 8 and normalized."""
+    """Return training and test digits, upsampled from 8 x 8 and normalized."""
     pixels, classes = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear")
@@ -123,18 +123,18 @@ def read_digits() -> tuple[Labeled, Labeled]:
 
 @torch.no_grad()
 def predictions(model: nn.Module, images: Tensor) -> Tensor:
-    """Classes (N,) in evaluation."""
+    """Predict classes (N,) in evaluation mode."""
     model.eval()
     return torch.cat([model(part).argmax(1) for part in images.split(100)])
 
 
 def accuracy(model: nn.Module, data: Labeled) -> float:
-    """Top-1 in percent."""
+    """Compute top-1 accuracy in percent."""
     return 100 * float((predictions(model, data.images) == data.labels).float().mean())
 
 
 def converted(trained: nn.Module, way: Way) -> nn.Module:
-    """A copy of the trained network, rewired as the way says."""
+    """Return a copy of the pretrained network, converted if `way` has a blend."""
     model = copy.deepcopy(trained)
     if way.blend is None:
         return model
@@ -142,7 +142,7 @@ def converted(trained: nn.Module, way: Way) -> nn.Module:
 
 
 def fine_tuned(trained: nn.Module, way: Way, train: Labeled, updates: int, seed: int, label: str) -> nn.Module:
-    """A copy with a new classifier after some updates of 32 digits; the seed chooses batches and classifier."""
+    """Fine-tune a copy with a new classifier; the seed determines batches and classifier."""
     model: Any = converted(trained, way)
     schedule = revnets.BlendSchedule(model, max(1, updates // 2)) if way.grows else None
     torch.manual_seed(seed)
@@ -162,19 +162,20 @@ def fine_tuned(trained: nn.Module, way: Way, train: Labeled, updates: int, seed:
 
 def main(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of the training, key.path=value: epochs=10", show_default=False)
+        list[str] | None,
+        typer.Argument(help="Overrides of the training, key.path=value: epochs=10", show_default=False),
     ] = None,
-    only: Annotated[str, typer.Option(help="Which networks, between commas.")] = ",".join(MODELS),
-    root: Annotated[Path, typer.Option(help="Folder with the four idx files, gzipped or not.")] = ROOT,
-    output: Annotated[Path, typer.Option(help="Folder of the trained networks.")] = OUTPUT,
-    seeds: Annotated[int, typer.Option(min=1, help="How many networks of each kind.")] = 3,
-    updates: Annotated[int, typer.Option(min=1, help="Of each fine-tuning, 32 digits each.")] = 30,
-    images: Annotated[int, typer.Option(min=2, help="Images of Fashion-MNIST to compare.")] = 1000,
+    only: Annotated[str, typer.Option(help="Comma-separated networks.")] = ",".join(MODELS),
+    root: Annotated[Path, typer.Option(help="Directory with the four idx files, gzipped or not.")] = ROOT,
+    output: Annotated[Path, typer.Option(help="Directory of the trained networks.")] = OUTPUT,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of networks of each kind.")] = 3,
+    updates: Annotated[int, typer.Option(min=1, help="Updates of each fine-tuning, with 32 digits each.")] = 30,
+    images: Annotated[int, typer.Option(min=2, help="Images of Fashion-MNIST for the comparison.")] = 1000,
 ) -> None:
     """Train a ViT and a ConvNeXt, make them reversible in several ways, and fine-tune each on digits."""
     names = [word.strip() for word in only.split(",")]
     if unknown := sorted(set(names) - set(MODELS)):
-        raise typer.BadParameter(f"{unknown[0]!r}: give some of {', '.join(MODELS)}", param_hint="--only")
+        raise typer.BadParameter(f"{unknown[0]!r}: choose from {', '.join(MODELS)}", param_hint="--only")
     console = new_console()
     train, test = read_digits()
     for name in names:
@@ -195,9 +196,11 @@ def main(
 
 
 def fidelity_table(name: str, models: Sequence[nn.Module], data: Labeled) -> Any:
-    """Accuracy and predictions on the images of the training, without further training."""
-    table = new_table(f"{name}: {len(data.labels)} clothes, no training", "", "accuracy", "equal predictions")
-    table.add_row("as it was", f"{spread([accuracy(model, data) for model in models], 1)} %", "")
+    """Return accuracy and equal predictions on Fashion-MNIST, before fine-tuning."""
+    table = new_table(
+        f"{name}: {len(data.labels)} images of Fashion-MNIST, no training", "", "accuracy", "equal predictions"
+    )
+    table.add_row("original", f"{spread([accuracy(model, data) for model in models], 1)} %", "")
     before = [predictions(model, data.images) for model in models]
     for blend in (0.05, 0.1, 0.5):
         rewired = [converted(model, Way(blend)) for model in models]
@@ -209,9 +212,9 @@ def fidelity_table(name: str, models: Sequence[nn.Module], data: Labeled) -> Any
 
 
 def memory_of(name: str, trained: nn.Module, data: Labeled) -> Any:
-    """Table of the bytes of a training step: as it was, and rewired with all states stored and with none."""
+    """Return the memory of a training step of the original, and of the conversion in `store` and in `exact`."""
     model = converted(trained, Way()).train()
-    rows = [("as it was", step_bytes(model, lambda: F.cross_entropy(model(data.images), data.labels)))]
+    rows = [("original", step_bytes(model, lambda: F.cross_entropy(model(data.images), data.labels)))]
     equal = True
     for blend in (0.05, 0.1, 0.5):
         rewired = converted(trained, Way(blend)).train()
@@ -219,7 +222,7 @@ def memory_of(name: str, trained: nn.Module, data: Labeled) -> Any:
         revnets.find_columns(rewired).memory = "store"
         stored = gradients(rewired, loss)
         if blend == 0.05:
-            rows.append(("rewired, store", step_bytes(rewired, loss)))
+            rows.append(("converted, store", step_bytes(rewired, loss)))
         revnets.find_columns(rewired).memory = "exact"
         rows.append((f"b = {blend:g}, exact", step_bytes(rewired, loss)))
         equal = equal and all_equal(stored, gradients(rewired, loss))
@@ -228,7 +231,7 @@ def memory_of(name: str, trained: nn.Module, data: Labeled) -> Any:
 
 
 def learned_range(models: Sequence[nn.Module]) -> str:
-    """The smallest and the largest of all learned blends."""
+    """Format the smallest and the largest of all learned blends."""
     values = [
         float(weight.detach())
         for model in models

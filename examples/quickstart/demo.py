@@ -1,8 +1,8 @@
-"""Train a reversible column net on real images, then show what it saved: `make demo`.
+"""Train a network of reversible columns on real images, then show the memory that it saves: `make demo`.
 
     python examples/quickstart/demo.py [key=value ...]  # overrides of vision/configs/digits.yaml, such as epochs=40
 
-Everything goes into runs/demo, which every call begins afresh.
+The output is in runs/demo, which every call replaces.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from vision.training.trainer import Trainer, TrainingError
 OUTPUT = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "runs" / "demo"))
 COLUMNS = (2, 4, 8, 12, 16)
 FILES = {"checkpoints", "tensorboard", "config.yaml", "curves.png", "demo.png", "unreadable.txt", LOG, ".lock"}
-"""What the demo and its run write. A folder with anything else in it is not begun afresh."""
+"""Files of the demo and its run. A directory with any other file is not replaced."""
 
 
 def main(overrides: Sequence[str]) -> int:
     console = Console()
-    torch.set_num_threads(1)  # for so small a net more threads only wait for each other, on a busy machine for long
+    torch.set_num_threads(1)  # in so small a network, more threads only wait for each other
     config = load_config("digits", [f"output={OUTPUT}", "resume=none", *overrides])
     output = Path(config.output)
     if (output / "config.yaml").exists() and {path.name for path in output.iterdir()} <= FILES:
         shutil.rmtree(output)
     net = config.net
     console.print(
-        f"[bold]A net of {net.columns} reversible columns learns to read digits[/bold]: 16 x 16 pixels, "
-        f"{len(net.levels)} levels a column, memory mode {net.memory}"
+        f"[bold]Training a network of {net.columns} reversible columns on digits[/bold]: 16 x 16 pixels, "
+        f"{len(net.levels)} levels per column, memory mode {net.memory}"
     )
     started = time.perf_counter()
     trainer = Trainer(config, console)
@@ -61,19 +61,19 @@ def main(overrides: Sequence[str]) -> int:
     seconds = time.perf_counter() - started
 
     images, labels = next(trainer.batches.epoch(0))
-    with console.status("measuring what is kept for backward ..."):
+    with console.status("measuring the memory saved for backward ..."):
         found = measure(trainer, images, labels)
         by_columns = kept_by_columns(config, images)
     console.print(summary(trainer, found, outcome.score, seconds))
     picture = output / "demo.png"
     save(demo_figure(output, by_columns, len(images)), picture)
-    lines = f"picture      {picture}", f"best weights {outcome.best}"
+    lines = f"figure       {picture}", f"best weights {outcome.best}"
     console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def measure(trainer: Trainer, images: Tensor, labels: Tensor) -> Audit:
-    """One training step of the trained net in `store` and in `exact`, with the loss that it was trained with."""
+    """Audit one training step of the trained network in `store` and in `exact`, with its training loss."""
     task = trainer.state.training_task.train()
     device = trainer.state.device
     labels = labels.to(device)
@@ -86,8 +86,8 @@ def measure(trainer: Trainer, images: Tensor, labels: Tensor) -> Audit:
 
 
 def kept_by_columns(config: TrainConfig, images: Tensor) -> dict[str, list[int]]:
-    """Bytes that nets of 2 to 16 columns keep for backward, in each memory mode."""
-    warnings.simplefilter("ignore", DriftWarning)  # of `invert`, which only bytes are asked of
+    """Bytes that networks of 2 to 16 columns save for backward, in each memory mode."""
+    warnings.simplefilter("ignore", DriftWarning)  # only the bytes of `invert` are measured
     return {
         mode: [
             kept_bytes(build(config.net.model_copy(update={"columns": columns, "memory": mode})), images)
@@ -98,7 +98,7 @@ def kept_by_columns(config: TrainConfig, images: Tensor) -> dict[str, list[int]]
 
 
 def summary(trainer: Trainer, found: Audit, top1: float, seconds: float) -> Table:
-    """What the demo is for, in a few lines."""
+    """Results of the demo as a table."""
     store, exact = (next(mode for mode in found.modes if mode.mode == name) for name in ("store", "exact"))
     parameters = [parameter.numel() for parameter in trainer.state.model.parameters()]
     equal = "[green]equal bit for bit[/green]" if exact.equal else f"[red]differ by {exact.gradient_error:.1e}[/red]"
@@ -106,8 +106,8 @@ def summary(trainer: Trainer, found: Audit, top1: float, seconds: float) -> Tabl
     table.add_row("validation accuracy", f"[bold]{top1:.2f} %[/bold] of {len(trainer.data.val)} images, best epoch")
     table.add_row("trained in", f"{seconds:.0f} s on {trainer.state.device.type}")
     table.add_row("parameters", f"{sum(parameters):,}")
-    table.add_row("kept for backward, store", f"{size(store.kept_bytes)} for a batch of {trainer.config.batch_size}")
-    table.add_row("kept for backward, exact", f"[bold]{size(exact.kept_bytes)}[/bold]")
+    table.add_row("saved for backward, store", f"{size(store.kept_bytes)} for a batch of {trainer.config.batch_size}")
+    table.add_row("saved for backward, exact", f"[bold]{size(exact.kept_bytes)}[/bold]")
     table.add_row("ratio", f"{store.kept_bytes / exact.kept_bytes:.1f} times less")
     table.add_row("gradients of the two", f"{equal}, all {len(parameters)} parameter tensors")
     return table
@@ -121,13 +121,13 @@ def demo_figure(output: Path, by_columns: dict[str, list[int]], batch: int) -> F
     draw_loss(loss, log)
     draw_metric(accuracy, log, *Classification.curves())
     draw_memory(memory, by_columns, batch)
-    for axes, title in ((loss, "Loss"), (accuracy, "Accuracy"), (memory, "Memory kept for backward")):
+    for axes, title in ((loss, "Loss"), (accuracy, "Accuracy"), (memory, "Memory saved for backward")):
         axes.set_title(title, loc="left", color=INK, fontsize=11)
     return figure
 
 
 def draw_memory(axes: Axes, by_columns: dict[str, list[int]], batch: int) -> None:
-    """Bytes kept by the number of columns, on a logarithmic axis; each line is named at its end."""
+    """Plot bytes saved for backward against the number of columns, on a logarithmic axis with labeled lines."""
     style(axes, "columns", f"MiB for a batch of {batch}")
     axes.set_yscale("log")
     for mode, kept in by_columns.items():
@@ -155,5 +155,5 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except (SpecError, TrainingError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # before or after the training, which handles it by itself
+    except KeyboardInterrupt:  # before or after training, which handles it itself
         sys.exit(130)

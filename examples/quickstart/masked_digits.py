@@ -2,8 +2,8 @@
 
     python examples/quickstart/masked_digits.py [key=value ...]  # overrides of masked_digits.yaml, such as columns.up=4
 
-It prints the error at masked pixels of images that it has not trained on, beside that of each pixel's mean, and what is
-kept for backward in `store` and in `exact`; it draws some of the images into runs/masked_digits.png. One CPU minute.
+Prints the error at masked pixels of held-out images, compared with that of the mean image, and the memory saved for
+backward in `store` and in `exact`. Draws some of the images to runs/masked_digits.png. Takes one CPU minute.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from revnets.plotting.style import save
 from revnets.utils.format import size
 
 SPEC = Path(__file__).with_suffix(".yaml")
-PATCH, MASKED = 2, 10  # pixels of a side; masked patches out of 16
+PATCH, MASKED = 2, 10  # side in pixels; masked patches, of 16
 BATCH, LR = 64, 5e-3
 
 
 class MaskedAutoencoder(nn.Module):
-    """Reversible columns, and a linear layer from level 0 of the last one to pixels."""
+    """Reversible columns with a linear layer from level 0 of the last column to pixels."""
 
     def __init__(self, net: revnets.Net):
         super().__init__()
@@ -38,13 +38,17 @@ class MaskedAutoencoder(nn.Module):
         self.pixels = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, PATCH**2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 2, 8, 8), pixels and which of them are seen, to images (B, 1, 8, 8)."""
+        """Map images (B, 2, 8, 8), pixels and their visibility mask, to images (B, 1, 8, 8)."""
         levels = self.net(x)
         return F.fold(self.pixels(levels[0].flatten(1, 2)).transpose(1, 2), x.shape[-2:], PATCH, stride=PATCH)
 
 
 def masked(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (B, 1, 8, 8) to (B, 2, 8, 8), without `MASKED` random patches and with what is seen; and what is not."""
+    """Mask `MASKED` random patches of images (B, 1, 8, 8).
+
+    Returns:
+        Input (B, 2, 8, 8) with masked pixels and the visibility mask, and the mask of hidden pixels (B, 1, 8, 8).
+    """
     side = images.shape[-1] // PATCH
     ranks = torch.rand(len(images), side**2, generator=generator).argsort(1).argsort(1)
     hidden = (ranks < MASKED).view(-1, 1, side, side)
@@ -53,12 +57,12 @@ def masked(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def error(found: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
-    """Mean squared error at the masked pixels."""
+    """Mean squared error at masked pixels."""
     return (found - images)[hidden].square().mean()
 
 
 def train(model: nn.Module, images: Tensor, epochs: int) -> Iterator[float]:
-    """Yields the mean loss of each epoch."""
+    """Train and yield the mean loss of each epoch."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.05)
     steps = -(-len(images) // BATCH)
@@ -77,7 +81,7 @@ def train(model: nn.Module, images: Tensor, epochs: int) -> Iterator[float]:
 
 
 def picture(images: Tensor, x: Tensor, found: Tensor, hidden: Tensor) -> Figure:
-    """Rows: images, what the net sees of them, and its answer at masked pixels among those that are seen."""
+    """Draw three rows: images, masked inputs, and inputs with predictions at masked pixels."""
     seen = x[:, :1].masked_fill(hidden, 0.5)
     figure = Figure(figsize=(0.6 * len(images), 1.9), layout="constrained", facecolor="white")
     axes = figure.subplots(3, len(images), squeeze=False)
@@ -92,7 +96,7 @@ def main(overrides: Sequence[str] = (), epochs: int = 25, output: Path = Path("r
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
-    images, others = images[:1437], images[1437:]  # the last fifth is by other writers
+    images, others = images[:1437], images[1437:]  # the last fifth is from other writers
     model = MaskedAutoencoder(revnets.build(SPEC, overrides))
     columns = model.net.columns
     print(f"{columns.graph.columns} columns, {sum(weight.numel() for weight in model.parameters()):,} parameters")
@@ -104,14 +108,14 @@ def main(overrides: Sequence[str] = (), epochs: int = 25, output: Path = Path("r
     with torch.no_grad():
         found = model(x)
     mean = images.mean(0).expand_as(others)
-    print(f"error at masked pixels of {len(others)} other images: {error(found, others, hidden):.4f}")
-    print(f"the same if every pixel is its mean: {error(mean, others, hidden):.4f}")
+    print(f"error at masked pixels of {len(others)} held-out images: {error(found, others, hidden):.4f}")
+    print(f"error of the mean image: {error(mean, others, hidden):.4f}")
     for mode in ("store", "exact"):
         columns.memory = mode
-        print(f"{mode} keeps {size(kept_bytes(model, x[:BATCH]))} for a batch of {BATCH}")
+        print(f"{mode} saves {size(kept_bytes(model, x[:BATCH]))} for backward of a batch of {BATCH}")
     output.parent.mkdir(parents=True, exist_ok=True)
     save(picture(others[:16], x[:16], found[:16], hidden[:16]), output)
-    print(f"picture: {output}")
+    print(f"figure: {output}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""RevViT out of a plain transformer block: attention and MLP take turns as F_t in x_t = F_t(x_(t-1)) + x_(t-2).
+"""RevViT from an ordinary transformer block: attention and MLP alternate as F_t in x_t = F_t(x_(t-1)) + x_(t-2).
 
-    python examples/quickstart/revvit.py                     # --help lists the sizes
+    python examples/quickstart/revvit.py                     # --help lists the options
 
-Nothing but the two halves of the block is written here; `ReversibleSequence` rebuilds their inputs in backward. The
-script compares gradients with those of ordinary autograd, bit for bit, and what each keeps in memory for backward.
+Only the two halves of the block are defined here; `ReversibleSequence` rebuilds their inputs in backward. The script
+compares gradients and the memory saved for backward with those of ordinary autograd.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from revnets.memory.tracker import kept_bytes
 
 
 class Attention(nn.Module):
-    """First half of a pre-norm transformer block, without the skip: the residual x_(t-2) takes its place."""
+    """First half of a pre-norm transformer block, without the shortcut, which x_(t-2) replaces."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -32,14 +32,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Second half, without the skip."""
+    """Second half, without the shortcut."""
 
     def __init__(self, dim: int):
         super().__init__(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
 
 def halves(depth: int, dim: int, heads: int) -> list[nn.Module]:
-    """Two identities, so that both streams begin as the input (Mangalam et al., 2022), then the blocks."""
+    """Return two identities, so that both streams start as the input (Mangalam et al., 2022), and the blocks."""
     blocks = [half for _ in range(depth) for half in (Attention(dim, heads), MLP(dim))]
     return [nn.Identity(), nn.Identity(), *blocks]
 
@@ -59,7 +59,7 @@ class Plain(nn.Module):
 
 
 def gradients(net: nn.Module, tokens: Tensor) -> list[Tensor]:
-    loss = torch.stack(net(tokens)).mean(0).square().mean()  # both streams are averaged, as RevViT does
+    loss = torch.stack(net(tokens)).mean(0).square().mean()  # averages both streams, as in RevViT
     return list(torch.autograd.grad(loss, list(net.parameters())))
 
 
@@ -74,7 +74,7 @@ def main(depth: int = 12, dim: int = 192, heads: int = 3) -> None:
         raise SystemExit("the gradients differ from those of ordinary autograd")
     print(f"{depth} blocks, dim {dim}, tokens {tuple(tokens.shape)}: gradients are equal bit for bit")
     for name, net in (("ordinary autograd", plain), ("reversible", reversible)):
-        print(f"{name:>18} keeps {kept_bytes(net, tokens) / 2**20:7.1f} MiB between forward and backward")
+        print(f"{name:>18} saves {kept_bytes(net, tokens) / 2**20:7.1f} MiB for backward")
 
 
 if __name__ == "__main__":

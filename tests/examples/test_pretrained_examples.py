@@ -90,9 +90,9 @@ def test_a_growing_blend_begins_with_the_trained_network(gpt2):
         for name, way in gpt2.WAYS.items()
     }
     first = {name: curve.bits[0] for name, curve in curves.items()}
-    assert first["b from 0 to 0.5"] == pytest.approx(first["as it was"], rel=1e-6)
-    assert first["LoRA"] == pytest.approx(first["as it was"], rel=1e-6)  # adapters begin at zero
-    assert first["b = 0.5"] != first["as it was"]
+    assert first["b from 0 to 0.5"] == pytest.approx(first["original"], rel=1e-6)
+    assert first["LoRA"] == pytest.approx(first["original"], rel=1e-6)  # adapters begin at zero
+    assert first["b = 0.5"] != first["original"]
     assert all(curve.updates == [0, 2] and curve.bits[1] != curve.bits[0] for curve in curves.values())
 
 
