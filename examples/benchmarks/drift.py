@@ -1,9 +1,9 @@
-"""How the plain inverse drifts: gradient error against plain autograd, over columns and gamma.
+"""Measure the drift of plain inversion: gradient error against ordinary autograd, by columns and gamma.
 
     .venv/bin/python examples/benchmarks/drift.py --png docs/assets/drift.png
 
-RevCol-S-shaped columns at random initialisation, batch 1, 64 x 64 images, one thread. `invert` rebuilds every state
-by the inverse alone, as the paper describes; `exact` also adds the lost bits back.
+RevCol-S-shaped columns at random initialization, batch 1, 64 x 64 images, one thread. `invert` rebuilds states only
+with the inverse, as the paper describes; `exact` also restores the lost bits.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ GAINS = (1.0, 0.5, 0.2, 0.05)
 
 
 def main(
-    png: Annotated[Path | None, typer.Option(help="Draw the figure into this file.", callback=picture)] = None,
-    width: Annotated[int, typer.Option(help="Channels of level 0; the paper's RevCol-S has 64.", min=1)] = 64,
-    columns: Annotated[str, typer.Option(help="Numbers of columns.")] = ",".join(map(str, COLUMNS)),
+    png: Annotated[Path | None, typer.Option(help="Write the figure to this file.", callback=picture)] = None,
+    width: Annotated[int, typer.Option(help="Channels of level 0; 64 in the paper's RevCol-S.", min=1)] = 64,
+    columns: Annotated[str, typer.Option(help="Comma-separated numbers of columns.")] = ",".join(map(str, COLUMNS)),
 ) -> None:
     """Measure the gradient error of `invert` and `exact`, in float32 and under bfloat16 autocast."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", revnets.DriftWarning)  # it is what is measured
+    warnings.simplefilter("ignore", revnets.DriftWarning)  # the benchmark measures this drift
     numbers = counts(columns, "--columns", 2)
     cases = [(gain, count, half) for half in (False, True) for gain in GAINS for count in numbers]
     errors = {case: gradient_errors(*case, width) for case in track(cases, description="measuring", transient=True)}
@@ -46,7 +46,7 @@ def main(
 
 
 def gradient_errors(gain: float, count: int, half: bool, width: int) -> tuple[float, float]:
-    """Relative L2 error of all parameter gradients in `invert` and in `exact`, against `store`."""
+    """Compute the relative L2 error of all parameter gradients in `invert` and in `exact`, against `store`."""
     torch.manual_seed(0)
     net = revnets.build(
         {
@@ -65,7 +65,7 @@ def gradient_errors(gain: float, count: int, half: bool, width: int) -> tuple[fl
 
 
 def gradient(net: revnets.Net, mode: str, image: Tensor, label: Tensor, half: bool) -> Tensor:
-    """The gradient of all parameters as one float64 vector."""
+    """Compute the gradient of all parameters as one float64 vector."""
     net.columns.memory = mode
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         loss = torch.nn.functional.cross_entropy(net(image), label)
@@ -101,7 +101,7 @@ def draw(errors: dict[tuple[float, int, bool], tuple[float, float]], counts: lis
     axes = figure.subplots(1, 2, sharey=True)
     for axis, half in zip(axes, (False, True), strict=True):
         for gain, colour, marker in zip(GAINS, ("#009e73", "#0072b2", "#e69f00", "#d55e00"), "osD^", strict=True):
-            values = [min(errors[gain, count, half][0], 10.0) for count in counts]  # NaN and overflow: off the scale
+            values = [min(errors[gain, count, half][0], 10.0) for count in counts]  # NaN and overflow are off the scale
             values = [10.0 if value != value else value for value in values]
             axis.plot(counts, values, marker=marker, color=colour, label=f"gamma {gain}")
             axis.plot(counts, [predicted(gain, count, half) for count in counts], ":", color=colour, linewidth=1)
@@ -110,8 +110,8 @@ def draw(errors: dict[tuple[float, int, bool], tuple[float, float]], counts: lis
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("gradient error of the plain inverse")
-    axes[0].set_title("float32 (dotted: as predicted)")
+    axes[0].set_ylabel("gradient error of plain inversion")
+    axes[0].set_title("float32 (dotted: predicted)")
     axes[0].text(counts[-1], 0.012, "1 %", color="#666666", fontsize=8, va="bottom", ha="right")
     axes[1].legend(frameon=False, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
-"""One step of fine-tuning a transformer in less memory: reversible blocks against the ways that PyTorch has.
+"""Compare one fine-tuning step of a transformer with reversible blocks and with the memory savers of PyTorch.
 
-    .venv/bin/python -m pip install -e '.[hf]'                  # transformers, for the network of GPT-2's shape
+    .venv/bin/python -m pip install -e '.[hf]'                  # transformers, for GPT-2
     .venv/bin/python examples/benchmarks/finetuning.py          # both networks, 12 blocks
     .venv/bin/python examples/benchmarks/finetuning.py --case vit --batch 32 --rounds 3 --png out/finetuning.png
 
-`finetuning_ways.py` defines the networks and the ways. Prints CPU seconds (user and system, medians and ranges of
-interleaved rounds, one thread), bytes kept between forward and backward, the highest number of bytes alive at once
-(gradients of the parameters included) and the gradient error against plain autograd on the same function, all of one
-run. The bytes of `save_on_cpu` are those of a simulated device. Its time is left out: there is no link to copy over.
+`finetuning_ways.py` defines the networks and the methods. Prints CPU seconds (user and system, medians and ranges of
+interleaved rounds, one thread), bytes saved for backward, peak bytes (gradients of the parameters included) and the
+gradient error against plain autograd on the same function, all from one run. The bytes of `save_on_cpu` are those of a
+simulated device. Its time is omitted, because a CPU has no link to copy over.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from revnets.plotting.style import save
 
 
 class Result(NamedTuple):
-    """What one step takes."""
+    """Time, memory and gradient error of one step."""
 
-    seconds: list[float]  # of each round; empty where the time means nothing
+    seconds: list[float]  # one per round; empty if the time is not meaningful
     kept: int
     peak: int
     error: float
 
 
 class CompiledTracker(MemoryTracker):
-    """Sees the operators of compiled blocks as well, which the backend here runs one by one."""
+    """Also count the operators of compiled blocks, which this backend runs one by one."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -54,12 +54,12 @@ class CompiledTracker(MemoryTracker):
 
 
 class Contender:
-    """A network of its own that is trained in one way."""
+    """A separate network that is trained by one method."""
 
     def __init__(self, way: Way, case: Case):
         self.way = way
         self.network = case.build()
-        self.weights = dict(enumerate(self.network.parameters()))  # by number: some ways change the names
+        self.weights = dict(enumerate(self.network.parameters()))  # by number, since some methods change the names
         way.apply(self.network)
         self.seconds: list[float] = []
 
@@ -82,7 +82,7 @@ class Contender:
         self.network.zero_grad()
 
     def memory(self) -> tuple[int, int]:
-        """Bytes kept between forward and backward, and the highest number of bytes in a step, gradients included."""
+        """Count the bytes saved for backward, and the peak bytes of a step, gradients included."""
         self.network.zero_grad()
         with CompiledTracker() as tracker:
             loss = self.loss()
@@ -92,11 +92,11 @@ class Contender:
         return kept, tracker.peak
 
     def plan(self, peaks: Mapping[str, int]) -> bool:
-        """Store cells as far as the budget allows it, if this way has one; False if not even `exact` fits."""
+        """Store cells as far as the budget allows, if there is one. Return False if even `exact` does not fit."""
         network, limit = self.network, self.way.budget
         if limit is None:
             return True
-        if limit != self.way.memory:  # a budget counts the weights, too
+        if limit != self.way.memory:  # a budget includes the weights
             limit = peaks[limit] + sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         try:
             revnets.plan(network, network.batch, optimizer="none", modes=(), budget=limit).apply(network)
@@ -108,15 +108,15 @@ class Contender:
 def measure(
     case: Case, rounds: int, tick: Callable[[], None], ways: Mapping[str, Way] | None = None
 ) -> dict[str, Result]:
-    """Every way's numbers on one network.
+    """Measure all methods on one network.
 
     Args:
-        ways: `WAYS`, or others.
-        rounds: timed steps of each way. In a round each has its turn, in the opposite order of the round before.
+        ways: the methods; default: `WAYS`.
+        rounds: timed steps of each method. The order is reversed after every round.
         tick: called after each step.
 
     Returns:
-        The results by the name of the way, without those whose budget is below the peak of `exact`.
+        The results by name, without methods whose budget is below the peak of `exact`.
     """
     field: dict[str, Contender] = {}
     found: dict[str, tuple[int, int, float]] = {}
@@ -127,7 +127,7 @@ def measure(
         if not contender.plan(peaks):
             continue
         field[name] = contender
-        gradients = contender.gradients()  # compiles, if there is something to compile
+        gradients = contender.gradients()  # also compiles, if needed
         reference = references.setdefault(way.function_of(contender.network), gradients)
         kept, peaks[name] = contender.memory()
         found[name] = kept, peaks[name], gradient_distance(gradients, reference).relative
@@ -142,13 +142,13 @@ def measure(
 
 
 def main(
-    case: Annotated[str, typer.Option(help=f"Networks: {', '.join(CASES)}, separated by commas.")] = ",".join(CASES),
-    batch: Annotated[int | None, typer.Option(help="Images or texts a step.", min=1)] = None,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each way.", min=1)] = 5,
-    png: Annotated[Path | None, typer.Option(help="Draw time against peak into this file.", callback=picture)] = None,
+    case: Annotated[str, typer.Option(help=f"Comma-separated networks, of {', '.join(CASES)}.")] = ",".join(CASES),
+    batch: Annotated[int | None, typer.Option(help="Images or texts per step.", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each method.", min=1)] = 5,
+    png: Annotated[Path | None, typer.Option(help="Plot time against peak to this file.", callback=picture)] = None,
     markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
 ) -> None:
-    """Compare ways to fine-tune a network in less memory."""
+    """Compare methods to fine-tune a network in less memory."""
     torch.set_num_threads(1)
     console = Console()
     chosen: list[Case] = listed(case, "--case", CASES, " or ".join(CASES))
@@ -175,7 +175,7 @@ COLUMNS = ("", "CPU s", "range", "x store", "kept MB", "peak MB", "gradient erro
 
 
 def relative_time(result: Result, base: Result) -> float:
-    """Median over the rounds of the time against that of another way in the same round."""
+    """Return the median ratio to the times of `base` in the same rounds."""
     return statistics.median(one / other for one, other in zip(result.seconds, base.seconds, strict=True))
 
 
@@ -206,7 +206,7 @@ def as_markdown(title: str, results: dict[str, Result]) -> str:
     return "\n".join([*lines, ""])
 
 
-# Okabe and Ito's colors: one for each kind of way. Markers tell the ways of a kind apart.
+# Okabe and Ito's colors: one per kind of method. Markers distinguish methods of the same kind.
 COLORS = {
     "checkpoint": "#e69f00",
     "compile": "#cc79a7",
@@ -220,7 +220,7 @@ MARKERS = "oD^vsP*X"
 
 
 def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Color and marker of each way, from the first word of its name."""
+    """Return color and marker of each method, from the first word of its name."""
     seen: Counter[str] = Counter()
     found = {}
     for name in names:
@@ -231,7 +231,7 @@ def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def draw(results: dict[str, dict[str, Result]], path: Path) -> None:
-    """Time against peak: the nearer to the lower left corner the better."""
+    """Plot time against peak; closer to the lower left corner is better."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.4 * len(results) + 3.4, 4.4), layout="constrained")
@@ -261,7 +261,7 @@ def draw(results: dict[str, dict[str, Result]], path: Path) -> None:
     found = [dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)) for axis in axes]
     handles = {name: handle for legend in found[::-1] for name, handle in legend.items()}
     labels = [name for name in style if name in handles]
-    note = "filled: gradients bit for bit\nthose of plain autograd"
+    note = "filled: gradients equal those of\nplain autograd bit for bit"
     figure.legend(
         [handles[name] for name in labels],
         labels,

@@ -1,7 +1,7 @@
-"""The networks that `finetuning.py` trains, and the ways to train them in less memory.
+"""Networks of `finetuning.py`, and methods to train them in less memory.
 
-A way changes a network in place: around its blocks (checkpointing, compilation, reversible blocks), or around its
-forward (hooks for what autograd saves). Networks of one kind and seed have the same weights.
+A method changes a network in place: its blocks (checkpointing, compilation, reversible blocks), or its forward (hooks
+on saved tensors). Networks of one kind and seed have the same weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import revnets
 
-# ---------------------------------------------------------------------------------------------- what is trained
+# ------------------------------------------------------------------------------------------------------- networks
 
 
 class Network(nn.Module):
@@ -29,7 +29,7 @@ class Network(nn.Module):
     Attributes:
         stack: name of the container of the blocks.
         batch: input of the forward, which returns the loss.
-        rewires: does a memory mode change the function that is trained?
+        rewires: whether making the blocks reversible changes the function that is trained.
     """
 
     stack: str
@@ -45,7 +45,7 @@ class Network(nn.Module):
         return list(self.container)
 
     def replace_blocks(self, modules: list[nn.Module]) -> None:
-        """Put these in the places of the blocks; there may be fewer of them."""
+        """Replace the blocks by these modules, which may be fewer."""
         del self.container[len(modules) :]
         for index, module in enumerate(modules):
             self.container[index] = module
@@ -56,13 +56,13 @@ class Network(nn.Module):
 
 
 class Classifier(Network):
-    """A vision transformer (timm): a ViT-S of fewer channels.
+    """A ViT-S of timm with fewer channels.
 
     Args:
         depth: number of blocks.
         width: channels, a multiple of 64.
         size: side of the images; patches have 16 x 16 pixels.
-        count: images of the batch.
+        count: images per batch.
     """
 
     stack = "model.blocks"
@@ -81,16 +81,16 @@ class Classifier(Network):
 
 
 class LanguageModel(Network):
-    """A network of GPT-2's shape (transformers), without dropout.
+    """A network with GPT-2's structure (transformers), without dropout.
 
-    The vocabulary is small, so that logits do not hide the blocks: with the 50,257 tokens of GPT-2 they and their
-    gradients take more than all else.
+    The vocabulary is small, because with the 50,257 tokens of GPT-2 the logits and their gradients would take more
+    memory than everything else.
 
     Args:
         depth: number of blocks.
         width: channels, a multiple of 64.
-        size: tokens of a text.
-        count: texts of the batch.
+        size: tokens per text.
+        count: texts per batch.
     """
 
     stack = "model.transformer.h"
@@ -145,11 +145,11 @@ CASES = {
     "gpt2": Case(LanguageModel, 12, 128, 256, 12, "GPT-2"),
 }
 
-# ----------------------------------------------------------------------------------------------- ways to train it
+# -------------------------------------------------------------------------------------------------------- methods
 
 
 class CheckpointedBlocks(nn.Module):
-    """Consecutive blocks under one `torch.utils.checkpoint`, in the place of a single block."""
+    """Consecutive blocks under one `torch.utils.checkpoint`."""
 
     def __init__(self, blocks: list[nn.Module], **options: Any):
         super().__init__()
@@ -170,12 +170,12 @@ def checkpoint_each(blocks: list[nn.Module]) -> Iterator[nn.Module]:
 
 
 def checkpoint_alternate(blocks: list[nn.Module]) -> Iterator[nn.Module]:
-    """Every second block is checkpointed; the others keep all that they save."""
+    """Checkpoint every second block; the others save everything."""
     return (block if index % 2 else CheckpointedBlocks([block]) for index, block in enumerate(blocks))
 
 
 def checkpoint_pairs(blocks: list[nn.Module]) -> Iterator[nn.Module]:
-    """The input of every second block is kept, and two blocks are replayed at once."""
+    """Checkpoint pairs of blocks: save the input of every second block and replay two at once."""
     return (CheckpointedBlocks(blocks[start : start + 2]) for start in range(0, len(blocks), 2))
 
 
@@ -192,13 +192,13 @@ PRODUCTS = [
 
 
 def checkpoint_selectively(blocks: list[nn.Module]) -> Iterator[nn.Module]:
-    """The results of matrix products and attention are kept; norms and activations are replayed."""
+    """Save results of matrix products and attention; replay norms and activations."""
     contexts = partial(create_selective_checkpoint_contexts, PRODUCTS)
     return (CheckpointedBlocks([block], context_fn=contexts) for block in blocks)
 
 
 def compile_under(budget: float, blocks: list[nn.Module]) -> Iterator[nn.Module]:
-    """Each block compiled, with this share of what autograd would save; kernels stay those of eager PyTorch."""
+    """Compile each block with this fraction of the saved activations; kernels stay those of eager PyTorch."""
     from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 
     def partitioned(*args: Any) -> Any:
@@ -211,7 +211,7 @@ def compile_under(budget: float, blocks: list[nn.Module]) -> Iterator[nn.Module]
 
 
 class Quantized(NamedTuple):
-    """Codes of 8 bits, and the scale and the least number of each row."""
+    """8-bit codes, and the scale and the minimum of each row."""
 
     codes: Tensor
     scale: Tensor
@@ -219,11 +219,13 @@ class Quantized(NamedTuple):
 
 
 def in_int8(network: Network) -> AbstractContextManager[None]:
-    """What autograd saves is rounded to 256 steps between the least and the greatest number of a row."""
+    """Round saved tensors to 256 steps between the minimum and the maximum of each row."""
     weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
 
     def pack(tensor: Tensor) -> Tensor | Quantized:
-        is_row_wise = tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape[-1] > 8  # no statistics of norms
+        is_row_wise = (
+            tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape[-1] > 8
+        )  # excludes statistics of norms
         if not is_row_wise or tensor.untyped_storage().data_ptr() in weights:
             return tensor
         low, high = tensor.aminmax(dim=-1, keepdim=True)
@@ -239,9 +241,9 @@ def in_int8(network: Network) -> AbstractContextManager[None]:
 
 
 def on_host(_: Network) -> AbstractContextManager[None]:
-    """`save_on_cpu` for a device that is simulated.
+    """Simulate `save_on_cpu` for a device.
 
-    Copies for the host are arrays of NumPy, which a tracker of tensors sees no more than the allocator of a GPU does.
+    Host copies are NumPy arrays, which the tensor tracker does not count, like the allocator of a GPU.
     """
 
     def pack(tensor: Tensor) -> Any:
@@ -257,16 +259,16 @@ Wrap = Callable[[list[nn.Module]], Iterator[nn.Module]]
 
 
 class Way(NamedTuple):
-    """One way to train a network.
+    """One method to train a network.
 
     Args:
-        wrap: modules that take the places of the blocks.
+        wrap: returns the modules that replace the blocks.
         hooks: context of the forward.
-        memory: rewire the blocks, in this memory mode.
-        budget: a memory mode or another way, whose peak the plan of the rewired network may reach.
-        is_timed: does its time on a CPU mean anything?
-        function: a name of what the network computes, where it is neither the network as it is nor rewired. Gradients
-            are compared with those of the first way of the same function.
+        memory: make the blocks reversible, in this memory mode.
+        budget: a memory mode or another method, whose peak is the budget of the reversible network.
+        is_timed: whether its time on a CPU is meaningful.
+        function: name of the computed function, if it is neither the original network nor the reversible one. Gradients
+            are compared with those of the first method with the same function.
     """
 
     wrap: Wrap | None = None
@@ -277,14 +279,14 @@ class Way(NamedTuple):
     function: str = ""
 
     def apply(self, network: Network) -> None:
-        """Change a fresh network so that it is trained in this way."""
+        """Apply the method to a new network, in place."""
         if self.memory is not None:
             network.set_memory(self.memory)
         if self.wrap is not None:
             network.replace_blocks(list(self.wrap(network.blocks)))
 
     def function_of(self, network: Network) -> str:
-        """The function that the network computes when it is trained in this way."""
+        """Return the name of the function that the network computes with this method."""
         return self.function or ("rewired" if self.memory is not None and network.rewires else "plain")
 
 
@@ -308,4 +310,4 @@ WAYS = {
     "exact, budget: exact": Way(memory="exact", budget="exact"),
     **{f"exact, budget: {name}": Way(memory="exact", budget=name) for name in CHECKPOINTS},
 }
-"""From `rewired, store` on, the rewired network is trained, before that the network as it is."""
+"""Methods from `rewired, store` on train the reversible network, the others the original one."""

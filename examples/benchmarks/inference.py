@@ -1,11 +1,11 @@
-"""Inference of RevCol models against other timm models of the same size.
+"""Compare inference of RevCol models with other timm models of the same size.
 
     .venv/bin/python examples/benchmarks/inference.py                  # RevCol-T against ConvNeXt-T at 224, batch 1
     .venv/bin/python examples/benchmarks/inference.py --models swin_tiny_patch4_window7_224,revcol_tiny --batch 8
     .venv/bin/python examples/benchmarks/inference.py --device cuda --amp --batch 128
 
-Prints parameters, multiply-accumulates, and seconds an image (medians of interleaved rounds): CPU seconds (user and
-system, one thread) on a CPU, wall clock with the device drained on a GPU. The first model is the measure of the others.
+Prints parameters, multiply-accumulates, and time per image (medians of interleaved rounds): CPU time (user and system,
+one thread) on a CPU, synchronized wall time on a GPU. Times are also relative to the first model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import vision  # noqa: F401 (registers the family)
+import vision  # noqa: F401 (registers RevCol with timm)
 from revnets.config.errors import nearest
 
 
 class Contender:
-    """One model and how long its passes took."""
+    """One model and the times of its passes."""
 
     def __init__(self, name: str, images: Tensor, amp: bool, compiled: bool):
         self.name, self.images, self.amp = name, images, amp
@@ -44,19 +44,19 @@ class Contender:
             self.model(self.images)
 
     def timed(self) -> None:
-        clock = time.process_time if self.images.device.type == "cpu" else _drained_clock
+        clock = time.process_time if self.images.device.type == "cpu" else _synchronized_clock
         start = clock()
         self.run()
         self.seconds.append((clock() - start) / len(self.images))
 
 
-def _drained_clock() -> float:
+def _synchronized_clock() -> float:
     torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def macs(name: str, size: int) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image, counted on the meta device."""
+    """Count the multiply-accumulates of convolutions and matrix products for one image, on the meta device."""
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name).eval()
         with FlopCounterMode(display=False) as counter:
@@ -65,26 +65,26 @@ def macs(name: str, size: int) -> int:
 
 
 def main(
-    models: Annotated[str, typer.Option(help="Names in timm, e.g. convnext_tiny,revcol_tiny.")] = (
+    models: Annotated[str, typer.Option(help="Comma-separated timm names, e.g. convnext_tiny,revcol_tiny.")] = (
         "convnext_tiny,revcol_tiny"
     ),
-    size: Annotated[int, typer.Option(help="Side of the images.", min=1)] = 224,
-    batch: Annotated[int, typer.Option(help="Images a pass.", min=1)] = 1,
+    size: Annotated[int, typer.Option(help="Side of the images, in pixels.", min=1)] = 224,
+    batch: Annotated[int, typer.Option(help="Images per pass.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 40,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
-    amp: Annotated[bool, typer.Option("--amp", help="Under autocast to bfloat16.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, ...")] = "cpu",
+    amp: Annotated[bool, typer.Option("--amp", help="Use bfloat16 autocast.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
 ) -> None:
-    """Compare the speed of models that are not trained."""
+    """Compare the inference speed of untrained models."""
     names = models.split(",")
     for name in names:
         if not timm.is_model(name):
-            raise typer.BadParameter(f"timm has no model {name!r}. {nearest(name, timm.list_models(), 'It has')}")
+            raise typer.BadParameter(f"timm has no model {name!r}. {nearest(name, timm.list_models(), 'Available')}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     contenders = [Contender(name, images, amp, compiled) for name in names]
-    for contender in contenders:  # the first passes of a process find their kernels
+    for contender in contenders:  # the first passes select kernels
         contender.run()
         contender.run()
     for _ in track(range(rounds), description="rounds", transient=True):
@@ -98,7 +98,7 @@ def main(
 
 def table(contenders: list[Contender], unit: str) -> Table:
     rows = Table()
-    for name in ("model", "params M", "MACs G", f"{unit} an image", f"x {contenders[0].name}"):
+    for name in ("model", "params M", "MACs G", f"{unit} per image", f"x {contenders[0].name}"):
         rows.add_column(name, justify="left" if name == "model" else "right")
     base = statistics.median(contenders[0].seconds)
     for contender in contenders:

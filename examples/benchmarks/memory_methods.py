@@ -1,14 +1,14 @@
-"""Ways to train in less memory, on columns shaped like RevCol-T and on 24 blocks of GPT-2's shape; planners, too.
+"""Compare methods to train in less memory, and memory planners, on RevCol-T-shaped columns and on 24 GPT-2 blocks.
 
-    .venv/bin/python -m pip install --no-deps memcnn revlib momentumnet torch-kitsune   # what is missing is left out
+    .venv/bin/python -m pip install --no-deps memcnn revlib momentumnet torch-kitsune   # missing packages are skipped
     .venv/bin/python examples/benchmarks/memory_methods.py --rounds 4 --markdown --png docs/assets/memory_methods.png
     .venv/bin/python examples/benchmarks/memory_methods.py --case columns --depth 2 --batch 2 --rounds 1   # a minute
 
-The ways are those of `finetuning_ways.py`; of columns, a block is the function of a cell. On the blocks of GPT-2 there
-are reversible libraries from PyPI as well, each with a function of its own: x_t = x_{t-2} + G_t(x_{t-1}) - x_{t-1} for
-memcnn and revlib (`RevNet`), a momentum of 0.9 for momentumnet. The numbers are those of `finetuning.py`: CPU seconds,
-bytes kept, peak, gradient error. A second table compares the predicted peaks of a step with the measured ones, those
-of `revnets.plan` and of torch-kitsune.
+The methods are those of `finetuning_ways.py`. For columns, a block is the function of a cell. For GPT-2, reversible
+libraries from PyPI are included, each with its own function: x_t = x_{t-2} + G_t(x_{t-1}) - x_{t-1} for memcnn and
+revlib (`RevNet`), a momentum of 0.9 for momentumnet. The numbers are those of `finetuning.py`: CPU seconds, saved
+bytes, peak, gradient error. A second table compares the peaks predicted by `revnets.plan` and torch-kitsune with
+measured peaks.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ import revnets
 
 
 class ColumnsClassifier(Network):
-    """A net of columns shaped like RevCol-T; its blocks are the functions of the cells.
+    """RevCol-T-shaped columns; the blocks are the functions of the cells.
 
     Args:
         depth: number of columns.
-        width: not used, the shape has its own.
+        width: unused, since the shape defines it.
         size: side of the images.
-        count: images of the batch.
+        count: images per batch.
     """
 
     rewires = False
@@ -72,7 +72,7 @@ class ColumnsClassifier(Network):
 
 
 class Branch(nn.Module):
-    """What a residual block adds to its input."""
+    """The residual branch of a block: its output minus its input."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -83,9 +83,9 @@ class Branch(nn.Module):
 
 
 class TwoStreams(nn.Module):
-    """The stack of blocks as a RevNet, in the place of its first block; the streams' mean goes on.
+    """The stack of blocks as a RevNet, which replaces all blocks and returns the mean of the streams.
 
-    Keyword arguments of the blocks (masks, positions) are dropped: GPT-2 without padding needs none of them.
+    Keyword arguments of the blocks (masks, positions) are dropped, since GPT-2 without padding needs none.
     """
 
     def __init__(self, make: Callable[[nn.ModuleList], Trunk], blocks: list[nn.Module]):
@@ -112,7 +112,7 @@ class Momentum(nn.Module):
 
 
 def whole(make: Callable[[list[nn.Module]], nn.Module]) -> Callable[[list[nn.Module]], Iterator[nn.Module]]:
-    """A way that puts one module in the place of all blocks."""
+    """Return a method that replaces all blocks by one module."""
     return lambda blocks: iter([make(blocks)])
 
 
@@ -127,13 +127,13 @@ LIBRARIES = {
 
 
 def installed(name: str) -> bool:
-    """Is the package there that a way of `LIBRARIES` is named after?"""
+    """Return True if the package in the name of a method of `LIBRARIES` is installed."""
     words = name.replace(",", "").split()
     return all(importlib.util.find_spec(word) for word in words if word in ("memcnn", "revlib", "momentumnet"))
 
 
 class Field(NamedTuple):
-    """A network and the ways to train it."""
+    """A network and the methods to train it."""
 
     case: Case
     ways: dict[str, Way]
@@ -143,7 +143,7 @@ PAIRS = "checkpoint pairs of blocks"
 
 
 def fields() -> dict[str, Field]:
-    """By name. Cells of columns are no chain, so that there are no pairs of them, and rewiring has nothing to do."""
+    """Return the networks by name. Cells of columns are not a chain and have no pairs; they are already reversible."""
     chained = (PAIRS, f"exact, budget: {PAIRS}", REWIRED)
     return {
         "columns": Field(
@@ -171,7 +171,7 @@ class Forecast(NamedTuple):
 
 
 def forecasts(field: Field, results: dict[str, finetuning.Result]) -> list[Forecast]:
-    """Peaks of a step without an optimizer, predicted by each planner that knows the way."""
+    """Return the peaks of a step without optimizer, predicted by each planner that supports the method."""
     network = field.case.build()
     weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     baseline = REWIRED if network.rewires else finetuning.STORE
@@ -200,21 +200,21 @@ def forecasts(field: Field, results: dict[str, finetuning.Result]) -> list[Forec
 
 
 def main(
-    case: Annotated[str, typer.Option(help="Networks: columns, gpt24, separated by commas.")] = "columns,gpt24",
-    depth: Annotated[int | None, typer.Option(help="Columns or blocks, in place of 8 and 24.", min=2)] = None,
-    batch: Annotated[int | None, typer.Option(help="Images or texts a step.", min=1)] = None,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each way.", min=1)] = 4,
-    png: Annotated[Path | None, typer.Option(help="Draw time against peak into this file.", callback=picture)] = None,
+    case: Annotated[str, typer.Option(help="Comma-separated networks, of columns and gpt24.")] = "columns,gpt24",
+    depth: Annotated[int | None, typer.Option(help="Number of columns or blocks, instead of 8 and 24.", min=2)] = None,
+    batch: Annotated[int | None, typer.Option(help="Images or texts per step.", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each method.", min=1)] = 4,
+    png: Annotated[Path | None, typer.Option(help="Plot time against peak to this file.", callback=picture)] = None,
     markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
 ) -> None:
-    """Compare ways to train in less memory, and planners of memory."""
+    """Compare methods to train in less memory, and memory planners."""
     torch.set_num_threads(1)
     console = Console()
     chosen: list[Field] = listed(case, "--case", fields(), " or ".join(fields()))
     changed = {key: value for key, value in (("depth", depth), ("count", batch)) if value is not None}
     results: dict[str, dict[str, finetuning.Result]] = {}
     predictions: dict[str, list[Forecast]] = {}
-    # One code object serves all blocks of a network, under several budgets: none may fall back to eager in silence.
+    # All blocks share one code object, under several budgets. None may silently fall back to eager.
     compiler = dynamo_config.patch(
         recompile_limit=999, accumulated_recompile_limit=9999, automatic_dynamic_shapes=False
     )

@@ -1,8 +1,9 @@
 """The memory scheme of the official RevCol code, on the cells of this project, for comparison.
 
-Every column is one autograd function. It keeps the column's own output states, so that memory grows with the number of
-columns, and rebuilds the states of the column before by the plain inverse, level by level, for its own use alone:
-errors do not pass from column to column. Each level is replayed and differentiated by itself.
+Every column is one autograd function. It saves the output states of its column, so memory grows with the number of
+columns. It rebuilds the states of the previous column by plain inversion, level by level, and discards them, so errors
+do not propagate between columns. Each level is replayed and differentiated separately.
+
 Source: Cai et al., "Reversible Column Networks", ICLR 2023, and the code released with it.
 """
 
@@ -22,7 +23,7 @@ from revnets.engine.graph import STEM, Node
 
 
 class OfficialColumns(nn.Module):
-    """Columns of this project, run and differentiated as the official code does. Call `backward`, not `grad`."""
+    """Columns of this project with the backward pass of the official code. Supports `backward`, but not `grad`."""
 
     def __init__(self, columns: revnets.ReversibleColumns):
         super().__init__()

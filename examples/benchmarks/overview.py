@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Style(NamedTuple):
-    """How a mode is drawn, and where its labels go."""
+    """How a mode is drawn."""
 
     label: str
     color: str
@@ -55,7 +55,7 @@ Measurements = dict[int, dict[str, Measurement]]
 
 
 def main(
-    columns: Annotated[str, typer.Option(help="Numbers of columns, e.g. 4,8,16.")] = "2,4,8,16,32",
+    columns: Annotated[str, typer.Option(help="Comma-separated numbers of columns, e.g. 4,8,16.")] = "2,4,8,16,32",
     size: Annotated[int, typer.Option(help="Side of the images, in pixels.", min=32)] = 128,
     batch: Annotated[int, typer.Option(help="Images per step.", min=1)] = 8,
     png: Annotated[Path | None, typer.Option(help="Write the figure to this file.", callback=picture)] = None,
@@ -68,12 +68,12 @@ def main(
     results = {count: measure(count, size, batch) for count in track(numbers, "measuring", transient=True)}
     console.print(table(results))
     if png is not None:
-        draw(results, png, f"RevCol-T columns, {size} x {size}, batch {batch}, float32, CPU")
+        draw(results, png, f"One training step of RevCol-T columns, {size} x {size}, batch {batch}, float32, CPU")
         console.print(f"wrote {png}", highlight=False, markup=False, soft_wrap=True)
 
 
 def measure(count: int, size: int, batch: int) -> dict[str, Measurement]:
-    """All modes at one number of columns, with the same weights and the same batch."""
+    """Measure all modes at one number of columns, with the same weights and the same batch."""
     torch.manual_seed(0)
     net = columns_net("T", count)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
@@ -86,7 +86,7 @@ def measure(count: int, size: int, batch: int) -> dict[str, Measurement]:
 
 
 def table(results: Measurements) -> Table:
-    """The numbers of the figure, and the peaks."""
+    """Return the numbers of the figure, and the peaks."""
     rows = Table(title="One training step", title_justify="left")
     for name in ("columns", "mode", "saved for backward, MB", "peak, MB", "gradient error"):
         rows.add_column(name, justify="left" if name == "mode" else "right")
@@ -98,7 +98,7 @@ def table(results: Measurements) -> Table:
 
 
 def draw(results: Measurements, path: Path, subtitle: str) -> None:
-    """Memory on the left, gradient error on the right."""
+    """Plot memory on the left and gradient error on the right."""
     from matplotlib.figure import Figure
 
     from revnets.plotting.style import INK, save
@@ -110,21 +110,21 @@ def draw(results: Measurements, path: Path, subtitle: str) -> None:
     for axis in (memory, gradients):
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(results), [str(count) for count in results])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.set_xlabel("columns")
         axis.grid(alpha=0.25, axis="y")
         axis.spines[["top", "right"]].set_visible(False)
     memory.set_title("Activation memory saved for backward", loc="left", color=INK)
-    gradients.set_title("Error of the gradients", loc="left", color=INK)
+    gradients.set_title("Gradient error", loc="left", color=INK)
     handles, names = memory.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.text(0.995, 0.105, subtitle, fontsize=7, color="#666666", ha="right")
+    legend = figure.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    legend.set_title(subtitle, prop={"size": 8})
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
 
 
 def draw_memory(axis: Axes, results: Measurements) -> None:
-    """Bytes saved for backward; the last point of each mode has its number."""
+    """Plot bytes saved for backward; the last point of each mode is labeled."""
     last = max(results)
     for name, style in STYLES.items():
         values = [results[count][name].kept / 1e6 for count in results]
@@ -133,12 +133,13 @@ def draw_memory(axis: Axes, results: Measurements) -> None:
         text = f" {kept / 1e3:.1f} GB" if kept >= 1e3 else f" {kept:.0f} MB"
         axis.text(last * 1.06, kept, text, color=style.color, va="center", fontsize=9)
     axis.set_yscale("log")
-    axis.set_ylabel("MB")
-    axis.set_xlim(right=last * 2)
+    axis.yaxis.set_major_formatter("{x:g} MB")
+    axis.yaxis.minorticks_off()
+    axis.set_xlim(0.85 * min(results), 1.8 * last)
 
 
 def draw_errors(axis: Axes, results: Measurements) -> None:
-    """The error of plain inversion, and one line at zero for the modes whose gradients are right."""
+    """Plot the error of plain inversion, and one line at zero for the modes with correct gradients."""
     numbers = list(results)
     style = STYLES["invert"]
     errors = [100 * results[count]["invert"].error for count in numbers]
@@ -153,15 +154,10 @@ def draw_errors(axis: Axes, results: Measurements) -> None:
         axis.plot(
             numbers, [0] * len(numbers), marker=STYLES[name].marker, color=STYLES[name].color, lw=STYLES[name].linewidth
         )
-    axis.annotate(
-        f"{', '.join(right)}: 0, bit for bit",
-        (numbers[0], 0),
-        (0, 10),
-        textcoords="offset points",
-        fontsize=9,
-        color=STYLES["exact"].color,
-    )
-    axis.set_ylabel("% of the gradient's norm")
+    text = "all others:\n0, bit for bit" if len(right) == len(STYLES) - 1 else f"{', '.join(right)}: 0, bit for bit"
+    color = STYLES["exact"].color
+    axis.annotate(text, (numbers[0], 0), (0, 10), textcoords="offset points", fontsize=9, color=color)
+    axis.yaxis.set_major_formatter("{x:g} %")
     axis.set_ylim(top=max(*errors, 1.0) * 1.2)
 
 

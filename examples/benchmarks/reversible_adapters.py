@@ -1,7 +1,7 @@
-"""A RevNet (m = 2, gamma = 1), and the ways to train it that `reversible_libraries.py` compares.
+"""A RevNet (m = 2, gamma = 1), and the methods to train it that `reversible_libraries.py` compares.
 
-x_t = F_t(x_{t-1}) + x_{t-2}; both streams start as the stem's output. All ways share
-stem, blocks, head and batch.
+x_t = F_t(x_{t-1}) + x_{t-2}, where both streams start as the stem's output. All methods share stem, blocks, head and
+batch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from revnets.config.memory_budget import BudgetSpec
 
 Streams = Sequence[Tensor]
 Trunk = Callable[[Tensor], Streams]
-"""The stem's output -> the last two states (x_{T-2}, x_{T-1})."""
+"""Maps the stem's output to the last two states (x_{T-2}, x_{T-1})."""
 
 
-# ---------------------------------------------------------------------------------------------- what is trained
+# ------------------------------------------------------------------------------------------------------- networks
 
 
 class Convolutions(nn.Sequential):
@@ -48,7 +48,7 @@ class Mlp(nn.Sequential):
 
 
 class Case(NamedTuple):
-    """A kind of block and the shape of its states; channels are the last axis."""
+    """A kind of block and the shape of its states, with channels last."""
 
     block: Callable[[int], nn.Module]
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ CASES = {
 
 
 class Net(nn.Module):
-    """Stem, blocks and head; how the blocks are run is up to the trunk."""
+    """Stem, blocks and head. The trunk determines how the blocks run."""
 
     def __init__(self, block: Callable[[int], nn.Module], depth: int, dim: int, patch: int = 48, classes: int = 100):
         super().__init__()
@@ -76,7 +76,7 @@ class Net(nn.Module):
 
 
 class Trained(nn.Module):
-    """A net whose blocks are run in one way."""
+    """A network whose blocks are run by one method."""
 
     def __init__(self, net: Net, way: Way):
         super().__init__()
@@ -88,11 +88,11 @@ class Trained(nn.Module):
         return self.net.logits(self.trunk, patches)
 
 
-# ------------------------------------------------------------------------------------------------ who trains it
+# -------------------------------------------------------------------------------------------------------- methods
 
 
 def plain(blocks: nn.ModuleList) -> Trunk:
-    """Ordinary autograd."""
+    """Use ordinary autograd."""
 
     def trunk(x: Tensor) -> Streams:
         before, now = x, x
@@ -104,7 +104,7 @@ def plain(blocks: nn.ModuleList) -> Trunk:
 
 
 def checkpointed(blocks: nn.ModuleList) -> Trunk:
-    """`torch.utils.checkpoint` around every block."""
+    """Use `torch.utils.checkpoint` around every block."""
 
     def trunk(x: Tensor) -> Streams:
         before, now = x, x
@@ -123,12 +123,12 @@ def ours(memory: str) -> Callable[[nn.ModuleList], Trunk]:
     return make
 
 
-# The peers take both streams in one tensor and split it. Stacked along the batch axis a split is a view, so this is
-# the cheapest way for them; a split of channels would cost copies.
+# The other libraries take both streams in one tensor and split it. Stacking along the batch axis is cheapest: the split
+# is then a view, where a split of channels would copy.
 
 
 def memcnn(blocks: nn.ModuleList) -> Trunk:
-    """An `InvertibleModuleWrapper` around each pair of blocks, as its documentation shows."""
+    """Use an `InvertibleModuleWrapper` around each pair of blocks, as in its documentation."""
     library = _import("memcnn")
     pairs = nn.Sequential(
         *(
@@ -150,32 +150,32 @@ def revlib(mode: str) -> Callable[[nn.ModuleList], Trunk]:
 
 def _import(package: str) -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # memcnn is older than torch.amp, and says so
+        warnings.simplefilter("ignore")  # memcnn uses interfaces that torch.amp has replaced
         return importlib.import_module(package)
 
 
 class Way(NamedTuple):
-    """One way to train the same blocks."""
+    """One method to train the same blocks."""
 
     make: Callable[[nn.ModuleList], Trunk]
-    package: str | None = None  # what has to be installed from PyPI
-    budget: str | None = None  # the memory mode whose peak a plan may reach
+    package: str | None = None  # package on PyPI that it needs
+    budget: str | None = None  # memory mode whose peak is the budget of the plan
 
 
 WAYS = {
     "plain autograd": Way(plain),
     "torch checkpoint": Way(checkpointed),
     "memcnn": Way(memcnn, "memcnn"),
-    "revlib": Way(revlib("autograd_function"), "revlib"),  # its default, and its fastest
+    "revlib": Way(revlib("autograd_function"), "revlib"),  # its default, and the fastest
     "revlib graph": Way(revlib("autograd_graph"), "revlib"),
     **{f"revnets {memory}": Way(ours(memory)) for memory in ("store", "recompute", "invert", "exact")},
     "revnets exact, planned": Way(ours("exact"), budget="exact"),
 }
 REFERENCE = "plain autograd"
-"""Whose gradients are the measure of the others."""
+"""Method whose gradients are the reference."""
 
 
 def installed() -> tuple[list[str], list[str]]:
-    """Names of the ways that can be run here, and the packages that are missing for the others."""
+    """Return the names of the methods that can run here, and the packages that the others need."""
     missing = {way.package for way in WAYS.values() if way.package and importlib.util.find_spec(way.package) is None}
     return [name for name, way in WAYS.items() if way.package not in missing], sorted(missing)

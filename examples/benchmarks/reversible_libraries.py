@@ -1,13 +1,13 @@
-"""One training step of a RevNet (m = 2, gamma = 1) by this engine and by its peers, on the same blocks and weights.
+"""Compare one training step of a RevNet (m = 2, gamma = 1) by this engine and by other libraries, on the same weights.
 
-    .venv/bin/python -m pip install --no-deps memcnn revlib    # optional: a missing package is left out
+    .venv/bin/python -m pip install --no-deps memcnn revlib    # optional: missing packages are skipped
     .venv/bin/python examples/benchmarks/reversible_libraries.py    # 8, 16 and 32 blocks, MLP and convolutions
     .venv/bin/python examples/benchmarks/reversible_libraries.py --blocks 16 --case conv --png out/libraries.png
 
-`reversible_adapters.py` defines the candidates. Outputs are compared first. Prints CPU seconds (user and system,
-medians of interleaved rounds, one thread), their ratio to plain autograd round by round (median and range), bytes kept
-between forward and backward, the highest number of bytes alive at once (gradients of the parameters included) and the
-gradient error against plain autograd, all of one run.
+`reversible_adapters.py` defines the methods. Outputs are compared first. Prints CPU seconds (user and system, medians
+of interleaved rounds, one thread), their ratio to plain autograd in the same round (median and range), bytes saved for
+backward, peak bytes (gradients of the parameters included) and the gradient error against plain autograd, all from one
+run.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from revnets.plotting.style import save
 
 
 class Result(NamedTuple):
-    """What one step takes."""
+    """Time, memory and gradient error of one step."""
 
-    seconds: list[float]  # of each round
+    seconds: list[float]  # one per round
     kept: int
     peak: int
     error: float
 
     def ratios(self, base: Result) -> list[float]:
-        """Time against that of another, round by round, in order of size."""
+        """Return the sorted ratios to the times of `base` in the same rounds."""
         return sorted(mine / other for mine, other in zip(self.seconds, base.seconds, strict=True))
 
 
 class Contender:
-    """One way, applied to a net that all contenders share."""
+    """One method, applied to a network that all methods share."""
 
     def __init__(self, name: str, net: Net, patches: Tensor, labels: Tensor):
         self.name, self.net, self.patches, self.labels = name, net, patches, labels
@@ -64,7 +64,7 @@ class Contender:
         return F.cross_entropy(self.logits(), self.labels)
 
     def gradients(self) -> dict[str, Tensor | None]:
-        """Of all parameters, by `backward`: memcnn knows no other way."""
+        """Compute the gradients of all parameters with `backward`, since memcnn does not support `grad`."""
         self.net.zero_grad()
         self.loss().backward()
         gradients = {name: parameter.grad for name, parameter in self.net.named_parameters()}
@@ -79,7 +79,7 @@ class Contender:
         self.seconds.append(time.process_time() - start)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes kept between forward and backward, and the highest number of bytes in a step, gradients included."""
+        """Count the bytes saved for backward, and the peak bytes of a step, gradients included."""
         self.net.zero_grad()
         gc.collect()
         with MemoryTracker() as tracker:
@@ -91,7 +91,7 @@ class Contender:
 
 
 def contenders(names: Sequence[str], case: Case, depth: int) -> list[Contender]:
-    """One for each name, on one net and one batch. The first is the reference and must be plain autograd."""
+    """Create all methods on one network and one batch. The first is the reference and must be plain autograd."""
     torch.manual_seed(0)
     net = Net(case.block, depth, case.shape[-1])
     patches, labels = torch.randn(*case.shape[:-1], net.stem.in_features), torch.randint(100, case.shape[:1])
@@ -99,17 +99,17 @@ def contenders(names: Sequence[str], case: Case, depth: int) -> list[Contender]:
 
 
 def measure(names: Sequence[str], case: Case, depth: int, rounds: int, tick: Callable[[], None]) -> dict[str, Result]:
-    """Every contender's numbers.
+    """Measure all methods.
 
     Raises:
-        SystemExit: two contenders do not compute the same function.
+        SystemExit: two methods do not compute the same function.
     """
     field = contenders(names, case, depth)
     outputs = field[0].logits().detach()
     for contender in field[1:]:
-        # Addition may associate in another way, and nothing else.
+        # Only the order of additions may differ.
         if not torch.allclose(contender.logits(), outputs, rtol=1e-4, atol=1e-5):
-            raise SystemExit(f"{contender.name} does not compute what {names[0]} computes; the comparison is void")
+            raise SystemExit(f"{contender.name} and {names[0]} compute different functions; the comparison is invalid")
     reference = field[0].gradients()
     errors = [gradient_distance(contender.gradients(), reference).relative for contender in field]
     memory = [contender.memory() for contender in field]
@@ -121,11 +121,15 @@ def measure(names: Sequence[str], case: Case, depth: int, rounds: int, tick: Cal
 
 
 def main(
-    case: Annotated[str, typer.Option(help=f"Kinds of block, out of {', '.join(CASES)}.")] = ",".join(CASES),
-    blocks: Annotated[str, typer.Option(help="Numbers of blocks, even ones: memcnn couples two.")] = "8,16,32",
-    rounds: Annotated[int, typer.Option(help="Timed steps of each contender.", min=1)] = 7,
+    case: Annotated[str, typer.Option(help=f"Comma-separated kinds of block, of {', '.join(CASES)}.")] = ",".join(
+        CASES
+    ),
+    blocks: Annotated[
+        str, typer.Option(help="Comma-separated even numbers of blocks; memcnn couples pairs.")
+    ] = "8,16,32",
+    rounds: Annotated[int, typer.Option(help="Timed steps of each method.", min=1)] = 7,
     png: Annotated[
-        Path | None, typer.Option(help="Draw time against peak into this file (.png, .svg, .pdf).", callback=picture)
+        Path | None, typer.Option(help="Plot time against peak to this file (.png, .svg, .pdf).", callback=picture)
     ] = None,
     markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
 ) -> None:
@@ -138,7 +142,9 @@ def main(
     console = Console()
     names, missing = installed()
     for package in missing:
-        console.print(f"{package} is not installed and left out; python -m pip install --no-deps {package}")
+        console.print(
+            f"{package} is not installed and is skipped. Install it: python -m pip install --no-deps {package}"
+        )
     results: dict[tuple[str, int], dict[str, Result]] = {}
     with Progress(console=console, transient=True) as progress:
         for kind in kinds:
@@ -192,8 +198,8 @@ def as_markdown(title: str, results: dict[str, Result]) -> str:
     return "\n".join([*lines, ""])
 
 
-# Okabe and Ito's colours, and a marker for each: no two need be told apart by colour alone. Filled: gradients are those
-# of plain autograd bit for bit.
+# Okabe and Ito's colors with different markers, so that color alone never distinguishes two methods. Filled: gradients
+# equal those of plain autograd bit for bit.
 STYLES = {
     "plain autograd": ("#000000", "s"),
     "torch checkpoint": ("#e69f00", "D"),
@@ -209,7 +215,7 @@ STYLES = {
 
 
 def draw(results: dict[tuple[str, int], dict[str, Result]], path: Path) -> None:
-    """Time against peak: the nearer to the lower left corner the better."""
+    """Plot time against peak; closer to the lower left corner is better."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -249,7 +255,7 @@ def draw(results: dict[tuple[str, int], dict[str, Result]], path: Path) -> None:
         loc="outside lower center",
         ncols=2 + len(depths),
         frameon=False,
-        title="filled: gradients bit for bit those of plain autograd; hollow: they differ",
+        title="filled: gradients equal those of plain autograd bit for bit; hollow: they differ",
     )
     save(figure, path)
 

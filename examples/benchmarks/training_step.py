@@ -1,13 +1,12 @@
-"""One training step of RevCol-T-shaped columns in every memory mode, against checkpointing each column.
+"""Compare one training step of RevCol-T-shaped columns in all memory modes with checkpointing each column.
 
     .venv/bin/python examples/benchmarks/training_step.py                    # 8 columns, 128 x 128, batch 8
     .venv/bin/python examples/benchmarks/training_step.py --columns 4,16 --png out/training_step.png
 
-Prints CPU seconds (user and system, medians of interleaved rounds, one thread), their ratio to `store` round by round
-(median and range), bytes kept between forward and backward, the highest number of bytes alive at once, and the gradient
-error against plain autograd, all of one run.
-`exact, planned` is `exact` under a budget equal to its own peak (docs/guides/memory-planning.md): it stores
-what costs no more than that peak.
+Prints CPU seconds (user and system, medians of interleaved rounds, one thread), their ratio to `store` in the same
+round (median and range), bytes saved for backward, peak bytes, and the gradient error against ordinary autograd, all
+from one run. `exact, planned` is `exact` with a budget equal to its own peak (docs/guides/memory-planning.md): it
+stores what fits below that peak.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from revnets.engine.coupling import add
 from revnets.engine.graph import STEM
 from revnets.memory.tracker import MemoryTracker
 
-SHAPES = {  # channels of level 0, depths: RevCol, Table 1
+SHAPES = {  # channels of level 0 and depths: RevCol, Table 1
     "T": (64, (2, 2, 4, 2)),
     "S": (64, (2, 2, 4, 2)),
     "B": (72, (1, 1, 3, 2)),
@@ -43,7 +42,7 @@ SHAPES = {  # channels of level 0, depths: RevCol, Table 1
 
 
 def columns_net(shape: str, count: int) -> revnets.Net:
-    """A classifier with columns of one of `SHAPES`."""
+    """Build a classifier with columns of one of `SHAPES`."""
     width, depths = SHAPES[shape]
     return revnets.build(
         {
@@ -56,7 +55,7 @@ def columns_net(shape: str, count: int) -> revnets.Net:
 
 
 class CheckpointedColumns(nn.Module):
-    """The rival: the same cells under plain autograd, with `torch.utils.checkpoint` around every column."""
+    """Baseline: the same cells under ordinary autograd, with `torch.utils.checkpoint` around every column."""
 
     def __init__(self, columns: revnets.ReversibleColumns):
         super().__init__()
@@ -82,7 +81,7 @@ PLANNED = "exact, planned"
 
 
 class Contender:
-    """One way to train the same weights."""
+    """One method to train the same weights."""
 
     def __init__(self, name: str, net: revnets.Net, images: Tensor, labels: Tensor):
         self.name, self.net, self.images, self.labels = name, net, images, labels
@@ -99,7 +98,7 @@ class Contender:
         self.seconds.append(time.process_time() - start)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes kept between forward and backward, and the peak, without the gradients' own bytes in the former."""
+        """Count the bytes saved for backward, and the peak bytes of a step, gradients included."""
         with MemoryTracker() as tracker:
             loss = self._forward()
             kept = tracker.live
@@ -121,20 +120,20 @@ class Contender:
 
 def main(
     shape: Annotated[str, typer.Option(help=f"Shape of a column, one of {', '.join(SHAPES)}.")] = "T",
-    columns: Annotated[str, typer.Option(help="Numbers of columns, e.g. 4,8,16.")] = "8",
-    size: Annotated[int, typer.Option(help="Side of the images.", min=32)] = 128,
-    batch: Annotated[int, typer.Option(help="Images a step.", min=1)] = 8,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each contender.", min=1)] = 5,
-    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.", callback=picture)] = None,
+    columns: Annotated[str, typer.Option(help="Comma-separated numbers of columns, e.g. 4,8,16.")] = "8",
+    size: Annotated[int, typer.Option(help="Side of the images, in pixels.", min=32)] = 128,
+    batch: Annotated[int, typer.Option(help="Images per step.", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each method.", min=1)] = 5,
+    png: Annotated[Path | None, typer.Option(help="Write the figures to this file.", callback=picture)] = None,
     markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
 ) -> None:
     """Compare the memory modes on one training step."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", revnets.DriftWarning)  # the drift of `invert` is in the table
+    warnings.simplefilter("ignore", revnets.DriftWarning)  # the table contains the drift of `invert`
     console = Console()
     results = {}
     if shape not in SHAPES:
-        raise typer.BadParameter(f"{shape!r}: give {' or '.join(SHAPES)}", param_hint="--shape")
+        raise typer.BadParameter(f"{shape!r}: use {' or '.join(SHAPES)}", param_hint="--shape")
     for count in counts(columns, "--columns", 1):
         results[count] = measure(shape, count, size, batch, rounds)
         title = f"RevCol-{shape} columns: {count}, {size} x {size}, batch {batch}"
@@ -149,15 +148,15 @@ def main(
 
 
 class Result(NamedTuple):
-    """What one step takes."""
+    """Time, memory and gradient error of one step."""
 
-    seconds: list[float]  # of each round
+    seconds: list[float]  # one per round
     kept: int
     peak: int
     error: float
 
     def ratios(self, base: Result) -> list[float]:
-        """Time against that of another, round by round, in order of size."""
+        """Return the sorted ratios to the times of `base` in the same rounds."""
         return sorted(mine / other for mine, other in zip(self.seconds, base.seconds, strict=True))
 
 
@@ -177,7 +176,7 @@ def measure(shape: str, count: int, size: int, batch: int, rounds: int) -> dict[
 
 
 def error(gradients: list[Tensor], reference: list[Tensor]) -> float:
-    """Relative L2 error over all parameters; 0 only if every bit is the same."""
+    """Compute the relative L2 error over all parameters; 0 only if all bits are equal."""
     difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(gradients, reference, strict=True))
     return (difference / sum(float(b.double().square().sum()) for b in reference)) ** 0.5
 
@@ -216,16 +215,16 @@ def as_markdown(title: str, results: dict[str, Result]) -> str:
 
 
 def draw(results: dict[int, dict[str, Result]], path: Path) -> None:
-    """Time, bytes kept and peak against the number of columns."""
+    """Plot time, bytes saved for backward and peak bytes against the number of columns."""
     from matplotlib.figure import Figure
 
     from revnets.plotting.style import save
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     values = {
-        "CPU seconds a step": lambda result: statistics.median(result.seconds),
-        "kept MB": lambda result: result.kept / 1e6,
-        "peak MB": lambda result: result.peak / 1e6,
+        "CPU seconds per step": lambda result: statistics.median(result.seconds),
+        "saved for backward, MB": lambda result: result.kept / 1e6,
+        "peak, MB": lambda result: result.peak / 1e6,
     }
     axes = figure.subplots(1, 3)
     for axis, (title, value) in zip(axes, values.items(), strict=True):

@@ -1,11 +1,11 @@
-"""RevCol-Transformer against fairseq's transformer of equal size, through fairseq's own trainer.
+"""Compare RevCol-Transformer with fairseq's transformer of equal size, in fairseq's trainer.
 
     .venv/bin/python examples/benchmarks/translation.py                     # a quarter of the paper's widths
     .venv/bin/python examples/benchmarks/translation.py --scale 2 --rounds 5 --png out/nlp.png
 
-Prints CPU seconds an update (user and system, medians of interleaved rounds, one thread), target tokens a CPU second,
-parameters, and the bytes that both encoders keep for backward at several depths, all of one run. The text is made up:
-random words, in sentences as long as those of WMT.
+Prints CPU seconds per update (user and system, medians of interleaved rounds, one thread), target tokens per CPU
+second, parameters, and the bytes that both encoders save for backward at several depths, all from one run. The text is
+synthetic: random words, in sentences as long as those of WMT.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from revnets.memory.tracker import kept_bytes
 from revnets.utils.format import table_of
 
 NLP = Path(__file__).parents[2] / "nlp"
-TYPES = 6000  # of words; about a fifth of a WMT vocabulary
+TYPES = 6000  # vocabulary size, about a fifth of a WMT vocabulary
 UNDER = "RevCol, transformer's peak"
-"""It keeps as much as fits under the peak of a step of the transformer."""
+"""RevCol that stores as much as fits below the peak of a transformer step."""
 
 
 class Contender:
-    """A model with fairseq's trainer around it, as `fairseq-train` would build them."""
+    """A model in fairseq's trainer, built as by `fairseq-train`."""
 
     def __init__(self, name: str, data: Path, tokens: int, *arguments: object):
         from fairseq import options, tasks
@@ -70,7 +70,7 @@ class Contender:
         self.seconds: list[float] = []
 
     def batches(self, count: int) -> list[Any]:
-        """The first batches of an epoch, the same for every contender."""
+        """Return the first batches of an epoch, which are the same for all models."""
         return list(islice(self.trainer.get_train_iterator(epoch=1).next_epoch_itr(shuffle=True), count))
 
     def update(self, batch: Any) -> None:
@@ -83,25 +83,25 @@ class Contender:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def flops(self, batches: list[Any]) -> float:
-        """Of a forward, two for a multiplication and an addition; the mean of the batches."""
+        """Compute the mean FLOPs of a forward over batches; a multiply-add counts as two."""
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             for batch in batches:
                 self.model(**batch["net_input"])
         return counter.get_total_flops() / len(batches)
 
     def peak(self) -> int:
-        """Bytes of a training step of the largest batch, as `--revcol-memory '{budget: ...}'` counts them."""
+        """Estimate the peak bytes of a training step of the largest batch, as for `--revcol-memory '{budget: ...}'`."""
         from nlp.models.memory_budget import footprint
 
         return footprint(self.model, self.cfg.model, self.task)
 
     def kept(self, batch: Any) -> int:
-        """Bytes that the encoder keeps for backward."""
+        """Count the bytes that the encoder saves for backward."""
         return kept_bytes(self.model.encoder, batch["net_input"]["src_tokens"])
 
 
 def sizes(scale: int, factor: int = 1) -> dict[str, tuple[object, ...]]:
-    """Arguments of the two models: the paper's widths divided by 4 / scale, `factor` times the paper's depth."""
+    """Return the arguments of both models: the paper's widths times scale / 4, and its depth times `factor`."""
 
     def width(dim: int, heads: int) -> tuple[object, ...]:
         sides = ((f"--{side}-embed-dim", dim, f"--{side}-ffn-embed-dim", 4 * dim) for side in ("encoder", "decoder"))
@@ -115,7 +115,7 @@ def sizes(scale: int, factor: int = 1) -> dict[str, tuple[object, ...]]:
 
 
 def write_data(folder: Path, sentences: int) -> Path:
-    """A fairseq data set of random words: sources of 8 to 50 words, targets at most a fifth shorter or longer."""
+    """Write a fairseq data set of random words: sources of 8 to 50 words, targets up to 20 % shorter or longer."""
     from fairseq_cli import preprocess
 
     rng = random.Random(0)
@@ -139,14 +139,14 @@ def write_data(folder: Path, sentences: int) -> Path:
 
 
 def main(
-    scale: Annotated[int, typer.Option(min=1, max=4, help="4 stands for the paper's widths.")] = 1,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens of a batch (--max-tokens).")] = 2000,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed updates of each contender.")] = 5,
-    png: Annotated[Path | None, typer.Option(help="Draw the figures into this file.")] = None,
+    scale: Annotated[int, typer.Option(min=1, max=4, help="Width in quarters; 4 is the paper's width.")] = 1,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens per batch (--max-tokens).")] = 2000,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed updates of each model.")] = 5,
+    png: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """Compare an update, and what is kept for backward."""
+    """Compare the time of an update and the memory saved for backward."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # fairseq's of old interfaces, about 15 lines
+    warnings.simplefilter("ignore")  # about 15 lines by fairseq on deprecated interfaces
     logging.disable(logging.INFO)
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
@@ -162,14 +162,14 @@ def main(
 
 
 class Row(NamedTuple):
-    """Medians over updates. Rates are compared update by update, because batches differ and so does the load."""
+    """Medians over updates. Rates are compared per update, because batches and machine load vary."""
 
-    seconds: float  # CPU seconds of an update
-    rate: float  # target tokens a CPU second
+    seconds: float  # CPU seconds per update
+    rate: float  # target tokens per CPU second
     parameters: int
-    flops: float  # of a forward
-    of_transformer: float  # rate in units of the transformer's
-    of_store: float  # seconds in units of those in store
+    flops: float  # FLOPs of a forward
+    of_transformer: float  # rate relative to the transformer
+    of_store: float  # seconds relative to store
 
 
 def compare(data: Path, scale: int, tokens: int, rounds: int) -> dict[str, Row]:
@@ -187,7 +187,7 @@ def compare(data: Path, scale: int, tokens: int, rounds: int) -> dict[str, Row]:
     for number, batch in enumerate(track(batches, description="updates", transient=True)):
         for contender in contenders:
             contender.update(batch)
-        if number == 0:  # the optimizer makes its state, kernels are chosen
+        if number == 0:  # creates the optimizer state and selects kernels
             for contender in contenders:
                 contender.seconds.clear()
     words = [batch["ntokens"] for batch in batches[1:]]
@@ -210,7 +210,7 @@ def compare(data: Path, scale: int, tokens: int, rounds: int) -> dict[str, Row]:
 
 
 def keep(data: Path, scale: int, tokens: int, factor: int) -> dict[str, int]:
-    """Bytes kept by each encoder, `factor` times as deep as the paper's."""
+    """Count the bytes that each encoder saves for backward, at `factor` times the paper's depth."""
     arguments = sizes(scale, factor)
     transformer = Contender("transformer", data, tokens, *arguments["transformer"])
     revcol = Contender("RevCol", data, tokens, *arguments["revcol"])
@@ -231,21 +231,21 @@ def speed_table(speed: dict[str, Row], scale: int, tokens: int) -> Table:
         table.add_row(name, *sizes, f"{row.seconds:.2f}", of_store, f"{row.rate:.0f}", f"{row.of_transformer:.2f}")
     table.caption = (
         f"GFLOP of a forward; CPU s of an update, in exact {speed['RevCol, exact'].of_store:.2f} times that in store; "
-        "target tokens a CPU second"
+        "target tokens per CPU second"
     )
     return table
 
 
 def memory_table(memory: dict[int, dict[str, int]]) -> Table:
     headings = ("columns (layers)", *next(iter(memory.values())))
-    table = table_of("MB kept by the encoder for backward", headings, left=1)
+    table = table_of("MB saved for backward by the encoder", headings, left=1)
     for columns, kept in memory.items():
         table.add_row(f"{columns} ({columns * 6 // 4})", *(f"{size / 1e6:.1f}" for size in kept.values()))
     return table
 
 
 def draw(speed: dict[str, Row], memory: dict[int, dict[str, int]], path: Path) -> None:
-    """Tokens a second, and bytes kept against the number of columns."""
+    """Plot tokens per second, and saved bytes against the number of columns."""
     from matplotlib.figure import Figure
 
     from revnets.plotting.style import save
@@ -253,10 +253,10 @@ def draw(speed: dict[str, Row], memory: dict[int, dict[str, int]], path: Path) -
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.barh(list(speed)[::-1], [row.rate for row in speed.values()][::-1])
-    left.set(xlabel="target tokens a CPU second")
+    left.set(xlabel="target tokens per CPU second")
     for name in next(iter(memory.values())):
         right.plot(list(memory), [kept[name] / 1e6 for kept in memory.values()], marker="o", label=name)
-    right.set(xlabel="columns", ylabel="MB kept by the encoder", ylim=(0, None))
+    right.set(xlabel="columns", ylabel="MB saved by the encoder", ylim=(0, None))
     right.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)

@@ -1,13 +1,13 @@
-"""The ablations of the paper (Tables 5 to 7), small: Fashion-MNIST, three seeds, nets of equal multiply-accumulates.
+"""Small versions of the paper's ablations (Tables 5 to 7) on Fashion-MNIST: three seeds, equal multiply-accumulates.
 
-    apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any folder with the four idx files: --root
-    python examples/experiments/ablations.py                  # all of it: 12 minutes of one CPU core
+    apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any directory with the four idx files: --root
+    python examples/experiments/ablations.py                  # everything: 12 minutes of one CPU core
     python examples/experiments/ablations.py --tables 7 --seeds 1 --epochs 1 --output runs/quick
 
-Table 5 divides one net into 1, 2, 4 or 8 columns. Table 6 holds RevCol against branches that exchange everything
-without a reversible connection, as in HRNet, and against one column with RevNet's. Table 7 is RevCol with and without
-intermediate supervision. Models that stand in two tables are trained once. The same command again goes on where the
-last one was stopped. Everything is in runs/ablations.
+Table 5 divides one network into 1, 2, 4 or 8 columns. Table 6 compares RevCol with fully connected branches without
+reversible connections, as in HRNet, and with one column of RevNet connections. Table 7 is RevCol with and without
+intermediate supervision. Models in two tables are trained once. Running the command again resumes stopped runs. The
+output is in runs/ablations.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from vision.training.figures import INK, style
 
 OUTPUT = Path(os.path.relpath(REPO / "runs" / "ablations"))
 BUDGET = ("data.train_samples=8000", "batch_size=64", "schedule.warmup_epochs=0.3", "log_every=25", *PLAIN)
-"""What is changed in the recipe `fashion`, for all: 125 updates of 64 images an epoch."""
+"""Overrides of the recipe `fashion` for all runs: 125 updates of 64 images per epoch."""
 
-MEMORY = "memory=store"  # all modes have equal gradients, and in so small a net this one is the fastest
+MEMORY = "memory=store"  # all modes have equal gradients, and this one is the fastest for small networks
 
 
 def columns(count: int, dims: Sequence[int], depths: Sequence[int]) -> str:
-    """A RevCol of any shape."""
+    """Return the override for a RevCol of any shape."""
     return f"model={{timm: test_revcol, columns: {count}, dims: {list(dims)}, depths: {list(depths)}}}"
 
 
@@ -82,22 +82,23 @@ TABLES = {
 }
 COLOURS = {"RevCol": "#0072B2", "RevCol, supervised": "#009E73", "multi-branch": "#D55E00", "RevNet": "#CC79A7"}
 EQUAL = {"parameters": 0.06, "macs": 0.02}
-"""By how much the models of a table may differ."""
+"""Maximum relative difference between the models of a table."""
 
 
 def main(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="For all runs, key.path=value: optimizer.lr=2e-3", show_default=False)
+        list[str] | None,
+        typer.Argument(help="Overrides for all runs, key.path=value: optimizer.lr=2e-3", show_default=False),
     ] = None,
-    tables: Annotated[str, typer.Option(help="Which of the tables 5, 6 and 7.")] = "5,6,7",
-    seeds: Annotated[int, typer.Option(min=1, help="How many runs of every model.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 2,
-    root: Annotated[Path, typer.Option(help="Folder with the four idx files, gzipped or not.")] = ROOT,
-    output: Annotated[Path, typer.Option(help="Folder of all runs.")] = OUTPUT,
-    jobs: Annotated[int, typer.Option(min=1, help="How many runs side by side, one thread each.")] = 1,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    tables: Annotated[str, typer.Option(help="Comma-separated tables, of 5, 6 and 7.")] = "5,6,7",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each model.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Number of epochs.")] = 2,
+    root: Annotated[Path, typer.Option(help="Directory with the four idx files, gzipped or not.")] = ROOT,
+    output: Annotated[Path, typer.Option(help="Directory of all runs.")] = OUTPUT,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of concurrent runs, with one thread each.")] = 1,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
-    """Train the small-scale analogue of the paper's ablations, Tables 5 to 7, on Fashion-MNIST, and compare."""
+    """Train small versions of the paper's ablations, Tables 5 to 7, on Fashion-MNIST, and compare them."""
     console = Console(stderr=markdown)
     chosen = choose(tables)
     require_files(root)
@@ -115,11 +116,11 @@ def main(
         console.print(summary(chosen, runs, sizes))
     picture = output / "ablations.png"
     save(figure(chosen, runs), picture)
-    console.print(f"picture {picture}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"figure {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def choose(tables: str) -> dict[str, Ablation]:
-    """The tables by their numbers, `5,7`.
+    """Return the tables with the given numbers, such as `5,7`.
 
     Raises:
         TrainingError: there is no such table.
@@ -128,13 +129,13 @@ def choose(tables: str) -> dict[str, Ablation]:
     unknown = [number for number in numbers if number not in TABLES]
     if unknown or not numbers:
         raise TrainingError(
-            f"--tables {tables!r}: give some of {', '.join(TABLES)}, as in --tables 5,7", code="unknown-choice"
+            f"--tables {tables!r}: choose from {', '.join(TABLES)}, as in --tables 5,7", code="unknown-choice"
         )
     return {number: TABLES[number] for number in TABLES if number in numbers}
 
 
 def rows(ablation: Ablation, runs: Sequence[Run], sizes: Mapping[str, Size]) -> list[tuple[str, ...]]:
-    """Of each model: name, parameters, multiply-accumulates, accuracy, and what one run took."""
+    """Return name, parameters, multiply-accumulates, accuracy and CPU minutes of each model."""
     found = []
     for name in ablation.models:
         of_model = [run for run in runs if run.model == name]
@@ -151,7 +152,7 @@ def rows(ablation: Ablation, runs: Sequence[Run], sizes: Mapping[str, Size]) -> 
 
 
 def accuracies(runs: Sequence[Run]) -> list[float]:
-    """In percent, after the last epoch, of each run."""
+    """Return the accuracy of each run after the last epoch, in percent."""
     return [run.curve()[1][-1] for run in runs]
 
 
@@ -159,21 +160,21 @@ HEADINGS = ("parameters", "MACs", "accuracy, %", "CPU minutes")
 
 
 def summary(chosen: Mapping[str, Ablation], runs: Sequence[Run], sizes: Mapping[str, Size]) -> Table:
-    """All tables, for a terminal."""
+    """Return all tables as one, for a terminal."""
     seeds = len({run.seed for run in runs})
-    table = Table(title=f"Fashion-MNIST, {runs[0].config.epochs} epochs, {seeds} runs of each", title_justify="left")
+    table = Table(title=f"Fashion-MNIST, {runs[0].config.epochs} epochs, {seeds} runs each", title_justify="left")
     for heading in ("table", "model", *HEADINGS):
         table.add_column(heading, justify="left" if heading in ("table", "model") else "right")
     for number, ablation in chosen.items():
         for index, row in enumerate(rows(ablation, runs, sizes)):
             end = index == len(ablation.models) - 1
             table.add_row("" if index else number, *row, end_section=end)
-    table.caption = "mean ± standard deviation over seeds, of all test images after the last epoch; minutes of one run"
+    table.caption = "mean ± standard deviation over seeds, all test images, after the last epoch; minutes per run"
     return table
 
 
 def in_markdown(chosen: Mapping[str, Ablation], runs: Sequence[Run], sizes: Mapping[str, Size]) -> list[str]:
-    """The lines of all tables as one."""
+    """Return all tables as the lines of one Markdown table."""
     lines = [f"| table | model | {' | '.join(HEADINGS)} |", "| --- | --- |" + " --- |" * len(HEADINGS)]
     for number, ablation in chosen.items():
         lines += [f"| {number} | {' | '.join(row)} |" for row in rows(ablation, runs, sizes)]
@@ -181,7 +182,7 @@ def in_markdown(chosen: Mapping[str, Ablation], runs: Sequence[Run], sizes: Mapp
 
 
 def figure(chosen: Mapping[str, Ablation], runs: Sequence[Run]) -> Figure:
-    """A panel a table: what each seed came to (dots), and their mean."""
+    """Plot one panel per table: the accuracy of each seed (dots) and their mean."""
     found = Figure(figsize=(3.2 + 2.9 * len(chosen), 4), layout="constrained", facecolor="white")
     widths = [len(ablation.models) + 0.6 for ablation in chosen.values()]
     panels = found.subplots(1, len(chosen), sharey=True, squeeze=False, width_ratios=widths)[0]

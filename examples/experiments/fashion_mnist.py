@@ -1,12 +1,12 @@
-"""Does RevCol learn? Fashion-MNIST at a small fixed budget, against one column of the same blocks, over three seeds.
+"""Compare RevCol with one column of the same blocks on Fashion-MNIST, with a small fixed budget and three seeds.
 
-    apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any folder with the four idx files: --root
+    apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any directory with the four idx files: --root
     python examples/experiments/fashion_mnist.py                    # 10 to 12 minutes on 2 CPU cores
     python examples/experiments/fashion_mnist.py --seeds 1 epochs=2 --output runs/quick
 
-Trains with `revnets train fashion`, two runs side by side, one thread each: RevCol, RevCol with intermediate
-supervision, and a ConvNeXt of one column and equal size, all with the same settings. The same command again goes on
-where the last one was stopped. Everything is in runs/fashion.
+Trains with `revnets train fashion`, two concurrent runs with one thread each: RevCol, RevCol with intermediate
+supervision, and a ConvNeXt of one column and equal size, all with the same settings. Running the command again resumes
+stopped runs. The output is in runs/fashion.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ from vision.training.figures import INK, style
 OUTPUT = Path(os.path.relpath(REPO / "runs" / "fashion"))
 
 BUDGET = ("epochs=5", "data.train_samples=16000", "batch_size=64", "schedule.warmup_epochs=0.5", "log_every=25", *PLAIN)
-"""What is changed in the recipe `fashion`, for all: 1250 updates of 64 images."""
+"""Overrides of the recipe `fashion` for all runs: 1250 updates of 64 images."""
 
 WIDTHS = "timm: test_revcol, dims: [16, 32, 64, 128]"
 REVCOL = f"model={{{WIDTHS}, columns: 4, depths: [1, 1, 1, 1]}}"
 MODELS = {
     "ConvNeXt": (
         f"model={{{WIDTHS}, columns: 1, depths: [4, 5, 5, 5]}}",
-    ),  # what RevCol spends on fusions is depth here
+    ),  # deeper, to compensate for the fusions of RevCol
     "RevCol": (REVCOL,),
     "RevCol, supervised": (REVCOL, "supervision={}"),  # with the weights of the paper
 }
 COLOURS = dict(zip(MODELS, ("#D55E00", "#0072B2", "#009E73"), strict=True))
 EQUAL = 0.02
-"""By how much parameters and multiply-accumulates of the models may differ."""
+"""Maximum relative difference in parameters and multiply-accumulates of the models."""
 
 
 def main(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="For all runs, key.path=value: epochs=10", show_default=False)
+        list[str] | None, typer.Argument(help="Overrides for all runs, key.path=value: epochs=10", show_default=False)
     ] = None,
-    root: Annotated[Path, typer.Option(help="Folder with the four idx files, gzipped or not.")] = ROOT,
-    output: Annotated[Path, typer.Option(help="Folder of all runs.")] = OUTPUT,
-    seeds: Annotated[int, typer.Option(min=1, help="How many runs of every model.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="How many runs side by side, one thread each.")] = 2,
+    root: Annotated[Path, typer.Option(help="Directory with the four idx files, gzipped or not.")] = ROOT,
+    output: Annotated[Path, typer.Option(help="Directory of all runs.")] = OUTPUT,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each model.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of concurrent runs, with one thread each.")] = 2,
 ) -> None:
     """Train RevCol, with and without supervision, and a ConvNeXt of equal size on Fashion-MNIST, and compare."""
     console = Console()
@@ -84,12 +84,12 @@ def main(
     console.print(summary(runs, sizes))
     picture = output / "fashion.png"
     save(figure(runs), picture)
-    console.print(f"picture {picture}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"figure {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def summary(runs: Sequence[Run], sizes: Mapping[str, Size]) -> Table:
-    """One row a model: its size, and what came out."""
-    title = f"Fashion-MNIST, {runs[0].config.epochs} epochs, {len(runs) // len(sizes)} runs of each"
+    """Return the size and the results of each model as a table."""
+    title = f"Fashion-MNIST, {runs[0].config.epochs} epochs, {len(runs) // len(sizes)} runs each"
     table = Table(title=title, title_justify="left")
     for heading in ("", "parameters", "with heads", "MACs", "test accuracy", "CPU minutes"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -103,12 +103,12 @@ def summary(runs: Sequence[Run], sizes: Mapping[str, Size]) -> Table:
             f"[bold]{spread([run.curve()[1][-1] for run in of_model], 2)} %[/bold]",
             spread([run.state()["cpu_seconds"] / 60 for run in of_model], 1),
         )
-    table.caption = "mean ± standard deviation over seeds, after the last epoch; minutes of one run"
+    table.caption = "mean ± standard deviation over seeds, after the last epoch; minutes per run"
     return table
 
 
 def figure(runs: Sequence[Run]) -> Figure:
-    """Accuracy by epoch, of every seed (thin) and their mean; and what each seed came to."""
+    """Plot accuracy by epoch of every seed (thin) and their mean, and the final accuracy of each seed."""
     found = Figure(figsize=(11, 4), layout="constrained", facecolor="white")
     curves, ends = found.subplots(1, 2, width_ratios=(1.6, 1))
     style(curves, "epoch", "test accuracy, %")

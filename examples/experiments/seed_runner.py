@@ -1,6 +1,6 @@
-"""What the proofs on Fashion-MNIST share: models trained by `revnets train`, several seeds of each, and compared.
+"""Train several models with several seeds by `revnets train` and compare them; for the Fashion-MNIST experiments.
 
-Each run is a process of its own. A run that has been stopped goes on, one that is finished is not trained again.
+Each run is a separate process. Stopped runs are resumed, and finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ ROOT = Path("/usr/share/datasets/fashion-mnist")
 RECIPE = CONFIGS / "fashion.yaml"
 TRAIN = (sys.executable, "-c", "from revnets.cli.main import main; main()", "train", str(RECIPE))
 
-# Changes of the recipe: what slows learning down for the sake of a long training is off; images are only mirrored.
+# Overrides of the recipe: regularization for long trainings is off, and images are only mirrored.
 PLAIN = ("data.shift=0", "data.rotate=0", "data.scale=0", "label_smoothing=0", "ema=null")
 
 Models = Mapping[str, tuple[str, ...]]
-"""Overrides of the recipe, by the name of a model."""
+"""Overrides of the recipe, by model name."""
 
 
 class Size(NamedTuple):
-    """Of a model, without allocating it."""
+    """Size of a model, counted without allocating it."""
 
     parameters: int
-    with_heads: int  # parameters while it trains; those that supervision adds are dropped afterwards
-    macs: int  # multiply-accumulates of an image
+    with_heads: int  # parameters in training, including those that supervision adds
+    macs: int  # multiply-accumulates per image
 
 
 @dataclass
 class Run:
-    """A model trained from one seed, by a process of its own. What it says goes into train.log in its folder."""
+    """A model trained from one seed in a separate process, with its output in train.log of its directory."""
 
     model: str
     seed: int
@@ -77,12 +77,12 @@ class Run:
         return f"{self.model}, seed {self.seed}"
 
     def state(self) -> dict[str, Any]:
-        """`finished`, and `cpu_seconds` of all processes that have worked on it until they ended."""
+        """Return `finished`, and the `cpu_seconds` of all processes of this run."""
         file = self.folder / "state.json"
         return json.loads(file.read_text()) if file.exists() else {"finished": False, "cpu_seconds": 0.0}
 
     def start(self, lock: int) -> None:
-        """Begin, or go on from the last checkpoint; `lock` stays locked as long as this works."""
+        """Start, or resume from the last checkpoint. The process inherits `lock` and holds it until it ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
         with open(self.folder / "train.log", "ab") as log:
@@ -92,14 +92,14 @@ class Run:
                 stderr=log,
                 env=environment,
                 pass_fds=[lock],
-                start_new_session=True,  # Ctrl-C goes to this script alone, which tells each process once
+                start_new_session=True,  # Ctrl-C reaches only this script, which signals each process once
             )
 
     def ended(self, wait: bool = False) -> bool:
-        """Whether its process has ended; then what it took is written down.
+        """Return True if the process has ended, and record its CPU time.
 
         Raises:
-            TrainingError: it failed.
+            TrainingError: the process failed.
         """
         assert self.process is not None
         pid, status, usage = os.wait4(self.process.pid, 0 if wait else os.WNOHANG)
@@ -112,49 +112,53 @@ class Run:
         if code and not wait:
             log = self.folder / "train.log"
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            problem = f"{self} ended with code {code}: {''.join(last)}. Its whole output is in {log}"
+            problem = f"{self} ended with code {code}: {''.join(last)}. The full output is in {log}"
             raise TrainingError(problem, code="process-failed")
         return True
 
     def updates(self) -> int:
-        """How many are done, as far as the log knows."""
+        """Return the number of updates in the log."""
         return max((line["step"] for line in read_log(self.folder / LOG)), default=0)
 
     def curve(self) -> tuple[list[int], list[float]]:
-        """Epochs, and the accuracy after each in percent."""
+        """Return the epochs, and the accuracy after each in percent."""
         lines = [line for line in read_log(self.folder / LOG) if line["kind"] == "eval"]
         return [line["epoch"] for line in lines], [line.get("ema_top1", line["raw_top1"]) for line in lines]
 
 
 def require_files(root: Path) -> None:
-    """Raises DataError with what to do if the data are not there."""
+    """Check that the data set exists.
+
+    Raises:
+        DataError: a file is missing; the message describes how to get it.
+    """
     for name in (name for names in IDX.values() for name in names):
         if not any((root / file).is_file() for file in (name, f"{name}.gz")):
             raise DataError(
                 f"{root} has no {name}.gz. Install Debian's package dataset-fashion-mnist (apt-get install "
-                "dataset-fashion-mnist), or put the four idx files into a folder and give it with --root"
+                "dataset-fashion-mnist), or put the four idx files into a directory and pass it as --root"
             )
 
 
 def planned(models: Models, model: str, seed: int, overrides: Sequence[str], output: Path) -> Run:
-    """A run with its configuration.
+    """Create a run with its configuration.
 
     Raises:
-        TrainingError: its folder has a run with another configuration.
-        revnets.SpecError: there is no such configuration.
+        TrainingError: its directory contains a run with other settings.
+        revnets.SpecError: the configuration is invalid.
     """
     folder = output / re.sub(r"\W+", "-", f"{model} {seed}".lower())
     words = (*models[model], *overrides, f"seed={seed}", f"output={folder}")
     run = Run(model, seed, load_config(RECIPE, words), words)
     before = folder / "config.yaml"
     if before.exists() and load_config(before).plain() != run.config.plain():
-        text = f"{folder} holds a run with other settings. Give the same ones again, or another --output"
+        text = f"{folder} contains a run with other settings. Use the same settings, or another --output"
         raise TrainingError(text, code="settings-differ")
     return run
 
 
 def size_of(config: TrainConfig, data: ImageData) -> Size:
-    """Parameters and multiply-accumulates of the model that a run trains."""
+    """Count parameters and multiply-accumulates of the model of a run."""
     with torch.device("meta"):
         model = build_model(config, data)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -165,20 +169,24 @@ def size_of(config: TrainConfig, data: ImageData) -> Size:
 
 
 def require_equal(sizes: Mapping[str, Size], parameters: float, macs: float) -> None:
-    """Raises TrainingError unless parameters and multiply-accumulates of all are the same within these shares."""
+    """Check that all models have equal parameters and multiply-accumulates within these relative differences.
+
+    Raises:
+        TrainingError: they differ by more.
+    """
     for kind, share in (("parameters", parameters), ("macs", macs)):
         values = [getattr(size, kind) for size in sizes.values()]
         if max(values) > (1 + share) * min(values):
-            text = f"the models are to have equal {kind} within {share:.0%}, and have {values}"
+            text = f"{kind} of the models must be equal within {share:.0%}, but are {values}"
             raise TrainingError(text, code="conflicting-values")
 
 
 def compare(runs: Sequence[Run], data: ImageData, jobs: int, output: Path, console: Console) -> None:
-    """Say what is to be done, and do what of it is not done yet."""
+    """Print the plan, and train the runs that are not finished."""
     first = runs[0].config
     updates = first.total_updates(TrainBatches(first, data).updates)
     console.print(
-        f"{len(data.train):,} images to learn from and {len(data.val):,} to test; {updates:,} updates of "
+        f"{len(data.train):,} training and {len(data.val):,} test images; {updates:,} updates of "
         f"{first.batch_size} images; {len(runs)} runs, {jobs} at a time",
         soft_wrap=True,
     )
@@ -188,23 +196,23 @@ def compare(runs: Sequence[Run], data: ImageData, jobs: int, output: Path, conso
 
 @contextmanager
 def locked(output: Path) -> Iterator[int]:
-    """Holds a lock on the folder, which processes inherit.
+    """Hold a lock on the directory, which child processes inherit.
 
     Raises:
-        TrainingError: another call, or a process that one left behind, is at work there.
+        TrainingError: another call, or a process of one, is still running there.
     """
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            text = f"runs in {output} are still going on. Wait for them, or give another --output"
+            text = f"runs in {output} are still active. Wait for them, or use another --output"
             raise TrainingError(text, code="output-in-use") from None
         yield file.fileno()
 
 
 def train(runs: Sequence[Run], updates: int, jobs: int, lock: int, console: Console) -> None:
-    """Bring all runs to their end, some side by side. Whatever ends this, they save their state first."""
+    """Train all runs, `jobs` at a time. If interrupted, they save their state first."""
     waiting, working = [run for run in runs if not run.state()["finished"]], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
@@ -224,7 +232,7 @@ def train(runs: Sequence[Run], updates: int, jobs: int, lock: int, console: Cons
     finally:
         working = [run for run in working if run.process and run.process.returncode is None]
         if working:
-            console.print("Stopping; the same command goes on from here.")
+            console.print("Stopping. Run the same command again to resume.")
         for run in working:
             os.kill(run.process.pid, signal.SIGTERM)
         for run in working:
@@ -232,13 +240,13 @@ def train(runs: Sequence[Run], updates: int, jobs: int, lock: int, console: Cons
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation of a sample; a single value as it is."""
+    """Format mean ± standard deviation of a sample, or a single value."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def run_as_script(main: Callable[..., None]) -> None:
-    """The command line of a proof: an error is one line, and whatever ends it lets all runs save their state."""
+    """Run the command line of an experiment: errors are one line, and signals let all runs save their state."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,11 +1,11 @@
-"""Translate the Bible: a RevCol-Transformer and a vanilla transformer of equal size, from raw text to BLEU.
+"""Train a RevCol-Transformer and a vanilla transformer of equal size on the Bible, from raw text to BLEU.
 
     python examples/experiments/translate.py                  # about 10 minutes on 2 idle CPU cores
-    python examples/experiments/translate.py --updates 100    # a quick look at the way, with useless translations
+    python examples/experiments/translate.py --updates 100    # a quick test, with useless translations
 
-Prepares the bundled corpus (English-German, 11,721 verses), trains both models side by side with fairseq, one thread
-each, translates the test set, and shows BLEU, some translations, and both curves. Everything goes into runs/translate,
-which every call begins afresh.
+Prepares the bundled corpus (English-German, 11,721 verses), trains both models concurrently with fairseq, with one
+thread each, translates the test set, and prints BLEU and some translations and draws both curves. The output is in
+runs/translate, which every call replaces.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ DATA = {"languages": "en-de", "valid": 300, "test": 400, "merges": 2000, "clean"
 
 SIZE = "--decoder-embed-dim 64 --decoder-ffn-embed-dim 128 --decoder-attention-heads 2 --decoder-layers 2"
 MODELS = {
-    # 4 columns of 2 levels, a block each, and 3 projections from one column to the next.
+    # 4 columns of 2 levels with one block each, and 3 projections from one column to the next.
     "RevCol-Transformer": "--arch revcol_transformer_tiny",
-    # As many layers; a wider FFN in place of the projections and gains.
+    # The same number of layers; a wider FFN compensates for projections and gains.
     "vanilla transformer": f"--arch transformer {SIZE} --encoder-layers 8 --encoder-embed-dim 64 "
     "--encoder-ffn-embed-dim 141 --encoder-attention-heads 2",
 }
@@ -63,27 +63,25 @@ TRAINING = """
     --num-workers 0 --log-format json --log-interval 10 --no-epoch-checkpoints --validate-interval 1000000
 """
 SEARCH = "--beam 4 --lenpen 0.6 --max-len-a 2 --max-len-b 10 --remove-bpe --max-tokens 2048 --num-workers 0 "
-SEARCH += (
-    "--required-batch-size-multiple 1"  # or up to 7 test sentences are left out (docs/guides/translation-model.md)
-)
+SEARCH += "--required-batch-size-multiple 1"  # keeps the last test sentences (docs/guides/translation-model.md)
 AVERAGED = 3
-"""The last of the states that were validated are averaged in the end."""
+"""Number of last checkpoints that are averaged."""
 
 
 @dataclass
 class Run:
-    """A command of fairseq at work for one of the models; its output goes into a file."""
+    """A running fairseq command for one of the models, with its output in a file."""
 
     name: str
     text: Path
     process: subprocess.Popen[bytes]
-    seconds: float | None = None  # of a processor, when it is done
+    seconds: float | None = None  # CPU seconds, when it has finished
 
     def poll(self) -> bool:
-        """Whether it is done.
+        """Return True if the command has finished.
 
         Raises:
-            TranslationError: it failed.
+            TranslationError: the command failed.
         """
         if self.seconds is None:
             pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
@@ -91,36 +89,38 @@ class Run:
                 self.process.returncode = os.waitstatus_to_exitcode(status)
                 self.seconds = usage.ru_utime + usage.ru_stime
                 if self.process.returncode:
-                    last = self.said().strip().splitlines()[-1:]
-                    raise TranslationError(f"{self.name} failed: {''.join(last)}. All that it said is in {self.text}")
+                    last = self.output().strip().splitlines()[-1:]
+                    raise TranslationError(f"{self.name} failed: {''.join(last)}. The full output is in {self.text}")
         return self.seconds is not None
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.text.read_text(encoding="utf-8", errors="replace")
 
     def curve(self, kind: str, key: str) -> tuple[list[int], list[float]]:
-        """Updates, and what fairseq logged there as `train_inner` or `valid`."""
-        lines = [json.loads(found[1]) for found in re.finditer(rf"\| {kind} \| (\{{.*\}})", self.said())]
+        """Return updates, and the values of `key` that fairseq logged as `train_inner` or `valid`."""
+        lines = [json.loads(found[1]) for found in re.finditer(rf"\| {kind} \| (\{{.*\}})", self.output())]
         prefix = "valid_" if kind == "valid" else ""
         return [int(line[prefix + "num_updates"]) for line in lines], [float(line[prefix + key]) for line in lines]
 
 
 def main(
-    updates: Annotated[int, typer.Option(min=1, help="Of both models, 2048 tokens at most each.")] = 2000,
-    points: Annotated[int, typer.Option(min=1, help="How often the models are validated on the way.")] = 10,
-    output: Annotated[Path, typer.Option(help="Folder, begun afresh.")] = OUTPUT,
-    seed: Annotated[int, typer.Option(help="Of weights, order and dropout.")] = 1,
-    revcol: Annotated[str, typer.Option(help="More options for the RevCol-Transformer, e.g. '--revcol-gain 1'.")] = "",
+    updates: Annotated[int, typer.Option(min=1, help="Updates of both models, with at most 2048 tokens each.")] = 2000,
+    points: Annotated[int, typer.Option(min=1, help="Number of validations during training.")] = 10,
+    output: Annotated[Path, typer.Option(help="Output directory, which is replaced.")] = OUTPUT,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and dropout.")] = 1,
+    revcol: Annotated[
+        str, typer.Option(help="Additional options for the RevCol-Transformer, e.g. '--revcol-gain 1'.")
+    ] = "",
 ) -> None:
-    """Train a RevCol-Transformer and a vanilla transformer of equal size on the Bible, side by side, and compare.
+    """Train a RevCol-Transformer and a vanilla transformer of equal size on the Bible, and compare them.
 
-    About 10 minutes on 2 idle cores, in proportion to --updates.
+    Takes about 10 minutes on 2 idle cores, in proportion to --updates.
     """
     console = Console()
     clear(output)
     recipe, base = read_recipe([str(CORPUS)], DATA)
     facts = prepare(recipe, output / "data", base, workers=2, console=console)
-    console.print(f"{facts['train']:,} pairs to learn from, {facts['test']} for the test, {facts['types']:,} sub-words")
+    console.print(f"{facts['train']:,} training pairs, {facts['test']} test pairs, {facts['types']:,} subwords")
 
     points = min(points, updates)
     every = str(updates // points)
@@ -149,15 +149,15 @@ def main(
     console.print(examples(found, list(lines_of(output / "data" / "test.raw.en")), reference))
     picture = output / "translate.png"
     save(figure(trained, bleu), picture)
-    lines = f"picture {picture}", f"text    {output}/*/translate.log"
+    lines = f"figure {picture}", f"text   {output}/*/translate.log"
     console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def clear(output: Path) -> None:
-    """Delete what an earlier call has made.
+    """Delete the output of an earlier call.
 
     Raises:
-        TranslationError: the folder was not made by this script, or contains other files.
+        TranslationError: the directory was not made by this script, or contains other files.
     """
     if not output.exists():
         return
@@ -165,7 +165,7 @@ def clear(output: Path) -> None:
     is_begun = any((output / name).exists() for name in ("data/prepared.json", "data.work"))
     if not is_begun or not {path.name for path in output.iterdir()} <= own:
         raise TranslationError(
-            f"{output} exists and was not made by this script, or contains other files. Give another --output"
+            f"{output} exists and was not made by this script, or contains other files. Use another --output"
         )
     shutil.rmtree(output)
 
@@ -177,8 +177,10 @@ def folder(output: Path, name: str) -> Path:
 def side_by_side(
     console: Console, what: str, commands: dict[str, list[str]], output: Path, updates: int | None = None
 ) -> list[Run]:
-    """Run a command of fairseq for each model at the same time, one thread each; if one fails or Ctrl-C comes, none
-    stays."""
+    """Run a fairseq command for each model at the same time, with one thread each.
+
+    If one fails, or on Ctrl-C, all are killed.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
     runs = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -210,13 +212,13 @@ def side_by_side(
 
 
 def summary(trained: Sequence[Run], bleu: dict[str, list[Score]]) -> Table:
-    """One column a model."""
+    """Return the results with one column per model."""
     table = Table(title="English to German, test set", title_justify="left")
     table.add_column("")
     for run in trained:
         table.add_column(run.name, justify="right")
     rows: dict[str, list[str]] = {
-        "parameters": [re.search(r"num\. shared model params: ([\d,]+)", run.said())[1] for run in trained],  # type: ignore[index]
+        "parameters": [re.search(r"num\. shared model params: ([\d,]+)", run.output())[1] for run in trained],  # type: ignore[index]
         "validation loss, last": [f"{run.curve('valid', 'nll_loss')[1][-1]:.2f}" for run in trained],
         "CPU seconds": [f"{run.seconds:.0f}" for run in trained],
     }
@@ -229,7 +231,7 @@ def summary(trained: Sequence[Run], bleu: dict[str, list[Score]]) -> Table:
 
 
 def examples(found: dict[str, Output], sources: Sequence[str], reference: Sequence[str], count: int = 4) -> Table:
-    """Verses of middling length, evenly spread over the test set."""
+    """Return translations of verses of medium length, evenly spread over the test set."""
     table = Table(show_header=False, title="Translations", title_justify="left")
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -245,10 +247,10 @@ def examples(found: dict[str, Output], sources: Sequence[str], reference: Sequen
 
 
 def figure(trained: Sequence[Run], bleu: dict[str, list[Score]]) -> Figure:
-    """Losses and BLEU against updates."""
+    """Plot losses and BLEU against updates."""
     found = Figure(figsize=(11, 4), layout="constrained", facecolor="white")
     losses, quality = found.subplots(1, 2)
-    draw(losses, "Loss (thin: training, with dropout)", "bits a sub-word")
+    draw(losses, "Loss (thin: training, with dropout)", "bits per subword")
     draw(quality, "sacreBLEU of greedy translations of the validation set", "%")
     for run in trained:
         colour = COLOURS[run.name]
@@ -256,7 +258,7 @@ def figure(trained: Sequence[Run], bleu: dict[str, list[Score]]) -> Figure:
         losses.plot(*run.curve("valid", "nll_loss"), "o-", color=colour, lw=2, markersize=4, label=run.name)
         label = f"{run.name}: test {bleu[run.name][-1].value:.1f}"
         quality.plot(*run.curve("valid", "bleu"), "o-", color=colour, lw=2, markersize=4, label=label)
-    if losses.get_ylim()[0] < 8:  # what is steep in the beginning would flatten the rest
+    if losses.get_ylim()[0] < 8:  # the steep start would flatten the rest
         losses.set_ylim(top=min(losses.get_ylim()[1], 10))
     quality.set_ylim(bottom=0)
     for axes in (losses, quality):
@@ -265,7 +267,7 @@ def figure(trained: Sequence[Run], bleu: dict[str, list[Score]]) -> Figure:
 
 
 def draw(axes: Axes, title: str, unit: str) -> None:
-    """Quiet axes."""
+    """Style axes with a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
@@ -278,7 +280,7 @@ def draw(axes: Axes, title: str, unit: str) -> None:
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: no child is left alone
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so child processes are killed
     try:
         app()
     except (TranslationError, OSError) as error:

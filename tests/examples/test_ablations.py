@@ -1,4 +1,4 @@
-"""`examples/experiments/ablations.py` on made-up images in idx format."""
+"""`examples/experiments/ablations.py` on generated images in idx format."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def ablations(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def proof(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script(monkeypatch, "seed_runner")
 
 
 @pytest.mark.slow
-def test_two_tables_share_a_model_and_nothing_is_trained_again(tmp_path: Path) -> None:
+def test_tables_share_models_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     root = make_files(tmp_path)
     words = ("--root", root, "--output", tmp_path / "run", "--tables", "7,6", "--seeds", 1, "--epochs", 2, *QUICK)
     text = said(started("ablations", *words))
@@ -47,24 +47,24 @@ def test_two_tables_share_a_model_and_nothing_is_trained_again(tmp_path: Path) -
     assert [row[0] for row in cells] == ["6", "6", "6", "7", "7"]
     assert cells[2][2:] == cells[3][2:]
     error = said(started("ablations", "--tables", "8", "--output", tmp_path / "other"), 1)
-    assert error == "error: --tables '8': give some of 5, 6, 7, as in --tables 5,7\n"
+    assert error == "error: --tables '8': choose from 5, 6, 7, as in --tables 5,7\n"
     assert not (tmp_path / "other").exists()
     for row in cells:
-        assert float(row[4]) > 30  # a guess is right in 10 %
+        assert float(row[4]) > 30  # chance level is 10 %
     assert rows(text)["7"][3] == cells[3][4]
 
 
-def test_models_of_a_table_are_of_equal_size(ablations: ModuleType, proof: ModuleType, tmp_path: Path) -> None:
-    runs = {name: proof.planned(ablations.MODELS, name, 0, ablations.BUDGET, tmp_path) for name in ablations.MODELS}
-    sizes = {name: proof.size_of(run.config, DATA) for name, run in runs.items()}
+def test_models_of_each_table_have_equal_size(ablations: ModuleType, runner: ModuleType, tmp_path: Path) -> None:
+    runs = {name: runner.planned(ablations.MODELS, name, 0, ablations.BUDGET, tmp_path) for name in ablations.MODELS}
+    sizes = {name: runner.size_of(run.config, DATA) for name, run in runs.items()}
     for ablation in ablations.TABLES.values():
         of_table = {name: sizes[name] for name in ablation.models}
-        proof.require_equal(of_table, **ablations.EQUAL)
+        runner.require_equal(of_table, **ablations.EQUAL)
         macs = [size.macs for size in of_table.values()]
         assert max(macs) <= 1.02 * min(macs)
         unequal = {**of_table, "RevCol": sizes["RevCol"]._replace(macs=2 * sizes["RevCol"].macs)}
         with raises_error(TrainingError, code="conflicting-values", names=["macs", "2%"]):
-            proof.require_equal(unequal, **ablations.EQUAL)
+            runner.require_equal(unequal, **ablations.EQUAL)
     assert {name for ablation in ablations.TABLES.values() for name in ablation.models} == set(ablations.MODELS)
     supervised = {name for name, run in runs.items() if run.config.supervision == SupervisionConfig()}
     assert supervised == {"RevCol, supervised"}
@@ -76,7 +76,7 @@ def test_models_of_a_table_are_of_equal_size(ablations: ModuleType, proof: Modul
 
 
 @pytest.mark.parametrize("tables", ["4", "5,8", "", "five"])
-def test_tables_that_do_not_exist(ablations: ModuleType, tables: str) -> None:
+def test_unknown_tables_are_rejected(ablations: ModuleType, tables: str) -> None:
     with raises_error(TrainingError, code="unknown-choice", names=[f"--tables '{tables}'", "5, 6, 7"]):
         ablations.choose(tables)
     assert list(ablations.choose("7, 5")) == ["5", "7"]

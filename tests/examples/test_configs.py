@@ -1,4 +1,4 @@
-"""Every example is built as it is, and trained for a step at a size that a test can pay for."""
+"""Every example is built at full size, and trained for one step at a small size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def net(request: pytest.FixtureRequest) -> revnets.Net:
 
 
 def loss_of(net: revnets.Net, x: Tensor) -> Tensor:
-    """Cross entropy of the logits, and something of every tap."""
+    """Compute the cross entropy of the logits plus a term for every intermediate output."""
     torch.manual_seed(1)  # equal dropout in every call
     out = net(x)
     logits, taps = out if net.spec.taps else (out, [])
@@ -38,7 +38,7 @@ def loss_of(net: revnets.Net, x: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, labels) + sum(tap.square().mean() for tap in taps)
 
 
-def test_a_training_step(net: revnets.Net) -> None:
+def test_training_step(net: revnets.Net) -> None:
     first, *sides = net.stem.example_shape
     x = torch.randn(8, first, *(32 for _ in sides))
     parameters = list(net.parameters())
@@ -56,8 +56,7 @@ def test_a_training_step(net: revnets.Net) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_as_it_is(name: str) -> None:
-    """It opens with a comment that says what it shows, and is built at its full size, without memory."""
+def test_file_starts_with_comment_and_builds_at_full_size(name: str) -> None:
     file = FOLDER / f"{name}.yaml"
     assert file.read_text().startswith("# ")
     with torch.device("meta"), torch.no_grad():
@@ -69,7 +68,7 @@ def test_the_file_as_it_is(name: str) -> None:
     assert len(taps) == len(net.spec.taps)
 
 
-def test_examples_show_what_they_promise() -> None:
+def test_examples_match_their_descriptions() -> None:
     specs = {name: revnets.load_spec(FOLDER / f"{name}.yaml") for name in NAMES}
     assert {level.block for level in specs["mixed"].levels} == {"convnext", "vit"}
     assert len(specs["revnet"].levels) == 2
@@ -80,7 +79,7 @@ def test_examples_show_what_they_promise() -> None:
     assert len({level.dim for level in specs["vit"].levels}) == 1
 
 
-def test_revnet_keeps_nothing_for_more_columns() -> None:
+def test_revnet_memory_does_not_grow_with_columns() -> None:
     x = torch.randn(2, 3, 16, 16)
     kept = [kept_bytes(revnets.build(FOLDER / "revnet.yaml", [f"columns={columns}"]), x) for columns in (4, 8)]
     assert kept[0] == kept[1]
@@ -91,11 +90,11 @@ def test_revvit_script(capsys: pytest.CaptureFixture[str]) -> None:
     module["main"](depth=3, dim=24, heads=3)
     out = capsys.readouterr().out
     assert "equal bit for bit" in out
-    plain, reversible = (float(line.split(" keeps ")[1].split()[0]) for line in out.splitlines()[1:])
+    plain, reversible = (float(line.split(" saves ")[1].split()[0]) for line in out.splitlines()[1:])
     assert 0 < reversible < plain / 5
 
 
-def test_revvit_script_notices_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revvit_script_detects_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     module = runpy.run_path(str(ROOT / "examples/quickstart/revvit.py"))
     add = module["Plain"].forward
 

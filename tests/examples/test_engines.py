@@ -1,4 +1,4 @@
-"""Engines that train reversible models: `exact` has the weights of `store` in each, and all have one loss curve."""
+"""All engines reach the weights of `store` in `exact`, and have the same loss curve."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def script(name: str) -> ModuleType:
 
 
 def result(engine: str) -> dict[str, Any]:
-    """What an engine's script finds in this process. It raises an error if the weights of two modes differ."""
+    """Run the script of an engine in this process. It raises an error if the weights of two modes differ."""
     module, workload = script(f"with_{engine}"), script("workload")
     names = [name for name in module.WORKLOADS if name in workload.installed()]
     return workload.run(engine, "", module.train, names, STEPS)
@@ -49,10 +49,10 @@ def reference() -> dict[str, Any]:
 
 def test_losses_fall(reference):
     for name, found in reference["workloads"].items():
-        assert name == "gpt2-lora" or found["losses"][-1] < found["losses"][0]  # adapters begin at 0
+        assert name == "gpt2-lora" or found["losses"][-1] < found["losses"][0]  # adapters start at 0
 
 
-def test_exact_keeps_a_tenth(reference):
+def test_exact_saves_less_than_a_tenth(reference):
     for found in reference["workloads"].values():
         assert 0 < found["kept"]["exact"] < found["kept"]["store"] / 10
 
@@ -66,7 +66,7 @@ def test_trainer_has_the_same_losses(reference):
 
 
 def in_each_process(rank: int, engines: Sequence[str], folder: Path) -> None:
-    """As torchrun starts a script, which the engines find out by its variables."""
+    """Set the environment variables of torchrun and run the scripts."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none",
@@ -77,7 +77,7 @@ def in_each_process(rank: int, engines: Sequence[str], folder: Path) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_two_processes_have_the_losses_of_one(reference, tmp_path):
+def test_two_processes_have_losses_of_one(reference, tmp_path):
     packages = {"accelerate": "accelerate", "fabric": "lightning_fabric", "pipeline": "torch"}
     engines = [engine for engine, package in packages.items() if find_spec(package) is not None]
     in_two_processes(partial(in_each_process, engines=engines, folder=tmp_path), tmp_path)
@@ -89,7 +89,7 @@ def test_two_processes_have_the_losses_of_one(reference, tmp_path):
     script("compare").assert_equal_curves([reference, *results])
 
 
-def test_weights_that_differ_in_one_bit_are_found():
+def test_one_differing_bit_in_weights_is_detected():
     module, workload = script("with_torch"), script("workload")
 
     def train(model: Any, samples: Any, memory: str) -> list[float]:
@@ -103,7 +103,7 @@ def test_weights_that_differ_in_one_bit_are_found():
         workload.compared(train, "columns", 1)
 
 
-def test_losses_that_differ_in_one_bit_are_found(reference):
+def test_one_differing_bit_in_losses_is_detected(reference):
     other = copy.deepcopy(reference)
     losses = other["workloads"]["columns"]["losses"]
     losses[-1] = torch.nextafter(torch.tensor(losses[-1]), torch.tensor(9.0)).item()
@@ -111,7 +111,7 @@ def test_losses_that_differ_in_one_bit_are_found(reference):
         script("compare").assert_equal_curves([reference, other])
 
 
-def test_the_comparison_starts_a_script_and_prints_its_row():
+def test_compare_runs_script_and_prints_row():
     app = typer.Typer()
     app.command()(script("compare").main)
     options = ["--engines", "torch", "--workloads", "columns", "--steps", "1"]
@@ -122,7 +122,7 @@ def test_the_comparison_starts_a_script_and_prints_its_row():
 
 
 @pytest.mark.parametrize("option", ["--engines", "--workloads"])
-def test_unknown_names_are_refused_before_the_work(option):
+def test_unknown_names_are_rejected(option):
     app = typer.Typer()
     app.command()(script("compare").main)
     done = CliRunner().invoke(app, [option, "torch7"], env={"COLUMNS": "200"})

@@ -32,7 +32,7 @@ def fashion(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def proof(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script(monkeypatch, "seed_runner")
 
 
@@ -42,23 +42,23 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, files: Path, tmp_path: Path) -> None:
+def test_stopped_experiment_resumes(fashion: ModuleType, runner: ModuleType, files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     words = ("--root", files, "--output", output, *ARGUMENTS)
     process = started("fashion_mnist", *words)
     while not list(output.glob("*/checkpoints/step-*.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    with raises_error(TrainingError, code="output-in-use", names=str(output)), proof.locked(output):
+    with raises_error(TrainingError, code="output-in-use", names=str(output)), runner.locked(output):
         pass
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in said(process, 128 + signal.SIGTERM)
+    assert "the same command again to resume" in said(process, 128 + signal.SIGTERM)
 
     text = said(started("fashion_mnist", *words))
     found = rows(text)
     assert list(found) == list(FOLDERS)
     for name, (_, _, _, accuracy, minutes) in found.items():
-        assert float(accuracy.removesuffix(" %")) > 60  # a guess is right in 10 %
+        assert float(accuracy.removesuffix(" %")) > 60  # chance level is 10 %
         state = json.loads((output / FOLDERS[name] / "state.json").read_text())
         assert state["cpu_seconds"] > 0
         assert minutes == f"{state['cpu_seconds'] / 60:.1f}"
@@ -69,15 +69,15 @@ def test_fashion_is_stopped_and_goes_on(fashion: ModuleType, proof: ModuleType, 
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
     picture.unlink()
-    assert rows(said(started("fashion_mnist", *words))) == found  # what is finished is shown again, and not run again
+    assert rows(said(started("fashion_mnist", *words))) == found  # finished runs are shown, not repeated
     assert {path: path.read_text() for path in output.glob("*/train.log")} == logs
     assert picture.exists()
     with raises_error(TrainingError, code="settings-differ", names="convnext-0"):
-        proof.planned(fashion.MODELS, "ConvNeXt", 0, ["epochs=6"], output)
+        runner.planned(fashion.MODELS, "ConvNeXt", 0, ["epochs=6"], output)
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_told_in_a_line(files: Path, tmp_path: Path) -> None:
+def test_failed_run_is_a_one_line_error(files: Path, tmp_path: Path) -> None:
     words = ("--root", files, "--output", tmp_path, *ARGUMENTS, "optimizer.lr=1e30")
     text = said(started("fashion_mnist", *words, forks=False), 1)
     assert re.fullmatch(
@@ -85,24 +85,22 @@ def test_a_run_that_fails_is_told_in_a_line(files: Path, tmp_path: Path) -> None
     )
 
 
-def test_without_data(tmp_path: Path) -> None:
+def test_missing_data_is_an_error(tmp_path: Path) -> None:
     words = command("fashion_mnist", "--root", tmp_path, "--output", tmp_path / "run")
     done = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == (
         f"error: {tmp_path} has no train-images-idx3-ubyte.gz. Install Debian's package dataset-fashion-mnist (apt-get "
-        "install dataset-fashion-mnist), or put the four idx files into a folder and give it with --root\n"
+        "install dataset-fashion-mnist), or put the four idx files into a directory and pass it as --root\n"
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_models_are_of_equal_size_and_of_the_same_blocks(
-    fashion: ModuleType, proof: ModuleType, tmp_path: Path
-) -> None:
+def test_models_have_equal_size_and_the_same_blocks(fashion: ModuleType, runner: ModuleType, tmp_path: Path) -> None:
     data = ImageData(None, None, tuple("0123456789"), (1, 32, 32), (0.3,), (0.3,))
-    runs = [proof.planned(fashion.MODELS, name, 0, fashion.BUDGET, tmp_path) for name in fashion.MODELS]
-    sizes = {run.model: proof.size_of(run.config, data) for run in runs}
-    proof.require_equal(sizes, parameters=fashion.EQUAL, macs=fashion.EQUAL)
+    runs = [runner.planned(fashion.MODELS, name, 0, fashion.BUDGET, tmp_path) for name in fashion.MODELS]
+    sizes = {run.model: runner.size_of(run.config, data) for run in runs}
+    runner.require_equal(sizes, parameters=fashion.EQUAL, macs=fashion.EQUAL)
     for kind in ("parameters", "macs"):
         values = [getattr(size, kind) for size in sizes.values()]
         assert max(values) <= 1.02 * min(values)
@@ -125,9 +123,9 @@ def test_models_are_of_equal_size_and_of_the_same_blocks(
 
     sizes["RevCol"] = sizes["RevCol"]._replace(macs=int(1.03 * sizes["RevCol"].macs))
     with raises_error(TrainingError, code="conflicting-values", names=["macs", "2%"]):
-        proof.require_equal(sizes, parameters=fashion.EQUAL, macs=fashion.EQUAL)
+        runner.require_equal(sizes, parameters=fashion.EQUAL, macs=fashion.EQUAL)
 
 
-def test_mean_and_standard_deviation(proof: ModuleType) -> None:
-    assert proof.spread([87.0, 90.0, 93.0], 2) == "90.00 ± 3.00"
-    assert proof.spread([87.0], 1) == "87.0"
+def test_mean_and_standard_deviation(runner: ModuleType) -> None:
+    assert runner.spread([87.0, 90.0, 93.0], 2) == "90.00 ± 3.00"
+    assert runner.spread([87.0], 1) == "87.0"

@@ -1,4 +1,4 @@
-"""The benchmark of fine-tuning: every way takes the gradient that it claims, and none has a lower peak than `exact`."""
+"""The benchmark of fine-tuning: gradients of all methods, and no lower peak than that of `exact`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def benchmark() -> ModuleType:
 
 
 def measured(benchmark: ModuleType, case: str, names: Sequence[str], **shape: int) -> Mapping[str, Any]:
-    """The results of these ways on a small network."""
+    """Measure these methods on a small network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "WAYS", {name: benchmark.WAYS[name] for name in names})
         return benchmark.measure(benchmark.CASES[case]._replace(**TINY[case] | shape), 1, lambda: None)
@@ -47,50 +47,50 @@ SOME = (
 
 @pytest.fixture(scope="module")
 def results(benchmark: ModuleType) -> Mapping[str, Any]:
-    """Of some ways, with activations that outweigh the weights."""
+    """Results of some methods, with activations larger than the weights."""
     return measured(benchmark, "vit", SOME, depth=8, size=64, count=101)
 
 
-def test_all_ways_but_int8_take_the_gradient_of_plain_autograd(results):
+def test_all_methods_except_int8_match_plain_autograd(results):
     assert {name for name, result in results.items() if result.error != 0} == {"int8"}
     assert results["int8"].error < 0.05
 
 
-def test_exact_has_the_lowest_peak_on_the_device(results):
+def test_exact_has_lowest_peak_on_device(results):
     peaks = {name: result.peak for name, result in results.items() if result.seconds and result.error == 0}
     assert min(peaks.values()) == results["exact"].peak
 
 
-def test_a_budget_is_used_and_kept(results):
+def test_budget_is_used_and_not_exceeded(results):
     planned = results["exact, budget: checkpoint pairs of blocks"]
     assert results["exact"].kept < planned.kept
     assert planned.peak <= results["checkpoint pairs of blocks"].peak
 
 
-def test_int8_keeps_less_than_half(results):
+def test_int8_saves_less_than_half(results):
     assert results["int8"].kept < results["store"].kept / 2
 
 
-def test_nothing_stays_on_the_device_that_saves_on_the_host(results):
+def test_save_on_cpu_leaves_nothing_on_device(results):
     assert results["save_on_cpu"].kept < results["exact"].kept / 10
     assert not results["save_on_cpu"].seconds
 
 
-def test_compiled_blocks_keep_less_under_a_smaller_budget(benchmark):
+def test_compiled_blocks_save_less_with_smaller_budget(benchmark):
     names = ["store", "compile, budget 0.5", "compile, budget 0"]
     store, half, none = measured(benchmark, "vit", names).values()
     assert none.kept < half.kept < store.kept
     assert 0 <= none.error < 1e-5
 
 
-def test_the_language_model_is_trained_exactly(benchmark):
+def test_language_model_gradients_are_exact(benchmark):
     pytest.importorskip("transformers")
     results = measured(benchmark, "gpt2", ["store", "checkpoint pairs of blocks", "rewired, store", "exact"])
     assert [result.error for result in results.values()] == [0, 0, 0, 0]
     assert results["exact"].kept < results["rewired, store"].kept / 2
 
 
-def test_the_gradient_of_the_rewired_network_is_another(benchmark):
+def test_reversible_network_has_different_gradients(benchmark):
     plain, rewired = (
         benchmark.Contender(benchmark.WAYS[name], benchmark.CASES["vit"]._replace(**TINY["vit"])).gradients()
         for name in ("store", "rewired, store")
@@ -99,7 +99,7 @@ def test_the_gradient_of_the_rewired_network_is_another(benchmark):
     assert not all(torch.equal(plain[key], rewired[key]) for key in plain)
 
 
-def test_a_run_prints_every_way_and_draws(benchmark, monkeypatch, tmp_path):
+def test_run_prints_all_methods_and_draws(benchmark, monkeypatch, tmp_path):
     names = ["store", "checkpoint each block", "save_on_cpu", "rewired, store", "exact"]
     monkeypatch.setattr(benchmark, "WAYS", {name: benchmark.WAYS[name] for name in names})
     monkeypatch.setitem(benchmark.CASES, "vit", benchmark.CASES["vit"]._replace(**TINY["vit"]))

@@ -1,4 +1,4 @@
-"""`examples/experiments/initialization.py` on generated idx files: what is recorded, resumed and compared."""
+"""`examples/experiments/initialization.py` on generated idx files: recording, resuming and comparison."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vision.errors import TrainingError
 from vision.training.trainer import Trainer
 
 UPDATES = 5
-"""Of 64 images: all of the generated ones."""
+"""Updates of 64 images, which use all generated images."""
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ class StopsAfterSaving(Trainer):
 
 
 @pytest.mark.slow
-def test_a_stopped_study_goes_on_and_trains_nothing_twice(
+def test_stopped_study_resumes_and_repeats_nothing(
     study: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = {"models": "revcol", "updates": UPDATES, "seeds": 1, "root": files, "supervision": True, "drop_path": 0.2}
@@ -82,7 +82,7 @@ def test_a_stopped_study_goes_on_and_trains_nothing_twice(
     assert list((tmp_path / "results.runs").iterdir()) == []
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
-    monkeypatch.setattr(study, "finished", None)  # to train would fail
+    monkeypatch.setattr(study, "finished", None)  # training would fail
     study.main(output=output, **call)
     study.main(output=output, report=True)
     found = study.read_results(output, quiet())
@@ -94,16 +94,16 @@ def saving_every_update(load: Any) -> Any:
     return lambda recipe, words: load(recipe, [*words, "save_every=1"])
 
 
-def test_damaged_lines_are_left_out_and_counted(study: ModuleType, tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped_and_counted(study: ModuleType, tmp_path: Path) -> None:
     path, good = tmp_path / "results.jsonl", result(study, 70.0)
     other = result(study, 80.0, init="fast").model_dump_json()
     path.write_text(f"{good.model_dump_json()}\n[3]\n{other.replace('80.0', '800.0')}\n\0\0\n{other[:-9]}")
     console = quiet()
     assert study.read_results(path, console) == {good.trial: good}
-    assert "left out: 4" in console.file.getvalue()
+    assert "skipped damaged lines: 4" in console.file.getvalue()
 
 
-def test_differences_are_of_equal_seeds(study: ModuleType) -> None:
+def test_differences_pair_equal_seeds(study: ModuleType) -> None:
     paper = [result(study, 70.0 + seed, seed=seed) for seed in (0, 1, 3)]
     fast = [result(study, accuracy, seed=seed, init="fast") for seed, accuracy in ((3, 73.0), (2, 10.0), (0, 71.5))]
     paired = study.Paired.of(fast, paper)
@@ -111,7 +111,7 @@ def test_differences_are_of_equal_seeds(study: ModuleType) -> None:
     assert str(paired) == "0.75 ± 1.06, ahead in 1 of 2"
 
 
-def test_table_compares_with_paper_and_with_the_convnext(study: ModuleType) -> None:
+def test_table_compares_with_paper_and_convnext(study: ModuleType) -> None:
     runs = [result(study, 60.0), result(study, 62.5, init="fast")]
     runs += [result(study, 61.0, init=init, model="convnext", columns=1) for init in ("paper", "fast")]
     runs += [result(study, 99.0, init="fast", updates=1000, seed=5)]
@@ -122,7 +122,7 @@ def test_table_compares_with_paper_and_with_the_convnext(study: ModuleType) -> N
     assert columns["minus ConvNeXt"] == ["", "", "-1.00, ahead in 0 of 1", "1.50, ahead in 1 of 1", ""]
 
 
-def test_nets_of_any_number_of_columns_are_of_equal_size(study: ModuleType, tmp_path: Path) -> None:
+def test_networks_of_all_column_counts_have_equal_size(study: ModuleType, tmp_path: Path) -> None:
     data = ImageData(None, None, tuple("0123456789"), (1, 32, 32), (0.3,), (0.3,))
     trials = [settings(study, columns=count) for count in study.SHAPES]
     trials.append(settings(study, model="convnext", columns=1))
@@ -159,7 +159,7 @@ def test_only_gains_and_layer_scales_differ_between_initializations(
         ({"report": True}, "missing-file", "results.jsonl"),
     ],
 )
-def test_what_cannot_be_trained_or_shown(
+def test_invalid_options_are_errors(
     study: ModuleType, files: Path, tmp_path: Path, changes: dict[str, Any], code: str, name: str
 ) -> None:
     call = {"output": tmp_path / "results.jsonl", "models": "revcol", "columns": "4", "updates": UPDATES, "seeds": 1}

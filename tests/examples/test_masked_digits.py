@@ -1,4 +1,4 @@
-"""`examples/quickstart/masked_digits.py`, cut down to a few epochs of a narrow net."""
+"""`examples/quickstart/masked_digits.py`, with a few epochs of a narrow network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def script() -> dict:
     return runpy.run_path(str(SCRIPT))
 
 
-def test_what_is_masked(script: dict) -> None:
+def test_masking(script: dict) -> None:
     images = torch.rand(7, 1, 8, 8) + 1
     x, hidden = script["masked"](images, torch.Generator().manual_seed(0))
     assert x.shape == (7, 2, 8, 8)
@@ -36,7 +36,7 @@ def test_what_is_masked(script: dict) -> None:
     assert script["error"](found + (~hidden), images, hidden) == pytest.approx(9, rel=1e-5)
 
 
-def test_gradients_are_those_of_store(script: dict) -> None:
+def test_gradients_equal_store(script: dict) -> None:
     torch.manual_seed(0)
     model = script["MaskedAutoencoder"](revnets.build(SCRIPT.with_suffix(".yaml")))
     images = torch.rand(3, 1, 8, 8)
@@ -49,14 +49,14 @@ def test_gradients_are_those_of_store(script: dict) -> None:
     assert all(gradient.any() for gradient in gradients["exact"])
 
 
-def test_it_learns_and_says_what_is_kept(script: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_learns_and_prints_memory(script: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     narrow = [f"levels.{level}.dim={dim}" for level, dim in enumerate((8, 16, 32))]
     script["main"]([*narrow, "columns={up: 1, down: 1}", "constant.column=1"], 3, tmp_path / "runs" / "digits.png")
-    said = capsys.readouterr().out
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
-    trained, mean = (float(re.search(rf"{words}: ([\d.]+)", said)[1]) for words in ("other images", "is its mean"))
+    printed = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    trained, mean = (float(re.search(rf"{words}: ([\d.]+)", printed)[1]) for words in ("held-out images", "mean image"))
     assert len(losses) == 1
     assert trained < 3 * mean
-    store, exact = (parse_bytes("".join(re.search(rf"{mode} keeps (\S+) (\S+)", said).groups())) for mode in MODES)
+    store, exact = (parse_bytes("".join(re.search(rf"{mode} saves (\S+) (\S+)", printed).groups())) for mode in MODES)
     assert exact < store / 3
     assert (tmp_path / "runs" / "digits.png").read_bytes()[:4] == b"\x89PNG"

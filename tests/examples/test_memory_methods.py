@@ -1,4 +1,4 @@
-"""The benchmark of memory methods: every way takes the gradient of its function, and predictions stand beside bytes."""
+"""The benchmark of memory methods: gradients of each function, and predicted and measured peaks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def columns(methods: ModuleType) -> dict[str, Any]:
     return measured(methods, field.case, {name: field.ways[name] for name in names}, depth=2, count=2)
 
 
-def test_libraries_take_the_gradient_of_their_function(methods):
+def test_libraries_compute_gradients_of_their_function(methods):
     pytest.importorskip("timm")
     ways = {name: way for name, way in methods.LIBRARIES.items() if methods.installed(name)}
     vit = script("finetuning_ways").CASES["vit"]
@@ -43,7 +43,7 @@ def test_libraries_take_the_gradient_of_their_function(methods):
     assert kept["RevNet, exact"] < kept["RevNet, store"] / 2
 
 
-def test_libraries_compute_functions_of_their_own(methods):
+def test_libraries_compute_different_functions(methods):
     pytest.importorskip("timm")
     case = script("finetuning_ways").CASES["vit"]._replace(**TINY)
     losses = {}
@@ -56,16 +56,16 @@ def test_libraries_compute_functions_of_their_own(methods):
             torch.testing.assert_close(loss, losses["RevNet, store"])
 
 
-def test_all_ways_take_the_gradient_of_the_columns(columns):
+def test_all_methods_compute_gradients_of_columns(columns):
     assert {name: result.error for name, result in columns.items()} == dict.fromkeys(columns, 0)
 
 
-def test_selective_checkpoints_of_columns_keep_some(columns):
+def test_selective_checkpoints_save_some_activations(columns):
     kept = {name: result.kept for name, result in columns.items()}
     assert kept["checkpoint each block"] < kept["checkpoint selectively"] < kept["store"]
 
 
-def test_predictions_stand_beside_the_measured_peaks(methods, columns):
+def test_predicted_peaks_match_measured_ones(methods, columns):
     field = methods.fields()["columns"]
     found = methods.forecasts(field._replace(case=field.case._replace(**TINY | {"depth": 2, "count": 2})), columns)
     ours = [one for one in found if one.planner == "revnets.plan"]
@@ -73,7 +73,7 @@ def test_predictions_stand_beside_the_measured_peaks(methods, columns):
     assert all(abs(one.error) < 0.01 for one in ours)
 
 
-def test_a_run_prints_every_way_and_draws(methods, monkeypatch, tmp_path):
+def test_run_prints_all_methods_and_draws(methods, monkeypatch, tmp_path):
     field = methods.fields()["columns"]
     ways = {name: field.ways[name] for name in ("store", "int8", "exact")}
     small = field._replace(ways=ways, case=field.case._replace(size=32))

@@ -1,4 +1,4 @@
-"""The scripts of examples/pretrained/ with small settings, and the page that shows their figures."""
+"""The scripts of examples/pretrained/ with small settings, and the page with their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "guides" / "pretrained-networks.md"
 
 @pytest.fixture(scope="module")
 def scripts():
-    """Imports a script of the folder by its name."""
+    """Import a script of the directory by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield importlib.import_module
@@ -35,7 +35,7 @@ def minilm(scripts) -> tuple[ModuleType, torch.nn.Module]:
     return script, script.load_trained()
 
 
-def test_embeddings_of_a_trained_bert_are_close_at_a_small_blend(minilm):
+def test_embeddings_of_pretrained_bert_are_close_at_small_blend(minilm):
     script, encoder = minilm
     sentences = [verse.english for verse in script.read_verses()[:13]]
     found = script.fidelities(encoder, sentences, ["blend"])
@@ -45,7 +45,7 @@ def test_embeddings_of_a_trained_bert_are_close_at_a_small_blend(minilm):
     torch.testing.assert_close(script.fidelity(*[encoder.embeddings(sentences)] * 2), script.Fidelity(1.0, 1.0, 1.0))
 
 
-def test_a_trained_bert_is_fine_tuned_and_stays_as_it_was(minilm):
+def test_fine_tuning_leaves_pretrained_bert_unchanged(minilm):
     script, encoder = minilm
     before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
     verses = script.read_verses()[:5]
@@ -57,7 +57,7 @@ def test_a_trained_bert_is_fine_tuned_and_stays_as_it_was(minilm):
         assert not torch.equal(one.state_dict()[name], before[name])
 
 
-def test_gradients_of_the_trained_bert_are_equal_in_both_modes(minilm):
+def test_gradients_of_pretrained_bert_are_equal_in_both_modes(minilm):
     script, encoder = minilm
     table = script.memory_of(encoder, script.read_verses()[:3])
     assert table.title.endswith("gradients of exact and store: equal")
@@ -69,7 +69,7 @@ def gpt2(scripts) -> ModuleType:
     return scripts("gpt2")
 
 
-def test_all_ways_to_fine_tune_a_gpt2_begin_where_they_should(gpt2, tmp_path, capsys):
+def test_all_methods_fine_tune_gpt2(gpt2, tmp_path, capsys):
     picture = tmp_path / "curves.png"
     pytest.importorskip("peft")
     gpt2.main(pretraining=3, updates=2, seeds=1, layers=3, width=8, png=picture)
@@ -80,7 +80,7 @@ def test_all_ways_to_fine_tune_a_gpt2_begin_where_they_should(gpt2, tmp_path, ca
         assert re.search(rf"^{re.escape(name)}: [\d.]+ bits per byte$", out, flags=re.M)
 
 
-def test_a_growing_blend_begins_with_the_trained_network(gpt2):
+def test_growing_blend_starts_with_pretrained_network(gpt2):
     torch.manual_seed(0)
     trained = gpt2.new_gpt2(layers=3, width=8)
     text = torch.randint(0, 256, (500,))
@@ -91,12 +91,12 @@ def test_a_growing_blend_begins_with_the_trained_network(gpt2):
     }
     first = {name: curve.bits[0] for name, curve in curves.items()}
     assert first["b from 0 to 0.5"] == pytest.approx(first["original"], rel=1e-6)
-    assert first["LoRA"] == pytest.approx(first["original"], rel=1e-6)  # adapters begin at zero
+    assert first["LoRA"] == pytest.approx(first["original"], rel=1e-6)  # adapters start at zero
     assert first["b = 0.5"] != first["original"]
     assert all(curve.updates == [0, 2] and curve.bits[1] != curve.bits[0] for curve in curves.values())
 
 
-def test_bits_per_byte_of_a_uniform_guess(gpt2):
+def test_bits_per_byte_of_uniform_prediction(gpt2):
     model = gpt2.new_gpt2(layers=2, width=8)
     torch.nn.init.zeros_(model.lm_head.weight)  # tied to the embedding
     assert gpt2.held_out_bits(model, torch.randint(0, 256, (3, 17))) == pytest.approx(8.0)
@@ -119,7 +119,7 @@ def test_image_models_are_trained_converted_and_fine_tuned(scripts, tmp_path, ca
     assert list((tmp_path / "run" / "convnext-0").glob("checkpoints/*"))
 
 
-def test_an_unknown_image_model_is_refused(scripts):
+def test_unknown_image_model_is_rejected(scripts):
     pytest.importorskip("timm")
     pytest.importorskip("sklearn")
     with pytest.raises(typer.BadParameter, match="'VGG'"):
@@ -137,7 +137,7 @@ def smollm2(scripts) -> tuple[ModuleType, torch.nn.Module]:
     return scripts("smollm2"), transformers.LlamaForCausalLM(config)
 
 
-def test_adapters_of_a_llama_are_fine_tuned_alone(smollm2):
+def test_only_adapters_of_llama_are_fine_tuned(smollm2):
     script, model = smollm2
     text = torch.randint(0, 97, (7, 11))
     for way in script.WAYS.values():
@@ -154,7 +154,7 @@ def test_gradients_of_adapters_are_equal_in_both_modes(smollm2):
     assert script.memory_of(model, torch.randint(0, 97, (2, 11))).title.endswith("gradients of exact and store: equal")
 
 
-def test_fidelity_leaves_a_llama_as_it_was(smollm2):
+def test_fidelity_leaves_llama_unchanged(smollm2):
     script, model = smollm2
     pieces = torch.randint(0, 97, (2, 11))
     before = script.held_out_loss(model, pieces)
@@ -164,7 +164,7 @@ def test_fidelity_leaves_a_llama_as_it_was(smollm2):
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("ConvNeXt (timm)", 12), ("BERT", 6), ("T5", 8)])
-def test_small_networks_become_reversible_and_ordinary_again(scripts, name, blocks):
+def test_small_networks_are_converted_and_restored(scripts, name, blocks):
     pytest.importorskip("timm" if "timm" in name else "transformers")
     script = scripts("architectures")
     found = script.tried(script.NETWORKS[name])
@@ -180,7 +180,7 @@ def test_experts_are_refused(scripts):
     assert caught.value.code == "unsupported-block"
 
 
-def test_a_smaller_blend_keeps_more_bytes(scripts):
+def test_smaller_blend_saves_more_bytes(scripts):
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
     script = scripts("blend_bytes")
@@ -191,7 +191,7 @@ def test_a_smaller_blend_keeps_more_bytes(scripts):
     assert values[-1] < 4  # a state in float32
 
 
-def test_the_page_lists_every_network_that_was_tried(scripts):
+def test_page_lists_all_networks(scripts):
     page = PAGE.read_text()
     for name in scripts("architectures").NETWORKS:
         assert f"\n| {name} |" in page
@@ -203,7 +203,7 @@ def test_scripts_of_the_page_exist():
 
 
 def test_python_of_the_page_runs(tmp_path: Path, monkeypatch):
-    """Its blocks for timm and torch, from top to bottom; those with downloads are shown as text."""
+    """Run the Python blocks of the page in order; blocks with downloads are not marked as Python."""
     pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)

@@ -1,4 +1,4 @@
-"""`examples/experiments/translate.py` from raw text to the picture, cut down to a few verses and updates."""
+"""`examples/experiments/translate.py` from raw text to the figure, with a few verses and updates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ translate.main(updates=4, points=2, output=Path(sys.argv[2]))
 
 @pytest.mark.slow
 def test_translate(tmp_path):
-    """On every twentieth verse of the corpus; the commands of fairseq that it starts are forks of it."""
+    """Run on every twentieth verse of the corpus, with forked fairseq commands."""
     corpus = ROOT / "examples/data/kjv-elberfelder-short.en-de.tsv.gz"
     with gzip.open(corpus, "rt") as verses, gzip.open(tmp_path / "verses.tsv.gz", "wt") as few:
         few.writelines(islice(verses, 0, None, 20))
@@ -41,15 +41,15 @@ def test_translate(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     done = forked_programs.run(words, env=environment, forks=True)
     assert done.returncode == 0, done.stderr
-    said = done.stdout
-    sizes = [int(text.replace(",", "")) for text in re.search(r"parameters\W+([\d,]+)\W+([\d,]+)", said).groups()]
-    assert abs(sizes[0] - sizes[1]) < 0.001 * sizes[0]  # the models are of equal size
-    assert re.search(r"BLEU, sacreBLEU\W+\d+\.\d\d\W+\d+\.\d\d", said)
-    assert said.count("reference") == 4  # verses that are shown
+    printed = done.stdout
+    sizes = [int(text.replace(",", "")) for text in re.search(r"parameters\W+([\d,]+)\W+([\d,]+)", printed).groups()]
+    assert abs(sizes[0] - sizes[1]) < 0.001 * sizes[0]  # equal size
+    assert re.search(r"BLEU, sacreBLEU\W+\d+\.\d\d\W+\d+\.\d\d", printed)
+    assert printed.count("reference") == 4  # printed verses
     assert (output / "translate.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_translate_leaves_other_folders_alone(tmp_path):
+def test_translate_does_not_delete_other_directories(tmp_path):
     (tmp_path / "precious").touch()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(SCRIPT), "--output", str(tmp_path)]

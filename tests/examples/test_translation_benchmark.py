@@ -1,4 +1,4 @@
-"""The benchmark of translation runs, and its figures of memory hold what the project claims."""
+"""The benchmark of translation runs, and its memory matches the claims of the documentation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def benchmark():
     logging.disable(logging.NOTSET)
 
 
-def test_benchmark_of_translation(benchmark, tmp_path, capsys, monkeypatch):
+def test_translation_benchmark(benchmark, tmp_path, capsys, monkeypatch):
     speed, memory = benchmark.speed_table, benchmark.memory_table
     measured = []
     monkeypatch.setattr(benchmark, "speed_table", lambda rows, *rest: measured.append(rows) or speed(rows, *rest))
@@ -44,7 +44,7 @@ def test_benchmark_of_translation(benchmark, tmp_path, capsys, monkeypatch):
     assert few["RevCol, exact"] < 0.1 * few["transformer"]
 
 
-def test_scale_four_has_the_widths_of_the_paper(benchmark):
+def test_scale_four_has_widths_of_paper(benchmark):
     from tests.support.fairseq import options
 
     text = [str(item) for item in benchmark.sizes(4)["revcol"]]
