@@ -86,8 +86,8 @@ def table(errors: dict[tuple[float, int, bool], tuple[float, float]], counts: li
         cells = []
         for count in counts:
             invert, exact = errors[gain, count, half]
-            colour = "red" if not invert < 0.01 else "yellow" if invert > 1e-5 else "green"
-            cells.append(f"[{colour}]{invert:.1e}[/{colour}] ({predicted(gain, count, half):.0e}) / {exact:.0e}")
+            color = "red" if not invert < 0.01 else "yellow" if invert > 1e-5 else "green"
+            cells.append(f"[{color}]{invert:.1e}[/{color}] ({predicted(gain, count, half):.0e}) / {exact:.0e}")
         rows.add_row(f"{gain}", *cells)
     return rows
 
@@ -100,11 +100,11 @@ def draw(errors: dict[tuple[float, int, bool], tuple[float, float]], counts: lis
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, half in zip(axes, (False, True), strict=True):
-        for gain, colour, marker in zip(GAINS, ("#009e73", "#0072b2", "#e69f00", "#d55e00"), "osD^", strict=True):
+        for gain, color, marker in zip(GAINS, ("#009e73", "#0072b2", "#e69f00", "#d55e00"), "osD^", strict=True):
             values = [min(errors[gain, count, half][0], 10.0) for count in counts]  # NaN and overflow are off the scale
             values = [10.0 if value != value else value for value in values]
-            axis.plot(counts, values, marker=marker, color=colour, label=f"gamma {gain}")
-            axis.plot(counts, [predicted(gain, count, half) for count in counts], ":", color=colour, linewidth=1)
+            axis.plot(counts, values, marker=marker, color=color, label=f"gamma {gain}")
+            axis.plot(counts, [predicted(gain, count, half) for count in counts], ":", color=color, linewidth=1)
         axis.axhline(0.01, color="#666666", linewidth=0.8, linestyle="--")
         axis.set(xscale="log", yscale="log", xlabel="columns", title="bfloat16 autocast" if half else "float32")
         axis.set_xticks(counts, [str(count) for count in counts])

@@ -195,8 +195,8 @@ def table(title: str, results: dict[str, Result]) -> Table:
     following = dict(pairwise(results))
     for name, result in results.items():
         *cells, verdict = row(name, result, results[STORE])
-        colour = "green" if result.error == 0 else "yellow" if result.error < 1e-5 else "red"
-        rows.add_row(*cells, f"[{colour}]{verdict}", end_section=following.get(name) == REWIRED)
+        color = "green" if result.error == 0 else "yellow" if result.error < 1e-5 else "red"
+        rows.add_row(*cells, f"[{color}]{verdict}", end_section=following.get(name) == REWIRED)
     return rows
 
 

@@ -187,8 +187,8 @@ def table(title: str, results: dict[str, Result]) -> Table:
         rows.add_column(name, justify="right" if name else "left")
     for name, result in results.items():
         *cells, verdict = row(name, result, results[REFERENCE])
-        colour = "green" if result.error == 0 else "yellow" if result.error < 0.01 else "red"
-        rows.add_row(*cells, f"[{colour}]{verdict}")
+        color = "green" if result.error == 0 else "yellow" if result.error < 0.01 else "red"
+        rows.add_row(*cells, f"[{color}]{verdict}")
     return rows
 
 
@@ -226,7 +226,7 @@ def draw(results: dict[tuple[str, int], dict[str, Result]], path: Path) -> None:
     for (kind, depth), result in results.items():
         axis = axes[kinds.index(kind)][depths.index(depth)]
         for name, one in result.items():
-            colour, marker = STYLES[name]
+            color, marker = STYLES[name]
             axis.plot(
                 one.peak / 1e6,
                 statistics.median(one.ratios(result[REFERENCE])),
@@ -234,7 +234,7 @@ def draw(results: dict[tuple[str, int], dict[str, Result]], path: Path) -> None:
                 marker=marker,
                 markersize=9,
                 markeredgewidth=1.6,
-                color=colour,
+                color=color,
                 fillstyle="full" if one.error == 0 else "none",
                 label=name,
             )

@@ -80,7 +80,7 @@ TABLES = {
     "6": Ablation("Connections", ("multi-branch", "RevNet", "RevCol")),
     "7": Ablation("Supervision", ("RevCol", "RevCol, supervised")),
 }
-COLOURS = {"RevCol": "#0072B2", "RevCol, supervised": "#009E73", "multi-branch": "#D55E00", "RevNet": "#CC79A7"}
+COLORS = {"RevCol": "#0072B2", "RevCol, supervised": "#009E73", "multi-branch": "#D55E00", "RevNet": "#CC79A7"}
 EQUAL = {"parameters": 0.06, "macs": 0.02}
 """Maximum relative difference between the models of a table."""
 
@@ -196,10 +196,10 @@ def _panel(axes: Axes, title: str, ablation: Ablation, runs: Sequence[Run]) -> N
     style(axes, "", "")
     for place, name in enumerate(ablation.models):
         last = accuracies([run for run in runs if run.model == name])
-        mean, colour = statistics.mean(last), COLOURS.get(name, "#767676")
-        axes.plot([place] * len(last), last, "o", color=colour, markersize=5, alpha=0.7)
-        axes.plot([place - 0.18, place + 0.18], [mean] * 2, color=colour, lw=2)
-        axes.annotate(f"{mean:.2f}", (place + 0.22, mean), va="center", color=colour, fontsize=9.5, fontweight="bold")
+        mean, color = statistics.mean(last), COLORS.get(name, "#767676")
+        axes.plot([place] * len(last), last, "o", color=color, markersize=5, alpha=0.7)
+        axes.plot([place - 0.18, place + 0.18], [mean] * 2, color=color, lw=2)
+        axes.annotate(f"{mean:.2f}", (place + 0.22, mean), va="center", color=color, fontsize=9.5, fontweight="bold")
     axes.set_title(title, loc="left", color=INK, fontsize=11)
     axes.set_xticks(range(len(ablation.models)), [name.replace(", ", ",\n") for name in ablation.models])
     axes.set_xlim(-0.4, len(ablation.models) - 0.2)

@@ -55,7 +55,7 @@ MODELS = {
     "RevCol": (REVCOL,),
     "RevCol, supervised": (REVCOL, "supervision={}"),  # with the weights of the paper
 }
-COLOURS = dict(zip(MODELS, ("#D55E00", "#0072B2", "#009E73"), strict=True))
+COLORS = dict(zip(MODELS, ("#D55E00", "#0072B2", "#009E73"), strict=True))
 EQUAL = 0.02
 """Maximum relative difference in parameters and multiply-accumulates of the models."""
 
@@ -114,17 +114,17 @@ def figure(runs: Sequence[Run]) -> Figure:
     style(curves, "epoch", "test accuracy, %")
     style(ends, "", "test accuracy, %")
     for place, name in enumerate(MODELS):
-        colour, of_model = COLOURS[name], [run.curve() for run in runs if run.model == name]
+        color, of_model = COLORS[name], [run.curve() for run in runs if run.model == name]
         epochs = of_model[0][0]
         for _, accuracy in of_model:
-            curves.plot(epochs, accuracy, color=colour, lw=0.8, alpha=0.4)
+            curves.plot(epochs, accuracy, color=color, lw=0.8, alpha=0.4)
         means = [statistics.mean(values) for values in zip(*(accuracy for _, accuracy in of_model), strict=True)]
-        curves.plot(epochs, means, "o-", color=colour, lw=2, markersize=4, label=name)
+        curves.plot(epochs, means, "o-", color=color, lw=2, markersize=4, label=name)
         last = [accuracy[-1] for _, accuracy in of_model]
-        ends.plot([place] * len(last), last, "o", color=colour, markersize=5, alpha=0.7)
-        ends.plot([place - 0.18, place + 0.18], [means[-1]] * 2, color=colour, lw=2)
+        ends.plot([place] * len(last), last, "o", color=color, markersize=5, alpha=0.7)
+        ends.plot([place - 0.18, place + 0.18], [means[-1]] * 2, color=color, lw=2)
         ends.annotate(
-            f"{means[-1]:.2f}", (place + 0.22, means[-1]), va="center", color=colour, fontsize=9.5, fontweight="bold"
+            f"{means[-1]:.2f}", (place + 0.22, means[-1]), va="center", color=color, fontsize=9.5, fontweight="bold"
         )
     curves.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     curves.legend(frameon=False, loc="lower right", fontsize=9.5, labelcolor="linecolor")

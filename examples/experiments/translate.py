@@ -51,7 +51,7 @@ MODELS = {
     "vanilla transformer": f"--arch transformer {SIZE} --encoder-layers 8 --encoder-embed-dim 64 "
     "--encoder-ffn-embed-dim 141 --encoder-attention-heads 2",
 }
-COLOURS = dict(zip(MODELS, ("#0072B2", "#D55E00"), strict=True))
+COLORS = dict(zip(MODELS, ("#0072B2", "#D55E00"), strict=True))
 INK, GRID = "#222222", "#e4e6ea"
 
 TRAINING = """
@@ -253,11 +253,11 @@ def figure(trained: Sequence[Run], bleu: dict[str, list[Score]]) -> Figure:
     draw(losses, "Loss (thin: training, with dropout)", "bits per subword")
     draw(quality, "sacreBLEU of greedy translations of the validation set", "%")
     for run in trained:
-        colour = COLOURS[run.name]
-        losses.plot(*run.curve("train_inner", "nll_loss"), color=colour, lw=0.8, alpha=0.4)
-        losses.plot(*run.curve("valid", "nll_loss"), "o-", color=colour, lw=2, markersize=4, label=run.name)
+        color = COLORS[run.name]
+        losses.plot(*run.curve("train_inner", "nll_loss"), color=color, lw=0.8, alpha=0.4)
+        losses.plot(*run.curve("valid", "nll_loss"), "o-", color=color, lw=2, markersize=4, label=run.name)
         label = f"{run.name}: test {bleu[run.name][-1].value:.1f}"
-        quality.plot(*run.curve("valid", "bleu"), "o-", color=colour, lw=2, markersize=4, label=label)
+        quality.plot(*run.curve("valid", "bleu"), "o-", color=color, lw=2, markersize=4, label=label)
     if losses.get_ylim()[0] < 8:  # the steep start would flatten the rest
         losses.set_ylim(top=min(losses.get_ylim()[1], 10))
     quality.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Codes of errors: those in the packages, those in the list and those of docs/reference/errors.md are the same."""
+"""The error codes in the packages, in the list of codes and in docs/reference/errors.md are the same."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PACKAGES = ("revnets", "vision", "nlp")
 
 
 def texts_in(node: ast.AST) -> Iterator[str]:
-    """All texts in an expression."""
+    """Return all string constants in an expression."""
     for part in ast.walk(node):
         if isinstance(part, ast.Constant) and isinstance(part.value, str):
             yield part.value
 
 
 def codes_in(path: Path) -> set[str]:
-    """Codes that a module gives to its errors: by keyword, as a default, as an attribute, or out of `_wrong_type`."""
+    """Return the error codes of a module: keywords, defaults, attributes, and results of `_wrong_type`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.keyword) and node.arg == "code":
@@ -51,22 +51,22 @@ def codes_in(path: Path) -> set[str]:
     return found
 
 
-def test_every_code_in_the_packages_is_listed_and_every_listed_one_is_used() -> None:
+def test_codes_in_packages_and_list_are_equal() -> None:
     used = {code for name in PACKAGES for path in (ROOT / name).rglob("*.py") for code in codes_in(path)}
     assert used == set(CODES)
 
 
-def test_codes_are_short_words_with_hyphens() -> None:
+def test_codes_are_short_hyphenated_words() -> None:
     assert all(FORM.fullmatch(code) and len(code) <= 20 for code in CODES)
 
 
-def test_the_page_lists_every_code_with_its_meaning_and_what_to_do() -> None:
+def test_page_lists_all_codes_with_meaning_and_fix() -> None:
     rows = re.findall(r"^\| `([a-z-]+)` \| (.+?) \| (.+?) \|$", PAGE, flags=re.MULTILINE)
     assert {code: meaning for code, meaning, _ in rows} == CODES
     assert len(rows) == len(CODES)
 
 
-def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_example_of_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (tmp_path / "net.yaml").write_text((ROOT / "examples/configs/vectors.yaml").read_text())
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)[0]

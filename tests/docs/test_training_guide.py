@@ -1,4 +1,4 @@
-"""The task that the page on training shows trains, and is evaluated, as the page says."""
+"""The custom task of docs/guides/training.md trains and evaluates as described."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = (ROOT / "docs" / "guides" / "training.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The files of the page, in the working directory."""
+    """Working directory with the files of the page."""
     for name, text in re.findall(r"```\w+\n# ([\w.]+)\n(.*?)```", TEXT, flags=re.DOTALL):
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("my_tasks", None)
 
 
-def test_the_task_of_the_page_trains(folder):
+def test_custom_task_trains_and_evaluates(folder):
     settings = yaml.safe_load((folder / "brightness.yaml").read_text())
     for command in (["train", "brightness.yaml"], ["eval", settings["output"], "--trust"]):
         assert f"    revnets {' '.join(command)}\n" in TEXT
@@ -51,7 +51,7 @@ def test_the_task_of_the_page_trains(folder):
     assert evaluator.compute(World()) == {"mae": 1.5}
 
 
-def test_the_table_names_all_that_a_task_can_change():
+def test_table_names_every_attribute_of_a_task():
     rows = re.findall(r"^\| (`.*?) \| ", TEXT.split("## Your own task")[1].split("\n## ")[0], flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert named == {name for name in vars(Task) if not name.startswith("_")}

@@ -1,4 +1,4 @@
-"""docs/reference/yaml.md names every key, part and option with its default, and what it shows works."""
+"""docs/reference/yaml.md lists all keys, components and options with their defaults, and its examples work."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PAGE = (ROOT / "docs/reference/yaml.md").read_text()
 
 
 def section(title: str) -> str:
-    """The text under a heading, up to the next one."""
+    """Return the text under a heading, up to the next one."""
     return re.split(r"^#+ ", PAGE.split(f"# {title}\n")[1], flags=re.MULTILINE)[0]
 
 
 def rows(text: str) -> list[list[str]]:
-    """The rows of its table, without the head."""
+    """Return the rows of a table, without the header."""
     lines = [line for line in text.splitlines() if line.startswith("|")][2:]
     return [[cell.strip().strip("`") for cell in line.replace("\\|", "/").strip("|").split("|")] for line in lines]
 
@@ -40,7 +40,7 @@ def fenced(language: str) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """A default as YAML has it."""
+    """Return a default as it is written in YAML."""
     if isinstance(value, GainSpec):
         return value.model_dump(exclude_defaults=True)
     if hasattr(value, "type"):
@@ -58,7 +58,7 @@ def plain(value: Any) -> Any:
         ("Budget", BudgetSpec, set()),
     ],
 )
-def test_every_key_with_its_default(title: str, model: type, others: set[str]) -> None:
+def test_all_keys_with_default(title: str, model: type, others: set[str]) -> None:
     table = {row[0]: row[2] for row in rows(section(title))}
     fields = {name: field for name, field in model.model_fields.items() if name != "options"}
     assert set(table) == set(fields) | others
@@ -72,7 +72,7 @@ def test_every_key_with_its_default(title: str, model: type, others: set[str]) -
 @pytest.mark.parametrize(
     ("title", "kind"), [("Blocks", "block"), ("Fusions", "fusion"), ("Stems", "stem"), ("Heads", "head")]
 )
-def test_every_part_and_option_with_its_default(title: str, kind: str) -> None:
+def test_all_components_and_options_with_default(title: str, kind: str) -> None:
     packages = ("revnets.", "vision.")
     built_in = [name for name in names(kind) if registry.find_component(kind, name).__module__.startswith(packages)]
     table = {(row[0], row[1]): row[2] for row in rows(section(title))}
@@ -102,7 +102,7 @@ def test_reads_modes_and_arguments() -> None:
 
 @pytest.fixture
 def page(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the page's modules, its first file as net.yaml, and the example it starts from."""
+    """Create a working directory with the modules of the page, its first file as net.yaml, and its base example."""
     for text in fenced("python"):
         if heading := re.match(r"# (\w+\.py)\n", text):
             (own_modules / heading[1]).write_text(text)
@@ -112,7 +112,7 @@ def page(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return own_modules
 
 
-def test_its_files_are_built(page: Path) -> None:
+def test_files_of_page_build(page: Path) -> None:
     texts = fenced("yaml")
     assert len(texts) >= 4
     for index, text in enumerate(texts):
@@ -121,14 +121,14 @@ def test_its_files_are_built(page: Path) -> None:
             revnets.build(f"{index}.yaml")
 
 
-def test_its_python_runs(page: Path) -> None:
+def test_python_of_page_runs(page: Path) -> None:
     first, *_ = fenced("python")
     scope: dict[str, Any] = {}
     exec(first, scope)
     assert (scope["net"].spec.columns, scope["net"].spec.levels[2].depth, scope["spec"].columns) == (8, 6, 4)
 
 
-def test_its_own_parts_train(page: Path) -> None:
+def test_custom_components_of_page_train(page: Path) -> None:
     (page / "own.yaml").write_text(next(text for text in fenced("yaml") if "my_parts" in text))
     net = revnets.build("own.yaml")
     words = torch.randint(100, (2, 7))
@@ -140,14 +140,14 @@ def test_its_own_parts_train(page: Path) -> None:
     assert all(torch.equal(exact, store) and exact.any() for exact, store in zip(*grads, strict=True))
 
 
-def test_its_overrides_work(page: Path) -> None:
+def test_overrides_of_page_work(page: Path) -> None:
     line = next(line for line in section("Overrides").splitlines() if line.startswith("    "))
     for override in line.split():
         revnets.load_spec("net.yaml", [override])
 
 
 @pytest.mark.parametrize("row", rows(section("When something is wrong")), ids=lambda row: row[0])
-def test_its_errors_are_said(page: Path, row: list[str]) -> None:
+def test_errors_of_page_are_raised(page: Path, row: list[str]) -> None:
     with pytest.raises(revnets.SpecError) as caught:
         revnets.build("net.yaml", [row[0]])
     assert str(caught.value) == row[1]
