@@ -102,8 +102,8 @@ def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = N
             text = f"the list is too short ({keys[-1]} given)"
             return Complaint(keys[:-1], text, "Give one value more", code="wrong-length")
         case "missing":
-            example = _field(model, keys)[1]
-            remedy = f"Add it, as in `{keys[-1]}: {example or '...'}`"
+            examples = [f"`{keys[-1]}: {example}`" for example in _field(model, keys)[1] or ["..."]]
+            remedy = f"Add it, as in {' or '.join(examples)}"
             return Complaint(keys, "this key is missing", remedy, code="missing-key")
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             word, bound = _BOUNDS[first["type"]]
@@ -116,8 +116,8 @@ def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = N
             kinds = {item["type"] for place, item in inside if place == keys and item["type"] in _WANTED}
             wanted = list(dict.fromkeys(_WANTED[kind] for kind in _WANTED if kind in kinds))
             text, remedy, code = _wrong_type(value, wanted)
-            example = _field(model, keys)[1] if wanted == ["a mapping"] else None
-            return Complaint(keys, text, f"{remedy}, as in `{keys[-1]}: {example}`" if example else remedy, code)
+            examples = _field(model, keys)[1] if wanted == ["a mapping"] else []
+            return Complaint(keys, text, f"{remedy}, as in `{keys[-1]}: {examples[0]}`" if examples else remedy, code)
     return Complaint(keys, f"{show(value)}: {first['msg'][0].lower()}{first['msg'][1:]}", "", code="invalid-value")
 
 
@@ -265,15 +265,15 @@ def _keys_in(data: Any, location: Sequence[str | int], is_missing: bool) -> Keys
     return tuple(keys)
 
 
-def _field(model: type[BaseModel] | None, keys: Keys) -> tuple[list[str], Any]:
-    """The known keys at this place of the model, and the example that belongs to it."""
-    example = None
+def _field(model: type[BaseModel] | None, keys: Keys) -> tuple[list[str], list[Any]]:
+    """The known keys at this place of the model, and the examples that belong to it."""
+    examples: list[Any] = []
     for key in keys:
         if model is not None and isinstance(key, str) and key in model.model_fields:
             field = model.model_fields[key]
-            example = (field.examples or [None])[0]
+            examples = field.examples or []
             model = next(iter(_models_in(field.annotation)), None)
-    return ([] if model is None else list(model.model_fields)), example
+    return ([] if model is None else list(model.model_fields)), examples
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

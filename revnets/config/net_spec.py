@@ -116,7 +116,9 @@ class _ColumnCount(Strict):
 
 
 class _Stem(_ColumnCount):
-    stem: Annotated[PartSpec, part("stem")] = Field(examples=["{type: patchify, patch: 4}"])
+    stem: Annotated[PartSpec, part("stem")] = Field(
+        examples=["{type: patchify, patch: 4}", "{type: linear, in_dim: 64}"]  # of images, and of sequences
+    )
 
 
 # Pydantic lists keys base by base, in files and messages. The bases above keep the order columns, stem, levels.

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PydanticUserError, Type
 from torch import nn
 
 from revnets.config.errors import ArgumentError, PartError, explain, nearest, problem, show, what
-from revnets.config.imports import imported
+from revnets.config.imports import PACKAGES, imported
 from revnets.config.loader import Strict, validate
 
 Factory = Callable[..., Any]
@@ -31,7 +31,10 @@ PROVIDED = {
 """Arguments that the framework passes to a part of each kind; all others are options that a YAML may set."""
 
 IMPORTED: dict[str, dict[str, str]] = {
-    "block": {"vit_post_norm": "vision.models.vit_blocks:PostNormBlock"},
+    "block": {
+        "vit_post_norm": "vision.models.vit_blocks:PostNormBlock",
+        "transformer": f"{PACKAGES[2]}.layers.transformer:TransformerBlock",
+    },
     "stem": {"patch_embed": "vision.models.vit_blocks:PatchEmbed"},
 }
 """Import paths of components of this project that are not registered until they are used, by kind and name."""
