@@ -1,4 +1,4 @@
-"""`torch.jit.trace` of the encoder as fairseq builds it."""
+"""`torch.jit.trace` and `torch.jit.script` of the encoder as fairseq builds it."""
 
 from __future__ import annotations
 
@@ -41,3 +41,11 @@ def test_a_beam_search_still_reorders_sentences():
         found = encoder.reorder_encoder_out(encoder(words, lengths), order)
         expected = encoder(words, lengths)["encoder_out"][0]
     assert torch.equal(found["encoder_out"][0], expected[:, order])
+
+
+def test_the_encoder_cannot_be_scripted():
+    """As docs/guides/translation-model.md says: columns pass keyword arguments on to their blocks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(torch.jit.frontend.NotSupportedError):
+            torch.jit.script(build().eval().encoder)
