@@ -99,7 +99,7 @@ def prepare_mt(
     with reported():
         from .data.prepare import prepare
         from .data.recipe import read_recipe
-        from .data.tokenization import default_workers
+        from .data.worker_pool import default_workers
 
         recipe, base = read_recipe(corpus, given)
         facts = prepare(recipe, output, base, downloads, workers or default_workers(), overwrite)

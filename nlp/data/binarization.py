@@ -1,4 +1,4 @@
-"""fairseq-preprocess: text in sub-words to the files that fairseq reads, and whether they hold what was given."""
+"""Binarization of sub-word text by fairseq-preprocess, and checks of its result."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from revnets.utils.regular_files import read_regular, require_regular
+from revnets.utils.regular_files import open_regular, read_regular, require_regular
 
 from .corpus import Pair
 from .errors import TranslationError
 from .splits import SPLITS
 
 LOG = "preprocess.log"
-"""The log of fairseq-preprocess, in the folder of its other files."""
+"""Log of fairseq-preprocess, in the directory of its other files."""
 
 MAX_LOG = 2**24
-"""Bytes of a log that are read; it has some lines for each side of each split."""
+"""Maximum size of a log in bytes; it has a few lines for each side of each split."""
 
+_MAGIC = b"MMIDIDX\0\0"
+_HEADER = struct.Struct("<9sQBQ")  # magic, version, type of the tokens, number of sentences
 _SUMMARY = re.compile(r"\[(\w+)\] .*?(\w+)\.\1: \d+ sents, \d+ tokens, ([\d.e+-]+)% replaced")
 
 
@@ -33,17 +35,20 @@ def run_preprocess(
     log: Path,
     dictionary: Path | None = None,
 ) -> None:
-    """Binarise the splits in the folder `units`.
+    """Binarize the three splits.
 
     Args:
-        folder: takes fairseq's files; an absolute path.
-        words: largest number of types in the dictionary.
-        log: takes what the program prints.
-        dictionary: the types of both languages; an absolute path. By default those of the training text.
+        units: Directory of the splits, named `train.en` and so on.
+        folder: Absolute path of the output directory.
+        codes: Languages of source and target.
+        words: Maximum number of types in the dictionary; None for all.
+        workers: Number of processes.
+        log: File for the output of fairseq-preprocess.
+        dictionary: Absolute path of a dictionary for both languages. By default, the types of the training text.
 
     Raises:
-        TranslationError: it failed.
-        OSError: the log cannot be written.
+        TranslationError: If fairseq-preprocess fails.
+        OSError: If the log cannot be written.
     """
     source, target = codes
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary", "--destdir", str(folder)]
@@ -55,42 +60,55 @@ def run_preprocess(
         command += ["--srcdict", str(dictionary)]
     require_regular(log)
     with open(log, "w", encoding="utf-8") as file:
-        # It takes a comma in a path for the end of the path, and so gets none.
+        # fairseq-preprocess splits paths at commas, so it runs in the directory and gets relative paths.
         done = subprocess.run(command, cwd=units, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise TranslationError(
-            f"fairseq-preprocess failed: {''.join(last)}. Its output is in {log}", code="process-failed"
-        )
+        raise TranslationError(f"fairseq-preprocess failed: {''.join(last)}. See its output in {log}", "process-failed")
 
 
 def check_sentences(folder: Path, codes: Pair, written: Mapping[str, int]) -> None:
-    """Check that both sides of every split have as many sentences as were written.
+    """Check that both sides of every split have the expected number of sentences.
+
+    Args:
+        folder: Directory that `run_preprocess` filled.
+        codes: Languages of source and target.
+        written: Expected number of sentences by split.
 
     Raises:
-        TranslationError: one has another number.
+        TranslationError: If a number differs.
     """
     for name in SPLITS:
         for code in codes:
             found = count_sentences(folder / f"{name}.{'-'.join(codes)}.{code}.idx")
             if found != written[name]:
                 raise TranslationError(
-                    f"fairseq-preprocess made {found:,} sentences of the {written[name]:,} in {name}.{code}, so that "
-                    "the sides do not belong together. Look for line separators in the text",
+                    f"fairseq-preprocess read {found:,} sentences from {name}.{code}, which has {written[name]:,}, so "
+                    "source and target are misaligned. Check the text for unusual line separators",
                     code="misaligned-data",
                 )
 
 
 def count_sentences(index: Path) -> int:
-    """How many sentences a binarised side has, by the header of its index (fairseq's `MMapIndexedDataset`)."""
-    with open(index, "rb") as file:
-        magic, _version, _type, count = struct.unpack("<9sQBQ", file.read(26))
-    assert magic == b"MMIDIDX\0\0", magic
-    return count
+    """Read the number of sentences from the index of a binarized side (fairseq's `MMapIndexedDataset`).
+
+    Raises:
+        TranslationError: If the file is not an index.
+        OSError: If it cannot be read.
+    """
+    with open_regular(index) as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise TranslationError(f"{index}: not an index of fairseq-preprocess. Run the command again", "damaged-file")
+    return _HEADER.unpack(header)[-1]
 
 
 def unknown_words(folder: Path) -> dict[str, dict[str, float]]:
-    """The share of `<unk>` of every split and language, in per cent, by fairseq's log; empty where there is none."""
+    """Read the share of `<unk>` in percent, by split and language, from fairseq's log.
+
+    Returns:
+        An empty dict if the log is missing or too large.
+    """
     try:
         text = read_regular(folder / LOG, MAX_LOG).decode(errors="replace")
     except OSError:
@@ -102,7 +120,7 @@ def unknown_words(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def rename_in_log(folder: Path, output: Path) -> None:
-    """Let fairseq's log name the folder by the name that it is going to have."""
+    """Replace the temporary name of a directory in fairseq's log by its final name."""
     log = folder / LOG
     if log.exists():
         text = log.read_text(encoding="utf-8", errors="replace")

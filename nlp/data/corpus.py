@@ -1,4 +1,4 @@
-"""Parallel text as it is found: pairs of files, tables, SGML test sets, plain or compressed. Read as a stream."""
+"""Readers of parallel text: pairs of files, tables and SGML test sets, plain or gzipped, as streams."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .languages import languages as languages
 from .text_files import lines_of as lines_of
 
 Pair = tuple[str, str]
-"""A sentence and its translation."""
+"""Source and target: a sentence and its translation, or two language codes."""
 
 _ROLES = ({"source", "src", "original", "input"}, {"target", "tgt", "trg", "translation", "reference", "ref", "output"})
 _NAMES = dict(
@@ -27,18 +27,18 @@ _NAMES = dict(
     ro="romanian", ru="russian", sk="slovak", sl="slovenian", sv="swedish", tr="turkish", uk="ukrainian",
     vi="vietnamese", zh="chinese",
 )  # fmt: skip
-"""Names of columns of a table, by role and by language."""
+"""Column names in the header of a table: roles, and names of languages."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Parallel text in one file or two.
+    """Parallel text in one or two files.
 
     Attributes:
-        paths: the source's and the target's file, line by line; or one file of tab-separated fields. A name that ends
-            in .gz is decompressed while it is read. Of SGML files (.sgm) the segments are read.
-        fields: which fields of a table hold source and target, counted from 1. The last two unless given.
-        languages: of source and target, by whose names the header of a table is recognized.
+        paths: Source and target file, aligned line by line; or one file of tab-separated fields. Files that end in
+            .gz are decompressed on the fly. From SGML files (.sgm), the segments are read.
+        fields: Fields of a table with source and target, counted from 1. By default the last two.
+        languages: Languages of source and target, to recognize the header of a table.
     """
 
     paths: tuple[Path, ...]
@@ -49,18 +49,20 @@ class Corpus:
         if len(self.paths) not in (1, 2):
             names = ", ".join(map(str, self.paths)) or "nothing"
             raise TranslationError(
-                f"{names}: a corpus is one table, or two files of which line i translates line i", code="wrong-length"
+                f"{names}: a corpus is one table, or two files where line i translates line i", code="wrong-length"
             )
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.paths))
 
     def pairs(self) -> Iterator[Pair]:
-        """All pairs in order, without line ends and the header of a table. Fields are taken as they are, the empty
-        ones too.
+        """Yield all pairs in order, without line ends and without the header of a table.
+
+        Empty fields are yielded too.
 
         Raises:
-            TranslationError: a file is missing, empty, damaged, no UTF-8, or the two do not have equally many lines.
+            TranslationError: If a file is missing, empty, damaged or not UTF-8, or if two files have different numbers
+                of lines.
         """
         empty = True
         for number, pair in enumerate(self._aligned() if len(self.paths) == 2 else self._table()):
@@ -68,10 +70,10 @@ class Corpus:
             if number or len(self.paths) == 2 or not self._names_columns(pair):
                 yield pair
         if empty:
-            raise TranslationError(f"{self}: there is no line in it. Give text, one sentence a line", code="empty-file")
+            raise TranslationError(f"{self}: the file is empty. Give text, one sentence per line", code="empty-file")
 
     def header(self) -> Pair | None:
-        """The first line of a table if it names the columns, as in `source<tab>target`, `en<tab>de`."""
+        """Return the first line of a table if it names the columns, as in `source<tab>target` or `en<tab>de`."""
         first = next(self._table(), None) if len(self.paths) == 1 else None
         return first if first and self._names_columns(first) else None
 
@@ -94,14 +96,14 @@ class Corpus:
                 if left is None or right is None:
                     if number == 1:
                         raise TranslationError(
-                            f"{self.paths[left is not None]}: there is no line in it. Give aligned text",
+                            f"{self.paths[left is not None]}: the file is empty. Give aligned text",
                             code="empty-file",
                         )
                     short, long = self.paths if left is None else self.paths[::-1]
                     total = number + sum(1 for _ in streams[self.paths.index(long)])
                     raise TranslationError(
-                        f"{short} has {number - 1} lines and {long} has {total}: line i of one must translate line i "
-                        "of the other. Give files that were aligned",
+                        f"{short} has {number - 1} lines, but {long} has {total}. Give aligned files, where line i of "
+                        "one translates line i of the other",
                         code="misaligned-data",
                     )
                 yield left, right
@@ -114,32 +116,45 @@ class Corpus:
             count = count or len(row)
             left, right = self.fields or (len(row) - 1, len(row))
             if min(left, right) < 1 or max(left, right) > len(row):
-                wanted = f"fields {left} and {right} are" if self.fields else "two are"
-                found = f"{len(row)} field{'s' * (len(row) > 1)} between tabs"
+                needed = f"fields {left} and {right} are" if self.fields else "two are"
+                found = f"{len(row)} tab-separated field{'s' * (len(row) > 1)}"
                 raise TranslationError(
-                    f"{path}, line {number}: {found}, {wanted} needed. Give a table, two files, or other --fields",
+                    f"{path}, line {number}: {found}, but {needed} needed. Give a table, two files, or other --fields",
                     code="wrong-format",
                 )
             if not self.fields and len(row) != count:
                 raise TranslationError(
-                    f"{path}, line {number}: {len(row)} fields between tabs, but line 1 has {count}. Give as many in "
-                    "every line, or say which hold the pair with --fields",
+                    f"{path}, line {number}: {len(row)} tab-separated fields, but line 1 has {count}. Use the same "
+                    "number in every line, or select two with --fields",
                     code="wrong-format",
                 )
             yield row[left - 1], row[right - 1]
 
 
 def named(template: str, codes: Pair) -> tuple[Path, ...]:
-    """The one or two paths that a template means: {lang} stands for each language, {role} for src and ref."""
+    """Expand a template of file names.
+
+    Args:
+        template: File name. `{lang}` stands for both languages, `{role}` for src and ref.
+        codes: Languages of source and target.
+
+    Returns:
+        Two paths, or one if the template has no placeholder.
+    """
     roles = zip(codes, ("src", "ref"), strict=True)
     return tuple(dict.fromkeys(Path(template.replace("{lang}", code).replace("{role}", role)) for code, role in roles))
 
 
 def find_files(template: str, folders: Sequence[Path], codes: Pair) -> tuple[Path, ...]:
-    """The files that a template means, each in the first of the folders that has it.
+    """Find the files of a template, each in the first directory that contains it.
+
+    Args:
+        template: File name with placeholders, see `named`.
+        folders: Directories to search, in order.
+        codes: Languages of source and target.
 
     Raises:
-        TranslationError: none of the folders has a file.
+        TranslationError: If no directory contains a file.
     """
     found = []
     for name in named(template, codes):
@@ -147,7 +162,7 @@ def find_files(template: str, folders: Sequence[Path], codes: Pair) -> tuple[Pat
         if path is None:
             places = ", ".join(map(str, folders))
             raise TranslationError(
-                f"{name}: there is no such file in {places}. Check the name, and that the archive is whole",
+                f"{name}: no such file in {places}. Check the name, and that the archive is complete",
                 code="missing-file",
             )
         found.append(path)

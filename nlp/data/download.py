@@ -1,4 +1,4 @@
-"""Large files from the web: resumed where they broke off, checked, and never taken for whole when they are not."""
+"""Resumable downloads with size and checksum, and safe extraction of archives."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ BLOCK = 1 << 20
 DIGITS = {"md5": 32, "sha1": 40, "sha256": 64}
 SCHEMES = ("https", "http", "ftp", "file")
 LARGEST = 1 << 38
-"""Bytes of a download whose size the recipe does not know, and of what is unpacked."""
+"""Maximum bytes of a download without a `size`, and of an extracted archive."""
 
 EXPANSION = 200
-"""How many times the size of an archive its files may have, beyond a gigabyte."""
+"""Maximum ratio of extracted to archived bytes, for archives that extract to more than a gigabyte."""
 
 MEMBERS = 100_000
-"""Files in an archive."""
+"""Maximum number of files in an archive."""
 
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-"""Names that no file may have on Windows."""
+"""File names that Windows reserves."""
 
 NETWORK = (
     urllib.error.URLError,
@@ -53,16 +53,17 @@ NETWORK = (
     ConnectionError,
     TimeoutError,
 )
-"""What may pass by itself."""
+"""Errors that may be temporary."""
 
 
 class Download(Strict):
-    """An archive on the web.
+    """An archive to download.
 
     Attributes:
-        name: of the file; the last part of the URL unless given.
-        checksum: algorithm (md5, sha1, sha256) and hexadecimal digest, as in `md5:d41d8cd98f00b204e9800998ecf8427e`.
-        size: bytes, if known.
+        url: Address with scheme https, http, ftp or file.
+        name: File name. By default the last part of the URL.
+        checksum: Algorithm (md5, sha1, sha256) and hexadecimal digest, as in `md5:d41d8cd98f00b204e9800998ecf8427e`.
+        size: Size in bytes, if known.
     """
 
     url: str
@@ -77,50 +78,58 @@ class Download(Strict):
             algorithm, _, digest = text.partition(":")
             if len(digest) != DIGITS.get(algorithm) or not re.fullmatch("[0-9a-f]+", digest):
                 remedy = "Give " + ", ".join(f"{name}:<{count} digits>" for name, count in DIGITS.items())
-                raise problem(f"{text!r} is no checksum", remedy, code="invalid-syntax")
+                raise problem(f"{text!r} is not a checksum", remedy, code="invalid-syntax")
         return text
 
     @field_validator("url")
     @classmethod
     def _is_address(cls, url: str) -> str:
-        remedy = f"Give an address such as https://host/file.tgz ({', '.join(SCHEMES)})"
+        remedy = f"Give a URL such as https://host/file.tgz ({', '.join(SCHEMES)})"
         if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
-            remedy = "Write other characters than those of ASCII, and spaces, as %20 and the like"
-            raise problem(f"{url!r} is no address", remedy, code="invalid-syntax")
+            remedy = "Percent-encode spaces and non-ASCII characters, such as %20"
+            raise problem(f"{url!r} is not a URL", remedy, code="invalid-syntax")
         try:
             parts = urlsplit(url)
             known = parts.scheme.lower() in SCHEMES and (bool(parts.hostname) or parts.scheme.lower() == "file")
-            _ = parts.port  # checked when it is asked for
+            _ = parts.port  # access checks it
         except ValueError as error:
-            raise problem(f"{url!r} is no address ({error})", remedy, code="invalid-syntax") from None
+            raise problem(f"{url!r} is not a URL ({error})", remedy, code="invalid-syntax") from None
         if not known or not parts.path:
-            raise problem(f"{url!r} is no address of a file", remedy, code="invalid-syntax")
+            raise problem(f"{url!r} is not the URL of a file", remedy, code="invalid-syntax")
         return url
 
     @model_validator(mode="after")
     def _is_file_name(self) -> Download:
         name, key = self.file, "name" if self.name else "url"
-        remedy = "Give `name`: that of a file, without a folder"
+        remedy = "Set `name` to a file name without a directory"
         if not name:
-            raise problem(f"{self.url!r} ends without the name of a file", remedy, key, code="missing-key")
+            raise problem(f"{self.url!r} does not end with a file name", remedy, key, code="missing-key")
         wrong = _NOT_IN_NAMES.search(name) or _RESERVED.fullmatch(name) or len(os.fsencode(name)) > 200
         if wrong or name.startswith(".") or name.endswith((".", " ")) or name != name.strip():
-            raise problem(f"{name!r} cannot be the name of a file", remedy, key, code="invalid-syntax")
+            raise problem(f"{name!r} is not a valid file name", remedy, key, code="invalid-syntax")
         return self
 
     @property
     def file(self) -> str:
+        """File name of the download."""
         return self.name or unquote(Path(urlsplit(self.url).path).name)
 
 
 def fetch(item: Download, folder: Path, progress: Progress, attempts: int = 5, wait: float = 2.0) -> Path:
-    """The file, from the folder if it is there and right, else from the web.
+    """Return the path of a file, which is downloaded unless the directory already contains it.
 
-    A download that broke off goes on where it stopped, in this call (with growing pauses of `wait` seconds) or in a
-    later one.
+    An interrupted download is resumed, in this call or in a later one.
+
+    Args:
+        item: File to download.
+        folder: Directory of the download.
+        progress: Receives a progress bar.
+        attempts: Maximum number of attempts.
+        wait: Seconds before the second attempt; every further pause is twice as long.
 
     Raises:
-        TranslationError: it cannot be had, is not what the recipe names, or another process is downloading it.
+        TranslationError: If the download fails, if size or checksum differ, or if another process is downloading the
+            same file.
     """
     path = folder / item.file
     task = progress.add_task(escape(item.file), total=item.size)
@@ -140,11 +149,11 @@ def _download(item: Download, path: Path, progress: Progress, task: TaskID, atte
             break
         except TranslationError:
             raise
-        except (*NETWORK, ValueError) as error:  # the latter of an address or a length that a server gave
+        except (*NETWORK, ValueError) as error:  # ValueError: a server sent an invalid address or length
             if attempt + 1 == attempts or _is_lasting(item, error):
                 reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
                 raise TranslationError(
-                    f"{item.url}: {reason}. Run the command again to go on, or put the file at {path} by hand",
+                    f"{item.url}: {reason}. Run the command again to resume, or save the file as {path}",
                     code="download-failed",
                 ) from error
             time.sleep(wait * 2**attempt)
@@ -153,7 +162,7 @@ def _download(item: Download, path: Path, progress: Progress, task: TaskID, atte
 
 
 def _is_lasting(item: Download, error: Exception) -> bool:
-    """Whether trying again cannot help."""
+    """Return True if another attempt would fail in the same way."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code < 500
     reason = getattr(error, "reason", error)
@@ -164,7 +173,7 @@ def _is_lasting(item: Download, error: Exception) -> bool:
 
 
 def _receive(item: Download, partial: Path, progress: Progress, task: TaskID) -> None:
-    """Append what is missing to the partial file."""
+    """Download the missing bytes and append them to the partial file."""
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(item.url, headers={"User-Agent": "revnets"})
     if have:
@@ -173,13 +182,13 @@ def _receive(item: Download, partial: Path, progress: Progress, task: TaskID) ->
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if have and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return  # nothing is missing; if it is wrong nevertheless, the check will tell
+            return  # the file is complete; the checksum detects other content
         raise
     with response:
         if "text/html" in response.headers.get("Content-Type", "") and not item.file.endswith((".html", ".htm")):
             raise TranslationError(
-                f"{item.url}: the server sends a web page instead of {item.file}. Open the address in a browser, and "
-                f"put the file at {partial.with_name(item.file)}",
+                f"{item.url}: the server sent a web page instead of {item.file}. Download the file in a browser and "
+                f"save it as {partial.with_name(item.file)}",
                 code="download-failed",
             )
         if have and response.status != http.HTTPStatus.PARTIAL_CONTENT:
@@ -206,8 +215,8 @@ def _receive(item: Download, partial: Path, progress: Progress, task: TaskID) ->
 
 def _too_large(item: Download, partial: Path, most: int) -> TranslationError:
     partial.unlink()
-    where = "as the recipe says" if item.size else "which is the most that is taken. Give its `size`"
-    return TranslationError(f"{item.url}: sends more than {most:,} bytes, {where}", code="checksum-mismatch")
+    fix = "the `size` in the recipe. Correct it" if item.size else "the limit for files without a `size`. Set it"
+    return TranslationError(f"{item.url}: the server sends more than {most:,} bytes, {fix}", code="checksum-mismatch")
 
 
 def _check(item: Download, path: Path, progress: Progress, task: TaskID) -> None:
@@ -221,10 +230,10 @@ def _check(item: Download, path: Path, progress: Progress, task: TaskID) -> None
     if found == item.checksum and item.size in (None, size):
         return
     wrong, right = (found, item.checksum) if found != item.checksum else (f"{size} bytes", f"{item.size} bytes")
-    if path.name != item.file:  # a partial file can only be made from the beginning; one put there by hand stays
+    if path.name != item.file:  # only a partial file: keep a file that the user saved
         path.unlink()
     raise TranslationError(
-        f"{path.with_name(item.file)}: has {wrong}, the recipe says {right}. Delete it and run again",
+        f"{path.with_name(item.file)}: {wrong}, but the recipe expects {right}. Delete the file and run again",
         code="checksum-mismatch",
     )
 
@@ -239,11 +248,14 @@ _DAMAGE = (
     OverflowError,
     KeyError,
 )
-"""What reading a damaged archive raises."""
+"""Errors raised by reading a damaged archive."""
 
 
 class _Member(tarfile.TarInfo):
-    """A file of an archive. `tarfile` reads long names and other headers into memory, whatever size they declare."""
+    """An archive member with bounded headers.
+
+    `tarfile` reads long names and other headers into memory without a limit on their declared size.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
@@ -263,16 +275,24 @@ _HEADERS = (
 
 
 def extract_archive(archive: Path, folder: Path, progress: Progress) -> Path:
-    """Unpack a tar archive, compressed or not, into a folder that appears when it is complete.
+    """Extract a tar archive, compressed or not, to a directory that appears when it is complete.
+
+    Args:
+        archive: File to extract.
+        folder: Parent of the new directory, which is named like the archive.
+        progress: Receives a progress bar.
+
+    Returns:
+        The new directory.
 
     Raises:
-        TranslationError: the archive is damaged, much larger than a text is when it is unpacked, or would write outside
-            of the folder.
+        TranslationError: If the archive is damaged, expands beyond `EXPANSION`, `MEMBERS` or `LARGEST`, or would write
+            outside of the directory.
     """
     target = folder / archive.name
     if not target.exists():
         size = archive.stat().st_size
-        task = progress.add_task(f"unpack {escape(archive.name)}", total=size)
+        task = progress.add_task(f"extract {escape(archive.name)}", total=size)
         try:
             with (
                 replacing_folder(target) as partial,
@@ -289,7 +309,7 @@ def extract_archive(archive: Path, folder: Path, progress: Progress) -> Path:
         except _DAMAGE as error:
             reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
             raise TranslationError(
-                f"{archive}: no archive that can be unpacked ({reason}). Delete it and run again",
+                f"{archive}: cannot be extracted ({reason}). Delete the file and run again",
                 code="damaged-file",
             ) from error
         progress.update(task, completed=archive.stat().st_size)

@@ -1,18 +1,19 @@
-"""The error of text and translations that cannot be used."""
+"""The exception for unusable text and translations."""
 
 from __future__ import annotations
 
 
 class TranslationError(ValueError):
-    """Data cannot be used. The message is one line: what was given, what is wrong with it and what to do.
+    """Unusable data. The message is one line: the value or file, what is wrong, and how to fix it.
 
-    `code` is the kind of error, one of `revnets.config.error_codes.CODES`.
+    Attributes:
+        code: Kind of error, one of `revnets.config.error_codes.CODES`.
     """
 
     def __init__(self, message: str, code: str = "invalid-value"):
-        super().__init__(" ".join(message.splitlines()))  # names of files may have line feeds
+        super().__init__(" ".join(message.splitlines()))  # file names may contain line feeds
         self.code = code
 
 
 DataError = TranslationError
-"""The former name."""
+"""Former name of `TranslationError`."""

@@ -1,4 +1,4 @@
-"""Folders that `prepare-mt` may replace or remove: data sets of its own, with no other files, one process at a time."""
+"""Checks before an output directory is replaced: only data sets written by `prepare-mt`, by one process at a time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OWN = re.compile(
 
 @contextmanager
 def sole_writer(path: Path) -> Iterator[None]:
-    """Hold a lock beside a file or folder while it is written.
+    """Hold a lock file next to a file or directory while it is written.
 
     Raises:
-        TranslationError: another process holds it.
-        OSError: the lock cannot be written.
+        TranslationError: If another process holds the lock.
+        OSError: If the lock file cannot be written.
     """
     make_folder(path.parent)
     try:
@@ -33,56 +33,60 @@ def sole_writer(path: Path) -> Iterator[None]:
             yield
     except LockedError as error:
         raise TranslationError(
-            f"{path}: {error.owner or 'another process'} is writing it. Wait for its end, or give another path",
+            f"{path}: {error.owner or 'another process'} is writing it. Wait until it ends, or choose another path",
             code="output-in-use",
         ) from None
 
 
 def check_replaceable(output: Path, inputs: Iterable[Path] = ()) -> None:
-    """Check that replacing a folder deletes neither an input nor other files.
+    """Check that replacing a directory would delete nothing but a data set of `prepare-mt`.
 
     Args:
-        output: the folder; it may be missing.
-        inputs: files and folders that are read.
+        output: Directory to replace; it may be missing.
+        inputs: Files and directories that are read.
 
     Raises:
-        TranslationError: it is not a data set of `prepare-mt`, it contains other files, or it contains an input or the
-            working directory.
+        TranslationError: If it is not such a data set, or if it contains other files, an input or the working
+            directory.
     """
     place = Path(os.path.realpath(output))
     if not place.name:
-        raise TranslationError(f"{output}: the root cannot be replaced. Give another --output", code="file-exists")
+        raise TranslationError(f"{output}: the root directory. Choose another --output", code="file-exists")
     check_inputs(output, inputs)
     if not place.exists():
         return
     if not place.is_dir():
-        raise TranslationError(f"{output}: a file, not a folder. Give another --output", code="file-exists")
+        raise TranslationError(f"{output}: a file, not a directory. Choose another --output", code="file-exists")
     entries = sorted(place.iterdir())
     foreign = next((path.name for path in entries if path.is_dir() or not _OWN.fullmatch(path.name)), None)
     if foreign is None and entries and not _is_note(place):
         foreign = entries[0].name
     if foreign is not None:
         raise TranslationError(
-            f"{output}: contains {foreign}, which prepare-mt did not write, so the folder is not replaced. "
-            "Give another --output",
+            f"{output}: contains {foreign}, which prepare-mt did not write, so it is not replaced. Choose another "
+            "--output",
             code="file-exists",
         )
     if Path.cwd().is_relative_to(place):
         raise TranslationError(
-            f"{output}: contains the working directory. Change to another one first", code="conflicting-values"
+            f"{output}: contains the working directory. Change to another directory first", code="conflicting-values"
         )
 
 
 def check_inputs(folder: Path, inputs: Iterable[Path]) -> None:
-    """Check that a folder to be replaced or removed contains no input.
+    """Check that a directory to be replaced or removed contains no input.
+
+    Args:
+        folder: Directory to check.
+        inputs: Files and directories that are read.
 
     Raises:
-        TranslationError: it contains one.
+        TranslationError: If it contains an input.
     """
     for path in inputs:
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise TranslationError(
-                f"{folder}: contains the input {path}. Give another --output", code="conflicting-values"
+                f"{folder}: contains the input {path}. Choose another --output", code="conflicting-values"
             )
 
 

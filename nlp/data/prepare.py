@@ -1,4 +1,4 @@
-"""From raw parallel text to a fairseq data set: choose, tokenise, learn and apply sub-words, clean, binarise."""
+"""The pipeline from raw parallel text to a fairseq data set: splits, tokens, sub-words, cleaning, binarization."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from .corpus import Pair, TranslationError, named
 from .download import extract_archive, fetch
 from .languages import UNSEGMENTED, base_language
 from .output_folder import check_inputs, check_replaceable, sole_writer
-from .pieces import DICTIONARY, MODEL, learn_pieces, split_pieces
-from .recipe import LATER, Clean, Recipe
-from .resumable_steps import NOTE, Facts, Stages
+from .recipe import LATER, Recipe
+from .resumable_steps import NOTE, Facts, Stages, read_array
 from .sentence_pairs import PairWriter, SentencePair, read_lines, read_pairs, same, segmented, tokenized
 from .splits import DROPPED, SPLITS, choose, drawn_counts
-from .tokenization import blocks, learn, ordered, segment
+from .subwords.byte_pairs import learn, segment
+from .subwords.sentencepiece_model import DICTIONARY, MODEL, learn_pieces, split_pieces
+from .worker_pool import blocks, ordered
 
 CODES = "codes"
-"""Operations of byte-pair encoding, in the folder of a data set."""
+"""File of the merge operations of byte-pair encoding in a data set."""
 
 UNFIT = "unfit.npy"
-"""Beside text in sub-words: which pairs of the training text cleaning drops, as far as they were looked at."""
+"""File with one bool for each pair of the training text: whether cleaning is known to drop it."""
 
 REDRAWN = "redrawn"
-"""Folder of the same steps for another draw."""
+"""Directory of the same steps after another draw."""
 
 
 def prepare(
@@ -51,27 +52,31 @@ def prepare(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Facts:
-    """Make the folder `output`: fairseq's binarised splits and dictionaries, the codes, and the raw test set.
+    """Prepare a data set: binarized splits, dictionaries, the sub-word model, and the raw test set.
 
-    Half-done work lies in `<output>.work` and is used when the same call is made again; `output` itself appears when
-    everything is done.
+    Finished steps are kept in `<output>.work`, and the same call resumes after them. `output` appears when everything
+    is done.
 
     Args:
-        base: where the recipe's own files are looked for.
-        downloads: where archives are kept.
-        overwrite: replace what is in `output` already.
+        recipe: What the data set contains.
+        output: Directory to create.
+        base: Directory of the files that the recipe names.
+        downloads: Directory of the archives.
+        workers: Number of processes.
+        overwrite: Replace a data set that was made in another way.
+        console: Console for messages and progress bars.
 
     Returns:
-        Counts of pairs and types, and why pairs were dropped.
+        Counts of pairs and types, and of dropped pairs by reason.
 
     Raises:
-        TranslationError: one line on what is wrong with the data, or another process is making this folder.
+        TranslationError: If the data cannot be used, or if another process is writing the directory.
     """
     console = console or Console()
     inputs = _inputs(recipe, base)
     stages, named_output, output = Stages(inputs), output, Path(os.path.realpath(output))
     if (facts := stages.facts(output)) is not None:
-        text = f"{named_output} is there already, made by the same recipe from the same files"
+        text = f"{named_output} already exists, made from the same recipe and files"
         console.print(text, soft_wrap=True, markup=False)
         return facts
     read = [*map(Path, inputs["files"]), *([downloads] if recipe.downloads else [])]
@@ -81,15 +86,16 @@ def prepare(
     with sole_writer(output):
         if output.exists() and any(output.iterdir()) and not overwrite:
             raise TranslationError(
-                f"{named_output} is there, made in another way. Give another --output, or --overwrite to replace it",
+                f"{named_output} exists, made from another recipe or other files. Choose another --output, or replace "
+                "it with --overwrite",
                 code="settings-differ",
             )
         _check_installed(recipe)
         if recipe.has_tokens and (unsegmented := [code for code in recipe.codes if base_language(code) in UNSEGMENTED]):
             console.print(
-                f"warning: {' and '.join(unsegmented)}: Moses' tokenizer does not segment text without spaces, so that "
-                "clauses become words. Take --subword sentencepiece, or segment it first and set `tokenize: false` in "
-                "a recipe",
+                f"warning: {' and '.join(unsegmented)}: Moses' tokenizer does not segment text without spaces, so "
+                "clauses become words. Use --subword sentencepiece, or segment the text first and set "
+                "`tokenize: false` in a recipe",
                 style="yellow",
                 soft_wrap=True,
             )
@@ -109,17 +115,17 @@ def prepare(
 
                 facts = stages.run(output, fill)
         finally:
-            with suppress(OSError):  # it is not there, or not empty: it is of use for the next call
+            with suppress(OSError):  # missing, or not empty and useful for the next call
                 work.rmdir()
         _remove(work, [folder.name for folder in folders])
         return facts
 
 
 def _cleaned(steps: _Steps, stages: Stages) -> tuple[_Steps, Facts]:
-    """All steps up to text in sub-words, with as many pairs in valid and test as the recipe says.
+    """Run all steps up to sub-words, with the requested number of pairs in valid and test.
 
-    Which pairs cleaning drops is known only when there are sub-words, and these are learnt from what was not drawn. So
-    where one that was drawn is dropped, another is drawn, and the steps are done again: once, rarely twice.
+    Cleaning needs sub-words, and these are learned from the pairs that are not drawn. If cleaning drops a drawn pair,
+    another pair is drawn and the steps are repeated, usually once.
     """
     while True:
         remove_leftovers(steps.work)
@@ -136,7 +142,7 @@ def _cleaned(steps: _Steps, stages: Stages) -> tuple[_Steps, Facts]:
 
 
 def _remove(work: Path, archives: Sequence[str] = ()) -> None:
-    """Delete what was made in the folder of half-done work, and the folder if nothing else is in it."""
+    """Delete finished steps and extracted archives from the work directory, and the directory if it is empty."""
     if (work / REDRAWN).exists():
         _remove(work / REDRAWN)
     for folder in (work / name for name in ("chosen", "tokens", "codes", "units", *archives)):
@@ -149,32 +155,42 @@ def _remove(work: Path, archives: Sequence[str] = ()) -> None:
 
 @dataclass
 class _Steps:
-    """Each fills the folder that it is given, from the folders that were filled before it."""
+    """The steps. Each fills the directory that it gets, from the directories of earlier steps.
+
+    Attributes:
+        recipe: What the data set contains.
+        folders: Directories to search for files of the recipe.
+        work: Directory of the steps.
+        workers: Number of processes.
+        progress: Receives a progress bar for each step.
+        before: After another draw, the file of the pairs that cleaning dropped.
+    """
 
     recipe: Recipe
     folders: tuple[Path, ...]
     work: Path
     workers: int
     progress: Progress
-    before: Path | None = None  # which pairs cleaning dropped, when this was done before
+    before: Path | None = None
 
     def choose(self, folder: Path) -> Facts:
-        """Read everything once, so that bad input is reported before any work is done, and choose the splits."""
+        """Read everything once, so that invalid input is reported early, and assign pairs to splits."""
         for corpus in chain.from_iterable(self.recipe.corpora(name, self.folders) for name in SPLITS):
-            if self.before is None and (header := corpus.header()):  # else it was printed before
-                text = f"{corpus}: line 1 names the columns ({', '.join(header)}), so it is no pair"
+            if self.before is None and (header := corpus.header()):  # otherwise already printed
+                text = f"{corpus}: line 1 names the columns ({', '.join(header)}) and is skipped"
                 self.progress.console.print(text, soft_wrap=True, markup=False)
         task = self.progress.add_task("read", total=None)
         given = sum(1 for name in SPLITS[1:] for _ in self._read(name, task))
-        unfit = None if self.before is None else np.load(self.before)
+        unfit = None if self.before is None else read_array(self.before, bool)
         chosen, facts = choose(self._read("train", task), self.recipe, unfit)
         self.progress.update(task, total=len(chosen) + given)
         np.save(folder / "chosen.npy", chosen)
         return facts
 
     def tokenize(self, folder: Path) -> Facts:
-        chosen = np.load(self.work / "chosen" / "chosen.npy").tolist()
-        task = self.progress.add_task("tokenise" if self.recipe.has_tokens else "select", total=len(chosen))
+        """Tokenize the pairs of all splits."""
+        chosen = self._choice().tolist()
+        task = self.progress.add_task("tokenize" if self.recipe.has_tokens else "select", total=len(chosen))
         train = self._chosen(chosen, task)
         given = (SentencePair(name, pair, pair) for name in SPLITS[1:] for pair in self._read(name))
         work = partial(tokenized, codes=self.recipe.codes, dashes=self.recipe.aggressive_dashes)
@@ -186,42 +202,48 @@ class _Steps:
         return {}
 
     def learn(self, folder: Path) -> Facts:
+        """Learn sub-words from the training split."""
         recipe = self.recipe
         names = [f"train.{code}" for code in recipe.codes]
         if recipe.has_pieces:
             task = self.progress.add_task("learn sub-words", total=None)
             texts = [f"../tokens/{name}" for name in names]
-            learnt = learn_pieces(texts, folder, recipe.vocab, recipe.model_type, recipe.character_coverage)
+
+            def report(state: str) -> None:
+                self.progress.update(task, description=f"learn sub-words: {state}")
+
+            learned = learn_pieces(texts, folder, recipe.vocab, recipe.model_type, recipe.character_coverage, report)
         else:
             assert recipe.merges is not None
             count = recipe.vocab or recipe.merges
             task = self.progress.add_task("learn sub-words", total=count)
             lines = chain.from_iterable(read_lines(self.work / "tokens" / name) for name in names)
             advance = partial(self.progress.advance, task)
-            learnt = learn(lines, count, folder / CODES, advance, total=recipe.vocab is not None)
-            if recipe.vocab is not None and not learnt:
+            learned = learn(lines, count, folder / CODES, advance, total=recipe.vocab is not None)
+            if recipe.vocab is not None and not learned:
                 raise TranslationError(
-                    f"the training text has too many characters for a vocabulary of {count:,}. Give a larger --vocab",
+                    f"--vocab {count} is too small: it leaves no merges beside the characters of the training text. "
+                    "Use a larger --vocab",
                     code="out-of-range",
                 )
-        self.progress.update(task, total=learnt, completed=learnt)
-        return {"pieces" if recipe.has_pieces else "merges": learnt}
+        self.progress.update(task, description="learn sub-words", total=learned, completed=learned)
+        return {"pieces" if recipe.has_pieces else "merges": learned}
 
     def split(self, folder: Path) -> Facts:
-        """Sub-words; pairs that came from the training text are cleaned by their number."""
+        """Split all pairs into sub-words, and clean those that came from the training text."""
         task = self.progress.add_task("split into sub-words", total=None)
         work = partial(segmented, codes=self._codes, segment=split_pieces if self.recipe.has_pieces else segment)
         work = work if self.recipe.learns_subwords else same
-        kept, dropped = Counter[str](), Counter[str]()
+        kept, dropped, clean = Counter[str](), Counter[str](), self.recipe.clean
         own = [name for name in SPLITS if name == "train" or not self.recipe.corpora(name, self.folders)]
-        chosen = np.load(self.work / "chosen" / "chosen.npy")
-        unfit = np.zeros(len(chosen), bool) if self.before is None else np.load(self.before)
+        chosen = self._choice()
+        unfit = np.zeros(len(chosen), bool) if self.before is None else read_array(self.before, bool)
         numbers = {name: iter(np.flatnonzero(chosen == SPLITS.index(name))) for name in own}
         with PairWriter(folder, self.recipe.codes) as writer:
             rows = chain.from_iterable(read_pairs(self.work / "tokens", name, self.recipe.codes) for name in SPLITS)
             for block in ordered(work, blocks(rows), self.workers):
                 for row in block:
-                    reason = _reason(self.recipe.clean, row.pair) if row.split in own else None
+                    reason = clean.drop_reason(row.pair) if clean and row.split in own else None
                     number = next(numbers[row.split]) if row.split in own else None
                     if reason:
                         dropped[reason] += 1
@@ -235,19 +257,20 @@ class _Steps:
         if missing := [name for name in SPLITS if not kept[name] and name not in drawn]:
             why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             raise TranslationError(
-                f"no pair is left for {missing[0]}: {why}. Allow longer sentences, or other ratios", code="empty-data"
+                f"no pair is left for {missing[0]}: {why}. Allow longer sentences or larger ratios", code="empty-data"
             )
         self.progress.update(task, total=kept.total() + dropped.total())
         return dict(dropped | kept)
 
     def binarize(self, folder: Path, output: Path, written: Facts) -> Facts:
-        """fairseq-preprocess, and in the same folder the other files that translating and scoring need.
+        """Run fairseq-preprocess, and add the other files that translation and scoring need.
 
         Args:
-            output: the name that the folder is going to have.
-            written: how many pairs each split has.
+            folder: Directory to fill.
+            output: Final name of the directory.
+            written: Number of pairs of each split.
         """
-        task = self.progress.add_task("binarise", total=None)
+        task = self.progress.add_task("binarize", total=None)
         recipe, units = self.recipe, self.work / "units"
         dictionary = self._codes.with_name(DICTIONARY) if recipe.has_pieces else None
         run_preprocess(units, folder, recipe.codes, recipe.words, self.workers, self.work / LOG, dictionary)
@@ -263,11 +286,11 @@ class _Steps:
 
     @property
     def _codes(self) -> Path:
-        """The file by which text is split."""
+        """File of the sub-word model."""
         return self.work / "codes" / (MODEL if self.recipe.has_pieces else CODES)
 
     def _chosen(self, chosen: Sequence[int], task: Any) -> Iterator[SentencePair]:
-        """The pairs of the training text that were chosen."""
+        """Yield the pairs of the training text that were assigned to a split."""
         indices = iter(chosen)
         for pair in self._read("train", task):
             index = next(indices, None)
@@ -280,10 +303,14 @@ class _Steps:
                 return
         names = " and ".join(map(str, self.recipe.corpora("train", self.folders)))
         raise TranslationError(
-            f"{names}: there were {len(chosen):,} pairs, and now there is another number. Do not change a text while "
-            f"it is read; delete {self.work} and run again",
+            f"{names}: the number of pairs is no longer {len(chosen):,}. Do not change a text while it is read: delete "
+            f"{self.work} and run again",
             code="misaligned-data",
         )
+
+    def _choice(self) -> np.ndarray:
+        """Read the assignment of pairs to splits."""
+        return read_array(self.work / "chosen" / "chosen.npy", np.int8)
 
     def _read(self, name: str, task: Any = None) -> Iterator[Pair]:
         for corpus in self.recipe.corpora(name, self.folders):
@@ -293,20 +320,8 @@ class _Steps:
                     self.progress.advance(task, len(block))
 
 
-def _reason(clean: Clean | None, pair: Pair) -> str | None:
-    """Why a pair is not kept."""
-    if clean is None:
-        return None
-    shorter, longer = sorted(len(side.split()) for side in pair)
-    if shorter < clean.min:
-        return "too short"
-    if longer > clean.max:
-        return "too long"
-    return "one side too long for the other" if longer > clean.ratio * shorter else None
-
-
 def _inputs(recipe: Recipe, base: Path) -> Facts:
-    """The recipe and which files it means; files of equal names, sizes and times are taken to be equal."""
+    """Return the recipe and its files. Files of the same name, size and modification time are considered equal."""
     texts = (text for text in (*recipe.train, recipe.valid, recipe.test) if isinstance(text, (str, tuple)))
     names = (named(text, recipe.codes) if isinstance(text, str) else text for text in texts)
     paths = (base / name for name in chain.from_iterable(names))
@@ -317,10 +332,10 @@ def _inputs(recipe: Recipe, base: Path) -> Facts:
 
 
 def _check_installed(recipe: Recipe) -> None:
-    """The steps before those that need these packages can take hours."""
-    needed = {"fairseq_cli": "fairseq is not installed, which binarises the text"}
+    """Check for packages that late steps need, before the first steps take hours."""
+    needed = {"fairseq_cli": "fairseq, which binarizes the text, is not installed"}
     if recipe.has_pieces:
-        needed["sentencepiece"] = "sentencepiece is not installed, which splits the text"
+        needed["sentencepiece"] = "sentencepiece, which splits the text, is not installed"
     for module, text in needed.items():
         if find_spec(module) is None:
             raise TranslationError(f"{text}. Try: pip install 'revnets[nlp]'", code="missing-dependency")

@@ -1,4 +1,4 @@
-"""How a data set for translation is made: what to download, which files are what, how text becomes sub-words."""
+"""Recipes of translation data sets: downloads, files of the splits, tokenization, sub-words and cleaning."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from revnets.config.loader import Strict, UserPath, load
 
 from .corpus import Corpus, Pair, TranslationError, find_files, languages, named
 from .download import Download
+from .subwords.sentencepiece_model import MAX_VOCAB
 
 RECIPES = Path(__file__).parents[1] / "configs" / "data"
-"""Recipes that come along: `revnets prepare-mt wmt16_en_de` means `configs/data/wmt16_en_de.yaml`."""
+"""Directory of the built-in recipes: `revnets prepare-mt wmt16_en_de` reads `wmt16_en_de.yaml` here."""
 
 
 def _home(value: Any) -> Any:
@@ -25,17 +26,27 @@ def _home(value: Any) -> Any:
 
 
 Text = UserPath | tuple[Annotated[Path, BeforeValidator(_home)], ...]
-"""A text: the name of a table, or of two files, where {lang} stands for each language; or the two paths."""
+"""A text: a table, a template of two files where {lang} stands for both languages, or a list of two paths."""
 
 
 class Every(Strict):
-    """One line of the training text in so many."""
+    """Every n-th pair of the training text.
+
+    Attributes:
+        every: The number n.
+    """
 
     every: int = Field(gt=1)
 
 
 class Clean(Strict):
-    """What Moses' clean-corpus-n keeps: lengths in sub-words, and how often the longer side has the shorter one's."""
+    """Limits of the pairs that are kept, as in Moses' clean-corpus-n.
+
+    Attributes:
+        min: Minimum sub-words of either side.
+        max: Maximum sub-words of either side.
+        ratio: Maximum ratio of the longer to the shorter side.
+    """
 
     min: int = Field(default=1, ge=1)
     max: int = Field(default=250, ge=1)
@@ -44,41 +55,51 @@ class Clean(Strict):
     @model_validator(mode="after")
     def _possible(self) -> Clean:
         if self.min > self.max:
-            raise problem(f"min {self.min} is more than max {self.max}", "Swap them", "min", code="conflicting-values")
+            raise problem(f"min {self.min} exceeds max {self.max}", "Swap them", "min", code="conflicting-values")
         return self
+
+    def drop_reason(self, pair: Pair) -> str | None:
+        """Return why a pair of sub-words is dropped, or None if it is kept."""
+        shorter, longer = sorted(len(side.split()) for side in pair)
+        if shorter < self.min:
+            return "too short"
+        if longer > self.max:
+            return "too long"
+        return "one side too long for the other" if longer > self.ratio * shorter else None
 
 
 Segmenter = Literal["sentencepiece", "subword-nmt"]
-"""What learns and splits sub-words."""
+"""Library that learns and applies sub-words."""
 
 LATER = ("subword", "vocab", "model_type", "character_coverage")
-"""Keys added later. At their defaults they do not change which data set a recipe describes."""
+"""Keys added in later versions. With their defaults, a recipe describes the same data set as before."""
 
 
 class Recipe(Strict):
-    """Everything that decides what a prepared data set contains.
+    """Everything that determines the content of a prepared data set.
 
     Attributes:
-        languages: source and target, as in en-de.
-        downloads: archives whose unpacked files the texts may name.
-        train: texts, read one after the other.
-        valid, test: a text; so many pairs of the training text, drawn at random; or every n-th pair of it.
-        fields: which fields of a table hold source and target.
-        tokenize: split words from punctuation as Moses does. Without it, text is taken as tokens between spaces.
-        normalize: unify quotes, dashes and spaces first, in the texts named. Where not, only the typographic
-            apostrophe becomes a plain one.
-        aggressive_dashes: split words at hyphens as well, marked @-@.
-        merges: operations of byte-pair encoding, learnt jointly. None: the text is in sub-words already.
-        clean: which pairs of the training text are kept; None keeps all.
-        deduplicate: keep the first of equal pairs, and none that shares a side with a pair drawn for `valid` or `test`.
-        words: at most so many types in the dictionary. All of them unless given.
-        seed: of the draw.
-        subword: what learns and splits sub-words. subword-nmt splits the tokens of Moses (`tokenize`), sentencepiece
-            raw text, so that `tokenize`, `normalize`, `aggressive_dashes`, `merges` and `words` do not go with it.
-        vocab: size of the joint vocabulary. For sentencepiece exactly so many pieces; by default 8,000, or fewer if
-            the text has not as many. For subword-nmt an estimate (`learn-bpe --total-symbols`), in place of `merges`.
-        model_type: of sentencepiece.
-        character_coverage: the share of the text's characters that sentencepiece makes pieces of.
+        languages: Source and target, as in en-de.
+        downloads: Archives; texts may name their extracted files.
+        train: Texts, concatenated.
+        valid: A text; a number of pairs to draw at random from the training text; or every n-th pair of it.
+        test: A text, or a number of pairs to draw at random from the training text.
+        fields: Fields of a table with source and target, counted from 1.
+        tokenize: Apply Moses' tokenizer. Otherwise, tokens are separated by spaces.
+        normalize: Texts in which Moses' normalizer unifies quotes, dashes and spaces first: `all`, or only `train`.
+            In the others, only the typographic apostrophe is replaced.
+        aggressive_dashes: Split words at hyphens, marked @-@.
+        merges: Merge operations of joint byte-pair encoding. None if the text already consists of sub-words.
+        clean: Limits of the pairs of the training text that are kept; None keeps all.
+        deduplicate: Drop repeated pairs, and training pairs that share a side with a pair drawn for `valid` or `test`.
+        words: Maximum number of types in the dictionary; None for all.
+        seed: Seed of the draw.
+        subword: Library for sub-words. subword-nmt splits the tokens of Moses (`tokenize`). sentencepiece splits raw
+            text, so `tokenize`, `normalize`, `aggressive_dashes`, `merges` and `words` cannot be set with it.
+        vocab: Size of the joint vocabulary. For sentencepiece the exact number of pieces, by default 8,000 or fewer for
+            a small text. For subword-nmt an estimate (`learn-bpe --total-symbols`), instead of `merges`.
+        model_type: Kind of sentencepiece model.
+        character_coverage: Share of the characters of the text that get a sentencepiece piece.
     """
 
     languages: str
@@ -96,7 +117,7 @@ class Recipe(Strict):
     words: int | None = Field(default=None, ge=1)
     seed: int = 1
     subword: Segmenter = "subword-nmt"
-    vocab: int | None = Field(default=None, ge=1)
+    vocab: int | None = Field(default=None, ge=1, le=MAX_VOCAB)
     model_type: Literal["unigram", "bpe"] = "unigram"
     character_coverage: float = Field(default=0.9995, ge=0.98, le=1)
 
@@ -113,7 +134,7 @@ class Recipe(Strict):
     @classmethod
     def _some(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
-            raise problem(f"{value} pairs are too few", "Draw at least 1", code="out-of-range")
+            raise problem(f"{value} pairs is too few", "Use at least 1", code="out-of-range")
         return value
 
     @field_validator("downloads")
@@ -121,37 +142,37 @@ class Recipe(Strict):
     def _names_differ(cls, downloads: tuple[Download, ...]) -> tuple[Download, ...]:
         names = Counter(item.file.casefold() for item in downloads)
         if repeated := next((item.file for item in downloads if names[item.file.casefold()] > 1), None):
-            raise problem(f"two downloads are called {repeated}", "Give one another `name`", code="name-clash")
+            raise problem(f"two downloads are named {repeated}", "Set another `name` for one", code="name-clash")
         return downloads
 
     @model_validator(mode="after")
     def _one_every(self) -> Recipe:
         if isinstance(self.test, Every):
             raise problem(
-                "only `valid` can be every n-th pair", "Give a text, or a number of pairs", "test", code="wrong-type"
+                "only `valid` can be every n-th pair", "Use a text or a number of pairs", "test", code="wrong-type"
             )
         return self
 
     @model_validator(mode="after")
     def _one_segmenter(self) -> Recipe:
-        """Every key that is given has an effect."""
+        """Refuse keys that have no effect."""
         keys = ["model_type", "character_coverage"]
         if self.subword == "sentencepiece":
             keys = ["normalize", "aggressive_dashes", "merges", "words", *(["tokenize"] if self.tokenize else [])]
         if unused := next((key for key in keys if key in self.model_fields_set), None):
             raise problem(
                 f"has no effect with subword {self.subword}",
-                "Leave it out, or choose the other subword",
+                "Remove it, or use the other subword",
                 unused,
                 code="conflicting-values",
             )
         if self.vocab is not None and "merges" in self.model_fields_set:
-            raise problem("vocab and merges both give a size", "Keep one", "vocab", code="conflicting-values")
+            raise problem("vocab and merges both set the size", "Remove one", "vocab", code="conflicting-values")
         return self
 
     @property
     def has_pieces(self) -> bool:
-        """Whether sentencepiece splits raw text."""
+        """Whether sentencepiece splits the raw text."""
         return self.subword == "sentencepiece"
 
     @property
@@ -161,20 +182,23 @@ class Recipe(Strict):
 
     @property
     def learns_subwords(self) -> bool:
+        """Whether sub-words are learned from the training text."""
         return self.has_pieces or self.merges is not None
 
     @property
     def codes(self) -> Pair:
+        """Codes of source and target."""
         return languages(self.languages)
 
     def corpora(self, split: str, folders: Sequence[Path]) -> list[Corpus]:
-        """The texts of train, valid or test, as files; none where the split is taken from the training text.
+        """Find the files of a split; none if the split is drawn from the training text.
 
         Args:
-            folders: where their names are looked for: those of archives, then that of the recipe.
+            split: train, valid or test.
+            folders: Directories to search: those of the archives, then that of the recipe.
 
         Raises:
-            TranslationError: a file is missing.
+            TranslationError: If a file is missing.
         """
         texts = self.train if split == "train" else (getattr(self, split),)
         return [
@@ -189,19 +213,22 @@ class Recipe(Strict):
 
 
 OWN = {"valid": 2000, "test": 2000, "deduplicate": True}
-"""For a corpus without a recipe, where no option says otherwise. `subword` is sentencepiece then."""
+"""Defaults for a corpus without a recipe; `subword` is sentencepiece then."""
 
 
 def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Recipe, Path]:
-    """The recipe that the command line means, and the folder that names of files in it are relative to.
+    """Read or make the recipe of a command line.
 
     Args:
-        corpus: name or path of a recipe; or a table; or two files.
-        options: values for keys of the recipe; None where nothing was given.
+        corpus: Name or path of a recipe; or a table; or two files.
+        options: Values for keys of the recipe; None if an option is not set.
+
+    Returns:
+        The recipe, and the directory that its file names are relative to.
 
     Raises:
-        TranslationError: text without its languages.
-        SpecError: there is no such recipe, or something in it is wrong.
+        TranslationError: If the languages of a text are missing.
+        revnets.SpecError: If the recipe does not exist or is invalid.
     """
     given = {key: value for key, value in options.items() if value not in (None, {})}
     for key in ("valid", "test"):
@@ -214,12 +241,11 @@ def read_recipe(corpus: Sequence[str], options: Mapping[str, Any]) -> tuple[Reci
         return load(Recipe, path, _overrides(given)), path.resolve().parent
     if len(corpus) == 1 and not Path(corpus[0]).suffix and not os.path.exists(corpus[0]):
         known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-        raise SpecError(
-            corpus[0], "", "neither a file nor a recipe", nearest(corpus[0], known, "Recipes are"), code="missing-file"
-        )
+        hint = nearest(corpus[0], known, "Known recipes are")
+        raise SpecError(corpus[0], "", "neither a file nor a recipe", hint, code="missing-file")
     if "languages" not in given:
         raise TranslationError(
-            f"{' '.join(corpus)}: which languages? Give source and target, such as --languages en-de",
+            f"{' '.join(corpus)}: the languages are missing. Give source and target, such as --languages en-de",
             code="missing-key",
         )
     texts = [[str(Path(name).resolve()) for name in corpus]]
@@ -232,7 +258,7 @@ def _beside(folder: Path, names: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _overrides(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Key paths and values for the configuration, so that errors name the command line as their source."""
+    """Flatten options to key paths, so that errors name the command line as their source."""
     found = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Which pairs of the training text are for training, validation and test, and which are dropped."""
+"""Assignment of pairs to training, validation and test, and deduplication."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from .resumable_steps import Facts
 
 SPLITS = ("train", "valid", "test")
 DROPPED, TRAIN, VALID = -1, 0, 1
-"""What becomes of a pair; the others index SPLITS."""
+"""Values of an assignment: dropped, or an index of SPLITS."""
 
 
 def choose(pairs: Iterable[Pair], recipe: Recipe, unfit: np.ndarray | None = None) -> tuple[np.ndarray, Facts]:
-    """Choose for every pair.
+    """Assign every pair of the training text to a split.
 
-    Pairs with an empty side are dropped. With `deduplicate`, so are repetitions, and pairs that share a sentence with
-    one that is drawn for validation or test: what was seen in training would measure memory.
+    Pairs with an empty side are dropped. With `deduplicate`, repetitions are dropped too, and training pairs that share
+    a sentence with a pair drawn for validation or test, which prevents leakage from training to test.
 
     Args:
-        unfit: bool [pairs], those that cleaning drops, as far as is known. They are not drawn: others take their
-            places, and the other pairs that were drawn stay.
+        pairs: Training text.
+        recipe: Sizes of the splits, deduplication and seed.
+        unfit: (pairs,) bool, pairs that cleaning is known to drop. They are replaced in the draw; all other drawn pairs
+            stay.
 
     Returns:
-        One int8 a pair, DROPPED or an index of SPLITS, and how many were dropped for which reason.
+        (pairs,) int8 with DROPPED or an index of SPLITS, and the number of pairs dropped by reason.
 
     Raises:
-        TranslationError: too few pairs.
+        TranslationError: If there are too few pairs.
     """
     choice, source, target, both = array("b"), array("q"), array("q"), array("q")
     wanted = drawn_counts(recipe)
@@ -49,18 +51,18 @@ def choose(pairs: Iterable[Pair], recipe: Recipe, unfit: np.ndarray | None = Non
         repeated[np.unique(np.array(both), return_index=True)[1]] = False
         facts["repeated"] = _drop(chosen, repeated)
     if isinstance(recipe.valid, Every):
-        numbers = np.arange(1, len(chosen) + 1)  # counted as awk does, over everything that was read
+        numbers = np.arange(1, len(chosen) + 1)  # counted as awk counts lines, over all pairs read
         chosen[(numbers % recipe.valid.every == 0) & (chosen == TRAIN)] = VALID
         if not (chosen == VALID).any():
             raise TranslationError(
-                f"no pair is the {recipe.valid.every}th of {len(chosen)}. Give a smaller valid.every",
+                f"valid.every {recipe.valid.every} selects none of {len(chosen)} pairs. Use a smaller number",
                 code="too-few-samples",
             )
     free = np.flatnonzero(chosen == TRAIN).tolist()
     if sum(wanted.values()) >= len(free):
-        asked = " and ".join(f"{count} pairs for {name}" for name, count in wanted.items()) or "pairs for train"
+        asked = " and ".join(f"{count} pairs for {name}" for name, count in wanted.items()) or "training pairs"
         raise TranslationError(
-            f"{asked} are asked for, but there are only {len(free)} in all. Give more text, or ask for less",
+            f"{asked} requested, but the text has only {len(free)}. Use more text, or request fewer",
             code="too-few-samples",
         )
     for name, numbers in _drawn(free, wanted, recipe.seed, unfit).items():
@@ -70,19 +72,27 @@ def choose(pairs: Iterable[Pair], recipe: Recipe, unfit: np.ndarray | None = Non
         like = [np.isin(side, np.array(side)[held]) for side in (source, target)]
         facts["like one held out"] = _drop(chosen, (like[0] | like[1]) & (chosen == TRAIN))
     if not (chosen == TRAIN).any():
-        raise TranslationError(
-            f"nothing is left for train out of {len(chosen)} pairs. Give more text", code="too-few-samples"
-        )
+        raise TranslationError(f"none of {len(chosen)} pairs is left for train. Use more text", code="too-few-samples")
     return chosen, facts
 
 
 def drawn_counts(recipe: Recipe) -> dict[str, int]:
-    """How many pairs are to be drawn, of the splits that are drawn."""
+    """Return the number of pairs to draw, for the splits that are drawn."""
     return {name: count for name in SPLITS if isinstance(count := getattr(recipe, name, None), int)}
 
 
 def _drawn(free: list[int], wanted: dict[str, int], seed: int, unfit: np.ndarray | None) -> dict[str, list[int]]:
-    """Numbers of pairs for each split that is drawn."""
+    """Draw pairs for the splits.
+
+    Args:
+        free: Indices of the pairs to draw from.
+        wanted: Number of pairs by split.
+        seed: Seed of the draw.
+        unfit: (pairs,) bool, pairs to replace by others.
+
+    Returns:
+        Indices of the drawn pairs by split.
+    """
     rng = random.Random(seed)
     first = rng.sample(free, sum(wanted.values()))
     others: Iterator[int] = iter(())
@@ -93,8 +103,8 @@ def _drawn(free: list[int], wanted: dict[str, int], seed: int, unfit: np.ndarray
         if fit < len(first):
             asked = " and ".join(f"{count} for {name}" for name, count in wanted.items())
             raise TranslationError(
-                f"only {fit} of {len(free)} pairs are left after cleaning, {asked} are to be drawn. Allow longer "
-                "sentences (--max) or other ratios (--ratio), give more text, or ask for less",
+                f"{asked} requested, but cleaning leaves only {fit} of {len(free)} pairs. Allow longer sentences "
+                "(--max) or larger ratios (--ratio), use more text, or request fewer",
                 code="too-few-samples",
             )
         others = (number for number in left if not unfit[number])

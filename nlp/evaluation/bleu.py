@@ -14,7 +14,7 @@ from revnets.config.errors import nearest
 
 from ..data.corpus import TranslationError, lines_of
 from ..data.languages import UNSEGMENTED
-from ..data.tokenization import detokenize
+from ..data.subwords.moses import detokenize
 from .alignment import first_mismatch
 from .generated_output import LEFT_OUT
 from .generated_output import Output as Output

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.corpus import TranslationError, lines_of
-from ..data.tokenization import detokenize, join
+from ..data.subwords.byte_pairs import join
+from ..data.subwords.moses import detokenize
 
 _LINE = re.compile(r"([STHDP])-([0-9]{1,12})(?:\t(.*))?")
 _MIXED = re.compile(r"[STHDP]-.*\r|.+[STHDP]-[0-9]+\t")

@@ -265,7 +265,7 @@ def test_output_that_cannot_be_scored(generated, change, named):
         (["score-mt", "{out}", "-l", "german"], ["'german'"]),
         (["score-mt", "{out}", "-l", "de", "--reference", "{one}"], ["1 lines", "2 translations"]),
         (["score-mt", "{tmp}/none", "-l", "de"], ["{tmp}/none: "]),
-        (["prepare-mt", "{one}", "-l", "en-de", "-o", "{tmp}/bin"], ["{one}, line 1: ", "1 field"]),
+        (["prepare-mt", "{one}", "-l", "en-de", "-o", "{tmp}/bin"], ["{one}, line 1: ", "1 tab-separated field"]),
         (["prepare-mt", "{one}", "{tmp}/none", "-l", "en-de", "-o", "{tmp}/bin"], ["{tmp}/none: "]),
         (["prepare-mt", "{one}", "-o", "{tmp}/bin"], ["{one}: ", "--languages"]),
     ],
@@ -283,7 +283,7 @@ def test_mistakes_on_the_command_line(generated, tmp_path, words, names):
 
 def test_a_missing_requirement_is_named(generated, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacremoses", None)
-    for name in ("nlp.data.tokenization", "nlp.evaluation.bleu"):
+    for name in ("nlp.data.subwords.moses", "nlp.evaluation.bleu"):
         monkeypatch.delitem(sys.modules, name)
     code, _, err = call("score-mt", generated, "-l", "de")
     assert (code, err) == (1, "error: sacremoses is not installed. Try: pip install 'revnets[nlp]'\n")
@@ -294,5 +294,5 @@ def test_fairseq_is_missed_before_the_work_is_done(tmp_path, monkeypatch):
     (tmp_path / "one").write_text("one\n")
     code, _, err = call("prepare-mt", tmp_path / "one", tmp_path / "one", "-l", "en-de", "-o", tmp_path / "bin")
     assert code == 1
-    assert err.startswith("error: fairseq is not installed, which binarises the text. Try: pip install")
+    assert err.startswith("error: fairseq, which binarizes the text, is not installed. Try: pip install")
     assert os.listdir(tmp_path) == ["one"]

@@ -17,7 +17,9 @@ pytest.importorskip("fairseq")
 from nlp.data.corpus import LANGUAGES, Corpus, TranslationError, find_files, languages, lines_of
 from nlp.data.recipe import RECIPES, Recipe, read_recipe
 from nlp.data.splits import DROPPED, SPLITS, choose
-from nlp.data.tokenization import MARK, detokenize, join, learn, ordered, segment, tokenize
+from nlp.data.subwords.byte_pairs import MARK, join, learn, segment
+from nlp.data.subwords.moses import detokenize, tokenize
+from nlp.data.worker_pool import ordered
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -68,7 +70,11 @@ GOOD = "one\ntwo\nthree\n"
             ["line 1: ", "iconv -f UTF-16 -t"],
         ),
         ({"a.en": GOOD, "b.de": None}, "missing-file", "{}/b.de: "),
-        ({"a.tsv": "1\tone\teins\nzwei\n"}, "wrong-format", ["{}/a.tsv, line 2: ", "1 field", "--fields"]),
+        (
+            {"a.tsv": "1\tone\teins\nzwei\n"},
+            "wrong-format",
+            ["{}/a.tsv, line 2: ", "1 tab-separated", "--fields"],
+        ),
         ({"a.tsv": ""}, "empty-file", "{}/a.tsv: "),
         ({"a.en": GOOD, "b.de": "", "c.fr": ""}, "wrong-length", "{}/c.fr: "),
     ],
@@ -153,7 +159,7 @@ def test_every_nth_line_is_counted_as_awk_does():
 
 
 def test_too_few_pairs():
-    with raises_error(TranslationError, code="too-few-samples", names=["7th of 5", "valid.every"]):
+    with raises_error(TranslationError, code="too-few-samples", names=["valid.every 7", "5 pairs"]):
         choose([("a", "b")] * 5, recipe(valid={"every": 7}, test="given"))
     with raises_error(TranslationError, code="too-few-samples", names=["train", "6 pairs"]):
         choose([("a", "b"), ("a", "c"), ("a", "d"), ("a", "e"), ("a", "f"), ("a", "g")], recipe(deduplicate=True))
@@ -196,7 +202,7 @@ def test_processes_keep_the_order():
 
 
 def test_a_killed_process_is_told():
-    with raises_error(TranslationError, code="process-lost", names=["2 processes", "--workers"]):
+    with raises_error(TranslationError, code="process-lost", names=["2 worker processes", "--workers"]):
         list(ordered(os._exit, [1] * 20, workers=2))
 
 

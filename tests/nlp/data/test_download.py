@@ -140,13 +140,13 @@ def test_passing_failures_are_tried_again_and_lasting_ones_are_not(server, tmp_p
 
 def test_wrong_content_is_refused(server, tmp_path):
     wrong = "md5:" + "0" * 32
-    with raises_error(TranslationError, code="checksum-mismatch", names=["file.bin", "has md5:", wrong]):
+    with raises_error(TranslationError, code="checksum-mismatch", names=["file.bin", "md5:", wrong]):
         get(server.url(), tmp_path, checksum=wrong)
     assert os.listdir(tmp_path) == []
     with raises_error(TranslationError, code="checksum-mismatch", names=["300007 bytes", "300008 bytes"]):
         get(server.url(), tmp_path, size=len(CONTENT) + 1)
     (tmp_path / "file.bin").write_bytes(b"by hand")
-    with raises_error(TranslationError, code="checksum-mismatch", names=["has sha256:", DIGEST]):
+    with raises_error(TranslationError, code="checksum-mismatch", names=["sha256:", DIGEST]):
         get(server.url(), tmp_path, checksum=DIGEST)
     assert (tmp_path / "file.bin").read_bytes() == b"by hand"
 
@@ -196,7 +196,7 @@ def test_a_checksum_in_a_recipe_is_checked(text):
     ],
 )
 def test_an_address_in_a_recipe_is_checked(url):
-    with raises_error(code="invalid-syntax", key="downloads.0.url", names="address"):
+    with raises_error(code="invalid-syntax", key="downloads.0.url", names=" URL"):
         load(Recipe, {**RECIPE, "downloads": [{"url": url, "name": "y"}]})
 
 
@@ -276,7 +276,7 @@ def test_archives_that_are_much_larger_inside(tmp_path, monkeypatch):
     header = tmp_path / "header.tgz"
     with gzip.open(header, "wb") as file:
         file.write(tar_header("x", 3 << 30, tarfile.XHDTYPE) + bytes(5000))
-    for path, names in ((many, "20 files"), (large, "1,099,511,627,776 bytes"), (header, "no archive")):
+    for path, names in ((many, "20 files"), (large, "1,099,511,627,776 bytes"), (header, "cannot be extracted")):
         with raises_error(TranslationError, code="damaged-file", names=[str(path), names]):
             extract_archive(path, tmp_path / "work", Progress(disable=True))
     assert os.listdir(tmp_path / "work") == []

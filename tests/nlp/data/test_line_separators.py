@@ -96,5 +96,5 @@ def test_sides_are_compared_with_what_was_written(tmp_path):
     folder.mkdir()
     binarization.run_preprocess(units, folder, ("en", "de"), None, 1, tmp_path / "log")
     assert binarization.count_sentences(folder / "valid.en-de.de.idx") == 10
-    with raises_error(TranslationError, code="misaligned-data", names=["10 ", "9 ", "valid.de"]):
+    with raises_error(TranslationError, code="misaligned-data", names=["10 sentences", "has 9", "valid.de"]):
         binarization.check_sentences(folder, ("en", "de"), dict.fromkeys(SPLITS, 9))

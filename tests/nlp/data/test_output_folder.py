@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.errors import raises_error
@@ -13,11 +15,11 @@ from tests.support.parallel_texts import QUIET, numbered_pairs, recipe_for, writ
 pytest.importorskip("fairseq")
 
 from nlp.data import prepare as module
-from nlp.data.binarization import run_preprocess, unknown_words
+from nlp.data.binarization import count_sentences, run_preprocess, unknown_words
 from nlp.data.corpus import TranslationError
 from nlp.data.output_folder import check_replaceable
 from nlp.data.prepare import prepare
-from nlp.data.resumable_steps import MAX_NOTE, Stages, read_note
+from nlp.data.resumable_steps import MAX_NOTE, Stages, read_array, read_note
 from revnets.utils.file_lock import FileLock
 
 pytestmark = pytest.mark.usefixtures("forked_preprocess")
@@ -199,3 +201,32 @@ def test_a_note_of_many_bytes_is_not_read(folder):
     os.truncate(note, MAX_NOTE + 1)
     with pytest.raises(OSError, match=f"{MAX_NOTE:,}"):
         read_note(note.parent)
+
+
+@pytest.mark.parametrize("facts", [[], "train", {"train": "many"}, None])
+def test_a_note_with_facts_of_another_type_is_not_used(tmp_path, facts):
+    stages = Stages("same")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "prepared.json").write_text(json.dumps({"key": stages.key, "facts": facts, "inputs": "same"}))
+    assert stages.facts(tmp_path / "made") is None
+
+
+@pytest.mark.parametrize("content", ["pickle", "type", "shape", "cut", "pipe", "missing"])
+def test_an_array_that_no_step_wrote_is_refused(tmp_path, content):
+    path = tmp_path / "chosen.npy"
+    arrays = {"pickle": np.array([print]), "type": np.zeros(7, np.int64), "shape": np.zeros((7, 3), np.int8)}
+    if content == "pipe":
+        os.mkfifo(path)
+    elif content != "missing":
+        np.save(path, arrays.get(content, np.zeros(7, np.int8)), allow_pickle=True)
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    with raises_error(TranslationError, code="damaged-file", names=str(path)):
+        read_array(path, np.int8)
+
+
+@pytest.mark.parametrize("content", [b"", b"MMIDIDX\0\0", b"x" * 997])
+def test_an_index_that_fairseq_did_not_write_is_refused(tmp_path, content):
+    (tmp_path / "train.en-de.en.idx").write_bytes(content)
+    with raises_error(TranslationError, code="damaged-file", names="train.en-de.en.idx"):
+        count_sentences(tmp_path / "train.en-de.en.idx")

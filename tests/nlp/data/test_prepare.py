@@ -26,14 +26,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nlp.data import prepare as module
-from nlp.data import tokenization
+from nlp.data import worker_pool
 from nlp.data.binarization import count_sentences, unknown_words
 from nlp.data.corpus import TranslationError, lines_of
 from nlp.data.prepare import prepare
 from nlp.data.recipe import RECIPES, Recipe, read_recipe
 from nlp.data.resumable_steps import Stages
 from nlp.data.splits import SPLITS
-from nlp.data.tokenization import detokenize, join
+from nlp.data.subwords.byte_pairs import join
+from nlp.data.subwords.moses import detokenize
 from revnets.config.loader import load
 
 QUIET = Console(file=io.StringIO())
@@ -161,7 +162,7 @@ def test_a_text_that_changes_while_it_is_read(tmp_path, change):
         (tmp_path / name).mkdir()
     steps.choose(tmp_path / "chosen")
     path.write_text("".join([*lines, "x\ty\n"] if change > 0 else lines[:-1]))
-    with raises_error(TranslationError, code="misaligned-data", names=[str(path), "40 pairs"]):
+    with raises_error(TranslationError, code="misaligned-data", names=[str(path), "no longer 40"]):
         steps.tokenize(tmp_path / "tokens")
 
 
@@ -179,7 +180,7 @@ def test_a_full_disk_is_named(tmp_path):
 @pytest.mark.usefixtures("forked_preprocess")
 def test_two_processes_give_the_same(made, table, tmp_path, monkeypatch):
     output, facts, recipe = made
-    monkeypatch.setattr(tokenization, "FEW", 0)
+    monkeypatch.setattr(worker_pool, "FEW", 0)
     assert prepare(recipe, tmp_path / "bin", workers=2, console=QUIET) == facts
     for path in output.glob("*.*"):
         if path.suffix not in (".log", ".json"):

@@ -49,7 +49,7 @@ def zipped(path: Path) -> None:
         ("a.en", TEXT.encode() + "für\n".encode("latin-1"), "invalid-encoding", ["line 51", "ISO-8859-1"]),
         ("a.en", TEXT.replace("\n", "\r").encode(), "wrong-format", ["carriage returns"]),
         ("a.en", TEXT.encode() + b"a" * (LONGEST + 1) + b"\n", "wrong-format", ["line 51", f"{LONGEST:,}"]),
-        ("a.en", os.mkdir, "not-a-file", ["folder"]),
+        ("a.en", os.mkdir, "not-a-file", ["directory"]),
         ("a.en", os.mkfifo, "not-a-file", ["pipe"]),
         ("a.en", lambda path: path.symlink_to("/dev/zero"), "not-a-file", ["device"]),
         ("a.en", lambda path: path.symlink_to("gone"), "missing-file", []),
@@ -156,6 +156,8 @@ def test_rows_with_another_number_of_fields(tmp_path):
     """A tab within a sentence, or a field that is missing: the last two fields are others than those of line 1."""
     path = tmp_path / "a.tsv"
     path.write_text("1\tone\teins\n2\ta\tb\tzwei\n")
-    with raises_error(TranslationError, code="wrong-format", names=[f"{path}, line 2", "4 fields", "--fields"]):
+    with raises_error(
+        TranslationError, code="wrong-format", names=[f"{path}, line 2", "4 tab-separated", "--fields"]
+    ):
         list(Corpus((path,)).pairs())
     assert list(Corpus((path,), fields=(1, 2)).pairs()) == [("1", "one"), ("2", "a")]

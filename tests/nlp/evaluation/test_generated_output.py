@@ -14,7 +14,8 @@ from tests.support.errors import raises_error
 pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 
 from nlp.data.corpus import TranslationError
-from nlp.data.tokenization import detokenize, learn, segment, tokenize
+from nlp.data.subwords.byte_pairs import learn, segment
+from nlp.data.subwords.moses import detokenize, tokenize
 from nlp.evaluation.bleu import read_output, scores
 from tests.support.fairseq import USER_DIR, fairseq, train
 from tests.support.paths import ROOT

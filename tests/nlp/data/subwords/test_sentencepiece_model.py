@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -17,12 +18,13 @@ pytest.importorskip("sentencepiece")
 
 from fairseq.data import Dictionary
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
+from rich.progress import Progress
 
 from nlp.data import prepare as module
 from nlp.data.corpus import TranslationError
-from nlp.data.pieces import DICTIONARY, MODEL, learn_pieces, split_pieces
 from nlp.data.prepare import prepare
 from nlp.data.recipe import Recipe, read_recipe
+from nlp.data.subwords.sentencepiece_model import DICTIONARY, MAX_VOCAB, MODEL, learn_pieces, split_pieces
 from tests.support.parallel_texts import numbered_pairs, recipe_for, sub_words, write_pairs
 
 CHINESE = [
@@ -126,11 +128,47 @@ def test_the_largest_vocabulary_is_named_and_works(tmp_path):
     with pytest.raises(TranslationError) as caught:
         learned(tmp_path / "a", lines, 7919)
     assert caught.value.code == "out-of-range"
-    largest = int(str(caught.value).split("--vocab ")[1].split()[0])
+    assert "--vocab 7919 is too large" in str(caught.value)
+    largest = int(str(caught.value).split("Use --vocab ")[1].split()[0])
     path = learned(tmp_path / "b", lines, largest)
     assert path.stat().st_size > 0
     with raises_error(TranslationError, code="out-of-range", names=[f"--vocab {largest} or less"]):
         learned(tmp_path / "c", lines, largest + 1)
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_the_smallest_vocabulary_is_named_and_works(tmp_path, model_type):
+    """Sentencepiece itself names it only from four pieces on."""
+    lines = [left for left, _ in numbered_pairs(31)]
+    needed = set()
+    for vocab in (1, 2, 3, 5):
+        with raises_error(TranslationError, code="out-of-range", names=[f"--vocab {vocab} is too small"]) as caught:
+            learned(tmp_path / str(vocab), lines, vocab, model_type=model_type)
+        needed.add(int(str(caught.value).split("Use --vocab ")[1].split()[0]))
+    (smallest,) = needed
+    assert learned(tmp_path / "smallest", lines, smallest, model_type=model_type).stat().st_size > 0
+
+
+@pytest.mark.parametrize(("model_type", "unit"), [("unigram", "candidates left"), ("bpe", "merges")])
+def test_training_reports_its_progress(tmp_path, model_type, unit):
+    reported = []
+    learned(tmp_path, [left for left, _ in numbered_pairs(997)], 151, model_type=model_type, report=reported.append)
+    assert reported
+    assert all(re.fullmatch(rf"[\d,]+ {unit}", text) for text in reported)
+
+
+def test_the_progress_bar_shows_the_state_of_training(tmp_path, monkeypatch):
+    def learn(*arguments) -> int:
+        arguments[-1]("8,800 candidates left")
+        shown.extend(task.description for task in steps.progress.tasks)
+        return 7
+
+    shown: list[str] = []
+    monkeypatch.setattr(module, "learn_pieces", learn)
+    steps = module._Steps(own(), (tmp_path,), tmp_path, 1, Progress(disable=True))
+    assert steps.learn(tmp_path) == {"pieces": 7}
+    assert shown == ["learn sub-words: 8,800 candidates left"]
+    assert steps.progress.tasks[0].description == "learn sub-words"
 
 
 def test_without_a_number_small_texts_have_fewer_pieces(tmp_path):
@@ -142,7 +180,7 @@ def test_without_a_number_small_texts_have_fewer_pieces(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "vocab", "code", "names"),
     [
-        (CHINESE, 17, "out-of-range", ["17 pieces", "--vocab ", "--character-coverage"]),
+        (CHINESE, 17, "out-of-range", ["--vocab 17 is too small", "--character-coverage"]),
         (["x" * 5003] * 3, 17, "empty-data", ["4,192 bytes"]),
         (["\u3000", "\x01"], 17, "empty-data", ["4,192 bytes"]),
         ([], 17, "empty-data", ["4,192 bytes"]),
@@ -214,6 +252,9 @@ def test_recipes_keep_the_tokens_of_moses():
         ({"model_type": "word"}, "unknown-choice", "model_type"),
         ({"character_coverage": 0.5}, "out-of-range", "character_coverage"),
         ({"vocab": 0}, "out-of-range", "vocab"),
+        ({"vocab": MAX_VOCAB + 1}, "out-of-range", "vocab"),
+        ({"vocab": 2**40}, "out-of-range", "vocab"),
+        ({"vocab": 2**40, "subword": "subword-nmt"}, "out-of-range", "vocab"),
     ],
 )
 def test_options_that_do_not_go_together(given, code, key):

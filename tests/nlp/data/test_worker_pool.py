@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("sacremoses")
 
-from nlp.data.tokenization import MOST, default_workers, ordered
+from nlp.data.worker_pool import MOST, default_workers, ordered
 from tests.support.paths import ROOT
 
 MODULES = "[name for name in ('torch', 'revnets', 'fairseq') if name in __import__('sys').modules]"
@@ -19,7 +19,7 @@ WORK = "__import__('nlp.data.sentence_pairs', fromlist=['x']).tokenized([], ('en
 SCRIPT = f"""
 import torch
 import revnets.cli.main
-from nlp.data.tokenization import ordered
+from nlp.data.worker_pool import ordered
 
 if __name__ == "__main__":
     print(set(map(str, ordered(eval, [{f"({WORK}, {MODULES})"!r}] * 20, workers=2))))
