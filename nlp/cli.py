@@ -1,4 +1,4 @@
-"""Commands on text: data and scores of translations, checkpoints, language models. Heavy imports wait for a call."""
+"""Commands for translation data, scores, checkpoints and language models. Heavy imports are deferred to the call."""
 
 from __future__ import annotations
 
@@ -16,71 +16,74 @@ def prepare_mt(
     corpus: Annotated[
         list[str],
         typer.Argument(
-            help="A recipe that comes along (wmt16_en_de, wmt14_en_fr) or one of your own (.yaml); or a table of "
-            "tab-separated text; or two files of which line i translates line i. Text may be gzipped (.gz).",
+            help="Built-in recipe (wmt16_en_de, wmt14_en_fr) or YAML file of a recipe; or a table of tab-separated "
+            "text; or two files where line i translates line i. Text may be gzipped (.gz).",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False, readable=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to create.", show_default=False, readable=False)
+    ],
     languages: Annotated[
         str | None,
         typer.Option("--languages", "-l", help="Source and target, e.g. en-de or en-pt_BR.", show_default=False),
     ] = None,
-    valid: Annotated[str | None, typer.Option(help="How many pairs to draw for validation, or a text. (2000)")] = None,
-    test: Annotated[str | None, typer.Option(help="How many pairs to draw for the test, or a text. (2000)")] = None,
+    valid: Annotated[str | None, typer.Option(help="Number of pairs to draw for validation, or a text. (2000)")] = None,
+    test: Annotated[str | None, typer.Option(help="Number of pairs to draw for the test, or a text. (2000)")] = None,
     fields: Annotated[
-        str | None, typer.Option(help="Which fields of a table are source and target, e.g. 2,3. (the last two)")
+        str | None, typer.Option(help="Fields of a table with source and target, e.g. 2,3. (the last two)")
     ] = None,
     subword: Annotated[
         str | None,
         typer.Option(
-            help="What splits words: sentencepiece (raw text) or subword-nmt (tokens of Moses). (sentencepiece; "
+            help="Sub-words: sentencepiece (of raw text) or subword-nmt (of Moses' tokens). (sentencepiece; "
             "subword-nmt with --merges or --words)",
             show_default=False,
         ),
     ] = None,
     vocab: Annotated[
-        int | None, typer.Option(help="Size of the joint vocabulary. (8000 at most)", show_default=False)
+        int | None,
+        typer.Option(help="Size of the joint vocabulary. (8000, or fewer for small texts)", show_default=False),
     ] = None,
-    model_type: Annotated[str | None, typer.Option(help="Of sentencepiece: unigram or bpe. (unigram)")] = None,
+    model_type: Annotated[str | None, typer.Option(help="Model of sentencepiece: unigram or bpe. (unigram)")] = None,
     character_coverage: Annotated[
-        float | None, typer.Option(help="Share of all characters that sentencepiece keeps. (0.9995)")
+        float | None, typer.Option(help="Share of characters that get a sentencepiece piece. (0.9995)")
     ] = None,
     merges: Annotated[
-        int | None, typer.Option(help="Of subword-nmt, in place of --vocab: operations of joint BPE. (10000)")
+        int | None, typer.Option(help="Merge operations of subword-nmt, instead of --vocab. (10000)")
     ] = None,
-    min_length: Annotated[int | None, typer.Option("--min", help="Fewest sub-words of a sentence. (1)")] = None,
-    max_length: Annotated[int | None, typer.Option("--max", help="Most sub-words of a sentence. (250)")] = None,
-    ratio: Annotated[float | None, typer.Option(help="How often the longer side may have the shorter's. (1.5)")] = None,
-    words: Annotated[
-        int | None, typer.Option(help="Of subword-nmt: largest number of types in the dictionary. (all)")
-    ] = None,
+    min_length: Annotated[int | None, typer.Option("--min", help="Minimum sub-words per sentence. (1)")] = None,
+    max_length: Annotated[int | None, typer.Option("--max", help="Maximum sub-words per sentence. (250)")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Maximum length ratio of the two sides. (1.5)")] = None,
+    words: Annotated[int | None, typer.Option(help="Maximum types in the dictionary, for subword-nmt. (all)")] = None,
     deduplicate: Annotated[
         bool | None,
-        typer.Option(help="Drop repeated pairs, and training pairs that share a sentence with a drawn one. (yes)"),
+        typer.Option(help="Drop repeated pairs, and training pairs that share a sentence with a drawn pair. (yes)"),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes. (one a core, at most 16)", show_default=False)
+        int | None, typer.Option(min=1, help="Worker processes. (one per core, at most 16)", show_default=False)
     ] = None,
-    downloads: Annotated[Path, typer.Option(help="Where archives of a recipe are kept.", readable=False)] = Path(
+    downloads: Annotated[Path, typer.Option(help="Directory for the archives of a recipe.", readable=False)] = Path(
         "downloads"
     ),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder made in another way.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a data set that was made in another way.")
+    ] = False,
 ) -> None:
-    """Make a fairseq data set from raw parallel text.
+    """Prepare a fairseq data set from raw parallel text.
 
-    Reads and checks everything, draws validation and test, learns joint
-    sub-words, cleans by length and ratio, and binarises with a joined
-    dictionary. A run that was killed goes on where it stopped.
+    Reads and checks all text, draws validation and test, learns joint
+    sub-words, cleans by length and ratio, and binarizes with a joint
+    dictionary. Run the same command again to resume an interrupted run.
 
         revnets prepare-mt train.en train.de -l en-de -o data-bin/mine
         revnets prepare-mt table.tsv.gz -l en-zh --vocab 16000 -o data-bin/mine
         revnets prepare-mt train.en train.de -l en-de --subword subword-nmt -o data-bin/mine
         revnets prepare-mt wmt16_en_de -o data-bin/wmt16_en_de_bpe32k
 
-    A text for --valid or --test is a table, or two files as in dev.{lang},
-    where {lang} stands for each language. Numbers in brackets are what holds
-    for text of your own when nothing is given; a recipe has its own.
+    A text for --valid or --test is a table, or two files named as in
+    dev.{lang}, where {lang} stands for both languages. Values in parentheses
+    are the defaults without a recipe.
     """
     given = {
         "languages": languages,
@@ -113,16 +116,15 @@ def average_checkpoints(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Checkpoint to write.", show_default=False, readable=False)
     ],
-    last: Annotated[int, typer.Option(min=1, help="Of a run: how many of the newest.")] = 10,
+    last: Annotated[int, typer.Option(min=1, help="Number of the newest checkpoints of a run.")] = 10,
     updates: Annotated[
-        bool, typer.Option("--updates", help="Of a run: those saved by updates (checkpoint_1_5000.pt), not epochs.")
+        bool, typer.Option("--updates", help="Use the checkpoints of updates (checkpoint_1_5000.pt) instead of epochs.")
     ] = False,
 ) -> None:
-    """Average the weights of several checkpoints of one run into a new one.
+    """Average the weights of several checkpoints of one run.
 
-    The recipe of Vaswani et al. (2017) averages the last 10 or 20; it is
-    worth some tenths of BLEU. fairseq-generate reads the result as any other
-    checkpoint.
+    Vaswani et al. (2017) average the last 5 or 20 checkpoints. fairseq-generate
+    reads the result like any other checkpoint.
     """
     with reported():
         from revnets.cli.output import tracked
@@ -141,45 +143,44 @@ def score_mt(
     generated: Annotated[
         Path,
         typer.Argument(
-            help="What fairseq-generate, or fairseq-interactive, wrote to its standard output.",
+            help="Standard output of fairseq-generate or fairseq-interactive.",
             show_default=False,
             readable=False,
         ),
     ],
     language: Annotated[
         str,
-        typer.Option("--language", "-l", help="Of the translation, e.g. de or pt_BR.", show_default=False),
+        typer.Option("--language", "-l", help="Language of the translation, e.g. de or pt_BR.", show_default=False),
     ],
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Untokenised reference, such as test.raw.de of prepare-mt.", show_default=False, readable=False
+            help="Untokenized reference, such as test.raw.de of prepare-mt.", show_default=False, readable=False
         ),
     ] = None,
     test_set: Annotated[
         str | None,
         typer.Option(
-            help="Test set of sacrebleu as reference, e.g. wmt14/full:en-de (downloaded).", show_default=False
+            help="sacrebleu test set to download as the reference, e.g. wmt14/full:en-de.", show_default=False
         ),
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
             "--tokenize",
-            help="Tokenizer of sacreBLEU, e.g. intl or flores200. (that of the language: zh, ja-mecab, ko-mecab, char "
-            "or 13a)",
+            help="sacreBLEU tokenizer, e.g. intl or flores200. (by language: zh, ja-mecab, ko-mecab, char or 13a)",
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """BLEU of a translation: tokenised, with compounds split, and sacreBLEU.
+    """Compute BLEU of a translation: tokenized, compound split, and sacreBLEU.
 
-    Papers report different ones. Tokenised BLEU with compounds split is what
-    English-German papers after Vaswani et al. (2017) compare; sacreBLEU on
-    untokenised text is comparable between all systems. Tokenised BLEU needs
-    the output of fairseq-generate with --remove-bpe and without --tokenizer;
-    of detokenised output only sacreBLEU is given.
+    English-German papers after Vaswani et al. (2017) report tokenized BLEU
+    with compounds split. sacreBLEU of detokenized text is comparable between
+    all systems. Tokenized BLEU needs output of fairseq-generate with
+    --remove-bpe and without --tokenizer; for detokenized output, only
+    sacreBLEU is computed.
     """
     with reported():
         from .data.corpus import TranslationError
@@ -189,16 +190,16 @@ def score_mt(
 
         code = target_language(language)
         if reference and test_set:
-            raise TranslationError("--reference and --test-set: give one of them", code="conflicting-values")
+            raise TranslationError("--reference and --test-set exclude each other. Give one", code="conflicting-values")
         output = read_output(generated)
         lines = read_reference(reference) if reference else named_reference(test_set, code) if test_set else None
         found = scores(output, code, lines, tokenizer)
         warnings = [fallback(code)] if tokenizer is None else []
     if output.missing:
-        missing = f"{output.missing} sentences of the data set have no translation, and so no part in BLEU"
+        missing = f"{output.missing} sentences of the data set have no translation and are not scored"
         warnings.append(f"{missing}: {LEFT_OUT}")
     if output.unfinished:
-        warnings.append(f"{generated}: the last line of fairseq-generate is missing. Was the file cut off?")
+        warnings.append(f"{generated}: the last line of fairseq-generate is missing. The file may be truncated")
     for warning in filter(None, warnings):
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
     if as_json:
@@ -208,7 +209,7 @@ def score_mt(
     from rich.table import Table
     from rich.text import Text
 
-    form = "tokens" if output.tokenised else "detokenised text"
+    form = "tokens" if output.tokenised else "detokenized text"
     title = Text(f"{generated}, {len(output.hypotheses)} sentences of {form}")
     table = Table(title=title, title_justify="left")
     table.add_column("BLEU")
@@ -247,7 +248,7 @@ def _numbers(text: str | None) -> list[int] | None:
         return None
     parts = text.split(",")
     if len(parts) != 2 or not all(part.isdecimal() and len(part) < 20 and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"{text!r}: give two numbers, counted from 1, such as 2,3", param_hint="--fields")
+        raise typer.BadParameter(f"{text!r}: expected two numbers, counted from 1, such as 2,3", param_hint="--fields")
     return [int(part) for part in parts]
 
 
@@ -261,19 +262,22 @@ reported = partial(one_line_errors, _errors, extra="nlp")
 
 
 def train_lm(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run.", show_default=False, readable=False)],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of the run configuration.", show_default=False, readable=False)
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key.path=value, e.g. epochs=5 model.columns=8", show_default=False)
+        list[str] | None,
+        typer.Argument(help="Overrides as key.path=value, e.g. epochs=5 model.columns=8", show_default=False),
     ] = None,
 ) -> None:
-    """Train a language model, or go on with an interrupted run.
+    """Train a language model, or resume an interrupted run.
 
-    The file is one of `revnets train` with two keys of its own: model, as in
-    {hf: revcol_lm, hidden_size: 256, columns: 4}, and text, as in
+    The file has the keys of `revnets train`, with a model such as
+    {hf: revcol_lm, hidden_size: 256, columns: 4}, and a text such as
     {train: texts/*.txt, val: 0.05, tokenizer: bytes, length: 256}.
 
-    The folder `output` gets what `revnets train` writes there, and model/ with
-    the best weights and the tokenizer, as transformers reads them.
+    The best weights and the tokenizer are written to the directory model/ of
+    the output, in the format of transformers.
     """
     with one_line_errors(_training_errors, extra="lm"):
         from .language_modeling.training import load_language_run, train_language_model
@@ -295,5 +299,5 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def user_dir() -> None:
-    """Print the folder to give to fairseq: --user-dir "$(revnets user-dir)"."""
+    """Print the directory for fairseq's option --user-dir: --user-dir "$(revnets user-dir)"."""
     typer.echo(FOLDER)

@@ -1,1 +1,1 @@
-"""Averaged checkpoints and BLEU."""
+"""Checkpoint averaging and BLEU."""

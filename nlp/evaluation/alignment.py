@@ -1,4 +1,4 @@
-"""Whether two texts have the same sentences in the same order, whatever became of spaces, punctuation and case."""
+"""Check that two texts have the same sentences in the same order, up to spaces, punctuation and case."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 SAMPLE = 2000
-"""So many lines are compared, evenly spread."""
+"""Maximum number of lines to compare, evenly spaced."""
 
 SAME, OTHER = 0.9, 0.4
-"""Similarity from which on two lines are one sentence, and below which they may be two."""
+"""Similarity from which two lines count as the same sentence, and below which they may differ."""
 
 PARAPHRASE = 0.45
-"""Mean similarity from which on texts are translations of the same; that of unrelated texts of a language is 0.3."""
+"""Mean similarity from which two texts count as translations of one source; that of unrelated texts is 0.3."""
 
 
 def first_mismatch(lines: Sequence[str], others: Sequence[str]) -> int | None:
-    """The index of the first line that is another sentence than its counterpart; None if the texts belong together.
+    """Find the first line that differs from its counterpart in two misaligned texts.
 
-    They do if nearly all lines are equal, or if lines are clearly more similar to their counterparts than to the
-    neighbors of these, as in a second translation of the same text.
+    Texts are aligned if nearly all lines are equal, or if lines are clearly more similar to their counterparts than to
+    the next lines, as in a second translation of the same source.
+
+    Args:
+        lines: Sentences of one text.
+        others: The same number of sentences of the other text.
+
+    Returns:
+        The index of the line, or None if the texts are aligned.
     """
     chosen = range(0, len(lines), -(-len(lines) // SAMPLE))
     ours, theirs = [[_pairs(text[index]) for index in chosen] for text in (lines, others)]
@@ -32,17 +39,19 @@ def first_mismatch(lines: Sequence[str], others: Sequence[str]) -> int | None:
     if sum(value >= SAME for value in found) > len(found) / 4:
         return chosen[different[0]] if len(different) > len(found) / 20 else None
     shifted = [_similarity(*pair) for pair in zip(ours, theirs[1:] + theirs[:1], strict=True)]
-    unrelated = max(1.75 * sum(shifted) / len(shifted), 0.1)  # as names alone make a text and its translation
+    unrelated = max(
+        1.75 * sum(shifted) / len(shifted), 0.1
+    )  # shared names give this similarity to a text and its translation
     return chosen[different[0]] if mean < min(unrelated, PARAPHRASE) else None
 
 
 def _pairs(text: str) -> Counter[tuple[str, str]]:
-    """Neighboring letters and digits."""
+    """Count pairs of neighboring letters and digits."""
     letters = [letter for letter in text.replace("<<unk>>", "").casefold() if letter.isalnum()]
     return Counter(pairwise(letters))
 
 
 def _similarity(one: Counter[tuple[str, str]], other: Counter[tuple[str, str]]) -> float:
-    """Dice's coefficient, between 0 and 1."""
+    """Compute Dice's coefficient, between 0 and 1."""
     total = one.total() + other.total()
     return 2 * (one & other).total() / total if total else 1.0

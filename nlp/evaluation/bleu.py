@@ -1,4 +1,4 @@
-"""BLEU of what fairseq wrote, in the ways in which papers report it."""
+"""BLEU of fairseq's output in the variants that papers report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ from .tokenizers import default_tokenizer, metric, target_language
 
 @dataclass(frozen=True)
 class Score:
-    """A kind of BLEU, its value in per cent, and what it is comparable with (sacrebleu's signature)."""
+    """A BLEU score.
+
+    Attributes:
+        kind: Variant, such as sacreBLEU.
+        value: BLEU in percent.
+        detail: N-gram precisions, lengths and sacrebleu's signature.
+    """
 
     kind: str
     value: float
@@ -32,38 +38,39 @@ class Score:
 
 
 def read_reference(path: Path) -> list[str]:
-    """The sentences of a file.
+    """Read the sentences of a file.
 
     Raises:
-        TranslationError: it is missing, empty or no UTF-8.
+        TranslationError: If the file is missing or not UTF-8.
     """
     return list(lines_of(path))
 
 
 def named_reference(name: str, language: str | None = None) -> list[str]:
-    """The reference of a test set that sacrebleu knows, such as `wmt14/full:en-de`. It is downloaded once.
+    """Read the reference of a sacrebleu test set, which is downloaded once.
 
     Args:
-        language: of the translation, which the reference must have.
+        name: Test set and language pair, such as `wmt14/full:en-de`.
+        language: Language of the translation, to check against that of the reference.
 
     Raises:
-        TranslationError: there is no such test set or pair of languages, it has another language, or it cannot be
-            downloaded.
+        TranslationError: If the test set or the language pair is unknown, if the language differs, or if the download
+            fails.
     """
     test_set, _, pair = name.partition(":")
     if test_set not in DATASETS:
         raise TranslationError(
-            f"test set {test_set!r} is not known. {nearest(test_set, DATASETS, 'sacrebleu has')}", code="unknown-choice"
+            f"unknown test set {test_set!r}. {nearest(test_set, DATASETS, 'sacrebleu has')}", code="unknown-choice"
         )
     if pair not in DATASETS[test_set].langpairs:
         pairs = nearest(pair, DATASETS[test_set].langpairs, "It has")
         raise TranslationError(
-            f"test set {test_set} has no languages {pair!r}. {pairs}; write {test_set}:en-de", code="unknown-choice"
+            f"test set {test_set} has no language pair {pair!r}. {pairs}; write {test_set}:en-de", code="unknown-choice"
         )
     if language is not None and (target := target_language(pair.partition("-")[2])) != target_language(language):
         raise TranslationError(
-            f"test set {name} is in {target!r}, the translation in {language!r}. Give the pair of languages that ends "
-            "with that of the translation",
+            f"test set {name} is in {target!r}, but the translation is in {language!r}. Give a language pair that ends "
+            "with the language of the translation",
             code="conflicting-values",
         )
     try:
@@ -75,9 +82,9 @@ def named_reference(name: str, language: str | None = None) -> list[str]:
 
 
 def compound_split(lines: Iterable[str]) -> list[str]:
-    """Words apart at their hyphens, as Vaswani et al. (2017) score German: `a-b` becomes `a ##AT##-##AT## b`.
+    """Split words at hyphens as Vaswani et al. (2017) do for German: `a-b` becomes `a ##AT##-##AT## b`.
 
-    As in the one line of Perl that everybody uses, the b of `a-b-c` belongs to the first hyphen only.
+    As in the Perl script in common use, matches do not overlap: `a-b-c` is split at its first hyphen only.
     """
     return [re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line) for line in lines]
 
@@ -85,26 +92,29 @@ def compound_split(lines: Iterable[str]) -> list[str]:
 def scores(
     output: Output, language: str, reference: Sequence[str] | None = None, tokenizer: str | None = None
 ) -> list[Score]:
-    """The kinds of BLEU that this output allows.
+    """Compute all variants of BLEU that an output supports.
 
-    sacreBLEU of detokenised text (Post, 2018) is always among them. Tokenised BLEU needs words that Moses' tokenizer
-    has separated, in hypotheses and references; it is given with compounds split as well for German.
+    sacreBLEU of detokenized text (Post, 2018) is always computed. Tokenized BLEU needs hypotheses and references that
+    consist of Moses' tokens; for German, it is also computed with compounds split.
 
     Args:
-        language: of the translation, such as de, pt_BR or zho_Hans.
-        reference: sentences as people wrote them; without it, the detokenised tokens of the data set.
-        tokenizer: of sacrebleu; by default that of the language.
+        output: Hypotheses and references.
+        language: Language of the translation, such as de, pt_BR or zho_Hans.
+        reference: Untokenized reference. By default the detokenized reference of the data set.
+        tokenizer: Tokenizer of sacrebleu. By default that of the language.
+
+    Returns:
+        The scores; sacreBLEU is the last one.
 
     Raises:
-        TranslationError: there is no reference, it is that of other sentences, or the tokenizer cannot be used.
+        TranslationError: If there is no reference, if it has other sentences, or if the tokenizer cannot be used.
     """
     code = target_language(language)
     references, hypotheses = output.references, output.hypotheses
     raw = detokenize(references, code) if output.tokenised else references
     if reference is None and not references:
         raise TranslationError(
-            "the output has no T- lines, as that of fairseq-interactive. Give the translations to compare with "
-            "(--reference)",
+            "the output has no T- lines, like that of fairseq-interactive. Give a reference (--reference)",
             code="missing-key",
         )
     if reference is not None:
@@ -124,18 +134,18 @@ def scores(
 
 
 def _check_reference(output: Output, reference: Sequence[str], expected: Sequence[str]) -> None:
-    """The reference must have the sentences that were translated; `expected` are those of the T- lines, if any."""
+    """Check that the reference has the translated sentences; `expected` are those of the T- lines, if any."""
     if len(reference) != len(output.hypotheses):
         why = f": {LEFT_OUT}" if output.references and len(reference) > len(output.hypotheses) else ""
         raise TranslationError(
-            f"the reference has {len(reference)} lines, but there are {len(output.hypotheses)} translations. Give the "
+            f"the reference has {len(reference)} lines, but there are {len(output.hypotheses)} translations. Use the "
             f"reference of the same data set, and translate all of it{why}",
             code="misaligned-data",
         )
     number = first_mismatch(expected, reference) if expected else None
     if number is not None:
         raise TranslationError(
-            f"line {number + 1} of the reference is another sentence than the T- line of the output. Give the "
+            f"line {number + 1} of the reference is a different sentence than the T- line of the output. Use the "
             "reference of the same data set, in the same order",
             code="misaligned-data",
         )

@@ -1,7 +1,7 @@
-"""What fairseq-generate and fairseq-interactive write: which translation belongs to which sentence, and in which form.
+"""Parser for the output of fairseq-generate and fairseq-interactive.
 
-fairseq applies `--remove-bpe` to all lines, but the decoders of `--bpe` and `--tokenizer` to S-, T- and D- lines only.
-A hypothesis in the form of its reference is therefore on the D- line; the H- line has that form only without decoders.
+fairseq applies `--remove-bpe` to all lines, but the decoders of `--bpe` and `--tokenizer` only to S-, T- and D- lines.
+The D- line of a hypothesis therefore always has the form of the reference; the H- line has it only without decoders.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ _END = re.compile(r"Generate \S+ with beam=|.*Translated [0-9,]+ sentences")
 
 _BPE = re.compile(r"@@(?=\s|$)")
 _GLUED = re.compile(r"[^\s@]@@[^\s@]")
-_PIECE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space, in pieces of sentencepiece and in fairseq's characters
+_PIECE = "\N{LOWER ONE EIGHTH BLOCK}"  # represents a space in sentencepiece and in fairseq's characters
 _OTHER = re.compile(r"(?:^|\s)##\w|(?:^|\s)\u0120\w.*\s\u0120\w")  # BERT's word pieces, GPT-2's bytes
 _STOPS = ".,\u3001\uff0c\u3002\u060c\u0964"
 _ATTACHED = re.compile(rf"[^\W\d_][{_STOPS}](?=\s|$)")
 _APART = re.compile(rf"(?:^|\s)[{_STOPS}](?=\s|$)|&(?:apos|quot|amp|lt|gt|#\d+);|\s@-@\s")
 
 LEFT_OUT = (
-    "fairseq-generate leaves out the last sentences unless --required-batch-size-multiple 1 is given, and with "
+    "fairseq-generate omits the last sentences unless --required-batch-size-multiple 1 is set, and with "
     "--skip-invalid-size-inputs-valid-test those longer than --max-source-positions or --max-target-positions"
 )
-"""Why sentences may have no translation (docs/guides/translation-data.md)."""
+"""Reasons for missing translations (docs/guides/translation-data.md)."""
 
 RARE = 0.05
-"""The share of lines up to which a mark of sub-words can be part of the text itself."""
+"""Share of lines up to which a sub-word mark may be part of the text itself."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """Translations in the order of the data set, without sub-words.
+    """Translations in the order of the data set, with sub-words joined.
 
     Attributes:
-        sources: of the S- lines; empty if there are none.
-        references: of the T- lines, in the form of the hypotheses; empty if there are none, as of fairseq-interactive.
-        hypotheses: the best one of each sentence; an empty one is the empty text.
-        missing: how many sentences were left out, by the numbers of the others.
-        tokenised: words are between spaces, apart from punctuation; otherwise this is text as people write it.
-        unfinished: the last line, which fairseq-generate writes at its end, is missing.
+        sources: Texts of the S- lines; empty without such lines.
+        references: Texts of the T- lines, in the form of the hypotheses; empty without such lines, as from
+            fairseq-interactive.
+        hypotheses: Best hypothesis of each sentence; it may be empty.
+        missing: Number of sentences without a translation, by the gaps in the numbering.
+        tokenised: Whether the texts are tokens separated by spaces; otherwise they are detokenized.
+        unfinished: Whether the last line of fairseq-generate is missing.
     """
 
     sources: list[str]
@@ -60,18 +61,21 @@ class Output:
     unfinished: bool = False
 
     def detokenized(self, language: str) -> list[str]:
-        """The translations as people write them."""
+        """Return the detokenized hypotheses."""
         return detokenize(self.hypotheses, language) if self.tokenised else self.hypotheses
 
 
 def read_output(path: Path) -> Output:
-    """Read the S-, T-, H- and D- lines of fairseq-generate or fairseq-interactive; other lines have no effect.
+    """Read the S-, T-, H- and D- lines of fairseq-generate or fairseq-interactive; other lines are ignored.
 
-    Of several hypotheses (`--nbest`) the one with the highest score is taken.
+    Of several hypotheses (`--nbest`), the one with the highest score is used.
+
+    Args:
+        path: File with the standard output of the command.
 
     Raises:
-        TranslationError: the file cannot be read, is not complete, holds the output of several commands, or has lines
-            in a form that cannot be compared.
+        TranslationError: If the file cannot be read, is truncated, contains the output of several commands, or has
+            hypotheses and references in different forms.
     """
     lines = _Lines(path)
     texts = lines.best("D") if lines.found["D"].keys() == lines.found["H"].keys() else None
@@ -82,12 +86,12 @@ def read_output(path: Path) -> Output:
         _check_same_form(path, references, raw)
     model = references or hypotheses
     if _share(model, _GLUED.search) > RARE:
-        raise _form_error(path, "words without spaces between them, but with @@ inside", "--remove-bpe subword_nmt")
+        raise _form_error(path, "words joined by @@", "--remove-bpe subword_nmt")
     if _share(model, _OTHER.search) > RARE * 10:
-        raise _form_error(path, "sub-words of a kind that is not known here", "the --bpe of the data set")
+        raise _form_error(path, "sub-words of an unknown kind", "the --bpe of the data set")
     decoded = texts is not None and texts not in (raw, list(map(join, raw)))
     if decoded and (_is_pieces(model) or _share(model, _BPE.search) > RARE):
-        raise _form_error(path, "sub-words in detokenised text", "--remove-bpe of the right kind, or --bpe")
+        raise _form_error(path, "sub-words in detokenized text", "the matching --remove-bpe or --bpe")
     undo = _join_pieces if _is_pieces(model) else join
     references, hypotheses = [list(map(undo, side)) for side in (references, hypotheses)]
     votes = _tokenised_votes(references or hypotheses)
@@ -102,12 +106,12 @@ def read_output(path: Path) -> Output:
 
 
 class _Lines:
-    """The lines of each kind by the number of their sentence, checked to be complete.
+    """Lines by kind and number of the sentence, checked for completeness.
 
     Attributes:
-        found: for each kind, the score and the text of each sentence.
-        order: the numbers of the sentences, ascending.
-        unfinished: as in `Output`.
+        found: Score and text of each sentence, by kind.
+        order: Sorted numbers of the sentences.
+        unfinished: See `Output`.
     """
 
     def __init__(self, path: Path):
@@ -120,7 +124,7 @@ class _Lines:
                 kind, number = match[1], int(match[2])
                 if number in self.found[kind] and (kind in "ST" or previous[kind] != number):
                     raise TranslationError(
-                        f"{path}, line {count}: {kind}-{number} was there before. Give the output of one command",
+                        f"{path}, line {count}: {kind}-{number} is repeated. Give the output of one command",
                         code="wrong-format",
                     )
                 previous[kind] = number
@@ -128,7 +132,7 @@ class _Lines:
             if _MIXED.match(line):
                 raise TranslationError(
                     f"{path}, line {count}: other output, such as a progress bar, is mixed with a translation. Write "
-                    "the standard output of one command alone to a file",
+                    "only the standard output of one command to the file",
                     code="damaged-file",
                 )
             started |= _START.match(line) is not None
@@ -138,7 +142,7 @@ class _Lines:
         self._check_complete(started, ended)
 
     def best(self, kind: str) -> list[str]:
-        """The texts of a kind in the order of the data set; none if there are no such lines."""
+        """Return the texts of a kind in the order of the data set; empty without such lines."""
         found = self.found[kind]
         return [found[number][1] for number in self.order] if found else []
 
@@ -150,8 +154,8 @@ class _Lines:
                 score = float(probability)
             except ValueError:
                 raise TranslationError(
-                    f"{self.path}, line {count}: {kind}-{number} has no score before its text. Give what "
-                    "fairseq-generate wrote, as it is",
+                    f"{self.path}, line {count}: {kind}-{number} has no score. Give the unmodified output of "
+                    "fairseq-generate",
                     code="wrong-format",
                 ) from None
         known = self.found[kind].get(number)
@@ -162,7 +166,7 @@ class _Lines:
         hypotheses = self.found["H"].keys()
         if not hypotheses:
             raise TranslationError(
-                f"{self.path}: has no line that begins with H-. Give what fairseq-generate wrote, without --quiet",
+                f"{self.path}: no line starts with H-. Give the output of fairseq-generate without --quiet",
                 code="wrong-format",
             )
         for kind in "ST" if ended else "STDP":
@@ -176,17 +180,15 @@ class _Lines:
             raise self._cut_off("the last line of fairseq-generate is missing")
 
     def _cut_off(self, what: str) -> TranslationError:
-        return TranslationError(f"{self.path}: {what}. Was the file cut off?", code="damaged-file")
+        return TranslationError(f"{self.path}: {what}. The file may be truncated", code="damaged-file")
 
 
 def _form_error(path: Path, what: str, option: str) -> TranslationError:
-    return TranslationError(
-        f"{path}: has {what}, which cannot be scored. Run fairseq-generate with {option}", code="wrong-format"
-    )
+    return TranslationError(f"{path}: {what} cannot be scored. Run fairseq-generate with {option}", code="wrong-format")
 
 
 def _check_same_form(path: Path, references: Sequence[str], hypotheses: Sequence[str]) -> None:
-    """H- lines can be compared with T- lines only if no decoder was applied to these."""
+    """Check that H- and T- lines have the same form, that is, that no decoder was applied to T- lines."""
     votes = _tokenised_votes(references), _tokenised_votes(hypotheses)
     if (
         _is_pieces(references) != _is_pieces(hypotheses)
@@ -194,14 +196,14 @@ def _check_same_form(path: Path, references: Sequence[str], hypotheses: Sequence
         or votes[0] * votes[1] < 0
     ):
         raise TranslationError(
-            f"{path}: T- and H- lines have different forms, and there is no D- line for every H- line. Keep the D- "
-            "lines, or run fairseq-generate with --remove-bpe and without --bpe and --tokenizer",
+            f"{path}: T- and H- lines have different forms, and D- lines are missing. Keep the D- lines, or run "
+            "fairseq-generate with --remove-bpe and without --bpe and --tokenizer",
             code="wrong-format",
         )
 
 
 def _share(lines: Iterable[str], holds: Callable[[str], object]) -> float:
-    """How many of the lines that are not empty have a property, between 0 and 1."""
+    """Compute the share of nonempty lines with a property, between 0 and 1."""
     filled = [line for line in lines if line]
     return sum(bool(holds(line)) for line in filled) / max(len(filled), 1)
 
@@ -211,10 +213,10 @@ def _is_pieces(lines: Iterable[str]) -> bool:
 
 
 def _join_pieces(line: str) -> str:
-    """Text from the pieces of sentencepiece."""
+    """Join sentencepiece pieces to text."""
     return line.replace(" ", "").replace(_PIECE, " ").strip()
 
 
 def _tokenised_votes(lines: Iterable[str]) -> int:
-    """Above 0 if punctuation is apart from words, below 0 if it is attached to them, 0 if there is none."""
+    """Return a positive number if punctuation is separated from words, a negative one if it is attached, else 0."""
     return sum(len(_APART.findall(line)) - len(_ATTACHED.findall(line)) for line in lines)

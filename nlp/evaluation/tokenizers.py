@@ -1,4 +1,4 @@
-"""How sacrebleu splits the text of a language into words, and the codes by which a language is named."""
+"""sacrebleu's tokenizers by language, and language codes of other standards."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _CODES = """
     urd:ur uzn:uz vie:vi xho:xh yor:yo zho:zh zsm:ms zul:zu
 """
 THREE_LETTERS = {pair[:3]: pair[4:] for pair in _CODES.split()}
-"""ISO 639-3, as in the codes of FLORES (deu_Latn), and the codes of two letters."""
+"""Two-letter codes by ISO 639-3 code, as in the codes of FLORES (deu_Latn)."""
 
 TOKENIZERS = dict.fromkeys(UNSEGMENTED, "char") | {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
-"""Tokenizers of sacrebleu for languages to which its usual one, 13a, does not apply."""
+"""sacrebleu's tokenizers for languages that its default, 13a, does not support."""
 
 
 def target_language(tag: str) -> str:
-    """The code of a language without region and script: pt for pt_BR, zh for zh-Hans or zho_Hans.
+    """Return the code of a language without region and script: pt for pt_BR, zh for zh-Hans or zho_Hans.
 
     Raises:
-        TranslationError: no language has this code.
+        TranslationError: If the language is unknown.
     """
     base = re.split("[-_@]", tag)[0].lower()
     if base not in THREE_LETTERS and re.fullmatch("[a-z]{3}_[A-Z][a-z]{3}", tag):
-        return base  # a language of FLORES without a code of two letters
+        return base  # a language of FLORES without a two-letter code
     return known_language(THREE_LETTERS.get(base, base))
 
 
 def default_tokenizer(language: str) -> str:
-    """That of sacrebleu for a language; `char` for Japanese and Korean if their dictionaries are not installed."""
+    """Return sacrebleu's tokenizer for a language; `char` for Japanese and Korean without their dictionaries."""
     name = TOKENIZERS.get(language, "13a")
     if not name.endswith("mecab"):
         return name
@@ -51,25 +51,25 @@ def default_tokenizer(language: str) -> str:
 
 
 def fallback(language: str) -> str | None:
-    """Why `default_tokenizer` is not the one of the language, if so; one line."""
+    """Return a warning if `default_tokenizer` falls back to `char` for a language, else None."""
     name = TOKENIZERS.get(language, "")
     if not name.endswith("mecab") or default_tokenizer(language) == name:
         return None
     return (
-        f"sacreBLEU counts characters, because its tokenizer {name} is not installed. For words: pip install "
+        f"sacreBLEU compares characters, because its tokenizer {name} is not installed. To compare words: pip install "
         f"'sacrebleu[{language}]'"
     )
 
 
 def metric(tokenizer: str) -> BLEU:
-    """BLEU with one of sacrebleu's tokenizers.
+    """Create BLEU with one of sacrebleu's tokenizers.
 
     Raises:
-        TranslationError: there is no such tokenizer, or what it needs is not installed or cannot be downloaded.
+        TranslationError: If the tokenizer is unknown, or if its data is not installed and cannot be downloaded.
     """
     if tokenizer not in BLEU.TOKENIZERS:
         raise TranslationError(
-            f"tokenizer {tokenizer!r} is not known. {nearest(tokenizer, BLEU.TOKENIZERS, 'sacrebleu has')}",
+            f"unknown tokenizer {tokenizer!r}. {nearest(tokenizer, BLEU.TOKENIZERS, 'sacrebleu has')}",
             code="unknown-choice",
         )
     try:
@@ -77,5 +77,5 @@ def metric(tokenizer: str) -> BLEU:
     except (RuntimeError, ImportError, OSError, SystemExit) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise TranslationError(
-            f"tokenizer {tokenizer} of sacrebleu cannot be used: {reason}", code="missing-dependency"
+            f"sacrebleu's tokenizer {tokenizer} cannot be used: {reason}", code="missing-dependency"
         ) from error

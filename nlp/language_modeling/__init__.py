@@ -1,9 +1,9 @@
-"""A decoder-only language model of reversible columns, for Hugging Face transformers.
+"""Decoder-only language model of reversible columns for Hugging Face transformers.
 
     from nlp.language_modeling import RevColForCausalLM, RevColLMConfig
 
-registers both, so that `AutoModelForCausalLM.from_pretrained` finds the model in a folder. A wheel has this package as
-`revnets_nlp.language_modeling`. It needs transformers (`pip install 'revnets[lm]'`), but not fairseq.
+This import registers both classes, so `AutoModelForCausalLM.from_pretrained` can load the model from a directory. In a
+wheel, the package is `revnets_nlp.language_modeling`. It needs transformers (`pip install 'revnets[lm]'`), not fairseq.
 """
 
 try:

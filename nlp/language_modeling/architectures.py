@@ -1,8 +1,7 @@
-"""From a configuration to the columns of a language model: cells of causal blocks, or a GPT by the midpoint rule.
+"""Columns of a language model: cells of causal blocks, or a GPT by the midpoint rule.
 
-All states are (B, T, C) of one length and width. A cell reads other states at a position only and looks at earlier
-positions through attention alone, so that the next token takes the plain forward of one position and the keys and
-values of those before it.
+All states are (B, T, C). A fusion combines states position by position, and only attention accesses earlier positions.
+Generation of the next token therefore needs the forward pass of one position and cached keys and values.
 """
 
 from __future__ import annotations
@@ -21,50 +20,56 @@ from revnets.nn.fusions import ConvNeXtFusion, IdentityFusion, LinearFusion
 from .causal_blocks import CausalBlock
 
 CONTEXT = ("rotation", "mask", "cache")
-"""Arguments with which every block of a language model is called besides its state."""
+"""Keyword arguments that every block of a language model gets besides its state."""
 
 
 POSITIONWISE_FUSIONS = (LinearFusion, IdentityFusion)
-"""Fusions that read other states at one position at a time; others declare it by `is_positionwise = True`."""
+"""Fusions that act on every position separately; other classes declare this by `is_positionwise = True`."""
 
 SOURCE = "RevColLMConfig"
-"""The name under which mistakes of a configuration are reported."""
+"""Source that errors of a configuration name."""
 
 
 class Positionwise(nn.Module):
-    """A block that looks at one position at a time, and so at none that comes later."""
+    """Adapter for a block that acts on every position separately, so it is causal without a mask."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = block
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """Apply the block; the shape (B, T, C) does not change."""
         return self.block(x)
 
 
 class FirstState(nn.Module):
-    """The first state of a sequence: the embedding itself."""
+    """First cell of a sequence, which copies the embedding."""
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """Copy the embedding (B, T, C)."""
         return x.clone()
 
 
 class Increment(nn.Module):
-    """F_t of the midpoint rule, x_t = F_t(x_(t-1)) + x_(t-2): what a block adds to its input."""
+    """F_t of the midpoint rule, x_t = F_t(x_(t-1)) + x_(t-2): the output of a block minus its input."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = block
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
+        """Compute the increment; the shape (B, T, C) does not change."""
         return cast(CausalBlock, self.block).increment(x, **context)
 
 
 def revcol(spec: ColumnsSpec) -> ReversibleColumns:
-    """Columns of RevCol with causal blocks.
+    """Build columns of RevCol with causal blocks.
+
+    Args:
+        spec: Specification of the columns.
 
     Raises:
-        revnets.SpecError: a part refuses its options, or may see later positions.
+        revnets.SpecError: If a component refuses its options or is not causal.
     """
     columns = build_columns(spec, SOURCE)
     for cell in columns.flat():
@@ -77,14 +82,14 @@ def revcol(spec: ColumnsSpec) -> ReversibleColumns:
 
 
 def midpoint(spec: ColumnsSpec, length: int) -> ReversibleColumns:
-    """A GPT by the explicit midpoint rule of an ordinary differential equation; the first step is one of Euler's.
+    """Build a GPT by the explicit midpoint rule for ordinary differential equations; the first step is an Euler step.
 
     Args:
-        spec: columns of two levels, which give the blocks and the memory modes.
-        length: number of blocks.
+        spec: Columns of two levels that define the blocks and the memory modes.
+        length: Number of blocks.
 
     Raises:
-        revnets.SpecError: the blocks refuse their options.
+        revnets.SpecError: If the blocks refuse their options.
     """
     columns = build_columns(spec, SOURCE)
     blocks = [cast(Level, cell.function).blocks[0] for cell in columns.flat()[:length]]
@@ -96,21 +101,21 @@ def midpoint(spec: ColumnsSpec, length: int) -> ReversibleColumns:
 
 
 def _require_positionwise(fusion: nn.Module) -> None:
-    """Refuse a fusion that may mix positions, by which a token would see later ones."""
+    """Refuse a fusion that may mix positions, because tokens could depend on later ones."""
     is_known = type(fusion) in POSITIONWISE_FUSIONS or (type(fusion) is ConvNeXtFusion and not fusion.resamples)
     if is_known or getattr(type(fusion), "is_positionwise", False) is True:
         return
     raise SpecError(
         SOURCE,
         "net.fusion",
-        f"{type(fusion).__name__} may mix positions, so that a token would see those that it has to predict",
-        "Choose linear or identity, or declare is_positionwise = True in a class that reads one position at a time",
+        f"{type(fusion).__name__} may mix positions, so a token could depend on later ones",
+        "Use linear or identity, or set is_positionwise = True in a class that acts on every position separately",
         code="invalid-component",
     )
 
 
 def _causal(block: nn.Module) -> nn.Module:
-    """A block that can be called with `CONTEXT`; refuses one that does not say that it can."""
+    """Return a block that accepts the arguments `CONTEXT`, or refuse one that is not known to be causal."""
     parameters = inspect.signature(block.forward).parameters
     if isinstance(block, MLPBlock):
         return Positionwise(block)
@@ -119,7 +124,7 @@ def _causal(block: nn.Module) -> nn.Module:
     raise SpecError(
         SOURCE,
         "net.levels",
-        f"{type(block).__name__} takes no causal mask, so that a token would see those that it has to predict",
-        f"Give its forward the arguments {', '.join(CONTEXT)}, as nlp.language_modeling.causal_blocks has them",
+        f"{type(block).__name__} takes no causal mask, so a token could depend on later ones",
+        f"Add the arguments {', '.join(CONTEXT)} to its forward, as in nlp.language_modeling.causal_blocks",
         code="invalid-component",
     )

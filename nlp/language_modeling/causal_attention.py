@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries and a cache of keys and values.
 
-B sequences, T positions of this call, S positions seen so far (those of the cache included), H heads, C channels,
-D = C / H channels of a head.
+Shapes: B sequences, T positions of this call, S positions including those in the cache, H heads, C channels,
+D = C / H channels per head.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from .rotary import Rotation, rotate
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of earlier positions, by attention layer; a `transformers.Cache` is one."""
+    """Cache of keys and values by attention layer, such as `transformers.Cache`."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, heads, T, D) of a layer, and return all of it, (B, heads, S, D)."""
+        """Append keys and values (B, heads, T, D) of a layer, and return all of the layer, (B, heads, S, D)."""
         ...
 
 
 class BranchEnd(nn.Linear):
-    """The last layer of a residual branch, whose first weights a deep model makes narrower (Radford et al., 2019)."""
+    """Last layer of a residual branch, whose initial weights are scaled down in deep models (Radford et al., 2019)."""
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and those before it. (B, T, C) to (B, T, C).
+    """Multi-head attention to the current and earlier positions. Maps (B, T, C) to (B, T, C).
 
     Args:
-        dim: C.
-        heads: H, of the queries.
-        kv_heads: heads of keys and values, each shared by H / kv_heads heads of queries (Ainslie et al., 2023).
-        dropout: of the attention weights.
-        bias: do the projections have one?
+        dim: Channels C.
+        heads: Number of query heads H.
+        kv_heads: Number of key and value heads, each shared by H / kv_heads query heads (Ainslie et al., 2023). By
+            default H.
+        dropout: Dropout rate of the attention weights.
+        bias: Whether the projections have a bias.
 
     Attributes:
-        layer_idx: which layer of a cache belongs to this module. A model numbers its modules.
+        layer_idx: Layer of the cache that belongs to this module; set by the model.
 
     Raises:
-        ArgumentError: sizes that do not divide.
+        ArgumentError: If the channels or the heads cannot be divided.
     """
 
     layer_idx: int = 0
@@ -52,11 +53,11 @@ class CausalAttention(nn.Module):
         super().__init__()
         kv_heads = kv_heads or heads
         if dim % heads or dim // heads % 2:
-            problem = f"{dim} channels do not divide into {heads} heads of an even number of channels"
-            raise ArgumentError(f"{problem}. Give another number", "heads", code="not-divisible")
+            problem = f"{dim} channels cannot be divided into {heads} heads with an even number of channels"
+            raise ArgumentError(f"{problem}. Use another number of heads", "heads", code="not-divisible")
         if heads % kv_heads:
-            problem = f"{heads} heads of queries do not divide among {kv_heads} of keys and values"
-            raise ArgumentError(f"{problem}. Give a number that divides", "kv_heads", code="not-divisible")
+            problem = f"{heads} query heads cannot share {kv_heads} key and value heads equally"
+            raise ArgumentError(f"{problem}. Use a number that divides {heads}", "kv_heads", code="not-divisible")
         self.heads, self.kv_heads, self.dropout = heads, kv_heads, dropout
         width = dim // heads
         self.q_proj = nn.Linear(dim, dim, bias=bias)
@@ -71,13 +72,17 @@ class CausalAttention(nn.Module):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Attend.
+        """Apply attention.
 
         Args:
-            rotation: of queries and keys, for the T positions; None for attention without positions.
-            mask: (B or 1, 1, T, S), True where a query may look, or numbers that are added to the logits. None for the
-                plain causal mask if T = S, and for all S positions if T = 1.
-            cache: takes the keys and values of this call and gives those of all calls.
+            x: (B, T, C) states.
+            rotation: Rotary embedding of the T positions; None for attention without positions.
+            mask: (B or 1, 1, T, S), True where a query may attend, or values to add to the logits. None for the causal
+                mask if T = S, and for all S positions if T = 1.
+            cache: Stores the keys and values of this call and returns those of all calls.
+
+        Returns:
+            (B, T, C) states.
         """
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)

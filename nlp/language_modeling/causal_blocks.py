@@ -1,4 +1,4 @@
-"""The blocks of a language model. States are (B, T, C): sequences, positions, channels."""
+"""Blocks of a language model. States are (B, T, C): sequences, positions, channels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
 class FeedForward(nn.Module):
-    """A feed-forward network on every position: with `silu` a gated one, SwiGLU (Shazeer, 2020), with `gelu` plain."""
+    """Feed-forward network on every position: gated (SwiGLU, Shazeer, 2020) with `silu`, plain with `gelu`.
+
+    Args:
+        dim: Channels C.
+        hidden: Hidden channels.
+        activation: `silu` or `gelu`.
+        bias: Whether linear layers have a bias.
+    """
 
     def __init__(self, dim: int, hidden: int, activation: str, bias: bool = False):
         super().__init__()
@@ -26,21 +33,29 @@ class FeedForward(nn.Module):
         self.down_proj = BranchEnd(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the network; the shape (B, T, C) does not change."""
         up = self.up_proj(x)
         return self.down_proj(F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up)
 
 
 @register_block("causal_transformer")
 class CausalBlock(nn.Module):
-    """Causal attention and a feed-forward network, each behind a norm and with a residual (Radford et al., 2019).
+    """Pre-norm transformer block: causal attention and a feed-forward network (Radford et al., 2019).
 
     Args:
-        heads, kv_heads: of the attention; `kv_heads` are as many as `heads` if they are not given.
-        ffn_dim: channels inside of the feed-forward network; by default 4 C, of a gated one 8/3 C.
+        dim: Channels C.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads. By default `heads`.
+        ffn_dim: Hidden channels of the feed-forward network. By default 4 C, or 8/3 C for a gated network.
         activation: `silu` for SwiGLU, `gelu` for a plain network.
-        norm: `rms` or `layer`.
-        dropout, attention_dropout: of either branch, and of the attention weights.
-        bias: do linear layers have one?
+        norm: `rms` for RMSNorm, `layer` for LayerNorm.
+        norm_eps: Epsilon of the norms.
+        dropout: Dropout rate of both branches.
+        attention_dropout: Dropout rate of the attention weights.
+        bias: Whether linear layers have a bias.
+
+    Raises:
+        ArgumentError: If the channels or the heads cannot be divided.
     """
 
     def __init__(
@@ -70,11 +85,21 @@ class CausalBlock(nn.Module):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """(B, T, C) to the same shape; the other arguments are those of `CausalAttention`."""
+        """Apply the block.
+
+        Args:
+            x: (B, T, C) states.
+            rotation: See `CausalAttention.forward`.
+            mask: See `CausalAttention.forward`.
+            cache: See `CausalAttention.forward`.
+
+        Returns:
+            (B, T, C) states.
+        """
         x = x + self.drop(self.attention(self.input_norm(x), rotation, mask, cache))
         return x + self.drop(self.ffn(self.ffn_norm(x)))
 
     def increment(self, x: Tensor, **context: Any) -> Tensor:
-        """What `forward` adds to its input: the F of a network whose reversible residual is the only one."""
+        """Compute the output of `forward` minus its input, (B, T, C): the F of a purely reversible residual."""
         attended = self.drop(self.attention(self.input_norm(x), **context))
         return attended + self.drop(self.ffn(self.ffn_norm(x + attended)))

@@ -1,4 +1,4 @@
-"""The configuration of a language model, with the names of Hugging Face, and the columns that it describes."""
+"""Configuration of a language model, with Hugging Face's names, and the columns that it describes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from revnets.config.loader import Layers, Strict, read_layers
 from revnets.config.net_spec import MAX_LEVELS, MAX_SIZE, Modes, dump
 from revnets.nn.blocks import Rate
 
-from .architectures import SOURCE  # whose blocks are registered then
+from .architectures import SOURCE  # registers the blocks
 
 MAX_WIDTH, MAX_WORDS, MAX_POSITIONS = 2**17, 2**24, 2**24
-"""Bounds of channels, of the vocabulary and of the length of a text: larger numbers are typing errors."""
+"""Bounds of channels, vocabulary and length; larger values are considered typing errors."""
 
 
 FUSION = {"type": "linear", "project": ["above"]}
+"""Default fusion."""
 
 
 class Sizes(Strict):
-    """What is checked of a `RevColLMConfig` before anything is built from it."""
+    """Checked values of a `RevColLMConfig`, before anything is built from it."""
 
     vocab_size: int = Field(ge=1, le=MAX_WORDS)
     hidden_size: int = Field(ge=2, le=MAX_WIDTH)
@@ -53,38 +54,48 @@ class Sizes(Strict):
 
 
 class RevColLMConfig(PreTrainedConfig):
-    """A decoder-only language model of reversible columns (`columns`), or a GPT by the midpoint rule (`midpoint`).
+    """Configuration of a decoder-only language model of reversible columns, or of a GPT by the midpoint rule.
 
     Args:
-        vocab_size: number of tokens.
-        hidden_size: channels of all states.
-        architecture: `columns` are those of RevCol with causal blocks, x_t = F_t(x_(t-1), x_(t-m+1)) + gamma x_(t-m);
-            `midpoint` is x_t = F_t(x_(t-1)) + x_(t-2).
-        columns, levels, depth: of `columns`, each level of a column has `depth` blocks. The midpoint GPT is a sequence
-            of columns x levels x depth blocks.
-        num_attention_heads, num_key_value_heads: of every block; fewer of keys and values are shared among queries.
-        intermediate_size: channels inside of the feed-forward network; by default 4 x hidden_size, with `silu` 8/3.
+        vocab_size: Size of the vocabulary.
+        hidden_size: Channels of all states.
+        architecture: `columns` for RevCol with causal blocks, x_t = F_t(x_(t-1), x_(t-m+1)) + gamma x_(t-m);
+            `midpoint` for x_t = F_t(x_(t-1)) + x_(t-2).
+        columns: Number of columns.
+        levels: Number of levels of a column.
+        depth: Number of blocks of a level. The midpoint GPT is a sequence of columns x levels x depth blocks.
+        num_attention_heads: Number of query heads of every block.
+        num_key_value_heads: Number of key and value heads. By default `num_attention_heads`.
+        intermediate_size: Hidden channels of the feed-forward network. By default 4 x hidden_size, or 8/3 x
+            hidden_size with `silu`.
         hidden_act: `silu` for SwiGLU, `gelu` for a plain feed-forward network.
-        norm_type, norm_eps: `rms` or `layer`, in front of each branch and of the head.
-        use_bias: do linear layers have a bias?
-        max_position_embeddings: the most tokens of a text.
-        rope_theta: base of the rotary positions.
-        hidden_dropout, attention_dropout: rates.
-        initializer_range: standard deviation of first weights; that of layers that end a branch is divided by the
+        norm_type: `rms` for RMSNorm, `layer` for LayerNorm, before each branch and the head.
+        norm_eps: Epsilon of the norms.
+        use_bias: Whether linear layers have a bias.
+        max_position_embeddings: Maximum number of tokens of a sequence.
+        rope_theta: Base of the rotary position embeddings.
+        hidden_dropout: Dropout rate of the branches.
+        attention_dropout: Dropout rate of the attention weights.
+        initializer_range: Standard deviation of initial weights. For the last layer of a branch, it is divided by the
             square root of twice the number of blocks (Radford et al., 2019).
-        net: columns as a YAML file has them (keys of `revnets.ColumnsSpec`), in place of columns, levels, depth and the
-            options of the blocks. Only blocks and fusions that are registered, or of this project, are built.
-        gain_init: first value of the learned gamma.
-        fusion: how a cell joins its reads (`revnets.ColumnsSpec`); by default the state of the level above is projected
-            and normalized, and that of the level below is added as it is.
-        memory: memory mode of all columns or a list of one per column, or `{"budget": "24GiB"}`. It is no property of
-            the weights: `from_pretrained(..., memory="store")` sets another.
-        supervised_columns: columns whose last level predicts the next token as well, in training.
-        supervision_weight: of their losses.
-        loss_chunk: of how many tokens logits are computed at once for the loss.
+        net: Columns as in a YAML file (keys of `revnets.ColumnsSpec`), instead of columns, levels, depth and the
+            options of the blocks. Only registered components and those of this project are built.
+        gain_init: Initial value of the learned gamma.
+        fusion: Fusion of the inputs of a cell (see `revnets.ColumnsSpec`). By default, the state of the level above is
+            projected and normalized, and that of the level below is added unchanged.
+        memory: Memory mode of all columns, a list with one mode per column, or `{"budget": "24GiB"}`. It does not
+            affect the weights: `from_pretrained(..., memory="store")` sets another mode.
+        supervised_columns: Columns whose last level also predicts the next token in training.
+        supervision_weight: Weight of their losses.
+        loss_chunk: Number of tokens whose logits are computed at a time for the loss.
+        tie_word_embeddings: Whether embedding and head share their weights.
+        use_cache: Whether `forward` makes a cache of keys and values by default.
+        pad_token_id: Index of the padding token.
+        bos_token_id: Index of the first token of a text.
+        eos_token_id: Index of the last token of a text.
 
     Raises:
-        revnets.SpecError: a value that no model can be built from; names its key.
+        revnets.SpecError: If no model can be built from a value; names its key.
     """
 
     model_type = "revcol_lm"
@@ -128,10 +139,10 @@ class RevColLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration in a `config.json`.
+        """Create a configuration from the content of a `config.json`.
 
         Raises:
-            revnets.SpecError: it holds values that a configuration cannot have.
+            revnets.SpecError: If a value is invalid.
         """
         try:
             return super().from_dict(config_dict, **kwargs)
@@ -144,13 +155,14 @@ class RevColLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_yaml(cls, path: str | Path, **options: Any) -> RevColLMConfig:
-        """A model whose columns a YAML file describes; a stem and a head in it are left out.
+        """Create a configuration whose columns a YAML file describes; its stem and head are ignored.
 
         Args:
-            options: all other arguments, such as `vocab_size`.
+            path: YAML file.
+            options: All other arguments, such as `vocab_size`.
 
         Raises:
-            revnets.SpecError: something in the file or in the options is wrong.
+            revnets.SpecError: If the file or an option is invalid.
         """
         layers = read_layers(path)
         for key in ("stem", "head", "taps"):
@@ -159,62 +171,62 @@ class RevColLMConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks of all cells: the most layers that a cache of keys and values has."""
+        """Number of blocks in all cells, the maximum number of layers of a cache of keys and values."""
         if self.architecture == "midpoint":
             return self.columns * self.levels * self.depth
         spec = self.columns_spec()
         return spec.columns * sum(level.depth for level in spec.levels)
 
     def check(self) -> Sizes:
-        """The sizes as they are now.
+        """Check the current values.
 
         Raises:
-            revnets.SpecError: one cannot be used.
+            revnets.SpecError: If a value is invalid.
         """
         values = {name: getattr(self, name) for name in Sizes.model_fields}
         sizes = read_layers(values, SOURCE).check(Sizes)
         blocks = sizes.columns * sizes.levels * sizes.depth
         if blocks > MAX_SIZE:
             text = f"{sizes.columns} columns of {sizes.levels} levels with {sizes.depth} blocks are {blocks:,} blocks"
-            raise _error("columns", text, f"Give {MAX_SIZE:,} at most", "out-of-range")
+            raise _error("columns", text, f"Use at most {MAX_SIZE:,}", "out-of-range")
         if sizes.hidden_size % (2 * sizes.num_attention_heads):
-            text = f"{sizes.hidden_size} channels do not divide into {sizes.num_attention_heads} heads of an even size"
-            raise _error("num_attention_heads", text, "Give another number", "not-divisible")
+            text = f"{sizes.hidden_size} channels cannot be divided into {sizes.num_attention_heads} heads of even size"
+            raise _error("num_attention_heads", text, "Use another number", "not-divisible")
         if sizes.num_attention_heads % (sizes.num_key_value_heads or 1):
-            text = f"{sizes.num_attention_heads} heads do not divide among {sizes.num_key_value_heads}"
-            raise _error("num_key_value_heads", text, "Give a number that divides", "not-divisible")
+            text = f"{sizes.num_attention_heads} query heads cannot share {sizes.num_key_value_heads} equally"
+            raise _error("num_key_value_heads", text, "Use a divisor of the query heads", "not-divisible")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < sizes.vocab_size:
-            text = f"{self.pad_token_id} is not among {sizes.vocab_size} tokens"
-            raise _error("pad_token_id", text, "Give the tokenizer's, or none", "out-of-range")
+            text = f"{self.pad_token_id} is outside of the vocabulary of {sizes.vocab_size} tokens"
+            raise _error("pad_token_id", text, "Use that of the tokenizer, or None", "out-of-range")
         if self.net is not None and sizes.architecture == "midpoint":
-            text = "the midpoint rule has no columns that a file could describe"
-            raise _error("net", text, "Leave it out, or give architecture: columns", "conflicting-values")
+            text = "the midpoint rule does not use columns of a file"
+            raise _error("net", text, "Remove it, or set architecture: columns", "conflicting-values")
         return sizes
 
     def columns_spec(self) -> ColumnsSpec:
-        """The columns that this configuration describes. The midpoint GPT has its blocks as columns of two levels.
+        """Create the specification of the columns. For the midpoint GPT, columns of two levels contain its blocks.
 
         Raises:
-            revnets.SpecError: there are no such columns.
+            revnets.SpecError: If the columns are invalid.
         """
         sizes = self.check()
         data = self.net if self.net is not None else self._net()
         if not isinstance(data, dict):
-            raise _error("net", f"{type(data).__name__}, where a mapping is needed", "", "wrong-type")
+            raise _error("net", f"expected a mapping, not {type(data).__name__}", "", "wrong-type")
         spec = _checked(read_layers({**data, "memory": self.memory}, SOURCE))
         for index in (0, len(spec.levels) - 1):
             if spec.levels[index].dim != sizes.hidden_size:
                 text = f"{spec.levels[index].dim} channels, but the embedding has {sizes.hidden_size}"
-                raise _error(f"net.levels.{index}.dim", text, "Give equal numbers", "shape-mismatch")
+                raise _error(f"net.levels.{index}.dim", text, "Use equal numbers", "shape-mismatch")
         width = sizes.hidden_size // sizes.num_attention_heads
         for index, level in enumerate(spec.levels):
             if level.block == "causal_transformer" and level.dim != width * level.options.get("heads", 1):
-                text = f"heads of another width than {width}, which is hidden_size / num_attention_heads"
-                raise _error(f"net.levels.{index}.heads", text, "All turn by the same angles", "shape-mismatch")
+                text = f"channels per head differ from {width}, which is hidden_size / num_attention_heads"
+                raise _error(f"net.levels.{index}.heads", text, f"Use heads of {width} channels", "shape-mismatch")
         for column in sizes.supervised_columns:
             if not 0 <= column < spec.columns - 1:
-                text = f"column {column}: columns with a loss of their own are 0 to {spec.columns - 2}"
-                raise _error("supervised_columns", text, "The last one has the model's", "out-of-range")
+                text = f"column {column} cannot be supervised separately; columns 0 to {spec.columns - 2} can"
+                raise _error("supervised_columns", text, "The last column has the loss of the model", "out-of-range")
         return spec
 
     def _net(self) -> dict[str, Any]:
@@ -231,7 +243,7 @@ class RevColLMConfig(PreTrainedConfig):
             "bias": self.use_bias,
         }
         level = {"dim": self.hidden_size, **block}
-        if self.architecture == "midpoint":  # the embedding is the first cell, and every block one more
+        if self.architecture == "midpoint":  # the embedding is the first cell, followed by one per block
             cells = self.columns * self.levels * self.depth + 1
             return {"columns": -(-cells // 2), "levels": [{**level, "depth": 1}] * 2, "fusion": "identity"}
         gain = {"init": self.gain_init}
@@ -244,25 +256,27 @@ class RevColLMConfig(PreTrainedConfig):
 
 
 def _checked(layers: Layers) -> ColumnsSpec:
-    """A specification of columns, which may name code of this project and registered names alone.
+    """Check columns, which may name only registered components and those of this project.
 
     Raises:
-        revnets.SpecError: it is wrong, names other code, or has levels of several lengths.
+        revnets.SpecError: If they are invalid, name other code, or have levels of different lengths.
     """
     try:
         spec = layers.check(ColumnsSpec, trust=False)
     except SpecError as error:
         if error.code != "not-trusted":
             raise
-        remedy = "Register it with revnets.register_block or register_fusion, import its module, and give that name"
+        remedy = "Register it with revnets.register_block or register_fusion, import its module, and use that name"
         raise SpecError(error.source, error.key, error.message, remedy, code=error.code) from None
     if set(spec.directions) != {"up"} or spec.constant is not None:
         key = "direction" if spec.constant is None else "constant"
-        problem = "the next token is predicted from the top of the last column, which runs up and reads the text alone"
+        problem = "a language model needs columns that run up and read only the text"
         raise SpecError(layers.name, key, problem, "Remove the key", code="reserved-key")
     if any(reduction != 1 for reduction in spec.reductions()):
-        problem = "a level has another length than the text"
-        raise SpecError(layers.name, "levels", problem, "Give no stride, and another fusion", code="shape-mismatch")
+        problem = "a level changes the number of positions"
+        raise SpecError(
+            layers.name, "levels", problem, "Remove its stride, or use another fusion", code="shape-mismatch"
+        )
     return spec
 
 

@@ -1,7 +1,8 @@
-"""The loss of the next token, without the logits of a whole batch: they are what takes most memory beside a
-reversible network (N tokens x V words, and their gradient).
+"""Loss of the next token without the logits of a whole batch.
 
-N tokens, C channels, V words.
+These logits (N tokens x V types) and their gradient dominate the memory of a reversible language model.
+
+Shapes: N tokens, C channels, V types.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
-"""Label of tokens without a loss, as in transformers."""
+"""Label of tokens that are excluded from the loss, as in transformers."""
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """For each position the label of the next one, (B, T) to (B, T); the last position has none."""
+    """Shift labels (B, T) to the position that predicts them; the last position gets `IGNORED`."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def chunked_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int) -> Tensor:
-    """The summed cross entropy of all tokens. Logits exist for `chunk` tokens at a time, in backward as well.
+    """Compute the summed cross entropy of all tokens, with logits of `chunk` tokens at a time in both passes.
 
-    Each chunk is checkpointed: backward computes its logits again, which takes as long as the head's forward.
+    Each chunk is checkpointed: the backward pass recomputes its logits, which costs one more forward pass of the head.
 
     Args:
-        hidden: (N, C), what the head reads.
-        head: to logits (..., V).
-        targets: (N,) words, or `IGNORED`.
-        chunk: the most tokens whose logits are there at once.
+        hidden: (N, C) inputs of the head.
+        head: Maps (..., C) to logits (..., V).
+        targets: (N,) token indices, or `IGNORED`.
+        chunk: Maximum number of tokens whose logits are in memory.
+
+    Returns:
+        A float32 scalar.
     """
     total = hidden.new_zeros((), dtype=torch.float32)
     for states, words in zip(hidden.split(chunk), targets.split(chunk), strict=True):

@@ -1,6 +1,6 @@
-"""The language model as transformers knows it: `RevColForCausalLM`, registered with `AutoModelForCausalLM`.
+"""Language model for transformers: `RevColForCausalLM`, registered with `AutoModelForCausalLM`.
 
-B sequences, T tokens of this call, S tokens seen so far (those in a cache included), C channels, V words.
+Shapes: B sequences, T tokens of this call, S tokens including those in a cache, C channels, V types.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .rotary import rotation
 
 
 class PreTrainedLanguageModel(PreTrainedModel):
-    """What both models have in common: initialization, and what transformers asks a class for."""
+    """Base class of both models: loading, initialization and attributes that transformers reads."""
 
     config_class = RevColLMConfig
     config: RevColLMConfig
@@ -50,10 +50,10 @@ class PreTrainedLanguageModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """A model of `save_pretrained`, with safetensors weights; the arguments are those of transformers.
+        """Load a model with safetensors weights; the arguments are those of transformers.
 
         Raises:
-            revnets.SpecError: the folder holds another model than its configuration describes.
+            revnets.SpecError: If the weights in the directory do not match its configuration.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         folder = Path(pretrained_model_name_or_path or "") / (kwargs.get("subfolder") or "")
@@ -85,12 +85,16 @@ class PreTrainedLanguageModel(PreTrainedModel):
 
 
 class RevColLMModel(PreTrainedLanguageModel):
-    """Embedding, reversible columns of causal blocks and a norm: tokens (B, T) to states (B, T, C)."""
+    """Embedding, reversible columns of causal blocks and a final norm. Maps tokens (B, T) to states (B, T, C).
+
+    Args:
+        config: Configuration of the model.
+    """
 
     def __init__(self, config: RevColLMConfig):
         super().__init__(config)
         spec = config.columns_spec()
-        # no padding_idx: the end of a text may pad as well, and inside of packed text it has to learn
+        # no padding_idx: the token may also mark the end of a text, whose embedding is trained
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         is_midpoint = config.architecture == "midpoint"
         self.columns = midpoint(spec, config.num_hidden_layers) if is_midpoint else revcol(spec)
@@ -116,38 +120,48 @@ class RevColLMModel(PreTrainedLanguageModel):
         past_key_values: Cache | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the columns.
+        """Compute the states of the last column.
 
         Args:
-            input_ids: (B, T) tokens; or `inputs_embeds`, (B, T, C).
-            attention_mask: (B, S), 0 at padding; or (B, 1, T, S), as `CausalAttention` takes it.
-            position_ids: (B, T), by default the number of tokens before that are no padding.
-            cache: keys and values of earlier tokens, which those of this call are added to. `past_key_values` is its
-                former name in transformers.
-            use_cache: make a cache if there is none. By default as the configuration says, and never while gradients
+            input_ids: (B, T) tokens.
+            attention_mask: (B, S), 0 at padding; or (B, 1, T, S) as in `CausalAttention.forward`.
+            position_ids: (B, T) positions. By default the number of earlier tokens without padding.
+            cache: Keys and values of earlier tokens, to which those of this call are appended.
+            inputs_embeds: (B, T, C) embeddings, instead of `input_ids`.
+            use_cache: Create a cache if none is given. By default as in the configuration, but never while gradients
                 are recorded.
-            supervised: hand out `hidden_states`, the states of the supervised columns, each behind its norm.
+            supervised: Return `hidden_states`, the normalized states of the supervised columns.
+            past_key_values: Former name of `cache` in transformers.
+            others: Ignored, except for requests of outputs that columns do not keep.
+
+        Returns:
+            `last_hidden_state` (B, T, C), `cache` and `hidden_states`.
 
         Raises:
-            ArgumentError: no input or two, a token outside of the vocabulary, more tokens than positions, outputs that
-                are not kept, or a cache while gradients are recorded: a replay would fill it twice.
+            ArgumentError: If there is not exactly one input, a token is outside of the vocabulary, there are more
+                tokens than positions, an output is not available, or a cache is used while gradients are recorded,
+                because a replay would fill it twice.
         """
         for key in ("output_attentions", "output_hidden_states"):
             if others.get(key):
-                raise ArgumentError(f"{key}: reversible columns do not keep them", key, code="reserved-key")
+                raise ArgumentError(
+                    f"{key}: reversible columns do not keep these outputs. Remove the argument",
+                    key,
+                    code="reserved-key",
+                )
         x = self._embedded(input_ids, inputs_embeds)
         cache = past_key_values if cache is None else cache
         if torch.is_grad_enabled() and any(mode is not Memory.STORE for mode in self.columns.memory):
             if cache is not None or use_cache:
-                problem = "while gradients are recorded, only memory store can fill a cache of keys and values"
+                problem = "while gradients are recorded, a cache of keys and values needs memory mode store"
                 remedy = "Call the model under torch.no_grad(), or without a cache"
                 raise ArgumentError(f"{problem}. {remedy}", "cache", code="conflicting-values")
         elif cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
         past = 0 if cache is None else int(cache.get_seq_length())
         if past + x.shape[1] > self.config.max_position_embeddings:
-            problem = f"{past + x.shape[1]} tokens are more than max_position_embeddings, "
-            problem += f"{self.config.max_position_embeddings}. Give a shorter text, or cut it"
+            problem = f"{past + x.shape[1]} tokens exceed max_position_embeddings, "
+            problem += f"{self.config.max_position_embeddings}. Shorten the text"
             raise ArgumentError(problem, "input_ids", code="too-large")
         if position_ids is None:
             position_ids = _positions(attention_mask, past, x)
@@ -168,22 +182,25 @@ class RevColLMModel(PreTrainedLanguageModel):
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ArgumentError("give either input_ids or inputs_embeds", "input_ids", code="conflicting-values")
+            raise ArgumentError("expected either input_ids or inputs_embeds", "input_ids", code="conflicting-values")
         if inputs_embeds is not None:
             return inputs_embeds
         assert input_ids is not None
         try:
             return self.embed_tokens(input_ids)
-        except IndexError:  # on the CPU; a GPU reports it later, in its own way
+        except IndexError:  # on CPUs; GPUs report it later in another way
             problem = f"a token is outside of the vocabulary of {self.config.vocab_size}"
             raise ArgumentError(f"{problem}. Use the tokenizer of this model", "input_ids", "out-of-range") from None
 
 
 class RevColForCausalLM(PreTrainedLanguageModel, GenerationMixin):
-    """The language model with its head: tokens (B, T) to logits (B, T, V), or to the loss of the next token.
+    """Language model with a head. Maps tokens (B, T) to logits (B, T, V), or to the loss of the next token.
 
     `model.model.columns` are the reversible columns, with `memory`, `stored` and the other attributes of
     `revnets.ReversibleColumns`.
+
+    Args:
+        config: Configuration of the model.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  # as transformers has it
@@ -212,21 +229,28 @@ class RevColForCausalLM(PreTrainedLanguageModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token, and the loss if there are labels.
+        """Compute logits of the next token, and the loss if there are labels.
 
         Args:
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: those of `RevColLMModel.forward`.
-            labels: (B, T), the tokens themselves; they are shifted here. -100 has no loss.
-            logits_to_keep: logits of so many last positions, or of these indices; 0 for all.
-            skip_logits: give no logits; then the loss is taken in chunks (`loss_chunk` of the configuration), and the
-                logits of the whole batch are at no time in memory. By default so in training with labels.
-            num_items_in_batch: what the summed loss is divided by; by default the number of tokens with a loss.
+            input_ids: See `RevColLMModel.forward`.
+            attention_mask: See `RevColLMModel.forward`.
+            position_ids: See `RevColLMModel.forward`.
+            cache: See `RevColLMModel.forward`.
+            inputs_embeds: See `RevColLMModel.forward`.
+            labels: (B, T) tokens, which this method shifts. -100 excludes a token from the loss.
+            use_cache: See `RevColLMModel.forward`.
+            logits_to_keep: Number of last positions, or indices of positions, whose logits are returned; 0 for all.
+            skip_logits: Return no logits. Then the logits of a whole batch are never in memory, because the loss is
+                computed in chunks of `loss_chunk` tokens. By default True in training with labels.
+            num_items_in_batch: Divisor of the summed loss. By default the number of tokens with a loss.
+            past_key_values: Former name of `cache` in transformers.
+            kwargs: Further arguments of `RevColLMModel.forward`.
 
         Returns:
-            `loss` is that of the last column, and in training of the supervised columns by their weight.
+            `loss`, `logits` and `cache`. In training, the loss includes the weighted losses of supervised columns.
 
         Raises:
-            ArgumentError: as `RevColLMModel.forward`.
+            ArgumentError: See `RevColLMModel.forward`.
         """
         supervised = labels is not None and self.training
         outputs = self.model(
@@ -254,13 +278,13 @@ class RevColForCausalLM(PreTrainedLanguageModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate text; the arguments are those of transformers. Memory modes make no difference to it.
+        """Generate tokens; the arguments are those of transformers. Memory modes have no effect.
 
         Raises:
-            ArgumentError: a memory mode is given, or as `RevColLMModel.forward`.
+            ArgumentError: If a memory mode is given, or see `RevColLMModel.forward`.
         """
         if "memory" in kwargs:
-            problem = "generation keeps nothing for backward, so it has no memory mode. Leave the argument out"
+            problem = "generation saves nothing for backward, so it has no memory mode. Remove the argument"
             raise ArgumentError(problem, "memory", code="reserved-key")
         inherited: Any = super()
         return inherited.generate(*args, **kwargs)
@@ -270,7 +294,7 @@ class RevColForCausalLM(PreTrainedLanguageModel, GenerationMixin):
 
 
 def _positions(attention_mask: Tensor | None, past: int, x: Tensor) -> Tensor:
-    """Positions (B or 1, T) of the tokens of this call; padding on the left does not count."""
+    """Return the positions (B or 1, T) of the tokens of this call, without padding on the left."""
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -x.shape[1] :]
     return torch.arange(past, past + x.shape[1], device=x.device)[None]

@@ -1,6 +1,6 @@
-"""A text as one row of tokens, cut into sequences of equal length: packed, so that no position is padding.
+"""Packed text: documents joined to one array of tokens and cut into sequences of equal length without padding.
 
-N tokens of the text, L tokens of a sequence.
+Shapes: N tokens of the text, L tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ from .loss import IGNORED
 from .text_documents import error
 
 Sample = dict[str, Tensor]
-"""`input_ids` and `labels`, (L,) each; labels are the tokens themselves, or `IGNORED`."""
+"""`input_ids` and `labels`, (L,) each; labels are tokens, or `IGNORED`."""
 
 
 def encoded(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
-    """All documents in a row, (N,), each between two tokens that mark the end of one."""
+    """Encode documents and join them with the end token, which also comes first and last.
+
+    Args:
+        texts: Documents.
+        tokenizer: Tokenizer of transformers.
+
+    Returns:
+        (N,) tokens, uint16 or int32.
+    """
     end = tokenizer.eos_token_id
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     rows = [np.array([end], kind)]
@@ -37,21 +45,21 @@ def _tokens(text: str, tokenizer: Any) -> np.ndarray:
 
 
 class PackedText(Dataset[Sample]):
-    """Sequences of a text, each of which begins with the last token of the one before: every token is predicted once.
+    """Sequences of a text. Each starts with the last token of the previous one, so every token is predicted once.
 
-    Asked by number, as in validation, sequences begin at the first token, and the last one is filled up with tokens
-    that do not count. Asked by a key (epoch, number), as in training, all are shifted by a random number of tokens
-    that is a function of the seed and the epoch, so that the cuts differ from epoch to epoch.
+    In validation, the index is a number: sequences start at the first token, and the last sequence is padded with
+    tokens without a loss. In training, the index is a key (epoch, number): all sequences of an epoch are shifted by a
+    random number of tokens that depends on the seed and the epoch, so the cuts differ between epochs.
 
     Args:
-        tokens: (N,).
-        length: L, at least 2.
-        end: token that fills up the last sequence.
-        seed: of the shifts; None for a text to validate on.
-        key: of the text in the configuration, for messages.
+        tokens: (N,) tokens of the text.
+        length: Tokens of a sequence L, at least 2.
+        end: Token that pads the last sequence.
+        seed: Seed of the shifts; None for validation.
+        key: Key of the text in the configuration, for error messages.
 
     Raises:
-        revnets.SpecError: the text is shorter than a sequence and its shift.
+        revnets.SpecError: If the text is too short.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, end: int, seed: int | None = None, key: str = "train"):
@@ -59,8 +67,8 @@ class PackedText(Dataset[Sample]):
         step = length - 1
         self.count = -(-(len(tokens) - 1) // step) if seed is None else (len(tokens) - 1) // step - 1
         if self.count < 1:
-            problem = f"a text of {len(tokens):,} tokens is shorter than two sequences of {length}"
-            raise error(key, problem, "Give more text, or a smaller length", "too-few-samples")
+            problem = f"the text has {len(tokens):,} tokens, fewer than two sequences of {length}"
+            raise error(key, problem, "Use more text, or a smaller length", "too-few-samples")
 
     def __len__(self) -> int:
         return self.count
@@ -80,5 +88,5 @@ class PackedText(Dataset[Sample]):
 
 
 def uncounted(sample: Sample) -> Sample:
-    """The same sequence without a label, which no evaluation counts."""
+    """Return the sequence without labels, so that no evaluation counts it."""
     return {**sample, "labels": torch.full_like(sample["labels"], IGNORED)}

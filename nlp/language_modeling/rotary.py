@@ -1,7 +1,8 @@
-"""Rotary position embeddings (Su et al., 2021, RoFormer): channels of a head's first and second half pair up, as in
-Llama.
+"""Rotary position embeddings (Su et al., 2021, RoFormer).
 
-B sequences, T positions, H heads, D channels of a head.
+As in Llama, channel i of a head is paired with channel i + D / 2.
+
+Shapes: B sequences, T positions, H heads, D channels per head.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rotation(positions: Tensor, channels: int, base: float, dtype: torch.dtype) -> Rotation:
-    """The angles position * base^(-2i / D) of all positions, as cosines and sines.
+    """Compute cosines and sines of the angles position * base^(-2i / D).
 
-    They are computed in float32 on every call, so that a model has no buffer whose size or dtype would bound it.
+    They are computed in float32 in every call, so models need no buffers that limit length or dtype.
 
     Args:
-        positions: (B or 1, T) whole numbers, from 0 on.
-        channels: D, an even number.
-        dtype: of the result.
+        positions: (B or 1, T) integers, starting at 0.
+        channels: Channels of a head D, an even number.
+        base: Base of the angles.
+        dtype: Dtype of the result.
     """
     exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
     angles = positions[:, None, :, None].float() * base**-exponents
@@ -30,7 +32,7 @@ def rotation(positions: Tensor, channels: int, base: float, dtype: torch.dtype) 
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Turn each pair of channels of queries or keys (B, H, T, D) by the angle of its position."""
+    """Rotate every pair of channels of queries or keys (B, H, T, D) by the angle of its position."""
     cos, sin = by
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

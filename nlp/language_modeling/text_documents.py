@@ -1,4 +1,4 @@
-"""The documents of a text: files in UTF-8, or rows of a data set of Hugging Face; and those held out of training."""
+"""Documents of a training text: UTF-8 files or rows of a Hugging Face data set, and a held-out share."""
 
 from __future__ import annotations
 
@@ -18,25 +18,32 @@ from revnets.utils.regular_files import require_regular
 
 
 class DatasetConfig(Strict):
-    """Rows of a data set of Hugging Face: a folder of `save_to_disk`, or a name of the hub."""
+    """Rows of a Hugging Face data set.
+
+    Attributes:
+        dataset: Directory written by `save_to_disk`, or a name on the Hub.
+        split: Split of the data set. By default `train`, if there are splits.
+        column: Column with the text.
+    """
 
     dataset: UserPath = Field(examples=["roneneldan/TinyStories"], min_length=1)
-    split: str | None = None  # of a data set that has several
+    split: str | None = None
     column: str = "text"
 
 
 Files = UserPath | tuple[UserPath, ...] | DatasetConfig
-"""Files, folders of .txt files and patterns such as texts/*.txt; every file is a document."""
+"""Files, directories of .txt files and patterns such as texts/*.txt; every file is a document."""
 
 
 def documents(source: str | Sequence[str] | DatasetConfig, key: str) -> list[str]:
-    """All documents, in the order of their names.
+    """Read all documents, sorted by name.
 
     Args:
-        key: of the source in the configuration, for messages.
+        source: Files, directories or patterns, or a data set.
+        key: Key of the source in the configuration, for error messages.
 
     Raises:
-        revnets.SpecError: nothing is there, or a file is empty, no UTF-8 or no regular file.
+        revnets.SpecError: If there are no documents, or if a file is empty, not UTF-8 or not a regular file.
     """
     if isinstance(source, DatasetConfig):
         return _rows(source, key)
@@ -45,18 +52,22 @@ def documents(source: str | Sequence[str] | DatasetConfig, key: str) -> list[str
 
 
 def held_out(texts: Sequence[str], share: float) -> tuple[list[str], list[str]]:
-    """The documents to train on, and every so-manieth one to validate on, always the same.
+    """Split documents at random, always in the same way, into training and held-out documents.
 
     Args:
-        share: of the documents, in (0, 1); at least one is held out.
+        texts: Documents.
+        share: Share of held-out documents, in (0, 1); at least one is held out.
+
+    Returns:
+        Training and held-out documents.
 
     Raises:
-        revnets.SpecError: there is one document alone.
+        revnets.SpecError: If there is only one document.
     """
     count = max(1, round(share * len(texts)))
     if count >= len(texts):
-        problem = f"{len(texts)} documents cannot be divided into those to train on and those held out"
-        raise error("val", problem, "Give a file to validate on", "too-few-samples")
+        problem = f"{len(texts)} documents cannot be split into training and validation"
+        raise error("val", problem, "Give files for validation", "too-few-samples")
     order = np.random.default_rng(0).permutation(len(texts))
     chosen = set(order[:count].tolist())
     return (
@@ -66,7 +77,7 @@ def held_out(texts: Sequence[str], share: float) -> tuple[list[str], list[str]]:
 
 
 def error(key: str, problem: str, remedy: str, code: str) -> SpecError:
-    """The error for a key of a text in a training run."""
+    """Create the error for a key of the text in a run configuration."""
     return SpecError("training run", f"task.{key}", problem, remedy, code=code)
 
 
@@ -78,8 +89,8 @@ def _files(place: str, key: str) -> list[Path]:
     else:
         found = sorted(map(Path, glob.glob(place, recursive=True)))
     if not found:
-        problem = f"{place}: there is no such file, and no text in such a folder"
-        raise error(key, problem, "Give a file, a folder of .txt files, or a pattern", "missing-file")
+        problem = f"{place}: no such file, and no directory with text files"
+        raise error(key, problem, "Give a file, a directory of .txt files, or a pattern", "missing-file")
     return found
 
 
@@ -89,9 +100,9 @@ def _read(path: Path, key: str) -> str:
         content = path.read_bytes()
     except OSError as problem:
         code = "missing-file" if isinstance(problem, FileNotFoundError) else "not-a-file"
-        raise error(key, f"{path}: {problem.strerror}", "Give a file with text", code) from None
+        raise error(key, f"{path}: {problem.strerror}", "Give a text file", code) from None
     if not content.strip():
-        raise error(key, f"{path}: the file is empty", "Leave it out", "empty-file")
+        raise error(key, f"{path}: the file is empty", "Remove it", "empty-file")
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as problem:
@@ -110,16 +121,16 @@ def _rows(source: DatasetConfig, key: str) -> list[str]:
         load: Any = datasets.load_from_disk if any(path.exists() for path in saved) else datasets.load_dataset
         found: Any = load(source.dataset)
     except Exception as problem:  # data sets fail in many ways
-        raise error(key, f"{source.dataset}: {first_line(problem)}", "Check its name", "unreadable-data") from None
+        raise error(key, f"{source.dataset}: {first_line(problem)}", "Check the name", "unreadable-data") from None
     if isinstance(found, dict):
         split = source.split or "train"
         if split not in found:
-            raise error(f"{key}.split", f"there is no split {split!r}", f"It has {', '.join(found)}", "unknown-choice")
+            raise error(f"{key}.split", f"no split {split!r}", f"It has {', '.join(found)}", "unknown-choice")
         found = found[split]
     if source.column not in found.column_names:
         remedy = f"It has {', '.join(found.column_names)}"
-        raise error(f"{key}.column", f"there is no column {source.column!r}", remedy, "unknown-choice")
+        raise error(f"{key}.column", f"no column {source.column!r}", remedy, "unknown-choice")
     texts = [text for text in found[source.column] if isinstance(text, str) and text.strip()]
     if not texts:
-        raise error(key, f"{source.dataset}: no row has text", "Give another column or split", "empty-data")
+        raise error(key, f"{source.dataset}: no row has text", "Use another column or split", "empty-data")
     return texts

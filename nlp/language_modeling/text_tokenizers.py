@@ -1,4 +1,4 @@
-"""Tokenizers of language models, in the form of transformers: bytes, byte pairs learned from a text, a saved one."""
+"""Tokenizers for transformers: bytes, byte pairs learned from a text, or a saved tokenizer."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from revnets import SpecError
 from revnets.config.errors import first_line
 
 END = "<|endoftext|>"
-"""The token between two documents; it is the padding as well."""
+"""Token between two documents, and padding token."""
 
 BYTES = 256
+"""Number of different bytes."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte of UTF-8 is the token of its own number, and the end of a document is token 256."""
+    """Create a tokenizer that maps every UTF-8 byte to its value, and the end of a document to 256."""
     tokenizer = _wrapped(_byte_pairs())
-    tokenizer.is_of_bytes = True  # type: ignore[attr-defined]  # a text need not go through it then
+    tokenizer.is_of_bytes = True  # type: ignore[attr-defined]  # a fast path for whole texts
     return tokenizer
 
 
 def learned_tokenizer(documents: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte pairs that are frequent in a text (Sennrich et al., 2016), on top of all bytes.
+    """Learn a byte-level tokenizer of frequent byte pairs (Sennrich et al., 2016).
 
     Args:
-        size: tokens, the end of a document included; more than 257.
+        documents: Training text.
+        size: Size of the vocabulary, more than 257; it includes all bytes and the end of a document.
     """
     tokenizer = _byte_pairs()
     tokenizer.pre_tokenizer = cast(Any, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
@@ -39,15 +41,18 @@ def learned_tokenizer(documents: Iterable[str], size: int) -> PreTrainedTokenize
 
 
 def saved_tokenizer(name: str) -> Any:
-    """The tokenizer of a folder, or of the hub; it runs no code of theirs.
+    """Load a tokenizer from a directory or the Hub, without running its code.
+
+    Args:
+        name: Directory, or name on the Hub.
 
     Raises:
-        revnets.SpecError: there is none, or it cannot be read.
+        revnets.SpecError: If there is no tokenizer, or if it cannot be read.
     """
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
-        remedy = "Give bytes, {pairs: 1024}, a folder with tokenizer.json, or a name of the hub"
+        remedy = "Use bytes, {pairs: 1024}, a directory with tokenizer.json, or a name on the Hub"
         raise SpecError(str(name), "tokenizer", first_line(error), remedy, code="unreadable-file") from None
 
 
@@ -60,7 +65,7 @@ def _byte_pairs() -> Tokenizer:
 
 
 def _symbols() -> list[str]:
-    """The printable character of each byte: the byte itself if it is printable, else one from 256 on (GPT-2)."""
+    """Return a printable character for each byte: the byte itself, or one from 256 on if it is unprintable (GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(BYTES, 2 * BYTES))
     return [chr(byte if byte in printable else next(others)) for byte in range(BYTES)]

@@ -1,7 +1,9 @@
-"""Language models in the trainer of `vision.training`: their task, and the command `revnets train-lm`.
+"""Language modeling as a task of the trainer in `vision.training`, and the command `revnets train-lm`.
 
-This module alone of `nlp` imports `vision`, whose trainer knows nothing of images: a task gives it data, a model, a
-loss and metrics. B sequences, L tokens of each.
+The trainer is independent of images: a task provides data, a model, a loss and metrics. No other module of `nlp`
+imports `vision`.
+
+Shapes: B sequences of L tokens.
 """
 
 from __future__ import annotations
@@ -39,36 +41,65 @@ from .text_tokenizers import BYTES, byte_tokenizer, learned_tokenizer, saved_tok
 
 
 class PairsConfig(Strict):
-    """A tokenizer of byte pairs, which is learned from the text to train on."""
+    """A tokenizer of byte pairs that is learned from the training text.
 
-    pairs: int = Field(gt=BYTES + 1, le=2**20)  # tokens, all bytes and the end of a document included
+    Attributes:
+        pairs: Size of the vocabulary, including all bytes and the end of a document.
+    """
+
+    pairs: int = Field(gt=BYTES + 1, le=2**20)
 
 
 class TextConfig(Strict):
-    """The text of a run, and how it is cut into tokens and sequences."""
+    """The text of a run, its tokenizer and the length of its sequences.
+
+    Attributes:
+        train: Training text.
+        val: Share of the documents to hold out, or another text.
+        tokenizer: `bytes`; byte pairs to learn; or a directory, or a name on the Hub.
+        length: Tokens of a sequence.
+    """
 
     train: Files
-    val: Annotated[float, Field(gt=0, lt=1)] | Files = 0.05  # a share of the documents, or others
-    tokenizer: str | PairsConfig = "bytes"  # bytes, {pairs: 1024}, a folder, or a name of the hub
-    length: int = Field(default=256, ge=2, le=2**24)  # tokens of a sequence
+    val: Annotated[float, Field(gt=0, lt=1)] | Files = 0.05
+    tokenizer: str | PairsConfig = "bytes"
+    length: int = Field(default=256, ge=2, le=2**24)
 
 
 @dataclass(frozen=True, slots=True)
 class TextData:
-    """The data of a run, as the trainer wants them, and what they were made with."""
+    """The data of a run.
+
+    Attributes:
+        train: Training sequences.
+        val: Validation sequences.
+        tokenizer: Their tokenizer.
+        val_bytes: UTF-8 bytes of the validation documents.
+        unreadable: Record of corrupt samples that the trainer expects; always empty.
+    """
 
     train: PackedText
     val: PackedText
     tokenizer: Any
-    val_bytes: int  # of the documents to validate on, in UTF-8
+    val_bytes: int
     unreadable: Unreadable = field(default_factory=Unreadable)
 
 
 class LanguageModeling(Task):
-    """The next token of packed sequences. A batch is `input_ids` and `labels`, (B, L) each.
+    """Prediction of the next token in packed sequences. A batch is `input_ids` and `labels`, (B, L) each.
 
-    The metric is bits per byte, which does not depend on the tokenizer: all bits that the held-out tokens take, divided
-    by the bytes of their text.
+    The metric is bits per byte, which is comparable between tokenizers: the total loss of the held-out tokens in bits,
+    divided by the bytes of their text.
+
+    Args:
+        config: Configuration of the run.
+        train: See `TextConfig`.
+        val: See `TextConfig`.
+        tokenizer: See `TextConfig`.
+        length: See `TextConfig`.
+
+    Raises:
+        revnets.SpecError: If an argument is invalid.
     """
 
     monitor, label, digits, samples = "bits_per_byte", "bits per byte", 4, ("tokens", "tok")
@@ -87,8 +118,12 @@ class LanguageModeling(Task):
     def load_data(self, notes: Path | None = None, world: World | None = None) -> TextData:
         """Read and encode the text.
 
+        Args:
+            notes: Ignored.
+            world: Ignored.
+
         Raises:
-            revnets.SpecError: it cannot be read, or is too short.
+            revnets.SpecError: If the text cannot be read, or is too short.
         """
         text, train = self.source, documents(self.source.train, "train")
         if isinstance(text.val, float | int):
@@ -116,58 +151,64 @@ class LanguageModeling(Task):
         except SpecError as problem:
             raise error("tokenizer", f"{name}: {problem.message}", problem.hint, problem.code) from None
         if tokenizer.eos_token_id is None:
-            raise error("tokenizer", f"{name} has no token for the end of a text", "Set its eos_token", "missing-key")
+            raise error("tokenizer", f"{name} has no end-of-text token", "Set its eos_token", "missing-key")
         return tokenizer
 
     def padding(self, sample: Sample) -> Sample:
+        """Return a copy of a sample that no evaluation counts."""
         return uncounted(sample)
 
     def batch_size(self, batch: Mapping[str, Tensor]) -> int:
-        """Tokens, which are what the log counts."""
+        """Return the number of tokens, the unit of the log."""
         return batch["input_ids"].numel()
 
     def metadata(self, data: TextData) -> dict[str, Any]:
+        """Return the sizes of the text for checkpoints."""
         return {"tokens": len(data.train.tokens), "val_bytes": data.val_bytes}
 
     def input_shape(self, data: TextData) -> tuple[int, ...]:
+        """Return the shape (L,) of a sequence."""
         return (self.source.length,)
 
     # ------------------------------------------------------------------------------------------------------ model
 
     def build_model(self, data: TextData) -> nn.Module:
-        """The model that the key `model` describes, for the tokens and the length of the text.
+        """Build the model of the key `model`, for the vocabulary and the length of the text.
 
         Raises:
-            revnets.SpecError: it is no language model, or has too few tokens or positions.
+            revnets.SpecError: If it is not a language model, or if its vocabulary or length is too small.
         """
         given = self.config.model
         if not isinstance(given, TransformersModel):
-            remedy = "Give {hf: revcol_lm, hidden_size: 256, ...}, or the type of another model, such as gpt2"
-            raise SpecError("training run", "model", "this is no language model", remedy, code="wrong-type")
+            remedy = "Use {hf: revcol_lm, hidden_size: 256, ...}, or the type of another model, such as gpt2"
+            raise SpecError("training run", "model", "not a language model", remedy, code="wrong-type")
         tokens, end = len(data.tokenizer), data.tokenizer.eos_token_id
         sizes = {"vocab_size": tokens, "max_position_embeddings": self.source.length}
         for key, least in sizes.items():
             value = given.options.get(key)
             if isinstance(value, int) and value < least:
-                problem = f"{value:,}, but the text has {least:,}"
-                raise SpecError("training run", f"model.{key}", problem, "Leave the key out", code="conflicting-values")
-        # no padding: many models never train that token's embedding, and here it is the end of a text
+                problem = f"{value:,} is too small: the text needs {least:,}"
+                raise SpecError("training run", f"model.{key}", problem, "Remove the key", code="conflicting-values")
+        # no padding token: many models never train its embedding, and here it would be the end of a text
         ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
         return create_model(self.config, **sizes, **ends)
 
     def planned(self, model: nn.Module) -> nn.Module:
+        """Return the module whose memory is planned."""
         return NextTokenLoss(model)
 
     # ------------------------------------------------------------------------------------------- loss and metrics
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Compute the mean loss of a batch in nats per token."""
         return model(**batch).loss
 
     def predict(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """The mean loss of a batch in nats."""
+        """Compute the mean loss of a batch in nats per token, without logits if the model supports it."""
         return model(**batch, **self._options).loss
 
     def evaluator(self, model: nn.Module, data: TextData, device: torch.device) -> BitsPerByte:
+        """Create the metric."""
         return BitsPerByte(data.val_bytes, device)
 
     @property
@@ -177,23 +218,28 @@ class LanguageModeling(Task):
 
 
 class NextTokenLoss(nn.Module):
-    """A language model from tokens (B, L) to its loss, for copies without values."""
+    """A language model from tokens (B, L) to its loss, for copies on fake tensors.
+
+    Args:
+        model: Language model of transformers.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Compute the mean loss of tokens (B, L)."""
         tokens = tokens.long()
         return self.model(input_ids=tokens, labels=tokens).loss
 
 
 class BitsPerByte:
-    """The loss of held-out text: in nats a token, and in bits a byte.
+    """Loss of held-out text in nats per token and bits per byte.
 
     Args:
-        count: bytes of the whole text.
-        device: of the model.
+        count: Bytes of the whole text.
+        device: Device of the model.
     """
 
     def __init__(self, count: int, device: torch.device):
@@ -207,7 +253,7 @@ class BitsPerByte:
             self.sums += torch.stack([output.double() * count, count.double()])
 
     def compute(self, world: World) -> dict[str, float]:
-        """`loss` and `bits_per_byte` of the text of all processes."""
+        """Compute `loss` and `bits_per_byte` over the text of all processes."""
         if world.size > 1:
             dist.all_reduce(self.sums)
         nats, tokens = self.sums.tolist()
@@ -215,17 +261,21 @@ class BitsPerByte:
 
 
 def load_language_run(source: Source, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration of a run of `revnets train-lm`: that of `revnets train`, whose key `text` makes the task.
+    """Load a run configuration of `revnets train-lm`: that of `revnets train`, with the task defined by the key `text`.
+
+    Args:
+        source: YAML file, or a mapping.
+        overrides: Overrides as `key=value`.
 
     Raises:
-        revnets.SpecError: names the file, the key, the value and the remedy.
+        revnets.SpecError: If the configuration is invalid. The error names the file, key, value and hint.
     """
     layers = read_layers(source)
     layers.apply(overrides)
     if "text" in layers.data:
         text = layers.data.pop("text")
         if not isinstance(text, dict):
-            raise SpecError(layers.name, "text", what(text), "Give a mapping, as in {train: texts}", code="wrong-type")
+            raise SpecError(layers.name, "text", what(text), "Use a mapping, as in {train: texts}", code="wrong-type")
         layers.set("task", {"type": f"{__name__}:{LanguageModeling.__name__}", **text})
     elif "task" not in layers.data:
         remedy = "Add it, as in `text: {train: texts}`"
@@ -234,13 +284,16 @@ def load_language_run(source: Source, overrides: Sequence[str] = ()) -> TrainCon
 
 
 def train_language_model(config: TrainConfig) -> tuple[Outcome, Path | None]:
-    """Train, and leave the best weights in the folder `model` of the run, as transformers reads them.
+    """Train a model, and write its best weights to the directory `model` of the run in the format of transformers.
+
+    Args:
+        config: Configuration of the run.
 
     Returns:
-        How the run ended, and the folder, if it was written by this process.
+        The outcome of the run, and the directory, or None if this process did not write it.
 
     Raises:
-        vision.errors.TrainingError, vision.errors.CheckpointError, revnets.SpecError: as `Trainer` does.
+        vision.errors.TrainingError, vision.errors.CheckpointError, revnets.SpecError: See `Trainer`.
     """
     with joined(config.device) as world:
         trainer = Trainer(config, world=world)
@@ -252,10 +305,19 @@ def train_language_model(config: TrainConfig) -> tuple[Outcome, Path | None]:
 
 
 def export(task: Task, data: TextData, checkpoint: Path, folder: Path) -> Path:
-    """Write the weights of a checkpoint as a model of transformers, with its tokenizer.
+    """Write the weights of a checkpoint and the tokenizer in the format of transformers.
+
+    Args:
+        task: Task of the run.
+        data: Data of the run.
+        checkpoint: Checkpoint to read.
+        folder: Directory to write.
+
+    Returns:
+        The directory.
 
     Raises:
-        vision.errors.CheckpointError: it cannot be read, or the folder cannot be written.
+        vision.errors.CheckpointError: If the checkpoint cannot be read, or the directory cannot be written.
     """
     state = reader.read(checkpoint)
     model: Any = task.build_model(data)
@@ -269,5 +331,7 @@ def export(task: Task, data: TextData, checkpoint: Path, folder: Path) -> Path:
             data.tokenizer.save_pretrained(new)
     except OSError as problem:
         text = f"cannot be written ({problem.strerror})"
-        raise CheckpointError(folder, text, "Check its permissions and the disk", code="unwritable-file") from None
+        raise CheckpointError(
+            folder, text, "Check its permissions and the disk space", code="unwritable-file"
+        ) from None
     return folder

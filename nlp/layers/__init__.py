@@ -1,1 +1,1 @@
-"""Attention and transformer blocks in plain PyTorch, without fairseq."""
+"""Attention and transformer blocks in plain PyTorch; they do not need fairseq."""

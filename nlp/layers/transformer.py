@@ -1,4 +1,4 @@
-"""The transformer block of the encoder's columns. States are (B, T, C): sentences, positions, channels."""
+"""Transformer block of the encoder's columns. States are (B, T, C): sentences, positions, channels."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
     "linear": torch.positive,
 }
-"""By the names of fairseq's `--activation-fn`, whose accurate GELU is the approximation by a tanh."""
+"""Activation functions by fairseq's `--activation-fn`; its accurate GELU is the tanh approximation."""
 
 
 class Dropout(nn.Dropout):
-    """Dropout that `fairseq-generate --retain-dropout` can keep alive, and faster on the CPU than PyTorch's.
+    """Dropout that supports `fairseq-generate --retain-dropout` and is faster than PyTorch's on CPUs.
 
-    There, drawing masks takes a tenth of a block's time, and a replay draws them again. Four numbers of 16 bits are cut
-    out of each of the generator's with 64, so the rate is a multiple of 2^-16.
+    On CPUs, PyTorch's masks take a tenth of the time of a block, and a replay draws them again. Here, each random
+    64-bit number gives four 16-bit numbers, so the rate is rounded to a multiple of 2^-16.
     """
 
     retain_dropout = False
 
     def forward(self, input: Tensor) -> Tensor:
+        """Zero elements at the rate `p` and scale the others; the shape does not change."""
         if self.p == 0 or not (self.training or self.retain_dropout):
             return input
         if input.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(input, self.p)
         dropped = min(max(round(self.p * 2**16), 1), 2**16 - 1)
         numbers = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        highest = dropped - 2**15 - 1  # of the numbers that drop; a comparison would take five times as long as this
+        highest = dropped - 2**15 - 1  # of the numbers that drop; a comparison would be five times slower
         kept = numbers[: input.numel()].view(input.shape).clamp_(highest, highest + 1).sub_(highest)
         return input * kept.to(input.dtype).mul_(2**16 / (2**16 - dropped))
 
@@ -52,13 +53,19 @@ class TransformerBlock(nn.Module):
     """Self-attention and feed-forward network, each with a residual and a LayerNorm (Vaswani et al., 2017).
 
     Args:
-        heads: of the attention; must divide `dim`.
-        ffn_dim: channels inside of the feed-forward network.
-        dropout, attention_dropout, activation_dropout: of either branch, of the attention weights, and behind the
-            activation function.
-        attention: by dot products (`standard`) or by cosines (`cosine`).
-        norm: where the LayerNorm stands. `post`: LN(x + f(x)), the original; `pre`: x + f(LN(x)); `res-post`:
-            x + LN(f(x)), that of Swin Transformer V2.
+        dim: Channels C.
+        heads: Number of attention heads; must divide `dim`.
+        ffn_dim: Hidden channels of the feed-forward network.
+        dropout: Dropout rate of both branches.
+        attention_dropout: Dropout rate of the attention weights.
+        activation_dropout: Dropout rate after the activation function.
+        activation: Activation function, by fairseq's name.
+        attention: `standard` for dot products, `cosine` for cosines.
+        norm: Position of the LayerNorm. `post`: LN(x + f(x)), as in the original; `pre`: x + f(LN(x)); `res-post`:
+            x + LN(f(x)), as in Swin Transformer V2.
+
+    Raises:
+        ArgumentError: If `heads` does not divide `dim`.
     """
 
     def __init__(
@@ -85,11 +92,20 @@ class TransformerBlock(nn.Module):
         self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """(B, T, C) to the same shape; `padding_mask` (B, T) is True at padding."""
+        """Apply the block.
+
+        Args:
+            x: (B, T, C) states.
+            padding_mask: (B, T), True at padding. None if there is no padding.
+
+        Returns:
+            (B, T, C) states.
+        """
         x = self._residual(x, self.norm1, lambda y: self.attention(y, padding_mask))
         return self._residual(x, self.norm2, self.feed_forward)
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward network to every position, without its residual."""
         return self.fc2(self.activation_drop(self.activation(self.fc1(x))))
 
     def _residual(self, x: Tensor, norm: nn.LayerNorm, branch) -> Tensor:

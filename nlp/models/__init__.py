@@ -1,1 +1,1 @@
-"""RevCol-Transformer as models of fairseq."""
+"""RevCol-Transformer models for fairseq."""

@@ -1,4 +1,4 @@
-"""How fairseq reads its checkpoints: `torch.load` is restricted, and files are checked before it gets them."""
+"""Safe reading of fairseq's checkpoints: globals for the restricted `torch.load`, and a check of every file."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ RECORDS: tuple[Callable[..., Any] | tuple[Callable[..., Any], str], ...] = (
     np.ndarray,
     np.dtype,
     *(type(number.dtype) for number in _NUMBERS),
-    # NumPy 1 and 2 have these two functions in modules of different names.
+    # These functions are in different modules in NumPy 1 and 2.
     *(
         (value.__reduce__()[0], f"{module}.multiarray.{name}")  # type: ignore[misc]
         for value, name in ((np.zeros(0), "_reconstruct"), (_NUMBERS[0], "scalar"))
         for module in ("numpy.core", "numpy._core")
     ),
 )
-"""Options as a Namespace, and numbers and arrays of NumPy, by their own classes, which `torch.load` demands."""
+"""Classes of what fairseq saves besides tensors: options as a Namespace, and NumPy scalars and arrays."""
 
 
 def allow_fairseq_checkpoints() -> None:
-    """Let `torch.load` of this process read what fairseq saves beside tensors: options, numbers, arrays.
+    """Add `RECORDS` to the globals that `torch.load` accepts in this process.
 
-    fairseq calls `torch.load` itself (`--restore-file`, `fairseq-generate`), so nothing but the list of the process
-    reaches it. Call it where fairseq loads the models, not where a package is imported for other reasons.
+    fairseq calls `torch.load` itself (`--restore-file`, `fairseq-generate`), so only the list of the process has an
+    effect. Call this function where fairseq loads the models, not in modules that are imported for other reasons.
     """
     torch.serialization.add_safe_globals(list(RECORDS))
 
 
 def check_fairseq_checkpoints() -> None:
-    """Let fairseq's reader of checkpoints refuse files that `torch.load` would need unbounded memory or time for.
+    """Make fairseq refuse checkpoints for which `torch.load` would need unbounded memory or time.
 
-    A file is read as `revnets average-checkpoints` reads it, with its tensors left on the disk, before fairseq loads
-    it. With `REVNETS_TRUST=1` or `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1` it is not checked, since it may hold objects of
-    other classes. Call it once, where fairseq loads the models.
+    Before fairseq loads a file, it is read like in `revnets average-checkpoints`, without its tensors. With
+    `REVNETS_TRUST=1` or `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`, the check is skipped, because the file may contain
+    objects of other classes. Call this function once, where fairseq loads the models.
     """
     from fairseq import checkpoint_utils
     from fairseq.file_io import PathManager
@@ -59,12 +59,12 @@ def check_fairseq_checkpoints() -> None:
             try:
                 checkpoint_io.read_checkpoint(PathManager.get_local_path(path), checkpoint_io.RECORDS, mmap=True)
             except checkpoint_io.CheckpointReadError as error:
-                raise SystemExit(str(error)) from error  # the last line of a command of fairseq
+                raise SystemExit(str(error)) from error  # printed as the last line of a fairseq command
         return load(path, *args, **options)
 
     checkpoint_utils.load_checkpoint_to_cpu = load_checked
 
 
 def _is_trusted() -> bool:
-    forced = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower()  # torch's own switch, and its values
+    forced = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower()  # torch's own variable and values
     return "1" in os.environ.get(TRUST, "").split(",") or forced in ("1", "y", "yes", "true")

@@ -1,4 +1,4 @@
-"""The RevCol-Transformer encoder: fairseq's embedding, then reversible columns (RevCol, ICLR 2023)."""
+"""RevCol-Transformer encoder: fairseq's embedding followed by reversible columns (RevCol, ICLR 2023)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from .encoder_spec import encoder_columns, encoder_spec, float32
 
 
 class RevColEncoder(TransformerEncoderBase):
-    """Embedding of words and positions as stem, columns of transformer blocks, the last column's top as output.
+    """Token and position embedding as the stem, and columns of transformer blocks.
 
-    Everything outside of the columns is fairseq's own. Inside of them states are (B, T, C) and in float32, even if the
-    weights are in half precision (--fp16, --bf16).
+    The output is the top level of the last column. Everything outside of the columns is fairseq's code. States of the
+    columns are (B, T, C) in float32, even if the weights are in half precision (--fp16, --bf16).
 
     Args:
         cfg: fairseq's `TransformerConfig` with the options of `nlp.models.arguments`.
+        dictionary: fairseq's dictionary of the source language.
+        embed_tokens: Token embedding.
+
+    Raises:
+        ArgumentError: If an option is not supported.
+        revnets.SpecError: If the columns are invalid.
     """
 
     def __init__(self, cfg: Any, dictionary: Any, embed_tokens: nn.Embedding):
         without = copy.copy(cfg)
         without.encoder = copy.copy(cfg.encoder)
-        without.encoder.layers = 0  # the parent would build them
+        without.encoder.layers = 0  # the parent class would build them
         super().__init__(without, dictionary, embed_tokens)
         options = vars(cfg) | {f"encoder_{key}": value for key, value in vars(cfg.encoder).items()}
         self.spec = encoder_spec(options)
@@ -37,13 +43,13 @@ class RevColEncoder(TransformerEncoderBase):
     def make_generation_fast_(
         self, name: str, retain_dropout: bool = False, retain_dropout_modules: list[str] | None = None, **_: Any
     ) -> None:
-        """fairseq calls this before it generates; `--retain-dropout` keeps dropout alive in the blocks as well."""
+        """Prepare for generation, as fairseq requests; `--retain-dropout` also keeps dropout active in the blocks."""
         if retain_dropout and (retain_dropout_modules is None or type(self).__name__ in retain_dropout_modules):
             for module in self.columns.modules():
                 if isinstance(module, (MaskedAttention, Dropout)):
                     module.retain_dropout = True
 
-    # fairseq marks these two with `torch.jit.export`, which makes `torch.jit.trace` compile all of the columns.
+    # fairseq marks these two methods with `torch.jit.export`, which makes `torch.jit.trace` compile the columns.
     def reorder_encoder_out(self, encoder_out: dict[str, list[Any]], new_order: Tensor) -> dict[str, list[Any]]:
         return super().reorder_encoder_out(encoder_out, new_order)
 
@@ -60,15 +66,15 @@ class RevColEncoder(TransformerEncoderBase):
         """Encode sentences.
 
         Args:
-            src_tokens: (B, T) indices of words, padded.
-            src_lengths: not needed; padding is told by its index.
-            return_all_hiddens: hand out the embedding and the top level of every column as well. They stay in memory
-                for as long as the caller holds them.
-            token_embeddings: (B, T, C), in place of those of `src_tokens`.
+            src_tokens: (B, T) token indices, padded.
+            src_lengths: Ignored; padding is recognized by its index.
+            return_all_hiddens: Also return the embedding and the top level of every column. They stay in memory as long
+                as the caller keeps them.
+            token_embeddings: (B, T, C) embeddings to use instead of those of `src_tokens`.
 
         Returns:
-            fairseq's dictionary of lists: `encoder_out` and the `encoder_states` (T, B, C), `encoder_padding_mask`
-            (B, T), `encoder_embedding` (B, T, C), `src_lengths` (B, 1).
+            fairseq's dictionary of lists: `encoder_out` and `encoder_states` (T, B, C), `encoder_padding_mask` (B, T),
+            `encoder_embedding` (B, T, C), `src_lengths` (B, 1).
         """
         padding_mask = src_tokens.eq(self.padding_idx)
         stem, embedding = self.forward_embedding(src_tokens, token_embeddings)
@@ -91,5 +97,5 @@ class RevColEncoder(TransformerEncoderBase):
 
 
 def _time_first(x: Tensor) -> Tensor:
-    """(B, T, C) to (T, B, C), as one copy here and not one in every attention of the decoder."""
+    """Transpose (B, T, C) to (T, B, C), and copy it once instead of in every attention layer of the decoder."""
     return x.transpose(0, 1).contiguous()

@@ -1,4 +1,4 @@
-"""The encoder's columns: from the options of a model, or from a YAML file, to a spec and to modules. No fairseq."""
+"""Specification and modules of the encoder's columns, from options or a YAML file. Does not need fairseq."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEFAULTS = {
     "revcol_memory": "exact",
     "revcol_stored": 0,
 }
-"""What a checkpoint that does not record an option was trained with; gains may depend on `revcol_init`."""
+"""Defaults of the options, also for checkpoints that do not record them; gains may depend on `revcol_init`."""
 
 BLOCK_OPTIONS = {
     "heads": "encoder_attention_heads",
@@ -49,29 +49,31 @@ BLOCK_OPTIONS = {
     "attention": "revcol_attention",
     "norm": "revcol_norm",
 }
-"""Options of the block `transformer`, and the options of the model that they follow unless a level says otherwise."""
+"""Options of the block `transformer`, and the model options that set their defaults."""
 
 
 MEANINGLESS = {
-    "encoder_layerdrop": "a reversible column cannot do without one of its cells. Use --dropout",
-    "encoder_layers_to_keep": "a reversible column cannot do without one of its cells. Use fewer --revcol-columns",
-    "quant_noise_pq": "the blocks of the columns are not quantised. Leave it out",
-    "quant_noise_scalar": "its modules count their calls, so that a replay would not repeat them. Leave it out",
-    "encoder_xformers_att_config": "the columns use scaled_dot_product_attention. Leave it out",
+    "encoder_layerdrop": "a reversible column cannot skip a cell. Use --dropout",
+    "encoder_layers_to_keep": "a reversible column cannot skip a cell. Use fewer --revcol-columns",
+    "quant_noise_pq": "the blocks of the columns are not quantized. Remove it",
+    "quant_noise_scalar": "its modules count their calls, so a replay would not repeat them. Remove it",
+    "encoder_xformers_att_config": "the columns use scaled_dot_product_attention. Remove it",
 }
-"""Options of fairseq's transformer that this encoder cannot honour, each with the reason."""
+"""Options of fairseq's transformer that this encoder does not support, with the reason."""
 
 
 TRUST = "REVNETS_TRUST"
-"""Environment variable: with 1, columns in checkpoints may name classes of other projects, which are imported and run.
+"""Environment variable. If it is 1, columns in checkpoints may name classes of other packages, which run.
 
-Besides, it hands on to the processes that fairseq starts which columns were given on the command line.
+It also passes the trusted columns of the command line on to the processes that fairseq starts.
 """
 
 
 class EncoderSpec(ColumnsSpec):
-    """The columns of an encoder. fairseq's embedding is its stem: that of a file which describes a whole net is left
-    out, and a head or taps are refused.
+    """Specification of the encoder's columns.
+
+    fairseq's embedding is the stem, so a stem in the file of a whole network is ignored. A head or intermediate outputs
+    (`taps`) are refused.
     """
 
     @model_validator(mode="before")
@@ -82,26 +84,26 @@ class EncoderSpec(ColumnsSpec):
         for key in ("head", "taps"):
             if value.get(key):
                 raise problem(
-                    "the decoder reads the last column's last level", "Remove the key", key, code="reserved-key"
+                    "the decoder reads the last level of the last column", "Remove the key", key, code="reserved-key"
                 )
         default = {"fusion": parse_value(DEFAULTS["revcol_fusion"])}
         return default | {key: item for key, item in value.items() if key not in ("stem", "head", "taps")}
 
 
 def defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What an option is that is not given: those of `DEFAULTS`, with the gain that `revcol_init` names."""
+    """Return the defaults of unset options: `DEFAULTS`, with the gain of the initialization `revcol_init`."""
     init = options.get("revcol_init")
     named = INITIALIZATIONS.get(init) if isinstance(init, str) else None
     return DEFAULTS if named is None else DEFAULTS | {"revcol_gain": named.gain}
 
 
 def trust_columns(options: Mapping[str, Any]) -> None:
-    """Let exactly these columns name classes of other projects, in this process and in those that it starts."""
+    """Allow exactly these columns to name classes of other packages, in this process and its child processes."""
     os.environ[TRUST] = ",".join(filter(None, (os.environ.get(TRUST), _digest(options))))
 
 
 def are_trusted(options: Mapping[str, Any]) -> bool:
-    """May the columns that these options describe name classes of other projects?"""
+    """Return True if the columns of these options may name classes of other packages."""
     return not {"1", _digest(options)}.isdisjoint(os.environ.get(TRUST, "").split(","))
 
 
@@ -111,13 +113,15 @@ def _digest(options: Mapping[str, Any]) -> str:
 
 
 def read_spec(path: Path, options: Mapping[str, Any], trust: bool) -> str:
-    """The columns of a YAML file as JSON text, for `revcol_net`. Options that were given besides change what it says.
+    """Read the columns of a YAML file as JSON text, for the option `revcol_net`.
 
     Args:
-        trust: may the file name classes of other projects?
+        path: YAML file.
+        options: Options of the model, which override the file.
+        trust: Whether the file may name classes of other packages.
 
     Raises:
-        revnets.SpecError: something in the file or in the options is wrong.
+        revnets.SpecError: If the file or an option is invalid.
     """
     layers = read_layers(path)
     layers.apply(_overrides({key: value for key, value in options.items() if value is not None}))
@@ -125,17 +129,17 @@ def read_spec(path: Path, options: Mapping[str, Any], trust: bool) -> str:
 
 
 def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
-    """The specification of the encoder's columns, with every option of its blocks; it is checked once per model.
+    """Create the specification of the encoder's columns; it is checked once per model.
 
-    Options of a checkpoint may name blocks and fusions of this project alone, see `TRUST`.
+    Options of a checkpoint may name only blocks and fusions of this project, see `TRUST`.
 
     Args:
-        options: the flat options of a model, such as `vars(args)`. Those of an old checkpoint may lack some.
-            `revcol_net` are columns as JSON, `revcol_spec` the file that they came from.
+        options: Flat options of a model, such as `vars(args)`; an old checkpoint may lack some. `revcol_net` holds
+            columns as JSON, `revcol_spec` the path of their file.
 
     Raises:
-        ArgumentError: an option of fairseq's transformer that this encoder cannot honour; its key is the option.
-        revnets.SpecError: the columns cannot be built as described.
+        ArgumentError: If the encoder does not support an option; the key is the option.
+        revnets.SpecError: If the columns cannot be built.
     """
     for key, reason in MEANINGLESS.items():
         if value := options.get(key):
@@ -143,35 +147,39 @@ def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
             raise ArgumentError(f"{option} {value}: {reason}", option, code="reserved-key")
     for key in ("revcol_net", "revcol_spec", "revcol_blocks", "revcol_fusion", "revcol_init", "revcol_memory"):
         if not isinstance(options.get(key), str | None):
-            raise ArgumentError(f"{key} {options[key]!r:.60}: this is no text", key, code="wrong-type")
+            raise ArgumentError(f"{key} {options[key]!r:.60}: not a string. Give text", key, code="wrong-type")
     keys = (*DEFAULTS, *BLOCK_OPTIONS.values(), "encoder_embed_dim", "revcol_net", "revcol_spec")
     given = defaults(options) | {key: options[key] for key in keys if options.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, str | float | int) or (isinstance(value, int) and value.bit_length() > 64):
-            problem = f"{key}: {type(value).__name__}, where text or a number is needed"
+            problem = f"{key}: expected text or a number, not {type(value).__name__}"
             raise ArgumentError(problem, key, code="wrong-type")
     return _checked(json.dumps(given, sort_keys=True), are_trusted(options))
 
 
 @lru_cache(maxsize=16)
 def _checked(options: str, trust: bool) -> EncoderSpec:
-    """The spec for options as JSON. fairseq asks for it several times: for the command line, for the model."""
+    """Check options in JSON. Cached, because fairseq calls it several times for one model."""
     given = json.loads(options)
     spec = _layers(given, trust).check(EncoderSpec, trust=trust)
-    with torch.device("meta"):  # what only shows when it is built is a mistake of the options, too
+    with torch.device("meta"):  # building finds errors that the specification does not
         encoder_columns(spec, given["encoder_embed_dim"], given.get("revcol_spec") or "options")
     return spec
 
 
 def _layers(given: Mapping[str, Any], trust: bool) -> Layers:
-    """Blocks `transformer` take the options of the model, unless their level says something else."""
+    """Load columns, in which blocks `transformer` take the model options that their level does not set."""
     if given.get("revcol_net"):
         try:
             data = json.loads(given["revcol_net"])
         except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, or nested too deep
             data = None
         if not isinstance(data, dict) or not isinstance(data.get("levels"), list):
-            raise ArgumentError("revcol_net: these are no columns", "revcol_net", code="wrong-format")
+            raise ArgumentError(
+                "revcol_net: not a description of columns. Use a checkpoint of fairseq-train",
+                "revcol_net",
+                code="wrong-format",
+            )
         if "base" in data:
             raise foreign_file("revcol_net", "base")
     else:
@@ -179,7 +187,7 @@ def _layers(given: Mapping[str, Any], trust: bool) -> Layers:
         depths = [part.strip() for part in given["revcol_blocks"].split(",")]
         if not all(part.isdecimal() and len(part) < 10 for part in depths):
             option = "--revcol-blocks"
-            problem = f"{option} {given['revcol_blocks']!r:.60}: give numbers, as in 1,1,1,1"
+            problem = f"{option} {given['revcol_blocks']!r:.60}: not a list of counts. Give numbers, as in 1,1,1,1"
             raise ArgumentError(problem, option, code="invalid-syntax")
         data = {"columns": 1, "levels": [{**level, "depth": int(depth)} for depth in depths]}
     defaults = {key: given[option] for key, option in BLOCK_OPTIONS.items() if option in given}
@@ -190,22 +198,24 @@ def _layers(given: Mapping[str, Any], trust: bool) -> Layers:
     layers = read_layers(data, "options")
     if not given.get("revcol_net"):
         layers.apply(_overrides(given))
-    elif given.get("revcol_spec") and trust:  # blocks may lie beside the file that was read
+    elif given.get("revcol_spec") and trust:  # blocks may be in the directory of the file
         layers.folders = [Path(given["revcol_spec"]).parent, *layers.folders]
     return layers
 
 
 def encoder_columns(spec: ColumnsSpec, dim: int, name: str = "spec") -> ReversibleColumns:
-    """The columns as modules: from an embedding (B, T, dim) to states whose last one is (B, T, dim).
+    """Build the columns. They map an embedding (B, T, dim) to states, the last of which is (B, T, dim).
 
-    States stay in float32, or wider, whatever the dtype of the weights: the inverse of states in half precision is a
-    poor one. A cell sees its reads in the dtype of its weights.
+    States are in float32 or wider for weights of any dtype, because inversion loses too much in half precision. A cell
+    gets its inputs in the dtype of its weights.
 
     Args:
-        name: of the spec, for error messages.
+        spec: Specification of the columns.
+        dim: Channels of the embedding and of the decoder's attention.
+        name: Name of the specification in error messages.
 
     Raises:
-        revnets.SpecError: the spec describes something that cannot be an encoder.
+        revnets.SpecError: If the specification does not describe an encoder.
     """
     _check(spec, dim, name)
     columns = build_columns(spec, name)
@@ -219,18 +229,19 @@ def encoder_columns(spec: ColumnsSpec, dim: int, name: str = "spec") -> Reversib
 
 
 def float32(x: Tensor) -> Tensor:
-    """In float32 at least; the same tensor where it is already."""
+    """Convert a tensor to float32, unless it is float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class EveryPosition(nn.Module):
-    """A block that looks at one position at a time, and so at no padding but from padding."""
+    """Adapter for a block that acts on every position separately, so it needs no padding mask."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = block
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Apply the block and ignore the padding mask; the shape (B, T, C) does not change."""
         return self.block(x)
 
 
@@ -243,8 +254,8 @@ def _masked(block: nn.Module, key: str, name: str) -> nn.Module:
     raise SpecError(
         name,
         key,
-        f"{type(block).__name__} takes no padding_mask, so that sentences would see their padding",
-        "Give its forward the argument padding_mask=None: (B, T), True at padding, None if there is none",
+        f"{type(block).__name__} has no argument padding_mask, so padding would change the states of words",
+        "Add padding_mask=None to its forward: (B, T), True at padding, or None without padding",
         code="invalid-component",
     )
 
@@ -255,18 +266,18 @@ def _check(spec: ColumnsSpec, dim: int, name: str) -> None:
             raise SpecError(
                 name,
                 f"levels.{index}.dim",
-                f"{spec.levels[index].dim} channels, but words and the decoder's attention have {dim}",
-                f"Give {dim}, or another --encoder-embed-dim",
+                f"{spec.levels[index].dim} channels, but the embedding and the decoder have {dim}",
+                f"Use {dim}, or another --encoder-embed-dim",
                 code="shape-mismatch",
             )
     if any(reduction != 1 for reduction in spec.reductions()):
         raise SpecError(
-            name, "levels", "a level has another resolution than the words", "Give no stride", code="shape-mismatch"
+            name, "levels", "a level changes the number of positions", "Remove its stride", code="shape-mismatch"
         )
 
 
 def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What options say about the columns, by key paths of the spec."""
+    """Convert options of the columns to key paths of the specification."""
     keys = {"revcol_columns": "columns", "revcol_init": "init", "revcol_gain": "gain.init"}
     overrides = {key: given[option] for option, key in keys.items() if option in given}
     if "revcol_fusion" in given:

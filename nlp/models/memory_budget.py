@@ -1,6 +1,6 @@
-"""Memory of a model in fairseq's training: what its encoder keeps, and a budget that is planned for the largest batch.
+"""Memory of a model in fairseq's training: bytes that the encoder saves for backward, and plans within a budget.
 
-B sentences, T positions.
+Shapes: B sentences, T positions.
 """
 
 from __future__ import annotations
@@ -27,22 +27,34 @@ from revnets.memory.simulation import simulate
 logger = logging.getLogger(__name__)
 
 STATES = {"sgd": 1, "nag": 1, "adagrad": 1, "adafactor": 0, "adam": 2, "adamax": 2, "adadelta": 2, "lamb": 2}
-"""Tensors of a weight's size that fairseq's optimizers hold."""
+"""Number of state tensors per weight of fairseq's optimizers."""
 
 
 class TrainingStep(nn.Module):
-    """A model with its criterion, from the words of a batch to the loss, as fairseq's trainer runs them.
+    """A model with its criterion, from the tokens of a batch to the loss, as in fairseq's trainer.
 
-    Only copies without values are run (`revnets.memory.simulation`).
+    Only copies on fake tensors are run (`revnets.memory.simulation`).
+
+    Args:
+        model: fairseq's model.
+        criterion: fairseq's criterion.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module):
         super().__init__()
         self.model = model
         self.criterion = copy.copy(criterion)
-        self.criterion.task = None  # type: ignore[assignment]  # it holds the text; a copy of it is no use
+        self.criterion.task = None  # type: ignore[assignment]  # it holds the text, which must not be copied
 
     def forward(self, source: Tensor, lengths: Tensor, previous: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            source: (B, T) source tokens.
+            lengths: (B,) lengths of the source sentences.
+            previous: (B, T) input tokens of the decoder.
+            target: (B, T) target tokens.
+        """
         words = {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": previous}
         batch = {"net_input": words, "target": target, "ntokens": target.numel(), "nsentences": len(target)}
         with _without_values():
@@ -52,7 +64,7 @@ class TrainingStep(nn.Module):
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """Let fairseq run on tensors that have none: it asks for shapes as tensors, and whether there is padding (yes)."""
+    """Let fairseq run on fake tensors: return shapes as plain sizes, and assume that there is padding."""
     operators = torch.onnx.operators
     original = operators.shape_as_tensor
     operators.shape_as_tensor = lambda x: x.shape
@@ -64,7 +76,7 @@ def _without_values() -> Iterator[None]:
 
 
 class _Affirmative(TorchDispatchMode):
-    """Says yes where Python asks a tensor for a truth, as in `if mask.any()`."""
+    """Return True where Python converts a tensor to a bool, as in `if mask.any()`."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
@@ -73,13 +85,16 @@ class _Affirmative(TorchDispatchMode):
 
 
 def plan_encoder_memory(model: Any, budget: BudgetSpec, args: argparse.Namespace, task: Any) -> None:
-    """Plan at the first training forward, when the text is loaded; the logger of this module tells what was chosen.
+    """Plan the memory of the encoder at the first training forward, when the text is loaded, and log the plan.
 
     Args:
-        args: all options of `fairseq-train`.
+        model: fairseq's model with reversible columns.
+        budget: Memory budget of a training step.
+        args: All options of `fairseq-train`.
+        task: fairseq's task, which holds the text.
 
     Raises:
-        SystemExit: at the first forward, if nothing fits; one line says what the least is.
+        SystemExit: At the first forward, if no plan fits; the message names the smallest possible peak.
     """
     model.encoder.columns.budget = budget
 
@@ -92,30 +107,35 @@ def plan_encoder_memory(model: Any, budget: BudgetSpec, args: argparse.Namespace
         except PlanError as error:
             raise SystemExit(f"--revcol-memory {{budget: {budget.budget}}}: {error}") from None
         plan.apply(module.encoder)
-        logger.info("memory for %d sentences of %d words: %s", *plan.input_shape, plan.sentence)
+        logger.info("memory plan for %d sentences of %d tokens: %s", *plan.input_shape, plan.sentence)
 
     model.register_forward_pre_hook(turn)
 
 
 class Encoding(nn.Module):
-    """An encoder from words to its states, for copies without values."""
+    """An encoder from tokens to its output states, for copies on fake tensors.
+
+    Args:
+        encoder: fairseq's encoder.
+    """
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
         self.encoder = encoder
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """Encode tokens (B, T) of lengths (B,) to states (T, B, C)."""
         with _without_values():
             return self.encoder(words, lengths)["encoder_out"][0]
 
 
 def log_encoder_memory(model: Any) -> None:
-    """Log at the first training forward what the encoder keeps for backward of this batch, and what `store` would."""
+    """Log at the first training forward what the encoder saves for backward, and what `store` would save."""
 
     def report(module: Any, _: Any, inputs: dict[str, Any]) -> None:
         words = inputs.get("src_tokens")
         if not (module.training and torch.is_grad_enabled()) or type(words) is not Tensor or words.is_meta:
-            return  # evaluation, or a step without values that the plan of a budget takes
+            return  # evaluation, or a simulated step of a memory plan
         handle.remove()
         if torch.compiler.is_compiling() or not logger.isEnabledFor(logging.INFO):
             return
@@ -124,11 +144,11 @@ def log_encoder_memory(model: Any) -> None:
             kept = encoder_bytes(module.encoder, shape)
             with module.encoder.columns.using(modes="store"):
                 store = encoder_bytes(module.encoder, shape)
-        except Exception as error:  # whatever it is, it concerns this line and not the training
-            logger.info("what the encoder keeps for backward is not known: %s", " ".join(str(error).split()))
+        except Exception as error:  # must not stop the training
+            logger.info("bytes saved for backward by the encoder are unknown: %s", " ".join(str(error).split()))
             return
         logger.info(
-            "the encoder keeps %.1f MB for backward of the first batch, %d sentences of %d words (%.1f MB in store)",
+            "the encoder saves %.1f MB for backward in the first batch, %d sentences of %d tokens (store: %.1f MB)",
             *(kept / 1e6, *shape, store / 1e6),
         )
 
@@ -136,7 +156,7 @@ def log_encoder_memory(model: Any) -> None:
 
 
 def encoder_bytes(encoder: nn.Module, shape: tuple[int, int]) -> int:
-    """Bytes that the encoder keeps for backward of (B, T) words, found without computing anything."""
+    """Simulate a forward pass of (B, T) tokens and return the bytes that the encoder saves for backward."""
     words = torch.empty(shape, dtype=torch.long, device="meta")
     dtype = _dtype(encoder)  # before autocast ends
     with outside_of_autocast(), torch.random.fork_rng(devices=[]):
@@ -144,7 +164,7 @@ def encoder_bytes(encoder: nn.Module, shape: tuple[int, int]) -> int:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """That of autocast where it is on."""
+    """Return the dtype of autocast if it is enabled, else float32."""
     kind = next(model.parameters()).device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
@@ -165,13 +185,13 @@ def _plan(model: nn.Module, budget: BudgetSpec, args: argparse.Namespace, task: 
 
 
 def footprint(model: nn.Module, args: argparse.Namespace, task: Any) -> int:
-    """Bytes of a training step of any model of translation with its largest batch, counted as for a budget."""
+    """Simulate a training step of a translation model with its largest batch and return its peak in bytes."""
     weights = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return simulate(*_step(model, args, task), accumulates=max(args.update_freq) > 1).peak + _states(args) * weights
 
 
 def _step(model: Any, args: argparse.Namespace, task: Any) -> tuple[TrainingStep, tuple[Tensor, ...]]:
-    """A training step and the largest input of it, without values."""
+    """Return a training step and its largest input as fake tensors."""
     criterion: Any = criterions.build_criterion(args, task)  # type: ignore[arg-type]  # which takes both forms of options
     shape = largest_batch(args, task, model.max_positions())
     words = torch.empty(shape, dtype=torch.long, device="meta")
@@ -179,13 +199,15 @@ def _step(model: Any, args: argparse.Namespace, task: Any) -> tuple[TrainingStep
 
 
 def largest_batch(args: argparse.Namespace, task: Any, limits: tuple[int, int]) -> tuple[int, int]:
-    """(B, T) of a batch that needs no less memory than any that fairseq makes of the training text.
+    """Return the shape (B, T) of a batch that needs at least as much memory as any batch of the training text.
 
-    Attention makes a word of a long sentence dearer than one of a short one, so it has as many words as `--max-tokens`
-    allows, in sentences as long as the longest or a little longer, in both languages.
+    Attention memory grows quadratically with length, so long sentences cost more per token. The batch has as many
+    tokens as `--max-tokens` allows, in sentences at least as long as the longest of both languages.
 
     Args:
-        limits: of the lengths, those of the model.
+        args: All options of `fairseq-train`.
+        task: fairseq's task, which holds the text.
+        limits: Maximum source and target length of the model.
     """
     text = task.dataset(args.train_subset)
     longest = min(int(np.max(text.sizes)), *limits)
@@ -197,10 +219,10 @@ def largest_batch(args: argparse.Namespace, task: Any, limits: tuple[int, int]) 
 
 
 def _states(args: argparse.Namespace) -> int:
-    """Tensors of a weight's size that the optimizer and the averaged weights of `--store-ema` take.
+    """Return the number of state tensors per weight of the optimizer and of `--store-ema`.
 
-    In half precision there are weights and gradients in float32 as well, unless `--memory-efficient-fp16`; what is in
-    float32 counts twice then.
+    In half precision, there are also float32 copies of weights and gradients, unless `--memory-efficient-fp16` is set.
+    Tensors in float32 count twice then.
     """
     states, half = STATES.get(args.optimizer, 2), args.fp16 or args.bf16
     if half and not (args.memory_efficient_fp16 or args.memory_efficient_bf16):

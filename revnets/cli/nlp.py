@@ -1,6 +1,7 @@
-"""The commands of nlp/ under one name: a checkout has that folder as `nlp`, a wheel as `revnets_nlp`.
+"""Commands of the package `nlp`, which a wheel installs as `revnets_nlp`.
 
-A wheel with a top-level `nlp` would be in everybody's way. Nothing is imported before a command is asked for.
+A top-level package `nlp` in a wheel would conflict with packages of users. The package is imported when a command is
+first used.
 """
 
 from __future__ import annotations

@@ -113,16 +113,16 @@ def test_what_cannot_be_averaged_gets_one_line(tmp_path):
     (tmp_path / "run").mkdir()
     output = tmp_path / "average.pt"
     for paths, said in (
-        ([one, other], r"other.pt: encoder.weight \(7, .\) is not in all of them. Average checkpoints of one run"),
-        ([one, torn], r"torn.pt: damaged or cut short. Give one of fairseq-train"),
-        ([one, text], r"text.pt: not a checkpoint. Give one of fairseq-train"),
-        ([one, tmp_path / "plain.pt"], r"plain.pt: has no `model` in it"),
-        ([one, tmp_path / "nested.pt"], r"nested.pt: has no `model` in it, a mapping to tensors"),
-        ([tmp_path / "empty.pt"], r"empty.pt: has no `model` in it"),
+        ([one, other], r"other.pt: encoder.weight \(7, .\) is not in all checkpoints. Average checkpoints of one run"),
+        ([one, torn], r"torn.pt: damaged or cut short. Give a checkpoint of fairseq-train"),
+        ([one, text], r"text.pt: not a checkpoint. Give a checkpoint of fairseq-train"),
+        ([one, tmp_path / "plain.pt"], r"plain.pt: no key `model`"),
+        ([one, tmp_path / "nested.pt"], r"nested.pt: no key `model` with a mapping to tensors"),
+        ([tmp_path / "empty.pt"], r"empty.pt: no key `model`"),
         ([one, tmp_path / "none.pt"], r"none.pt: there is no such file"),
-        ([tmp_path / "run"], r"run: 0 checkpoints of epochs, 10 are wanted. Ask for fewer \(--last\)"),
+        ([tmp_path / "run"], r"run: 0 epoch checkpoints, but 10 requested. Request fewer \(--last\)"),
         ([tmp_path / "none.pt"], r"none.pt: there is no such file. Check the path"),
-        ([tmp_path / "nowhere"], r"nowhere: there is no such folder. Give the --save-dir of a run"),
+        ([tmp_path / "nowhere"], r"nowhere: no such directory. Give the --save-dir of a run"),
     ):
         code, _, err = call("average-checkpoints", *paths, "-o", output)
         assert code == 1

@@ -236,7 +236,7 @@ def test_translations_that_are_all_empty(write):
         (lambda lines: lines[:8], "damaged-file", "D-"),  # and here behind an H- line that may be cut
         (lambda lines: [line for line in lines if line[:3] != "H-1"], "damaged-file", "H-1"),
         (lambda lines: [line for line in lines if line[:3] != "T-1"], "damaged-file", "T-1"),
-        (lambda lines: lines[:-1] + lines, "wrong-format", "was there before"),
+        (lambda lines: lines[:-1] + lines, "wrong-format", "is repeated"),
         (lambda lines: [f"12:{line}" for line in lines], "damaged-file", "line 1"),
         (lambda lines: ["\r 50%|█ " + lines[0], *lines[1:]], "damaged-file", "line 1"),
         (lambda lines: [line.replace("-0.25\t", "") for line in lines], "wrong-format", "no score"),
@@ -281,7 +281,7 @@ def test_the_reference_of_other_sentences_is_refused(moses):
         "off by one in the second half": [*target[:half], *target[half + 1 :], target[half]],
     }
     for reference in wrong.values():
-        with raises_error(TranslationError, code="misaligned-data", names="another sentence"):
+        with raises_error(TranslationError, code="misaligned-data", names="different sentence"):
             scores(output, "de", reference)
     other_words = [line.replace("und", "sowie").replace("der", "jener").upper() for line in target]
     assert scores(output, "de", other_words)[-1].value < 10  # another version of the same sentences is a reference

@@ -55,7 +55,7 @@ def test_a_missing_dictionary_is_a_warning(output, monkeypatch):
     code, out, err = call(output, "-l", "ja_JP", "--json")
     assert code == 0
     assert json.loads(out).keys() == {"sacreBLEU"}
-    assert err.startswith("warning: sacreBLEU counts characters")
+    assert err.startswith("warning: sacreBLEU compares characters")
     assert "sacrebleu[ja]" in err
     assert err.count("\n") == 1
 

@@ -21,8 +21,8 @@ def megabytes(caplog, **given: object) -> tuple[float, float]:
     with caplog.at_level(logging.INFO, "nlp.models.memory_budget"):
         model(**sample())
         model(**sample((5, 4)))
-    (line,) = [record.getMessage() for record in caplog.records if "encoder keeps" in record.getMessage()]
-    assert "3 sentences of 11 words" in line
+    (line,) = [record.getMessage() for record in caplog.records if "encoder saves" in record.getMessage()]
+    assert "3 sentences of 11 tokens" in line
     return tuple(float(number) for number in re.findall(r"([\d.]+) MB", line))
 
 

@@ -95,7 +95,7 @@ def most() -> int:
 def test_what_fits_is_kept(caplog, most):
     model, said = run(str(most - 1), caplog)
     columns = model.encoder.columns
-    assert said.startswith("memory for 4 sentences of 31 words: Chosen for ")
+    assert said.startswith("memory plan for 4 sentences of 31 tokens: Chosen for ")
     assert set(columns.memory) == {"exact"}
     assert 0 < len(columns.stored) < 8
     assert columns.kept  # room that is left goes to a part of what other cells save
