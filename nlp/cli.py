@@ -11,6 +11,9 @@ import typer
 
 from revnets.cli.plugins import one_line_errors
 
+LABELS = {"tokenised": "tokenized"}
+"""Labels of scores in the table, where they differ from the keys of `--json`."""
+
 
 def prepare_mt(
     corpus: Annotated[
@@ -36,7 +39,7 @@ def prepare_mt(
     subword: Annotated[
         str | None,
         typer.Option(
-            help="Sub-words: sentencepiece (of raw text) or subword-nmt (of Moses' tokens). (sentencepiece; "
+            help="Subwords: sentencepiece (of raw text) or subword-nmt (of Moses' tokens). (sentencepiece; "
             "subword-nmt with --merges or --words)",
             show_default=False,
         ),
@@ -52,8 +55,8 @@ def prepare_mt(
     merges: Annotated[
         int | None, typer.Option(help="Merge operations of subword-nmt, instead of --vocab. (10000)")
     ] = None,
-    min_length: Annotated[int | None, typer.Option("--min", help="Minimum sub-words per sentence. (1)")] = None,
-    max_length: Annotated[int | None, typer.Option("--max", help="Maximum sub-words per sentence. (250)")] = None,
+    min_length: Annotated[int | None, typer.Option("--min", help="Minimum subwords per sentence. (1)")] = None,
+    max_length: Annotated[int | None, typer.Option("--max", help="Maximum subwords per sentence. (250)")] = None,
     ratio: Annotated[float | None, typer.Option(help="Maximum length ratio of the two sides. (1.5)")] = None,
     words: Annotated[int | None, typer.Option(help="Maximum types in the dictionary, for subword-nmt. (all)")] = None,
     deduplicate: Annotated[
@@ -73,7 +76,7 @@ def prepare_mt(
     """Prepare a fairseq data set from raw parallel text.
 
     Reads and checks all text, draws validation and test, learns joint
-    sub-words, cleans by length and ratio, and binarizes with a joint
+    subwords, cleans by length and ratio, and binarizes with a joint
     dictionary. Run the same command again to resume an interrupted run.
 
         revnets prepare-mt train.en train.de -l en-de -o data-bin/mine
@@ -216,7 +219,7 @@ def score_mt(
     table.add_column("%", justify="right")
     table.add_column("n-grams, lengths and signature", overflow="fold")
     for score in found:
-        table.add_row(score.kind, f"[bold]{score.value:.2f}[/bold]", score.detail)
+        table.add_row(LABELS.get(score.kind, score.kind), f"[bold]{score.value:.2f}[/bold]", score.detail)
     Console().print(table)
 
 

@@ -1,5 +1,5 @@
-# What the scripts beside this have in common. They set the variables that are used here and source it; the words of the
-# command line are those that they explain.
+# Commands shared by wmt14_en_fr.sh and wmt16_en_de.sh, which set the variables used here and then source this file. Their
+# headers explain the arguments.
 set -euo pipefail
 
 STEP=${1:-all} MODEL=${2:-revcol} BATCH=${3:-big}

@@ -1,4 +1,4 @@
-"""Binarization of sub-word text by fairseq-preprocess, and checks of its result."""
+"""Binarization of subword text by fairseq-preprocess, and checks of its result."""
 
 from __future__ import annotations
 

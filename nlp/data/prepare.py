@@ -1,4 +1,4 @@
-"""The pipeline from raw parallel text to a fairseq data set: splits, tokens, sub-words, cleaning, binarization."""
+"""The pipeline from raw parallel text to a fairseq data set: splits, tokens, subwords, cleaning, binarization."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def prepare(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Facts:
-    """Prepare a data set: binarized splits, dictionaries, the sub-word model, and the raw test set.
+    """Prepare a data set: binarized splits, dictionaries, the subword model, and the raw test set.
 
     Finished steps are kept in `<output>.work`, and the same call resumes after them. `output` appears when everything
     is done.
@@ -122,9 +122,9 @@ def prepare(
 
 
 def _cleaned(steps: _Steps, stages: Stages) -> tuple[_Steps, Facts]:
-    """Run all steps up to sub-words, with the requested number of pairs in valid and test.
+    """Run all steps up to subwords, with the requested number of pairs in valid and test.
 
-    Cleaning needs sub-words, and these are learned from the pairs that are not drawn. If cleaning drops a drawn pair,
+    Cleaning needs subwords, and these are learned from the pairs that are not drawn. If cleaning drops a drawn pair,
     another pair is drawn and the steps are repeated, usually once.
     """
     while True:
@@ -202,36 +202,36 @@ class _Steps:
         return {}
 
     def learn(self, folder: Path) -> Facts:
-        """Learn sub-words from the training split."""
+        """Learn subwords from the training split."""
         recipe = self.recipe
         names = [f"train.{code}" for code in recipe.codes]
         if recipe.has_pieces:
-            task = self.progress.add_task("learn sub-words", total=None)
+            task = self.progress.add_task("learn subwords", total=None)
             texts = [f"../tokens/{name}" for name in names]
 
             def report(state: str) -> None:
-                self.progress.update(task, description=f"learn sub-words: {state}")
+                self.progress.update(task, description=f"learn subwords: {state}")
 
             learned = learn_pieces(texts, folder, recipe.vocab, recipe.model_type, recipe.character_coverage, report)
         else:
             assert recipe.merges is not None
             count = recipe.vocab or recipe.merges
-            task = self.progress.add_task("learn sub-words", total=count)
+            task = self.progress.add_task("learn subwords", total=count)
             lines = chain.from_iterable(read_lines(self.work / "tokens" / name) for name in names)
             advance = partial(self.progress.advance, task)
             learned = learn(lines, count, folder / CODES, advance, total=recipe.vocab is not None)
             if recipe.vocab is not None and not learned:
                 raise TranslationError(
-                    f"--vocab {count} is too small: it leaves no merges beside the characters of the training text. "
+                    f"--vocab {count} is too small: the characters of the training text alone need as many types. "
                     "Use a larger --vocab",
                     code="out-of-range",
                 )
-        self.progress.update(task, description="learn sub-words", total=learned, completed=learned)
+        self.progress.update(task, description="learn subwords", total=learned, completed=learned)
         return {"pieces" if recipe.has_pieces else "merges": learned}
 
     def split(self, folder: Path) -> Facts:
-        """Split all pairs into sub-words, and clean those that came from the training text."""
-        task = self.progress.add_task("split into sub-words", total=None)
+        """Split all pairs into subwords, and clean those that came from the training text."""
+        task = self.progress.add_task("split into subwords", total=None)
         work = partial(segmented, codes=self._codes, segment=split_pieces if self.recipe.has_pieces else segment)
         work = work if self.recipe.learns_subwords else same
         kept, dropped, clean = Counter[str](), Counter[str](), self.recipe.clean
@@ -286,7 +286,7 @@ class _Steps:
 
     @property
     def _codes(self) -> Path:
-        """File of the sub-word model."""
+        """File of the subword model."""
         return self.work / "codes" / (MODEL if self.recipe.has_pieces else CODES)
 
     def _chosen(self, chosen: Sequence[int], task: Any) -> Iterator[SentencePair]:

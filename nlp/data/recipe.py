@@ -1,4 +1,4 @@
-"""Recipes of translation data sets: downloads, files of the splits, tokenization, sub-words and cleaning."""
+"""Recipes of translation data sets: downloads, files of the splits, tokenization, subwords and cleaning."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Clean(Strict):
     """Limits of the pairs that are kept, as in Moses' clean-corpus-n.
 
     Attributes:
-        min: Minimum sub-words of either side.
-        max: Maximum sub-words of either side.
+        min: Minimum subwords of either side.
+        max: Maximum subwords of either side.
         ratio: Maximum ratio of the longer to the shorter side.
     """
 
@@ -59,17 +59,17 @@ class Clean(Strict):
         return self
 
     def drop_reason(self, pair: Pair) -> str | None:
-        """Return why a pair of sub-words is dropped, or None if it is kept."""
+        """Return why a pair of subwords is dropped, or None if it is kept."""
         shorter, longer = sorted(len(side.split()) for side in pair)
         if shorter < self.min:
             return "too short"
         if longer > self.max:
             return "too long"
-        return "one side too long for the other" if longer > self.ratio * shorter else None
+        return "length ratio too large" if longer > self.ratio * shorter else None
 
 
 Segmenter = Literal["sentencepiece", "subword-nmt"]
-"""Library that learns and applies sub-words."""
+"""Library that learns and applies subwords."""
 
 LATER = ("subword", "vocab", "model_type", "character_coverage")
 """Keys added in later versions. With their defaults, a recipe describes the same data set as before."""
@@ -89,12 +89,12 @@ class Recipe(Strict):
         normalize: Texts in which Moses' normalizer unifies quotes, dashes and spaces first: `all`, or only `train`.
             In the others, only the typographic apostrophe is replaced.
         aggressive_dashes: Split words at hyphens, marked @-@.
-        merges: Merge operations of joint byte-pair encoding. None if the text already consists of sub-words.
+        merges: Merge operations of joint byte-pair encoding. None if the text already consists of subwords.
         clean: Limits of the pairs of the training text that are kept; None keeps all.
         deduplicate: Drop repeated pairs, and training pairs that share a side with a pair drawn for `valid` or `test`.
         words: Maximum number of types in the dictionary; None for all.
         seed: Seed of the draw.
-        subword: Library for sub-words. subword-nmt splits the tokens of Moses (`tokenize`). sentencepiece splits raw
+        subword: Library for subwords. subword-nmt splits the tokens of Moses (`tokenize`). sentencepiece splits raw
             text, so `tokenize`, `normalize`, `aggressive_dashes`, `merges` and `words` cannot be set with it.
         vocab: Size of the joint vocabulary. For sentencepiece the exact number of pieces, by default 8,000 or fewer for
             a small text. For subword-nmt an estimate (`learn-bpe --total-symbols`), instead of `merges`.
@@ -182,7 +182,7 @@ class Recipe(Strict):
 
     @property
     def learns_subwords(self) -> bool:
-        """Whether sub-words are learned from the training text."""
+        """Whether subwords are learned from the training text."""
         return self.has_pieces or self.merges is not None
 
     @property

@@ -1,4 +1,4 @@
-"""Sentence pairs between raw text and sub-words: files, and functions for worker processes.
+"""Sentence pairs between raw text and subwords: files, and functions for worker processes.
 
 Worker processes import this module, so it imports nothing that imports torch.
 """
@@ -90,7 +90,7 @@ def tokenized(rows: list[SentencePair], codes: Pair, normalize: bool, dashes: bo
 def segmented(
     rows: list[SentencePair], codes: Path, segment: Callable[[Sequence[str], Path], list[str]]
 ) -> list[SentencePair]:
-    """Split both sides into sub-words.
+    """Split both sides into subwords.
 
     Args:
         rows: Pairs to split.

@@ -70,7 +70,7 @@ def choose(pairs: Iterable[Pair], recipe: Recipe, unfit: np.ndarray | None = Non
     if recipe.deduplicate:
         held = chosen > TRAIN
         like = [np.isin(side, np.array(side)[held]) for side in (source, target)]
-        facts["like one held out"] = _drop(chosen, (like[0] | like[1]) & (chosen == TRAIN))
+        facts["overlaps valid or test"] = _drop(chosen, (like[0] | like[1]) & (chosen == TRAIN))
     if not (chosen == TRAIN).any():
         raise TranslationError(f"none of {len(chosen)} pairs is left for train. Use more text", code="too-few-samples")
     return chosen, facts

@@ -36,12 +36,12 @@ LEFT_OUT = (
 """Reasons for missing translations (docs/guides/translation-data.md)."""
 
 RARE = 0.05
-"""Share of lines up to which a sub-word mark may be part of the text itself."""
+"""Share of lines up to which a subword mark may be part of the text itself."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """Translations in the order of the data set, with sub-words joined.
+    """Translations in the order of the data set, with subwords joined.
 
     Attributes:
         sources: Texts of the S- lines; empty without such lines.
@@ -88,10 +88,10 @@ def read_output(path: Path) -> Output:
     if _share(model, _GLUED.search) > RARE:
         raise _form_error(path, "words joined by @@", "--remove-bpe subword_nmt")
     if _share(model, _OTHER.search) > RARE * 10:
-        raise _form_error(path, "sub-words of an unknown kind", "the --bpe of the data set")
+        raise _form_error(path, "subwords of an unknown kind", "the --bpe of the data set")
     decoded = texts is not None and texts not in (raw, list(map(join, raw)))
     if decoded and (_is_pieces(model) or _share(model, _BPE.search) > RARE):
-        raise _form_error(path, "sub-words in detokenized text", "the matching --remove-bpe or --bpe")
+        raise _form_error(path, "subwords in detokenized text", "the matching --remove-bpe or --bpe")
     undo = _join_pieces if _is_pieces(model) else join
     references, hypotheses = [list(map(undo, side)) for side in (references, hypotheses)]
     votes = _tokenised_votes(references or hypotheses)

@@ -20,7 +20,7 @@ from revnets.nn.fusions import ConvNeXtFusion, IdentityFusion, LinearFusion
 from .causal_blocks import CausalBlock
 
 CONTEXT = ("rotation", "mask", "cache")
-"""Keyword arguments that every block of a language model gets besides its state."""
+"""Keyword arguments that every block of a language model gets in addition to its state."""
 
 
 POSITIONWISE_FUSIONS = (LinearFusion, IdentityFusion)

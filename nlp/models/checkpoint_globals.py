@@ -29,7 +29,7 @@ RECORDS: tuple[Callable[..., Any] | tuple[Callable[..., Any], str], ...] = (
         for module in ("numpy.core", "numpy._core")
     ),
 )
-"""Classes of what fairseq saves besides tensors: options as a Namespace, and NumPy scalars and arrays."""
+"""Classes of what fairseq saves in addition to tensors: options as a Namespace, and NumPy scalars and arrays."""
 
 
 def allow_fairseq_checkpoints() -> None:

@@ -13,7 +13,7 @@ from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
 
 MARK = "@@"
-"""Suffix of every sub-word that does not end its word; fairseq's `--remove-bpe` removes it."""
+"""Suffix of every subword that does not end its word; fairseq's `--remove-bpe` removes it."""
 
 
 @lru_cache(maxsize=2)
@@ -56,7 +56,7 @@ def learn(
 
 
 def segment(lines: Sequence[str], codes: Path) -> list[str]:
-    """Split tokens into sub-words separated by spaces.
+    """Split tokens into subwords separated by spaces.
 
     Args:
         lines: Tokenized sentences.
@@ -67,5 +67,5 @@ def segment(lines: Sequence[str], codes: Path) -> list[str]:
 
 
 def join(line: str) -> str:
-    """Join the sub-words of a sentence to words separated by spaces."""
+    """Join the subwords of a sentence to words separated by spaces."""
     return (line + " ").replace(MARK + " ", "").rstrip()

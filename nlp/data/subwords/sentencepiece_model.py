@@ -1,4 +1,4 @@
-"""Sub-words of raw text by a joint sentencepiece model of both languages (Kudo and Richardson, 2018).
+"""Subwords of raw text by a joint sentencepiece model of both languages (Kudo and Richardson, 2018).
 
 A piece is a substring of a sentence, and a leading space is part of it. No tokenizer is needed, so languages without
 spaces between words need no special treatment, and pieces join to the original text character by character.

@@ -143,7 +143,7 @@ def test_choosing_keeps_the_held_out_apart():
         assert not train[0] & held[0]
         assert not train[1] & held[1]
     assert facts["empty"] == 2
-    assert sum(facts[key] for key in ("empty", "repeated", "like one held out")) == (chosen == DROPPED).sum()
+    assert sum(facts[key] for key in ("empty", "repeated", "overlaps valid or test")) == (chosen == DROPPED).sum()
 
     again, _ = choose(pairs, recipe(deduplicate=True, valid=11, test=17))
     other, _ = choose(pairs, recipe(deduplicate=True, valid=11, test=17, seed=2))

@@ -37,7 +37,7 @@ def test_as_many_pairs_as_were_asked_for_are_left_after_cleaning(tmp_path, merge
     assert [len(found[name]) for name in SPLITS] == [facts[name] for name in SPLITS]
     assert all(number % 5 >= 2 for name in SPLITS for number in found[name])
     assert len({number for name in SPLITS for number in found[name]}) == sum(map(len, found.values()))
-    dropped = ("empty", "too long", "too short", "one side too long for the other")
+    dropped = ("empty", "too long", "too short", "length ratio too large")
     assert sum(facts.get(key, 0) for key in (*SPLITS, *dropped)) == facts["pairs read"] == 400
 
     again, same = sub_words(recipe_for(texts, **given), tmp_path / "again")

@@ -77,9 +77,9 @@ def made(table, tmp_path_factory):
 def test_every_pair_is_accounted_for(made, table):
     output, facts, _ = made
     assert facts["pairs read"] == 309 == sum(1 for _ in lines_of(table))
-    assert (facts["repeated"], facts["empty"], facts["one side too long for the other"]) == (7, 1, 1)
+    assert (facts["repeated"], facts["empty"], facts["length ratio too large"]) == (7, 1, 1)
     assert (facts["valid"], facts["test"], facts["merges"]) == (11, 13, 40)
-    dropped = ("empty", "repeated", "like one held out", "too long", "too short", "one side too long for the other")
+    dropped = ("empty", "repeated", "overlaps valid or test", "too long", "too short", "length ratio too large")
     assert sum(facts.get(key, 0) for key in (*SPLITS, *dropped)) == 309
     for name in SPLITS:
         assert len(decoded(output, name, "en")) == len(decoded(output, name, "de")) == facts[name]
@@ -303,7 +303,7 @@ def test_wmt14_en_fr(tmp_path):
     every = [pair for number, pair in enumerate(pairs, 1) if number % 10 == 0]
     assert detokenize(decoded(output, "valid", "en", "en-fr"), "en") == [pair[0] for pair in every]
     assert facts["repeated" if "repeated" in facts else "empty"] == 1
-    assert facts["train"] == facts["pairs read"] - 1 - facts["one side too long for the other"] - len(every)
+    assert facts["train"] == facts["pairs read"] - 1 - facts["length ratio too large"] - len(every)
     tokens = decoded(output, "test", "en", "en-fr")
     assert len(tokens) == 2  # the given test set is not cleaned
     raw = list(lines_of(output / "test.raw.fr"))
@@ -313,7 +313,7 @@ def test_wmt14_en_fr(tmp_path):
 
 @pytest.mark.usefixtures("forked_preprocess")
 def test_wmt16_en_de(tmp_path):
-    """Google's archive is in sub-words already: lines go through untouched, and the dictionary has its size."""
+    """Google's archive is in subwords already: lines go through untouched, and the dictionary has its size."""
     pairs = [(f"the@@ s{i} &apos;s  x", f"d@@ er t{i} @-@ y") for i in range(40)]
     stems = {"train.tok.clean.bpe.32000": pairs, "newstest2013.tok.bpe.32000": pairs[:5]}
     stems["newstest2014.tok.bpe.32000"] = pairs[5:9]

@@ -156,8 +156,6 @@ def test_rows_with_another_number_of_fields(tmp_path):
     """A tab within a sentence, or a field that is missing: the last two fields are others than those of line 1."""
     path = tmp_path / "a.tsv"
     path.write_text("1\tone\teins\n2\ta\tb\tzwei\n")
-    with raises_error(
-        TranslationError, code="wrong-format", names=[f"{path}, line 2", "4 tab-separated", "--fields"]
-    ):
+    with raises_error(TranslationError, code="wrong-format", names=[f"{path}, line 2", "4 tab-separated", "--fields"]):
         list(Corpus((path,)).pairs())
     assert list(Corpus((path,), fields=(1, 2)).pairs()) == [("1", "one"), ("2", "a")]

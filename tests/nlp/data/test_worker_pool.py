@@ -1,4 +1,4 @@
-"""Processes that tokenize text and split it into sub-words do without torch."""
+"""Processes that tokenize text and split it into subwords do without torch."""
 
 from __future__ import annotations
 

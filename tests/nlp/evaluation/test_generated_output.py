@@ -68,7 +68,7 @@ class System:
 
 @pytest.fixture(scope="module")
 def moses(tmp_path_factory) -> System:
-    """Tokens of Moses in sub-words of subword-nmt, as prepare-mt makes them."""
+    """Tokens of Moses in subwords of subword-nmt, as prepare-mt makes them."""
     folder = tmp_path_factory.mktemp("moses")
     source, target = verses()
     tokens = [tokenize(source, "en"), tokenize(target, "de")]

@@ -48,7 +48,7 @@ def trained(data: Path) -> Trained:
 
 
 class Translation(NamedTuple):
-    source: str  # in sub-words, as the commands read it
+    source: str  # in subwords, as the commands read it
     reference: str
     hypothesis: str
 

@@ -167,8 +167,8 @@ def test_the_progress_bar_shows_the_state_of_training(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "learn_pieces", learn)
     steps = module._Steps(own(), (tmp_path,), tmp_path, 1, Progress(disable=True))
     assert steps.learn(tmp_path) == {"pieces": 7}
-    assert shown == ["learn sub-words: 8,800 candidates left"]
-    assert steps.progress.tasks[0].description == "learn sub-words"
+    assert shown == ["learn subwords: 8,800 candidates left"]
+    assert steps.progress.tasks[0].description == "learn subwords"
 
 
 def test_without_a_number_small_texts_have_fewer_pieces(tmp_path):
