@@ -1,1 +1,1 @@
-"""From raw text to a data set of fairseq."""
+"""Preparation of fairseq data sets from raw parallel text."""

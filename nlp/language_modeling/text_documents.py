@@ -120,7 +120,7 @@ def _rows(source: DatasetConfig, key: str) -> list[str]:
         saved = (Path(source.dataset) / name for name in ("state.json", "dataset_dict.json"))
         load: Any = datasets.load_from_disk if any(path.exists() for path in saved) else datasets.load_dataset
         found: Any = load(source.dataset)
-    except Exception as problem:  # data sets fail in many ways
+    except Exception as problem:  # datasets raises many types
         raise error(key, f"{source.dataset}: {first_line(problem)}", "Check the name", "unreadable-data") from None
     if isinstance(found, dict):
         split = source.split or "train"

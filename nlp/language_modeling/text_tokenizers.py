@@ -51,7 +51,7 @@ def saved_tokenizer(name: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many types
         remedy = "Use bytes, {pairs: 1024}, a directory with tokenizer.json, or a name on the Hub"
         raise SpecError(str(name), "tokenizer", first_line(error), remedy, code="unreadable-file") from None
 

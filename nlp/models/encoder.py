@@ -51,6 +51,7 @@ class RevColEncoder(TransformerEncoderBase):
 
     # fairseq marks these two methods with `torch.jit.export`, which makes `torch.jit.trace` compile the columns.
     def reorder_encoder_out(self, encoder_out: dict[str, list[Any]], new_order: Tensor) -> dict[str, list[Any]]:
+        """Reorder the sentences of the output `encoder_out` for beam search by the indices `new_order`."""
         return super().reorder_encoder_out(encoder_out, new_order)
 
     def _reorder_encoder_out(self, encoder_out: dict[str, list[Any]], new_order: Tensor) -> dict[str, list[Any]]:

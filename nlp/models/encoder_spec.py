@@ -172,7 +172,7 @@ def _layers(given: Mapping[str, Any], trust: bool) -> Layers:
     if given.get("revcol_net"):
         try:
             data = json.loads(given["revcol_net"])
-        except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, or nested too deep
+        except (ValueError, RecursionError):  # not JSON, a number with thousands of digits, or too deep nesting
             data = None
         if not isinstance(data, dict) or not isinstance(data.get("levels"), list):
             raise ArgumentError(

@@ -1,4 +1,4 @@
-"""The commands around fairseq: averaging checkpoints, scoring translations, and what they say when it goes wrong."""
+"""Commands that complement fairseq: checkpoint averaging, scores, and their errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def call(*words) -> tuple[int, str, str]:
 
 
 def checkpoint(path: Path, seed: int, dtype: torch.dtype = torch.float32, width: int = 5) -> dict[str, torch.Tensor]:
-    """A file of fairseq's form; gives its weights."""
+    """Write a checkpoint in fairseq's format and return its weights."""
     generator = torch.Generator().manual_seed(seed)
     model = {
         "encoder.weight": torch.randn(7, width, generator=generator).to(dtype),
@@ -101,7 +101,7 @@ def test_the_newest_are_chosen_by_number(tmp_path):
     assert "a.pt: the average of checkpoint2.pt, checkpoint9.pt, checkpoint10.pt" in out
 
 
-def test_what_cannot_be_averaged_gets_one_line(tmp_path):
+def test_averaging_errors_are_one_line(tmp_path):
     one, other, torn, text = (tmp_path / name for name in ("one.pt", "other.pt", "torn.pt", "text.pt"))
     checkpoint(one, 1)
     checkpoint(other, 2, width=6)
@@ -112,7 +112,7 @@ def test_what_cannot_be_averaged_gets_one_line(tmp_path):
     torch.save({"model": {}}, tmp_path / "empty.pt")
     (tmp_path / "run").mkdir()
     output = tmp_path / "average.pt"
-    for paths, said in (
+    for paths, message in (
         ([one, other], r"other.pt: encoder.weight \(7, .\) is not in all checkpoints. Average checkpoints of one run"),
         ([one, torn], r"torn.pt: damaged or cut short. Give a checkpoint of fairseq-train"),
         ([one, text], r"text.pt: not a checkpoint. Give a checkpoint of fairseq-train"),
@@ -126,7 +126,7 @@ def test_what_cannot_be_averaged_gets_one_line(tmp_path):
     ):
         code, _, err = call("average-checkpoints", *paths, "-o", output)
         assert code == 1
-        assert re.search(said, err), err
+        assert re.search(message, err), err
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert not output.exists()
@@ -156,7 +156,7 @@ def generated(tmp_path) -> Path:
 
 
 def fairseq_bleu(hypotheses: list[str], references: list[str]) -> float:
-    """What fairseq-score prints, by its own C++ code."""
+    """Compute BLEU with the C++ code of fairseq-score."""
     words = Dictionary()
     scorer = bleu.Scorer(bleu.BleuConfig(pad=words.pad(), eos=words.eos(), unk=words.unk()))
     for hypothesis, reference in zip(hypotheses, references, strict=True):
@@ -182,7 +182,7 @@ def test_tokenised_scores_are_those_of_fairseq(generated):
     assert 100 > found["compound split"] > found["tokenised"] > 50
 
 
-def test_compounds_are_split_as_by_the_perl_that_papers_use():
+def test_compounds_are_split_as_by_the_common_perl_script():
     lines = ["rich-text format", "Erste-Hilfe-Tasche - x", "a-b-c", "-b a-", "@-@"]
     assert compound_split(lines) == [
         "rich ##AT##-##AT## text format",
@@ -210,8 +210,8 @@ def test_score_command(generated, tmp_path):
     assert "tok:13a" in out
 
 
-def test_sentences_that_were_left_out_are_told(generated):
-    """As `--required-batch-size-multiple 8` leaves out some of a test set; the number on stdout stays a number."""
+def test_omitted_sentences_are_reported(generated):
+    """`--required-batch-size-multiple 8` omits sentences of a test set. The output on stdout stays valid JSON."""
     generated.write_text(GENERATED.replace("-1\t", "-3\t"))
     code, out, err = call("score-mt", generated, "-l", "de", "--json")
     assert code == 0
@@ -223,8 +223,8 @@ def test_sentences_that_were_left_out_are_told(generated):
     assert not call("score-mt", generated, "-l", "de", "--json")[2]
 
 
-def test_a_reference_that_sacrebleu_keeps(tmp_path, monkeypatch):
-    """The file that sacrebleu would have made of its download."""
+def test_a_cached_reference_of_sacrebleu(tmp_path, monkeypatch):
+    """A file as sacrebleu writes it after a download."""
     from sacrebleu import utils
     from sacrebleu.dataset import DATASETS
 
@@ -270,7 +270,7 @@ def test_output_that_cannot_be_scored(generated, change, named):
         (["prepare-mt", "{one}", "-o", "{tmp}/bin"], ["{one}: ", "--languages"]),
     ],
 )
-def test_mistakes_on_the_command_line(generated, tmp_path, words, names):
+def test_invalid_arguments_are_one_line_errors(generated, tmp_path, words, names):
     (tmp_path / "one").write_text("one\n")
     paths = {"out": generated, "tmp": tmp_path, "one": tmp_path / "one"}
     code, _, err = call(*(word.format(**paths) for word in words))
@@ -289,7 +289,7 @@ def test_a_missing_requirement_is_named(generated, monkeypatch):
     assert (code, err) == (1, "error: sacremoses is not installed. Try: pip install 'revnets[nlp]'\n")
 
 
-def test_fairseq_is_missed_before_the_work_is_done(tmp_path, monkeypatch):
+def test_missing_fairseq_is_reported_first(tmp_path, monkeypatch):
     monkeypatch.setattr("nlp.data.prepare.find_spec", lambda name: None)
     (tmp_path / "one").write_text("one\n")
     code, _, err = call("prepare-mt", tmp_path / "one", tmp_path / "one", "-l", "en-de", "-o", tmp_path / "bin")

@@ -1,4 +1,4 @@
-"""The scripts for WMT: every option in them is one that its command takes, with the values that are meant."""
+"""WMT scripts: their commands accept every option, with the intended values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ with open(os.environ["RECORD"], "a") as file:
 
 @pytest.fixture
 def calls(tmp_path):
-    """Runs a script with commands that only note their arguments, and gives these."""
+    """Run a script with commands that only record their arguments, and return these."""
     for name in COMMANDS:
         command = tmp_path / "bin" / name
         command.parent.mkdir(exist_ok=True)
@@ -53,7 +53,7 @@ def calls(tmp_path):
 
 
 def parse_train(words: list[str]) -> Namespace:
-    """What fairseq-train makes of a command line; unknown options end the program."""
+    """Parse a command line like fairseq-train; unknown options exit."""
     parser = options.get_training_parser()
     args = options.parse_args_and_arch(parser, words)
     convert_namespace_to_omegaconf(args)
@@ -89,12 +89,12 @@ ARCHITECTURE = re.compile(
     "arch|save_dir|(en|de)coder_(embed|ffn_embed|input|output|hidden)_dim|encoder_layers|"
     "(en|de)coder_attention_heads|revcol_.*|no_save_optimizer_state"
 )
-"""Options in which RevCol and the vanilla transformer may differ: the sizes of the paper."""
+"""Options that may differ between RevCol and the vanilla transformer: the sizes of the paper."""
 
 
 @pytest.mark.parametrize("script", ["wmt16_en_de", "wmt14_en_fr"])
 def test_both_models_are_trained_alike(calls, script):
-    """Also by the defaults of their architectures: dropout of all kinds, norms, embeddings."""
+    """The defaults of both architectures agree too: dropout rates, norms, embeddings."""
     found = {}
     for model in ("revcol", "vanilla"):
         ((_, *words),) = calls(script, "train", model)
@@ -106,7 +106,7 @@ def test_both_models_are_trained_alike(calls, script):
     assert found["vanilla"]["attention_dropout"] == found["revcol"]["attention_dropout"] == 0.0
 
 
-def test_an_option_that_fairseq_does_not_know_is_found(calls, capsys):
+def test_an_unknown_option_of_fairseq_is_found(calls, capsys):
     ((_, *words),) = calls("wmt16_en_de", "train")
     with pytest.raises(SystemExit):
         parse_train([*words, "--warm-up-updates", "4000"])
@@ -115,7 +115,7 @@ def test_an_option_that_fairseq_does_not_know_is_found(calls, capsys):
 
 @pytest.mark.parametrize("script", ["wmt16_en_de", "wmt14_en_fr"])
 def test_all_steps(calls, script):
-    """In order, each command with options that it takes, and files that fit together."""
+    """Steps run in order, with valid options and matching files."""
     found = calls(script, "all", DATA="data-bin/x", MAX_UPDATE="7")
     assert [line[:2] if line[0] == "revnets" else line[:1] for line in found] == [
         ["revnets", "prepare-mt"],
@@ -150,7 +150,7 @@ def test_all_steps(calls, script):
         (("train", "revcol", "8gpus"), "BATCH 8gpus: choose 8gpu or big"),
     ],
 )
-def test_a_mistyped_word_is_told(arguments, said):
+def test_a_mistyped_argument_is_named(arguments, said):
     command = ["bash", str(CONFIGS / "wmt16_en_de.sh"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

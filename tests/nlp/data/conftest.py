@@ -1,4 +1,4 @@
-"""fairseq-preprocess as a fork; the fixture `made` in test_prepare.py starts it as users do."""
+"""Run fairseq-preprocess in a fork; the fixture `made` in test_prepare.py runs it as users do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parallel text as users have it, and which of its pairs go where."""
+"""Readers of parallel text, and the assignment of pairs to splits."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ GOOD = "one\ntwo\nthree\n"
         ({"a.en": GOOD, "b.de": "", "c.fr": ""}, "wrong-length", "{}/c.fr: "),
     ],
 )
-def test_bad_text_gets_one_line(tmp_path, files, code, names):
+def test_invalid_text_is_a_one_line_error(tmp_path, files, code, names):
     paths = [tmp_path / name if text is None else write(tmp_path / name, text) for name, text in files.items()]
     given = [name.format(*[tmp_path] * 2) for name in ([names] if isinstance(names, str) else names)]
     with raises_error(TranslationError, code=code, names=given):
         list(Corpus(tuple(paths)).pairs())
 
 
-def test_a_broken_gzip_gets_one_line(tmp_path):
+def test_a_broken_gzip_is_a_one_line_error(tmp_path):
     whole = gzip.compress("".join(f"{i}\t{i * i}\n" for i in range(9999)).encode())
     path = tmp_path / "a.tsv.gz"
     path.write_bytes(whole[: len(whole) // 2])
@@ -104,7 +104,7 @@ def test_a_broken_gzip_gets_one_line(tmp_path):
         ("en-english", "unknown-choice", "'english'"),
     ],
 )
-def test_bad_languages(text, code, names):
+def test_invalid_languages(text, code, names):
     with raises_error(TranslationError, code=code, names=names):
         languages(text)
     with raises_error(code=code, key="languages", source="command line", names=names):
@@ -116,7 +116,7 @@ def test_languages_are_many():
     assert all(len(code) in (2, 3) and code.islower() for code in LANGUAGES)
 
 
-def test_a_template_finds_files_in_several_folders(tmp_path):
+def test_a_template_finds_files_in_several_directories(tmp_path):
     for name in ("x/t-src.en.sgm", "y/t-ref.de.sgm"):
         (tmp_path / name).parent.mkdir()
         write(tmp_path / name, "")
@@ -127,8 +127,8 @@ def test_a_template_finds_files_in_several_folders(tmp_path):
         find_files("t-{role}.{lang}.sgm", folders, ("fr", "de"))
 
 
-def test_choosing_keeps_the_held_out_apart():
-    """Repetitions and half-repetitions never lie on both sides of the border between training and the rest."""
+def test_training_does_not_overlap_validation_and_test():
+    """Training shares no source or target sentence with validation and test."""
     pairs = [(f"s{i % 41}", f"t{i % 53}") for i in range(400)] + [("", "empty"), ("  ", "blank")]
     chosen, facts = choose(pairs, recipe(deduplicate=True, valid=11, test=17))
     sides = {index: [set(), set(), []] for index in range(-1, 3)}
@@ -190,9 +190,9 @@ def test_sub_words_join_to_the_same_words(tmp_path):
     pieces = segment([*lines, "unseen würds"], codes)
     assert [join(line) for line in pieces] == [*lines, "unseen würds"]
     assert any(MARK in line for line in pieces)
-    learnt = learn(lines, 999, codes)
-    assert learnt < 999  # no pair occurs twice any more
-    assert segment(lines, codes) == lines  # and the codes that were read before are not used
+    learned = learn(lines, 999, codes)
+    assert learned < 999  # no pair occurs twice anymore
+    assert segment(lines, codes) == lines  # not with the codes of an earlier file
     words, subwords = " ".join(lines).split(), " ".join(pieces).split()
     assert len(subwords) > len(words)
 
@@ -201,12 +201,12 @@ def test_processes_keep_the_order():
     assert list(ordered(len, (["x"] * count for count in range(50)), workers=2)) == list(range(50))
 
 
-def test_a_killed_process_is_told():
+def test_a_killed_process_is_reported():
     with raises_error(TranslationError, code="process-lost", names=["2 worker processes", "--workers"]):
         list(ordered(os._exit, [1] * 20, workers=2))
 
 
-def test_recipes_that_come_along():
+def test_built_in_recipes():
     german, base = read_recipe(["wmt16_en_de"], {})
     assert base == RECIPES
     assert (german.languages, german.merges, german.words, german.tokenize) == ("en-de", None, 32768, False)
@@ -239,7 +239,7 @@ def test_recipes_that_come_along():
         (["wmt14_en_fr"], {"clean": {"ratio": 0.5}}, "out-of-range", "clean.ratio", "0.5"),
     ],
 )
-def test_bad_recipes_get_one_line(corpus, options, code, key, names):
+def test_invalid_recipes_are_one_line_errors(corpus, options, code, key, names):
     with raises_error(code=code, key=key, source="command line" if key else corpus[0], names=names):
         read_recipe(corpus, options)
 
@@ -249,7 +249,7 @@ def test_a_text_needs_its_languages():
         read_recipe(["a.tsv"], {})
 
 
-def test_the_home_folder_in_paths_of_a_recipe(tmp_path, monkeypatch):
+def test_the_home_directory_in_paths_of_a_recipe(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     text = "languages: en-de\ntrain: ['~/train.{lang}', ['~/a.en', b.de]]\nvalid: ~/dev.tsv\ntest: 3\n"
     (tmp_path / "mine.yaml").write_text(text)

@@ -1,4 +1,4 @@
-"""Downloads from a server of our own, which can break off, start anew, and lie."""
+"""Downloads from a local server that can disconnect, restart and send wrong headers."""
 
 from __future__ import annotations
 
@@ -100,17 +100,17 @@ def get(url: str, folder: Path, attempts: int = 5, **given) -> Path:
     return fetch(Download(url=url, **given), folder, Progress(disable=True), attempts, wait=0)
 
 
-def test_a_download_is_resumed_until_it_is_whole(server, tmp_path):
+def test_a_download_is_resumed_until_it_is_complete(server, tmp_path):
     server.breaks = [100_003, 50_021]
     path = get(server.url(), tmp_path / "new", checksum=DIGEST, size=len(CONTENT))
     assert path.read_bytes() == CONTENT
     assert server.asked == [None, "bytes=100003-", "bytes=150024-"]
     assert os.listdir(path.parent) == ["file.bin"]
     get(server.url(), tmp_path / "new", checksum=DIGEST)
-    assert len(server.asked) == 3  # it is there
+    assert len(server.asked) == 3  # already downloaded
 
 
-def test_a_later_call_goes_on(server, tmp_path):
+def test_a_later_call_resumes(server, tmp_path):
     server.breaks = [100_003]
     with raises_error(TranslationError, code="download-failed", names=[server.url(), str(tmp_path / "file.bin")]):
         get(server.url(), tmp_path, attempts=1)
@@ -119,7 +119,7 @@ def test_a_later_call_goes_on(server, tmp_path):
     assert server.asked == [None, "bytes=100003-"]
 
 
-def test_a_server_without_ranges_starts_anew(server, tmp_path):
+def test_a_server_without_ranges_restarts(server, tmp_path):
     server.breaks, server.ranges = [100_003], False
     assert get(server.url(), tmp_path).read_bytes() == CONTENT
 
@@ -129,7 +129,7 @@ def test_a_download_killed_before_it_got_its_name(server, tmp_path):
     assert get(server.url(), tmp_path, checksum=DIGEST).read_bytes() == CONTENT
 
 
-def test_passing_failures_are_tried_again_and_lasting_ones_are_not(server, tmp_path):
+def test_only_temporary_failures_are_retried(server, tmp_path):
     server.failures = [503, 500]
     assert get(server.url(), tmp_path).read_bytes() == CONTENT
     server.failures, server.asked = [404] * 9, []
@@ -226,7 +226,7 @@ def test_a_name_is_that_of_the_address():
 
 
 @pytest.mark.parametrize("to", ["file:///etc/hostname", "http://[::1", "gopher://h/y", "http://h\u00e9/y"])
-def test_a_redirection_to_elsewhere_is_refused_at_once(server, tmp_path, to):
+def test_a_redirection_to_another_scheme_is_refused(server, tmp_path, to):
     server.moved_to = to
     with raises_error(TranslationError, code="download-failed", names=[server.url(), str(tmp_path / "file.bin")]):
         get(server.url(), tmp_path)
@@ -234,7 +234,7 @@ def test_a_redirection_to_elsewhere_is_refused_at_once(server, tmp_path, to):
     assert os.listdir(tmp_path) == []
 
 
-def test_more_than_the_recipe_says_is_not_taken(server, tmp_path):
+def test_more_bytes_than_the_recipe_states_are_refused(server, tmp_path):
     server.has_length = False
     with raises_error(TranslationError, code="checksum-mismatch", names=[server.url(), "1,000 bytes"]):
         get(server.url(), tmp_path, size=1000)
@@ -253,7 +253,7 @@ def test_two_processes_do_not_write_one_download(server, tmp_path):
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
-def test_an_unknown_host_is_not_asked_again(tmp_path, monkeypatch):
+def test_an_unknown_host_is_not_retried(tmp_path, monkeypatch):
     asked = []
 
     def unknown(*_args, **_options):
@@ -266,8 +266,8 @@ def test_an_unknown_host_is_not_asked_again(tmp_path, monkeypatch):
     assert len(asked) == 1
 
 
-def test_archives_that_are_much_larger_inside(tmp_path, monkeypatch):
-    """Bytes, files, and a header, each of which would take a disk, a folder or the memory."""
+def test_archives_that_expand_too_much(tmp_path, monkeypatch):
+    """Too many bytes, too many files, and a header that is too large."""
     monkeypatch.setattr(download, "MEMBERS", 20)
     many = archive(tmp_path / "many.tgz", {f"x{number}": b"" for number in range(21)})
     large = tmp_path / "large.tgz"
@@ -298,7 +298,7 @@ def archive(path: Path, names: dict[str, bytes]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.tgz", "a.tar"])
-def test_archives_are_unpacked_once_and_whole(tmp_path, name):
+def test_archives_are_extracted_once_and_completely(tmp_path, name):
     path = archive(tmp_path / name, {"x/one": CONTENT, "two": b"2"})
     folder = extract_archive(path, tmp_path / "work", Progress(disable=True))
     assert (folder / "x" / "one").read_bytes() == CONTENT
@@ -307,7 +307,7 @@ def test_archives_are_unpacked_once_and_whole(tmp_path, name):
     assert (folder / "two").read_text() == "kept"
 
 
-def test_bad_archives(tmp_path):
+def test_damaged_archives(tmp_path):
     whole = archive(tmp_path / "a.tgz", {"x": CONTENT}).read_bytes()
     for name, data in (("cut.tgz", whole[:-1000]), ("text.tgz", b"<html>"), ("empty.tgz", b"")):
         (tmp_path / name).write_bytes(data)

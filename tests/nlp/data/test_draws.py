@@ -1,4 +1,4 @@
-"""Validation and test have as many pairs as were asked for, whatever cleaning drops."""
+"""Validation and test have the requested number of pairs after cleaning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nlp.data.splits import DROPPED, SPLITS, choose
 
 
 def uneven(count: int) -> list[tuple[str, str]]:
-    """Pairs of which two in five are too long for the other side."""
+    """Pairs, two of five with a length ratio that is too large."""
     pairs = numbered_pairs(count)
     return [(left, f"{right} " * 6 if number % 5 < 2 else right) for number, (left, right) in enumerate(pairs)]
 
@@ -28,7 +28,7 @@ def numbers(folder, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("merges", [None, 30])
-def test_as_many_pairs_as_were_asked_for_are_left_after_cleaning(tmp_path, merges):
+def test_cleaning_leaves_the_requested_number_of_pairs(tmp_path, merges):
     texts = write_pairs(tmp_path, uneven(400))
     given = {"valid": 50, "test": 60, "tokenize": False, "merges": merges, "clean": {"max": 60, "ratio": 2.5}}
     units, facts = sub_words(recipe_for(texts, **given), tmp_path / "work")
@@ -45,16 +45,16 @@ def test_as_many_pairs_as_were_asked_for_are_left_after_cleaning(tmp_path, merge
     assert {name: numbers(again, name) for name in SPLITS} == found
 
 
-def test_codes_are_learnt_without_what_is_drawn(tmp_path):
+def test_codes_are_learned_without_drawn_pairs(tmp_path):
     texts = write_pairs(tmp_path, uneven(200))
     given = {"valid": 30, "test": 30, "clean": {"max": 60, "ratio": 2.5}}
     units, _ = sub_words(recipe_for(texts, **given), tmp_path / "work")
-    learnt_from = {int(line.split()[-1]) for line in (units.parent / "tokens" / "train.en").read_text().splitlines()}
-    assert not learnt_from & {*numbers(units, "valid"), *numbers(units, "test")}
+    learned_from = {int(line.split()[-1]) for line in (units.parent / "tokens" / "train.en").read_text().splitlines()}
+    assert not learned_from & {*numbers(units, "valid"), *numbers(units, "test")}
 
 
-def test_pairs_that_are_fit_stay_drawn():
-    """Test sets of two recipes that clean differently have most pairs in common."""
+def test_drawn_pairs_stay_unless_cleaning_drops_them():
+    """Test sets of two recipes with different cleaning share most pairs."""
     pairs = numbered_pairs(300)
     recipe = recipe_for([Path("x"), Path("y")], valid=40, test=50, deduplicate=True)
     first, _ = choose(pairs, recipe)

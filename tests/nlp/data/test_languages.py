@@ -1,4 +1,4 @@
-"""Pairs of languages with regions and scripts, in the ways in which they are written elsewhere."""
+"""Language pairs with regions and scripts, in the notations of other tools."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from nlp.data.subwords.moses import detokenize, tokenize
         ("en-es_419", ("en", "es_419")),
     ],
 )
-def test_pairs_that_can_be_read_in_one_way(text, pair):
+def test_unambiguous_pairs(text, pair):
     assert languages(text) == pair
     recipe, _ = read_recipe(["a.tsv"], {"languages": text})
     assert (recipe.languages, recipe.codes) == ("-".join(pair), pair)
@@ -52,14 +52,14 @@ def test_pairs_that_can_be_read_in_one_way(text, pair):
         pytest.param("en-" * 1_000_000, "invalid-syntax", ["too long", "en-de"], id="megabytes"),
     ],
 )
-def test_other_pairs_get_one_line_with_what_to_write(text, code, names):
+def test_other_pairs_are_refused_with_a_suggestion(text, code, names):
     with raises_error(TranslationError, code=code, names=names):
         languages(text)
     with raises_error(code=code, key="languages", source="command line", names=names):
         read_recipe(["a.tsv"], {"languages": text})
 
 
-def test_rules_of_the_tokenizer_go_by_the_language():
+def test_tokenizer_rules_depend_on_the_language_only():
     line = ["L'acqua è fredda, no?"]
     tokens = tokenize(line, "it_CH")
     assert tokens == tokenize(line, "it") != tokenize(line, "de")

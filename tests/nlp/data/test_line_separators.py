@@ -1,4 +1,4 @@
-"""Characters at which some programs end a line never shift one side of a text against the other."""
+"""Characters that end a line for some programs never misalign source and target."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KINDS = {
 
 
 def separated(pairs: list[tuple[str, str]], side: int) -> list[tuple[str, str]]:
-    """Separators within the sentences of one side, at their beginnings and their ends."""
+    """Separators within, before and after the sentences of one side."""
     found = []
     for number, pair in enumerate(pairs):
         mark = SEPARATORS[number % len(SEPARATORS)]
@@ -86,7 +86,7 @@ def test_fairseq_reads_the_pairs_that_were_written(tmp_path, kind):
 
 
 def test_sides_are_compared_with_what_was_written(tmp_path):
-    """Text that another program has changed between the steps, in a folder with a comma: one sentence is two."""
+    """Another program splits a sentence between two steps, in a directory with a comma."""
     units = tmp_path / "a,b" / "units"
     units.mkdir(parents=True)
     for name in SPLITS:

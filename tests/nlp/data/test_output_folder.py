@@ -1,4 +1,4 @@
-"""What is replaced is a data set of prepare-mt and nothing else; texts and other files stay, whatever the options."""
+"""prepare-mt replaces only its own data sets; texts and other files stay with all options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("forked_preprocess")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working directory with a text, two data sets in `data-bin` and links."""
+    """A working directory with a text, two data sets in `data-bin`, and links."""
     monkeypatch.chdir(tmp_path)
     for name in ("corpus", "data-bin/mine", "data-bin/other", "empty"):
         (tmp_path / name).mkdir(parents=True)
@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def data_set(folder: Path) -> None:
-    """Files as of another recipe."""
+    """Write the files of a data set of another recipe."""
     (folder / "prepared.json").unlink(missing_ok=True)
     names = ("dict.en.txt", "codes", "train.en-de.en.bin", "test.raw.de", "preprocess.log")
     Stages("other").run(folder, lambda partial: {name: (partial / name).write_text("x") for name in names})
@@ -71,7 +71,7 @@ def replaced(folder: Path, output: str | Path) -> None:
         ("file", "file-exists"),
     ],
 )
-def test_other_folders_are_never_replaced(folder, output, code):
+def test_other_directories_are_never_replaced(folder, output, code):
     before = contents(folder)
     with raises_error(TranslationError, code=code, names=["--output"]):
         replaced(folder, output)
@@ -100,7 +100,7 @@ def test_a_data_set_without_its_note_is_not_replaced(folder):
 
 
 def test_a_text_of_another_data_set_keeps_it(folder):
-    """`test.raw.de` of a data set, given as training text of a new one in its place."""
+    """`test.raw.de` of a data set is the training text of a new data set at the same path."""
     mine = folder / "data-bin/mine"
     texts = [mine / "test.raw.de", folder / "corpus/train.de"]
     before = contents(folder)
@@ -118,7 +118,7 @@ def test_the_working_directory_is_not_replaced(folder, monkeypatch):
     assert contents(folder) == before
 
 
-def test_half_done_work_is_not_put_over_other_folders(folder):
+def test_steps_do_not_replace_other_directories(folder):
     other = folder / "out.work" / "tokens"
     other.mkdir(parents=True)
     (other / "notes").write_text("mine")
@@ -127,7 +127,7 @@ def test_half_done_work_is_not_put_over_other_folders(folder):
     assert (other / "notes").read_text() == "mine"
 
 
-def test_what_was_added_while_it_ran_stays(folder, monkeypatch):
+def test_files_added_during_a_run_stay(folder, monkeypatch):
     mine = folder / "data-bin/mine"
     binarize = module._Steps.binarize
 
@@ -142,7 +142,7 @@ def test_what_was_added_while_it_ran_stays(folder, monkeypatch):
     assert (mine / "codes").read_text() == "x"
 
 
-def test_two_processes_do_not_make_one_folder(folder):
+def test_two_processes_do_not_write_one_directory(folder):
     lock = FileLock(folder / "data-bin" / ".mine.lock")
     before = contents(folder)
     with lock, raises_error(TranslationError, code="output-in-use", names=["data-bin/mine", f"process {os.getpid()}"]):
@@ -152,8 +152,8 @@ def test_two_processes_do_not_make_one_folder(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("output", ["data-bin/mine", "data-bin/mine/", "to-mine", "empty"])
-def test_a_data_set_and_an_empty_folder_are_replaced(folder, output):
-    """Through a link: where it points to. Beside it, nothing changes, and files that others put into `.work` stay."""
+def test_a_data_set_and_an_empty_directory_are_replaced(folder, output):
+    """A link is followed. Other directories, and other files in `.work`, do not change."""
     before = contents(folder)
     work = folder / ("empty.work" if output == "empty" else "data-bin/mine.work")
     work.mkdir()
@@ -175,8 +175,8 @@ def test_a_data_set_and_an_empty_folder_are_replaced(folder, output):
 
 
 @pytest.mark.parametrize("name", ["prepared.json", "preprocess.log"])
-def test_a_pipe_in_a_data_set_is_not_waited_for(folder, name):
-    """Without its note a folder is not replaced; its log is that of a step, which is read after it."""
+def test_a_pipe_in_a_data_set_does_not_block(folder, name):
+    """Without its note, a directory is not replaced."""
     path = folder / "data-bin" / "mine" / name
     path.unlink()
     os.mkfifo(path)
@@ -188,7 +188,7 @@ def test_a_pipe_in_a_data_set_is_not_waited_for(folder, name):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_log_that_is_no_file(tmp_path, make):
+def test_a_log_that_is_not_a_regular_file(tmp_path, make):
     make(tmp_path / "preprocess.log")
     with pytest.raises(OSError) as caught:
         run_preprocess(tmp_path, tmp_path / "out", ("en", "de"), None, 1, tmp_path / "preprocess.log")
@@ -196,7 +196,7 @@ def test_a_log_that_is_no_file(tmp_path, make):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_note_of_many_bytes_is_not_read(folder):
+def test_a_large_note_is_not_read(folder):
     note = folder / "data-bin" / "mine" / "prepared.json"
     os.truncate(note, MAX_NOTE + 1)
     with pytest.raises(OSError, match=f"{MAX_NOTE:,}"):

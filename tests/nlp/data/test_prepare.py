@@ -1,4 +1,4 @@
-"""From raw text to what fairseq reads, through the whole of `prepare`."""
+"""The whole pipeline of `prepare`, from raw text to a fairseq data set."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ QUIET = Console(file=io.StringIO())
 
 
 def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Pairs of a language of 60 words and one in which each is spelt backwards; some repeat, some are far too long."""
+    """Pairs of a language of 60 words and one with reversed words; some are repeated or far too long."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(60)]
     lines = [rng.choices(words, k=rng.randint(3, 9)) for _ in range(count)]
@@ -50,7 +50,7 @@ def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def decoded(folder: Path, name: str, code: str, languages: str = "en-de") -> list[str]:
-    """The words of a binarised split, as fairseq's own reader has them."""
+    """Read the words of a binarized split with fairseq."""
     dictionary = Dictionary.load(str(folder / f"dict.{code}.txt"))
     data = data_utils.load_indexed_dataset(str(folder / f"{name}.{languages}.{code}"), dictionary)
     assert data is not None
@@ -87,7 +87,7 @@ def test_every_pair_is_accounted_for(made, table):
 
 
 def test_fairseq_reads_the_sentences_that_were_given(made, table):
-    """Binarised, decoded and detokenised text is the raw text, and pairs stay pairs."""
+    """Binarized text decodes and detokenizes to the raw text, and pairs stay aligned."""
     output, _, _ = made
     given = Counter(sentences(300))
     for name in SPLITS:
@@ -140,7 +140,7 @@ def test_languages_without_spaces_get_a_warning(tmp_path, languages, warned):
         assert wanted is None or (f"{wanted}: " in text and "tokenize: false" in text)
 
 
-def test_a_header_is_named_and_left_out(tmp_path):
+def test_a_header_is_skipped_with_a_message(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("source\ttarget\n" + "".join(f"s {number}\tt {number}\n" for number in range(40)))
     console = Console(file=io.StringIO(), width=500)
@@ -187,7 +187,7 @@ def test_two_processes_give_the_same(made, table, tmp_path, monkeypatch):
             assert (tmp_path / "bin" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_what_is_there_is_left_alone(made, table, monkeypatch):
+def test_an_existing_data_set_is_not_changed(made, table, monkeypatch):
     output, facts, recipe = made
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     monkeypatch.setattr(module, "choose", None)
@@ -221,8 +221,8 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_preprocess")
 @pytest.mark.parametrize("stage", ["tokenize", "binarize"])
-def test_a_killed_run_goes_on(made, table, tmp_path, monkeypatch, stage):
-    """Killed at the last moment of a step: nothing half-made is seen, and finished steps are not done again."""
+def test_a_killed_run_resumes(made, table, tmp_path, monkeypatch, stage):
+    """After a kill at the end of a step, no partial result is visible, and finished steps are skipped."""
     output, facts, recipe = made
     script = KILLED.replace("{options}", repr(OPTIONS))
     command = [sys.executable, "-c", script, str(table), str(tmp_path / "bin"), stage]
@@ -231,7 +231,7 @@ def test_a_killed_run_goes_on(made, table, tmp_path, monkeypatch, stage):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "bin").exists()
     assert (tmp_path / "bin.work" / "chosen").exists()
-    monkeypatch.setattr(module, "choose", None)  # it is not called again
+    monkeypatch.setattr(module, "choose", None)  # must not be called
     assert prepare(recipe, tmp_path / "bin", console=QUIET) == facts
     assert os.listdir(tmp_path) == ["bin"]
     for code in ("en", "de"):
@@ -240,7 +240,7 @@ def test_a_killed_run_goes_on(made, table, tmp_path, monkeypatch, stage):
 
 
 def archive(path: Path, texts: dict[str, list[str]]) -> str:
-    """An archive of texts, and its address."""
+    """Write an archive of texts and return its URL."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz" if path.suffix in (".tgz", ".gz") else "w") as tar:
         for name, lines in texts.items():
@@ -253,7 +253,7 @@ def archive(path: Path, texts: dict[str, list[str]]) -> str:
 
 
 def localized(name: str, urls: dict[str, str], tmp_path: Path, *overrides: str) -> Recipe:
-    """A recipe that comes along, in everything but where its archives are."""
+    """A built-in recipe with other URLs."""
     recipe = load(Recipe, RECIPES / f"{name}.yaml", overrides)
     assert {item.file for item in recipe.downloads} == set(urls)
     items = [
@@ -264,7 +264,7 @@ def localized(name: str, urls: dict[str, str], tmp_path: Path, *overrides: str) 
 
 @pytest.mark.usefixtures("forked_preprocess")
 def test_wmt14_en_fr(tmp_path):
-    """The published steps on archives of the same form: which file, which order, what is cleaned and what is not."""
+    """The published steps on archives of the same form: files, their order, and cleaning."""
     pairs = sentences(90)
     spans = dict(zip(("europarl", "crawl", "un", "news", "giga"), range(0, 100, 20), strict=True))
     parts = {key: pairs[start : start + 20] for key, start in spans.items()}
@@ -305,7 +305,7 @@ def test_wmt14_en_fr(tmp_path):
     assert facts["repeated" if "repeated" in facts else "empty"] == 1
     assert facts["train"] == facts["pairs read"] - 1 - facts["length ratio too large"] - len(every)
     tokens = decoded(output, "test", "en", "en-fr")
-    assert len(tokens) == 2  # the given test set is not cleaned
+    assert len(tokens) == 2  # a given test set is not cleaned
     raw = list(lines_of(output / "test.raw.fr"))
     assert raw == [test[0][1], test[1][1].strip()]
     assert sorted(path.name for path in (tmp_path / "downloads").iterdir()) == sorted(urls)
@@ -313,7 +313,7 @@ def test_wmt14_en_fr(tmp_path):
 
 @pytest.mark.usefixtures("forked_preprocess")
 def test_wmt16_en_de(tmp_path):
-    """Google's archive is in subwords already: lines go through untouched, and the dictionary has its size."""
+    """Google's archive contains subwords: lines do not change, and the dictionary has the right size."""
     pairs = [(f"the@@ s{i} &apos;s  x", f"d@@ er t{i} @-@ y") for i in range(40)]
     stems = {"train.tok.clean.bpe.32000": pairs, "newstest2013.tok.bpe.32000": pairs[:5]}
     stems["newstest2014.tok.bpe.32000"] = pairs[5:9]
@@ -330,7 +330,7 @@ def test_wmt16_en_de(tmp_path):
     assert len(dictionary) == 64
     known = [[word if word in dictionary else "<unk>" for word in target.split()] for _, target in pairs]
     assert decoded(tmp_path / "bin", "train", "de") == [join(" ".join(words)) for words in known]
-    assert not (tmp_path / "bin" / "test.raw.de").exists()  # the raw text is not known
+    assert not (tmp_path / "bin" / "test.raw.de").exists()  # there is no raw text
 
 
 def test_stages_are_bound_to_their_inputs(tmp_path):
@@ -359,14 +359,14 @@ def test_changed_files_are_noticed(table, tmp_path):
 
 
 def own_recipes(text: Path) -> list[Path]:
-    """The text itself, and recipes beside it that name it."""
+    """Return the text and recipes in the same directory that name it."""
     recipes = [text.with_name("template.yaml"), text.with_name("paths.yaml")]
     for path, train in zip(recipes, (text.name, f"[{text.name}]"), strict=True):
         path.write_text(f"{{languages: en-de, train: [{train}], valid: 11, test: 13}}")
     return [text, *recipes]
 
 
-def test_a_recipe_names_files_beside_it(table, tmp_path, monkeypatch):
+def test_a_recipe_names_files_in_its_directory(table, tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     copy = tmp_path / "text" / "copy.tsv.gz"
     copy.write_bytes(table.read_bytes())

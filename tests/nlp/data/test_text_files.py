@@ -1,4 +1,4 @@
-"""Files that are no text, too large when they are read, or of another kind: one line, in bounded memory, at once."""
+"""Files that are not text are refused with one line, quickly and in bounded memory."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def zipped(path: Path) -> None:
         ("a.en", lambda path: path.symlink_to("gone"), "missing-file", []),
     ],
 )
-def test_what_is_no_text(tmp_path, name, content, code, names):
+def test_files_that_are_not_text(tmp_path, name, content, code, names):
     path = tmp_path / name
     content(path) if callable(content) else path.write_bytes(content)
     (tmp_path / "a.de").write_text(TEXT)
@@ -64,7 +64,7 @@ def test_what_is_no_text(tmp_path, name, content, code, names):
             list(Corpus(paths).pairs())
 
 
-def test_a_name_that_no_file_has():
+def test_an_invalid_file_name():
     with raises_error(TranslationError, code="missing-file", names="a\\x00b"):
         list(lines_of(Path("a\0b")))
     with raises_error(TranslationError, code="missing-file", names="two lines"):
@@ -93,7 +93,7 @@ except TranslationError as error:
 
 @pytest.mark.parametrize(("block", "count"), [(bytes(1 << 20), 400), (b"a" * (1 << 20), 400), (b"\n" * (1 << 20), 20)])
 def test_bombs_are_read_in_bounded_memory(tmp_path, block, count):
-    """Lines of 400 MB and 20 million empty ones, in less than a megabyte, read by a process that may have 300."""
+    """Files below a megabyte with a line of 400 MB, or 20 million empty lines, read by a process limited to 300 MB."""
     path = tmp_path / "a.en.gz"
     with gzip.open(path, "wb") as file:
         for _ in range(count):
@@ -153,7 +153,7 @@ def test_a_first_pair_is_no_header(tmp_path, first):
 
 
 def test_rows_with_another_number_of_fields(tmp_path):
-    """A tab within a sentence, or a field that is missing: the last two fields are others than those of line 1."""
+    """With an extra tab or a missing field, the last two fields are not those of line 1."""
     path = tmp_path / "a.tsv"
     path.write_text("1\tone\teins\n2\ta\tb\tzwei\n")
     with raises_error(TranslationError, code="wrong-format", names=[f"{path}, line 2", "4 tab-separated", "--fields"]):

@@ -1,4 +1,4 @@
-"""Processes that tokenize text and split it into subwords do without torch."""
+"""Worker processes that tokenize and split text do not import torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("as_module", [False, True])
 def test_workers_of_a_command_import_neither_torch_nor_revnets(tmp_path, as_module):
-    """The command's own module imports both, like the script that pip makes of it."""
+    """The module of the command imports both, like the script that pip installs."""
     (tmp_path / "command.py").write_text(SCRIPT)
     words = ["-m", "command"] if as_module else [str(tmp_path / "command.py")]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
@@ -36,13 +36,13 @@ def test_workers_of_a_command_import_neither_torch_nor_revnets(tmp_path, as_modu
     assert done.stdout.strip() == "{'([], [])'}", done.stderr
 
 
-def test_the_main_module_is_back_afterwards():
+def test_the_main_module_is_restored():
     main = sys.modules["__main__"]
     assert list(ordered(abs, range(-20, 0), workers=2)) == list(range(20, 0, -1))
     assert sys.modules["__main__"] is main
 
 
-def test_processes_are_as_many_as_cores_up_to_a_limit(monkeypatch):
+def test_the_default_number_of_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3)), raising=False)
     assert default_workers() == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(256)))

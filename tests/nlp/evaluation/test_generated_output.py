@@ -1,4 +1,4 @@
-"""Output of fairseq in every form: a perfect system gets 100 %, or the output is refused in one line."""
+"""All forms of fairseq's output: a perfect system scores 100 %, or the output is refused with one line."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ ALL = {"tokenised", "compound split", "sacreBLEU"}
 
 
 def verses(count: int = 40) -> tuple[list[str], list[str]]:
-    """English and German as people write it."""
+    """Plain English and German sentences."""
     with gzip.open(CORPUS, "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t")[-2:] for line, _ in zip(file, range(count), strict=False)]
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
 def pieces(line: str) -> str:
-    """As sentencepiece splits a sentence: a space belongs to the piece behind it."""
+    """Split a sentence like sentencepiece: a space belongs to the following piece."""
     words = (f"▁{word}" for word in line.split())
     return " ".join(part for word in words for part in (word[:4], word[4:]) if part)
 
 
 class System:
-    """A data set, a model that was hardly trained, and the raw reference of the test set."""
+    """A data set, a barely trained model, and the raw reference of the test set."""
 
     def __init__(self, folder: Path, source: list[str], target: list[str], reference: list[str]):
         self.folder, self.reference = folder, reference
@@ -55,7 +55,7 @@ class System:
         self.checkpoint = folder / "checkpoint_last.pt"
 
     def generate(self, *options: object) -> Path:
-        """What `fairseq-generate` writes; it is run once for the same options."""
+        """Run `fairseq-generate`, once per set of options, and return its output."""
         if options in self.outputs:
             return self.outputs[options]
         folder = self.folder / f"output{len(self.outputs)}"
@@ -68,7 +68,7 @@ class System:
 
 @pytest.fixture(scope="module")
 def moses(tmp_path_factory) -> System:
-    """Tokens of Moses in subwords of subword-nmt, as prepare-mt makes them."""
+    """Moses' tokens in subwords of subword-nmt, as prepare-mt writes them."""
     folder = tmp_path_factory.mktemp("moses")
     source, target = verses()
     tokens = [tokenize(source, "en"), tokenize(target, "de")]
@@ -78,7 +78,7 @@ def moses(tmp_path_factory) -> System:
 
 @pytest.fixture(scope="module")
 def raw_pieces(tmp_path_factory) -> System:
-    """Pieces of text as people write it, as users of sentencepiece make them."""
+    """Pieces of raw text, as users of sentencepiece make them."""
     source, target = verses()
     return System(
         tmp_path_factory.mktemp("pieces"), list(map(pieces, source)), list(map(pieces, target)), reference=target
@@ -146,7 +146,7 @@ def test_sub_words_that_were_not_removed(moses, options):
 
 
 def test_tokens_and_text_are_not_compared(moses, tmp_path):
-    """Without D- lines, only those with T- lines in the form of the H- lines can be scored."""
+    """Without D- lines, T- and H- lines need the same form."""
     lines = moses.generate("--score-reference", "--remove-bpe", "--tokenizer", "moses").read_text().splitlines()
     path = tmp_path / "filtered"
     path.write_text("".join(f"{line}\n" for line in lines if line[:2] in ("T-", "H-")))
@@ -164,7 +164,7 @@ def test_the_best_of_several_hypotheses_is_scored(moses, tmp_path):
     first = next(line.split("\t")[2] for line in lines if line.startswith("H-7\t"))
     assert read_output(path).hypotheses[7] == first
     other = tmp_path / "sorted"
-    other.write_text("".join(f"{line}\n" for line in sorted(lines, reverse=True)))  # the best is not the first now
+    other.write_text("".join(f"{line}\n" for line in sorted(lines, reverse=True)))  # now the best is not first
     assert read_output(other).hypotheses == read_output(path).hypotheses
 
 
@@ -183,7 +183,7 @@ TEXTS = ["Der Mann ging nach Hause .", "Er sprach : &quot; Komm &quot; .", "Sie 
 
 
 def lines_of_output(hypotheses: list[str], references: list[str] = TEXTS) -> list[str]:
-    """The lines of fairseq-generate without decoders, in the order of lengths."""
+    """Lines of fairseq-generate without decoders, sorted by length."""
     rows = list(enumerate(zip(references, hypotheses, strict=True)))
     random.Random(0).shuffle(rows)
     lines = []
@@ -222,7 +222,7 @@ def test_an_empty_hypothesis_is_an_empty_translation(write, empty):
     assert read_output(path).hypotheses == [TEXTS[0], "", TEXTS[2]]
     kept, whole = (sum(len(text.split()) for text in texts) for texts in ((TEXTS[0], TEXTS[2]), TEXTS))
     brevity = 2.718281828459045 ** (1 - whole / kept)
-    assert percent(path)["tokenised"] == pytest.approx(100 * brevity)  # all n-grams are right, some are missing
+    assert percent(path)["tokenised"] == pytest.approx(100 * brevity)  # all n-grams match, some are missing
 
 
 def test_translations_that_are_all_empty(write):
@@ -232,8 +232,8 @@ def test_translations_that_are_all_empty(write):
 @pytest.mark.parametrize(
     ("change", "code", "named"),
     [
-        (lambda lines: lines[:7], "damaged-file", "H-"),  # the file ends behind a T- line
-        (lambda lines: lines[:8], "damaged-file", "D-"),  # and here behind an H- line that may be cut
+        (lambda lines: lines[:7], "damaged-file", "H-"),  # the file ends after a T- line
+        (lambda lines: lines[:8], "damaged-file", "D-"),  # the file ends after an H- line
         (lambda lines: [line for line in lines if line[:3] != "H-1"], "damaged-file", "H-1"),
         (lambda lines: [line for line in lines if line[:3] != "T-1"], "damaged-file", "T-1"),
         (lambda lines: lines[:-1] + lines, "wrong-format", "is repeated"),
@@ -244,7 +244,7 @@ def test_translations_that_are_all_empty(write):
         (lambda lines: [line.replace(" ", " ##") for line in lines], "wrong-format", "--bpe"),
     ],
 )
-def test_output_that_is_not_whole_or_not_of_one_command(write, change, code, named):
+def test_incomplete_and_concatenated_output_is_refused(write, change, code, named):
     path = write(change(lines_of_output(TEXTS)))
     with raises_error(TranslationError, code=code, names=[str(path), named]):
         read_output(path)

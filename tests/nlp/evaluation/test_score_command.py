@@ -1,4 +1,4 @@
-"""Options, warnings and mistakes of `revnets score-mt`."""
+"""Options, warnings and errors of `revnets score-mt`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_missing_dictionary_is_a_warning(output, monkeypatch):
         (["-l", "fr", "--test-set", "wmt14/full:en-de"], ["wmt14/full:en-de", "'fr'"]),
     ],
 )
-def test_mistakes_are_one_line(output, words, names):
+def test_errors_are_one_line(output, words, names):
     code, _, err = call(output, *(word.format(output=output) for word in words))
     assert code == 1
     assert err.startswith("error: ")

@@ -1,4 +1,4 @@
-"""What a configuration of a language model may say, and what its folder must hold."""
+"""Checks of the configuration of a language model, and of its directory."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("values", "key", "code"), MISTAKES)
-def test_a_mistake_names_its_key(values: dict[str, Any], key: str, code: str) -> None:
+def test_errors_name_the_key(values: dict[str, Any], key: str, code: str) -> None:
     with raises_error(key=key, code=code):
         language_config(**values)
 
@@ -80,19 +80,19 @@ def net(block: str, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("block", ["vit", "nlp.layers.transformer:TransformerBlock"])
-def test_blocks_that_see_later_positions_are_refused(block: str) -> None:
+def test_blocks_without_a_causal_mask_are_refused(block: str) -> None:
     with raises_error(code="invalid-component", key="net.levels", names="mask"):
         RevColForCausalLM(language_config(net=net(block, heads=2)))
 
 
 @pytest.mark.parametrize("block", ["os:system", "tests.support.language_models:language_model"])
-def test_a_configuration_names_no_code_of_others(block: str) -> None:
+def test_a_configuration_cannot_name_code_of_other_packages(block: str) -> None:
     with raises_error(code="not-trusted", names="register_block"):
         language_config(net=net(block))
 
 
 class Shift(nn.Module):
-    """A block of a user: each position reads the one before."""
+    """A custom block: each position depends on the previous one."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -103,7 +103,7 @@ class Shift(nn.Module):
 
 
 class MeanFusion(nn.Module):
-    """A fusion of a user that mixes positions."""
+    """A custom fusion that mixes positions."""
 
     def __init__(self, dim: int, reduction: int, sources: list[Any]):
         super().__init__()
@@ -113,7 +113,7 @@ class MeanFusion(nn.Module):
 
 
 class SumFusion(MeanFusion):
-    """A fusion of a user that reads one position at a time."""
+    """A custom fusion that acts on every position separately."""
 
     is_positionwise = True
 
@@ -161,7 +161,7 @@ def test_heads_of_all_levels_have_the_width_of_the_rotary_positions() -> None:
         language_config(net=net("causal_transformer", heads=7))
 
 
-def test_auto_classes_know_the_model(saved: Path) -> None:
+def test_auto_classes_load_the_model(saved: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved)
     assert type(model) is RevColForCausalLM
     assert type(AutoConfig.from_pretrained(saved)) is RevColLMConfig
@@ -224,7 +224,7 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
         RevColForCausalLM.from_pretrained(folder)
 
 
-def test_a_configuration_of_many_bytes_is_not_read(folder: Path) -> None:
+def test_a_large_configuration_is_not_read(folder: Path) -> None:
     with open(folder / "config.json", "ab") as file:
         file.truncate(2**25)
     with raises_error(code="too-large", source=folder / "config.json"):

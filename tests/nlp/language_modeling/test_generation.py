@@ -1,4 +1,4 @@
-"""Text that a language model generates: with and without a cache, padded and alone, in every memory mode."""
+"""Generation with and without a cache, with padding, and in every memory mode."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_generation_has_no_memory_mode(model: RevColForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("key", ["output_attentions", "output_hidden_states"])
-def test_what_columns_do_not_keep_is_not_given(model: RevColForCausalLM, key: str) -> None:
+def test_outputs_that_columns_do_not_keep_are_refused(model: RevColForCausalLM, key: str) -> None:
     with raises_error(ArgumentError, code="reserved-key", key=key):
         model(text(), **{key: True})
 

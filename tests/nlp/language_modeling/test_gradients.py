@@ -1,4 +1,4 @@
-"""Gradients of a language model: its memory modes, its loss in chunks, and its intermediate supervision."""
+"""Gradients of a language model: memory modes, chunked loss and intermediate supervision."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def test_no_logits_of_a_whole_batch_are_in_memory() -> None:
         model.zero_grad()
         return kept.highest
 
-    logits = 4 * words  # bytes of those of a token, in float32
+    logits = 4 * words  # bytes per token in float32
     in_chunks = peak()
     model.config.loss_chunk = tokens.numel()
     at_once = peak()
-    # Three at a time: the logits, their softmax, and the gradient.
+    # Three tensors: logits, softmax and gradient.
     assert in_chunks < 3.5 * chunk * logits + 2**20
     assert at_once - in_chunks > 2 * (tokens.numel() - chunk) * logits
 
@@ -147,7 +147,7 @@ def test_supervision_is_for_training_alone() -> None:
     assert torch.equal(plain(text(), labels=text()).loss, supervised(text(), labels=text()).loss)
 
 
-def test_first_weights_at_the_end_of_a_branch_are_narrower() -> None:
+def test_initial_weights_at_the_end_of_a_branch_are_smaller() -> None:
     model = RevColForCausalLM(RevColLMConfig(vocab_size=WORDS, hidden_size=128, columns=2, levels=4))
     spreads = {
         name: torch.cat([weight.flatten() for key, weight in model.named_parameters() if name in key]).std()

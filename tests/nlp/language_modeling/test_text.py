@@ -1,4 +1,4 @@
-"""Text on its way to sequences of tokens: documents, tokenizers, packing."""
+"""Documents, tokenizers and packed text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_learned_pairs_spell_every_text_with_fewer_tokens() -> None:
     assert len(tokens) < len(TEXT.encode()) + 3 + 12
 
 
-def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_tokenizer_is_refused(tmp_path: Path) -> None:
     with raises_error(code="unreadable-file", key="tokenizer"):
         saved_tokenizer(str(tmp_path))
 
@@ -67,7 +67,7 @@ def test_documents_are_files_in_the_order_of_their_names(folder: Path) -> None:
     ("content", "code"),
     [(b"", "empty-file"), (b" \n\n", "empty-file"), (b"abc\xe4", "invalid-encoding"), (None, "missing-file")],
 )
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes | None, code: str) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path, content: bytes | None, code: str) -> None:
     path = tmp_path / "x.txt"
     if content is not None:
         path.write_bytes(content)
@@ -75,7 +75,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes | None
         documents(str(path), "train")
 
 
-def test_a_pipe_is_no_text(tmp_path: Path) -> None:
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.txt")
     with raises_error(code="not-a-file", key="task.val"):
         documents(str(tmp_path), "val")
@@ -120,7 +120,7 @@ def test_validation_predicts_every_token_once() -> None:
     assert (uncounted(samples[0])["labels"] == IGNORED).all()
 
 
-def test_sequences_to_train_on_are_cut_anew_in_every_epoch() -> None:
+def test_training_sequences_are_cut_differently_in_every_epoch() -> None:
     tokens = np.arange(100, dtype=np.uint16)
     packed = PackedText(tokens, 8, end=0, seed=3)
     assert len(packed) == 13

@@ -74,7 +74,7 @@ def trained(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_run_leaves_a_model_of_transformers(trained: Path) -> None:
+def test_a_run_writes_a_model_of_transformers(trained: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
     model = AutoModelForCausalLM.from_pretrained(trained / "model")
     assert model.config.vocab_size == 257
@@ -103,7 +103,7 @@ def test_the_metric_is_the_bits_that_held_out_text_takes(trained: Path, texts: P
     assert any("tokens_per_second" in line for line in lines)
 
 
-def test_a_run_goes_on_bit_for_bit(trained: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_gives_the_same_bits(trained: Path, tmp_path: Path) -> None:
     middle = trained / "checkpoints" / "step-0000007.pt"
     config = load_config(trained / "config.yaml", [f"resume={middle}", f"output={tmp_path / 'again'}"])
     Trainer(config).fit()
@@ -166,7 +166,7 @@ def test_the_end_of_a_text_is_a_token_that_learns(model: dict[str, Any], texts: 
         ("label_smoothing=0.1", "label_smoothing", "reserved-key"),
     ],
 )  # fmt: skip
-def test_a_mistake_names_its_key(texts: Path, tmp_path: Path, override: str, key: str, code: str) -> None:
+def test_errors_name_the_key(texts: Path, tmp_path: Path, override: str, key: str, code: str) -> None:
     path = run_file(tmp_path, texts)
     with raises_error(key=key, code=code):
         Trainer(load_language_run(path, [override]))

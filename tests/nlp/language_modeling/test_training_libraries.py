@@ -1,4 +1,4 @@
-"""The language model in the hands of Hugging Face's Trainer, accelerate, PEFT and EleutherAI's lm-eval."""
+"""The language model with Hugging Face's Trainer, accelerate, PEFT, and EleutherAI's lm-eval."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Texts(Dataset[dict[str, Tensor]]):
 
 
 def trained(model: RevColForCausalLM, folder: Path) -> tuple[RevColForCausalLM, list[dict[str, float]]]:
-    """After two updates of two batches by Hugging Face's Trainer, which works by accelerate."""
+    """Train for two updates of two batches with Hugging Face's Trainer, which uses accelerate."""
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -57,7 +57,7 @@ def test_the_trainer_keeps_a_memory_budget(tmp_path: Path) -> None:
 
 
 def test_lm_eval_scores_a_folder_as_the_model_does(tmp_path: Path) -> None:
-    """Not installed with the other requirements: lm-eval 0.4.13 passes it."""
+    """lm-eval is an optional requirement; 0.4.13 passes."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     instance = pytest.importorskip("lm_eval.api.instance").Instance
     tokenizer = byte_tokenizer()

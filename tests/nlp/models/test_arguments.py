@@ -1,4 +1,4 @@
-"""Options of the model: what is checked, what is recorded, and nets from a YAML file."""
+"""Options of the model: checks, records in checkpoints, and networks from YAML files."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def write(folder: Path, text: str = NET) -> Path:
     return path
 
 
-# --------------------------------------------------------------------------------------------- what is said of mistakes
+# ----------------------------------------------------------------------------------------------------- error messages
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         ({"encoder_layerdrop": 0.2}, "--encoder-layerdrop 0.2: a reversible column cannot skip a cell"),
         ({"encoder_layers_to_keep": "0,1"}, "Use fewer --revcol-columns"),
@@ -85,11 +85,11 @@ def write(folder: Path, text: str = NET) -> Path:
         ({"revcol_spec": "missing.yaml"}, "missing.yaml"),
     ],
 )
-def test_mistakes_end_the_command_with_one_line(given, said):
+def test_invalid_options_end_the_command_with_one_line(given, expected):
     with pytest.raises(SystemExit) as caught:
         options(**given)
     message = str(caught.value)
-    assert said in message
+    assert expected in message
     assert message.startswith("--arch revcol_transformer_tiny: ")
     assert "\n" not in message
 
@@ -105,7 +105,7 @@ def test_mistakes_end_the_command_with_one_line(given, said):
         ({"revcol_stored": 1, "revcol_memory": "{budget: exact}"}, "conflicting-values", "--revcol-stored"),
     ],
 )
-def test_mistakes_have_a_code_and_name_the_option(given, code, key):
+def test_errors_have_a_code_and_name_the_option(given, code, key):
     with pytest.raises(SystemExit) as caught:
         options(**given)
     assert_error(caught.value.__context__, ArgumentError, code=code, key=key)
@@ -123,10 +123,10 @@ def test_layerdrop_is_refused_where_only_the_model_sees_it():
         RevColTransformerModel.build_model(argparse.Namespace(encoder_layerdrop=0.1), None)
 
 
-# ----------------------------------------------------------------------------------------------------- what is recorded
+# -------------------------------------------------------------------------------------------------- recorded options
 
 
-def test_options_are_recorded_and_make_the_same_net():
+def test_recorded_options_build_the_same_network():
     given = command_line(
         *(
             "--revcol-columns",
@@ -202,7 +202,7 @@ def test_a_yaml_replaces_blocks_and_columns(tmp_path):
     model(**sample())[0].sum().backward()
 
 
-def test_a_net_from_yaml_is_rebuilt_without_the_file(tmp_path, own_modules, monkeypatch):
+def test_a_network_from_yaml_is_rebuilt_without_the_file(tmp_path, own_modules, monkeypatch):
     monkeypatch.setenv(TRUST, "1")
     (tmp_path / "my_masked_blocks.py").write_text(OWN)
     path = write(tmp_path, NET.replace("block: mlp", 'block: "my_masked_blocks:Masked"'))
@@ -243,9 +243,9 @@ def test_options_change_what_the_yaml_says(tmp_path):
         ("heads: 4", "heads: 5", "not-divisible", "levels.0", ["64 channels", "5 heads"]),
     ],
 )
-def test_mistakes_in_the_yaml_name_the_file(tmp_path, old, new, code, key, names):
+def test_errors_in_the_yaml_name_the_file(tmp_path, old, new, code, key, names):
     path = write(tmp_path, NET.replace(old, new))
-    with pytest.raises(SystemExit) as caught:  # what fairseq-train ends with
+    with pytest.raises(SystemExit) as caught:  # the exit of fairseq-train
         options(revcol_spec=str(path))
     assert f": {path}: {key}: " in str(caught.value)
     assert_error(caught.value.__context__, code=code, source=path, key=key, names=names)
@@ -276,7 +276,7 @@ def test_the_page_names_every_option_that_is_refused():
         assert f"`--{option.replace('_', '-')}`" in PAGE
 
 
-def test_the_net_on_the_page_can_be_built(tmp_path, own_modules, monkeypatch):
+def test_the_network_on_the_page_can_be_built(tmp_path, own_modules, monkeypatch):
     monkeypatch.setenv(TRUST, "")
     (tmp_path / "my_blocks.py").write_text(OWN.replace("Masked", "Mixer"))
     net = re.search(r"```yaml\n(columns.*?)```", PAGE, re.DOTALL)[1]

@@ -1,4 +1,4 @@
-"""fairseq gets no checkpoint that declares more than it holds."""
+"""Checkpoints that declare more data than they contain are refused before fairseq reads them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def untrusted(monkeypatch):
 
 
 def deflated(path: Path) -> None:
-    """A checkpoint whose entry of 4 MiB takes 4 KB in the file."""
+    """A checkpoint with an entry of 4 MiB that takes 4 KB in the file."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"model": {}}, protocol=2))
         archive.writestr("archive/data/0", bytes(2**22))

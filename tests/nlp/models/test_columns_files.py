@@ -1,4 +1,4 @@
-"""Files for `--revcol-spec`, which describe columns without a stem, in `revnets show` and `plan`."""
+"""`revnets show` with files for `--revcol-spec`, which describe columns without a stem."""
 
 from __future__ import annotations
 

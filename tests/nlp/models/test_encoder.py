@@ -1,4 +1,4 @@
-"""The RevCol-Transformer as a module: sizes, padding, gradients, precision, what it keeps and hands out."""
+"""RevCol-Transformer as a module: sizes, padding, gradients, precision, saved bytes and outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.fairseq import build, options, sample
 def gradients(
     model: torch.nn.Module, memory: str, inputs: dict[str, Tensor], autocast: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Of all parameters, through the model's own forward, from the same random numbers."""
+    """Gradients of all parameters through the model's forward, with the same random numbers."""
     model.encoder.columns.memory = memory
     torch.manual_seed(3)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -62,7 +62,7 @@ def test_activations_are_those_of_fairseq(name):
     ours = build(activation_fn=name).encoder.columns.cells[0][0].function.blocks[0].activation
     assert ours is ACTIVATIONS[name]
     theirs = utils.get_activation_fn(name)(x)
-    torch.testing.assert_close(ours(x), theirs, rtol=1e-5, atol=1e-6)  # fairseq computes some in float32
+    torch.testing.assert_close(ours(x), theirs, rtol=1e-5, atol=1e-6)  # fairseq computes some activations in float32
 
 
 def test_decoder_is_that_of_fairseq():
@@ -94,7 +94,7 @@ def test_columns_are_checked_once_and_made_once(monkeypatch):
 
 @pytest.mark.parametrize("attention", ["standard", "cosine"])
 @pytest.mark.parametrize("norm", ["post", "pre", "res-post"])
-def test_a_sentence_does_not_see_padding_or_companions(attention, norm):
+def test_a_sentence_does_not_depend_on_padding_or_other_sentences(attention, norm):
     encoder = build(revcol_attention=attention, revcol_norm=norm).double().eval().encoder
     tokens = sample((11, 7, 3))["src_tokens"]
     together = encoder(tokens)["encoder_out"][0]
@@ -103,7 +103,7 @@ def test_a_sentence_does_not_see_padding_or_companions(attention, norm):
         torch.testing.assert_close(together[-length:, row], alone[:, 0], rtol=1e-10, atol=1e-12)
 
 
-def test_values_at_padding_reach_nobody():
+def test_values_at_padding_have_no_effect():
     encoder = build().double().eval().encoder
     tokens = sample((11, 7))["src_tokens"]
     embeddings = encoder.embed_tokens(tokens).detach().requires_grad_()
@@ -114,7 +114,7 @@ def test_values_at_padding_reach_nobody():
     assert embeddings.grad[1, 4:].ne(0).all()
 
 
-def test_a_row_of_padding_alone_spoils_nothing():
+def test_a_row_of_padding_has_no_effect():
     encoder = build().encoder
     tokens = sample((11, 7))["src_tokens"]
     tokens[1] = encoder.padding_idx
@@ -155,7 +155,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
     torch.testing.assert_close(y[kept], x[kept] / (1 - rate), rtol=2e-3, atol=0)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(gradient != 0, kept)
-    near = (kept[..., 1:] == kept[..., :-1]).double().mean()  # neighbours are independent
+    near = (kept[..., 1:] == kept[..., :-1]).double().mean()  # neighbors are independent
     assert abs(float(near) - (rate**2 + (1 - rate) ** 2)) < 0.01
     assert torch.equal(drop.eval()(x), x)
 
@@ -173,7 +173,7 @@ def test_dropout_can_be_retained_for_generation():
     assert all(block.retain_dropout for block in blocks)
 
 
-# ------------------------------------------------------------------------------------------ gradients and what is kept
+# ------------------------------------------------------------------------------------------- gradients and saved bytes
 
 
 @pytest.mark.parametrize("attention", ["standard", "cosine"])
@@ -200,11 +200,11 @@ def test_decoder_layers_may_be_checkpointed():
     torch.testing.assert_close(checkpointed, plain, rtol=1e-10, atol=1e-14)
 
 
-def test_a_column_keeps_at_most_a_tenth_of_store():
+def test_a_column_saves_at_most_a_tenth_of_store():
     inputs = sample((29, 23, 31, 31))
 
     def grows(memory: str) -> float:
-        """Bytes for each further column, through the model's own forward."""
+        """Bytes saved per additional column, through the model's forward."""
         few, many = (
             kept_bytes(build(revcol_columns=columns, revcol_memory=memory, dropout=0.1), **inputs) for columns in (4, 8)
         )
@@ -213,13 +213,13 @@ def test_a_column_keeps_at_most_a_tenth_of_store():
     assert grows("exact") <= 0.1 * grows("store")
 
 
-def test_hidden_states_are_handed_out_only_if_asked_for():
+def test_hidden_states_are_returned_only_on_request():
     model = build(revcol_columns=3).eval()
     inputs = sample()
     found = model.encoder.forward_torchscript(inputs)
     assert found["encoder_states"] == []
     states = model.encoder(inputs["src_tokens"], return_all_hiddens=True)["encoder_states"]
-    assert len(states) == 1 + 3  # the embedding, and the top of every column
+    assert len(states) == 1 + 3  # the embedding and the top level of every column
     assert torch.equal(states[-1], found["encoder_out"][0])
     seen = []
     model.encoder.register_forward_hook(lambda *call: seen.append(call[-1]["encoder_states"]))
@@ -234,7 +234,7 @@ def test_hidden_states_are_handed_out_only_if_asked_for():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["standard", "cosine"])
 @pytest.mark.parametrize("way", ["weights", "autocast"])  # --bf16 and --fp16; --amp
-def test_states_are_float32_whatever_the_precision(dtype, way, attention):
+def test_states_are_float32_in_any_precision(dtype, way, attention):
     model = build(revcol_columns=3, revcol_attention=attention)
     if way == "weights":
         model.to(dtype)
@@ -246,6 +246,6 @@ def test_states_are_float32_whatever_the_precision(dtype, way, attention):
     assert_equal(gradients(model, "exact", inputs, autocast), stored)
     with torch.autocast("cpu", dtype, enabled=way == "autocast"):
         memory = model.encoder(inputs["src_tokens"])["encoder_out"][0]
-    assert memory.dtype == (dtype if way == "weights" else torch.float32)  # that of the decoder's weights
+    assert memory.dtype == (dtype if way == "weights" else torch.float32)  # dtype of the decoder's weights
     assert set(dtypes) == {torch.float32}
     assert all(gradient.isfinite().all() for gradient in stored)

@@ -1,4 +1,4 @@
-"""fairseq's commands from end to end, with RevCol-Transformer: a small corpus is learnt, stored, loaded, translated."""
+"""fairseq's commands end to end with RevCol-Transformer on a small corpus: training, loading, translation."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def trained(data: Path) -> Trained:
 
 
 class Translation(NamedTuple):
-    source: str  # in subwords, as the commands read it
+    source: str  # in subwords
     reference: str
     hypothesis: str
 
 
 def generate(trained: Trained, folder: Path) -> tuple[list[Translation], float]:
-    """Beam search on the test set: translations in the order of the corpus, and BLEU."""
+    """Beam search on the test set: translations in corpus order, and BLEU."""
     fairseq(
         *("generate", trained.data, "--user-dir", USER_DIR, "--path", trained.checkpoint, "--cpu"),
         *("--beam", "4", "--lenpen", "0.6", "--remove-bpe", "--results-path", folder),
@@ -145,7 +145,7 @@ SHORT = ("--max-tokens", "300", "--disable-validation", "--save-interval-updates
 
 
 def test_resumed_training_and_every_memory_mode_give_the_same_bits(data, tmp_path):
-    """Within an epoch: from the second one on, fairseq itself meets other batches after a resume."""
+    """Within an epoch: from the second epoch on, fairseq makes different batches after a resume."""
     options = (*SHORT, "--update-freq", "2")
     train(data, tmp_path / "straight", *options, "--max-update", "8")
     train(data, tmp_path / "parts", *options, "--max-update", "4")
@@ -165,7 +165,7 @@ def test_options_are_in_the_checkpoint(trained):
     assert (model.revcol_gain, model.revcol_memory, model.revcol_attention) == (0.5, "exact", "standard")
 
 
-def test_a_net_from_yaml_is_trained_and_loaded_without_its_file(data, tmp_path):
+def test_a_network_from_yaml_is_trained_and_loaded_without_its_file(data, tmp_path):
     net = tmp_path / "net.yaml"
     levels = "[{dim: 64, depth: 1, block: transformer, heads: 4}, {dim: 64, depth: 1, block: mlp}]"
     net.write_text(f"columns: 3\nlevels: {levels}\n")

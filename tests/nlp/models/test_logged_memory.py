@@ -1,4 +1,4 @@
-"""What `fairseq-train` logs of the memory of its encoder."""
+"""Log line of `fairseq-train` about the memory of its encoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.fairseq import build, sample
 
 
 def megabytes(caplog, **given: object) -> tuple[float, float]:
-    """Of a first and a second training forward: those kept by the model as it is, and by `store`."""
+    """Return the logged megabytes of the model and of `store`, after two training forwards."""
     caplog.clear()
     model = build(**given).train()
     with caplog.at_level(logging.INFO, "nlp.models.memory_budget"):
@@ -26,7 +26,7 @@ def megabytes(caplog, **given: object) -> tuple[float, float]:
     return tuple(float(number) for number in re.findall(r"([\d.]+) MB", line))
 
 
-def test_the_logged_bytes_are_those_that_are_kept(caplog):
+def test_the_logged_bytes_are_those_saved(caplog):
     given = {"encoder_embed_dim": 64, "encoder_ffn_embed_dim": 4096, "dropout": 0.0}
     for mode in ("exact", "store"):
         encoder = build(revcol_memory=mode, **given).train().encoder

@@ -1,4 +1,4 @@
-"""A memory budget in fairseq's training: planned for the largest batch, as a step of model and criterion takes it."""
+"""Memory budgets in fairseq's training, planned for a step of model and criterion with the largest batch."""
 
 from __future__ import annotations
 
@@ -68,25 +68,25 @@ def test_a_step_takes_what_is_predicted(memory, accumulates):
 
 
 def planned(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged of plans. Commands of fairseq that ran in this process have turned other loggers on."""
+    """Return the logged plans. Other loggers are enabled by fairseq commands in this process."""
     return [record.getMessage() for record in caplog.records if record.name == "nlp.models.memory_budget"]
 
 
 def run(budget: str, caplog: pytest.LogCaptureFixture, *given: str) -> tuple[RevColTransformerModel, str]:
-    """A model after its first training forward, on a batch as large as the text allows, and what was logged."""
+    """Return a model after its first training forward with the largest batch, and the log."""
     args = command_line("--revcol-memory", f"{{budget: {budget}}}", "--max-tokens", "124", *given)
     torch.manual_seed(0)
     model = RevColTransformerModel.build_model(args, task(*[(31, 30), (7, 31)] * 4))
     with caplog.at_level(logging.INFO, logger="nlp.models.memory_budget"):
         model.eval()(**sample((11, 7)))
-        assert not planned(caplog)  # nothing to plan without a step
+        assert not planned(caplog)  # no plan without a training step
         model.train()(**sample((11, 7)))
     return model, next(line for line in planned(caplog) if line.startswith("memory for"))
 
 
 @pytest.fixture(scope="module")
 def most() -> int:
-    """Bytes of a step in `store` with that batch."""
+    """Bytes of a step with `store` and this batch."""
     args = command_line("--revcol-memory", "store", "--max-tokens", "124")
     text = task(*[(31, 30), (7, 31)] * 4)
     return footprint(RevColTransformerModel.build_model(args, text), args, text)
@@ -98,14 +98,14 @@ def test_what_fits_is_kept(caplog, most):
     assert said.startswith("memory plan for 4 sentences of 31 tokens: Chosen for ")
     assert set(columns.memory) == {"exact"}
     assert 0 < len(columns.stored) < 8
-    assert columns.kept  # room that is left goes to a part of what other cells save
+    assert columns.kept  # remaining memory stores a part of other cells
     assert columns.budget is None
     caplog.clear()
     model(**sample((13, 5)))
-    assert not planned(caplog)  # it is planned once
+    assert not planned(caplog)  # planned only once
 
 
-def test_everything_is_stored_where_there_is_room(caplog, most):
+def test_everything_is_stored_if_it_fits(caplog, most):
     model, said = run(str(most), caplog)
     assert set(model.encoder.columns.memory) == {"store"}
     assert "no more FLOPs" in said
@@ -127,11 +127,11 @@ def test_too_small_a_budget_ends_the_command_with_one_line(caplog):
 @pytest.mark.parametrize(
     ("given", "limits", "expected"),
     [
-        (("--max-tokens", "100"), (1024, 1024), (3, 33)),  # in sentences a little longer than the longest
-        (("--max-tokens", "20"), (1024, 1024), (1, 31)),  # a sentence must go through
+        (("--max-tokens", "100"), (1024, 1024), (3, 33)),  # sentences slightly longer than the longest
+        (("--max-tokens", "20"), (1024, 1024), (1, 31)),  # at least one sentence
         (("--max-tokens", "100", "--batch-size", "2"), (1024, 1024), (2, 31)),
         (("--batch-size", "5"), (1024, 1024), (5, 31)),
-        (("--max-tokens", "100000"), (1024, 1024), (8, 31)),  # all there is
+        (("--max-tokens", "100000"), (1024, 1024), (8, 31)),  # the whole text
         (("--max-tokens", "100"), (20, 1024), (5, 20)),
     ],
 )
@@ -144,7 +144,7 @@ def test_the_largest_batch(given, limits, expected):
     [
         ((), 2),
         (("--optimizer", "nag"), 1),
-        (("--fp16",), 8),  # in units of two bytes: weights, gradients and two states of four
+        (("--fp16",), 8),  # in units of two bytes: weights, gradients and two states in float32
         (("--fp16", "--memory-efficient-fp16"), 4),
         (("--store-ema",), 3),
         (("--store-ema", "--ema-fp32", "--fp16"), 11),
@@ -154,8 +154,8 @@ def test_what_the_optimizer_holds(given, expected):
     assert _states(command_line(*given)) == expected
 
 
-def test_gradients_of_earlier_batches_need_room():
-    """At the peak of this step, the start of backward, there are none yet without `--update-freq`."""
+def test_accumulated_gradients_need_memory():
+    """At the start of backward, the peak of this step, gradients exist only with `--update-freq`."""
     text = task(*[(31, 30)] * 40)
     args = command_line("--revcol-memory", "store", "--max-tokens", "1240")
     model = RevColTransformerModel.build_model(args, text)

@@ -1,4 +1,4 @@
-"""What needs processes of its own: the installed commands, two workers, a wheel beside a user's own package `nlp`."""
+"""Tests in separate processes: installed commands, two workers, and a wheel next to a user's package `nlp`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_two_workers_train_as_one_with_two_batches_an_update(data, tmp_path):
 
 
 def test_a_forgotten_user_dir(data, tmp_path):
-    """What fairseq says then is quoted in docs/guides/translation-model.md, with what to do."""
+    """docs/guides/translation-model.md quotes fairseq's message and the fix."""
     train(data, tmp_path, *SHORT)
     commands = [
         forked(BIN / "fairseq-train", data, *TINY, "--cpu"),
@@ -94,7 +94,7 @@ def test_a_forgotten_user_dir(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this checkout, unpacked as an installer would."""
+    """A wheel of this checkout, installed in a directory."""
     pytest.importorskip("hatchling", reason="hatchling builds the wheel")
     folder = tmp_path_factory.mktemp("wheel")
     code, output = finish(start(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder))
@@ -108,7 +108,7 @@ PROGRAM = """
 import json, sys
 from fairseq_cli import train
 from revnets_nlp.cli import FOLDER
-import revnets_nlp.model  # the package is imported already, so fairseq does not import its models
+import revnets_nlp.model  # fairseq does not import models of an imported package
 sys.argv[1:] = [part.replace("FOLDER", str(FOLDER)) for part in sys.argv[1:]]
 train.cli_main()
 import nlp  # the user's own
@@ -141,7 +141,7 @@ def test_the_wheel_holds_what_a_checkout_holds(site):
     assert not (site / "nlp").exists()
 
 
-def test_the_wheel_says_that_its_packages_are_typed(site):
+def test_packages_of_the_wheel_are_typed(site):
     assert {path.parent.name for path in site.glob("*/py.typed")} == {"revnets", "vision", "revnets_nlp"}
 
 
@@ -153,7 +153,7 @@ ORDERS = [
 
 IMPORTS = """
 import importlib, json, os, sys
-import torch  # all else is imported by a fork for each order
+import torch  # each order of imports runs in a fork
 
 for order in json.loads(sys.argv[1]):
     if not os.fork():
@@ -169,7 +169,7 @@ for order in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def imported() -> set[tuple[str, ...]]:
-    """The orders of imports, and where the model is found that is registered then."""
+    """Orders of imports, and the module of the registered model."""
     code, output = finish(start(sys.executable, "-c", IMPORTS, json.dumps(ORDERS)))
     assert code == 0, output
     return {tuple(json.loads(line)) for line in re.findall(r"^\[\".*\]$", output, re.MULTILINE)}
@@ -181,7 +181,7 @@ def test_imports_register_the_model_in_any_order(imported, order):
 
 
 def refusal(user_dir: object) -> tuple[object, ...]:
-    """A command of fairseq that reads an option of the model, and refuses its value as the model does."""
+    """A fairseq command that reads an option of the model and refuses its value like the model."""
     command = (BIN / "fairseq-train", "data", "--user-dir", user_dir, "--arch", "revcol_transformer_tiny")
     return (*command, "--revcol-columns", "0")
 
@@ -194,7 +194,7 @@ def assert_knows_the_model(process: subprocess.Popen[str] | Program) -> None:
 
 @pytest.fixture(scope="module")
 def printed() -> str:
-    """What `revnets user-dir` prints."""
+    """Return the output of `revnets user-dir`."""
     code, output = finish(start(BIN / "revnets", "user-dir"))
     assert code == 0, output
     return output
@@ -231,7 +231,7 @@ import nlp.models.revcol_transformer
 """
 
 
-def test_without_fairseq_columns_can_be_built_and_the_model_says_what_to_install():
+def test_without_fairseq_columns_can_be_built_and_the_error_names_the_extra():
     code, output = finish(start(sys.executable, "-c", WITHOUT))
     assert code == 1
     assert (

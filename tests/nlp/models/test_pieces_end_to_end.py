@@ -1,4 +1,4 @@
-"""Verses in pieces of sentencepiece: prepared, learned, translated and scored by the commands as users call them."""
+"""The sentencepiece pipeline with a few verses: preparation, training, translation and scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CORPUS = ROOT / "examples" / "data" / "kjv-elberfelder-short.en-de.tsv.gz"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A data set of the first verses."""
+    """A data set of a few verses."""
     folder = tmp_path_factory.mktemp("verses")
     with gzip.open(CORPUS, "rt", encoding="utf-8") as file:
         (folder / "verses.tsv").write_text("".join(next(file) for _ in range(401)), encoding="utf-8")
@@ -45,7 +45,7 @@ def checkpoint(data) -> Path:
 
 @pytest.fixture(scope="module")
 def generated(data, checkpoint) -> Path:
-    """What fairseq-generate writes of the test set."""
+    """Output of fairseq-generate for the test set."""
     search = ("--beam", "2", "--max-len-a", "1", "--max-len-b", "5", "--required-batch-size-multiple", "1")
     fairseq(
         *("generate", data, "--user-dir", USER_DIR, "--path", checkpoint, "--cpu", *search),
@@ -55,7 +55,7 @@ def generated(data, checkpoint) -> Path:
 
 
 def lines_of_kind(kind: str, text: str) -> list[str]:
-    """In the order of the data set."""
+    """Return the lines of a kind in the order of the data set."""
     found = re.findall(rf"^{kind}-(\d+)\t(.*)$", text, re.MULTILINE)
     return [line.split("\t")[-1] for _, line in sorted(found, key=lambda row: int(row[0]))]
 

@@ -14,7 +14,7 @@ from tests.support.fairseq import build, sample
 
 
 class Encoded(nn.Module):
-    """The encoder's output alone, as a tensor."""
+    """Returns only the encoder's output, as a tensor."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -28,7 +28,7 @@ def test_a_traced_encoder_gives_the_same_states():
     encoder = build().eval().encoder
     words, lengths = (sample()[key] for key in ("src_tokens", "src_lengths"))
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates tracing, and notes every branch on a shape
+        warnings.simplefilter("ignore")  # torch deprecates tracing and warns about branches on shapes
         traced = torch.jit.trace(Encoded(encoder), (words, lengths))
         torch.testing.assert_close(traced(words, lengths), Encoded(encoder)(words, lengths))
 
@@ -44,7 +44,7 @@ def test_a_beam_search_still_reorders_sentences():
 
 
 def test_the_encoder_cannot_be_scripted():
-    """As docs/guides/translation-model.md says: columns pass keyword arguments on to their blocks."""
+    """See docs/guides/translation-model.md: columns pass keyword arguments to their blocks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(torch.jit.frontend.NotSupportedError):

@@ -1,4 +1,4 @@
-"""Checkpoints of fairseq name no code of others: their columns, the file that these came from, and other options."""
+"""fairseq checkpoints cannot name code of other packages in their columns, files or other options."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Masked(nn.Module):
 
 @pytest.fixture(autouse=True)
 def folder(own_modules, monkeypatch) -> Path:
-    """The working directory, with a module whose import leaves a file there, and a folder of another."""
+    """A working directory with a module whose import writes a file, and another directory."""
     monkeypatch.chdir(own_modules)
     monkeypatch.setenv(TRUST, "")
     monkeypatch.setattr(arguments, "_typed", set())
     (own_modules / "stranger.py").write_text(MODULE)
     (own_modules / "elsewhere").mkdir()
-    (own_modules / "elsewhere" / "neighbour.py").write_text(MODULE)
+    (own_modules / "elsewhere" / "neighbor.py").write_text(MODULE)
     return own_modules
 
 
@@ -62,9 +62,9 @@ def command_line(*given: str) -> argparse.Namespace:
     [
         ({"revcol_net": columns("sympy:simplify", expr=CODE)}, "sympy:simplify"),
         ({"revcol_net": columns("stranger:Masked")}, "stranger:Masked"),
-        ({"revcol_net": columns("neighbour:Masked"), "revcol_spec": "elsewhere/net.yaml"}, "neighbour:Masked"),
+        ({"revcol_net": columns("neighbor:Masked"), "revcol_spec": "elsewhere/net.yaml"}, "neighbor:Masked"),
         ({"revcol_net": json.dumps({**json.loads(columns("mlp")), "base": "elsewhere/net.yaml"})}, "base"),
-        ({"revcol_spec": "elsewhere/net.yaml"}, "neighbour:Masked"),
+        ({"revcol_spec": "elsewhere/net.yaml"}, "neighbor:Masked"),
         ({"revcol_fusion": "{type: 'sympy:simplify', expr: \"" + CODE + '"}'}, "sympy:simplify"),
         ({"revcol_fusion": "stranger:Masked"}, "stranger:Masked"),
         ({"adaptive_softmax_cutoff": CODE}, "adaptive-softmax-cutoff"),
@@ -82,8 +82,8 @@ def command_line(*given: str) -> argparse.Namespace:
     ],
 )
 def test_options_of_a_checkpoint_run_nothing(folder, given, name):
-    (folder / "elsewhere" / "net.yaml").write_text(columns("neighbour:Masked"))
-    with pytest.raises(SystemExit) as caught:  # as in `fairseq-generate`, whose last line it is
+    (folder / "elsewhere" / "net.yaml").write_text(columns("neighbor:Masked"))
+    with pytest.raises(SystemExit) as caught:  # the last line of `fairseq-generate`
         build(**given)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -91,7 +91,7 @@ def test_options_of_a_checkpoint_run_nothing(folder, given, name):
 
 
 def test_model_overrides_run_nothing(folder):
-    """fairseq-generate has its overrides in the options that a model is built from."""
+    """fairseq-generate passes overrides in the options of the model."""
     args = options()
     args.revcol_fusion = "stranger:Masked"
     with raises_error(code="not-trusted", key="fusion"):
@@ -106,7 +106,7 @@ def test_the_command_line_is_trusted_and_so_are_processes_that_it_starts(folder,
     given = {"spec": ("--revcol-spec", "net.yaml"), "fusion": ("--revcol-fusion", "fuse:Fuse")}[option]
     args = options(**vars(command_line(*given)))
     assert are_trusted(vars(args))
-    settle(args, None)  # fairseq does it again when it builds the model
+    settle(args, None)  # fairseq repeats it when it builds the model
     recorded = json.dumps(vars(args))
     code = (
         "import argparse, json, sys; from nlp.models.encoder_spec import encoder_spec; "
@@ -123,6 +123,6 @@ def test_trust_is_for_the_columns_that_were_given(folder):
     (folder / "net.yaml").write_text(columns("stranger:Masked"))
     args = options(**vars(command_line("--revcol-spec", "net.yaml")))
     (folder / "canary").unlink()
-    with pytest.raises(SystemExit, match="neighbour:Masked"):
-        build(revcol_spec=args.revcol_spec, revcol_net=columns("neighbour:Masked"))
+    with pytest.raises(SystemExit, match="neighbor:Masked"):
+        build(revcol_spec=args.revcol_spec, revcol_net=columns("neighbor:Masked"))
     assert not (folder / "canary").exists()

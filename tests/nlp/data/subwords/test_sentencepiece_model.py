@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - full-width punctuation is meant
-"""Pieces of sentencepiece: models learned from raw text, fairseq's dictionary, and the data set they are part of."""
+"""Sentencepiece models of raw text, fairseq's dictionary, and data sets with pieces."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MIXED = ["½ ﬁne… x² « élan » #1", "Ｆｕｌｌ ｗｉｄｔｈ", "נֶ
 
 
 def learned(folder: Path, lines: list[str], vocab: int | None = None, **given) -> Path:
-    """The model of a text."""
+    """Learn a model and return its path."""
     (folder / "model").mkdir(parents=True)
     (folder / "text").write_text("".join(f"{line}\n" for line in lines))
     options = {"model_type": "unigram", "character_coverage": 1.0, **given}
@@ -63,7 +63,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_text_of_any_script_comes_back_as_it_was(model):
-    """Full-width punctuation too, which NFKC would change."""
+    """This includes full-width punctuation, which NFKC would change."""
     lines = [*CHINESE, *JAPANESE, *MIXED]
     assert list(map(joined, split_pieces(lines, model))) == lines
 
@@ -77,7 +77,7 @@ def test_pieces_are_those_of_fairseq_interactive(model):
 
 
 def test_no_reader_splits_a_piece(model):
-    """Every character that Python takes for white space is a space, and control characters are dropped."""
+    """Every white space character of Python becomes a space, and control characters are dropped."""
     spaces = [char for char in map(chr, range(sys.maxunicode + 1)) if char.isspace()]
     found = split_pieces([f"光{char}神" for char in (*spaces, "\u2581", "\ufeff")], model)
     assert set(map(joined, found)) == {"光 神"}
@@ -86,7 +86,7 @@ def test_no_reader_splits_a_piece(model):
 
 
 def test_symbols_of_fairseq_in_a_text_are_words(model):
-    """`</s>` in the middle of a sentence would end it; its characters are unknown to this model, and so one piece."""
+    """`</s>` must not end a sentence; its characters are unknown to this model, so it is one piece."""
     assert split_pieces(["神</s>光 <s>"], model) == ["▁神 <unk> 光 ▁ <unk>"]
 
 
@@ -107,7 +107,7 @@ def test_the_kinds_of_model_differ(tmp_path):
 
 
 def test_fairseq_reads_the_dictionary(tmp_path):
-    """All pieces have a number of their own, and there are a multiple of 8 symbols."""
+    """Every piece has its own index, and the number of symbols is a multiple of 8."""
     path = learned(tmp_path, [left for left, _ in numbered_pairs(97)], 61)
     dictionary = Dictionary.load(str(path.with_name(DICTIONARY)))
     made_up = [symbol for symbol in dictionary.symbols if symbol.startswith("madeupword")]
@@ -138,7 +138,7 @@ def test_the_largest_vocabulary_is_named_and_works(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 def test_the_smallest_vocabulary_is_named_and_works(tmp_path, model_type):
-    """Sentencepiece itself names it only from four pieces on."""
+    """Sentencepiece itself reports it only for four pieces or more."""
     lines = [left for left, _ in numbered_pairs(31)]
     needed = set()
     for vocab in (1, 2, 3, 5):
@@ -187,7 +187,7 @@ def test_without_a_number_small_texts_have_fewer_pieces(tmp_path):
     ],
     ids=["too small", "long", "blank", "empty"],
 )
-def test_text_that_nothing_can_be_learned_from(tmp_path, lines, vocab, code, names):
+def test_text_without_learnable_pieces(tmp_path, lines, vocab, code, names):
     with raises_error(TranslationError, code=code, names=names) as caught:
         learned(tmp_path, lines, vocab)
     assert "\n" not in str(caught.value)
@@ -202,7 +202,7 @@ def test_a_damaged_model_is_named(tmp_path, content):
 
 @pytest.mark.parametrize("side", [CHINESE, JAPANESE], ids=["zh", "ja"])
 def test_languages_without_spaces(tmp_path, side):
-    """Pieces of both sides join to the raw text, and pairs stay pairs."""
+    """Pieces of both sides join to the raw text, and pairs stay aligned."""
     rng = random.Random(3)
     pairs = [(f"Verse {number}.", f"{rng.choice(side)}{number}") for number in range(61)]
     recipe = recipe_for(write_pairs(tmp_path, pairs), subword="sentencepiece", clean=None)
@@ -257,13 +257,13 @@ def test_recipes_keep_the_tokens_of_moses():
         ({"vocab": 2**40, "subword": "subword-nmt"}, "out-of-range", "vocab"),
     ],
 )
-def test_options_that_do_not_go_together(given, code, key):
+def test_conflicting_and_invalid_options(given, code, key):
     with raises_error(code=code, key=key, source="command line"):
         own(**given)
 
 
-def test_a_recipe_of_before_describes_the_same_data_set():
-    """Its note in a data set of an earlier release has no keys of sentencepiece, and so its hash neither."""
+def test_an_earlier_recipe_describes_the_same_data_set():
+    """Notes of earlier versions have no keys of sentencepiece, so the hash must not include their defaults."""
     keys = {"languages", "downloads", "train", "valid", "test", "fields", "tokenize", "normalize", "aggressive_dashes"}
     keys |= {"merges", "clean", "deduplicate", "words", "seed"}
     recorded = [module._inputs(recipe, Path())["recipe"].keys() for recipe in (own(merges=7), own(), own(vocab=11))]
@@ -282,7 +282,7 @@ def test_a_vocabulary_of_subword_nmt_counts_characters(tmp_path, vocab):
     assert abs(len(types) - vocab) < vocab / 5
 
 
-def test_a_vocabulary_of_subword_nmt_without_room(tmp_path):
+def test_a_vocabulary_of_subword_nmt_that_is_too_small(tmp_path):
     texts = write_pairs(tmp_path, numbered_pairs(31))
     recipe = Recipe(languages="en-de", train=(tuple(texts),), valid=5, test=7, vocab=2)
     with raises_error(TranslationError, code="out-of-range", names=["--vocab"]):
@@ -290,7 +290,7 @@ def test_a_vocabulary_of_subword_nmt_without_room(tmp_path):
 
 
 def test_a_model_is_learned_once(tmp_path, monkeypatch):
-    """A second call goes on behind the steps that are complete."""
+    """A second call resumes after the finished steps."""
     recipe = recipe_for(write_pairs(tmp_path, numbered_pairs(97)), subword="sentencepiece")
     first, facts = sub_words(recipe, tmp_path / "work")
     texts = {path.name: path.read_bytes() for path in first.iterdir()}
@@ -299,7 +299,7 @@ def test_a_model_is_learned_once(tmp_path, monkeypatch):
     assert (same, {path.name: path.read_bytes() for path in again.iterdir()}) == (facts, texts)
 
 
-def test_a_missing_package_is_named_before_the_work_is_done(tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_first(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: name != "sentencepiece" or None)
     with raises_error(TranslationError, code="missing-dependency", names=["sentencepiece", "pip install"]):
         prepare(own(), tmp_path / "bin", tmp_path)
