@@ -56,7 +56,7 @@ GOOD = "one\ntwo\nthree\n"
     ("files", "code", "names"),
     [
         ({"a.en": GOOD, "a.de": "eins\nzwei\n"}, "misaligned-data", ["a.de has 2 lines", "{}/a.en has 3"]),
-        ({"a.en": "one\n", "a.de": GOOD * 9}, "misaligned-data", ["a.en has 1 lines", "{}/a.de has 27"]),
+        ({"a.en": "one\n", "a.de": GOOD * 9}, "misaligned-data", ["a.en has 1 line,", "{}/a.de has 27"]),
         ({"a.en": GOOD, "a.de": ""}, "empty-file", "{}/a.de: "),
         ({"a.en": "", "a.de": ""}, "empty-file", "{}/a.en and {}/a.de: "),
         (

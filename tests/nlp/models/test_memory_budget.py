@@ -81,7 +81,7 @@ def run(budget: str, caplog: pytest.LogCaptureFixture, *given: str) -> tuple[Rev
         model.eval()(**sample((11, 7)))
         assert not planned(caplog)  # no plan without a training step
         model.train()(**sample((11, 7)))
-    return model, next(line for line in planned(caplog) if line.startswith("memory for"))
+    return model, next(line for line in planned(caplog) if line.startswith("memory plan for"))
 
 
 @pytest.fixture(scope="module")
