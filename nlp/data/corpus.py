@@ -102,8 +102,8 @@ class Corpus:
                     short, long = self.paths if left is None else self.paths[::-1]
                     total = number + sum(1 for _ in streams[self.paths.index(long)])
                     raise TranslationError(
-                        f"{short} has {number - 1} line{'s' * (number != 2)}, but {long} has {total}. Give aligned files, "
-                        "where line i of one translates line i of the other",
+                        f"{short} has {number - 1} line{'s' * (number != 2)}, but {long} has {total}. Give "
+                        "aligned files, where line i of one translates line i of the other",
                         code="misaligned-data",
                     )
                 yield left, right

@@ -16,6 +16,9 @@ from revnets.config.errors import first_line
 from revnets.config.loader import Strict, UserPath
 from revnets.utils.regular_files import require_regular
 
+MAX_DOCUMENT = 2**36
+"""Maximum bytes of a file, which is read into memory."""
+
 
 class DatasetConfig(Strict):
     """Rows of a Hugging Face data set.
@@ -97,6 +100,8 @@ def _files(place: str, key: str) -> list[Path]:
 def _read(path: Path, key: str) -> str:
     try:
         require_regular(path)
+        if (size := path.stat().st_size) > MAX_DOCUMENT:
+            raise error(key, f"{path}: {size:,} bytes", f"Use files of at most {MAX_DOCUMENT:,} bytes", "too-large")
         content = path.read_bytes()
     except OSError as problem:
         code = "missing-file" if isinstance(problem, FileNotFoundError) else "not-a-file"

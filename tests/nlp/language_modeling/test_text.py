@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from nlp.language_modeling.loss import IGNORED
 from nlp.language_modeling.packed_text import PackedText, encoded, uncounted
-from nlp.language_modeling.text_documents import DatasetConfig, documents, held_out
+from nlp.language_modeling.text_documents import MAX_DOCUMENT, DatasetConfig, documents, held_out
 from nlp.language_modeling.text_tokenizers import byte_tokenizer, learned_tokenizer, saved_tokenizer
 from tests.support.errors import raises_error
 
@@ -73,6 +73,13 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path, content: bytes | Non
         path.write_bytes(content)
     with raises_error(code=code, key="task.train", names=str(path)):
         documents(str(path), "train")
+
+
+def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(MAX_DOCUMENT + 1)
+    with raises_error(code="too-large", key="task.train", names=[str(tmp_path / "a.txt"), f"{MAX_DOCUMENT:,}"]):
+        documents(str(tmp_path), "train")
 
 
 def test_a_pipe_is_refused(tmp_path: Path) -> None:
