@@ -212,7 +212,9 @@ class RevColLMConfig(PreTrainedConfig):
         sizes = self.check()
         data = self.net if self.net is not None else self._net()
         if not isinstance(data, dict):
-            raise _error("net", f"expected a mapping, not {type(data).__name__}", "", "wrong-type")
+            raise _error(
+                "net", f"expected a mapping, not {type(data).__name__}", "Use the keys of a YAML file", "wrong-type"
+            )
         spec = _checked(read_layers({**data, "memory": self.memory}, SOURCE))
         for index in (0, len(spec.levels) - 1):
             if spec.levels[index].dim != sizes.hidden_size:
