@@ -189,7 +189,7 @@ def refusal(user_dir: object) -> tuple[object, ...]:
 def assert_knows_the_model(process: subprocess.Popen[str] | Program) -> None:
     code, output = finish(process)
     assert code == 2
-    assert output.splitlines()[-1].endswith("'0' is not a number of columns; give 1 or more"), output
+    assert "'0' is not a number of columns" in output.splitlines()[-1], output
 
 
 @pytest.fixture(scope="module")
