@@ -121,8 +121,12 @@ def configuration(model: Mapping[str, Any], text: Mapping[str, Any], seed: int, 
 
 
 def trained(config: TrainConfig) -> Measured:
-    """Train, or read the results of an earlier call."""
-    file = Path(config.output) / "measured.json"
+    """Train, or read the results of an earlier call.
+
+    Raises:
+        SpecError: the earlier call had another configuration, such as another text.
+    """
+    file, settings = Path(config.output) / "measured.json", json.loads(json.dumps(config.plain()))
     if not file.exists():
         begun = time.process_time()
         outcome, _ = train_language_model(config)
@@ -132,8 +136,12 @@ def trained(config: TrainConfig) -> Measured:
         lines = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
         steps = max(line["step"] for line in lines)
         with replacing(file, "w") as new:
-            json.dump([outcome.score, steps * BATCH * LENGTH / seconds], new)
-    return Measured(*json.loads(file.read_text()))
+            json.dump({"config": settings, "measured": [outcome.score, steps * BATCH * LENGTH / seconds]}, new)
+    saved = json.loads(file.read_text())
+    if not isinstance(saved, dict) or saved["config"] != settings:
+        text = f"{config.output} contains a run with another configuration; choose another directory"
+        raise SpecError("language_model.py", "--output", text, code="conflicting-values")
+    return Measured(*saved["measured"])
 
 
 def footprint(step: nn.Module, batch: int) -> Footprint:
@@ -196,7 +204,7 @@ def main(
         steps[name] = NextTokenLoss(task.build_model(task.load_data()))
     sizes = {name: (sum(weight.numel() for weight in step.parameters()), flops(step)) for name, step in steps.items()}
     require_equal(sizes)
-    table = Table(title=f"{text}, {size_:,} bytes, {seeds} runs each", title_justify="left")
+    table = Table(title=f"{text}, {size_:,} bytes, seeds per model: {seeds}", title_justify="left")
     for heading in ("", "parameters", "bits per byte", "tokens / CPU s", "bytes saved / token", "batch in 2 GiB"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, step in steps.items():

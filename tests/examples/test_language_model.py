@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
+from revnets import SpecError
 from tests.support.errors import raises_error
 from tests.support.paths import ROOT
 from vision.tasks import create_task
@@ -55,6 +56,10 @@ def test_models_are_trained_and_measured_once(
     }
     assert int(rows["plain"][-1].replace(",", "")) < int(rows["RevCol"][-1].replace(",", ""))
     assert trained(trained.configs[0]) == trained.results[0]  # from the file, since a new run would have another time
+    other = trained.configs[0].model_copy(update={"seed": 1})
+    with pytest.raises(SpecError) as caught:
+        trained(other)
+    assert (caught.value.key, caught.value.code) == ("--output", "conflicting-values")
 
 
 class Calls:
