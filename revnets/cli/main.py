@@ -142,6 +142,23 @@ def plan(
     forecast(spec, overrides or [], sample_shape(input_shape), batch, request, png, json, trust, reversible)
 
 
+@app.command()
+def env(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of Markdown tables.")] = False,
+    imports: Annotated[
+        bool,
+        typer.Option("--imports", help="Also import every package, each in its own process, and report failures."),
+    ] = False,
+) -> None:
+    """Print versions, devices and extras as Markdown, for a bug report.
+
+    Values of variables that could be secret are not printed, and the home directory is printed as ~.
+    """
+    from revnets.cli.env import print_environment
+
+    print_environment(json, imports)
+
+
 def _expanded(word: str) -> str:
     """`~` as the home folder where no shell has replaced it: behind `--option=`, or in a call without a shell."""
     option, equals, value = word.partition("=")

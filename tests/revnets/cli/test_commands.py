@@ -17,7 +17,7 @@ from revnets.cli.output import tracked
 from revnets.cli.plugins import PLUGINS, LazyCommand, PluginGroup
 from tests.support.timeouts import HANG
 
-COMMANDS = ["show", "audit", "plan", *sorted(entry.name for entry in entry_points(group="revnets.commands"))]
+COMMANDS = ["show", "audit", "plan", "env", *sorted(entry.name for entry in entry_points(group="revnets.commands"))]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
