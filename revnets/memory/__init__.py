@@ -1,4 +1,4 @@
-"""Memory of a training step: measured, estimated on fake tensors, planned and kept under a budget."""
+"""Memory of a training step: measurement, estimation on fake tensors, and planning under a budget."""
 
 from revnets.engine.replay.replay_context import outside_of_autocast
 

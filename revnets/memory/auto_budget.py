@@ -1,4 +1,4 @@
-"""A net under a budget chooses its memory modes itself, at its first training forward, when it sees its input."""
+"""Automatic memory planning: a model with a budget chooses its memory modes at its first training forward pass."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ logger = logging.getLogger(__name__)
 
 
 def keep_budget(model: nn.Module, budget: Budget | int | str) -> None:
-    """Let a model choose memory modes that keep a training step under a budget, once it knows its input.
+    """Plan memory at the first training forward pass so that the step stays within a budget.
 
-    At the first forward in training mode the step is simulated on fake tensors with the shape, dtype and autocast of
-    that forward, as `revnets.plan` does. `columns.memory`, `stored`, `kept` and `offloaded` are set to the least work
-    that fits, and the logger `revnets.memory.auto_budget` says so. Setting `columns.memory` before gives the budget up.
+    The first forward pass in training mode simulates the step on fake tensors with the same shapes, dtypes and
+    autocast state, as `revnets.plan` does. It then sets `columns.memory`, `stored`, `kept`, `offloaded` and `products`
+    to the choice with the least compute that fits, and logs it to `revnets.memory.auto_budget`. Setting
+    `columns.memory` before that cancels the budget.
 
-    The plan is made when the model itself is called, or a method of it that `plan_on_call` decorates. Where neither
-    is, the columns warn that the budget is still pending.
+    The plan is made when the model itself or a method decorated with `plan_on_call` is called. If only other methods
+    are called, the columns warn that the budget is still pending.
 
-    The first input should be the largest. A warning tells of larger ones later.
+    Pass the largest input first. A larger input later raises a warning.
 
     Args:
-        model: contains reversible columns, see `revnets.find_columns`; its forward is the one looked at.
-        budget: bytes, text such as `24GiB`, a memory mode, whose peak is meant, or a `BudgetSpec`.
+        model: Module that contains reversible columns, see `revnets.find_columns`. Its forward pass is simulated.
+        budget: Bytes, text such as `24GiB`, a memory mode (its peak is the budget), or a `BudgetSpec`.
 
     Raises:
-        ValueError: the budget is no amount of memory.
-        PlanError: at the first forward, if nothing fits; says what the least is, and what to change.
+        ValueError: If `budget` is not an amount of memory.
+        PlanError: At the first forward pass, if nothing fits. The message contains the smallest possible peak.
     """
     spec = BudgetSpec(budget=parse_budget(budget)) if isinstance(budget, int | str) else budget
     find_columns(model).budget = spec
@@ -52,7 +53,7 @@ def keep_budget(model: nn.Module, budget: Budget | int | str) -> None:
 
 
 def forget_budget(model: nn.Module) -> None:
-    """Take back what `keep_budget` did to a model, planned or pending, where its columns are about to go."""
+    """Remove the hook and the plan that `keep_budget` added to a model, for example before its columns are removed."""
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _before_call:
             del model._forward_pre_hooks[key]
@@ -69,9 +70,15 @@ Result = TypeVar("Result")
 def plan_on_call(
     method: Callable[Concatenate[Host, Arguments], Result],
 ) -> Callable[Concatenate[Host, Arguments], Result]:
-    """Decorate a method of a model through which it is trained as well, such as timm's `forward_features`.
+    """Decorate a method that training may call instead of the model itself, such as timm's `forward_features`.
 
-    A pending budget is planned there as at a call of the model itself, for the step that this method begins.
+    A call of the method makes the pending memory plan, as a call of the model does.
+
+    Args:
+        method: Method of a model with reversible columns.
+
+    Returns:
+        The decorated method.
     """
     name = method.__name__
 
@@ -85,29 +92,29 @@ def plan_on_call(
 
 
 def _concerns(model: nn.Module, entry: str) -> bool:
-    """Is there a plan to make at this entry, or to compare with? Cheap, for it is traced by compilers."""
+    """Whether a call of this method makes a plan or is compared with one. Cheap, because compilers trace it."""
     return find_columns(model).budget is not None or getattr(model, "_planned_entry", None) == entry
 
 
 def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """The hook: plan for the forward."""
+    """Forward pre-hook: make the plan for `forward`."""
     _prepare(model, "forward", args, kwargs)
 
 
-@torch._disable_dynamo()  # as torch.compiler.disable, but does not import Dynamo, which takes a second, until it runs
+@torch._disable_dynamo()  # like torch.compiler.disable, but imports Dynamo, which takes a second, only when it runs
 def _prepare(model: nn.Module, entry: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Plan for a call of the method `entry` if a budget is pending."""
+    """Make the plan for a call of the method `entry` if a budget is pending."""
     if not (model.training and torch.is_grad_enabled()) or is_transformed():
-        return  # nothing is kept for backward, or all of it
+        return  # either nothing or everything is saved for backward
     columns = find_columns(model)
     if columns.budget is None:
-        if getattr(model, "_planned_entry", entry) == entry:  # others are called inside of it, or do with less
+        if getattr(model, "_planned_entry", entry) == entry:
             _compare(model, args, kwargs)
-        return
+        return  # any other method is called inside the planned one, or needs less memory
     if any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
-        return  # a symbolic trace computes nothing
+        return  # symbolic tracing computes nothing
     call = inspect.signature(getattr(model, entry)).bind(*args, **kwargs)
-    call.apply_defaults()  # or `args` would end before the first argument that is left out
+    call.apply_defaults()  # otherwise `args` would end before the first omitted argument
     plan = _plan(model, entry, call.args, call.kwargs, columns.budget)
     plan.apply(model)
     model.memory_plan = plan  # type: ignore[assignment]  # a plain attribute, as on any module
@@ -117,13 +124,13 @@ def _prepare(model: nn.Module, entry: str, args: tuple[Any, ...], kwargs: Mappin
 
 
 class _Entry(nn.Module):
-    """A model whose forward is another method of it, or is called with keyword arguments besides its inputs."""
+    """A wrapper whose forward pass calls a given method of a model with fixed keyword arguments."""
 
     def __init__(self, model: nn.Module, method: str, keywords: Mapping[str, Any]):
         super().__init__()
         self.model, self.method = model, method
         self.names = list(keywords)
-        for name, value in keywords.items():  # attributes, for the simulation looks for tensors there
+        for name, value in keywords.items():  # as attributes, where the simulation searches for tensors
             setattr(self, f"keyword_{name}", value)
 
     @property
@@ -153,22 +160,23 @@ def _plan(model: nn.Module, entry: str, inputs: tuple[Any, ...], keywords: Mappi
             grad_accum=budget.grad_accum,
             budget=parse_budget(budget.budget),
             host=host_memory(budget.host, budget.link, budget.flops),
-            modes=(Memory.STORE,),  # how ranks compare
+            modes=(Memory.STORE,),  # `_poorest` compares ranks by this mode
         )
 
-    unhooked = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # the caller's see no fake tensors
+    # Hooks of the caller must not see fake tensors.
+    unhooked = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with outside_of_autocast(), torch.random.fork_rng(devices=[]), unhooked:
         is_common = world > 1 and (is_sharded or (budget.ranks or world) == world)
         return _least_of_all_ranks(found) if is_common else found()
 
 
 def _whole(model: nn.Module) -> nn.Module:
-    """A twin of a model whose weights are sharded and cannot be copied."""
+    """Return an unsharded copy of a model with sharded weights, from its method `twin`."""
     twin = getattr(model, "twin", None)
     if twin is None:
         raise PlanError(
-            f"the weights of {type(model).__name__} are sharded already, so its step cannot be simulated; before "
-            "fully_shard, call revnets.plan(model, input_shape, ranks=..., sharding='fsdp', budget=...).apply(model)",
+            f"the weights of {type(model).__name__} are already sharded, so its step cannot be simulated; call "
+            "revnets.plan(model, input_shape, ranks=..., sharding='fsdp', budget=...).apply(model) before fully_shard",
             "model",
             code="weights-sharded",
         )
@@ -176,9 +184,10 @@ def _whole(model: nn.Module) -> nn.Module:
 
 
 def _least_of_all_ranks(found: Any) -> Plan:
-    """Ranks that train together replay the same cells: those of the poorest.
+    """Return the same plan on all ranks that train together: that of the rank with the tightest budget.
 
-    A replay may communicate: it gathers weights that are sharded, and repeats collectives inside of a cell.
+    All ranks must replay the same cells, because a replay gathers sharded weights and repeats the collectives of a
+    cell.
     """
     mine: Plan | PlanError
     try:
@@ -194,13 +203,13 @@ def _least_of_all_ranks(found: Any) -> Plan:
 
 
 def _poorest(plans: list[Plan]) -> Plan:
-    """The plan of the rank whose step exceeds its budget the most if it keeps everything.
+    """Return the plan of the rank whose peak in mode `store` exceeds its budget the most.
 
-    Extra work alone does not tell: copies to the host may hide behind the cells and cost none.
+    The extra compute of the plans does not decide this: copies to host memory may overlap with cells and cost nothing.
     """
 
     def need(plan: Plan) -> tuple[float, float]:
-        assert plan.budget is not None  # a pending budget is planned for
+        assert plan.budget is not None  # these plans are made for a budget
         assert plan.chosen is not None
         return plan.modes[0].peak / plan.budget, plan.chosen.extra
 
@@ -208,7 +217,7 @@ def _poorest(plans: list[Plan]) -> Plan:
 
 
 def _compare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Warn of an input that the plan in force has not seen."""
+    """Warn about an input that is larger than that of the current plan."""
     plan = getattr(model, "memory_plan", None)
     columns = find_columns(model)
     if plan is None:
@@ -223,12 +232,12 @@ def _compare(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     )
     present = list(columns.memory), columns.stored, columns.kept, columns.offloaded, columns.products
     if present != planned:
-        return  # somebody has set another mode since
+        return  # the memory modes have been changed since the plan was applied
     shape = next((tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ())
     if math.prod(shape) > math.prod(plan.input_shape):
         warnings.warn(
-            f"the memory plan was made for an input of {plan.input_shape}; larger ones, such as {shape}, may need "
-            "more than the budget. Begin with the largest, or call revnets.keep_budget again",
+            f"the memory plan is for an input of shape {plan.input_shape}; an input of shape {shape} may exceed the "
+            "budget. Pass the largest input first, or call revnets.keep_budget again",
             stacklevel=2,
         )
 

@@ -1,4 +1,4 @@
-"""What a cell may keep, what each way costs, and a choice for all cells as a policy of the columns."""
+"""The options of each cell (what it saves for backward and what that costs), and a choice for all cells as a policy."""
 
 from __future__ import annotations
 
@@ -18,17 +18,27 @@ from revnets.memory.tracker import Product
 
 @dataclass(frozen=True, slots=True)
 class CellPolicy:
-    """A memory mode, and the columns and cells that keep more."""
+    """A memory mode, and the columns and cells that save more than it does.
+
+    Attributes:
+        mode: Memory mode of all other columns and cells.
+        stored: Indices of the cells that save everything.
+        recomputed: Indices of the columns that save their states.
+        kept_cells: Items of `ReversibleColumns.kept`.
+        offloaded: Indices of the cells that move what they save to host memory.
+        products: Items of `ReversibleColumns.products`.
+    """
 
     mode: str
-    stored: tuple[int, ...] = ()  # cells that keep everything
-    recomputed: tuple[int, ...] = ()  # columns that keep their states
-    kept_cells: tuple[tuple[int, int | None], ...] = ()  # items of `ReversibleColumns.kept`
-    offloaded: tuple[int, ...] = ()  # cells that keep in host memory what they keep
-    products: tuple[tuple[int, tuple[int, ...]], ...] = ()  # items of `ReversibleColumns.products`
+    stored: tuple[int, ...] = ()
+    recomputed: tuple[int, ...] = ()
+    kept_cells: tuple[tuple[int, int | None], ...] = ()
+    offloaded: tuple[int, ...] = ()
+    products: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def name(self) -> str:
+        """The policy in words, such as `exact, 2 cells stored`."""
         parts = [
             (self.stored, "cell", "stored"),
             (self.recomputed, "column", "recomputed"),
@@ -39,29 +49,29 @@ class CellPolicy:
         return ", ".join([self.mode, *found])
 
     def memory(self, columns: int) -> list[str]:
-        """The memory mode of each column."""
+        """Return the memory mode of each column."""
         return [Memory.RECOMPUTE if column in self.recomputed else self.mode for column in range(columns)]
 
     def apply(self, columns: ColumnsGroup) -> None:
-        """Set it on the columns of a model."""
+        """Set the policy on the columns of a model."""
         columns.memory, columns.stored = self.memory(columns.column_count), self.stored
         columns.kept, columns.offloaded = dict(self.kept_cells), self.offloaded
         columns.products = dict(self.products)
 
 
 class PolicySpace:
-    """What there is to choose from for each cell, in the order of the forward.
+    """The options of each cell, in the order of the forward pass.
 
     Args:
-        uses: of simulated steps in the modes `store`, `recompute` and `exact`.
-        costs: of the cells, in the order of the forward.
-        columns: of the model.
-        peak: bytes that may be alive at once in such a step.
-        corrections: bytes to add to the peak around each cell, and to that behind all of them; by default none.
+        uses: Uses of the cells in simulated steps, by mode: `store`, `recompute` and `exact`.
+        costs: Costs of the cells, in the order of the forward pass.
+        columns: Reversible columns of the model.
+        peak: Largest allowed number of bytes alive at once in such a step.
+        corrections: Bytes to add to the expected peak around each cell, and after the last cell. Zeros by default.
 
     Attributes:
-        options: of each cell.
-        room: bytes that all cells together may keep.
+        options: Options of each cell.
+        room: Bytes that all cells together may keep.
     """
 
     def __init__(
@@ -77,7 +87,7 @@ class PolicySpace:
         least = uses[Memory.EXACT].peaks
         more = corrections or [0] * len(least)
         self.rooms = {mode: self._rooms(found, more) for mode, found in uses.items()}
-        # Where lost bits fit, they are known to; with host memory, a peak below that of `exact` is possible.
+        # In mode `exact`, the simulated step itself fits under its peak. With host memory, a lower peak is possible.
         capped = [min(known, max(peak - highest, 0)) for known, highest in zip(more, least, strict=True)]
         self.rooms[Memory.EXACT] = self._rooms(uses[Memory.EXACT], capped)
         self.room = self.rooms[Memory.EXACT][-1]
@@ -85,7 +95,7 @@ class PolicySpace:
         self.options = [self._options(place, cost, cells[index]) for place, (index, cost) in enumerate(costs.items())]
 
     def _rooms(self, uses: CellUses, corrections: Sequence[int]) -> list[int]:
-        """What the cells before each one may keep, and all together in the last entry."""
+        """Bytes that the cells before each cell may keep; the last entry is for all cells."""
         before = accumulate(uses.kept, initial=0)
         return [
             self.peak - highest - more + kept
@@ -101,11 +111,12 @@ class PolicySpace:
         found = [option(Memory.EXACT, LOST)]
         if cell.gain is not None:
             found.append(option(Memory.RECOMPUTE, STATE))
-        if any(map(is_compiled, cell.modules())):  # saves other tensors than the simulation, which runs it as written
+        # A compiled cell saves other tensors than the simulation, which runs it in eager mode.
+        if any(map(is_compiled, cell.modules())):
             return [*found, everything]
         kept, room = found[-1].kept, self.rooms[Memory.RECOMPUTE][place]
-        ends = [tensor.work for tensor in cost.saved]  # of a replay that brings back so many tensors and one more
-        rest = list(_with_products(found[0], cost.products, cost.work))  # the replay rebuilds x_{t-m} from all of F_t
+        ends = [tensor.work for tensor in cost.saved]  # entry k: cost of a replay that restores k + 1 tensors
+        rest = list(_with_products(found[0], cost.products, cost.work))  # this replay needs all of F_t for x_{t-m}
         if cell.gain is not None and ends:
             rest += _with_products(found[1], cost.products, ends[-1])
         for replayed in range(len(ends) - 1, 0, -1):
@@ -116,15 +127,15 @@ class PolicySpace:
         return [*found, *_least_work(found, rest, everything), everything]
 
     def peaks(self, choice: Sequence[Option]) -> list[int]:
-        """The peak around each cell, and behind all of them, that is expected of a choice of one option for each."""
+        """Return the expected peak around each cell, and after the last one, for one option per cell."""
         before = accumulate((option.kept for option in choice), initial=0)
         rooms = [*(option.room for option in choice), self.room]
         return [self.peak - room + kept for room, kept in zip(rooms, before, strict=True)]
 
     def policy(self, choice: Sequence[Option]) -> CellPolicy:
-        """The choice of one option for each cell as a policy.
+        """Return the policy for one option per cell.
 
-        Where all cells of a column that are not stored keep their state alone, the column is recomputed.
+        A column becomes `recomputed` if all of its cells that are not stored save only their state.
         """
         replayed = {index: option.replayed for index, option in zip(self.indices, choice, strict=True)}
         stored = {index for index, how in replayed.items() if how == ALL}
@@ -146,11 +157,14 @@ class PolicySpace:
 
 
 def _with_products(option: Option, products: Sequence[Product], end: int) -> Iterator[Option]:
-    """The option with results of products kept: of one, of two, and so on, those first that save the most for a byte.
+    """Yield the option with the results of one matrix product saved, of two, and so on.
+
+    Products that save the most compute per byte come first.
 
     Args:
-        products: of the cell.
-        end: work of the cell when its replay ends; what comes later is not computed again anyway.
+        option: Option of the cell without saved products.
+        products: Matrix products of the cell.
+        end: Compute cost of the cell up to the end of its replay. Later products are not recomputed.
     """
     replayed = [number for number, product in enumerate(products) if product.end <= end and product.nbytes]
     replayed.sort(key=lambda number: products[number].work / products[number].nbytes, reverse=True)
@@ -164,7 +178,7 @@ def _with_products(option: Option, products: Sequence[Product], end: int) -> Ite
 
 
 def _least_work(bases: Sequence[Option], options: Iterable[Option], everything: Option) -> list[Option]:
-    """The options that take less work than all that keep less, and more than keeping everything."""
+    """Return the options, without `bases`, that are cheaper than all smaller ones and smaller than `everything`."""
     found: list[Option] = []
     least = None
     for option in sorted((*bases, *options), key=lambda option: (option.kept, option.work)):

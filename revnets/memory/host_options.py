@@ -1,7 +1,7 @@
-"""Host memory in the search for what cells keep: options of cells that use it, and the work lost in waiting for it.
+"""Host memory in the policy search: options of cells that offload, and the compute lost while waiting for copies.
 
-The copy of what a cell keeps runs beside the forward of the next cell, and the copy back beside the backward of that
-cell. What a copy takes longer is waited for, and counts as the work that the device could do in that time.
+The copy to the host overlaps with the forward pass of the next cell, and the copy back with the backward pass of that
+cell. If a copy takes longer, the device waits. The wait counts as the compute that the device could do in that time.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from revnets.memory.policy_search import LOST, Option, search
 
 
 class HostOptions:
-    """Options that use host memory, for one model.
+    """Options of the cells of one model that use host memory.
 
     Args:
-        host: how much there is, and how fast the link and the device are.
-        model: lies on the device whose speed is measured, if it is not given.
-        dtype: of the model's products.
+        host: Size of the host memory, and speed of the link and of the device.
+        model: Model on the device. The speed of this device is measured if `host` does not contain it.
+        dtype: Dtype of the matrix products of the model.
     """
 
     def __init__(self, host: HostMemory, model: nn.Module, dtype: torch.dtype):
         self.host = host
-        self.limit = host.bytes  # of the bytes that a search may use
+        self.limit = host.bytes  # bytes that a search may use
         self._model, self._dtype = model, dtype
 
     @cached_property
     def work_per_byte(self) -> float:
-        """Operations that the device does while the link moves a byte."""
+        """Floating point operations of the device in the time in which the link moves one byte."""
         flops = self.host.flops or measured_flops(_device_of(self._model), self._dtype)
         return flops / self.host.link
 
@@ -44,13 +44,17 @@ class HostOptions:
         backward: Sequence[int],
         gradients: Sequence[int] = (),
     ) -> list[list[Option]]:
-        """The options of each cell, and those that leave bytes behind once more, with host memory for these bytes.
+        """Add to the options of each cell those that keep the same tensors in host memory.
 
         Args:
-            cells: options of each cell, in the order of the forward.
-            forward, backward: work of each cell without replays.
-            gradients: bytes by which `Option.kept` of each cell is less than what it leaves behind: those of the
-                gradients that take its room in backward. By default none.
+            cells: Options of each cell, in the order of the forward pass.
+            forward: Compute cost of the forward pass of each cell.
+            backward: Compute cost of the backward pass of each cell, without replays.
+            gradients: Bytes of gradients that each cell allocates while backward frees what it saved. `Option.kept`
+                is reduced by them. Zeros by default.
+
+        Returns:
+            The options of each cell, without and with host memory.
         """
         beside = [*zip(forward[1:], backward[1:], strict=True), (0, 0)]
         return [
@@ -59,29 +63,37 @@ class HostOptions:
                 *(
                     self._hosted(option, option.kept + more, works)
                     for option in options
-                    if option.kept + more > 0 and not option.products  # which stay on the device
+                    if option.kept + more > 0 and not option.products  # products stay on the device
                 ),
             ]
             for options, works, more in zip(cells, beside, gradients or [0] * len(cells), strict=True)
         ]
 
     def _hosted(self, option: Option, moved: int, beside: tuple[int, int]) -> Option:
-        """The option with its bytes in host memory; while they are copied they are on the device as well."""
+        """Return the option with its bytes in host memory. During the copy they are on the device as well."""
         copying = round(moved * self.work_per_byte)
         waits = sum(max(0, copying - work) for work in beside)
         return option._replace(
             kept=option.kept - moved,
-            work=option.work + waits + copying // 100,  # so that the device is the first choice where there is room
+            work=option.work + waits + copying // 100,  # a small price, so that free device memory is used first
             room=option.room - moved,
             host=moved,
             waits=waits,
         )
 
     def search(self, cells: Sequence[Sequence[Option]], room: int) -> list[Option] | None:
-        """As `policy_search.search`, with at most `limit` bytes in host memory.
+        """Run `policy_search.search` with at most `limit` bytes in host memory.
 
-        Each byte there has a price in work, the lowest at which the choice stays within the limit (a Lagrange
-        multiplier). It rises a little from cell to cell, or equal cells would all use host memory or none of them.
+        Each byte in host memory has a price in compute, the lowest at which the choice stays within the limit (a
+        Lagrange multiplier). The price rises slightly from cell to cell. Otherwise equal cells would use host memory
+        all together or not at all.
+
+        Args:
+            cells: Options of each cell, in the order of the forward pass.
+            room: Bytes that all cells together may keep on the device.
+
+        Returns:
+            One option per cell, or None if nothing fits.
         """
 
         def priced(place: int, option: Option, price: float) -> Option:
@@ -110,7 +122,7 @@ class HostOptions:
         return sum(option.host for option in found) <= self.limit
 
     def takes(self, count: int) -> bool:
-        """May a step use so many bytes? If not, the next search uses less."""
+        """Return True if a step may use this many bytes of host memory, else lower the limit of the next search."""
         if count <= self.host.bytes:
             return True
         self.limit = int(self.limit * self.host.bytes / count)
@@ -118,11 +130,11 @@ class HostOptions:
 
 
 PRICES = 16
-"""Prices of host memory that are tried."""
+"""Number of prices that the search tries."""
 
 
 def least_kept(cells: Sequence[Sequence[Option]]) -> list[Option]:
-    """The option of each cell that keeps its lost bits, in host memory where there is such an option."""
+    """Return the smallest option of each cell that saves its lost bits, in host memory if possible."""
     return [min((option for option in options if option.replayed == LOST), key=_kept) for options in cells]
 
 
@@ -131,7 +143,7 @@ def _kept(option: Option) -> int:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second that a device reaches in a matrix product, at best of a few."""
+    """Measure the floating point operations per second of a device: the best of four matrix products."""
     side = 512 if device.type == "cpu" else 4096
     factor = torch.ones(side, side, dtype=dtype, device=device)
     seconds = min(_seconds(lambda: factor @ factor, device) for _ in range(4))
@@ -147,7 +159,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    """Where a model lies; a device of this machine for one on the meta device."""
+    """Return the device of a model, or the accelerator (or CPU) of this machine for a model on the meta device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if device.type != "meta":
         return device

@@ -1,9 +1,9 @@
-"""Predicts what a training step of a module takes, and chooses what each cell keeps under a memory budget.
+"""Memory planner: predict the memory of a training step, and choose what each cell saves under a memory budget.
 
-A cell keeps the lost bits of the state that it replaces, or that state, or also the last of the tensors that it saves,
-or all of them (`ReversibleColumns.kept`, `.stored`): the more it keeps, the less it replays. What each of these costs
-is read from simulated steps (`step_record.py`, `cell_options.py`); the best choice is searched for
-(`policy_search.py`) and simulated as well, because tensors that cells share count once.
+A cell saves the lost bits of the state that it replaces, or that state, or in addition the last of its saved tensors,
+or all of them (`ReversibleColumns.kept`, `.stored`). The more it saves, the less it recomputes. The costs come from
+simulated steps (`step_record.py`, `cell_options.py`). The search for the best choice is in `policy_search.py`. Its
+result is simulated again, because a tensor that several cells share counts once.
 """
 
 from __future__ import annotations
@@ -42,16 +42,27 @@ def plan_module(
     modes: Sequence[str] = tuple(Memory),
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """The plan of a module; `revnets.plan` explains the arguments.
+    """Plan the memory of a training step of a module.
 
     Args:
-        inputs: positional arguments of its forward. Of tensors, only shapes and dtypes matter.
-        optimizer: its name, or how many tensors of a weight's size it holds.
-        host: memory that cells may use besides that of the device, under a budget.
+        model: Module with reversible columns.
+        inputs: Positional arguments of its forward pass. Only shapes and dtypes of tensors matter.
+        dtype: float32, or bfloat16 or float16 for autocast.
+        optimizer: Name of the optimizer, or the number of tensors of a weight's size in its state.
+        ranks: Number of processes that train together.
+        sharding: `ddp` or `fsdp`.
+        grad_accum: Forward passes per update.
+        budget: Bytes, or a memory mode, whose peak is the budget.
+        host: Host memory that cells may use in addition. Requires a budget.
+        modes: Memory modes to predict.
+        progress: Called with the name of each policy before it is simulated.
+
+    Raises:
+        PlanError: If an argument is invalid, or nothing fits the budget.
     """
     _check(optimizer, ranks, sharding, grad_accum)
     if host is not None and budget is None:
-        text = "host memory is used under a budget of the device; give one, such as budget='24GiB'"
+        text = "host memory requires a budget for the device; pass one, such as budget='24GiB'"
         raise PlanError(text, "host", code="missing-budget")
     states = optimizer if isinstance(optimizer, int) else OPTIMIZERS[optimizer]
     run = _Run(states, ranks, ranks > 1 and sharding == "fsdp", grad_accum > 1)
@@ -62,7 +73,7 @@ def plan_module(
     limit, chosen = None, None
     if isinstance(budget, Memory):
         limit = predictor.predict(budget, base).peak
-        chosen = _choose(predictor, base, limit, hosted, exactly=True)  # one prediction against another: both err alike
+        chosen = _choose(predictor, base, limit, hosted, exactly=True)  # both peaks have the same prediction error
     elif budget is not None:
         limit, chosen = budget, _choose(predictor, base, budget, hosted)
     name = str(dtype).removeprefix("torch.")
@@ -70,27 +81,27 @@ def plan_module(
 
 
 class _Run(NamedTuple):
-    """What a process does and holds besides the model's own step."""
+    """Settings of the training run that the memory of a process depends on."""
 
-    states: int  # tensors of a weight's size that its optimizer holds
+    states: int  # tensors of a weight's size in the optimizer state
     ranks: int
     sharded: bool
-    accumulates: bool  # are gradients of an earlier forward there when a step begins?
+    accumulates: bool  # whether gradients of an earlier forward pass exist when a step begins
 
 
 class _Predictor:
-    """Simulates steps of one model, each under a memory policy of its own."""
+    """Simulates training steps of one model under different memory policies."""
 
     def __init__(self, model, inputs, dtype, run: _Run, progress):
         self.model, self.inputs, self.dtype, self.run, self.progress = model, inputs, dtype, run, progress
         self.columns = find_columns(model)
         self.shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
-        self.simulated: dict[CellPolicy, Footprint] = {}  # some are asked for several times
+        self.simulated: dict[CellPolicy, Footprint] = {}  # a policy may be requested several times
         self.costs: dict[int, CellCost] = {}
-        self.waits: dict[CellPolicy, int] = {}  # for the link to the host, in units of `OpCounter.work`
+        self.waits: dict[CellPolicy, int] = {}  # waits for the link to the host, in units of `OpCounter.work`
 
     def predict(self, policy: str | CellPolicy, base: Prediction | None = None) -> Prediction:
-        """What a step takes in a memory mode, or under any policy."""
+        """Predict the memory of a step in a memory mode or under a policy."""
         policy = policy if isinstance(policy, CellPolicy) else CellPolicy(policy)
         found = self.footprint(policy)
         flops = base.flops if base else found.flops
@@ -112,14 +123,16 @@ class _Predictor:
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise PlanError(
-                f"an input of {self.shape} does not go through the net ({reason})", "input_shape", code="input-rejected"
+                f"the model rejects an input of shape {self.shape} ({reason})", "input_shape", code="input-rejected"
             ) from error
 
     def space(self, peak: int, corrections: Sequence[int] = (), host: HostOptions | None = None) -> PolicySpace:
-        """What cells may keep in a step with this peak.
+        """Return what cells may keep in a step with this peak.
 
         Args:
-            corrections: bytes to add to the peak around each cell, and to that behind all of them.
+            peak: Largest allowed peak of a process.
+            corrections: Bytes to add to the expected peak around each cell, and after the last cell.
+            host: Options for host memory, or None.
         """
         static = self.predict("exact").peak - self.footprint(CellPolicy("exact")).peak
         if not self.costs:
@@ -130,7 +143,8 @@ class _Predictor:
         if host is not None:
             forward = [cost.work for cost in self.costs.values()]
             backward = [both - one for both, one in zip(uses["store"].work, forward, strict=True)]
-            # A gradient comes into being while backward sets free what its cell keeps, unless it leaves or is there.
+            # Backward allocates gradients while it frees what the cell kept, unless sharding removes them at once or
+            # they exist already.
             stays = not self.run.sharded and not self.run.accumulates
             gradients = [cost.gradients if stays else 0 for cost in self.costs.values()]
             space.options = host.extended(space.options, forward, backward, gradients)
@@ -139,10 +153,12 @@ class _Predictor:
     def search(
         self, peak: int, corrections: Sequence[int] = (), host: HostOptions | None = None
     ) -> tuple[CellPolicy, list[int]] | None:
-        """The policy with the least work whose peak is at most this, as far as single cells tell.
+        """Find the policy with the least compute whose expected peak is at most `peak`.
+
+        The expectation adds up single cells. It misses what they share.
 
         Returns:
-            The policy, and the bytes by which the peak around each cell differs from that in its simulated step.
+            The policy, and per cell the simulated peak minus the expected one. None if nothing fits.
         """
         space = self.space(peak, corrections, host)
         found = search(space.options, space.room) if host is None else host.search(space.options, space.room)
@@ -154,7 +170,7 @@ class _Predictor:
         return policy, [real - expected for real, expected in zip(peaks, space.peaks(choice), strict=True)]
 
     def least(self, host: HostOptions | None) -> list[CellPolicy]:
-        """Policies one of which has the lowest peak."""
+        """Return the policies that may have the lowest peak."""
         exact = CellPolicy("exact")
         if host is None:
             return [exact]
@@ -162,7 +178,7 @@ class _Predictor:
         return [exact, self._policy(space, least_kept(space.options))]
 
     def least_errors(self, host: HostOptions) -> list[int]:
-        """As those of `search`, for the policy that keeps the least on the device."""
+        """Return the errors of the expected peaks, as `search` does, for the policy that keeps least on the device."""
         space = self.space(0, host=host)
         return self._with_errors(space, least_kept(space.options))[1]
 
@@ -172,8 +188,10 @@ class _Predictor:
         return policy
 
     def margin(self, prediction: Prediction) -> int:
-        """Bytes to leave free: lost bits are predicted from what is usual, a hundredth of the peak if all cells have
-        them, and a fifth of that for the rest of the prediction."""
+        """Return the bytes to leave free below a budget.
+
+        The length of lost bits is an estimate: 0.8 % of the peak if all cells keep them. 0.2 % is for everything else.
+        """
         states, exact = (self.footprint(CellPolicy(mode)).cells for mode in ("recompute", "exact"))
         spared = {index: kept - lost for index, kept, lost in zip(exact.indices, states.kept, exact.kept, strict=True)}
         columns, more = self.columns.column_of_cell, {*prediction.stored, *dict(prediction.kept_cells)}
@@ -182,18 +200,18 @@ class _Predictor:
         return int((0.002 + 0.008 * share) * prediction.peak)
 
     def work(self, prediction: Prediction) -> int:
-        """Of a step that was simulated, in units of `OpCounter.work`."""
+        """Return the compute cost of a simulated step, in units of `OpCounter.work`."""
         return self.simulated[prediction.policy].work + self.waits.get(prediction.policy, 0)
 
     def _of_one_rank(self, found: Footprint, policy: CellPolicy, extra: float) -> Prediction:
-        """Add to a single process's footprint what the optimizer and the other ranks bring."""
+        """Add optimizer state and communication buffers to the footprint of a single process."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in trained)
         optimizer = self.run.states * gradients
-        activations = found.peak - found.parameters  # gradients among them, unless sharded
+        activations = found.peak - found.parameters  # includes gradients unless they are sharded
         if self.run.sharded:
-            # Each rank holds a share of everything; of two cells at a time (the one that runs and the next, fetched
-            # ahead) the whole weights, and of one the whole gradients, which `found` has counted.
+            # Each rank holds a shard of everything. It also holds the full weights of two cells (the running one and
+            # the prefetched next one), and the full gradients of one cell, which `found` includes.
             parameters, gradients, optimizer = (
                 -(-count // self.run.ranks) for count in (found.parameters, gradients, optimizer)
             )
@@ -226,7 +244,7 @@ class _Predictor:
 def _choose(
     predictor: _Predictor, base: Prediction, budget: int, host: HostOptions | None, exactly: bool = False
 ) -> Prediction:
-    """The least work under the budget, with or without host memory."""
+    """Return the prediction with the least compute under the budget, with or without host memory."""
     if base.peak <= budget:
         return base
     found: list[Prediction] = []
@@ -242,7 +260,7 @@ def _choose(
 def _least_work(
     predictor: _Predictor, base: Prediction, budget: int, host: HostOptions | None, exactly: bool
 ) -> Prediction:
-    """The least work under the budget, with a margin for what predictions miss unless it is to be met exactly."""
+    """Return the prediction with the least compute under the budget, with a margin for errors unless `exactly`."""
 
     def needs(prediction: Prediction) -> int:
         return prediction.peak + (0 if exactly else predictor.margin(prediction))
@@ -251,17 +269,17 @@ def _least_work(
         return needs(prediction) <= budget and (host is None or prediction.host <= host.host.bytes)
 
     lowest = [predictor.predict(policy, base) for policy in predictor.least(host)]
-    least = min(lowest, key=needs)  # even if host memory cannot hold it: part of it may be enough
+    least = min(lowest, key=needs)  # host memory may be too small for all of it, but a part may be enough
     if needs(least) > budget:
         raise _over_budget(predictor, least, needs(least), budget)
     found = lowest
-    # What single cells tell of host memory is far off, as cells share states: two beginnings find more than one.
+    # Cells share states, so the expected use of host memory is far off. Two starting points find better policies.
     for corrections in [predictor.least_errors(host), []] if host else [[]]:
         found = [*found, *_attempts(predictor, base, budget, host, least, needs, corrections)]
         if any(fits(prediction) and prediction.extra <= 1.0 for prediction in found):
             break
     best = min(filter(fits, found), key=predictor.work, default=None)
-    if best is None:  # host memory is too small for what the device lacks
+    if best is None:  # host memory is too small for what does not fit on the device
         raise _over_budget(predictor, lowest[0], needs(lowest[0]), budget)
     return best
 
@@ -275,7 +293,7 @@ def _attempts(
     needs: Callable[[Prediction], int],
     corrections: list[int],
 ) -> Iterator[Prediction]:
-    """Policies that are found one after the other, each with what was learned from the ones before."""
+    """Yield policies one after the other, each corrected by the errors of the previous ones."""
     if host is not None:
         host.limit = host.host.bytes
     spare = 0
@@ -290,31 +308,31 @@ def _attempts(
         fits = is_within and needs(tried) <= budget
         if fits and (is_known or tried.extra <= 1.0 or budget - needs(tried) < CLOSE * budget):
             return
-        if is_known and is_within:  # the search works in units, and finds what is above the budget by less than one
+        if is_known and is_within:  # the search rounds to units, so it can exceed the budget by less than one unit
             spare += max(needs(tried) - budget, int(CLOSE * budget))
             continue
-        # Tensors that cells share, and what else single cells do not tell, set the peaks off.
+        # Correct the expected peaks by what cells share.
         found = [known + error for known, error in zip(corrections or [0] * len(errors), errors, strict=True)]
         corrections = [max(pair) for pair in zip(corrections, found, strict=True)] if corrections else found
 
 
 def _over_budget(predictor: _Predictor, least: Prediction, needed: int, budget: int) -> PlanError:
-    """The error that names the smallest peak, and what would lower it."""
+    """Return the error for a budget that nothing fits: the smallest possible peak, and how to lower it."""
     batch = next(iter(predictor.shape), 1)
     static = least.parameters + least.gradients + least.optimizer + least.buckets
     sample = max(least.peak - static, 0) // max(batch, 1)
     turn = (
-        f"the weights, gradients and optimizer alone take {size(static)}; shard them over more ranks, or take "
-        "an optimizer with less state"
+        f"weights, gradients and optimizer alone take {size(static)}; shard them over more ranks, or use an "
+        "optimizer with less state"
         if static > budget
-        else f"each of the {batch} samples takes about {size(sample)}; lower the batch, use bfloat16, or shard"
+        else f"each of the {batch} samples takes about {size(sample)}; lower the batch size, use bfloat16, or shard"
     )
-    text = f"nothing fits {size(budget)}: the smallest peak is {size(needed)}. Of it, {turn}"
+    text = f"nothing fits {size(budget)}: the smallest peak is {size(needed)}, of which {turn}"
     return PlanError(text, "budget", code="over-budget")
 
 
 ATTEMPTS, CLOSE = 6, 0.002
-"""Policies that are simulated at most, and the part of a budget that may be left without trying another one."""
+"""Largest number of simulated policies, and the fraction of the budget that may stay unused without another attempt."""
 
 
 def _check(optimizer: str | int, ranks: int, sharding: str, grad_accum: int) -> None:
@@ -327,8 +345,6 @@ def _check(optimizer: str | int, ranks: int, sharding: str, grad_accum: int) -> 
             f"sharding {sharding!r} is unknown; choose {', '.join(SHARDINGS)}", "sharding", code="unknown-choice"
         )
     if ranks < 1:
-        raise PlanError(f"ranks {ranks}: at least one process trains", "ranks", code="out-of-range")
+        raise PlanError(f"ranks is {ranks}; pass at least 1", "ranks", code="out-of-range")
     if grad_accum < 1:
-        raise PlanError(
-            f"grad_accum {grad_accum}: an update takes at least one forward pass", "grad_accum", code="out-of-range"
-        )
+        raise PlanError(f"grad_accum is {grad_accum}; pass at least 1", "grad_accum", code="out-of-range")

@@ -1,9 +1,9 @@
-"""Which cells keep what: the least work that fits a budget, by dynamic programming.
+"""Search for the policy with the least compute that fits a memory budget, by dynamic programming.
 
-At cell u, in the forward as in backward, the memory holds what the cells before u keep, and what u itself needs. So a
-choice of one option per cell fits if, for every u, the bytes of the cells before it leave the room that u takes in its
-own option. The sum of these bytes, in small units, is the state of the program, as in the search for optimal
-checkpoints of a chain (Beaumont et al., arXiv 1911.13214).
+At cell u, in forward and backward, the memory holds what the cells before u keep and what u itself needs. A choice of
+one option per cell fits if, for every u, the bytes kept by the cells before u leave enough memory for the option of u.
+The sum of these bytes, in small units, is the state of the dynamic program, as in the search for optimal checkpoints
+of a chain (Beaumont et al., arXiv 1911.13214).
 """
 
 from __future__ import annotations
@@ -15,55 +15,65 @@ from typing import NamedTuple
 import numpy as np
 
 UNITS = 16384
-"""Steps into which the memory is divided."""
+"""Number of units into which the memory is divided."""
 
 
 class Option(NamedTuple):
-    """One way to treat a cell."""
+    """What one cell saves for backward, and what that costs.
 
-    kept: int  # bytes that it leaves behind
-    work: int  # that it takes
-    room: int  # bytes that cells before it may keep at most, for it to fit when the step is there
-    replayed: int | None  # how many of its saved tensors a replay brings back (`Kept`); see LOST, STATE and ALL
-    host: int = 0  # bytes that it leaves behind in host memory
-    waits: int = 0  # part of its work: waiting for the link to the host
-    products: tuple[int, ...] = ()  # numbers of the products whose results it keeps
+    Attributes:
+        kept: Bytes that the cell keeps on the device between forward and backward.
+        work: Compute cost of the cell, in units of `OpCounter.work`.
+        room: Largest number of bytes that the cells before it may keep, so that this option fits.
+        replayed: How many of its saved tensors a replay restores (`Kept`), or `LOST`, `STATE` or `ALL`.
+        host: Bytes that the cell keeps in host memory.
+        waits: Part of `work` that is spent waiting for the link to the host.
+        products: Indices of the matrix products whose results the cell keeps.
+    """
+
+    kept: int
+    work: int
+    room: int
+    replayed: int | None
+    host: int = 0
+    waits: int = 0
+    products: tuple[int, ...] = ()
 
 
 STATE, LOST, ALL = None, -1, -2
-"""Values of `Option.replayed`: keep the state alone; its lost bits; everything."""
+"""Values of `Option.replayed`: save only the state, only its lost bits, or everything."""
 
 
 def search(cells: Sequence[Sequence[Option]], room: int) -> list[Option] | None:
-    """The options of all cells with the least work that fit.
+    """Return the options of all cells that fit with the least compute.
 
     Args:
-        cells: what there is to choose from, in the order of the forward.
-        room: bytes that all cells together may keep.
+        cells: Options of each cell, in the order of the forward pass.
+        room: Bytes that all cells together may keep.
 
     Returns:
-        One option per cell; None if nothing fits.
+        One option per cell, or None if nothing fits.
     """
-    least = sum(min(option.kept for option in options) for options in cells)  # less than 0 if gradients outweigh it
+    least = sum(min(option.kept for option in options) for options in cells)  # negative if gradients outweigh it
     unit = max(room / UNITS, (room - least) / (8 * UNITS), 1.0)
     found = _search(cells, room, unit, 0)
-    return found or _search(cells, room, unit, len(cells))  # rounding may go against a choice that fits
+    return found or _search(cells, room, unit, len(cells))  # rounding may exclude a choice that fits
 
 
 def _search(cells: Sequence[Sequence[Option]], room: int, unit: float, tolerance: int) -> list[Option] | None:
-    """The search in units of so many bytes; every cell may be off by a tolerance in units."""
-    least = [min(option.kept for option in options) for options in cells]  # what a cell keeps in any case
+    """Search in units of `unit` bytes. Limits are relaxed by `tolerance` units."""
+    least = [min(option.kept for option in options) for options in cells]  # what each cell keeps at least
     highest = int((room - sum(least)) // unit) + tolerance
     if highest < 0:
         return None
-    work = np.full(highest + 1, np.inf)  # the least, by the units that are kept beside `least`
+    work = np.full(highest + 1, np.inf)  # least cost by the units that are kept in addition to `least`
     work[0] = 0.0
     choices: list[np.ndarray] = []
     for options, floor, before in zip(cells, least, accumulate(least, initial=0), strict=False):
         best, chosen = np.full_like(work, np.inf), np.full(len(work), -1, dtype=np.int16)
         for number, option in enumerate(options):
             step = round((option.kept - floor) / unit)
-            fits = int((option.room - before) // unit) + tolerance  # units that others may keep when the cell runs
+            fits = int((option.room - before) // unit) + tolerance  # units that the cells before it may keep
             reach = min(fits, highest - step)
             if reach < 0:
                 continue

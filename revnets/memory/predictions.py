@@ -1,4 +1,4 @@
-"""What a plan says: the bytes of a training step in each memory mode, and the choice under a budget."""
+"""The result of planning: the bytes of a training step in each memory mode, and the choice under a budget."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from revnets.utils.format import size
 
 
 class PlanError(ValueError):
-    """No plan: the request makes no sense, or nothing fits the budget.
+    """Raised if a plan cannot be made: an argument is invalid, or nothing fits the budget.
 
     Attributes:
-        key: the argument that it is about.
-        code: the kind of error, one of `revnets.config.error_codes.CODES`.
+        key: Name of the argument.
+        code: Kind of error, one of `revnets.config.error_codes.CODES`.
     """
 
     def __init__(self, message: str, key: str = "", code: str = "invalid-value"):
@@ -26,7 +26,7 @@ class PlanError(ValueError):
 
 
 def _restore(target: Any, state: list[Any]) -> None:
-    """Set the fields of a frozen dataclass from a pickle. An older one ends before the last of them."""
+    """Set the fields of a frozen dataclass from a pickle. Older pickles lack the last fields."""
     known = fields(target)
     defaults = [field.default for field in known[len(state) :]]
     for field, value in zip(known, [*state, *defaults], strict=True):
@@ -35,23 +35,41 @@ def _restore(target: Any, state: list[Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Bytes that one rank needs in one memory mode, once training runs."""
+    """Predicted bytes of one rank in one memory mode, in a training step after the first.
+
+    Attributes:
+        mode: Memory mode.
+        stored: Indices of the cells that save everything.
+        recomputed: Indices of the columns that save their states, as in mode `recompute`.
+        kept_cells: Further cells that save their state, as items of `ReversibleColumns.kept`.
+        parameters: Bytes of parameters and buffers.
+        gradients: Bytes of gradients.
+        optimizer: Bytes of the optimizer state.
+        buckets: Bytes that DDP or FSDP2 holds for communication.
+        kept: Bytes of activations saved for backward.
+        peak: Most bytes alive at once, all of the above included.
+        flops: Floating point operations of one step, forward and backward.
+        extra: Compute of the step relative to `store`: 1.33 means a third more. Waits for the host link are included.
+        offloaded: Indices of the cells that move what they save to host memory.
+        host: Most bytes in host memory at once.
+        products: Matrix products whose results are saved, as items of `ReversibleColumns.products`.
+    """
 
     mode: str
-    stored: tuple[int, ...]  # indices of the cells that keep everything
-    recomputed: tuple[int, ...]  # columns that keep their states, as in mode `recompute`
-    kept_cells: tuple[tuple[int, int | None], ...]  # further cells that keep theirs, as in `ReversibleColumns.kept`
-    parameters: int  # buffers included
+    stored: tuple[int, ...]
+    recomputed: tuple[int, ...]
+    kept_cells: tuple[tuple[int, int | None], ...]
+    parameters: int
     gradients: int
     optimizer: int
-    buckets: int  # what DDP or FSDP2 holds to communicate
-    kept: int  # activations between forward and backward
-    peak: int  # most bytes alive at once, all of the above included
-    flops: int  # of one step, forward and backward
-    extra: float  # work of the step against `store`, 1.33 = a third more; waits for the link to the host included
-    offloaded: tuple[int, ...] = ()  # cells that keep in host memory what they keep
-    host: int = 0  # bytes there, at most at once
-    products: tuple[tuple[int, tuple[int, ...]], ...] = ()  # whose results cells keep, as `ReversibleColumns.products`
+    buckets: int
+    kept: int
+    peak: int
+    flops: int
+    extra: float
+    offloaded: tuple[int, ...] = ()
+    host: int = 0
+    products: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def __setstate__(self, state: list[Any]) -> None:
         if len(state) == 11:  # an older pickle, without `kept_cells`
@@ -60,22 +78,34 @@ class Prediction:
 
     @property
     def name(self) -> str:
+        """The policy in words, such as `exact, 2 cells stored`."""
         return self.policy.name
 
     @property
     def policy(self) -> CellPolicy:
-        """What the cells keep."""
+        """What the columns and cells save."""
         ways = self.stored, self.recomputed, self.kept_cells, self.offloaded, self.products
         return CellPolicy(self.mode, *ways)
 
     def memory(self, columns: int) -> list[str]:
-        """The memory mode of each column."""
+        """Return the memory mode of each column."""
         return self.policy.memory(columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What each memory mode would take, and the choice under a budget."""
+    """Predicted memory of a training step in each memory mode, and the choice under a budget.
+
+    Attributes:
+        input_shape: Shape of the first input tensor, batch included.
+        dtype: Name of the dtype: `float32`, or the autocast dtype.
+        ranks: Number of processes that train together.
+        sharding: `ddp` or `fsdp`.
+        modes: One prediction per requested memory mode.
+        budget: Bytes of the budget, or None.
+        chosen: Prediction for the policy that was chosen under the budget, or None without a budget.
+        host: Bytes of host memory that may be used in addition, or None.
+    """
 
     input_shape: tuple[int, ...]
     dtype: str
@@ -83,29 +113,33 @@ class Plan:
     sharding: str
     modes: tuple[Prediction, ...]
     budget: int | None = None
-    chosen: Prediction | None = None  # under the budget
-    host: int | None = None  # bytes of host memory that may be used besides
+    chosen: Prediction | None = None
+    host: int | None = None
 
     def __setstate__(self, state: list[Any]) -> None:
         _restore(self, state)
 
     def apply(self, model: nn.Module) -> None:
-        """Set the chosen memory mode on a model."""
+        """Set the chosen policy on the reversible columns of a model.
+
+        Raises:
+            PlanError: If the plan was made without a budget.
+        """
         if self.chosen is None:
             raise PlanError(
-                "this plan was made without a budget and has chosen nothing; pass budget=",
+                "this plan has no chosen policy because it was made without a budget; pass budget=",
                 "budget",
                 code="missing-budget",
             )
         self.chosen.policy.apply(find_columns(model))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, for JSON."""
+        """Return the plan as plain data for JSON."""
         return asdict(self)
 
     @property
     def sentence(self) -> str:
-        """What was chosen under the budget, and what it costs."""
+        """One sentence with the chosen policy, its peak and its cost. Empty without a budget."""
         chosen = self.chosen
         if chosen is None or self.budget is None:
             return ""

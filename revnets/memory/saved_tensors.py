@@ -1,4 +1,4 @@
-"""What each cell of a model saves for backward, in order, and the work that lies before each of these tensors."""
+"""The tensors that each cell of a model saves for backward, in order, and the compute that precedes each of them."""
 
 from __future__ import annotations
 
@@ -18,31 +18,50 @@ from revnets.memory.tracker import MemoryTracker, OpCounter, Product
 
 
 class SavedTensor(NamedTuple):
-    """One of the tensors that a cell saves."""
+    """A tensor that a cell saves for backward.
 
-    nbytes: int  # of its storage; 0 if it was there before the cell, or if an earlier tensor shares it
-    work: int  # of the forward up to here, in units of `OpCounter.work`
+    Attributes:
+        nbytes: Bytes of its storage; 0 if the storage existed before the cell or belongs to an earlier saved tensor.
+        work: Compute cost of the forward pass up to this tensor, in units of `OpCounter.work`.
+    """
+
+    nbytes: int
+    work: int
 
 
 @dataclass(frozen=True, slots=True)
 class CellCost:
-    """What the calls of a cell leave behind under plain autograd, and what they compute."""
+    """What all calls of a cell save under plain autograd, and what they compute.
 
-    kept: int  # bytes
+    Attributes:
+        kept: Bytes saved for backward.
+        flops: Floating point operations.
+        work: Compute cost, in units of `OpCounter.work`.
+        gradients: Bytes of the gradients of its parameters.
+        saved: Saved tensors of the last call.
+        products: Matrix products of the last call. Their `end` counts from the beginning of that call.
+    """
+
+    kept: int
     flops: int
     work: int
-    gradients: int  # bytes of the gradients of its parameters
-    saved: tuple[SavedTensor, ...]  # of its last call
-    products: tuple[Product, ...] = ()  # of its last call; their `end` is counted from its begin
+    gradients: int
+    saved: tuple[SavedTensor, ...]
+    products: tuple[Product, ...] = ()
 
 
 def costs_of_cells(
     model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype = torch.float32
 ) -> dict[int, CellCost]:
-    """What each cell of a model would cost, found on fake copies of the model and its inputs.
+    """Compute the cost of each cell of a model on fake copies of the model and its inputs.
+
+    Args:
+        model: Module with reversible columns.
+        inputs: Positional arguments of its forward pass. Only shapes and dtypes matter.
+        dtype: float32, or bfloat16 or float16 for autocast.
 
     Returns:
-        The cost by the index of the cell (`ColumnsGroup.stored`), in the order of the forward.
+        Costs by cell index (see `ColumnsGroup.stored`), in the order of the forward pass.
     """
     found: dict[int, CellCost] = {}
     with FakeTensorMode() as mode:
@@ -59,7 +78,7 @@ def costs_of_cells(
             def end(cell: nn.Module, *_: Any) -> None:
                 kept, flops, work, saved, products = calls.pop().end()
                 index = next(indices[cast(Cell, cell)])
-                known = found.get(index, CellCost(0, 0, 0, 0, ()))  # of an earlier call, if the columns run again
+                known = found.get(index, CellCost(0, 0, 0, 0, ()))  # of an earlier call, if the columns run twice
                 sums = known.kept + kept, known.flops + flops, known.work + work
                 found[index] = CellCost(*sums, _gradients(cell), saved, products)
 
@@ -74,7 +93,7 @@ def costs_of_cells(
 
 
 class _Call:
-    """One call of a cell: what it saves and computes from now on."""
+    """Records what one call of a cell saves and computes, from construction until `end`."""
 
     def __init__(self, tracker: MemoryTracker, counter: OpCounter):
         self.tracker, self.counter = tracker, counter
@@ -93,7 +112,7 @@ class _Call:
         return tensor.detach()
 
     def end(self) -> tuple[int, int, int, tuple[SavedTensor, ...], tuple[Product, ...]]:
-        """Bytes kept, flops, work, saved tensors, products."""
+        """Stop recording; return bytes kept, FLOPs, compute cost, saved tensors and matrix products."""
         self.hooks.__exit__(None, None, None)
         counter = self.counter
         return (

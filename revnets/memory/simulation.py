@@ -1,8 +1,9 @@
-"""What one training step would take, found without taking it: the step runs on fake tensors under a counter of bytes.
+"""Simulation of one training step on fake tensors, with a count of its bytes and its compute.
 
-Fake tensors have shapes and no memory, so a net far larger than the machine can be looked at. Everything takes part
-that takes part in a real step: autograd's saved tensors, the engine's tape, replays, gradients as they come. Only the
-lost bits have no values to look at; their length is what is usual at the net's |gamma| (`lost_bits.expected_bytes`).
+Fake tensors have shapes but no memory, so the model may be far larger than the machine. The simulation includes
+everything that happens in a real step: saved tensors of autograd, the tape of the engine, replays and gradients. Lost
+bits are the exception: they depend on values, so their length is the expected one at the typical |gamma| of the model
+(`lost_bits.expected_bytes`).
 """
 
 from __future__ import annotations
@@ -31,15 +32,25 @@ from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of one training step, and its work."""
+    """Memory and compute of one simulated training step.
 
-    parameters: int  # parameters and buffers
-    kept: int  # alive between forward and backward because of the forward
-    peak: int  # most bytes alive at once, parameters included, and gradients if they are kept
-    flops: int  # of matrix products and convolutions, forward and backward
-    work: int  # the same and bytes written, see `OpCounter.work`
-    cells: CellUses  # what takes part in it cell by cell
-    host: int  # most bytes in host memory at once
+    Attributes:
+        parameters: Bytes of parameters and buffers.
+        kept: Bytes that the forward pass leaves alive for backward.
+        peak: Most bytes alive at once, including parameters, and gradients if they are kept.
+        flops: Floating point operations of matrix products and convolutions, forward and backward.
+        work: Compute cost: FLOPs and bytes written, see `OpCounter.work`.
+        cells: Memory and compute by cell.
+        host: Most bytes in host memory at once.
+    """
+
+    parameters: int
+    kept: int
+    peak: int
+    flops: int
+    work: int
+    cells: CellUses
+    host: int
 
 
 def simulate(
@@ -49,14 +60,20 @@ def simulate(
     keep_gradients: bool = True,
     accumulates: bool = False,
 ) -> Footprint:
-    """Run forward and backward of a model on fake copies of itself and its inputs.
+    """Run forward and backward of a model on fake copies of the model and its inputs.
 
     Args:
-        model: any module; it may lie on the meta device. Its memory modes are taken as they are.
-        inputs: positional arguments of its forward; only their shapes and dtypes matter.
+        model: Any module, possibly on the meta device. Its memory modes are used as they are.
+        inputs: Positional arguments of its forward pass. Only shapes and dtypes matter.
         dtype: float32, or bfloat16 or float16 for autocast.
-        keep_gradients: False lets every gradient leave as soon as it is whole, as sharded training does.
-        accumulates: gradients of an earlier batch are there already, and the new ones are added to them.
+        keep_gradients: If False, each gradient is dropped once it is complete, as in sharded training.
+        accumulates: Whether gradients of an earlier batch exist and the new ones are added to them.
+
+    Returns:
+        Memory and compute of the step.
+
+    Raises:
+        ArgumentError: If no output of the model requires a gradient.
     """
     gamma = typical_gamma(model)
     with FakeTensorMode() as mode, lost_bits.assumed(gamma):
@@ -83,13 +100,13 @@ def simulate(
 
 @contextmanager
 def without_packing(inputs: Any) -> Generator[None]:
-    """Let transformers take position ids that a model makes itself for those of one text a row.
+    """Make transformers treat position ids that a model creates itself as those of one text per row.
 
-    It asks their values whether several texts are packed into a row, and without values it assumes so: then each step
-    would have a mask for all pairs of positions that a real one does not have.
+    transformers inspects their values to find several texts packed into a row. Fake tensors have no values, so it
+    would assume packed texts and build a mask over all pairs of positions that a real step does not have.
 
     Args:
-        inputs: nest of the tensors that are given to the model; position ids among them may be packed.
+        inputs: Nested tensors that the model receives. Position ids among them may be packed.
     """
     masks: Any = sys.modules.get("transformers.masking_utils")
     if masks is None or not hasattr(masks, "find_packed_sequence_indices"):
@@ -112,7 +129,7 @@ def without_packing(inputs: Any) -> Generator[None]:
 
 
 def _without_packing_here(original: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-    """The function of transformers, but in threads that simulate a step it looks at given tensors alone."""
+    """Wrap the function of transformers: in threads that simulate a step, it inspects only inputs of the model."""
 
     @wraps(original)
     def find(position_ids: Tensor) -> Tensor | None:
@@ -123,11 +140,11 @@ def _without_packing_here(original: Callable[[Tensor], Tensor | None]) -> Callab
 
 
 class _Thread(threading.local):
-    given: set[Any] | None = None  # storages of the tensors that a simulated model is given
+    given: set[Any] | None = None  # storages of the inputs of the simulated model
 
 
 _thread, _lock = _Thread(), threading.Lock()
-_running: list[Any] = []  # the function of transformers, once for each simulation of any thread
+_running: list[Any] = []  # the original function, once per running simulation of any thread
 
 
 def _drop(parameter: Tensor) -> None:
@@ -135,11 +152,11 @@ def _drop(parameter: Tensor) -> None:
 
 
 def total(outputs: Any) -> Tensor:
-    """A scalar that every differentiable output takes part in."""
+    """Return a scalar loss that depends on every differentiable output."""
     terms = [tensor.float().mean() for tensor in tensors(outputs) if tensor.requires_grad]
     if not terms:
         raise ArgumentError(
-            "no output of the model requires a gradient, so there is no training step to look at",
+            "no output of the model requires a gradient, so there is no training step to simulate",
             "model",
             code="no-gradient",
         )
@@ -147,7 +164,7 @@ def total(outputs: Any) -> Tensor:
 
 
 def fake(value: Any, mode: FakeTensorMode) -> Any:
-    """A deep copy in which every tensor is a fake one on the CPU; the memory of the original is never touched."""
+    """Return a deep copy with fake CPU tensors. The data of the original tensors is never read."""
     memo: dict[int, Any] = {}
     for tensor in _all_tensors(value):
         memo[id(tensor)] = _fake_tensor(tensor, mode)
@@ -167,7 +184,7 @@ def _all_tensors(value: Any) -> Iterator[Tensor]:
         for module in all_modules(value):
             yield from module.parameters(recurse=False)
             yield from module.buffers(recurse=False)
-            # unregistered tensors, such as masks that are made once
+            # unregistered tensors, such as cached masks
             yield from (tensor for tensor in vars(module).values() if isinstance(tensor, Tensor))
     elif isinstance(value, tuple):
         for item in value:
@@ -177,7 +194,7 @@ def _all_tensors(value: Any) -> Iterator[Tensor]:
 
 
 def typical_gamma(model: nn.Module) -> float:
-    """The median |gamma| of a model's gains; of freshly built ones on the meta device, their first value."""
+    """Return the median |gamma| over the gains of a model. A gain on the meta device counts with its initial value."""
     found = []
     for module in all_modules(model):
         if isinstance(module, FixedGain):
@@ -186,5 +203,5 @@ def typical_gamma(model: nn.Module) -> float:
             known = module.weight.device.type != "meta"
             found.append(float(module.weight.detach().abs().median()) if known else abs(module.init))
         elif isinstance(module, Cell) and (gamma := getattr(module.gain, "gamma", 0.0)) > 0:
-            found.append(gamma)  # of a rewired block; 0 keeps the states, and there are no lost bits
+            found.append(gamma)  # of a rewired block; with 0 the states are saved, so there are no lost bits
     return sorted(found)[len(found) // 2] if found else 1.0

@@ -1,4 +1,4 @@
-"""How the bytes and the work of one training step divide among the cells of a model."""
+"""Record of how the memory and the compute of one training step divide among the cells of a model."""
 
 from __future__ import annotations
 
@@ -18,25 +18,32 @@ from revnets.memory.tracker import MemoryTracker, OpCounter
 
 @dataclass(frozen=True, slots=True)
 class CellUses:
-    """What the cells of a model keep, and the peak around each, in the order in which the forward comes to them.
+    """What the cells of a model keep, and the peak around each of them, in the order of the forward pass.
 
-    Entry k of `peaks` is the most bytes alive at once while the forward goes from the end of cell k - 1 to that of
-    cell k, or backward is at cell k: whenever cells 0 to k - 1 hold what they keep, and those from k + 1 on nothing.
-    One more entry is for what lies between the last cell and its backward, such as the head and the loss.
+    Entry k of `peaks` covers the forward pass from the end of cell k - 1 to the end of cell k, and the backward pass
+    of cell k. During both, cells 0 to k - 1 hold what they keep, and later cells hold nothing.
+
+    Attributes:
+        indices: Indices of the cells (`ColumnsGroup.stored`).
+        kept: Bytes that the backward pass of each cell frees, minus those of the gradients that it allocates.
+        work: Compute cost of forward, backward and replay of each cell, in units of `OpCounter.work`.
+        peaks: Most bytes alive at once around each cell. The last entry is for everything between the forward and the
+            backward pass of the last cell, such as the head and the loss.
     """
 
-    indices: tuple[int, ...]  # numbers of the cells (`ColumnsGroup.stored`)
-    kept: tuple[int, ...]  # bytes that each cell's backward sets free, without those of the gradients that it makes
-    work: tuple[int, ...]  # of forward, backward and replay, in units of `OpCounter.work`
+    indices: tuple[int, ...]
+    kept: tuple[int, ...]
+    work: tuple[int, ...]
     peaks: tuple[int, ...]
 
 
 class StepRecord:
-    """Follows one forward and backward of a model.
+    """Records one forward and backward pass of a model.
 
     Args:
-        model: with reversible columns or without; its cells get hooks that stay, so it should be a copy.
-        tracker, counter: count the step.
+        model: Model with or without reversible columns. Its cells get hooks that are not removed, so pass a copy.
+        tracker: Active tracker of the step.
+        counter: Active operator counter of the step.
     """
 
     def __init__(self, model: nn.Module, tracker: MemoryTracker, counter: OpCounter):
@@ -45,10 +52,10 @@ class StepRecord:
         self.kept: Counter[int] = Counter()
         self.work: Counter[int] = Counter()
         self.peaks: Counter[int] = Counter()
-        self.behind = 0  # the peak between the last cell and its backward
-        self.running = 0  # the cell that was called last
-        self.cell: int | None = None  # to which the time since the last event belongs; None if to none
-        self.live = 0  # bytes at the last event of backward
+        self.behind = 0  # peak between forward and backward of the last cell
+        self.running = 0  # index of the cell that was called last
+        self.cell: int | None = None  # cell to which everything since the last event is attributed, if any
+        self.live = 0  # bytes alive at the last event of backward
         self.seen_work = counter.work
         try:
             columns = find_columns(model)
@@ -67,8 +74,8 @@ class StepRecord:
         is_first = self.running not in self.order
         if is_first:
             self.order.append(self.running)
-            self._pass(self.running)  # what was before it
-        self.cell = self.running if is_first else None  # the columns run again: all cells hold something by now
+            self._pass(self.running)  # what ran before it
+        self.cell = self.running if is_first else None  # in a second run of the columns, all cells hold tensors
 
     def _end(self, cell: nn.Module, _: object, output: Tensor) -> None:
         if is_replaying():
@@ -81,10 +88,11 @@ class StepRecord:
             output.register_hook(lambda _: self._backward(index, state))
 
     def _backward(self, index: int | None, state: int = 0) -> None:
-        """The gradient of a cell's state is there: backward comes to the cell.
+        """Record that the gradient of a cell's state exists, which begins the backward pass of the cell.
 
         Args:
-            state: bytes of its state, of which a tape lets go just now; without a tape it is gone already.
+            index: Index of the cell, or None after the last one.
+            state: Bytes of its state, which a tape frees right after this call. 0 without a tape.
         """
         self._pass(self.cell)
         live = self.tracker.live - state
@@ -93,7 +101,7 @@ class StepRecord:
         self.cell, self.live = index, live
 
     def _pass(self, index: int | None) -> None:
-        """Attribute what happened since the last event to a cell, or to what lies behind all of them."""
+        """Attribute what happened since the last event to a cell, or to the part after the last cell."""
         peak = self.tracker.snapshot("").peak
         if index is None:
             self.behind = max(self.behind, peak)
@@ -103,7 +111,7 @@ class StepRecord:
         self.seen_work = self.counter.work
 
     def end(self) -> CellUses:
-        """The backward is over."""
+        """Finish the record after backward and return it."""
         self._backward(None)
         peaks = (*(self.peaks[index] for index in self.order), self.behind)
         kept, work = (tuple(found[index] for index in self.order) for found in (self.kept, self.work))

@@ -1,12 +1,12 @@
-"""Counts what a piece of code allocates and runs: bytes of tensor storages, operators, floating point operations.
+"""Counters for the code that runs under them: bytes of tensor storages, operators and floating point operations.
 
-`MemoryTracker` sees every operator that PyTorch dispatches, in the forward, inside of backward and inside of
-saved-tensor hooks, and follows each storage from its first operator to its death by a weak reference. Nothing is
-polled and no allocator is asked, so the numbers are exact to the byte, the same on every machine, and work for fake
-and meta tensors as well, which have a size but no memory.
+`MemoryTracker` sees every operator that PyTorch dispatches, in forward, in backward and in saved-tensor hooks. It
+follows each storage from the operator that creates it until a weak reference reports that it was freed. It neither
+polls nor queries an allocator, so the numbers are exact to the byte and equal on every machine. Fake and meta tensors,
+which have a size but no memory, count in the same way.
 
-What it cannot see: workspaces inside of one kernel, tensors made outside of the dispatcher (a generator's state),
-temporaries inside of a tensor subclass's own operators, and an allocator's rounding and fragmentation.
+Not counted: workspaces of a kernel, tensors created outside the dispatcher (the state of a generator), temporaries
+inside the operators of a tensor subclass, and rounding and fragmentation of an allocator.
 """
 
 from __future__ import annotations
@@ -29,32 +29,41 @@ from revnets.engine.replay.kept_products import is_product
 
 
 class Snapshot(NamedTuple):
-    """The counters at one moment."""
+    """The counters at one moment.
+
+    Attributes:
+        label: Label that was passed to `MemoryTracker.snapshot`.
+        live: Bytes alive at this moment.
+        peak: Most bytes alive at once since the previous snapshot.
+    """
 
     label: str
-    live: int  # bytes alive now
-    peak: int  # most bytes alive at once since the snapshot before
+    live: int
+    peak: int
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of storages that are created while it is active.
+    """Count the bytes of storages that are created while the tracker is active.
 
-    A storage counts once, however many views look at it, with all of its bytes. What existed before (parameters,
-    inputs) does not count unless it is registered. A storage that is resized counts from then on with its new size.
-    The counters go on when the tracker is entered again, and storages that die in between are still noticed.
+    A storage counts once, with all of its bytes, however many views share it. Storages that existed before
+    (parameters, inputs) do not count unless they are registered. A resized storage counts with its new size. The
+    counters continue when the tracker is entered again. Storages that are freed in between are still subtracted.
 
+    Example:
         with MemoryTracker() as tracker:
             loss = model(x).sum()
             kept = tracker.live
             loss.backward()
-        tracker.peak
+        print(kept, tracker.peak)
 
     Attributes:
-        live: bytes alive now. Host memory (`revnets/engine/offload`) counts apart, in `host` and `host_peak`.
-        peak: most bytes that were alive at once.
-        snapshots: what `snapshot` noted, in order.
-        label: set it to anything hashable, and what is created from then on counts under it as well.
-        live_by_label: bytes alive now, by the label of their birth.
+        live: Bytes alive now, without host memory (`revnets/engine/offload`).
+        peak: Most bytes alive at once, without host memory.
+        host: Bytes alive in host memory now.
+        host_peak: Most bytes alive in host memory at once.
+        snapshots: Results of `snapshot`, in order.
+        label: Any hashable value. Storages created from now on also count under this label.
+        live_by_label: Bytes alive now, by the label at their creation.
     """
 
     def __init__(self) -> None:
@@ -68,16 +77,16 @@ class MemoryTracker(TorchDispatchMode):
         self.live_by_label: Counter[Hashable] = Counter()
         self._since = 0  # peak since the last snapshot
         self._counted: dict[int, _Counted] = {}  # by address
-        self._resizes: list[Any] = []  # what `UntypedStorage.resize_` was before each `__enter__`
+        self._resizes: list[Any] = []  # `UntypedStorage.resize_` before each `__enter__`
 
     def register(self, *values: Any) -> None:
-        """Count what exists already: tensors, modules (parameters, buffers, gradients), optimizers, nests of them."""
+        """Count existing tensors, modules (parameters, buffers, gradients), optimizers, or containers of them."""
         for value in values:
             for storage in _storages(_expand(value)):
                 self._count(storage)
 
     def relabel(self, label: Hashable, *values: Any) -> None:
-        """Count under another label what is counted of these: tensors, modules, optimizers, nests of them."""
+        """Move counted storages to another label: those of tensors, modules, optimizers or containers of them."""
         for storage in _storages(_expand(values)):
             known = self._counted.get(storage._cdata)
             if known is not None:
@@ -86,18 +95,18 @@ class MemoryTracker(TorchDispatchMode):
                 self._add(self._counted[storage._cdata])
 
     def storages(self) -> set[int]:
-        """Addresses of the storages that are counted and alive."""
+        """Return the addresses of the counted storages that are alive."""
         return set(self._counted)
 
     def snapshot(self, label: str) -> Snapshot:
-        """Note the counters under a label; the snapshot's peak is the highest since the one before."""
+        """Record the counters under a label. The peak is the highest since the previous snapshot."""
         self.snapshots.append(Snapshot(label, self.live, self._since))
         self._since = self.live
         return self.snapshots[-1]
 
     def __enter__(self) -> MemoryTracker:
-        # A storage can change its size without an operator (FSDP frees its gathered weights that way), and no hook
-        # tells of it: the method itself has to.
+        # A storage can change its size without an operator (FSDP frees gathered weights that way), and there is no
+        # hook for it. So the method itself is replaced.
         original = torch.UntypedStorage.resize_
         self._resizes.append(original)
 
@@ -119,7 +128,7 @@ class MemoryTracker(TorchDispatchMode):
             return _device_of(*args)
         given = {storage._cdata: (storage, storage.nbytes()) for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
-        # `torch.tensor` makes its tensor in silence and shows it here, as an argument, for the first time.
+        # `torch.tensor` creates its tensor outside the dispatcher; it first appears here, as an argument.
         fresh = func is torch.ops.aten.lift_fresh.default
         for storage in _storages(result):
             if fresh or storage._cdata not in given:
@@ -130,7 +139,7 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        """Begin to count a storage, or take note of its new size."""
+        """Begin to count a storage, or update its size."""
         key, size = storage._cdata, storage.nbytes()
         known = self._counted.get(key)
         if known is None:
@@ -153,7 +162,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 class _Counted(NamedTuple):
-    """A storage that is counted."""
+    """A counted storage."""
 
     reference: weakref.ref
     size: int
@@ -162,18 +171,19 @@ class _Counted(NamedTuple):
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts operators by name, the work of those that multiply matrices, and what all of them write.
+    """Count operators by name, the FLOPs of matrix products, and the bytes that all operators write.
 
+    Example:
         with OpCounter() as counter:
             model(x).sum().backward()
-        counter.ops["aten.mm"], counter.matmuls, counter.flops
+        print(counter.ops["aten.mm"], counter.matmuls, counter.flops)
 
     Attributes:
-        ops: calls by name without overload, such as `aten.mm`, `aten.convolution`, `aten.native_layer_norm`.
-        matmuls: calls of products: matrix products, convolutions, attention kernels, and the backward of each.
-        flops: floating point operations of those calls; a multiplication and an addition are two.
-        written: bytes of the results of all operators but views.
-        products: what each product took that `ReversibleColumns.products` counts, in order.
+        ops: Calls by operator name without overload, such as `aten.mm`, `aten.convolution`, `aten.native_layer_norm`.
+        matmuls: Calls of matrix products, convolutions and attention kernels, forward and backward.
+        flops: Floating point operations of these calls. A multiplication and an addition count as two.
+        written: Bytes of the results of all operators except views.
+        products: Each matrix product that `ReversibleColumns.products` numbers, in order.
     """
 
     def __init__(self) -> None:
@@ -186,7 +196,7 @@ class OpCounter(TorchDispatchMode):
 
     @property
     def work(self) -> int:
-        """Operations and bytes in one number, which goes up and down as time does."""
+        """Compute cost: FLOPs and bytes written in one number, as an estimate of relative time."""
         return self.flops + FLOPS_PER_BYTE * self.written
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -210,15 +220,15 @@ class OpCounter(TorchDispatchMode):
 
 
 class Product(NamedTuple):
-    """A product of matrices, as `OpCounter` counts it."""
+    """A matrix product that `OpCounter` has counted."""
 
-    nbytes: int  # of its results
-    work: int  # that it takes
-    end: int  # work that was done when it was over
+    nbytes: int  # bytes of its results
+    work: int  # compute cost of the product
+    end: int  # value of `OpCounter.work` after the product
 
 
 FLOPS_PER_BYTE = 40
-"""Operations of a matrix product in the time in which another operator writes a byte: a few dozen on most machines."""
+"""FLOPs of a matrix product in the time in which another operator writes one byte: a few dozen on most machines."""
 
 
 @cache
@@ -228,11 +238,11 @@ def _is_view(func: Any) -> bool:
 
 
 _DEVICE = torch.ops.prim.device.default
-"""Fake tensors dispatch every question for their device: more than half of all calls, which make no tensor."""
+"""Fake tensors dispatch every access to their device: more than half of all calls, none of which creates a tensor."""
 
 
 def _device_of(tensor: Tensor) -> torch.device:
-    """What the modes below would answer, without a dispatch to each: inside of a kernel, fake tensors are meta ones."""
+    """Return the device without dispatching to the modes below. Inside a kernel, fake tensors are meta tensors."""
     if not isinstance(tensor, FakeTensor):
         return _DEVICE(tensor)
     return torch.device("meta") if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
@@ -240,7 +250,7 @@ def _device_of(tensor: Tensor) -> torch.device:
 
 _FLOPS = {
     **flop_registry,
-    # PyTorch has no formula for its CPU kernel of attention; the arguments are those of the GPU's.
+    # PyTorch has no formula for its CPU attention kernel, which takes the same arguments as the GPU kernel.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         torch.ops.aten._scaled_dot_product_flash_attention
     ],
@@ -248,27 +258,27 @@ _FLOPS = {
         torch.ops.aten._scaled_dot_product_flash_attention_backward
     ],
 }
-"""Floating point operations of every operator that multiplies matrices."""
+"""Formulas for the FLOPs of every operator that multiplies matrices."""
 
 
 def kept_bytes(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Bytes alive between forward and backward because of the forward, its outputs included.
+    """Return the bytes that `model(*args, **kwargs)` leaves alive for backward, outputs included.
 
-    Parameters, buffers and inputs existed before and do not count.
+    Parameters, buffers and inputs do not count.
     """
     with MemoryTracker() as tracker:
         output = model(*args, **kwargs)
-        gc.collect()  # a step that the forward simulated, for a plan, may be left in reference cycles
+        gc.collect()  # if the forward pass simulated a step for a plan, reference cycles may keep its tensors
         kept = tracker.live
     del output
     return kept
 
 
 def peak_bytes(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Most bytes alive at once in a forward and backward, gradients included, parameters and inputs not.
+    """Return the most bytes alive at once in `model(*args, **kwargs)` and backward, without parameters and inputs.
 
-    The loss is the sum of all outputs. Gradients are taken for the parameters and for inputs that require them; no
-    `.grad` is touched.
+    The loss is the sum of all outputs. Gradients of the parameters and of inputs that require them are computed and
+    count. No `.grad` is changed.
     """
     leaves = [tensor for tensor in tensors((list(model.parameters()), args, kwargs)) if tensor.requires_grad]
     with MemoryTracker() as tracker:
@@ -280,7 +290,7 @@ def peak_bytes(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a nest of tuples, lists and mappings."""
+    """Yield the tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -292,7 +302,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _expand(value: Any) -> Any:
-    """Everything a module or an optimizer holds, as a nest of tensors; a nest remains one."""
+    """Replace modules and optimizers in a nested container by lists of their tensors."""
     if isinstance(value, nn.Module):
         parameters = list(value.parameters())
         return [parameters, list(value.buffers()), [parameter.grad for parameter in parameters]]
@@ -304,7 +314,7 @@ def _expand(value: Any) -> Any:
 
 
 def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """The storages under a nest of tensors, those inside of sparse tensors and of subclasses included."""
+    """Yield the storages of nested tensors, including those inside sparse tensors and tensor subclasses."""
     if isinstance(value, Tensor):
         if is_traceable_wrapper_subclass(value):
             names, _ = value.__tensor_flatten__()
@@ -334,4 +344,4 @@ _SPARSE_PARTS = {
     torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
-"""How to reach the dense tensors of a sparse one."""
+"""Methods that return the dense parts of a sparse tensor, by layout."""
