@@ -1,4 +1,4 @@
-"""Analyses of a model: the audit of its gradients, its reconstructions, its gains and how its memory scales."""
+"""Analyses of a model: audit of its gradients, reconstruction of its states, gains, and memory scaling."""
 
 from revnets.analysis.reconstruction import observed
 

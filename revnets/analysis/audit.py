@@ -1,7 +1,7 @@
-"""Is it reversible, is the gradient right, what is kept: measured on the model at hand, not promised.
+"""Audit of a model: measure whether it is reversible, whether its gradients are right, and what it saves for backward.
 
-Every number comes from the model's own forward and the engine's own tape, in the surrounding that the model runs in:
-dropout, BatchNorm, autocast and padding masks take part. `revnets/analysis/audit_report.py` says what the numbers mean.
+Every number comes from the forward pass of the model and the tape of the engine, with dropout, BatchNorm, autocast and
+padding masks as in training. `revnets/analysis/audit_report.py` explains the numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from revnets.memory.tracker import MemoryTracker, OpCounter, tensors
 MODES = tuple(str(mode) for mode in Memory)
 
 ROUNDS = 3
-"""Steps of each mode that are timed."""
+"""Number of timed steps per mode."""
 
 
 def audit(
@@ -47,21 +47,28 @@ def audit(
 ) -> Audit:
     """Measure reconstruction, gradients and memory of a model with reversible columns.
 
-    Everything is left as it was: parameters, `.grad`, buffers, generators, memory policy. The pass runs under the
-    training flags and the autocast it finds: call `train()` or `eval()` before. Gradients are taken with
-    `torch.autograd.grad`, so hooks that wait for `.grad` do not fire.
+    Parameters, `.grad`, buffers, random number generators and the memory policy are unchanged afterwards. The steps
+    run with the current training flags and autocast state, so call `train()` or `eval()` first. Gradients are computed
+    by `torch.autograd.grad`, which does not trigger hooks on `.grad`.
+
+    Example:
+        net = revnets.ReversibleSequence([nn.Linear(4, 4) for _ in range(4)])
+        assert revnets.audit(net, torch.randn(2, 4)).ok
 
     Args:
-        model: has reversible columns, see `revnets.find_columns`.
-        x: the model's input; a tuple is passed on as positional, a mapping as keyword arguments.
-        modes: memory modes to measure. `store` runs in any case: it is what the others are held against.
-        loss: from the model's output to a scalar. By default a fixed random projection of all outputs, so that every
-            level gets a gradient.
-        seed: of the random numbers inside of the model (dropout) and of the projection.
-        progress: is told what is measured next.
+        model: Module with reversible columns, see `revnets.find_columns`.
+        x: Input of the model. A tuple contains positional arguments, a mapping keyword arguments.
+        modes: Memory modes to measure. `store` always runs as the reference.
+        loss: Function from the output of the model to a scalar. The default is a fixed random projection of all
+            outputs, so that every level gets a gradient.
+        seed: Seed of the random numbers in the model (dropout) and of the projection.
+        progress: Called with the name of each measurement before it starts.
+
+    Returns:
+        The audit.
 
     Raises:
-        ArgumentError: no reversible columns; an unknown mode; nothing that could get a gradient.
+        ArgumentError: If there are no reversible columns, a mode is unknown, or nothing requires a gradient.
     """
     columns = find_columns(model)
     modes = (modes,) if isinstance(modes, str) else modes
@@ -74,12 +81,14 @@ def audit(
     leaves |= {f"input {index}": tensor for index, tensor in enumerate(tensors(x)) if tensor.requires_grad}
     if not leaves:
         raise ArgumentError(
-            "no parameter and no input requires a gradient, so there is none to compare", "model", code="no-gradient"
+            "no parameter and no input requires a gradient, so there is nothing to compare",
+            "model",
+            code="no-gradient",
         )
     tell = progress or (lambda _: None)
 
     with _left_as_found(model, columns) as restore, outside_of_autocast() as region, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DriftWarning)  # it is measured here
+        warnings.simplefilter("ignore", DriftWarning)  # the audit measures the drift
 
         def forward() -> Any:
             with region():
@@ -91,9 +100,9 @@ def audit(
 
         step = partial(_step, columns, forward, losses, leaves, seed, restore)
         tell("store")
-        reference = step(Memory.STORE).gradients  # caches that the model fills once are filled here, and not counted
+        reference = step(Memory.STORE).gradients  # the model fills its caches in this step, which is not counted
         _require_finite(reference)
-        tell("store, once more")
+        tell("store, second run")
         again = step(Memory.STORE)
         results = []
         for mode in modes:
@@ -119,7 +128,7 @@ Gradients = dict[str, Tensor | None]
 
 
 class _Measured(NamedTuple):
-    """One forward and backward."""
+    """Measurements of one forward and backward pass."""
 
     gradients: Gradients
     kept: int
@@ -155,10 +164,10 @@ def _step(columns, forward, losses, leaves, seed, restore, mode: Memory) -> _Mea
 
 
 def _times(columns, forward, losses, leaves, seed, restore, modes: Sequence[ModeAudit]) -> dict[str, float]:
-    """Median seconds of a step in each mode that does not fail, without any counter around it.
+    """Return the median seconds of a step without counters, for each mode that does not fail.
 
-    CPU seconds of this process, which other jobs on the machine hardly change; elapsed ones on an accelerator. The
-    modes take turns, so that a machine that slows down slows all of them.
+    On the CPU, this is CPU time of the process, which other jobs on the machine hardly affect. On an accelerator, it
+    is elapsed time. The modes take turns, so that a slowdown of the machine affects all of them.
     """
     on_cpu = all(leaf.device.type == "cpu" for leaf in leaves.values())
     found: dict[str, list[float]] = {mode.mode: [] for mode in modes if not mode.failure}
@@ -168,7 +177,7 @@ def _times(columns, forward, losses, leaves, seed, restore, modes: Sequence[Mode
             columns.memory = mode
             torch.manual_seed(seed)
             begin = _clock(on_cpu)
-            with suppress(ReplayError):  # of a cell that is not the same each time; the gradients have told
+            with suppress(ReplayError):  # a non-deterministic cell, which the gradient step has already reported
                 roots = losses(forward())
                 torch.autograd.grad(roots, list(leaves.values()), _projection(roots, seed), allow_unused=True)
                 seconds.append(_clock(on_cpu) - begin)
@@ -211,8 +220,8 @@ def _require_finite(gradients: Gradients) -> None:
             norm(gradient.coalesce().values() if gradient.is_sparse else gradient)
         ):
             raise ArgumentError(
-                f"the gradient of {name} is not finite with ordinary autograd either (memory mode store), so nothing "
-                "can be held against it; check the input and the loss",
+                f"the gradient of {name} is not finite even with ordinary autograd (memory mode store), so there is "
+                "no reference; check the input and the loss",
                 "model",
                 code="not-finite",
             )
@@ -225,25 +234,27 @@ def _call(model: nn.Module, x: Any) -> Any:
 
 
 def _roots(output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
-    """Where backward starts."""
+    """Return the tensors from which backward starts."""
     if loss is not None:
         value = loss(output)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            text = "loss must turn the model's output into one number that requires a gradient"
+            text = "loss must return a tensor with one element that requires a gradient"
             raise ArgumentError(text, "loss", code="invalid-value")
         return [value]
     roots = [tensor for tensor in tensors(output) if tensor.requires_grad]
     if not roots:
         raise ArgumentError(
-            "no output of the model requires a gradient; is all of it frozen, or detached?", "model", code="no-gradient"
+            "no output of the model requires a gradient; check for frozen parameters and detached outputs",
+            "model",
+            code="no-gradient",
         )
     return roots
 
 
 def _projection(roots: list[Tensor], seed: int) -> list[Tensor | None]:
-    """Random weights w_i: backward from them is that of the loss sum_i <w_i, output_i>, without its memory.
+    """Return random weights w_i as output gradients: those of the loss sum_i <w_i, output_i>, without its memory.
 
-    A single number, such as a loss, has weight 1, which autograd writes as None.
+    A scalar output, such as a loss, has weight 1, which is None in autograd.
     """
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -254,7 +265,7 @@ def _projection(roots: list[Tensor], seed: int) -> list[Tensor | None]:
 
 @contextmanager
 def _left_as_found(model: nn.Module, columns: ColumnsGroup) -> Iterator[Callable[[], None]]:
-    """Put buffers, generators and the memory policy back at the end; yields what puts the buffers back in between."""
+    """Restore buffers, generators and the memory policy at the end. Yields a function that restores the buffers."""
     found = [
         (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
@@ -271,7 +282,7 @@ def _left_as_found(model: nn.Module, columns: ColumnsGroup) -> Iterator[Callable
     accelerator = torch.accelerator.current_accelerator()
     kind = accelerator.type if accelerator else "cuda"
     generators = torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind)
-    with generators, columns.using(stored=0):  # a plan in force would be part of every mode
+    with generators, columns.using(stored=0):  # without the current memory plan
         try:
             yield restore
         finally:

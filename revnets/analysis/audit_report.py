@@ -1,11 +1,13 @@
-"""What an audit found: the numbers, the verdict on them, and how they are shown.
+"""Result of an audit: the measured numbers, their verdicts, and their tables.
 
-- `exact` (green): every gradient is bit for bit that of `store`, which is ordinary autograd.
-- `drift` (yellow): it differs, within the limit.
-- `wrong` (red): it differs by more, is not finite, or the pass failed.
+Verdicts on the gradients of a memory mode:
 
-The limit is 0 for `recompute` and `exact`, which promise equal bits, and 1 % of the gradient for `invert`. Where
-`store` does not repeat itself bit for bit (kernels with atomic additions), ten times its own difference is granted.
+- `exact` (green): every gradient equals that of `store`, which is ordinary autograd, bit for bit.
+- `drift` (yellow): gradients differ within the limit.
+- `wrong` (red): gradients differ by more than the limit, are not finite, or the pass failed.
+
+The limit is 0 for `recompute` and `exact`, which promise equal bits, and 1 % of the gradient for `invert`. If two runs
+of `store` differ (kernels with atomic additions), the limit is at least ten times their difference.
 """
 
 from __future__ import annotations
@@ -21,52 +23,79 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-COLOURS = {"exact": "green", "drift": "yellow", "wrong": "red"}
-"""Of the verdicts, in a terminal."""
+COLORS = {"exact": "green", "drift": "yellow", "wrong": "red"}
+"""Colors of the verdicts in a terminal."""
 
 MOST_LEVELS = 8
-"""Of columns with more levels, the table does not give the errors one by one."""
+"""Largest number of levels whose errors the table shows one by one."""
 
 _PHRASES = {"exact": "bit for bit", "drift": "drifts", "wrong": "WRONG"}
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnAudit:
-    """How one column's states come back when backward rebuilds them from the last column's."""
+    """Reconstruction of the states of one column from those of the last column.
+
+    Attributes:
+        column: Index of the column.
+        elements: Elements of the state of each level.
+        invert_error: |rebuilt - state| / |state| by the plain inverse, L2 norm over all levels.
+        invert_max: Largest difference divided by the largest element.
+        invert_levels: L2 error of each level.
+        exact: Whether mode `exact` rebuilds every bit.
+    """
 
     column: int
-    elements: tuple[int, ...]  # of each level's state
-    invert_error: float  # |rebuilt - state| / |state|, L2 over all levels, by the plain inverse
-    invert_max: float  # the largest difference over the largest element
-    invert_levels: tuple[float, ...]  # the L2 error of each level
-    exact: bool  # does `exact` give back every bit?
+    elements: tuple[int, ...]
+    invert_error: float
+    invert_max: float
+    invert_levels: tuple[float, ...]
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ModeAudit:
-    """One forward and backward in one memory mode."""
+    """Measurements of one forward and backward pass in one memory mode.
+
+    Attributes:
+        mode: Memory mode.
+        gradient_error: |gradient - reference| / |reference|, L2 norm over all parameters. The reference is `store`.
+        worst_parameter: Parameter with the largest relative error, or empty if all are equal.
+        worst_error: Relative error of that parameter.
+        equal: Whether all gradients are equal bit for bit.
+        kept_bytes: Bytes that the forward pass leaves alive for backward, outputs included.
+        peak_bytes: Most bytes alive at once, including gradients, without parameters and inputs.
+        column_bytes: Bytes that the forward pass of each column adds.
+        forward_matmuls: Calls of matrix products, convolutions and attention kernels in forward.
+        backward_matmuls: The same in backward.
+        forward_flops: Floating point operations of forward.
+        backward_flops: Floating point operations of backward.
+        failure: Error message if the pass failed.
+        first_columns: Positions in `column_bytes` of the first column of each sequence.
+        seconds: Seconds of one step: CPU time, or elapsed time on an accelerator.
+    """
 
     mode: str
-    gradient_error: float  # |gradient - store's| / |store's|, L2 over all parameters
-    worst_parameter: str  # the one with the largest error of its own; empty if all are equal
-    worst_error: float  # that error
-    equal: bool  # bit for bit, every parameter
-    kept_bytes: int  # alive between forward and backward because of the forward, outputs included
-    peak_bytes: int  # most alive at once, gradients included, parameters and inputs not
-    column_bytes: tuple[int, ...]  # by how much each column's forward raised what is alive
-    forward_matmuls: int  # calls of matrix products, convolutions and attention kernels
+    gradient_error: float
+    worst_parameter: str
+    worst_error: float
+    equal: bool
+    kept_bytes: int
+    peak_bytes: int
+    column_bytes: tuple[int, ...]
+    forward_matmuls: int
     backward_matmuls: int
     forward_flops: int
     backward_flops: int
-    failure: str = ""  # the error, if the pass ended in one
-    first_columns: tuple[int, ...] = (0,)  # places in column_bytes of the columns with which a sequence starts
-    seconds: float = field(default=math.nan, compare=False)  # of one step: CPU time, on an accelerator elapsed time
+    failure: str = ""
+    first_columns: tuple[int, ...] = (0,)
+    seconds: float = field(default=math.nan, compare=False)
 
     @property
     def bytes_per_column(self) -> float:
-        """By how much one more column raises what is kept.
+        """Mean number of bytes that one more column adds.
 
-        The first one of a sequence does not count: it brings the window of states.
+        First columns of a sequence do not count, because they add the window of states.
         """
         added = [count for place, count in enumerate(self.column_bytes) if place not in self.first_columns]
         return sum(added) / len(added) if added else math.nan
@@ -74,37 +103,45 @@ class ModeAudit:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What `revnets.audit` found; `table()` is for people, `to_dict()` for machines, `ok` for scripts."""
+    """Result of `revnets.audit`.
+
+    Attributes:
+        model: Class of the model.
+        m: Largest number of levels of a column.
+        columns: Reconstruction of each column except those from which backward starts.
+        modes: Measurements of each memory mode.
+        noise: Gradient error between two runs of `store`. 0 if its kernels are deterministic.
+    """
 
     model: str
     m: int
     columns: tuple[ColumnAudit, ...]
     modes: tuple[ModeAudit, ...]
-    noise: float  # gradient error of `store` against itself: 0 if its kernels are deterministic
+    noise: float
 
     def limit(self, mode: str) -> float:
-        """The gradient error above which a mode is wrong."""
+        """Return the gradient error above which a mode is wrong."""
         return max(INVERT_LIMIT if mode == "invert" else 0.0, 10 * self.noise)
 
     def verdict(self, mode: ModeAudit) -> str:
-        """`exact`, `drift` or `wrong`, as the head of this module defines them."""
+        """Return `exact`, `drift` or `wrong`: equal gradients, errors within `limit`, or neither."""
         if mode.failure or not mode.gradient_error <= self.limit(mode.mode):  # NaN is wrong as well
             return "wrong"
         return "exact" if mode.equal else "drift"
 
     @property
     def ok(self) -> bool:
-        """No gradient is wrong, and `exact` rebuilds every state bit for bit."""
+        """Whether no gradient is wrong and mode `exact` rebuilds every state bit for bit."""
         return all(self.verdict(mode) != "wrong" for mode in self.modes) and all(c.exact for c in self.columns)
 
     @property
     def nothing_rebuilt(self) -> str:
-        """Why there is nothing to say about the columns, where there is not."""
+        """The reason why `columns` is empty."""
         failed = any(mode.failure for mode in self.modes)
-        return "the states could not be rebuilt" if failed else "nothing is rebuilt: there is one column only"
+        return "the states could not be rebuilt" if failed else "nothing is rebuilt: there is only one column"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON, which has no NaN and no infinity: those become text."""
+        """Return plain data for JSON. NaN and infinity become text, because JSON has neither."""
         modes = [
             {**asdict(mode), "bytes_per_column": mode.bytes_per_column, "verdict": self.verdict(mode)}
             for mode in self.modes
@@ -112,7 +149,7 @@ class Audit:
         return _plain({"ok": self.ok, **asdict(self), "modes": modes})
 
     def table(self) -> RenderableType:
-        """Two tables in colours, for `rich.print`: gradients and memory by mode, states by column."""
+        """Return two colored tables for `rich.print`: gradients and memory by mode, and states by column."""
         from rich.console import Group
 
         return Group(self._modes_table(), "", self._columns_table() if self.columns else self.nothing_rebuilt)
@@ -125,7 +162,7 @@ class Audit:
             "gradient",
             "error",
             "kept",
-            "more by\na column",
+            "per\ncolumn",
             "peak",
             "matmuls\nfwd+bwd",
             "step",
@@ -136,7 +173,7 @@ class Audit:
             verdict = self.verdict(mode)
             phrase = "reference" if mode.mode == "store" else "FAILED" if mode.failure else _PHRASES[verdict]
             table.add_row(
-                *(Text(cell, COLOURS[verdict]) for cell in (mode.mode, phrase, _number(mode.gradient_error))),
+                *(Text(cell, COLORS[verdict]) for cell in (mode.mode, phrase, _number(mode.gradient_error))),
                 size(mode.kept_bytes),
                 size(mode.bytes_per_column),
                 size(mode.peak_bytes),
@@ -146,9 +183,9 @@ class Audit:
             if mode.failure:
                 notes.append(f"{mode.mode}: {mode.failure}")
             elif not mode.equal:
-                notes.append(f"{mode.mode}: farthest off is {mode.worst_parameter}, by {_number(mode.worst_error)}")
+                notes.append(f"{mode.mode}: largest error {_number(mode.worst_error)} in {mode.worst_parameter}")
         if self.noise:
-            notes.append(f"store differs from itself by {_number(self.noise)}: its kernels are not deterministic")
+            notes.append(f"two runs of store differ by {_number(self.noise)}: its kernels are not deterministic")
         table.caption = "\n".join(notes)
         return table
 
@@ -158,7 +195,7 @@ class Audit:
         shown = self.m if self.m <= MOST_LEVELS else 0
         levels = [f"level\n{level}" for level in range(shown)]
         headings = ("column", "exact", "invert:\nerror", "largest", *levels)
-        table = table_of("States rebuilt from the last column's", headings, left=2)
+        table = table_of("States rebuilt from those of the last column", headings, left=2)
         for column in thinned(self.columns, 16):
             if column is None:
                 table.add_row("...")
@@ -166,8 +203,8 @@ class Audit:
             errors = (column.invert_error, column.invert_max, *column.invert_levels[:shown])
             table.add_row(
                 str(column.column),
-                Text("bit for bit", COLOURS["exact"]) if column.exact else Text("DIFFERS", COLOURS["wrong"]),
-                *(Text(f"{error:.0e}" if error else "0", COLOURS[_grade(error)]) for error in errors),
+                Text("bit for bit", COLORS["exact"]) if column.exact else Text("DIFFERS", COLORS["wrong"]),
+                *(Text(f"{error:.0e}" if error else "0", COLORS[_grade(error)]) for error in errors),
             )
         return table
 

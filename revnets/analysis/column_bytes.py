@@ -1,4 +1,4 @@
-"""What the forward of each column adds to the bytes alive."""
+"""Bytes that the forward pass of each column adds to those alive."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from revnets.memory.tracker import MemoryTracker
 
 @contextmanager
 def bytes_by_column(group: ColumnsGroup, tracker: MemoryTracker) -> Iterator[dict[int, int]]:
-    """Fill a dict with what each column's forward adds to the bytes alive, from its first cell to the next one's.
+    """Measure the bytes that each column adds, from its first cell to the first cell of the next column.
 
-    The last column of a sequence ends with the forward of the sequence. If a model calls the blocks one by one, that
-    forward never runs: the column then ends with its last cell, less the bytes of its sequence that are freed before
-    the next sequence starts, or before the model's forward ends.
+    The last column of a sequence ends with the forward pass of the sequence. If a model calls the blocks one by one,
+    that forward pass never runs. The column then ends with its last cell. Bytes of its sequence that are freed before
+    the next sequence starts, or before the forward pass of the model ends, are subtracted.
 
     Args:
-        group: its columns are the keys, in the order in which they run.
-        tracker: is active inside of the context.
+        group: Columns of the model.
+        tracker: Tracker that is active inside the context.
+
+    Yields:
+        A dict that is filled with the bytes of each column, in the order in which the columns run.
     """
     spans = _Spans(group, tracker)
-    cells = dict.fromkeys(group.flat())  # a set: one cell may serve several columns
+    cells = dict.fromkeys(group.flat())  # a set, because several columns may share a cell
     handles = [cell.register_forward_pre_hook(spans.enter_cell) for cell in cells]
     handles += [cell.register_forward_hook(spans.leave_cell) for cell in cells]
     handles += [columns.register_forward_hook(spans.leave_sequence) for columns in group]
@@ -40,13 +43,13 @@ def bytes_by_column(group: ColumnsGroup, tracker: MemoryTracker) -> Iterator[dic
 
 
 class _Spans:
-    """The columns of the sequence that runs, from mark to mark."""
+    """Bytes alive at the boundaries of the columns of the running sequence."""
 
     def __init__(self, group: ColumnsGroup, tracker: MemoryTracker):
         self.tracker = tracker
         self.added: dict[int, int] = {}
-        self.starts: dict[int, int] = {}  # bytes alive as each column of the running sequence begins
-        self.outside = 0  # bytes alive at the end of the last cell so far that were made outside of all cells
+        self.starts: dict[int, int] = {}  # bytes alive when each column of the running sequence starts
+        self.outside = 0  # bytes alive after the last cell so far that were allocated outside of all cells
         self.indices = group.call_indices()
         self.first_columns = group.first_columns
         self.columns = group.column_of_cell
@@ -68,13 +71,14 @@ class _Spans:
         self._close(self.tracker.live)
 
     def finish(self) -> None:
-        """End the running sequence, if its own forward has not."""
+        """End the running sequence unless its forward pass has ended it."""
         self._close(self.tracker.live - self.tracker.live_by_label[None] + self.outside)
 
     def _close(self, end: int) -> None:
-        """Weights that autocast has cast live in its cache until the region ends; no column keeps them."""
+        """Compute the bytes of the columns of the running sequence, which ends with `end` bytes alive."""
         if not self.starts:
             return
+        # Weights that autocast has cast stay in its cache until the region ends. They belong to no column.
         before = self.tracker.live_by_label.copy()
         torch.clear_autocast_cache()
         cached = before - self.tracker.live_by_label

@@ -1,4 +1,4 @@
-"""How close a rewired network is to the one that was trained: the outputs of both on one batch."""
+"""Fidelity of a rewired network: compare its outputs with those of the original network on one batch."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from revnets.pretrained.rewiring import original_blocks
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Agreement of the first output of both networks, in evaluation."""
+    """Agreement of the first output of both networks in evaluation mode.
 
-    cosine: float  # mean over the samples, 1 for equal directions
-    relative_error: float  # norm of the difference against that of the original output
-    same_largest: float  # share of positions whose largest entry of the last axis is the same, such as the class
+    Attributes:
+        cosine: Cosine similarity, mean over the samples.
+        relative_error: Norm of the difference divided by the norm of the original output.
+        same_largest: Fraction of positions with the same largest entry on the last axis, such as the same class.
+    """
+
+    cosine: float
+    relative_error: float
+    same_largest: float
 
     @property
     def sentence(self) -> str:
         """The three numbers in words."""
         return (
-            f"against the original network: cosine {self.cosine:.4f}, relative error {self.relative_error:.2%}, "
+            f"compared with the original network: cosine {self.cosine:.4f}, relative error {self.relative_error:.2%}, "
             f"same largest output {self.same_largest:.1%}"
         )
 
     def to_dict(self) -> dict[str, float]:
-        """The numbers by their names."""
+        """Return the numbers by name, for JSON."""
         return asdict(self)
 
 
@@ -39,14 +45,17 @@ class Fidelity:
 def fidelity(model: nn.Module, x: Any) -> Fidelity:
     """Compare the outputs of a rewired network with those of the original blocks.
 
-    Training flags are left as they are; both forwards run in evaluation.
+    Both forward passes run in evaluation mode. Training flags are restored afterwards.
 
     Args:
-        model: made reversible by `revnets.make_reversible`.
-        x: its input; a tuple is passed on as positional, a mapping as keyword arguments.
+        model: Network that `revnets.make_reversible` has rewired.
+        x: Input of the network. A tuple contains positional arguments, a mapping keyword arguments.
+
+    Returns:
+        The agreement of both outputs.
 
     Raises:
-        ArgumentError: the model is not rewired, or gives no tensor of floating point numbers.
+        ArgumentError: If the model is not rewired or returns no floating point tensor with at least two axes.
     """
     flags = {module: module.training for module in model.modules()}
     model.eval()
@@ -70,5 +79,6 @@ def _output(model: nn.Module, x: Any) -> Tensor:
     output = model(*positional, **keywords)
     first = next((tensor for tensor in tensors(output) if tensor.is_floating_point() and tensor.ndim > 1), None)
     if first is None:
-        raise ArgumentError("the model gives no tensor of floating point numbers", "model", code="invalid-value")
+        text = "the model returns no floating point tensor with at least two axes"
+        raise ArgumentError(text, "model", code="invalid-value")
     return first

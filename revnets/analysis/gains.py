@@ -1,7 +1,7 @@
-"""The gains gamma of a net, of a model or out of a file of weights, and what they cost in lost bits.
+"""The gains gamma of a model or of a file of weights, and the lost bits that they cost.
 
-Dividing by gamma in the inverse magnifies what x_t = F_t + gamma x_{t-m} has rounded away: the smaller |gamma|, the
-more bits `exact` keeps (`engine/lost_bits`).
+The inverse divides by gamma, which magnifies the rounding error of x_t = F_t + gamma x_{t-m}: the smaller |gamma|, the
+more lost bits mode `exact` saves (`engine/lost_bits`).
 """
 
 from __future__ import annotations
@@ -23,57 +23,72 @@ from revnets.models.loading import load_model
 from revnets.utils.checkpoint_io import RECORDS, CheckpointReadError, read_checkpoint
 
 BEST = ("checkpoints/best.pt", "best.pt", "checkpoint_best.pt")
-"""What is meant by the folder of a run: of `revnets train`, of fairseq."""
+"""Weights in the directory of a run of `revnets train` or fairseq, best first."""
 
 AVERAGED, OWN = ("ema", "state_dict_ema"), ("model", "state_dict")
-"""Where checkpoints keep averaged weights, and where those of the model."""
+"""Keys of averaged weights in checkpoints, and keys of the weights of the model."""
 
 MIN_ABS = 1e-3
-"""The bound of |gamma| that nets have unless told otherwise; files do not say."""
+"""Default lower bound of |gamma|, because files do not contain the bound."""
 
 SAMPLES = 2**16
-"""Elements of a cell's state on which lost bits are measured."""
+"""Elements of the state of a cell on which lost bits are measured."""
 
 MAX_CELLS, MAX_CHANNELS = 1000, 2**20
-"""Of all gains in a file; each cell takes 5 ms to measure, each channel 5 us."""
+"""Largest number of cells and channels in a file. A cell takes 5 ms to measure, a channel 5 us."""
 
 _GAIN = re.compile(r"(?:.*\.)?cells\.(\d+)\.(\d+)\.gain\.weight")
 
 
 class CellGains(NamedTuple):
-    """Of one cell."""
+    """Gains of one cell.
+
+    Attributes:
+        column: Index of the column.
+        level: Index of the level.
+        gamma: |gamma| of every channel, float64. A single number if gamma is not learned.
+    """
 
     column: int
     level: int
-    gamma: Tensor  # |gamma| of every channel, float64; one number if it is not learned
+    gamma: Tensor
 
 
 class Bits(NamedTuple):
-    """Lost bits of an element of a state."""
+    """Lost bits per element of a state.
 
-    expected: float  # what `exact` is expected to keep (`lostbits.expected_bytes`)
-    kept: float  # what it keeps of states and updates that are drawn from N(0, 1)
-    entropy: float  # the least that any code could keep of these, with the window known that rounding leaves
+    Attributes:
+        expected: Expected number (`lostbits.expected_bytes`).
+        kept: Number that mode `exact` saves for states and updates drawn from N(0, 1).
+        entropy: Lower bound for any code: entropy given the window that rounding leaves.
+    """
+
+    expected: float
+    kept: float
+    entropy: float
 
 
 def read_gains(source: str, overrides: Sequence[str] = (), trust: bool = True) -> list[CellGains]:
-    """The gains of every cell but those of the first column, which has none.
+    """Read the gains of every cell. The cells of the first column have none.
 
     Args:
-        source: a file of weights (.safetensors, or of `torch.save`: averaged weights are taken if there are any) or the
-            folder of a run, of whatever net; or what `revnets.models.loading.load_model` knows.
-        overrides: of the latter.
-        trust: may a YAML name classes of other projects?
+        source: File of weights (.safetensors or `torch.save`; averaged weights are preferred), directory of a run, or
+            any source of `revnets.models.loading.load_model`.
+        overrides: Overrides of a model. Not valid for weights.
+        trust: Whether a YAML file may name classes of other projects.
+
+    Returns:
+        Gains in the order of columns and levels.
 
     Raises:
-        revnets.SpecError: there is no such thing, it cannot be read, or it has no gains.
+        revnets.SpecError: If the source does not exist, cannot be read or has no gains.
     """
     path = Path(source)
     if path.suffix.lower() in (".yaml", ".yml") or not path.exists():
         gains = gains_of(load_model(source, overrides, trust=trust), source)
     elif overrides:
         raise SpecError(
-            source, "", f"weights take no options, such as {overrides[0]}", "Leave them out", code="invalid-override"
+            source, "", f"weights have no options such as {overrides[0]}", "Remove them", code="invalid-override"
         )
     else:
         gains = gains_in(_content(_file(path)))
@@ -82,18 +97,22 @@ def read_gains(source: str, overrides: Sequence[str] = (), trust: bool = True) -
         raise SpecError(
             source,
             "",
-            "it has no gains: no cells past a first column",
-            "Give a net of several columns",
+            "there are no gains: no cells after the first column",
+            "Give a model with several columns",
             code="no-columns",
         )
     return gains
 
 
 def gains_of(model: nn.Module, name: str = "model") -> list[CellGains]:
-    """Of a model with reversible columns.
+    """Return the gains of a model with reversible columns.
+
+    Args:
+        model: Module with reversible columns.
+        name: Name of the model in errors.
 
     Raises:
-        revnets.SpecError: it has none.
+        revnets.SpecError: If the model has no reversible columns.
     """
     try:
         group = find_columns(model)
@@ -109,7 +128,7 @@ def gains_of(model: nn.Module, name: str = "model") -> list[CellGains]:
 
 
 def gains_in(content: Any) -> list[CellGains]:
-    """In what a file of weights holds: a dict of tensors, or a checkpoint with such dicts."""
+    """Return the gains in the content of a file of weights: a dict of tensors, or a checkpoint of such dicts."""
     if not isinstance(content, Mapping):
         return []
     found = []
@@ -124,30 +143,30 @@ def gains_in(content: Any) -> list[CellGains]:
 
 
 def _require_measurable(gains: Sequence[CellGains], source: str) -> None:
-    """Refuse gains out of a file that are too many or no numbers, before time is spent on them."""
+    """Reject gains of a file that are too many, empty or not finite, before the measurement."""
     problem = ""
     channels = sum(len(cell.gamma) for cell in gains)
     if len(gains) > MAX_CELLS or channels > MAX_CHANNELS:
         problem = (
-            f"gains of {len(gains):,} cells and {channels:,} channels; at most {MAX_CELLS:,} cells and "
-            f"{MAX_CHANNELS:,} channels are measured"
+            f"there are gains of {len(gains):,} cells and {channels:,} channels, but at most {MAX_CELLS:,} cells and "
+            f"{MAX_CHANNELS:,} channels can be measured"
         )
     for cell in gains:
         place = f"the gain of column {cell.column}, level {cell.level}"
         if not len(cell.gamma):
-            problem = f"{place} is for no channels"
+            problem = f"{place} has no channels"
         elif not bool(cell.gamma.isfinite().all()):
             problem = f"{place} is not finite"
     if problem:
-        raise SpecError(source, "", problem, "Give a checkpoint of a net", code="wrong-format")
+        raise SpecError(source, "", problem, "Give a checkpoint of a model", code="wrong-format")
 
 
 def lost_bits(gamma: Tensor, samples: int = SAMPLES) -> Bits:
-    """What gains cost per element of a float32 state.
+    """Measure the lost bits that gains cost per element of a float32 state.
 
     Args:
         gamma: |gamma| of every channel.
-        samples: about how many elements are drawn.
+        samples: Approximate number of random elements.
     """
     expected = 8 * float(lostbits.expected_bytes(gamma.numpy()).mean())
     generator = torch.Generator().manual_seed(0)
@@ -164,7 +183,7 @@ def lost_bits(gamma: Tensor, samples: int = SAMPLES) -> Bits:
 
 
 def _entropy(numbers: Tensor, known: Tensor) -> float:
-    """Bits that an int32 takes on average where `known` is known of it."""
+    """Return the entropy in bits of int32 numbers, given `known`."""
     pairs, counts = ((known.long() << 32) + numbers).unique(return_counts=True)
     place = (pairs + 2**31 >> 32) - known.min()
     totals = torch.zeros(int(place.max()) + 1, dtype=torch.float64).index_add_(0, place, counts.double())
@@ -172,7 +191,7 @@ def _entropy(numbers: Tensor, known: Tensor) -> float:
 
 
 def rows(cells: Sequence[CellGains], bits: Sequence[Bits]) -> list[dict[str, int | float]]:
-    """A row for each cell: quantiles of |gamma|, and lost bits."""
+    """Return a row per cell for a CSV file: quantiles of |gamma|, and lost bits."""
     return [
         {"column": cell.column, "level": cell.level, "channels": len(cell.gamma)}
         | _quantiles(cell.gamma)
@@ -182,7 +201,7 @@ def rows(cells: Sequence[CellGains], bits: Sequence[Bits]) -> list[dict[str, int
 
 
 def table(cells: Sequence[CellGains], bits: Sequence[Bits]) -> list[dict[str, str]]:
-    """A row for each column, for people; lost bits are the mean over its levels."""
+    """Return a row per column for the terminal. Lost bits are the mean over the levels."""
     result = []
     for column in sorted({cell.column for cell in cells}):
         of_column = [pair for pair in zip(cells, bits, strict=True) if pair[0].column == column]
@@ -205,14 +224,14 @@ def _file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise SpecError(
-        str(path), "", f"this folder has none of {', '.join(BEST)}", "Give a file of weights", code="missing-file"
+        str(path), "", f"the directory contains none of {', '.join(BEST)}", "Give a file of weights", "missing-file"
     )
 
 
 def _content(path: Path) -> Any:
-    """What a file holds; nothing in it is executed."""
+    """Return the content of a file without executing code in it."""
     try:
-        return read_checkpoint(path, allowed=RECORDS)  # fairseq's checkpoints have such
+        return read_checkpoint(path, allowed=RECORDS)  # checkpoints of fairseq contain NumPy records
     except CheckpointReadError as error:
         hint = "revnets convert reads official files" if error.code == "unsafe-file" else error.hint
         raise SpecError(str(path), "", error.message, hint, code=error.code) from None

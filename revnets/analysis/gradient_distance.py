@@ -1,4 +1,4 @@
-"""How far apart two tensors are that should be one, and two sets of gradients."""
+"""Distance of a tensor from its reference, and of a set of gradients from another."""
 
 from __future__ import annotations
 
@@ -11,30 +11,48 @@ from torch import Tensor
 
 
 class Distance(NamedTuple):
-    """Of a tensor from its reference; norms are L2, taken in float64."""
+    """Distance of a tensor from its reference. Norms are L2 norms, computed in float64.
+
+    Attributes:
+        elements: Number of elements.
+        norm: Norm of the difference.
+        reference_norm: Norm of the reference.
+        largest: Largest absolute difference.
+        reference_largest: Largest absolute element of the reference.
+        equal: Whether all bits are equal.
+    """
 
     elements: int
-    norm: float  # of the difference
+    norm: float
     reference_norm: float
-    largest: float  # absolute difference
+    largest: float
     reference_largest: float
-    equal: bool  # every bit
+    equal: bool
 
     @property
     def relative(self) -> float:
+        """Norm of the difference divided by the norm of the reference."""
         return ratio(self.norm, self.reference_norm)
 
 
 class GradientDistance(NamedTuple):
-    """Of all gradients of a model from their references."""
+    """Distance of all gradients of a model from their references.
 
-    relative: float  # L2 of all differences over L2 of all references
-    worst: str  # name of the parameter that is farthest off; empty if all are equal
+    Attributes:
+        relative: L2 norm of all differences divided by the L2 norm of all references.
+        worst: Name of the parameter with the largest relative error, or empty if all are equal.
+        worst_relative: Relative error of that parameter.
+        equal: Whether all bits of all gradients are equal.
+    """
+
+    relative: float
+    worst: str
     worst_relative: float
-    equal: bool  # every bit of every gradient
+    equal: bool
 
 
 def distance(tensor: Tensor, reference: Tensor) -> Distance:
+    """Return the distance of a tensor from its reference of the same shape. Both may be sparse."""
     tensor, reference = _dense(tensor), _dense(reference)
     equal = same_bits(tensor, reference)
     wide = torch.promote_types(reference.dtype, torch.float32)
@@ -47,10 +65,15 @@ def distance(tensor: Tensor, reference: Tensor) -> Distance:
 def gradient_distance(
     gradients: Mapping[str, Tensor | None], references: Mapping[str, Tensor | None]
 ) -> GradientDistance:
-    """Compare gradients by name; None stands for zeros.
+    """Compare gradients by name. None means zeros.
 
-    A parameter's own error is relative to the norm of its gradient, but at least to a thousandth of what is usual for
-    its size: gradients that are zero but for rounding (of a bias before a norm) would be the worst ones every time.
+    The error of one parameter is relative to the norm of its gradient, or to a thousandth of the average norm for its
+    size if that is larger. Otherwise gradients that are zero except for rounding (of a bias before a norm) would always
+    be the worst ones.
+
+    Args:
+        gradients: Gradients by parameter name.
+        references: Reference gradients by parameter name.
     """
     distances = {}
     for name, reference in references.items():
@@ -62,7 +85,7 @@ def gradient_distance(
         if gradient is not None and reference is not None:
             distances[name] = distance(gradient, reference)
     total = math.hypot(*(d.reference_norm for d in distances.values()))
-    usual = total / math.sqrt(max(1, sum(d.elements for d in distances.values())))  # of one element
+    usual = total / math.sqrt(max(1, sum(d.elements for d in distances.values())))  # root mean square of an element
     errors = {
         name: ratio(d.norm, max(d.reference_norm, 1e-3 * usual * math.sqrt(d.elements)))
         for name, d in distances.items()
@@ -78,20 +101,21 @@ def gradient_distance(
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Is every bit the same? 0.0 differs from -0.0, and a NaN equals itself."""
+    """Return True if shapes, dtypes and all bits are equal. 0.0 differs from -0.0, and a NaN equals itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return a.numel() == 0 or torch.equal(_bytes(a), _bytes(b))
 
 
 def norm(tensor: Tensor) -> float:
+    """Return the L2 norm of a real or complex tensor, computed in float64."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
 
 
 def ratio(difference: float, size: float) -> float:
-    """difference / size, where nothing over nothing is nothing."""
+    """Return difference / size, with 0 / 0 = 0."""
     if difference == 0:
         return 0.0
     return difference / size if size else math.inf

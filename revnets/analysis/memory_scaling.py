@@ -1,4 +1,4 @@
-"""How the memory of a training step grows with the number of columns (figure 4): predicted, and measured."""
+"""Memory of a training step against the number of columns (figure 4 of the paper), predicted and measured."""
 
 from __future__ import annotations
 
@@ -24,45 +24,68 @@ from revnets.utils.format import size
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Bytes of one training step, without an optimizer."""
+    """Bytes of one training step without an optimizer.
 
-    kind: str  # predicted or measured
+    Attributes:
+        kind: `predicted` or `measured`.
+        mode: Memory mode.
+        columns: Number of columns.
+        batch: Batch size.
+        input: Shape of one sample, such as `3x224x224`.
+        dtype: Name of the dtype: `float32`, or the autocast dtype.
+        parameters: Bytes of parameters and buffers.
+        kept: Bytes of activations saved for backward.
+        peak: Most bytes alive at once: weights, gradients and activations.
+    """
+
+    kind: str
     mode: str
     columns: int
     batch: int
-    input: str  # shape of a sample
+    input: str
     dtype: str
     parameters: int
-    kept: int  # activations between forward and backward
-    peak: int  # most bytes alive at once: weights, gradients, activations
+    kept: int
+    peak: int
 
     @property
     def words(self) -> str:
-        """What step it is about."""
+        """Batch size, input shape and dtype in words."""
         return f"batch {self.batch} of {self.input.replace('x', ' x ')}, {self.dtype}"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A training step of nets that differ in their number of columns."""
+    """A training step of models that differ in their number of columns.
 
-    source: str  # what `revnets.models.loading.load_model` knows, and takes `columns=`
+    Attributes:
+        source: Source of `revnets.models.loading.load_model` with the option `columns`.
+        overrides: Overrides `key.path=value`.
+        columns: Numbers of columns.
+        modes: Memory modes.
+        shape: Shape of one sample.
+        batch: Batch size.
+        dtype: float32, or bfloat16 or float16 for autocast.
+        trust: Whether a YAML file may name classes of other projects.
+    """
+
+    source: str
     overrides: tuple[str, ...]
     columns: tuple[int, ...]
     modes: tuple[str, ...]
-    shape: tuple[int, ...]  # of one sample
+    shape: tuple[int, ...]
     batch: int
-    dtype: torch.dtype  # other than float32 mean autocast
-    trust: bool = True  # may a YAML name classes of other projects?
+    dtype: torch.dtype
+    trust: bool = True
 
     def model(self, columns: int, device: str = "cpu") -> nn.Module:
-        """The net with that many columns; on the device `meta` it takes no memory."""
+        """Build the model with this number of columns. On the device `meta` it takes no memory."""
         with torch.device(device):
             overrides = [*self.overrides, f"columns={columns}", *self._directions(columns)]
             return load_model(self.source, overrides, trust=self.trust)
 
     def _directions(self, columns: int) -> list[str]:
-        """Overrides for a net with columns that run down: as large a part of them does so, whatever their number."""
+        """Return overrides that preserve the fraction of columns that run down, if there are any."""
         if Path(self.source).suffix.lower() not in (".yaml", ".yml"):
             return []
         spec = load_spec(self.source, self.overrides, trust=self.trust)
@@ -76,20 +99,20 @@ class Step:
         return overrides
 
     def point(self, kind: str, mode: str, columns: int, parameters: int, kept: int, peak: int) -> Point:
-        """What was found about it."""
+        """Return a point of this step."""
         shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
         return Point(kind, mode, columns, self.batch, shape, dtype, parameters, kept, peak)
 
 
 def predicted(step: Step, tell: Callable[[str], None] = lambda _: None) -> Iterator[Point]:
-    """A point for each number of columns and mode, without building a net.
+    """Predict the memory for each number of columns and mode, on the meta device.
 
     Args:
-        step: what is predicted.
-        tell: is told what comes next.
+        step: The training step.
+        tell: Called with a description of each prediction before it starts.
 
     Raises:
-        revnets.SpecError: the input does not go through the net.
+        revnets.SpecError: If the model has no reversible columns or rejects the input.
     """
     for count in step.columns:
         tell(f"predicting {count} column{'s' * (count > 1)}")
@@ -104,10 +127,16 @@ def predicted(step: Step, tell: Callable[[str], None] = lambda _: None) -> Itera
 
 
 def measured(step: Step, tell: Callable[[str], None] = lambda _: None) -> Iterator[Point]:
-    """The same by real steps on the CPU; every byte of every tensor is counted (`revnets.MemoryTracker`).
+    """Measure the memory for each number of columns and mode, by real steps on the CPU.
+
+    `revnets.MemoryTracker` counts every byte of every tensor.
+
+    Args:
+        step: The training step.
+        tell: Called with a description of each measurement before it starts.
 
     Raises:
-        revnets.SpecError: the input does not go through the net.
+        revnets.SpecError: If the model rejects the input.
     """
     for count, mode in product(step.columns, step.modes):
         tell(f"measuring {count} column{'s' * (count > 1)}, {mode}")
@@ -122,9 +151,9 @@ def measured(step: Step, tell: Callable[[str], None] = lambda _: None) -> Iterat
 
 
 def step_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[int, int, int]:
-    """Bytes of parameters and buffers, bytes kept for backward, and the peak of a forward and backward on the CPU."""
+    """Run forward and backward on the CPU; return bytes of weights, bytes saved for backward, and peak bytes."""
     with MemoryTracker() as tracker, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DriftWarning)  # bytes are looked at, not gradients
+        warnings.simplefilter("ignore", DriftWarning)  # gradients do not matter here
         tracker.register(model)
         parameters = tracker.live
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -136,7 +165,7 @@ def step_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) 
 
 def _unfit(step: Step, error: BaseException) -> SpecError:
     reason = str(error).splitlines()[0].removesuffix(".")
-    problem = f"an input of {step.shape} does not go through ({reason})"
+    problem = f"the model rejects an input of shape {step.shape} ({reason})"
     return SpecError(
         step.source, "", problem, "Give --input, and --measure-input for the small step", code="input-rejected"
     )
@@ -150,7 +179,7 @@ def _require_columns(model: nn.Module, source: str) -> None:
 
 
 def table(points: Sequence[Point]) -> list[dict[str, str]]:
-    """A row for each number of columns, for people."""
+    """Return a row per number of columns for the terminal."""
     rows: dict[int, dict[str, str]] = {}
     for point in points:
         row = rows.setdefault(point.columns, {"columns": str(point.columns), "weights": size(point.parameters)})

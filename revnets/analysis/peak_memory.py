@@ -1,8 +1,8 @@
-"""Where the memory of a training step goes: what the bytes that are alive at the peak belong to.
+"""Breakdown of the peak memory of a training step: what the bytes alive at the peak belong to.
 
-The step runs twice on fake tensors, as `revnets.plan` does. The first pass finds the peak. The second one, at the same
-allocation, sorts every storage that is alive by its holder (a parameter, a gradient, the optimizer, the tape) and what
-has no such holder by the part of the step that made it. The parts sum to the peak.
+The step runs twice on fake tensors, as for `revnets.plan`. The first pass finds the peak. The second pass stops at the
+same allocation and sorts every live storage by its holder (parameter, gradient, optimizer, tape), or by the part of
+the step that allocated it if it has no such holder. The parts add up to the peak.
 """
 
 from __future__ import annotations
@@ -40,20 +40,25 @@ def memory_parts(
     modes: tuple[str, ...] = tuple(Memory),
     progress: Callable[[str], None] | None = None,
 ) -> MemoryParts:
-    """What the peak of a training step consists of, in each memory mode.
+    """Break down the peak of a training step in each memory mode.
 
-    The loss is the cross entropy where the model returns logits: a matrix, or a mapping with `logits`, as models of
-    transformers do; otherwise the mean of all outputs.
+    The loss is the cross entropy if the model returns logits (a matrix, or a mapping with `logits` as models of
+    transformers return), otherwise the mean of all outputs.
 
     Args:
-        model: has reversible columns, see `revnets.find_columns`; it may lie on the meta device.
-        inputs: positional arguments of its forward; only their shapes and dtypes matter.
+        model: Module with reversible columns, see `revnets.find_columns`. It may be on the meta device.
+        inputs: Positional arguments of its forward pass. Only shapes and dtypes matter.
         dtype: float32, or bfloat16 or float16 for autocast.
-        optimizer: whose state is counted, one of `revnets.config.memory_budget.OPTIMIZERS`.
+        optimizer: Optimizer whose state is counted, a key of `revnets.config.memory_budget.OPTIMIZERS`.
+        modes: Memory modes.
+        progress: Called with each mode before it is simulated.
+
+    Returns:
+        The parts of the peak in each mode.
 
     Raises:
-        ArgumentError: no reversible columns, or no output that requires a gradient.
-        RuntimeError: the model runs other operations at every call.
+        ArgumentError: If there are no reversible columns, or no output requires a gradient.
+        RuntimeError: If the model runs different operations at every call.
     """
     columns = find_columns(model)
     shape = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), ())
@@ -78,15 +83,15 @@ def _peak(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, states:
             cell = max(most, key=most.__getitem__)
             return PeakMemory(mode, *step.found, step.cell_name(cell), most[cell])
     name = type(model).__name__
-    raise RuntimeError(f"{name} runs other operations at every call, so its peak is not found again. Make calls equal")
+    raise RuntimeError(f"{name} runs different operations at every call, so its peak differs. Make all calls equal")
 
 
 PASSES = 3
-"""Look for the peak at most so often: what a model caches for good is made in the first pass alone."""
+"""Largest number of passes that search for the peak again. Tensors that a model caches exist only after the first."""
 
 
 class _Found(NamedTuple):
-    """What is alive at the peak."""
+    """The breakdown of the bytes alive at the peak."""
 
     parts: dict[str, int]
     place: str
@@ -94,19 +99,19 @@ class _Found(NamedTuple):
 
 
 class _Label(NamedTuple):
-    """Where in the step something is made."""
+    """The part of the step in which a storage is allocated."""
 
     is_backward: bool
     cell: int | None  # index of the running cell, None between cells
-    seen: int  # cells that the forward has passed
+    seen: int  # number of cells that have finished their forward pass
 
 
 class _PeakTracker(MemoryTracker):
-    """A tracker that knows at which of its counts the peak is, and calls `look` when it comes to the count `stop`.
+    """A tracker that records at which count the peak occurs, and calls `look` at the count `stop`.
 
     Attributes:
-        most_of_cells: by the index of a cell, the most bytes alive at once that it has made in its forward, or in its
-            replay and backward.
+        most_of_cells: By cell index, the most bytes alive at once that the cell has allocated in its forward pass, or
+            in its replay and backward pass.
     """
 
     def __init__(self, stop: int | None, look: Callable[[], None]):
@@ -132,9 +137,12 @@ class _Step:
     """One training step of a fake copy of the model.
 
     Args:
-        states: tensors of a weight's size that the optimizer holds.
-        stop: the count of the tracker at which to sort what is alive.
-        calls: of cells in a forward, for a pass that stops.
+        model: The model.
+        inputs: Positional arguments of its forward pass.
+        dtype: float32, or the autocast dtype.
+        states: Tensors of a weight's size in the optimizer state.
+        stop: Count of the tracker at which live storages are sorted.
+        calls: Calls of cells in a forward pass, for a pass with `stop`.
     """
 
     def __init__(
@@ -177,7 +185,7 @@ class _Step:
 
     @contextmanager
     def _followed(self) -> Iterator[None]:
-        """Keep `place` up to date: by hooks of the cells in the forward and in replays, of their states in backward."""
+        """Update `place` by hooks: on cells in forward and in replays, and on their states in backward."""
         columns = self.columns
         calls = columns.call_indices()
         indices: dict[Cell, int] = {}
@@ -192,7 +200,7 @@ class _Step:
                 self._move(True, indices.get(cast(Cell, cell)))
                 return
             index = indices[cast(Cell, cell)] = next(calls[cast(Cell, cell)])
-            if firsts.pop(column_of_cell[index], False):  # backward leaves the cells for what is before them
+            if firsts.pop(column_of_cell[index], False):  # after these cells, backward reaches what precedes them
                 for read in tensors(reads):
                     if read.requires_grad:
                         read.register_hook(lambda gradient: reached(None, gradient))
@@ -217,9 +225,9 @@ class _Step:
                 handle.remove()
 
     def _look(self) -> None:
-        """Sort the live bytes by part. Tensors that a replay saved belong to the running cell."""
+        """Sort the live bytes by part. Tensors that a replay saves belong to the running cell."""
         tracker, place = self.tracker, self.place
-        for tape in [item for item in gc.get_objects() if type(item) is Tape]:  # nothing else leads to all of them
+        for tape in [item for item in gc.get_objects() if type(item) is Tape]:  # no registry contains all tapes
             for part, held in _holdings(tape):
                 tracker.relabel(part, held)
         tracker.relabel("weights", list(self.model.parameters()), list(self.model.buffers()))
@@ -258,7 +266,7 @@ class _Step:
         return "head and loss" if place.seen >= self.calls else "stem"
 
     def cell_name(self, index: int) -> str:
-        """A cell as `Graph.name` has it, with the number of its sequence where there are several."""
+        """Return the name of a cell (see `Graph.name`), with the index of its sequence if there are several."""
         start = 0
         for number, member in enumerate(self.columns):
             if index < start + len(member.graph.nodes):
@@ -269,7 +277,7 @@ class _Step:
 
 
 def training_loss(output: Any) -> Tensor:
-    """The cross entropy where an output is logits, the mean of all outputs elsewhere; see `memory_parts`."""
+    """Return the cross entropy of logits, or the mean of all outputs if there are none. See `memory_parts`."""
     logits = output.get("logits") if isinstance(output, Mapping) else output
     if isinstance(logits, Tensor) and logits.requires_grad and logits.dim() in (2, 3) and logits.is_floating_point():
         is_text = isinstance(output, Mapping)
@@ -289,7 +297,7 @@ def _stored_cells(columns: ColumnsGroup) -> frozenset[int]:
 
 
 def _holdings(tape: Tape) -> Iterator[tuple[str, list[Any]]]:
-    """What a tape holds, by part; a later part has precedence, for a replay saves states of the window as well."""
+    """Yield what a tape holds by part. Later parts have precedence: a replay also saves states of the window."""
     records = [record for record in tape.records if record is not None]
     yield "running cell", [held.tensor for record in records for held in record.saved.values()]
     yield "kept states", [record.kept.tensor for record in records if record.kept is not None]

@@ -1,4 +1,4 @@
-"""What the peak of a training step consists of: the parts, how they are shown, and the advice that follows."""
+"""Result of a peak memory breakdown: the parts, their table, and advice on how to lower the peak."""
 
 from __future__ import annotations
 
@@ -12,47 +12,65 @@ if TYPE_CHECKING:
 
 PARTS = {
     "weights": "parameters and buffers",
-    "cast weights": "copies of weights in the dtype of autocast",
-    "gradients": "of the parameters, as far as they are there",
-    "optimizer": "its state",
+    "cast weights": "copies of weights in the autocast dtype",
+    "gradients": "gradients of the parameters that exist at the peak",
+    "optimizer": "optimizer state",
     "input": "the batch",
-    "stem": "what is saved before the columns and between several sequences of them",
-    "window": "the last m states, and gradients that wait for their cells",
-    "kept states": "states that `recompute` keeps",
-    "lost bits": "what `exact` keeps to invert bit for bit",
-    "stored cells": "what cells in `store` save for backward",
-    "running cell": "all that the one cell needs that runs, or is replayed, at the peak",
-    "head and loss": "what is behind the columns: head, logits, loss",
+    "stem": "tensors saved before the columns and between several sequences of columns",
+    "window": "the last m states, and gradients of states whose cells have not run backward",
+    "kept states": "states that `recompute` saves",
+    "lost bits": "what `exact` saves to invert bit for bit",
+    "stored cells": "tensors that cells in mode `store` save for backward",
+    "running cell": "everything that the cell that runs or is replayed at the peak allocates",
+    "head and loss": "everything after the columns: head, logits, loss",
 }
-"""Parts of the peak, in the order in which they are shown."""
+"""Parts of the peak in display order, with their meaning."""
 
 STATIC = ("weights", "cast weights", "gradients", "optimizer")
 
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
-    """The peak of a step in one memory mode."""
+    """The peak of a training step in one memory mode.
+
+    Attributes:
+        mode: Memory mode.
+        parts: Bytes by part, without parts of 0 bytes.
+        place: What runs at the peak: a cell such as `cell c3.l0`, `stem`, or `head and loss`.
+        is_backward: Whether the peak is in backward.
+        largest_cell: Cell that allocates the most bytes at once when it runs or is replayed.
+        largest_cell_bytes: These bytes.
+    """
 
     mode: str
-    parts: dict[str, int]  # bytes by part, without those that are 0
-    place: str  # what runs at the peak: a cell, such as `cell c3.l0`, `stem` or `head and loss`
+    parts: dict[str, int]
+    place: str
     is_backward: bool
-    largest_cell: str  # the one that makes most bytes at once, when it runs or is replayed
+    largest_cell: str
     largest_cell_bytes: int
 
     @property
     def peak(self) -> int:
-        """Bytes alive at the peak, all parts together."""
+        """Bytes alive at the peak: the sum of all parts."""
         return sum(self.parts.values())
 
     def share(self, *parts: str) -> float:
-        """The share of these parts in the peak."""
+        """Return the fraction of the peak that these parts take."""
         return sum(self.parts.get(part, 0) for part in parts) / self.peak
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryParts:
-    """What `memory_parts` found; `table()` is for people, `to_dict()` for machines."""
+    """Result of `revnets.analysis.peak_memory.memory_parts`.
+
+    Attributes:
+        model: Class of the model.
+        input_shape: Shape of the first input tensor, batch included.
+        dtype: Name of the dtype: `float32`, or the autocast dtype.
+        optimizer: Optimizer whose state is counted.
+        m: Largest number of levels of a column.
+        modes: The peak in each memory mode.
+    """
 
     model: str
     input_shape: tuple[int, ...]
@@ -63,44 +81,44 @@ class MemoryParts:
 
     @property
     def advice(self) -> str:
-        """One sentence on the largest part of the peak of `exact`, or of the lowest one, and on what lowers it."""
+        """One sentence on the largest part of the peak of `exact` (or of the lowest peak), and how to lower it."""
         known = {mode.mode: mode for mode in self.modes}
         best = known.get("exact") or min(self.modes, key=lambda mode: mode.peak)
         saving = f"{best.mode} takes {size(best.peak)}"
         if "store" in known and best.mode != "store":
-            saving += f" where store takes {size(known['store'].peak)}"
+            saving += f", store {size(known['store'].peak)}"
         largest = max((part for part in PARTS if part not in STATIC), key=lambda part: best.parts.get(part, 0))
         batch = self.input_shape[0] if self.input_shape else 1
         sample = size((best.peak - sum(best.parts.get(part, 0) for part in STATIC)) / batch)
         reasons = {
-            "head and loss": "is behind the columns (head, logits, loss): more columns do not change it and no memory "
-            "mode lowers it, a loss that is computed in chunks does",
-            "running cell": f"is what {best.place} needs alone: more columns do not raise it, and a cell of fewer "
-            "blocks, or checkpointing inside of the cell, lowers it",
+            "head and loss": "is for head, logits and loss: it does not depend on the number of columns or the memory "
+            "mode; compute the loss in chunks to lower it",
+            "running cell": f"is for {best.place} alone: it does not depend on the number of columns; use fewer blocks "
+            "per cell, or checkpointing inside the cell, to lower it",
             "window": f"is the window of {self.m} states: it grows with the batch and the size of the input, not with "
             "the number of columns",
-            "stem": "is saved outside of the cells, where no memory mode changes it: checkpoint that part",
+            "stem": "is saved outside the cells, so no memory mode changes it; checkpoint that part to lower it",
             "input": "is the input itself",
-            "lost bits": "is lost bits: gains nearer to 1 lose fewer",
-            "kept states": "is kept states: mode exact keeps their lost bits alone",
-            "stored cells": "is saved by stored cells: modes recompute and exact replay them",
+            "lost bits": "is lost bits; gains closer to 1 lose fewer",
+            "kept states": "is kept states; mode exact saves only their lost bits",
+            "stored cells": "is saved by stored cells; modes recompute and exact recompute them",
         }
         share, static = best.share(largest), best.share(*STATIC)
         if static <= share:
             return f"{saving}; {share:.0%} of it {reasons[largest]}."
         return (
-            f"{saving}; {static:.0%} of it is weights, gradients and optimizer, which no memory mode changes: a sample "
-            f"more takes {sample}, most of it for {largest}, so increase the batch, shard the weights or take an "
-            "optimizer with less state."
+            f"{saving}; {static:.0%} of it is weights, gradients and optimizer state, which no memory mode changes. "
+            f"One more sample takes {sample}, most of it for {largest}: increase the batch, shard the weights, or use "
+            "an optimizer with less state."
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """Return plain data for JSON."""
         modes = [{**asdict(mode), "peak": mode.peak} for mode in self.modes]
         return {**asdict(self), "modes": modes, "advice": self.advice}
 
     def table(self) -> RenderableType:
-        """Parts by mode, and the advice, for `rich.print`."""
+        """Return a table of the parts by mode, and the advice, for `rich.print`."""
         from rich.console import Group
         from rich.text import Text
 
@@ -123,5 +141,5 @@ class MemoryParts:
 
 
 def _broken(place: str) -> str:
-    """A place in lines that a narrow column has room for."""
+    """Break a place into lines for a narrow column."""
     return place.replace(" of ", "\nof ")

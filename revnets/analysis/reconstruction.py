@@ -1,4 +1,4 @@
-"""How well the states of every column come back, through the tape that backward uses."""
+"""Reconstruction of the states of every column by the tape that backward uses."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ from revnets.engine.memory_mode import Memory
 from revnets.engine.tape import Tape
 
 Contexts: TypeAlias = "dict[int, dict[str, Any]]"
-"""Keyword arguments of each cell, by its index."""
+"""Keyword arguments of each cell, by cell index."""
 
 
 def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: int) -> tuple[ColumnAudit, ...]:
-    """Compare the states that backward rebuilds with those of the forward, column by column.
+    """Compare the states that backward rebuilds with those of the forward pass, column by column.
 
-    The last window of states is where backward starts; it is not rebuilt and not part of the result.
+    Backward starts from the last window of states, which is not rebuilt and not part of the result.
 
     Args:
-        columns: whose states.
-        call: runs the model around them. When it has run the cells, their states are rebuilt, on the same input, with
-            the same arguments of each cell and under the same autocast.
-        seed: for the random numbers inside of the cells.
+        columns: Columns whose states are rebuilt.
+        call: Runs the model with these columns. After the cells have run, their states are rebuilt from the same
+            input, with the same arguments of each cell and the same autocast state.
+        seed: Seed of the random numbers in the cells.
+
+    Returns:
+        The reconstruction of each column, or nothing if a cell cannot be taped.
     """
     found: list[tuple[ColumnAudit, ...]] = []
     stems: list[Tensor] = []
-    contexts: Contexts = {}  # by index of the cell: a rewired block has arguments of its own
+    contexts: Contexts = {}  # by cell index, because the arguments of rewired blocks may differ
     indices = ColumnsGroup([columns]).call_indices()
 
     def enter(cell: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -53,17 +56,17 @@ def reconstruction(columns: ReversibleColumns, call: Callable[[], Any], seed: in
 
     def finish(*_: Any) -> None:
         for handle in handles:
-            handle.remove()  # the comparison calls the cells as well
+            handle.remove()  # the comparison also calls the cells
         found.append(_compare(columns, stems[0], contexts, seed))
 
     handles = [cell.register_forward_pre_hook(enter, with_kwargs=True) for cell in indices]
     handles += [cell.register_forward_hook(leave) for cell in indices]
-    handles.append(columns.register_forward_hook(finish))  # some cells may be left out
+    handles.append(columns.register_forward_hook(finish))  # the model may skip some cells
     try:
         with torch.no_grad():
             call()
     except ReplayError:
-        return ()  # a cell that cannot be taped: every mode but `store` has failed on it and said why
+        return ()  # a cell that cannot be taped; the audit reports its error in every mode but `store`
     finally:
         for handle in handles:
             handle.remove()
@@ -98,9 +101,9 @@ def _compare(columns: ReversibleColumns, stem: Tensor, contexts: Contexts, seed:
 def _rebuilt(
     columns: ReversibleColumns, stem: Tensor, contexts: Contexts, seed: int, mode: Memory
 ) -> dict[int, Distance]:
-    """Run all cells on a tape, keep every state beside it, let it come down as backward does, and compare."""
+    """Run all cells on a tape, rebuild the states from the last ones as backward does, and compare them."""
     graph, cells = columns.graph, columns.flat()
-    common = contexts[0]  # of cells that the model has left out as well
+    common = contexts[0]  # also for cells that the model has skipped
     tape = Tape(graph, cells, stem, common)
     states: list[Tensor] = []
     torch.manual_seed(seed)
@@ -117,28 +120,28 @@ def _rebuilt(
     result = {}
     for node in reversed(graph.nodes):
         if (t := node.residual) is not None:
-            tape.move_to(node.index - 1)  # steps below the state that has replaced x_t, and so rebuilds x_t
+            tape.move_to(node.index - 1)  # undoes the cell that replaced x_t, which rebuilds x_t
             result[t] = distance(tape.window[t].tensor, states[t])
     return result
 
 
 @contextmanager
 def observed(columns: ReversibleColumns, note: Callable[[int, Tensor], None]) -> Generator[None]:
-    """Call `note(t, x_t)` for each cell t as soon as it has run.
+    """Context manager that calls `note(t, x_t)` after each cell t has run.
 
-    The state comes with its graph, if there is one. It lives on only as long as `note` keeps it. Leave the context
-    before `backward`, whose replays call cells as well.
+    The state includes its autograd graph, if there is one. It stays alive only if `note` keeps a reference. Leave the
+    context before `backward`, whose replays also call cells.
 
     Args:
-        columns: run once inside of the context.
-        note: may not change the state.
+        columns: Columns that run once inside the context.
+        note: Called with the index of the cell and its state. It must not change the state.
     """
     index = count()
 
     def hook(_module: nn.Module, _inputs: Any, state: Tensor) -> None:
         note(next(index), state)
 
-    cells = dict.fromkeys(columns.flat())  # a set: one cell may serve several columns
+    cells = dict.fromkeys(columns.flat())  # a set, because several columns may share a cell
     handles = [cell.register_forward_hook(hook) for cell in cells]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Networks as data: the YAML loader, the registry of components and the specification that checks them."""
+"""Configuration: the YAML loader, the component registry and the network specification."""
 
 from revnets.config.errors import ConfigError, SpecError
 from revnets.config.loader import Strict, load

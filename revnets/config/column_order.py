@@ -1,4 +1,4 @@
-"""What a YAML may say about single columns: in which direction they run, and the constant that enters at one."""
+"""Configuration of single columns: their directions, and the constant input of one column."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from revnets.config.memory_budget import BudgetSpec
 from revnets.engine.graph import DIRECTIONS
 
 MAX_COUNT = 10_000
-"""Bound of the number of columns, and of the blocks of a level: larger numbers are typing errors."""
+"""Largest number of columns, and of blocks per level. Larger numbers are typing errors."""
 
 MAX_AXES, MAX_POSITIONS = 3, 1_000_000
-"""Bounds of the positions of a constant."""
+"""Largest number of axes, and of positions, of a constant."""
 
 
 def one_or_per_column(noun: str, known: Sequence[str], more: str = "") -> BeforeValidator:
-    """Takes one word out of the known ones, or a list of one per column; mappings pass."""
+    """Return a validator that accepts one of the known words, or a list of one word per column.
+
+    Args:
+        noun: Name of the value in errors, such as `direction`.
+        known: Accepted words.
+        more: Further accepted form, appended to the hint of errors. Mappings pass unchecked.
+    """
 
     def check(value: Any) -> Any:
         if isinstance(value, (dict, BudgetSpec)):
@@ -43,9 +49,9 @@ Directions = Annotated[str | tuple[str, ...], one_or_per_column("direction", DIR
 
 
 def count_columns(data: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a net with `columns: {up: 2, down: 2}` written out: `columns: 4`, `direction: [up, up, down, down]`.
+    """Expand `columns: {up: 2, down: 2}` to `columns: 4` and `direction: [up, up, down, down]`.
 
-    The validator of the net calls it, before it checks single keys.
+    The validator of the network calls this before it checks single keys.
     """
     counts: dict[str, Any] = data["columns"]
     for key, count in counts.items():
@@ -55,28 +61,28 @@ def count_columns(data: dict[str, Any]) -> dict[str, Any]:
         if isinstance(count, bool) or not isinstance(count, int):
             raise problem(what(count), "Give a whole number", "columns", key, code="wrong-type")
         if not 0 <= count <= MAX_COUNT:
-            text = f"{show(count)} is no number of columns"
+            text = f"{show(count)} is not a valid number of columns"
             raise problem(text, f"Give 0 to {MAX_COUNT}", "columns", key, code="out-of-range")
     up, down = (counts.get(direction, 0) for direction in DIRECTIONS)
     if not up:
-        text = "no column runs up, and the stem enters at level 0 of such a column"
+        text = "no column runs up, but the stem needs one: its output enters at level 0"
         raise problem(text, "Give at least 1", "columns", "up", code="out-of-range")
     if "direction" in data:
-        text = "the directions are given twice, here and by the mapping of columns"
+        text = "the mapping of columns already sets the directions"
         remedy = "Remove this key, or give columns as a number"
         raise problem(text, remedy, "direction", code="conflicting-values")
     return {**data, "columns": up + down, "direction": ["up"] * up + ["down"] * down if down else "up"}
 
 
 def _axes(value: Any) -> Any:
-    """A list, or the length of one axis alone, as a tuple."""
+    """Convert a list, or the length of a single axis, to a tuple."""
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
 
 
 class ConstantSpec(Strict):
-    """A learned constant that enters at the first level of a column, such as mask tokens at the start of a decoder."""
+    """A learned constant that is an input of the first level of a column, such as the mask tokens of a decoder."""
 
     column: int = Field(ge=0, examples=[2])
     positions: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_COUNT)], ...], BeforeValidator(_axes)] = ()
@@ -84,6 +90,6 @@ class ConstantSpec(Strict):
     @model_validator(mode="after")
     def _bounded(self) -> Self:
         if len(self.positions) > MAX_AXES or prod(self.positions) > MAX_POSITIONS:
-            remedy = f"Give at most {MAX_AXES} axes of together {MAX_POSITIONS:,} positions"
+            remedy = f"Give at most {MAX_AXES} axes with a total of {MAX_POSITIONS:,} positions"
             raise problem(f"{show(self.positions)} is too large", remedy, "positions", code="out-of-range")
         return self

@@ -1,4 +1,4 @@
-"""What is said when something in a configuration is wrong: one line that names file, key, value and remedy."""
+"""Errors of configurations: one line with the file, the key, the value and a hint how to fix it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ Keys = tuple[str | int, ...]
 
 
 class ConfigError(ValueError):
-    """Something that the user gave cannot be used: names the file, the key path, the value and what to do.
+    """Raised for an invalid value in a configuration or on the command line.
+
+    The message is one line with the source, the key, the problem and a hint.
+
+    Args:
+        source: File of the value, or another origin such as "command line".
+        key: Key path such as "levels.0.dim", or option such as "--png". Empty for the whole source.
+        message: What is wrong.
+        hint: How to fix it.
+        code: Kind of error, one of `revnets.config.error_codes.CODES`.
 
     Attributes:
-        source: the file, or where else the value was given, such as "command line".
-        key: the key path in it, such as "levels.0.dim", or the option, such as "--png"; empty for the whole source.
-        message: what is wrong, on one line; also `problem`.
-        hint: what to do about it, on one line, or empty; also `remedy`.
-        code: the kind of error, one of `revnets.config.error_codes.CODES`. Unlike the words, it does not change.
+        source: File of the value, or another origin such as "command line".
+        key: Key path such as "levels.0.dim", or option such as "--png". Empty for the whole source.
+        message: What is wrong, on one line. Also available as `problem`.
+        hint: How to fix it, on one line, or empty. Also available as `remedy`.
+        code: Kind of error, one of `revnets.config.error_codes.CODES`. Stays the same when the message changes.
     """
 
     def __init__(self, source: str, key: str, message: str, hint: str = "", code: str = "invalid-value"):
@@ -35,29 +44,44 @@ class ConfigError(ValueError):
         where += f": {self.key}" if self.key else ""
         super().__init__(f"{where}: {self.message}{'.' if hint else ''} {self.hint}".rstrip())
 
-    def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
+    def __reduce__(self) -> tuple[Any, ...]:  # worker processes send errors as pickles
         return ConfigError, (self.source, self.key, self.message, self.hint, self.code)
 
     @property
     def problem(self) -> str:
+        """Alias of `message`."""
         return self.message
 
     @property
     def remedy(self) -> str:
+        """Alias of `hint`."""
         return self.hint
 
 
 SpecError = ConfigError
-"""The name under which errors in the specification of a net are known."""
+"""Alias of `ConfigError`, for errors in the specification of a network."""
 
 
 def option_error(option: str, message: str, hint: str = "", code: str = "invalid-value") -> ConfigError:
-    """The error for an option or argument of a command, such as `--png`."""
+    """Return the error for an option or argument of a command.
+
+    Args:
+        option: Name of the option, such as `--png`.
+        message: What is wrong.
+        hint: How to fix it.
+        code: Kind of error, one of `revnets.config.error_codes.CODES`.
+    """
     return ConfigError("command line", option, message, hint, code)
 
 
 class PartError(ValueError):
-    """A name that refers to no component. `remedy` says what to do, `code` is the kind of error."""
+    """Raised for the name of a component that cannot be used.
+
+    Attributes:
+        problem: What is wrong.
+        remedy: How to fix it.
+        code: Kind of error, one of `revnets.config.error_codes.CODES`.
+    """
 
     def __init__(self, problem: str, remedy: str, code: str):
         super().__init__(f"{problem}. {remedy}")
@@ -65,7 +89,7 @@ class PartError(ValueError):
 
 
 class Complaint(NamedTuple):
-    """One mistake, before it is known which file it stands in."""
+    """One invalid value, before its file is known."""
 
     keys: Keys
     problem: str
@@ -74,22 +98,30 @@ class Complaint(NamedTuple):
 
 
 def problem(text: str, remedy: str, *keys: str | int, code: str = "invalid-value") -> PydanticCustomError:
-    """What a validator raises: a problem at `keys` below its own place, and what to do about it."""
+    """Return the exception that a validator raises.
+
+    Args:
+        text: What is wrong.
+        remedy: How to fix it.
+        keys: Key path of the value, relative to the validated one.
+        code: Kind of error, one of `revnets.config.error_codes.CODES`.
+    """
     return PydanticCustomError("spec", "{problem}", {"problem": text, "remedy": remedy, "keys": keys, "code": code})
 
 
 def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = None) -> Complaint:
-    """The most telling of pydantic's complaints about `data`, in words that need no knowledge of Python.
+    """Return the most specific pydantic error about `data`, in words that need no knowledge of Python.
 
     Args:
-        data: what was validated; tells keys of the data from names of types, which pydantic lists among them.
-        model: gives the known keys and examples of missing ones.
+        error: Exception of pydantic.
+        data: Validated data, to separate its keys from the names of types in the locations of pydantic.
+        model: Model with the known keys, and with examples for missing keys.
     """
     found = [(_keys_in(data, item["loc"], item["type"] == "missing"), item) for item in error.errors(include_url=False)]
-    # A misspelt key is also a missing one, and the misspelling is what to mend.
+    # A misspelled required key is reported twice, as unknown and as missing. The unknown key is what to fix.
     keys, first = next((pair for pair in found if pair[1]["type"] == "extra_forbidden"), found[0])
     inside = [pair for pair in found if pair[0][: len(keys)] == keys]
-    keys, first = max(inside, key=lambda pair: len(pair[0]))  # the first of the deepest: a union's best branch
+    keys, first = max(inside, key=lambda pair: len(pair[0]))  # the first of the deepest: the best branch of a union
     value, context = first["input"], first.get("ctx", {})
     match first["type"]:
         case "spec":
@@ -100,7 +132,7 @@ def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = N
             return Complaint(keys, f"unknown key (value {show(value)})", remedy, code="unknown-key")
         case "missing" if isinstance(keys[-1], int):
             text = f"the list is too short ({keys[-1]} given)"
-            return Complaint(keys[:-1], text, "Give one value more", code="wrong-length")
+            return Complaint(keys[:-1], text, "Add a value", code="wrong-length")
         case "missing":
             examples = [f"`{keys[-1]}: {example}`" for example in _field(model, keys)[1] or ["..."]]
             remedy = f"Add it, as in {' or '.join(examples)}"
@@ -111,7 +143,7 @@ def explain(error: ValidationError, data: Any, model: type[BaseModel] | None = N
             return Complaint(keys, f"{show(value)} is too {word}", remedy, code="out-of-range")
         case "literal_error" | "enum":
             remedy = f"Choose {context['expected']}"
-            return Complaint(keys, f"{show(value)} is none of the choices", remedy, code="unknown-choice")
+            return Complaint(keys, f"{show(value)} is not a valid choice", remedy, code="unknown-choice")
         case kind if kind in _WANTED:
             kinds = {item["type"] for place, item in inside if place == keys and item["type"] in _WANTED}
             wanted = list(dict.fromkeys(_WANTED[kind] for kind in _WANTED if kind in kinds))
@@ -143,24 +175,24 @@ _WANTED = {
     "dataclass_type": "a mapping",
     "none_required": "null",
 }
-"""Pydantic's type errors, and what the user should have given."""
+"""Types of pydantic errors, and the value that is expected."""
 
 EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
-"""A number in scientific notation that YAML 1.1 takes for text unless it has a dot and a signed exponent."""
+"""A number in scientific notation, which is text in YAML 1.1 unless it has a dot and a signed exponent."""
 
 AMBIGUOUS = re.compile(
     r"[-+]?(0b_*[01][01_]*|0o_*[0-7][0-7_]*|0x_*[\da-fA-F][\da-fA-F_]*"
     r"|(0[\d_]*\d|\d[\d_]*(:\d[\d_]*)+|(?=.*_)\d[\d_]*)(\.[\d_]*)?)"
 )
-"""A number with leading zeros (octal in YAML 1.1), colons (to the base of 60), underscores, or another base."""
+"""A number with leading zeros (octal in YAML 1.1), colons (base 60), underscores, or a prefix of another base."""
 
 
 def _decimal(text: str) -> str:
-    """What a person means by a number that is ambiguous in YAML."""
+    """Return an ambiguous number in the decimal form that its author most likely means."""
     digits = text.replace("_", "")
     sign, digits = (digits[0], digits[1:]) if digits[0] in "+-" else ("", digits)
     if ":" in digits:
-        return "it as one number"
+        return "a single number"
     if digits[1:2] in ("b", "o", "x"):
         return f"{sign}{int(digits[:60], 0)}"
     digits = digits[:60].lstrip("0")
@@ -168,7 +200,7 @@ def _decimal(text: str) -> str:
 
 
 def _wrong_type(value: Any, wanted: list[str]) -> tuple[str, str, str]:
-    """Problem, remedy and code."""
+    """Return problem, hint and code for a value of the wrong type."""
     if isinstance(value, str) and {"a number", "a whole number"} & set(wanted):
         if EXPONENT.fullmatch(value):
             mantissa, exponent = re.split("[eE]", value)
@@ -177,17 +209,17 @@ def _wrong_type(value: Any, wanted: list[str]) -> tuple[str, str, str]:
             better = f"{mantissa}{dot}e{sign}{exponent}" if "a number" in wanted else whole
             return f"YAML reads {value} as text, not as a number", f"Write {better}", "number-as-text"
         if AMBIGUOUS.fullmatch(value):
-            text = f"{show(value)} is text, for YAML 1.1 reads it in another way than people do"
+            text = f"{show(value)} is ambiguous in YAML 1.1, so it is text"
             return text, f"Write {_decimal(value)}", "number-as-text"
         if re.fullmatch(r"[-+]?\d+(\.\d+)?", value):
             return f"{show(value)} is text", f"Give {' or '.join(wanted)}, without quotes", "number-as-text"
     if wanted == ["text"] and isinstance(value, (bool, int, float)):
-        return what(value), "Give text: put it in quotes", "wrong-type"
+        return what(value), "Give text: put the value in quotes", "wrong-type"
     return what(value), f"Give {' or '.join(wanted)}", "wrong-type"
 
 
 def nearest(word: Any, known: Iterable[str], otherwise: str) -> str:
-    """A remedy for a name that is not known: the most similar one, or the first dozen after the words `otherwise`."""
+    """Return a hint for an unknown name: the most similar known name, or `otherwise` followed by the first dozen."""
     known = list(islice(known, 10_000))
     near = get_close_matches(str(word)[:200], known, n=1)
     few = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
@@ -195,13 +227,13 @@ def nearest(word: Any, known: Iterable[str], otherwise: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message without a period, or the name of its class."""
+    """Return the first line of the message of an error without a period, or the name of its class."""
     text = f"{error} is missing" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")
 
 
 def what(value: Any) -> str:
-    """The value and what it is, as the beginning of a complaint."""
+    """Return a value and its kind, such as `"a" is text`, for the beginning of an error message."""
     if value is None:
         return "no value is given (null)"
     names = {
@@ -217,22 +249,22 @@ def what(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """The value in the notation of YAML, shortened to a part of a line."""
+    """Return a value in YAML notation, shortened to 60 characters."""
     text = _line(json.dumps(_beginning(value, [60]), ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _beginning(value: Any, room: list[int]) -> Any:
-    """As much of a value as a line can show: lists may refer to each other, and so be large beyond all bounds.
+    """Return the beginning of a value, as much as fits on a line. Lists that refer to each other can be huge.
 
     Args:
-        room: how many values are left to show; each takes two characters or more.
+        room: How many more values may be shown. Each takes at least two characters.
     """
     room[0] -= 1
     if isinstance(value, str):
         return value[:200]
     if isinstance(value, int) and value.bit_length() > 256:
-        return hex(value)[:60]  # longer ones have no decimal text in Python
+        return hex(value)[:60]  # Python refuses to convert very long integers to decimal text
     if isinstance(value, dict):
         items = takewhile(lambda _: room[0] > 0, value.items())
         return {
@@ -244,14 +276,15 @@ def _beginning(value: Any, room: list[int]) -> Any:
 
 
 def path(keys: Sequence[str | int]) -> str:
+    """Return keys as a key path, such as `levels.0.dim`."""
     return ".".join(str(key) for key in keys)
 
 
 def _keys_in(data: Any, location: Sequence[str | int], is_missing: bool) -> Keys:
-    """The part of pydantic's location that leads through the data, without the names of a union's branches.
+    """Return the part of a pydantic location that consists of keys of the data, without names of union branches.
 
     Args:
-        is_missing: is the last one the name of a key that the data lack?
+        is_missing: Whether the last item is a key that is missing in the data.
     """
     keys: list[str | int] = []
     for depth, key in enumerate(location):
@@ -266,7 +299,7 @@ def _keys_in(data: Any, location: Sequence[str | int], is_missing: bool) -> Keys
 
 
 def _field(model: type[BaseModel] | None, keys: Keys) -> tuple[list[str], list[Any]]:
-    """The known keys at this place of the model, and the examples that belong to it."""
+    """Return the known keys at this place of the model, and its examples."""
     examples: list[Any] = []
     for key in keys:
         if model is not None and isinstance(key, str) and key in model.model_fields:
@@ -283,17 +316,17 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _line(text: str) -> str:
-    """Any text on one line, without the full stop that a sentence of ours will add."""
+    """Return a text on one line without the final period, which the error message adds."""
     line = _shortened(text)
     return line if line.endswith("...") else line.removesuffix(".")
 
 
 def _shortened(text: str, most: int = 2000) -> str:
-    """A text on one line of at most this many characters, and an ellipsis."""
+    """Return a text on one line, cut after `most` characters with an ellipsis."""
     line = printable(" ".join(text[: 2 * most].split()))
     return line if len(line) <= most else line[:most] + "..."
 
 
 def printable(text: str) -> str:
-    """A text on one line that every terminal and file accepts: control characters and lone surrogates are escaped."""
+    """Return a text that every terminal and file accepts, with control characters and lone surrogates escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

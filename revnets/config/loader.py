@@ -1,4 +1,4 @@
-"""From YAML text to a frozen pydantic model: base files, overrides, and one clear error for whatever is wrong."""
+"""YAML loader: base files, overrides and validation as a frozen pydantic model, with one-line errors."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ import json
 import math
 import os
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from revnets.config import load_errors as errors
+from revnets.config.bounded_yaml import Loader, check_bounds
 from revnets.config.errors import ArgumentError, Keys, SpecError, explain, path, problem, show, what
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 Source = str | Path | Mapping[str, Any]
 Overrides = Sequence[str] | Mapping[str, Any]
-"""`key.path=value` as text, or key paths and their values."""
+"""Overrides as texts `key.path=value`, or as a mapping of key paths to values."""
 
-MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_BASES = 1_000_000, 100_000, 64, 32
-"""Bounds of a file, of its values (aliases count as often as they are used), of their nesting, and of chained bases."""
+MAX_BYTES, MAX_BASES = 1_000_000, 32
+"""Largest size of a file, and largest number of chained base files."""
 
 
 class Strict(BaseModel):
-    """Base of all configuration models: frozen, no unknown keys, no silent conversions, finite numbers."""
+    """Base class of configuration models: frozen, without unknown keys, implicit conversions or infinite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Layer(dict[str, Any]):
-    """The keys of one file (or dict), and the name under which its mistakes are reported."""
+    """The keys of one file or mapping, and its name in errors."""
 
     def __init__(self, name: str, data: Any):
         super().__init__(_plain(name, (), data))
@@ -42,23 +42,27 @@ class Layer(dict[str, Any]):
 
 
 class Layers:
-    """Files laid over each other. Remembers which one each value came from.
+    """The merged content of a file, its base files and overrides. Records the file of each value.
 
     Args:
-        layers: the lowest first.
-        folders: searched for the modules of components.
+        layers: Layers in ascending priority.
+        folders: Directories searched for modules of components.
+
+    Attributes:
+        data: The merged data.
+        name: Name of the file with the highest priority.
     """
 
     def __init__(self, layers: Sequence[Layer], folders: Sequence[Path] = ()):
         self.folders = folders
         self.data: dict[str, Any] = {}
         self.name = layers[-1].name
-        self._origins: dict[Any, Any] = {}  # a tree of keys; the entry `None` of a branch is its origin
+        self._origins: dict[Any, Any] = {}  # tree of keys; the entry `None` of a branch is its file
         for layer in layers:
             self._merge(self.data, layer, (), layer.name)
 
     def _merge(self, data: dict[str, Any], over: dict[str, Any], place: Keys, name: str) -> None:
-        """`over` wins. Mappings are merged key by key, unless their `type` changes; all else is replaced."""
+        """Merge `over` into `data`: mappings key by key unless their `type` changes. Other values are replaced."""
         for key, value in over.items():
             old = data.get(key)
             if isinstance(old, dict) and isinstance(value, dict) and value.get("type") in (None, old.get("type")):
@@ -74,11 +78,15 @@ class Layers:
         branch[keys[-1]] = {None: name}
 
     def copy(self) -> Layers:
-        """Layers that can be changed without changing these."""
+        """Return a deep copy."""
         return copy.deepcopy(self)
 
     def apply(self, overrides: Overrides) -> None:
-        """Set the values of all overrides."""
+        """Apply overrides in order.
+
+        Raises:
+            SpecError: If an override is invalid.
+        """
         if isinstance(overrides, Mapping):
             for place, value in overrides.items():
                 self.set(place, value)
@@ -87,13 +95,13 @@ class Layers:
                 self.override(text)
 
     def override(self, text: str) -> None:
-        """Apply one `key.path=value`."""
-        from revnets.config.overrides import parse_override  # which reads YAML as here
+        """Apply one override `key.path=value`."""
+        from revnets.config.overrides import parse_override  # imports this module
 
         self.set(*parse_override(text))
 
     def set(self, key_path: str, value: Any) -> None:
-        """Replace the value at `key.path`, or add it."""
+        """Set the value at a key path such as `levels.2.depth`, and add missing keys."""
         from revnets.config.overrides import index_of, split_keys
 
         name, keys = "command line", split_keys(key_path)
@@ -110,7 +118,7 @@ class Layers:
         self._set(place, index, value, (*found, index), name)
 
     def origin(self, keys: Keys) -> str:
-        """The file that a value came from; of a missing one, the file that it is missing in."""
+        """Return the name of the file that sets a value, or of the file in which it is missing."""
         branch, found = self._origins, self.name
         for key in keys:
             branch = branch.get(key, {})
@@ -118,14 +126,17 @@ class Layers:
         return found
 
     def check(self, model: type[M], **context: Any) -> M:
-        """Validate the values.
+        """Validate the merged data.
 
         Args:
-            model: the pydantic model to fill.
-            context: for its validators, besides the `folders` of modules.
+            model: Pydantic model.
+            context: Context of its validators, in addition to `folders`.
+
+        Returns:
+            An instance of the model.
 
         Raises:
-            SpecError: for the value that is wrong, under the name of the file that it came from.
+            SpecError: If a value is invalid. Its `source` is the file that sets the value.
         """
         try:
             return validate(TypeAdapter(model), self.data, {"folders": (*self.folders, Path.cwd()), **context})
@@ -135,15 +146,18 @@ class Layers:
 
 
 def load(model: type[M], source: Source, overrides: Overrides = ()) -> M:
-    """Read a YAML file (or take a dict), apply `base:` and overrides, and validate.
+    """Read a YAML file or mapping, apply its base files and overrides, and validate it.
 
     Args:
-        model: the pydantic model to fill.
-        source: path of a YAML file, or a mapping of the same form.
-        overrides: `key.path=value`, applied last; list items by number, as in `levels.2.depth=6`.
+        model: Pydantic model.
+        source: Path of a YAML file, or a mapping of the same form.
+        overrides: Texts `key.path=value`, applied last. List items have numbers, as in `levels.2.depth=6`.
+
+    Returns:
+        An instance of the model.
 
     Raises:
-        SpecError: for everything that is wrong with the file, its bases, the overrides or the values.
+        SpecError: If the file, a base file, an override or a value is invalid.
     """
     config = read_layers(source)
     config.apply(overrides)
@@ -151,14 +165,17 @@ def load(model: type[M], source: Source, overrides: Overrides = ()) -> M:
 
 
 def read_layers(source: Source, name: str = "dict") -> Layers:
-    """Read a YAML file and its bases, without looking at the values.
+    """Read a YAML file and its base files without validating the values.
 
     Args:
-        source: path of a YAML file, or a mapping of the same form.
-        name: of a mapping, for error messages.
+        source: Path of a YAML file, or a mapping of the same form.
+        name: Name of a mapping in errors.
+
+    Returns:
+        The merged files.
 
     Raises:
-        SpecError: a file is missing, or is no YAML.
+        SpecError: If a file is missing or is not valid YAML.
     """
     if isinstance(source, Mapping):
         return Layers(*_with_bases(Layer(name, source), Path.cwd(), ()))
@@ -171,18 +188,29 @@ def _home(text: str) -> str:
     expanded = os.path.expanduser(text)
     user, slash, _ = expanded.partition("/")
     if user[:1] == "~" and slash and not os.path.exists(user):
-        raise problem(f"{show(user)} is the home folder of no user", f"Write the path in full, or ./{text}")
+        raise problem(f"there is no home directory {show(user)}", f"Write the full path, or ./{text}")
     return expanded
 
 
 UserPath = Annotated[str, AfterValidator(_home)]
-"""A path in a configuration, in which `~` is the home folder."""
+"""A path in a configuration, in which `~` is the home directory."""
 
 
 def validate(adapter: TypeAdapter[T], data: Any, context: Mapping[str, Any] | None = None) -> T:
-    """Validate by pydantic's strict rules for text: a list may stand for a tuple, text for a path or an enum.
+    """Validate data by the strict rules of pydantic for JSON: tuples may be lists, and paths and enums may be text.
 
-    Data that no text can hold (a dict with classes in it) goes by the rules for Python.
+    Data that JSON cannot represent, such as a mapping that contains classes, is validated by the rules for Python.
+
+    Args:
+        adapter: Type adapter of pydantic.
+        data: Data to validate.
+        context: Context of validators.
+
+    Returns:
+        The validated data.
+
+    Raises:
+        pydantic.ValidationError: If the data is invalid.
     """
     try:
         text = json.dumps(data)
@@ -192,11 +220,11 @@ def validate(adapter: TypeAdapter[T], data: Any, context: Mapping[str, Any] | No
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> tuple[list[Layer], list[Path]]:
-    """The layers of a file, its bases first, and the folders in which they lie."""
+    """Return the layers of a file, base files first, and their directories."""
     name = str(file)
     try:
         if not (file.is_file() or file.is_dir()) and file.exists():
-            raise ArgumentError("this is a pipe or a device", code="not-a-file")  # reading may never end
+            raise ArgumentError("this is a pipe or a device", code="not-a-file")  # reading it might never end
         if file.is_file() and file.stat().st_size > MAX_BYTES:
             raise ArgumentError(f"more than {MAX_BYTES:,} bytes", code="too-large")
         data = Loader(file.read_text(encoding="utf-8")).get_single_data()
@@ -216,122 +244,40 @@ def _with_bases(layer: Layer, folder: Path, seen: tuple[Path, ...]) -> tuple[lis
     file = folder / os.path.expanduser(base)
     try:
         absolute, there = file.resolve(), file.exists()
-    except (OSError, ValueError, RuntimeError):  # no path at all, or links in a circle
+    except (OSError, ValueError, RuntimeError):  # not a valid path, or circular links
         absolute, there = file, False
     if absolute in seen:
         raise errors.circular_base(layer.name, (*seen[seen.index(absolute) :], file))
     if not there:
         raise errors.missing_base(layer.name, file)
     if len(seen) == MAX_BASES:
-        raise errors.too_large(layer.name, "base", f"more than {MAX_BASES} files are based on each other")
+        raise errors.too_large(layer.name, "base", f"more than {MAX_BASES} chained base files")
     layers, folders = _read(file, seen)
     return [*layers, layer], [folder.resolve(), *folders]
 
 
-class Loader(yaml.SafeLoader):
-    """Safe YAML of bounded size whose keys are text and are given once, and whose numbers are decimal or 0x."""
-
-    def __init__(self, text: str):
-        super().__init__(text)
-        self._nodes = self._depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self._nodes, self._depth = self._nodes + 1, self._depth + 1
-        if self._depth > MAX_DEPTH:
-            text = f"brackets nested too deep, in more than {MAX_DEPTH} levels"
-            raise yaml.MarkedYAMLError(None, None, text, self.peek_event().start_mark)
-        _check_bounds(self._nodes, self._depth)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_document(self, node: yaml.Node) -> Any:
-        _measure(node, (), {})
-        return super().construct_document(node)
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        """Refuses text that an explicit tag does not fit, as in `!!int 1:30`."""
-        text, kind = super().construct_scalar(node), node.tag.rpartition(":")[2]
-        if kind in ("bool", "int", "float", "null"):
-            plain = self.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
-            if plain != kind and (plain, kind) != ("int", "float"):
-                raise yaml.constructor.ConstructorError(None, None, f"{show(text)} is no !!{kind}", node.start_mark)
-        return text
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
-            key = self.construct_object(key_node, deep=True)
-            is_text = isinstance(key, str)
-            if not is_text or key in seen:
-                wrong = f"{key} is given twice" if is_text else f"{what(key)}, not text; put it in quotes"
-                raise yaml.constructor.ConstructorError(None, None, f"the key {wrong}", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _check_bounds(nodes: int, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise ArgumentError(f"values nested in more than {MAX_DEPTH} levels", code="too-large")
-    if nodes > MAX_NODES:
-        raise ArgumentError(f"more than {MAX_NODES:,} values, aliases written out", code="too-large")
-
-
-def _measure(node: yaml.Node, keys: Keys, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """Values in a node and its depth, with aliases and merge keys written out, before anything is."""
-    if id(node) in known:
-        if (found := known[id(node)]) is None:
-            raise ArgumentError("the value contains itself", path(keys), "circular-reference")
-        return found
-    known[id(node)] = None
-    parts: list[tuple[int, int]] = []
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else "?"
-            parts += [_measure(key, keys, known), _measure(value, (*keys, name), known)]
-    elif isinstance(node, yaml.SequenceNode):
-        parts = [_measure(item, (*keys, index), known) for index, item in enumerate(node.value)]
-    known[id(node)] = found = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
-    _check_bounds(*found)
-    return found
-
-
-# Dates are text here, and what needs an explicit tag (!!binary, !!set, ...) has no place in a configuration. So are
-# numbers that YAML 1.1 reads in another way than people do: 010 is 8, 1:30 is 90, 0b11 is 3, 1_0 is 10.
-_REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float"))
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_INT = r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)$"
-_FLOAT = r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-for _tag, _pattern in (("int", _INT), ("float", _FLOAT)):
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789"))
-for _tag in ("timestamp", "binary", "set", "omap", "pairs"):
-    Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
-
-
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
-"""Characters that neither a path nor a file in UTF-8 can hold."""
+"""Characters that neither a path nor a UTF-8 file can contain."""
 
 
 def _plain(name: str, keys: Keys, value: Any) -> Any:
-    """A copy out of fresh dicts and lists; refuses what no configuration can mean, and what is too large for one."""
+    """Return a copy of new dicts and lists. Reject values that no configuration can contain, and too many of them."""
     count = 0
 
     def copied(keys: Keys, value: Any, around: tuple[int, ...]) -> Any:
         nonlocal count
         count += 1
         if id(value) in around:
-            raise SpecError(name, path(keys), "the value contains itself", "Write it out", code="circular-reference")
+            raise SpecError(name, path(keys), "the value contains itself", "Remove the cycle", "circular-reference")
         try:
-            _check_bounds(count, len(around) + 1)
+            check_bounds(count, len(around) + 1)
         except ArgumentError as error:
             raise errors.too_large(name, path(keys[:1]), str(error)) from None
         if isinstance(value, float) and not math.isfinite(value):
-            raise SpecError(name, path(keys), f"{value} is not a finite number", "Give a finite one", code="not-finite")
+            hint = "Give a finite number"
+            raise SpecError(name, path(keys), f"{value} is not a finite number", hint, code="not-finite")
         if isinstance(value, int) and value.bit_length() > 256:
-            raise SpecError(name, path(keys), f"{show(value)} is too large", "Give a smaller one", code="out-of-range")
+            raise SpecError(name, path(keys), f"{show(value)} is too large", "Give less", code="out-of-range")
         if isinstance(value, str) and keys != ("base",) and _UNUSABLE.search(value):
             raise errors.unusable_text(name, keys, value)
         around = (*around, id(value))

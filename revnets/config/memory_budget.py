@@ -1,4 +1,4 @@
-"""How much memory a training step may take, as a YAML or a caller says it."""
+"""Memory budgets: parsing of amounts and rates, and the specification of a budget in YAML."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from revnets.config.loader import Strict
 from revnets.engine.memory_mode import Memory
 
 OPTIMIZERS = {"none": 0, "sgd": 1, "lion": 1, "adam": 2, "adamw": 2}
-"""Tensors of a parameter's size that an optimizer holds; sgd with momentum."""
+"""Tensors of a parameter's size in the state of each optimizer. sgd is with momentum."""
 
 SHARDINGS = ("ddp", "fsdp")
 
 
 def parse_budget(value: int | str) -> int | Memory:
-    """A budget: bytes as `parse_bytes` reads them, or a memory mode, which stands for the peak of that mode.
+    """Parse a budget: an amount of memory (see `parse_bytes`), or a memory mode whose peak is the budget.
 
-    `exact` is the budget that costs nothing: gradients come into being during backward, and until then cells can keep
-    what they save in the room that gradients will take.
+    A budget of `exact` needs no more memory than mode `exact` but less compute: until backward allocates the
+    gradients, cells can use the memory that gradients will take.
+
+    Args:
+        value: Bytes, text such as `24GiB`, or a memory mode.
+
+    Returns:
+        Bytes, or the memory mode.
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: If the value is neither.
     """
     if value in list(Memory):
         return Memory(value)
@@ -36,16 +42,20 @@ def parse_budget(value: int | str) -> int | Memory:
 
 
 def parse_bytes(value: int | str, key: str = "budget") -> int:
-    """Bytes from a whole number or from text such as `24GiB`, `800 MB`.
+    """Parse an amount of memory: a number of bytes, or text such as `24GiB` or `800 MB`.
 
     Args:
-        key: of the value, for the error.
+        value: Amount of memory.
+        key: Name of the value in errors.
+
+    Returns:
+        Bytes.
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: If the value is not an amount of memory of at least one byte.
     """
     try:
-        text = str(value).strip()  # a long integer has none
+        text = str(value).strip()  # raises ValueError for a very long integer
         digits = text.rstrip("BKMGTkmgtib ")
         unit = text[len(digits) :].strip()
         number = float(digits)
@@ -54,7 +64,7 @@ def parse_bytes(value: int | str, key: str = "budget") -> int:
         number, scale = 0.0, 1
     if not 1 <= number * scale < float("inf"):
         raise ArgumentError(
-            f"{_shown(value)} is no amount of memory; write a number of bytes, or for example 24GiB or 800MB", key
+            f"{_shown(value)} is not an amount of memory; write a number of bytes, or text such as 24GiB or 800MB", key
         )
     return int(number * scale)
 
@@ -67,10 +77,16 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def parse_link(value: int | str) -> int:
-    """Bytes a second from a whole number or from text such as `25GB/s`.
+    """Parse the speed of a link: bytes per second, or text such as `25GB/s`.
+
+    Args:
+        value: Speed of the link.
+
+    Returns:
+        Bytes per second.
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: If the value is not a speed.
     """
     try:
         amount, _, unit = str(value).partition("/")
@@ -78,26 +94,32 @@ def parse_link(value: int | str) -> int:
             raise ValueError
         return parse_bytes(amount, "link")
     except ValueError:
-        text = f"{_shown(value)} is no speed of a link; write bytes a second, or for example 25GB/s"
+        text = f"{_shown(value)} is not the speed of a link; write bytes per second, or text such as 25GB/s"
         raise ArgumentError(text, "link") from None
 
 
 def parse_flops(value: float | str) -> float:
-    """Floating point operations a second from a number or from text such as `300TFLOP/s`.
+    """Parse the speed of a device: floating point operations per second, or text such as `300TFLOP/s`.
+
+    Args:
+        value: Speed of the device.
+
+    Returns:
+        Floating point operations per second.
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: If the value is not a speed.
     """
     found = re.fullmatch(r"\s*([0-9.]{1,20})\s*([kMGTP]?)FLOP/s\s*", value) if isinstance(value, str) else None
     try:
         number = float(found[1]) * 1000.0 ** " kMGTP".index(found[2] or " ") if found else float(value)
     except TypeError:
-        text = f"{what(value)}; write FLOP a second, or for example 300TFLOP/s"
+        text = f"{what(value)}; write FLOPs per second, or text such as 300TFLOP/s"
         raise ArgumentError(text, "flops", "wrong-type") from None
     except (ValueError, OverflowError):
         number = 0.0
     if not 1 <= number < float("inf"):
-        text = f"{_shown(value)} is no rate of operations; write FLOP a second, or for example 300TFLOP/s"
+        text = f"{_shown(value)} is not the speed of a device; write FLOPs per second, or text such as 300TFLOP/s"
         raise ArgumentError(text, "flops")
     return number
 
@@ -106,11 +128,11 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) else show(value)
 
 
-_REMEDY = "Give a number of bytes, text such as 24GiB, or a memory mode, whose peak is meant"
+_REMEDY = "Give a number of bytes, text such as 24GiB, or a memory mode, whose peak is then the budget"
 
 
 def _quantity(parse: Callable[[Any], Any], kinds: tuple[type, ...], name: str, remedy: str) -> BeforeValidator:
-    """A validator of values that `parse` reads. They stay as they are, so that a specification prints as it was."""
+    """Return a validator for values that `parse` accepts. It keeps them unparsed, so that a spec prints as written."""
 
     def check(value: Any) -> Any:
         if value is None:
@@ -120,7 +142,7 @@ def _quantity(parse: Callable[[Any], Any], kinds: tuple[type, ...], name: str, r
         try:
             parse(value)
         except ValueError:
-            raise problem(f"{show(value)} is no {name}", remedy) from None
+            raise problem(f"{show(value)} is not {name}", remedy) from None
         return value
 
     return BeforeValidator(check)
@@ -130,7 +152,7 @@ def _among(*known: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         if value is not None and value not in known:
             raise problem(
-                f"{show(value)} is none of the choices", nearest(value, known, "Choose among"), code="unknown-choice"
+                f"{show(value)} is not a valid choice", nearest(value, known, "Choose among"), code="unknown-choice"
             )
         return value
 
@@ -138,20 +160,34 @@ def _among(*known: str) -> BeforeValidator:
 
 
 class HostMemory(NamedTuple):
-    """Memory of the host into which a training step may move what cells keep, and what a move costs."""
+    """Host memory to which a training step may move what cells save, and the cost of a move.
+
+    Attributes:
+        bytes: Size of the host memory that may be used.
+        link: Bytes per second between device and host, in each direction.
+        flops: Floating point operations per second of the device, or None to measure them.
+    """
 
     bytes: int
-    link: float = 25e9  # bytes a second, in each direction
-    flops: float | None = None  # operations a second that the device reaches; None to measure them
+    link: float = 25e9
+    flops: float | None = None
 
 
 def host_memory(
     host: int | str | None, link: int | str = "25GB/s", flops: float | str | None = None
 ) -> HostMemory | None:
-    """The host memory of a budget, from values as YAML has them; None if none may be used.
+    """Parse the host memory of a budget from the values of a YAML file.
+
+    Args:
+        host: Amount of host memory, or None.
+        link: Speed of the link between device and host.
+        flops: Speed of the device, or None to measure it.
+
+    Returns:
+        The parsed values, or None if `host` is None.
 
     Raises:
-        ValueError: a value cannot be used; `key` is its name.
+        ValueError: If a value is invalid. Its attribute `key` is the name of the value.
     """
     if host is None:
         return None
@@ -159,34 +195,47 @@ def host_memory(
     return HostMemory(parse_bytes(host, "host"), parse_link(link), rate)
 
 
-_Budget = _quantity(parse_budget, (int, str), "amount of memory", _REMEDY)
-_Bytes = _quantity(parse_bytes, (int, str), "amount of memory", "Give a number of bytes, or text such as 64GiB")
-_Link = _quantity(parse_link, (int, str), "speed of a link", "Give bytes a second, or text such as 25GB/s")
-_Flops = _quantity(parse_flops, (int, float, str), "rate of operations", "Give FLOP a second, or text: 300TFLOP/s")
+_Budget = _quantity(parse_budget, (int, str), "an amount of memory", _REMEDY)
+_Bytes = _quantity(parse_bytes, (int, str), "an amount of memory", "Give a number of bytes, or text such as 64GiB")
+_Link = _quantity(parse_link, (int, str), "the speed of a link", "Give bytes per second, or text such as 25GB/s")
+_Flops = _quantity(
+    parse_flops, (int, float, str), "the speed of a device", "Give FLOPs per second, or text such as 300TFLOP/s"
+)
 
 
 class BudgetSpec(Strict):
-    """What a step may take in one process, and what else has to fit into it."""
+    """Memory budget of a training step in one process, and the settings that its memory depends on.
+
+    Attributes:
+        budget: Bytes, text such as `24GiB`, or a memory mode, whose peak is the budget.
+        optimizer: Name of the optimizer, a key of `OPTIMIZERS`.
+        grad_accum: Forward passes per update. With more than one, gradients exist during the whole step.
+        ranks: Number of processes that train together, or None for that of the running job.
+        sharding: `ddp`, `fsdp`, or None to detect it.
+        host: Host memory that may be used in addition, or None.
+        link: Speed of the link between device and host.
+        flops: Speed of the device, or None to measure it.
+    """
 
     budget: Annotated[int | str, _Budget] = Field(examples=["24GiB"])
     optimizer: Annotated[str, _among(*OPTIMIZERS)] = "adamw"
-    grad_accum: int = Field(default=1, ge=1)  # forward passes per update; with several, gradients are there all along
+    grad_accum: int = Field(default=1, ge=1)
     ranks: int | None = Field(default=None, ge=1)
     sharding: Annotated[str | None, _among(*SHARDINGS)] = None
-    host: Annotated[int | str | None, _Bytes] = None  # memory of the host that may be used besides
-    link: Annotated[int | str, _Link] = "25GB/s"  # between device and host
-    flops: Annotated[int | float | str | None, _Flops] = None  # a second, of the device
+    host: Annotated[int | str | None, _Bytes] = None
+    link: Annotated[int | str, _Link] = "25GB/s"
+    flops: Annotated[int | float | str | None, _Flops] = None
 
     @model_validator(mode="after")
     def _of_the_host(self) -> BudgetSpec:
         for key in ("link", "flops"):
             if self.host is None and key in self.model_fields_set:
-                text = f"{key} is about host memory, but none may be used"
-                raise problem(text, "Add it, as in `host: 64GiB`", key, code="conflicting-values")
+                text = f"{key} has no effect without host memory"
+                raise problem(text, "Add `host: 64GiB`, or remove this key", key, code="conflicting-values")
         return self
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        # An older pickle lacks the keys of host memory.
+        # Older pickles lack the keys for host memory.
         defaults = {name: field.default for name, field in type(self).model_fields.items() if not field.is_required()}
         super().__setstate__({**state, "__dict__": {**defaults, **state["__dict__"]}})
 

@@ -1,4 +1,4 @@
-"""Specifications: what a YAML may say about columns and about a whole net, checked without building anything."""
+"""Specification of columns and of whole networks, validated without building them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from revnets.engine.memory_mode import Memory
 
 
 def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:
-    """Takes a list, or one item alone for a list of one."""
+    """Return a validator that accepts a list, or a single item for a list of one."""
 
     def check(value: Any) -> Any:
         if value is None:
@@ -27,7 +27,7 @@ def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:
         items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         for item in items:
             if isinstance(item, bool) or not isinstance(item, kind):
-                raise problem(what(item), f"Give {wanted}, or a list of such", code="wrong-type")
+                raise problem(what(item), f"Give {wanted}, or a list of these", code="wrong-type")
         return items
 
     return BeforeValidator(check)
@@ -35,7 +35,7 @@ def _some(kind: type | tuple[type, ...], wanted: str) -> BeforeValidator:
 
 def _some_levels(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
-        raise problem(what(value), "Give a list with the levels of a column", code="wrong-type")
+        raise problem(what(value), "Give a list of levels", code="wrong-type")
     if len(value) > MAX_LEVELS:
         raise problem(f"{len(value)} levels are too many", f"Give at most {MAX_LEVELS}", code="out-of-range")
     return tuple(value)
@@ -50,11 +50,11 @@ Modes = Annotated[
 Columns = Annotated[tuple[int, ...], _some(int, "the number of a column")]
 
 MAX_LEVELS, MAX_SIZE = 256, 10_000
-"""Bounds of the levels of a column, and of the cells, blocks and wires of a whole net, which are built one by one."""
+"""Largest number of levels per column, and of cells and blocks or of connections of a network."""
 
 
 class LevelSpec(Strict):
-    """One level of every column: its width, its blocks and, where it differs from the net's, what it reads."""
+    """One level of every column. None means the default of the network; docs/reference/yaml.md describes every key."""
 
     dim: int = Field(ge=1, examples=[64])
     depth: int = Field(ge=0, le=MAX_COUNT, examples=[2])
@@ -77,22 +77,22 @@ class LevelSpec(Strict):
 
 
 LEVEL_KEYS = tuple(key for key in LevelSpec.model_fields if key != "options")
-"""Keys of a level itself; all others are options of its block."""
+"""Keys of a level. All other keys are options of its block."""
 
 
 class Initialization(NamedTuple):
-    """First values of what scales states and branches."""
+    """Initial values of the factors that scale states and residual branches."""
 
     gain: float  # gamma
-    layer_scale: float | None  # of the blocks that have this option; None: as the block has it
+    layer_scale: float | None  # of blocks with this option, or None for the default of the block
 
 
 INITIALIZATIONS = {"paper": Initialization(0.5, None), "fast": Initialization(1.0, 1.0)}
-"""By name: RevCol's (section 2.2.2), and one for short trainings (docs/results/initialization.md)."""
+"""Initializations by name: that of RevCol (section 2.2.2), and one for short runs (docs/results/initialization.md)."""
 
 
 class GainSpec(Strict):
-    """gamma of every level: its first value, the bound of |gamma|, and whether it is learned."""
+    """The factor gamma of every level: its initial value, the lower bound of |gamma|, and whether it is learned."""
 
     init: float = 0.5
     min_abs: float = Field(default=1e-3, gt=0)
@@ -102,7 +102,7 @@ class GainSpec(Strict):
     def _bounded(self) -> Self:
         if abs(self.init) < self.min_abs:
             remedy = f"Give at least {self.min_abs} or at most -{self.min_abs}, or lower min_abs"
-            raise problem(f"{self.init} is nearer to 0 than min_abs", remedy, "init", code="out-of-range")
+            raise problem(f"{self.init} is closer to 0 than min_abs", remedy, "init", code="out-of-range")
         return self
 
 
@@ -121,10 +121,11 @@ class _Stem(_ColumnCount):
     )
 
 
-# Pydantic lists keys base by base, in files and messages. The bases above keep the order columns, stem, levels.
+# Pydantic orders keys by base class. The base classes above produce the order columns, stem, levels.
 class ColumnsSpec(_ColumnCount):
-    """Reversible columns without a stem and a head, for hosts that have their own. Only `columns` and `levels` are
-    required; docs/reference/yaml.md describes every key.
+    """Reversible columns without stem and head, for models that have their own.
+
+    Only `columns` and `levels` are required. docs/reference/yaml.md describes every key.
     """
 
     model_config = ConfigDict(title="columns")
@@ -146,7 +147,7 @@ class ColumnsSpec(_ColumnCount):
     @model_validator(mode="before")
     @classmethod
     def _fill_gain(cls, data: Any) -> Any:
-        """Give gamma the first value that `init` names, unless there is one."""
+        """Set the initial gamma of `init` unless it is given."""
         if not isinstance(data, dict) or data.get("init") != "fast":
             return data
         gain = data.get("gain", {})
@@ -173,13 +174,12 @@ class ColumnsSpec(_ColumnCount):
             text = f"{len(self.memory)} modes for {self.columns} columns"
             raise problem(text, "Give one for all, or one per column", "memory", code="wrong-length")
         if self.drop_path and not any(_takes(level, "drop_path") for level in self.levels):
-            raise problem(
-                f"no block takes the rate {self.drop_path}", "Remove the key", "drop_path", code="conflicting-values"
-            )
+            text = f"no block has this option (value {self.drop_path})"
+            raise problem(text, "Remove the key", "drop_path", code="conflicting-values")
         return self
 
     def graph(self) -> Graph:
-        """Nodes and wires of all columns."""
+        """Return the graph: nodes and connections of all columns."""
         m = len(self.levels)
         reads = [self.reads if level.reads is None else level.reads for level in self.levels]
         constant = None if self.constant is None else self.constant.column
@@ -187,23 +187,23 @@ class ColumnsSpec(_ColumnCount):
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """Of each column: `up` or `down`."""
+        """Direction of each column: `up` or `down`."""
         return (self.direction,) * self.columns if isinstance(self.direction, str) else self.direction
 
     def residuals(self) -> list[int]:
-        """How many states back the residual of each level is; 0 for none."""
+        """Return how many states back the residual of each level is, 0 for none."""
         default = len(self.levels) if self.residual is None else self.residual
         return [default if level.residual is None else level.residual for level in self.levels]
 
     def _check_size(self) -> None:
         m, blocks = len(self.levels), sum(level.depth for level in self.levels)
         reads = [self.reads if level.reads is None else level.reads for level in self.levels]
-        # Wires beyond the two of a RevCol cell: `full` and `before` read all levels.
+        # Connections beyond the two of a RevCol cell: `full` and `before` connect all levels.
         wires = sum(m if token in ("full", "before") else 1 for tokens in reads for token in tokens) - 2 * m
-        for kind, count in (("cells and blocks", m + blocks), ("wires", wires)):
+        for kind, count in (("cells and blocks", m + blocks), ("connections", wires)):
             if self.columns * count > MAX_SIZE:
                 text = f"{self.columns} columns of {m} levels have {self.columns * count:,} {kind}"
-                remedy = f"Give fewer columns, levels or blocks: {MAX_SIZE:,} at most"
+                remedy = f"Give fewer columns, levels or blocks: at most {MAX_SIZE:,}"
                 raise problem(text, remedy, "columns", code="out-of-range")
 
     def _check_directions(self) -> None:
@@ -211,7 +211,7 @@ class ColumnsSpec(_ColumnCount):
             text = f"{len(self.directions)} directions for {self.columns} columns"
             raise problem(text, "Give one for all, or one per column", "direction", code="wrong-length")
         if self.directions[0] == "down":
-            remedy = "Let the first column run up: there the stem enters, at level 0"
+            remedy = "The first column must run up: the output of the stem enters at its level 0"
             raise problem("the first column runs down", remedy, "direction", code="conflicting-values")
         if self.constant is not None and self.constant.column >= self.columns:
             raise _no_column(self.constant.column, self.columns, "constant", "column")
@@ -223,17 +223,17 @@ class ColumnsSpec(_ColumnCount):
             if back > m:
                 raise problem(
                     f"{back} is more than the {m} levels of a column",
-                    f"Give at most {m}; 0: none",
+                    f"Give at most {m}, or 0 for none",
                     *place,
                     code="out-of-range",
                 )
             others = [shapes[(index - back) % m]] if index >= back or "up" in self.directions[1:] else []
-            others += [shapes[(index + back) % m]] if "down" in self.directions else []  # the mirror image
+            others += [shapes[(index + back) % m]] if "down" in self.directions else []  # in mirrored order
             for other in (other for other in others if other != shapes[index]):
                 (dim, reduction), (dim_here, reduction_here) = other, shapes[index]
-                text = f"the residual {back} states back is {dim} channels at 1/{reduction} of the stem's sides, "
-                text += f"and this level {dim_here} at 1/{reduction_here}"
-                raise problem(text, "Give 0 here: no residual", "levels", index, "residual", code="shape-mismatch")
+                text = f"the residual {back} states back has {dim} channels at 1/{reduction} of the stem's resolution, "
+                text += f"but this level has {dim_here} at 1/{reduction_here}"
+                raise problem(text, "Give 0 for no residual", "levels", index, "residual", code="shape-mismatch")
         try:
             self.graph()
         except ReadError as error:
@@ -242,7 +242,7 @@ class ColumnsSpec(_ColumnCount):
             ) from None
 
     def reductions(self) -> list[int]:
-        """By how much the resolution of each level is reduced against the stem's output, per side."""
+        """Return the factor per side by which the resolution of each level is below that of the stem's output."""
         default = getattr(find_component("fusion", self.fusion.type), "default_stride", 1)
         found, reduction = [], 1
         for index, level in enumerate(self.levels):
@@ -251,9 +251,9 @@ class ColumnsSpec(_ColumnCount):
         return found
 
     def drop_path_rates(self) -> list[list[float]]:
-        """The rate of each block, by level: from 0 to `drop_path` inside a column, equal in all columns.
+        """Return the rate of each block by level: from 0 to `drop_path` within a column, equal in all columns.
 
-        That is the rule of the official release. A block that has a rate among its own options keeps it.
+        This is the rule of the official release. Blocks with `drop_path` among their own options keep it.
         """
         total = sum(level.depth for level in self.levels)
         rates = iter([self.drop_path * index / max(total - 1, 1) for index in range(total)])
@@ -263,14 +263,14 @@ class ColumnsSpec(_ColumnCount):
         ]
 
     def block_options(self, level: LevelSpec) -> dict[str, Any]:
-        """Those of the blocks of a level, with the layer scale of `init` unless there is one."""
+        """Return the options of the blocks of a level, with the layer scale of `init` unless it is given."""
         scale = INITIALIZATIONS[self.init].layer_scale
         is_missing = scale is not None and _takes(level, "layer_scale")
         return {"layer_scale": scale, **level.options} if is_missing else level.options
 
 
 class NetSpec(ColumnsSpec, _Stem):
-    """A whole net. Only `columns`, `stem` and `levels` are required; docs/reference/yaml.md describes every key."""
+    """A whole network. Only `columns`, `stem` and `levels` are required; docs/reference/yaml.md describes every key."""
 
     model_config = ConfigDict(title="net")
 
@@ -286,28 +286,27 @@ class NetSpec(ColumnsSpec, _Stem):
 
 
 def load_spec(source: Source | NetSpec, overrides: Overrides = (), *, trust: bool = True) -> NetSpec:
-    """Read and check the specification of a net.
+    """Read and validate the specification of a network.
 
     Args:
-        source: path of a YAML file, a mapping of the same form, or a spec.
-        overrides: `key.path=value` texts, such as `columns=8` or `levels.2.depth=6`, or a mapping of key paths to
-            values.
-        trust: may it name classes of other projects? Their modules are imported, which runs them.
+        source: Path of a YAML file, a mapping of the same form, or a spec.
+        overrides: Texts `key.path=value`, such as `levels.2.depth=6`, or a mapping of key paths to values.
+        trust: Whether it may name classes of other projects. Importing their modules runs their code.
 
     Raises:
-        revnets.SpecError: names the file, the key, the value and the remedy.
+        revnets.SpecError: If a file, key or value is invalid.
     """
     if isinstance(source, NetSpec):
         if trust and not overrides:
             return source
-        source = dump(source)  # to be checked again
+        source = dump(source)  # to validate it again
     layers = read_layers(source)
     layers.apply(overrides)
     return layers.check(NetSpec, trust=trust)
 
 
 def dump(spec: ColumnsSpec) -> dict[str, Any]:
-    """The spec as plain data from which it can be loaded again; what has its default is left out."""
+    """Return a spec as plain data that can be loaded again. Default values are omitted."""
 
     def flat(part: dict[str, Any]) -> dict[str, Any]:
         return {key: item for key, item in part.items() if key != "options"} | part.get("options", {})
@@ -332,15 +331,15 @@ def _check_reads(reads: Sequence[ReadToken], m: int, *place: str | int) -> None:
     for read in reads:
         if isinstance(read, str) and read not in READS:
             raise problem(
-                f'"{read}" is not a read', nearest(read, READS, "Choose among"), *place, code="unknown-choice"
+                f'"{read}" is not a valid input', nearest(read, READS, "Choose among"), *place, code="unknown-choice"
             )
         try:
             wire(m, m, [[read]] * m)
         except ReadError:
-            text = f"offset {read} reaches out of the window of {m} levels"
+            text = f"offset {read} is outside the window of {m} levels"
             raise problem(text, f"Give 1 to {m - 1}" if m > 2 else "Give 1", *place, code="out-of-range") from None
 
 
 def _takes(level: LevelSpec, option: str) -> bool:
-    """Do its blocks have this option, and is no value given?"""
+    """Whether the blocks of a level have this option and it is not given."""
     return option in options("block", level.block) and option not in level.options

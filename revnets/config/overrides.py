@@ -1,4 +1,4 @@
-"""Overrides `key.path=value`: where they lead to, and their values, which are YAML."""
+"""Overrides `key.path=value`: parsing of their keys and of their values, which are YAML."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from typing import Any
 import yaml
 
 from revnets.config import load_errors as errors
+from revnets.config.bounded_yaml import MAX_DEPTH, Loader
 from revnets.config.errors import EXPONENT, ArgumentError, Keys, option_error, path, what
-from revnets.config.loader import MAX_DEPTH, Loader
 
 MAX_DIGITS = 20
-"""Digits of a number of an item; Python refuses to read some thousands of them."""
+"""Largest number of digits of a list index. Python refuses to parse several thousand digits."""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """The key path and the value of one `key.path=value`.
+    """Split one `key.path=value` into key path and value.
+
+    Args:
+        text: The override.
+
+    Returns:
+        The key path and the parsed value.
 
     Raises:
-        SpecError: it has another form, or its value is no YAML.
+        SpecError: If the form is different, or the value is not valid YAML.
     """
     key_path, equals, value_text = text.partition("=")
     keys = [key.strip() for key in key_path.split(".")]
@@ -28,10 +34,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def split_keys(key_path: str) -> tuple[str, ...]:
-    """The keys of a path.
+    """Split a key path into keys.
 
     Raises:
-        SpecError: they are nested too deep.
+        SpecError: If there are too many keys.
     """
     keys = tuple(key_path.split("."))
     if len(keys) > MAX_DEPTH:
@@ -40,13 +46,14 @@ def split_keys(key_path: str) -> tuple[str, ...]:
 
 
 def parse_value(text: str, key: str = "") -> Any:
-    """A value of the command line: YAML, in which 1e-3 is a number.
+    """Parse a value of the command line: YAML in which 1e-3 is a number.
 
     Args:
-        key: names the value in error messages.
+        text: The value.
+        key: Name of the value in errors.
 
     Raises:
-        SpecError: it is no YAML, or YAML would leave out a part of it: what follows ` #`, and line feeds.
+        SpecError: If it is not valid YAML, or YAML would drop a part of it: what follows ` #`, or line feeds.
     """
     try:
         return CommandLineLoader(text).get_single_data()
@@ -55,33 +62,42 @@ def parse_value(text: str, key: str = "") -> Any:
 
 
 def index_of(place: Any, key: str, found: Keys) -> str | int:
-    """The key or number under which an override finds its place."""
+    """Return the key or list index that a key of an override refers to.
+
+    Args:
+        place: Mapping or list that the previous keys lead to.
+        key: Next key of the override.
+        found: Previous keys, for errors.
+
+    Raises:
+        SpecError: If `place` has no such item.
+    """
     if isinstance(place, dict):
         return key
     if isinstance(place, list) and key.isdecimal() and len(key) < MAX_DIGITS and int(key) < len(place):
         return int(key)
-    wrong, remedy = f"{path(found)} holds no keys: {what(place)}", f"Set {path(found)} as a whole"
+    wrong, remedy = f"{path(found)} has no keys: {what(place)}", f"Set {path(found)} as a whole"
     if isinstance(place, list):
-        wrong = f"{path(found)} is a list of {len(place)}, it has no item {key}"
+        wrong = f"{path(found)} is a list of length {len(place)} and has no item {key}"
         remedy = f"Use 0 to {len(place) - 1}" if place else remedy
     raise option_error(path((*found, key)), wrong, remedy, code="invalid-override")
 
 
 class CommandLineLoader(Loader):
-    """Reads 1e-3 as a number, as every shell user expects, and refuses what YAML would drop from the text."""
+    """Reads 1e-3 as a number, as users of a shell expect, and rejects text of which YAML would drop a part."""
 
     def scan_to_next_token(self) -> None:
         start = self.pointer
         super().scan_to_next_token()
         if "#" in self.buffer[start : self.pointer]:
-            raise ArgumentError("YAML takes what follows # for a comment", code="invalid-syntax")
+            raise ArgumentError("YAML treats what follows # as a comment", code="invalid-syntax")
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         start, end, style = (getattr(self.peek_event(), name) for name in ("start_mark", "end_mark", "style"))
         node = super().compose_scalar_node(anchor)
         is_whole = self._depth == 1 and len(self.buffer.splitlines()) > 1
         if style not in ("|", ">") and (is_whole or start.line != end.line):
-            raise ArgumentError("it has several lines, and a line feed is \\n in double quotes", code="invalid-syntax")
+            raise ArgumentError("it has several lines; write line feeds as \\n in quotes", code="invalid-syntax")
         return node
 
 

@@ -1,6 +1,6 @@
-"""Blocks, fusions, stems and heads by name; or any subclass of nn.Module by its import path `package.module:Class`.
+"""Registry of blocks, fusions, stems and heads by name, or of any nn.Module by import path `package.module:Class`.
 
-The components of `revnets.nn` register themselves when `revnets` is imported; those of `vision` are imported when a
+The components of `revnets.nn` are registered when `revnets` is imported. Those of `vision` are imported when a
 configuration names them.
 """
 
@@ -28,7 +28,7 @@ PROVIDED = {
     "stem": ("dim",),
     "head": ("dims",),
 }
-"""Arguments that the framework passes to a part of each kind; all others are options that a YAML may set."""
+"""Arguments that the framework passes to a component of each kind. All others are options that YAML may set."""
 
 IMPORTED: dict[str, dict[str, str]] = {
     "block": {
@@ -37,21 +37,21 @@ IMPORTED: dict[str, dict[str, str]] = {
     },
     "stem": {"patch_embed": "vision.models.vit_blocks:PatchEmbed"},
 }
-"""Import paths of components of this project that are not registered until they are used, by kind and name."""
+"""Import paths of components of this project that are imported on first use, by kind and name."""
 
 _REGISTRY: dict[str, dict[str, Factory]] = {kind: {} for kind in PROVIDED}
 
 
 def _register(kind: str, name: str) -> Callable[[T], T]:
     if ":" in name:
-        raise ArgumentError(f"{name!r}: the colon is kept for package.module:Class", "name")
+        raise ArgumentError(f"{name!r}: a colon is reserved for package.module:Class", "name")
 
     def decorate(factory: T) -> T:
         known = _REGISTRY[kind].get(name)
-        # A module that is run again (notebooks, autoreload) may replace its own parts, but nobody else's.
+        # A module that runs again (notebooks, autoreload) may replace its own components but no others.
         if known is not None and (known.__module__, known.__qualname__) != (factory.__module__, factory.__qualname__):
             raise ArgumentError(
-                f"{kind} {name!r} is registered already, by {known.__module__}.{known.__qualname__}",
+                f"{kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}",
                 "name",
                 code="name-clash",
             )
@@ -62,41 +62,77 @@ def _register(kind: str, name: str) -> Callable[[T], T]:
 
 
 def register_block(name: str) -> Callable[[T], T]:
-    """Make a block known as `name`: a class called with `dim=` and its options; states keep their shape."""
+    """Return a decorator that registers a block.
+
+    A block is a class, or a function that returns a module. It is called with `dim=` (channels) and its options. Its
+    forward pass keeps the shape of the state.
+
+    Example:
+        @revnets.register_block("gated")
+        class Gated(nn.Module):
+            def __init__(self, dim: int, ratio: float = 2.0): ...
+
+    Args:
+        name: Name of the block in YAML, without a colon.
+
+    Raises:
+        ArgumentError: If the name contains a colon or belongs to another block.
+    """
     return _register("block", name)
 
 
 def register_fusion(name: str) -> Callable[[T], T]:
-    """Make a fusion known as `name`: a class called with `dim=, reduction=, sources=` and its options."""
+    """Return a decorator that registers a fusion: a class called with `dim=`, `reduction=`, `sources=` and its options.
+
+    Args:
+        name: Name of the fusion in YAML, without a colon.
+
+    Raises:
+        ArgumentError: If the name contains a colon or belongs to another fusion.
+    """
     return _register("fusion", name)
 
 
 def register_stem(name: str) -> Callable[[T], T]:
-    """Make a stem known as `name`: a class called with `dim=` (of level 0) and its options."""
+    """Return a decorator that registers a stem: a class called with `dim=` (channels of level 0) and its options.
+
+    Args:
+        name: Name of the stem in YAML, without a colon.
+
+    Raises:
+        ArgumentError: If the name contains a colon or belongs to another stem.
+    """
     return _register("stem", name)
 
 
 def register_head(name: str) -> Callable[[T], T]:
-    """Make a head known as `name`: a class called with `dims=` (of all levels) and its options."""
+    """Return a decorator that registers a head: a class called with `dims=` (channels of all levels) and its options.
+
+    Args:
+        name: Name of the head in YAML, without a colon.
+
+    Raises:
+        ArgumentError: If the name contains a colon or belongs to another head.
+    """
     return _register("head", name)
 
 
 def names(kind: str) -> list[str]:
-    """All names of a kind: block, fusion, stem or head."""
+    """Return the names of all components of a kind: block, fusion, stem or head."""
     return sorted({*_REGISTRY[kind], *IMPORTED.get(kind, ())})
 
 
 def find_component(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = True) -> Factory:
-    """The factory of a component: what is registered, or a subclass of `nn.Module`. It is not called.
+    """Return the class or function that builds a component, without calling it.
 
     Args:
         kind: block, fusion, stem or head.
-        name: under which it is registered, or `package.module:Class`.
-        folders: searched for the module before `sys.path`.
-        trust: may the module be one of another project? It is imported, which runs it.
+        name: Registered name, or `package.module:Class` of a subclass of `nn.Module`.
+        folders: Directories searched for the module before `sys.path`.
+        trust: Whether modules of other projects may be imported, which runs their code.
 
     Raises:
-        PartError: no such name, module or class, or one that is not trusted.
+        PartError: If the name, module or class does not exist or is not trusted.
     """
     registered = _REGISTRY[kind]
     if name in registered:
@@ -107,7 +143,7 @@ def find_component(kind: str, name: str, folders: Sequence[Path] = (), trust: bo
         is_module = isinstance(factory, type) and issubclass(factory, nn.Module)
         if not is_module and not any(factory is item for item in registered.values()):
             raise PartError(
-                f'{kind} "{name}" is no subclass of torch.nn.Module',
+                f'{kind} "{name}" is not a subclass of torch.nn.Module',
                 f"Derive it from torch.nn.Module, or decorate a function with revnets.register_{kind}",
                 code="invalid-component",
             )
@@ -116,7 +152,7 @@ def find_component(kind: str, name: str, folders: Sequence[Path] = (), trust: bo
     if "." in name:
         raise PartError(
             problem,
-            f"For a class of your own, write a colon before it: {':'.join(name.rsplit('.', 1))}",
+            f"For a custom class, write a colon before its name: {':'.join(name.rsplit('.', 1))}",
             code="unknown-component",
         )
     raise PartError(
@@ -125,20 +161,28 @@ def find_component(kind: str, name: str, folders: Sequence[Path] = (), trust: bo
 
 
 def options(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = True) -> dict[str, inspect.Parameter]:
-    """What may be set for a part, by name; a part that takes `**kwargs` has the entry `**`.
+    """Return the options of a component by name. A component that accepts `**kwargs` has the entry `**`.
+
+    Args:
+        kind: block, fusion, stem or head.
+        name: Registered name, or `package.module:Class`.
+        folders: Directories searched for the module before `sys.path`.
+        trust: Whether modules of other projects may be imported.
 
     Raises:
-        PartError: no such part, one that is not trusted, or one that does not take what the framework passes.
+        PartError: If the component does not exist, is not trusted, or lacks an argument that the framework passes.
     """
     factory = find_component(kind, name, folders, trust)
     try:
         signature = inspect.signature(factory, eval_str=True)
-    except Exception:  # annotations that cannot be evaluated here check nothing
+    except Exception:  # annotations that cannot be evaluated are not checked
         try:
             signature = inspect.signature(factory)
         except ValueError:
             raise PartError(
-                f'{kind} "{name}" does not say what arguments it takes', "Wrap it in a class", code="invalid-component"
+                f'{kind} "{name}" has no signature that can be inspected',
+                "Wrap it in a class",
+                code="invalid-component",
             ) from None
     parameters = list(signature.parameters.values())
     others = dict([("**", item) for item in parameters if item.kind is item.VAR_KEYWORD])
@@ -146,7 +190,7 @@ def options(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = Tr
     for argument in PROVIDED[kind]:
         if argument not in named and not others:
             raise PartError(
-                f'{kind} "{name}" does not take the argument `{argument}`, which every {kind} is given',
+                f'{kind} "{name}" does not accept the argument `{argument}`, which every {kind} needs',
                 f"Add {argument} to its arguments",
                 code="invalid-component",
             )
@@ -154,14 +198,19 @@ def options(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = Tr
 
 
 class PartSpec(Strict):
-    """A stem, fusion or head: its name and options. `linear` alone means `{type: linear}`."""
+    """A stem, fusion or head. In YAML, a name alone such as `linear` is short for `{type: linear}`.
+
+    Attributes:
+        type: Registered name, or `package.module:Class`.
+        options: Options of the component.
+    """
 
     type: str
     options: dict[str, Any] = Field(default_factory=dict)
 
 
 def part(kind: str) -> BeforeValidator:
-    """Validator that splits {type: name, option: value, ...} into name and checked options."""
+    """Return a validator that splits `{type: name, option: value, ...}` into name and checked options."""
 
     def split(value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, PartSpec):
@@ -182,13 +231,18 @@ def part(kind: str) -> BeforeValidator:
 def name_and_options(
     kind: str, given: dict[str, Any], key: str, reserved: Sequence[str], info: ValidationInfo, short: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """The name at `key`, and all other keys that are not reserved as options, checked against the signature.
+    """Return the name of a component and its options, checked against its signature.
 
     Args:
-        reserved: keys that are no options.
-        info: of pydantic; its context may name `folders` of modules, as `revnets.config.loader` gives it, and say
-            whether the configuration is worth `trust`.
-        short: the name is given without a mapping, so errors about it belong to the place itself.
+        kind: block, fusion, stem or head.
+        given: Mapping with the name and the options.
+        key: Key of the name.
+        reserved: Keys that are not options.
+        info: Validation info of pydantic. Its context may contain `folders` and `trust`, see `find_component`.
+        short: Whether the configuration contains only the name. Errors then have no key below that place.
+
+    Raises:
+        PydanticCustomError: If the component cannot be used, or an option is unknown, missing or invalid.
     """
     if key not in given:
         for other in get_close_matches(key, given, n=1):
@@ -210,7 +264,7 @@ def name_and_options(
             continue
         if option in PROVIDED[kind]:
             raise problem(
-                f'{kind} "{name}" is given {option} from the levels', "Remove the key", option, code="reserved-key"
+                f'{kind} "{name}" gets {option} from the levels', "Remove the key", option, code="reserved-key"
             )
         if option in allowed:
             checked[option] = _typed(option, value, allowed[option])
@@ -223,8 +277,8 @@ def name_and_options(
     for option, parameter in allowed.items():
         if option != "**" and parameter.default is inspect.Parameter.empty and option not in checked:
             if option in reserved:
-                text = f'the argument {option} of {kind} "{name}" has the name of a key'
-                raise problem(text, "Rename the argument in its code", key, code="name-clash")
+                text = f'the argument {option} of {kind} "{name}" has the name of a reserved key'
+                raise problem(text, "Rename the argument in the code", key, code="name-clash")
             raise problem(
                 f'{kind} "{name}" needs this option', f"Add it, as in `{option}: ...`", option, code="missing-key"
             )
@@ -232,7 +286,7 @@ def name_and_options(
 
 
 def _typed(option: str, value: Any, parameter: inspect.Parameter) -> Any:
-    """The value in the type that the part's signature asks for: a list becomes a tuple, but no text a number."""
+    """Convert a value to the type of the annotation by strict rules: a list becomes a tuple, but text not a number."""
     if parameter.annotation is inspect.Parameter.empty or isinstance(parameter.annotation, str):
         return value
     config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -240,6 +294,6 @@ def _typed(option: str, value: Any, parameter: inspect.Parameter) -> Any:
         return validate(TypeAdapter(parameter.annotation, config=config), value)
     except ValidationError as error:
         complaint = explain(error, value)
-    except (PydanticUserError, TypeError, NameError):  # a type that pydantic has no check for
+    except (PydanticUserError, TypeError, NameError):  # a type that pydantic cannot check
         return value
     raise problem(complaint.problem, complaint.remedy, option, *complaint.keys, code=complaint.code)

@@ -219,7 +219,7 @@ def test_overrides() -> None:
         ("name", "invalid-override", "name", "levels.2.depth=6"),
         ("=3", "invalid-override", "=3", "levels.2.depth=6"),
         ("part..size=3", "invalid-override", "part..size=3", "levels.2.depth=6"),
-        ("items.2.size=3", "invalid-override", "items.2", ["list of 2", "item 2", "0 to 1"]),
+        ("items.2.size=3", "invalid-override", "items.2", ["list of length 2", "item 2", "0 to 1"]),
         ("items.-1.size=3", "invalid-override", "items.-1", ["item -1", "0 to 1"]),
         ("items.²=3", "invalid-override", "items.²", ["item ²", "0 to 1"]),
         ("items.size=3", "invalid-override", "items.size", ["item size", "0 to 1"]),

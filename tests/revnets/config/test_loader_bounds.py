@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from revnets import SpecError, load_spec
-from revnets.config.loader import MAX_BASES, MAX_BYTES, MAX_DEPTH, MAX_NODES, Layer, Layers, read_layers
+from revnets.config.bounded_yaml import MAX_DEPTH, MAX_NODES
+from revnets.config.loader import MAX_BASES, MAX_BYTES, Layer, Layers, read_layers
 from revnets.config.overrides import parse_value
 from tests.support.errors import raises_error
 
@@ -144,9 +145,9 @@ def test_levels_are_counted_before_they_are_read() -> None:
         load_spec({**NET, "levels": [{"dim": "no number"}] * 5000})
 
 
-def test_the_wires_of_many_levels_are_bounded() -> None:
+def test_connections_of_many_levels_are_bounded() -> None:
     levels = [{**LEVEL, "depth": 0, "stride": 1}] * 200
-    with raises_error(code="out-of-range", key="columns", names="wires"):
+    with raises_error(code="out-of-range", key="columns", names="connections"):
         load_spec({**NET, "columns": 20, "residual": 0, "reads": ["full"], "levels": levels})
 
 

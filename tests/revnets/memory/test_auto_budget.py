@@ -176,7 +176,7 @@ def test_larger_inputs_are_warned_of() -> None:
     model = net(budget=between(0.4))
     model(torch.randn(SHAPE))
     model(torch.randn(300, 13))
-    with pytest.warns(UserWarning, match=r"made for an input of \(401, 13\); larger ones, such as \(500, 13\)"):
+    with pytest.warns(UserWarning, match=r"of shape \(401, 13\); an input of shape \(500, 13\) may exceed"):
         model(torch.randn(500, 13))
     revnets.keep_budget(model, "1GiB")
     model(torch.randn(500, 13))
