@@ -81,7 +81,7 @@ class MemoryParts:
 
     @property
     def advice(self) -> str:
-        """One sentence on the largest part of the peak of `exact` (or of the lowest peak), and how to lower it."""
+        """The largest part of the peak of `exact` (or of the lowest peak) in words, and how to lower it."""
         known = {mode.mode: mode for mode in self.modes}
         best = known.get("exact") or min(self.modes, key=lambda mode: mode.peak)
         saving = f"{best.mode} takes {size(best.peak)}"

@@ -1,1 +1,1 @@
-"""The command line: `revnets COMMAND`, and the commands of this package."""
+"""The command-line interface `revnets`."""

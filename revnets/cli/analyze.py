@@ -1,4 +1,4 @@
-"""The commands `revnets analyze ...`. Other packages add theirs through the entry-point group `revnets.analyses`."""
+"""The commands `revnets analyze ...`. Other packages add commands with the entry-point group `revnets.analyses`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from revnets.config.errors import nearest, option_error
 
 app = typer.Typer(
     cls=Analyses,
-    help="Look into a net as the paper's figures do. Each command draws a picture and writes its numbers as CSV.",
+    help="Reproduce analyses of the paper. Each command draws a figure and writes its numbers as CSV.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -25,25 +25,29 @@ app = typer.Typer(
 def memory(
     spec: SpecArgument = "revcol_tiny",
     overrides: Overrides = None,
-    columns: Annotated[str, typer.Option(help="Numbers of columns.")] = "1,2,4,8,12,16,20",
+    columns: Annotated[str, typer.Option(help="Numbers of columns to predict.")] = "1,2,4,8,12,16,20",
     modes: Annotated[str, typer.Option(help="Memory modes.")] = "store,recompute,exact",
     input_shape: InputShape = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples of the step that is predicted.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of the predicted step.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 for autocast.")] = "bfloat16",
-    measure_columns: Annotated[str, typer.Option(help="Numbers of columns that are built and run.")] = "1,2,4,8",
+    measure_columns: Annotated[str, typer.Option(help="Numbers of columns to measure.")] = "1,2,4,8",
     measure_input: Annotated[
-        str | None, typer.Option(help="Shape of a sample there; 64 x 64 for larger images.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Shape of one sample of the measured step. By default that of --input, at most 64 x 64 for images.",
+            show_default=False,
+        ),
     ] = None,
-    measure_batch: Annotated[int, typer.Option(min=1, help="Samples of the step that is measured.")] = 32,
+    measure_batch: Annotated[int, typer.Option(min=1, help="Batch size of the measured step.")] = 32,
     png: Png = Path("memory.png"),
     csv: Csv = None,
     trust: Trust = False,
 ) -> None:
-    """Memory against the number of columns, reversible and not (figure 4).
+    """Plot memory against the number of columns, with and without reversibility (figure 4).
 
-    The step of a GPU is predicted, as revnets plan does. A small one is taken
-    on the CPU, counted byte by byte, and held against its own prediction.
-    Weights, gradients and activations count; an optimizer does not.
+    Predict a large training step, as revnets plan does. Measure a small step
+    on the CPU byte by byte, and compare it with its prediction. Weights,
+    gradients and activations count. Optimizer state does not.
 
     revnets analyze memory revcol_tiny --png memory.png
     """
@@ -80,18 +84,19 @@ def memory(
 def gains(
     model: Annotated[
         str,
-        typer.Argument(help="A file of weights, the folder of a run, or whatever `show` takes.", show_default=False),
+        typer.Argument(
+            help="File of weights, directory of a run, or any model that `revnets show` supports.", show_default=False
+        ),
     ],
     overrides: Overrides = None,
     png: Png = Path("gains.png"),
     csv: Csv = None,
     trust: Trust = False,
 ) -> None:
-    """The distribution of |gamma| in every column, and the bits that `exact` keeps because of it.
+    """Plot the distribution of |gamma| in every column, and the lost bits that mode `exact` saves.
 
-    Files are .safetensors, or of torch.save as the trainers of images and of
-    fairseq write them, whatever the net. If they hold averaged weights, those
-    are looked at.
+    Files of weights are .safetensors, or checkpoints of revnets train or
+    fairseq, of any model with gains. Averaged weights are preferred.
 
     revnets analyze gains runs/fashion --png gains.png
     """
@@ -120,7 +125,7 @@ def _counts(text: str, option: str) -> tuple[int, ...]:
         counts = ()
     if not counts or counts[0] < 1:
         raise option_error(
-            option, f"{text!r} is no list of positive whole numbers", "Give e.g. 1,2,4,8", code="wrong-type"
+            option, f"{text!r} is not a list of positive whole numbers", "Give e.g. 1,2,4,8", code="wrong-type"
         )
     return counts
 

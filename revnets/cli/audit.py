@@ -27,10 +27,20 @@ def measure(
     trust: bool = True,
     blend: float | None = None,
 ) -> int:
-    """Audit a net on random input; returns the exit code.
+    """Audit a model on random input and print the result.
 
     Args:
-        blend: make a network of ordinary blocks reversible first, and compare it with the original.
+        source: Model, as in `load_model`.
+        overrides: Overrides `key=value`.
+        shape: Shape of one sample, or None for that of the model.
+        batch: Batch size.
+        png: File for the figure, or None.
+        json: Whether to print JSON instead of tables.
+        trust: Whether a YAML file may name classes of other projects.
+        blend: Make a network of ordinary blocks reversible with this blend, and compare it with the original network.
+
+    Returns:
+        The exit code: 1 if a gradient is wrong.
     """
     torch.manual_seed(0)
     net = reversible_model(source, overrides, trust, blend, REWIRE if blend is None else "")
@@ -69,10 +79,19 @@ def explain_memory(
     trust: bool = True,
     blend: float | None = None,
 ) -> None:
-    """Show what the peak of a training step consists of, for a net that is never built.
+    """Print the parts of the peak memory of a training step, for a model on the meta device.
 
     Args:
-        blend: make a network of ordinary blocks reversible first.
+        source: Model, as in `load_model`.
+        overrides: Overrides `key=value`.
+        shape: Shape of one sample, or None for that of the model.
+        batch: Batch size.
+        dtype: Name of the dtype.
+        optimizer: Optimizer whose state is counted.
+        png: File for the figure, or None.
+        json: Whether to print JSON instead of a table.
+        trust: Whether a YAML file may name classes of other projects.
+        blend: Make a network of ordinary blocks reversible with this blend.
     """
     from revnets.analysis.peak_memory import memory_parts
     from revnets.plotting.peak_parts import peak_figure

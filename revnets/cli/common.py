@@ -1,4 +1,4 @@
-"""What the commands show, audit and plan share: the model, its input and the figure."""
+"""Helpers of the commands show, audit and plan: the model, its input and the figure."""
 
 from __future__ import annotations
 
@@ -33,11 +33,17 @@ def write_figure(console: Console, figure: Figure, picture: Path) -> None:
 def reversible_model(
     source: str, overrides: Sequence[str], trust: bool = True, blend: float | None = None, remedy: str = ""
 ) -> nn.Module:
-    """The model that a command is about, if it is one for it.
+    """Load a model with reversible columns.
 
     Args:
-        blend: make a network of ordinary blocks reversible, with this blend.
-        remedy: what the user of this command can do for a model that is not reversible.
+        source: Model, as in `load_model`.
+        overrides: Overrides `key=value`.
+        trust: Whether a YAML file may name classes of other projects.
+        blend: Make a network of ordinary blocks reversible with this blend.
+        remedy: Hint for a model that is not reversible.
+
+    Raises:
+        SpecError: If the model cannot be built or has no reversible columns.
     """
     net = load_model(source, overrides, trust=trust)
     try:
@@ -53,19 +59,22 @@ def reversible_model(
 
 
 REWIRE = "Give --reversible 0.1 to rewire its blocks"
-"""What helps a command that has this option."""
+"""Hint of commands with this option."""
 
 
 def input_error(source: str, shape: tuple[int, ...], error: Exception) -> SpecError:
-    """The error for an input that the model does not take."""
+    """Return the error for an input that the model rejects."""
     reason = str(error).splitlines()[0]
-    return SpecError(
-        source, "", f"an input of {shape} does not go through ({reason})", "Give --input", code="input-rejected"
-    )
+    problem = f"the model rejects an input of shape {shape} ({reason})"
+    return SpecError(source, "", problem, "Give --input", code="input-rejected")
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """A floating point type by its name."""
+    """Return a floating point dtype by name.
+
+    Raises:
+        SpecError: If the name is not float32, bfloat16 or float16.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise option_error(
@@ -75,13 +84,17 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def sample_shape_of(net: nn.Module, source: str) -> tuple[int, ...]:
-    """A shape of one sample that the model says it takes."""
+    """Return the shape of one sample that the model declares.
+
+    Raises:
+        SpecError: If the model declares no shape.
+    """
     shape = example_shape(net)
     if shape is None:
         raise SpecError(
             source,
             "stem",
-            "does not say what shape it takes",
+            "the model declares no input shape",
             "Give --input, e.g. --input 3,224,224",
             code="missing-shape",
         )

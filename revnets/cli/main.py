@@ -1,4 +1,4 @@
-"""The command `revnets`. Other packages add commands through the entry-point group `revnets.commands`."""
+"""The command `revnets`. Other packages add commands with the entry-point group `revnets.commands`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from revnets.cli.plugins import Commands
 app = typer.Typer(
     name="revnets",
     cls=Commands,
-    help="Reversible column nets: look at them, measure them, train them.",
+    help="Inspect, measure and train reversible column networks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,16 +30,20 @@ def show(
     input_shape: InputShape = None,
     svg: Annotated[
         Path | None,
-        typer.Option(help="Draw columns, levels and wires into this file.", callback=picture_path, readable=False),
+        typer.Option(
+            help="Write a figure of columns, levels and connections to this file.",
+            callback=picture_path,
+            readable=False,
+        ),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(help="The same as a PNG file.", callback=picture_path, readable=False)
+        Path | None, typer.Option(help="Write the figure as PNG.", callback=picture_path, readable=False)
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Show a net: its graph, parameters and multiply-accumulates, as a table and as a picture.
+    """Show the graph, parameters and multiply-accumulates of a model, as tables and as a figure.
 
-    A YAML file is a program. This command refuses to run code of other projects that it names, unless --trust is given.
+    A YAML file can run code: it may name classes of other projects. This command rejects them without --trust.
     """
     from revnets.cli.show import describe
 
@@ -53,15 +57,15 @@ def audit(
     input_shape: InputShape = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples in the batch that is measured.", show_default="2, with --memory 32"),
+        typer.Option(min=1, help="Batch size.", show_default="2, with --memory 32"),
     ] = None,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Show what the peak of a step consists of, on simulated tensors.")
+        bool, typer.Option("--memory", help="Show the parts of the peak memory of a simulated training step.")
     ] = False,
     optimizer: Annotated[
         str | None,
         typer.Option(
-            help="With --memory, whose state is counted: none, sgd, lion, adam or adamw.", show_default="adamw"
+            help="With --memory: optimizer whose state is counted (none, sgd, lion, adam, adamw).", show_default="adamw"
         ),
     ] = None,
     dtype: Annotated[
@@ -69,18 +73,18 @@ def audit(
         typer.Option(help="With --memory: float32, or bfloat16 or float16 for autocast.", show_default="float32"),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Draw the figures into this file.", callback=picture_path, readable=False)
+        Path | None, typer.Option(help="Write the figure to this file.", callback=picture_path, readable=False)
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     reversible: Reversible = None,
     trust: Trust = True,
 ) -> None:
-    """Measure whether a net is reversible, whether its gradients are right, and what it keeps for backward.
+    """Measure whether a model is reversible, whether its gradients are right, and what it saves for backward.
 
-    Exit code 1 if a gradient is wrong. Every step is taken on random input, with the weights of the initialization.
-    With --memory: what the bytes at the peak belong to, in every memory mode.
+    Exit code 1 if a gradient is wrong. Steps use random input and newly initialized weights. With --memory: show what
+    the bytes at the peak belong to, in every memory mode.
 
-    A YAML file is a program: the classes that it names are imported and run. Give --no-trust with files of others.
+    A YAML file can run code: the classes that it names are imported and run. Use --no-trust for untrusted files.
     """
     from revnets.cli.audit import explain_memory, measure
     from revnets.config.errors import option_error
@@ -92,7 +96,7 @@ def audit(
         return
     for option, value in (("--optimizer", optimizer), ("--dtype", dtype)):
         if value is not None:
-            raise option_error(option, "is for --memory alone", "Give --memory, too", code="conflicting-values")
+            raise option_error(option, "requires --memory", "Add --memory", code="conflicting-values")
     raise typer.Exit(measure(spec, overrides or [], shape, batch or 2, png, json, trust, reversible))
 
 
@@ -101,39 +105,42 @@ def plan(
     spec: SpecArgument,
     overrides: Overrides = None,
     input_shape: InputShape = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples a process sees in one step.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of one process.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 for autocast.")] = "float32",
     optimizer: Annotated[
-        str | None, typer.Option(help="none, sgd, lion, adam or adamw.", show_default="the YAML's, or adamw")
+        str | None, typer.Option(help="none, sgd, lion, adam or adamw.", show_default="from YAML, or adamw")
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes that train together.", show_default="the YAML's, or 1")
+        int | None, typer.Option(min=1, help="Processes that train together.", show_default="from YAML, or 1")
     ] = None,
     sharding: Annotated[
-        str | None, typer.Option(help="ddp (replicas) or fsdp (shards).", show_default="the YAML's, or ddp")
+        str | None, typer.Option(help="ddp (replicas) or fsdp (shards).", show_default="from YAML, or ddp")
     ] = None,
     grad_accum: Annotated[
-        int | None, typer.Option(min=1, help="Forward passes per update.", show_default="the YAML's, or 1")
+        int | None, typer.Option(min=1, help="Forward passes per update.", show_default="from YAML, or 1")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Fastest way under it: 24GiB, or a mode (its peak).")] = None,
-    host: Annotated[str | None, typer.Option(help="Host memory that may be used besides: 64GiB.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Choose the fastest policy within 24GiB, say, or within the peak of a memory mode."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Host memory that may be used in addition, e.g. 64GiB.")] = None,
     link: Annotated[
-        str | None, typer.Option(help="Speed between device and host.", show_default="the YAML's, or 25GB/s")
+        str | None, typer.Option(help="Speed between device and host.", show_default="from YAML, or 25GB/s")
     ] = None,
     flops: Annotated[
         str | None,
-        typer.Option(help="Speed of the device: 300TFLOP/s.", show_default="the YAML's, or that of this machine"),
+        typer.Option(help="Speed of the device, e.g. 300TFLOP/s.", show_default="from YAML, or measured"),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Draw the figure into this file.", callback=picture_path, readable=False)
+        Path | None, typer.Option(help="Write the figure to this file.", callback=picture_path, readable=False)
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print numbers for machines instead of a table.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     reversible: Reversible = None,
     trust: Trust = True,
 ) -> None:
-    """Predict the memory of a training step in every memory mode, without taking it.
+    """Predict the memory of a training step in every memory mode without running it.
 
-    A YAML file is a program: the classes that it names are imported and run. Give --no-trust with files of others.
+    A YAML file can run code: the classes that it names are imported and run. Use --no-trust for untrusted files.
     """
     from revnets.cli.plan import forecast
 
@@ -160,7 +167,7 @@ def env(
 
 
 def _expanded(word: str) -> str:
-    """`~` as the home folder where no shell has replaced it: behind `--option=`, or in a call without a shell."""
+    """Replace `~` by the home directory where no shell has done so: in `--option=~/x`, or in a call without a shell."""
     option, equals, value = word.partition("=")
     if word.startswith("-") and equals:
         return f"{option}={os.path.expanduser(value)}"
@@ -168,14 +175,14 @@ def _expanded(word: str) -> str:
 
 
 def main() -> None:
-    """Entry point: every expected mistake is one line on stderr and exit code 2, never a traceback."""
+    """Entry point. Prints every expected error as one line on stderr and exits with code 2, without a traceback."""
     try:
         app(args=[_expanded(word) for word in sys.argv[1:]])
     except Exception as error:
         from revnets.config.errors import SpecError
-        from revnets.models.plan import PlanError  # with the planner, which most commands do without
+        from revnets.models.plan import PlanError  # imports the planner, which most commands do not need
 
-        if isinstance(error, OSError) and error.filename and error.strerror:  # such as a name that is too long
+        if isinstance(error, OSError) and error.filename and error.strerror:  # such as a file name that is too long
             error = SpecError(str(error.filename), "", error.strerror, "Check the path", "unreadable-file")
         if not isinstance(error, (SpecError, PlanError)):
             raise error

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options of several commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from revnets.config.errors import option_error
 
 _MODEL = (
-    "YAML file of a net (docs/reference/yaml.md), name of a timm model (revcol_tiny), hf:FOLDER of a transformers "
+    "YAML file of a network (docs/reference/yaml.md), name of a timm model (revcol_tiny), hf:FOLDER of a transformers "
     "model, or package.module:function."
 )
 
@@ -28,7 +28,7 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust/--no-trust",
-        help="Import and run classes of other projects that the configuration names, such as a block of your own.",
+        help="Import and run classes of other projects that the configuration names, such as custom blocks.",
     ),
 ]
 
@@ -37,8 +37,8 @@ Reversible = Annotated[
     float | None,
     typer.Option(
         metavar="BLEND",
-        help="Rewire the residual blocks of an ordinary network, such as timm's vit_base_patch16_224, with this blend "
-        "(0.1, say): revnets.make_reversible.",
+        help="Make an ordinary residual network such as timm's vit_base_patch16_224 reversible with this blend, "
+        "e.g. 0.1 (see revnets.make_reversible).",
         show_default=False,
     ),
 ]
@@ -51,7 +51,11 @@ InputShape = Annotated[
 
 
 def sample_shape(text: str | None) -> tuple[int, ...] | None:
-    """The shape that `--input` names; an axis is set off by a comma or an x."""
+    """Parse the value of `--input`: sizes separated by commas or x.
+
+    Raises:
+        typer.BadParameter: If it is not a shape.
+    """
     if text is None:
         return None
     try:
@@ -59,35 +63,42 @@ def sample_shape(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        problem = f"{text!r} is no shape; give positive whole numbers such as 3,224,224"
+        problem = f"{text!r} is not a shape; give positive whole numbers such as 3,224,224"
         raise typer.BadParameter(problem, param_hint="--input")
     return shape
 
 
 def check_place(option: str, path: Path) -> None:
-    """Look at where a command is to write a file, before any work is done.
+    """Check that a command can write a file, before it computes anything.
+
+    Args:
+        option: Option with the path, for errors.
+        path: The file to write.
 
     Raises:
-        revnets.SpecError: a file could not be written there; names the option that asks for it.
+        revnets.SpecError: If the file cannot be written.
     """
     if path.is_dir():
-        raise option_error(option, f"{path} is a folder", "Give the name of a file", code="not-a-file")
+        raise option_error(option, f"{path} is a directory", "Give the name of a file", code="not-a-file")
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise option_error(
-            option, f"{folder} is no folder that can be written to", "Give another", code="unwritable-file"
-        )
+        raise option_error(option, f"{folder} is not a writable directory", "Give another path", code="unwritable-file")
 
 
 def picture_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Refuse a suffix that no picture has, and a place for no file, before any work is done."""
+    """Check the suffix of a figure and that it can be written, before the command computes anything.
+
+    Raises:
+        typer.BadParameter: If the suffix is not that of a figure.
+        revnets.SpecError: If the file cannot be written.
+    """
     from revnets.plotting.style import FORMATS
 
     if path is not None:
         if path.suffix.lower().removeprefix(".") not in FORMATS:
             known = ", .".join(FORMATS)
-            raise typer.BadParameter(f"{path}: a picture is saved as .{known}; give the file one of these")
+            raise typer.BadParameter(f"{path}: the suffix of a figure must be one of .{known}")
         check_place(param.opts[0], path)
     return path

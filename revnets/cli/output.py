@@ -1,4 +1,4 @@
-"""What an analysis shows of itself: progress, a table, a picture, and the numbers in it as CSV."""
+"""Output of analyses: progress, tables, figures, and CSV files."""
 
 from __future__ import annotations
 
@@ -23,33 +23,44 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Png = Annotated[
-    Path, typer.Option(help="Draw into this file: .png, .svg or .pdf.", callback=picture_path, readable=False)
+    Path, typer.Option(help="Write the figure to this .png, .svg or .pdf file.", callback=picture_path, readable=False)
 ]
 Csv = Annotated[
     Path | None,
-    typer.Option(help="Where the numbers go; beside the picture by default.", show_default=False, readable=False),
+    typer.Option(
+        help="Write the numbers to this file. By default it has the name of the figure and the suffix .csv.",
+        show_default=False,
+        readable=False,
+    ),
 ]
 
 
 def outputs(png: Path, csv: Path | None) -> tuple[Path, Path]:
-    """The two files, looked at before any work is done. The numbers lie beside the picture unless told otherwise.
+    """Return the paths of figure and CSV file, and check that both can be written.
+
+    Args:
+        png: Path of the figure.
+        csv: Path of the CSV file, or None for that of the figure with the suffix .csv.
 
     Raises:
-        revnets.SpecError: a file could not be written there, or both have one name.
+        revnets.SpecError: If a file cannot be written, or both paths are equal.
     """
     csv = csv or png.with_suffix(".csv")
     if csv == png:
-        raise option_error("--csv", f"{csv} is the picture already", "Give it another name", code="name-clash")
+        raise option_error("--csv", f"{csv} is the path of the figure", "Give another path", code="name-clash")
     check_place("--png", png)
     check_place("--csv", csv)
     return png, csv
 
 
 def deliver(figure: Figure, png: Path, rows: Sequence[Mapping[str, Any]], csv: Path) -> str:
-    """Write both files, each complete or not at all; returns a line that says so.
+    """Write figure and CSV file, each completely or not at all.
+
+    Returns:
+        A message with both paths.
 
     Raises:
-        revnets.SpecError: one of them cannot be written.
+        revnets.SpecError: If a file cannot be written.
     """
     from revnets.plotting.style import save
 
@@ -60,7 +71,7 @@ def deliver(figure: Figure, png: Path, rows: Sequence[Mapping[str, Any]], csv: P
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A line for each row under a line of names, those of the first row; decimal numbers with six digits."""
+    """Write rows to a CSV file. The header contains the keys of the first row, and floats have six digits."""
     with replacing(path, "w") as file:
         writer = csv_format.writer(file, lineterminator="\n")
         writer.writerow(rows[0])
@@ -70,7 +81,7 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def print_rows(console: Console, title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """Numbers, one row below the other, under a title."""
+    """Print rows as a table with a title."""
     table = table_of("", list(rows[0]), left=0)
     for row in rows:
         table.add_row(*row.values())
@@ -80,7 +91,15 @@ def print_rows(console: Console, title: str, rows: Sequence[Mapping[str, str]]) 
 
 @contextmanager
 def progress(console: Console, total: int | None) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """A bar on a terminal; yields what says what is being done, and what says that one of `total` steps is done."""
+    """Show a progress bar on a terminal.
+
+    Args:
+        console: Console of the bar.
+        total: Number of steps, or None if it is unknown.
+
+    Yields:
+        A function that sets the description, and a function that advances the bar by one step.
+    """
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)
@@ -88,9 +107,17 @@ def progress(console: Console, total: int | None) -> Iterator[tuple[Callable[[st
 
 @contextmanager
 def tracked(items: Iterable[T], description: str, console: Console | None = None) -> Iterator[Iterator[T]]:
-    """The items, with a bar on a terminal that ends with the body, also if that raises.
+    """Iterate over items with a progress bar on a terminal, which ends with the body even if the body raises.
 
-    A bar that the garbage collector ends may wait for the thread that draws it, which waits for the console.
+    If the garbage collector ended the bar, it could wait for the drawing thread, which waits for the console.
+
+    Args:
+        items: Items to iterate over.
+        description: Description of the bar.
+        console: Console of the bar, or None for the default one.
+
+    Yields:
+        An iterator over the items.
     """
     disable = console is not None and not console.is_terminal
     bar = track(items, description, console=console, transient=True, disable=disable)
@@ -100,11 +127,11 @@ def tracked(items: Iterable[T], description: str, console: Console | None = None
 
 @contextmanager
 def told_if_unwritable(path: Path) -> Iterator[None]:
-    """Turn what the system says against a file, such as `path`, into a `SpecError`."""
+    """Context manager that converts an `OSError` of writing `path` to a `SpecError`."""
     try:
         yield
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error})"
         raise SpecError(
-            str(error.filename or path), "", problem, "Free some space, or give another name", code="unwritable-file"
+            str(error.filename or path), "", problem, "Free some space, or give another path", code="unwritable-file"
         ) from error

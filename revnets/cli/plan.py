@@ -30,11 +30,18 @@ def forecast(
     trust: bool = True,
     blend: float | None = None,
 ) -> None:
-    """Plan a training step of a net that is never built.
+    """Plan the memory of a training step and print the plan, for a model on the meta device.
 
     Args:
-        blend: make a network of ordinary blocks reversible first.
-        request: goes to `revnets.plan`; what is None in it is as the budget in the net's YAML says, if there is one.
+        source: Model, as in `load_model`.
+        overrides: Overrides `key=value`.
+        shape: Shape of one sample, or None for that of the model.
+        batch: Batch size of one process.
+        request: Keyword arguments of `revnets.plan`. Values of None come from the budget in the YAML file, if any.
+        png: File for the figure, or None.
+        json: Whether to print JSON instead of a table.
+        trust: Whether a YAML file may name classes of other projects.
+        blend: Make a network of ordinary blocks reversible with this blend.
     """
     from revnets.models.plan import plan
     from revnets.plotting.memory_plan import plan_figure
@@ -59,7 +66,7 @@ def forecast(
 
 
 def plan_table(plan: Plan) -> Group:
-    """The plan as tables and a sentence."""
+    """Return a plan as a table and a sentence."""
     where = "one process" if plan.ranks == 1 else f"each of {plan.ranks} processes ({plan.sharding})"
     title = f"Memory of a training step, {where}, input {' x '.join(map(str, plan.input_shape))}, {plan.dtype}"
     table = Table(title=title, title_justify="left")

@@ -1,4 +1,4 @@
-"""Commands of other packages: found by entry points, loaded when they are called, with their errors on one line."""
+"""Commands of other packages: found by entry points, imported when they are called, with one-line errors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ Errors = tuple[type[Exception], ...]
 
 
 class Plugin(NamedTuple):
-    """What is known about a command before its module is imported."""
+    """Description of a command whose module is not imported.
 
-    extra: str | None  # of this distribution, without which the command cannot run; None: it needs none
-    help: str  # first paragraph of the command's help
+    Attributes:
+        extra: Extra of this distribution that the command needs, or None.
+        help: First paragraph of its help text.
+    """
+
+    extra: str | None
+    help: str
 
 
 PLUGINS = {
@@ -34,7 +39,7 @@ PLUGINS = {
         "duplicates", "Find images that are near-duplicates of those of a validation set, by their pseudo-labels."
     ),
     "analyze": Plugin(
-        None, "Look into a net as the paper's figures do. Each command draws a picture and writes its numbers as CSV."
+        None, "Reproduce analyses of the paper. Each command draws a figure and writes its numbers as CSV."
     ),
     "cka": Plugin("vision", "How similar every level of every column is to the images and to their labels (figure 9)."),
     "layercam": Plugin("vision", "Where every level of every column sees a class: LayerCAM over an image (figure 8)."),
@@ -44,11 +49,11 @@ PLUGINS = {
     "train-lm": Plugin("nlp", "Train a language model, or go on with an interrupted run."),
     "score-mt": Plugin("nlp", "BLEU of a translation: tokenised, with compounds split, and sacreBLEU."),
 }
-"""The commands of vision/ and nlp/. A help page lists them from here, so that it imports neither."""
+"""The commands of vision/ and nlp/. Help pages use these descriptions, so they import neither package."""
 
 
 class LazyCommand(TyperCommand):
-    """Represents the command of an entry point in a group; the command is imported when it is called."""
+    """Stands for the command of an entry point, which is imported when it is called."""
 
     def __init__(self, entry: EntryPoint):
         package = entry.dist.name if entry.dist else entry.module
@@ -57,10 +62,10 @@ class LazyCommand(TyperCommand):
         super().__init__(entry.name, callback=None, help=self.plugin.help)
 
     def load(self) -> Any:
-        """The command itself.
+        """Import the command.
 
         Raises:
-            SystemExit: its module cannot be imported; says what to install.
+            SystemExit: If its module cannot be imported. The message contains the package to install.
         """
         name, entry = self.entry.name, self.entry
         try:
@@ -80,12 +85,12 @@ class LazyCommand(TyperCommand):
         return command
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        """The context of the command itself; from here on a group deals with that one."""
+        """Return the context of the imported command, which the group then uses instead of this one."""
         return self.load().make_context(*args, **kwargs)
 
 
 class PluginGroup(TyperGroup):
-    """A group of commands with those of other packages behind its own; subclasses name the entry points."""
+    """A group of commands, followed by the commands of an entry-point group, which subclasses set."""
 
     entry_points: ClassVar[str]
 
@@ -96,28 +101,31 @@ class PluginGroup(TyperGroup):
 
 
 class Commands(PluginGroup):
-    """`revnets COMMAND`."""
+    """The group of `revnets COMMAND`."""
 
     entry_points = "revnets.commands"
 
 
 class Analyses(PluginGroup):
-    """`revnets analyze COMMAND`."""
+    """The group of `revnets analyze COMMAND`."""
 
     entry_points = "revnets.analyses"
 
 
 @contextmanager
 def one_line_errors(expected: Callable[[], Errors], extra: str | None = None) -> Iterator[None]:
-    """End a command with exit code 1 and one line if its body raises what was expected, or an `OSError`.
+    """Context manager that prints expected errors as one line and exits with code 1.
 
-    `SpecError` and `PlanError` pass: the command `revnets` itself tells them.
+    `OSError` is always expected. `SpecError` and `PlanError` pass through, because the command `revnets` prints them.
 
     Args:
-        expected: gives the types of errors whose message is all that a user needs. It is called when something went
-            wrong, so that their modules are not imported before.
-        extra: of the distribution; a module that is not installed is said to come with it. Without it, what cannot be
-            imported is a bug and shows its traceback.
+        expected: Returns the types of further expected errors. It is only called after an error, so that modules of
+            these types are not imported before.
+        extra: Extra of this distribution that contains modules that may be missing. If None, an import error is a bug
+            and shows its traceback.
+
+    Raises:
+        typer.Exit: If an expected error occurs.
     """
     try:
         yield

@@ -1,10 +1,10 @@
-"""What the commands `show`, `audit` and `plan` print and draw."""
+"""The command `show`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -19,25 +19,26 @@ from revnets.engine.graph import STEM
 from revnets.models.loading import load_model
 from revnets.models.net import Net
 
-if TYPE_CHECKING:
-    pass
-
 
 def describe(
     source: str, overrides: Sequence[str], shape: tuple[int, ...] | None, pictures: Sequence[Path], trust: bool = False
 ) -> None:
-    """Print levels, wires, parameters and multiply-accumulates of a net; draw it into `pictures`.
+    """Print levels, connections, parameters and multiply-accumulates of a model, and write figures of its graph.
 
     Args:
-        trust: may a YAML file name classes of other projects?
+        source: Model, as in `load_model`.
+        overrides: Overrides `key=value`.
+        shape: Shape of one sample, or None for that of the model.
+        pictures: Files for the figure.
+        trust: Whether a YAML file may name classes of other projects.
     """
     with torch.device("meta"):
         net = load_model(source, overrides, trust=trust)
     if not isinstance(getattr(net, "spec", None), NetSpec):
         raise SpecError(
-            source, "", f"{type(net).__name__} has no spec to show", "Give a YAML file, or use audit", code="no-spec"
+            source, "", f"{type(net).__name__} has no specification", "Give a YAML file, or use audit", code="no-spec"
         )
-    net = cast(Net, net)  # or a model with the same parts
+    net = cast(Net, net)  # or a model with the same attributes
     shape = shape or sample_shape_of(net, source)
     macs, sizes = _walk(net, shape, source)
     console = Console()
@@ -63,11 +64,12 @@ def describe(
 
 
 def parameters(module: nn.Module | None) -> int:
+    """Return the number of parameters of a module, 0 for None."""
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
 def _walk(net: Net, shape: tuple[int, ...], source: str) -> tuple[int, list[str]]:
-    """Multiply-accumulates of one sample, and the size of each level, without computing anything."""
+    """Return the multiply-accumulates of one sample and the size of each level, on the meta device."""
     sizes: list[str] = []
 
     def note(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
@@ -91,9 +93,9 @@ def _levels(net: Net, sizes: Sequence[str]) -> Table:
     title = f"{spec.columns} column{'s' * (spec.columns > 1)} of {len(spec.levels)} levels, "
     title += f"{f'{down} of them down, ' if down else ''}memory {spec.memory}"
     table = Table(title=title, title_justify="left")
-    for name in ("level", "channels", "positions", "blocks", "reads", "parameters a column"):
-        table.add_column(name, justify="left" if name in ("blocks", "reads") else "right")
-    # The first column has neither gains nor reads from above.
+    for name in ("level", "channels", "positions", "blocks", "inputs", "parameters per column"):
+        table.add_column(name, justify="left" if name in ("blocks", "inputs") else "right")
+    # The first column has neither gains nor inputs from above.
     column = 1 if spec.columns > 1 and spec.directions[1] == "up" else 0
     for index, level in enumerate(spec.levels):
         what = f"{level.depth} x {level.block}"
@@ -102,20 +104,20 @@ def _levels(net: Net, sizes: Sequence[str]) -> Table:
 
 
 def _down(net: Net) -> Table | None:
-    """The levels of a column that runs down, if there is one: of the second, which comes after another such."""
+    """Return the levels of a column that runs down, if any: the second one, which follows another one."""
     columns = [column for column, direction in enumerate(net.spec.directions) if direction == "down"]
     if not columns:
         return None
     table = Table(title="columns that run down", title_justify="left")
-    for name in ("level", "reads", "parameters a column"):
-        table.add_column(name, justify="left" if name == "reads" else "right")
+    for name in ("level", "inputs", "parameters per column"):
+        table.add_column(name, justify="left" if name == "inputs" else "right")
     for level in reversed(range(net.columns.graph.m)):
         table.add_row(str(level), *_cell(net, columns[min(1, len(columns) - 1)], level))
     return table
 
 
 def _cell(net: Net, column: int, level: int) -> tuple[str, str]:
-    """What a cell reads, and its parameters."""
+    """Return the inputs of a cell and its number of parameters."""
     graph = net.columns.graph
     node = graph.nodes[graph.states_of(column)[level]]
     reads = [
@@ -125,7 +127,7 @@ def _cell(net: Net, column: int, level: int) -> tuple[str, str]:
 
 
 def _wires(net: Net) -> Table:
-    """The first columns, the last, and those where the direction turns; others are wired like the one before."""
+    """Return the cells of the first columns, the last one and those where the direction changes."""
     graph, directions = net.columns.graph, net.spec.directions
     constant = {node.column for node in graph.nodes if node.constant}
     hidden = {
@@ -134,7 +136,7 @@ def _wires(net: Net) -> Table:
         if len(set(directions[column - 2 : column + 1])) == 1 and column not in constant
     }
     table = Table(title="graph", title_justify="left")
-    for name in ("cell", "reads", "gamma scales"):
+    for name in ("cell", "inputs", "gamma scales"):
         table.add_column(name)
     for node, row in zip(graph.nodes, graph.table(), strict=True):
         starts, ends = node.index % graph.m == 0, (node.index + 1) % graph.m == 0

@@ -1,1 +1,1 @@
-"""Figures in matplotlib and tables in rich."""
+"""Figures of networks, audits, memory plans and analyses, drawn with matplotlib."""

@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 WORDS = {
     "store": "store: ordinary autograd",
     "recompute": "recompute: states of all columns",
-    "invert": "invert: nothing, but drifts",
+    "invert": "invert: nothing (drifts)",
     "exact": "exact: lost bits",
 }
 MARKERS = {"store": "o", "recompute": "^", "invert": "v", "exact": "s"}
 LEVELS = ("#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#000000", "#999999")
-"""Colours of levels, of Okabe and Ito; they come again from the ninth level on."""
+"""Colors of levels, from Okabe and Ito. They repeat from the ninth level on."""
 
 
 def memory_figure(large: Sequence[Point], small: Sequence[Point], measured: Sequence[Point]) -> Figure:
-    """Memory against the number of columns (figure 4 of the paper): peak solid, kept dashed.
+    """Draw memory against the number of columns (figure 4 of the paper).
 
     Args:
-        large: predictions of a large step.
-        small: predictions of a small one, drawn as lines.
-        measured: what was measured of the latter, drawn as markers.
+        large: Predictions for a large training step.
+        small: Predictions for a small training step, drawn as lines.
+        measured: Measurements of the small step, drawn as markers.
     """
     from matplotlib.lines import Line2D
 
@@ -45,17 +45,17 @@ def memory_figure(large: Sequence[Point], small: Sequence[Point], measured: Sequ
     left.set_title(f"(a) predicted: {large[0].words}", fontsize=9, loc="left", color=INK)
     right.set_title(f"(b) measured (markers): {small[0].words}", fontsize=9, loc="left", color=INK)
     modes = dict.fromkeys(point.mode for point in large)
-    colours = [Line2D([], [], color=MODE_COLOURS[mode], marker=MARKERS[mode], label=WORDS[mode]) for mode in modes]
-    words: dict[str, Any] = {"peak": "-", "kept": "--", "weights and gradients": ":"}
+    colors = [Line2D([], [], color=MODE_COLOURS[mode], marker=MARKERS[mode], label=WORDS[mode]) for mode in modes]
+    words: dict[str, Any] = {"peak": "-", "saved for backward": "--", "weights and gradients": ":"}
     lines = [Line2D([], [], color=INK, linestyle=style, label=word) for word, style in words.items()]
     nothing = Line2D([], [], linestyle="", label=" ")
-    handles = [handle for pair in zip_longest(colours, lines, fillvalue=nothing) for handle in pair]  # fills columns
+    handles = [handle for pair in zip_longest(colors, lines, fillvalue=nothing) for handle in pair]  # column by column
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) // 2, frameon=False, fontsize=8.5)
     return figure
 
 
 def _draw_memory(axes: Axes, lines: Sequence[Point], markers: Sequence[Point]) -> None:
-    """Lines, and markers that should lie on them."""
+    """Draw predictions as lines and measurements as markers."""
     unit, name = unit_of(max(point.peak for point in [*lines, *markers]))
     for mode in dict.fromkeys(point.mode for point in lines):
         for field, style, face in (("peak", "-", MODE_COLOURS[mode]), ("kept", "--", "white")):
@@ -74,11 +74,11 @@ def _draw_memory(axes: Axes, lines: Sequence[Point], markers: Sequence[Point]) -
 
 
 def gains_figure(cells: Sequence[CellGains], bits: Sequence[Bits]) -> Figure:
-    """The distribution of |gamma| in every column, and the bits of an element that it costs.
+    """Draw the distribution of |gamma| in every column, and the lost bits per element that it costs.
 
     Args:
-        cells: of a net.
-        bits: of each of them.
+        cells: Gains of the cells of a model.
+        bits: Lost bits of each cell.
     """
     figure = _blank(8.0, 5.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -124,8 +124,8 @@ def _draw_bits(axes: Axes, cells: Sequence[CellGains], bits: Sequence[Bits]) -> 
         columns, color = [column for column, _ in points], LEVELS[level % len(LEVELS)]
         axes.plot(columns, [found.kept for _, found in points], "D-", color=color, markersize=3.5)
         axes.plot(columns, [found.entropy for _, found in points], ":", color=color)
-    axes.plot([], [], "D-", color=INK, markersize=3.5, label="kept by exact")
-    axes.plot([], [], ":", color=INK, label="entropy: the least")
+    axes.plot([], [], "D-", color=INK, markersize=3.5, label="saved by exact")
+    axes.plot([], [], ":", color=INK, label="entropy (lower bound)")
     axes.set_ylim(0, 1.12 * max(found.kept for found in bits))
     _quiet(axes, "column", "lost bits per element")
     axes.legend(fontsize=8.5, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 0.98), borderpad=0)

@@ -1,7 +1,7 @@
-"""Pictures of a graph and of an audit, and how they are saved.
+"""Figure of an audit.
 
-Figures are made without pyplot, so nothing depends on a display or on global state, and matplotlib is imported with the
-first figure. Colours are those of Okabe and Ito, which colour-blind people can tell apart.
+Figures are drawn without pyplot, so they depend neither on a display nor on global state. matplotlib is imported with
+the first figure. Colors are those of Okabe and Ito, which color-blind people can distinguish.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def audit_figure(audit: Audit) -> Figure:
-    """Draw an audit: how well the states come back, how right the gradients are, what is kept and where."""
+    """Draw an audit: errors of the rebuilt states and of the gradients, and memory by column and by mode."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -41,20 +41,20 @@ def audit_figure(audit: Audit) -> Figure:
 
 
 def _draw_states(axes: Axes, audit: Audit) -> None:
-    axes.set_title("States, rebuilt from the last column's")
+    axes.set_title("States rebuilt from the last column")
     if not audit.columns:
         _nothing(axes, audit.nothing_rebuilt)
         return
-    colour, columns = MODE_COLOURS["invert"], [column.column for column in audit.columns]
+    color, columns = MODE_COLOURS["invert"], [column.column for column in audit.columns]
     errors = [column.invert_error for column in audit.columns]
     top = _logarithmic(axes, "y", [*errors, *(error for column in audit.columns for error in column.invert_levels)])
     for level in range(audit.m):
         points = [
             (c.column, _shown(c.invert_levels[level], top)) for c in audit.columns if level < len(c.invert_levels)
         ]
-        axes.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1)
+        axes.plot(*zip(*points, strict=True), color=color, alpha=0.35, linewidth=1)
     shown = [_shown(error, top) for error in errors]
-    axes.plot(columns, shown, "o-", color=colour, markersize=4, label="invert (thin: each level)", clip_on=False)
+    axes.plot(columns, shown, "o-", color=color, markersize=4, label="invert (thin: each level)", clip_on=False)
     for exact, marker, shade, label in (
         (True, "s", MODE_COLOURS["exact"], "exact: equal bit for bit"),
         (False, "X", "black", "exact: DIFFERS"),
@@ -69,10 +69,10 @@ def _draw_states(axes: Axes, audit: Audit) -> None:
 
 
 def _draw_gradients(axes: Axes, audit: Audit) -> None:
-    axes.set_title("Gradients, against those of store")
+    axes.set_title("Gradients compared with store")
     modes = [mode for mode in audit.modes if mode.mode != "store"]
     if not modes:
-        _nothing(axes, "no mode but store was measured")
+        _nothing(axes, "only store was measured")
         return
     top = _logarithmic(axes, "x", [mode.gradient_error for mode in modes])
     _bars(axes, [mode.mode for mode in modes], [_shown(mode.gradient_error, top) for mode in modes])
@@ -87,12 +87,12 @@ def _gradient_words(audit: Audit, mode: ModeAudit) -> str:
         return "failed"
     if mode.equal:
         return "equal bit for bit"
-    error = f"off by {mode.gradient_error:.1e}" if math.isfinite(mode.gradient_error) else "not finite"
+    error = f"error {mode.gradient_error:.1e}" if math.isfinite(mode.gradient_error) else "not finite"
     return f"{error}: WRONG" if audit.verdict(mode) == "wrong" else error
 
 
 def _draw_growth(axes: Axes, audit: Audit) -> None:
-    axes.set_title("Memory, as the columns' forward goes on")
+    axes.set_title("Memory during the forward pass of the columns")
     if not audit.modes:
         _nothing(axes, "no mode was measured")
         return
@@ -106,14 +106,14 @@ def _draw_growth(axes: Axes, audit: Audit) -> None:
     last = max(len(mode.column_bytes) for mode in audit.modes) - 1
     axes.set(xlabel="after column", ylabel=f"{name} alive", xlim=(-0.5, last + 0.5), ylim=(0, 1.4 * most or 1))
     whole_numbers(axes)
-    title = "added by one more column" if last else None
-    axes.legend(  # in the room above the curves
+    title = "per additional column" if last else None
+    axes.legend(  # above the curves
         fontsize=9, frameon=False, ncols=2, loc="upper left", title=title, title_fontsize=9, alignment="left"
     )
 
 
 def _draw_bytes(axes: Axes, audit: Audit) -> None:
-    axes.set_title("Memory, kept for backward and at the peak")
+    axes.set_title("Memory saved for backward, and peak")
     if not audit.modes:
         _nothing(axes, "no mode was measured")
         return
@@ -122,9 +122,9 @@ def _draw_bytes(axes: Axes, audit: Audit) -> None:
     _bars(axes, names, [mode.peak_bytes / unit for mode in audit.modes], alpha=0.3)
     _bars(axes, names, [mode.kept_bytes / unit for mode in audit.modes])
     for row, mode in enumerate(audit.modes):
-        step = "" if math.isnan(mode.seconds) else f", a step takes {duration(mode.seconds)}"
-        _note(axes, row, f"kept {size(mode.kept_bytes)}, peak {size(mode.peak_bytes)}{step}")
-    axes.set_xlabel(f"{name} (dark: kept, pale: up to the peak)")
+        step = "" if math.isnan(mode.seconds) else f", step time {duration(mode.seconds)}"
+        _note(axes, row, f"saved {size(mode.kept_bytes)}, peak {size(mode.peak_bytes)}{step}")
+    axes.set_xlabel(f"{name} (dark: saved for backward, light: peak)")
 
 
 def _bars(axes: Axes, modes: list[str], lengths: list[float], alpha: float = 1.0) -> None:
@@ -134,7 +134,7 @@ def _bars(axes: Axes, modes: list[str], lengths: list[float], alpha: float = 1.0
 
 
 def _note(axes: Axes, row: int, text: str) -> None:
-    """Words above a bar."""
+    """Write a text above a bar."""
     axes.annotate(text, (0, row - 0.3), (3, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
 
 
@@ -144,7 +144,7 @@ def _nothing(axes: Axes, text: str) -> None:
 
 
 def _logarithmic(axes: Axes, which: str, errors: list[float]) -> float:
-    """An axis of errors, logarithmic but with room for 0; returns the greatest value that it shows."""
+    """Set up a logarithmic axis of errors that includes 0; return the largest value on it."""
     found = [error for error in errors if error > 0 and math.isfinite(error)]
     lowest = 10.0 ** math.floor(math.log10(min([*found, 1e-6])))
     top = 10.0 ** math.ceil(math.log10(max([*found, INVERT_LIMIT])) + 0.5)
@@ -152,7 +152,7 @@ def _logarithmic(axes: Axes, which: str, errors: list[float]) -> float:
     step = 1 + len(decades) // 7
     ticks = [0.0, *(10.0**decade for decade in decades[::step])]
     set_scale, axis = (axes.set_yscale, axes.yaxis) if which == "y" else (axes.set_xscale, axes.xaxis)
-    set_scale("symlog", linthresh=lowest, linscale=max(0.6, 0.08 * len(decades)))  # room between 0 and the first
+    set_scale("symlog", linthresh=lowest, linscale=max(0.6, 0.08 * len(decades)))  # space from 0 to the first
     (axes.set_ylim if which == "y" else axes.set_xlim)(0, top)
     axis.set_ticks(ticks)
     axis.set_ticks([], minor=True)
@@ -160,5 +160,5 @@ def _logarithmic(axes: Axes, which: str, errors: list[float]) -> float:
 
 
 def _shown(error: float, top: float) -> float:
-    """What is not finite goes to the end of the axis."""
+    """Clip an error to the axis. Values that are not finite are drawn at its end."""
     return min(error, top) if math.isfinite(error) else top

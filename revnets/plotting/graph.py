@@ -1,4 +1,4 @@
-"""A graph as a picture: columns from left to right, levels from bottom to top, wires by kind."""
+"""Figure of a graph: columns from left to right, levels from bottom to top, and connections colored by kind."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours of Okabe and Ito, which colour-blind people can tell apart.
+# Colors of Okabe and Ito, which color-blind people can distinguish.
 WIRES = {
-    "below": ("#0072B2", "reads a lower level"),
-    "down": ("#56B4E9", "reads a higher level of its own column"),
-    "above": ("#D55E00", "reads a higher level, one column before"),
-    "before": ("#CC79A7", "reads the same or a lower level, one column before"),
-    "gain": ("#009E73", r"adds $\gamma$ times the state one column before"),
-    "skip": ("#E69F00", r"adds $\gamma$ times a state of its own column"),
-    "stem": ("#767676", "reads the stem"),
+    "below": ("#0072B2", "input: lower level"),
+    "down": ("#56B4E9", "input: higher level, same column"),
+    "above": ("#D55E00", "input: higher level, previous column"),
+    "before": ("#CC79A7", "input: same or lower level, previous column"),
+    "gain": ("#009E73", r"adds $\gamma$ times the state of the previous column"),
+    "skip": ("#E69F00", r"adds $\gamma$ times a state of the same column"),
+    "stem": ("#767676", "input: stem"),
     "constant": ("#000000", "adds a learned constant"),
 }
 
 MOST_COLUMNS = 12
-"""More columns than this are drawn as the first `HEAD`, an ellipsis and the last `TAIL`."""
+"""If there are more columns than this, only the first `HEAD` and the last `TAIL` are drawn, with an ellipsis."""
 HEAD, TAIL = 5, 3
 HEAD_OF_RUN, TAIL_OF_RUN = 3, 2
-"""The same for each run of columns in one direction, where the direction turns."""
-MOST_LABELLED = 4
-"""Up to so many columns have the labels in every box; with more, they stand once at the left."""
+"""The same for each run of columns in one direction, if the direction changes."""
+MOST_LABELED = 4
+"""Up to this number of columns, every box contains its label. With more columns, labels are on the left."""
 
 FONT_SIZE = 8.0  # points
 LINE, MARGIN, LEVEL_GAP, STEM_HEIGHT = 0.15, 0.2, 0.42, 0.3  # inches, as all lengths here
@@ -42,14 +42,14 @@ HEADER, LEGEND_LINE, LEGEND_SAMPLE, STEM_LANE = 0.3, 0.22, 0.34, 0.17
 
 
 def graph_figure(graph: Graph, labels: Sequence[str] | None = None) -> Figure:
-    """Draw columns, levels and wires.
+    """Draw columns, levels and connections of a graph.
 
     Args:
-        graph: what to draw.
-        labels: of each level, level 0 first, such as `64 x 56 x 56`; may have several lines.
+        graph: The graph.
+        labels: One label per level, level 0 first, such as `64 x 56 x 56`. May contain several lines.
 
     Raises:
-        ArgumentError: the number of labels is not that of the levels.
+        ArgumentError: If the number of labels differs from the number of levels.
     """
     from matplotlib.figure import Figure
 
@@ -75,16 +75,16 @@ def graph_figure(graph: Graph, labels: Sequence[str] | None = None) -> Figure:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where everything stands, in inches from the lower left corner."""
+    """Positions in inches from the lower left corner."""
 
     graph: Graph
     labels: Sequence[str]
-    labelled: bool  # are the labels in the boxes?
-    columns: dict[int, float]  # centres of the columns that are drawn
-    hidden: dict[range, float]  # columns that an ellipsis stands for, and its centre
+    labeled: bool  # whether labels are in the boxes
+    columns: dict[int, float]  # centers of the columns that are drawn
+    hidden: dict[range, float]  # columns that an ellipsis replaces, and its center
     box: tuple[float, float]  # width and height
     text: float  # width of the widest label
-    legend: list[list[str]]  # rows of kinds of wires
+    legend: list[list[str]]  # rows of kinds of connections
     width: float
     height: float
 
@@ -103,7 +103,7 @@ class _Layout:
         return self.stem + STEM_HEIGHT / 2 + LEVEL_GAP + height / 2 + level * (height + LEVEL_GAP)
 
     def place(self, index: int) -> tuple[float, float, float] | None:
-        """Left and right edge and centre line of a state's box, or of the ellipsis if it is one of its two ends."""
+        """Return left edge, right edge and center line of the box of a state, or of an ellipsis that it borders."""
         column, y = self.graph.nodes[index].column, self.level(self.graph.nodes[index].level)
         half = self.box[0] / 2
         if (x := self.columns.get(column)) is None:
@@ -113,7 +113,7 @@ class _Layout:
 
 
 def _hidden(graph: Graph) -> list[range]:
-    """Columns that are left out, where there are many: all the same, in the middle of those of one direction."""
+    """Return the omitted columns if there are many: equal ones in the middle of a run of one direction."""
     whole = range(HEAD, graph.columns - TAIL)
     if graph.columns <= MOST_COLUMNS:
         return []
@@ -126,21 +126,21 @@ def _hidden(graph: Graph) -> list[range]:
 def _layout(graph: Graph, labels: Sequence[str] | None) -> _Layout:
     ranges = _hidden(graph)
     shown = [column for column in range(graph.columns) if not any(column in hidden for hidden in ranges)]
-    labelled = labels is not None and len(shown) <= MOST_LABELLED
+    labeled = labels is not None and len(shown) <= MOST_LABELED
     names = labels or [f"level {level}" for level in range(graph.m)]
     text = max(_text_width(line) for name in names for line in name.splitlines())
     lines = max(len(name.splitlines()) for name in names)
-    x = MARGIN if labelled else MARGIN + text + 0.15
+    x = MARGIN if labeled else MARGIN + text + 0.15
     residuals = [(node, node.residual) for node in graph.nodes if node.residual is not None]
     if skips := [node.index - residual for node, residual in residuals if graph.kind(node, residual) == "below"]:
         x += _bulge(max(skips))
     if any(STEM in node.reads and node.level for node in graph.nodes):
         x += STEM_LANE
-    # Wires from far above or below need room to fan out.
+    # Connections from far above or below need space to fan out.
     wires = [(node, read) for node in graph.nodes for read in node.reads if read != STEM]
     reach = max((abs(graph.nodes[read].level - node.level) for node, read in wires), default=1)
     around = max((abs(_distance(graph, node, read)) for node, read in wires), default=1)
-    box = (max(0.6, text + 0.24) if labelled else 0.6, max(0.35 + 0.05 * reach, lines * LINE + 0.16))
+    box = (max(0.6, text + 0.24) if labeled else 0.6, max(0.35 + 0.05 * reach, lines * LINE + 0.16))
     gap = 0.55 + 0.15 * reach
     columns, ellipses = {}, {}
     for column in shown:
@@ -155,12 +155,12 @@ def _layout(graph: Graph, labels: Sequence[str] | None) -> _Layout:
     kinds |= {"constant" for node in graph.nodes if node.constant}
     legend = _flow([kind for kind in WIRES if kind in kinds], max(width, 3.4) - 2 * MARGIN)
     width = max([width, *(2 * MARGIN + sum(map(_legend_width, row)) for row in legend)])
-    layout = _Layout(graph, names, labelled, columns, ellipses, box, text, legend, width, height=0.0)
+    layout = _Layout(graph, names, labeled, columns, ellipses, box, text, legend, width, height=0.0)
     return replace(layout, height=layout.top + HEADER + MARGIN / 2)
 
 
 def _kind(graph: Graph, node: Node, read: int) -> str:
-    """Of the wire that a read is."""
+    """Return the kind of the connection to an input."""
     kind = graph.kind(node, read)
     if kind == "above":
         return "above" if graph.nodes[read].level > node.level else "before"
@@ -168,7 +168,7 @@ def _kind(graph: Graph, node: Node, read: int) -> str:
 
 
 def _distance(graph: Graph, node: Node, read: int) -> int:
-    """How many levels a read of its own column lies below a cell; 0 for other reads."""
+    """Return how many levels an input of the same column is below a cell, or 0 for other inputs."""
     return node.level - graph.nodes[read].level if graph.kind(node, read) == "below" else 0
 
 
@@ -203,16 +203,16 @@ def _flow(kinds: list[str], width: float) -> list[list[str]]:
 
 
 def _draw_wires(axes: Axes, layout: _Layout, node: Node) -> None:
-    """The wires into one cell; those that come from or go to hidden columns end at the ellipsis and are paler."""
+    """Draw the connections into one cell. Those of hidden columns end at the ellipsis and are paler."""
     target = layout.place(node.index)
     if target is None or any(node.column == hidden.stop - 1 for hidden in layout.hidden):
         return
     graph, height = layout.graph, layout.box[1]
     left, right, y = target
-    side = -1 if graph.is_down(node.column) else 1  # of the centre line; there the wires from before arrive
+    side = -1 if graph.is_down(node.column) else 1  # side of the center line where the previous column arrives
     before = [read for read in node.reads if read != STEM and graph.kind(node, read) == "above"]
     before.sort(key=lambda read: side * graph.nodes[read].level)
-    for rank, read in enumerate(before):  # the farther its source, the farther from the centre a wire arrives
+    for rank, read in enumerate(before):  # connections from farther away arrive farther from the center
         source = layout.place(read)
         if source is not None:
             port = y + side * height * (0.08 + 0.4 * (rank + 1) / (len(before) + 1))
@@ -221,7 +221,7 @@ def _draw_wires(axes: Axes, layout: _Layout, node: Node) -> None:
     if node.residual is not None and (source := layout.place(node.residual)) is not None:
         if _residual_kind(graph, node) == "gain":
             _arrow(axes, "gain", (source[1], source[2]), (left, y), pale=_pale(layout, node.residual, node))
-        elif node.column in layout.columns:  # around the boxes between, on the other side than reads
+        elif node.column in layout.columns:  # around the boxes in between, opposite to the inputs
             start, end, out = source[2] + 0.2 * height, y - 0.1 * height, left - _bulge(node.index - node.residual)
             _arrow(axes, "skip", (left, start), (out, start), (out, end), (left, end))
     if node.column not in layout.columns:
@@ -234,13 +234,13 @@ def _draw_wires(axes: Axes, layout: _Layout, node: Node) -> None:
         if distance == 1:
             middle = (left + right) / 2
             _arrow(axes, kind, (middle, source_y + side * height / 2), (middle, y - side * height / 2))
-        else:  # around the boxes between
+        else:  # around the boxes in between
             start, end, out = source_y + side * 0.36 * height, y + side * 0.2 * height, right + _bulge(distance)
             _arrow(axes, kind, (right, start), (out, start), (out, end), (right, end))
 
 
 def _bulge(distance: int) -> float:
-    """How far the control points of a wire lie from the boxes that it goes around."""
+    """Return the distance of the control points of a connection from the boxes that it goes around."""
     return 0.16 + 0.2 * (distance - 1)
 
 
@@ -249,7 +249,7 @@ def _pale(layout: _Layout, read: int, node: Node) -> bool:
 
 
 def _arrow(axes: Axes, kind: str, *points: tuple[float, float], pale: bool = False) -> None:
-    """A straight wire through two points, or a cubic curve with four control points."""
+    """Draw a straight connection between two points, or a cubic curve with four control points."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path
@@ -269,12 +269,12 @@ def _arrow(axes: Axes, kind: str, *points: tuple[float, float], pale: bool = Fal
 
 
 def _draw_stem(axes: Axes, layout: _Layout) -> None:
-    """The stem below the first column, a line along the bottom, and a branch to every cell that reads it."""
+    """Draw the stem below the first column, a line along the bottom, and a branch to every cell with that input."""
     readers = [(n, place) for n in layout.graph.nodes if STEM in n.reads and (place := layout.place(n.index))]
     readers = [(n, place) for n, place in readers if n.column in layout.columns]
     if not readers:
         return
-    colour, y, height = WIRES["stem"][0], layout.stem, layout.box[1]
+    color, y, height = WIRES["stem"][0], layout.stem, layout.box[1]
     ends = []
     for node, (left, right, middle) in readers:
         if node.level == 0:
@@ -282,16 +282,16 @@ def _draw_stem(axes: Axes, layout: _Layout) -> None:
             _arrow(axes, "stem", (x, y), (x, middle - height / 2))
         else:
             x, port = left - STEM_LANE, middle - 0.32 * height
-            axes.plot([x, x], [y, port], color=colour, linewidth=1.1, solid_capstyle="butt")
+            axes.plot([x, x], [y, port], color=color, linewidth=1.1, solid_capstyle="butt")
             _arrow(axes, "stem", (x, port), (left, port))
         ends.append(x)
     first = layout.columns[0]
-    axes.plot([min(first, *ends), max(first, *ends)], [y, y], color=colour, linewidth=1.1, solid_capstyle="projecting")
+    axes.plot([min(first, *ends), max(first, *ends)], [y, y], color=color, linewidth=1.1, solid_capstyle="projecting")
     _box(axes, first, y, 0.6, STEM_HEIGHT, "stem", "#E6E6E6")
 
 
 def _draw_constant(axes: Axes, layout: _Layout) -> None:
-    """A constant above or below the cell where it enters, beside the wires that arrive there."""
+    """Draw a constant above or below the cell where it enters, next to the connections that arrive there."""
     for node, (left, right, y) in ((n, place) for n in layout.graph.nodes if (place := layout.place(n.index))):
         if node.constant and node.column in layout.columns:
             side, height = (1 if node.level else -1), layout.box[1]
@@ -306,30 +306,30 @@ def _draw_boxes(axes: Axes, layout: _Layout) -> None:
     for column, x in layout.columns.items():
         for index in graph.states_of(column):
             level = graph.nodes[index].level
-            text = layout.labels[level] if layout.labelled else rf"$x_{{{index}}}$"
-            _box(axes, x, layout.level(level), width, height, text, _tint(level, graph.m), math=not layout.labelled)
+            text = layout.labels[level] if layout.labeled else rf"$x_{{{index}}}$"
+            _box(axes, x, layout.level(level), width, height, text, _tint(level, graph.m), math=not layout.labeled)
         _text(axes, x, layout.top + 0.12, f"column {column}", va="bottom")
     for level in range(graph.m):
         for x in layout.hidden.values():
             _text(axes, x, layout.level(level), "• • •", color=WIRES["stem"][0])
-        if not layout.labelled:
+        if not layout.labeled:
             edge = MARGIN + layout.text
             _text(axes, edge, layout.level(level), layout.labels[level], ha="right")
 
 
 def _tint(level: int, levels: int) -> tuple[float, float, float]:
-    """Deeper with the level, from near white to a pale blue."""
+    """Return the color of a level, from near white to a pale blue."""
     share = level / (levels - 1)
     return (0.96 - 0.18 * share, 0.97 - 0.11 * share, 0.985 - 0.04 * share)
 
 
-def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, colour, math: bool = False) -> None:
+def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, color, math: bool = False) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     corner = (x - width / 2, y - height / 2)
     style = "round,pad=0,rounding_size=0.07"
     axes.add_patch(
-        FancyBboxPatch(corner, width, height, style, facecolor=colour, edgecolor=INK, linewidth=0.8, zorder=3)
+        FancyBboxPatch(corner, width, height, style, facecolor=color, edgecolor=INK, linewidth=0.8, zorder=3)
     )
     _text(axes, x, y, text, math=math)
 

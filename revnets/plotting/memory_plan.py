@@ -1,4 +1,4 @@
-"""How a plan is shown: a table for people, bars for a paper."""
+"""Figure of a memory plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from revnets.utils.format import size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PARTS = {  # colours of Okabe and Ito
+PARTS = {  # colors of Okabe and Ito
     "parameters": "#0072B2",
     "gradients": "#56B4E9",
     "optimizer": "#CC79A7",
@@ -20,7 +20,10 @@ PARTS = {  # colours of Okabe and Ito
 
 
 def parts_of(prediction: Prediction) -> dict[str, int]:
-    """The peak in parts. Gradients that come while activations go may overlap them: the rest counts as activations."""
+    """Return the peak in parts. What is not static counts as activations.
+
+    Backward allocates gradients while it frees activations, so gradients may only exist in part at the peak.
+    """
     found = {
         "parameters": prediction.parameters,
         "gradients": prediction.gradients,
@@ -28,13 +31,13 @@ def parts_of(prediction: Prediction) -> dict[str, int]:
         "communication": prediction.buckets,
     }
     rest = prediction.peak - sum(found.values())
-    if rest < 0:  # the peak comes before the last gradients do
+    if rest < 0:  # at the peak, some gradients do not exist yet
         found["gradients"] += rest
     return {**found, "activations": max(rest, 0)}
 
 
 def plan_figure(plan: Plan) -> Figure:
-    """Stacked bars: what the peak of each mode consists of; a line marks the budget."""
+    """Draw the parts of the peak of each mode as stacked bars. A line marks the budget."""
     from matplotlib.figure import Figure
 
     rows = [*plan.modes, plan.chosen] if plan.chosen and plan.chosen not in plan.modes else list(plan.modes)
@@ -42,10 +45,10 @@ def plan_figure(plan: Plan) -> Figure:
     figure = Figure(figsize=(8, 1.1 + 0.55 * len(rows)), layout="constrained", facecolor="white")
     axes = figure.subplots()
     starts = [0.0] * len(rows)
-    for part, colour in PARTS.items():
+    for part, color in PARTS.items():
         lengths = [parts_of(row)[part] / 2**30 for row in rows]
         if any(lengths):
-            axes.barh(names, lengths, left=starts, color=colour, label=part, height=0.62)
+            axes.barh(names, lengths, left=starts, color=color, label=part, height=0.62)
             starts = [start + length for start, length in zip(starts, lengths, strict=True)]
     for name, row, end in zip(names, rows, starts, strict=True):
         axes.annotate(size(row.peak), (end, name), (4, 0), textcoords="offset points", va="center", fontsize=9)

@@ -1,4 +1,4 @@
-"""A picture of what the peak of a training step consists of."""
+"""Figure of a peak memory breakdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from revnets.utils.format import size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {  # those of Okabe and Ito; shades of one color for parts of one kind
+COLORS = {  # colors of Okabe and Ito, with shades of one color for related parts
     "weights": "#0072B2",
     "cast weights": "#3C93C4",
     "gradients": "#56B4E9",
@@ -28,7 +28,7 @@ COLORS = {  # those of Okabe and Ito; shades of one color for parts of one kind
 
 
 def peak_figure(result: MemoryParts) -> Figure:
-    """Stacked bars: the parts of the peak in each memory mode, with the percentages of those above 8 %."""
+    """Draw the parts of the peak in each memory mode as stacked bars, with percentages from 8 % on."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.9 + 0.62 * len(result.modes)), layout="constrained", facecolor="white")

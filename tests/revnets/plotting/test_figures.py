@@ -18,7 +18,7 @@ from revnets.analysis.audit_report import Audit, ColumnAudit, ModeAudit
 from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import STEM, Graph, wire
 from revnets.plotting.audit import audit_figure
-from revnets.plotting.graph import HEAD, MOST_COLUMNS, MOST_LABELLED, TAIL, WIRES, graph_figure
+from revnets.plotting.graph import HEAD, MOST_COLUMNS, MOST_LABELED, TAIL, WIRES, graph_figure
 from revnets.plotting.style import FORMATS, MODE_COLOURS, save
 from revnets.utils.format import size
 from tests.support.errors import raises_error
@@ -191,8 +191,8 @@ def test_of_many_columns_those_at_a_turn_are_drawn():
 
 
 def test_labels_stand_in_the_boxes_of_few_columns_and_once_beside_many():
-    assert words(graph_figure(graph(MOST_LABELLED, 3), labels(3))).count("2 x convnext") == MOST_LABELLED
-    assert words(graph_figure(graph(MOST_LABELLED + 1, 3), labels(3))).count("2 x convnext") == 1
+    assert words(graph_figure(graph(MOST_LABELED, 3), labels(3))).count("2 x convnext") == MOST_LABELED
+    assert words(graph_figure(graph(MOST_LABELED + 1, 3), labels(3))).count("2 x convnext") == 1
     assert "$x_{14}$" in words(graph_figure(graph(5, 3)))
     assert "level 2" in words(graph_figure(graph(5, 3)))
 
