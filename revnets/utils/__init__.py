@@ -1,1 +1,1 @@
-"""Small helpers that import nothing else of this package."""
+"""Small helpers that import no other part of revnets."""

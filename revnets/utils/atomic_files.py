@@ -1,4 +1,4 @@
-"""Files that are either there in full or not at all, whatever happens while they are written."""
+"""Atomic files and directories: written completely or not at all, also if the process is killed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import IO, Any
 from revnets.utils.file_lock import Owner, try_lock
 
 TEMPORARY = ".partial"
-"""Suffix of a file that is being written. One that is found later was left by a process that was killed."""
+"""Suffix of a file that is being written. A leftover file with this suffix comes from a killed process."""
 
 _NAME = re.compile(
     rf"\.(?P<name>.+?)\.(?P<pid>\d+)(?:@(?P<host>[^@/.]*))?(?P<old>\.old)?{re.escape(TEMPORARY)}", re.DOTALL
 )
-"""Name of a temporary file: for what, by which process, and whether it is what had the name before."""
+"""Name of a temporary file: its target, the process that writes it, and whether it is the previous target."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 DAY = 24 * 3600
@@ -28,13 +28,20 @@ DAY = 24 * 3600
 
 @contextmanager
 def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Write a file under a temporary name in its own folder; it takes its name once it is on the disk.
+    """Write a file under a temporary name in the same directory and rename it once it is on disk.
 
-    If the body raises, the file that had the name before stays as it was. What killed processes have left of the same
-    name is removed.
+    If the body raises, an existing file stays unchanged. Temporary files that killed processes have left for the same
+    path are removed. The directory is created if it is missing.
+
+    Args:
+        path: Path of the file.
+        mode: Mode of `open`. Text is UTF-8.
+
+    Yields:
+        The open temporary file.
 
     Raises:
-        OSError: no space, no permission and the like; its `filename` is the path.
+        OSError: If the file cannot be written. Its `filename` is the path.
     """
     temporary = temporary_path(path)
     with _naming(path, temporary):
@@ -48,14 +55,19 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
                 os.fsync(file.fileno())
             _take_name(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)  # after a success it has its name and is not found here
+            temporary.unlink(missing_ok=True)  # no longer exists after the rename
 
 
 def append(path: Path, content: bytes, sync: bool = False) -> None:
-    """Add to a file, which is made with its folder if it is not there, and have all of it on the disk if asked to.
+    """Append to a file. The file and its directory are created if they are missing.
+
+    Args:
+        path: Path of the file.
+        content: Bytes to append.
+        sync: Whether to wait until the content is on disk.
 
     Raises:
-        OSError: no space, no permission and the like; its `filename` is the path.
+        OSError: If the file cannot be written. Its `filename` is the path.
     """
     with _naming(path, path):
         make_folder(path.parent)
@@ -67,7 +79,15 @@ def append(path: Path, content: bytes, sync: bool = False) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file a second name, replacing whatever had it. Where the file system has no links, it is copied."""
+    """Create a hard link, and replace an existing target. On file systems without links, the file is copied.
+
+    Args:
+        source: Existing file.
+        target: Path of the link.
+
+    Raises:
+        OSError: If the target cannot be written. Its `filename` is the target.
+    """
     temporary = temporary_path(target)
     with _naming(target, temporary):
         remove_leftovers(target.parent, target.name)
@@ -87,13 +107,19 @@ def link(source: Path, target: Path) -> None:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name; it takes its name when the body is done, in place of one that had it.
+    """Write a directory under a temporary name and rename it after the body. An existing directory is replaced.
 
-    If it fails, the folder that had the name before stays as it was. What killed processes have left of the same
-    name is removed.
+    If the body raises, an existing directory stays unchanged. Temporary directories that killed processes have left
+    for the same path are removed.
+
+    Args:
+        path: Path of the directory.
+
+    Yields:
+        The temporary directory to fill.
 
     Raises:
-        OSError: no space, no permission and the like; its `filename` is the path if the system names none.
+        OSError: If the directory cannot be written. Its `filename` is the path unless the system names another file.
     """
     temporary = temporary_path(path)
     old = temporary.with_name(temporary.name.removesuffix(TEMPORARY) + f".old{TEMPORARY}")
@@ -109,7 +135,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in (*temporary.rglob("*"), temporary):
                 _sync(file)
-            if path.exists():  # no system replaces a folder that is not empty
+            if path.exists():  # a rename cannot replace a directory that is not empty
                 os.rename(path, old)
             try:
                 _take_name(temporary, path)
@@ -125,13 +151,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def temporary_path(path: Path) -> Path:
-    """The name under which this process writes a file or folder until it is complete."""
+    """Return the temporary path under which this process writes a file or directory."""
     owner = Owner.current()
     return path.with_name(f".{path.name}.{owner.pid}@{owner.host}{TEMPORARY}")
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, on the disk too; one that is there is left as it is."""
+    """Create a directory and its parents, also on disk. An existing directory stays unchanged."""
     missing = []
     for folder in (path, *path.parents):
         if folder.exists():
@@ -143,19 +169,20 @@ def make_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str | None = None, exclusive: bool = False) -> None:
-    """Delete what killed processes have left half-written in a folder.
+    """Delete temporary files that killed processes have left in a directory.
 
-    What a live process is writing stays: it holds a lock on it. Where the file system has no locks, the process must
-    run on this machine to be noticed.
+    A live process holds a lock on what it writes, so its files stay. On file systems without locks, only processes on
+    this machine are detected.
 
     Args:
-        name: of the file or folder that was to be written; None for all.
-        exclusive: no process of another machine writes here; otherwise what such processes have written is left alone
-            for a day, since not every network file system shows their locks.
+        folder: The directory.
+        name: Name of the file or directory that was being written, or None for all.
+        exclusive: Whether only processes on this machine write here. If False, temporary files of other machines are
+            kept for a day, because not every network file system shows their locks.
     """
     try:
         found = sorted(os.listdir(folder))
-    except OSError:  # it does not exist, or is none of ours
+    except OSError:  # it does not exist, or is not accessible
         return
     for entry in found:
         match = _NAME.fullmatch(entry)
@@ -165,7 +192,7 @@ def remove_leftovers(folder: Path, name: str | None = None, exclusive: bool = Fa
         if _is_in_use(path, match["host"], int(match["pid"]), exclusive):
             continue
         with suppress(OSError):
-            if match["old"] and not os.path.lexists(target):  # killed between the two renames: nothing else is left
+            if match["old"] and not os.path.lexists(target):  # killed between both renames: restore the old one
                 os.rename(path, target)
             elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -176,7 +203,7 @@ def remove_leftovers(folder: Path, name: str | None = None, exclusive: bool = Fa
 def _is_in_use(path: Path, host: str | None, pid: int, exclusive: bool) -> bool:
     try:
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_NONBLOCK)
-    except OSError:  # it has gone, or is of another user
+    except OSError:  # it no longer exists, or belongs to another user
         return True
     try:
         age = time.time() - os.fstat(descriptor).st_ctime
@@ -184,7 +211,7 @@ def _is_in_use(path: Path, host: str | None, pid: int, exclusive: bool) -> bool:
             return True
     finally:
         os.close(descriptor)
-    if host is None:  # of an earlier version, which took no locks
+    if host is None:  # written by an earlier version, which used no locks
         return False
     owner = Owner(pid, host)
     if owner.host == Owner.current().host:
@@ -198,7 +225,7 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    with suppress(OSError):  # not every system lets a folder be opened; the rename is done in any case
+    with suppress(OSError):  # not every system can open directories; the rename has happened in any case
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -208,7 +235,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _naming(path: Path, temporary: Path) -> Iterator[None]:
-    """Let errors of the system name the file that was to be written, also where torch's writer hides them."""
+    """Set the target as `filename` of system errors, also of those that the writer of torch hides."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Reading checkpoints that others have made: files of `torch.save` and of safetensors. Nothing in them is executed."""
+"""Safe reading of untrusted checkpoints: files of `torch.save` and safetensors, without executing code in them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, TypeAlias
 import torch
 
 Allowed: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], str] | str
-"""A class or function that a pickle may name; with a text, one that is taken where the pickle has this name. A text
-alone is a name of NumPy's, for which a function of `revnets.utils.numpy_records` is taken."""
+"""A class or function that a pickle may reference; with a text, the object that replaces the reference of this name.
+A text alone is a name of NumPy, which a function of `revnets.utils.numpy_records` replaces."""
 
 TEXTS = {
     "missing-file": ("there is no such file", "Check the path"),
-    "not-a-file": ("is a folder", "Give a file"),
-    "unreadable-file": ("may not be read", "Check its permissions"),
+    "not-a-file": ("is a directory", "Give a file"),
+    "unreadable-file": ("permission denied", "Check its permissions"),
     "damaged-file": ("damaged or cut short", "Use another copy"),
     "wrong-format": ("not a checkpoint", "Give a file of torch.save or safetensors"),
-    "unsafe-file": ("refused, it holds more than plain data", "Get the file from its authors"),
+    "unsafe-file": ("rejected: it contains more than plain data", "Get the file from its authors"),
     "missing-dependency": ("safetensors is not installed", "pip install safetensors"),
 }
-"""What is wrong with a file, by the code of the failure, and what helps if the caller knows nothing better."""
+"""Problem and default hint by error code."""
 
 RECORDS: tuple[Allowed, ...] = (
     argparse.Namespace,
@@ -33,17 +33,17 @@ RECORDS: tuple[Allowed, ...] = (
     *("numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"),
     *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"),
 )
-"""Options as a Namespace, and numbers and arrays of NumPy: what fairseq's checkpoints hold beside tensors."""
+"""What checkpoints of fairseq contain besides tensors: options in a Namespace, and numbers and arrays of NumPy."""
 
 
 class CheckpointReadError(RuntimeError):
-    """A file that cannot be read as a checkpoint.
+    """Raised for a file that cannot be read as a checkpoint.
 
     Attributes:
-        path: of the file.
-        code: the kind of failure, a key of `TEXTS`.
-        message: what is wrong, without the path.
-        hint: what helps, if the caller knows nothing better.
+        path: Path of the file.
+        code: Kind of error, a key of `TEXTS`.
+        message: What is wrong, without the path.
+        hint: Default hint how to fix it.
     """
 
     def __init__(self, path: Path | str, code: str, message: str = ""):
@@ -52,34 +52,37 @@ class CheckpointReadError(RuntimeError):
         self.message = message or text
         super().__init__(f"{path}: {self.message}. {self.hint}")
 
-    def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
+    def __reduce__(self) -> tuple[Any, ...]:  # worker processes send errors as pickles
         return CheckpointReadError, (self.path, self.code, self.message)
 
 
 def read_checkpoint(path: Path | str, allowed: Sequence[Allowed] = (), mmap: bool = False) -> Any:
-    """What a checkpoint holds, on the CPU.
+    """Read the content of a checkpoint on the CPU.
 
-    A pickle is read by a reader that builds tensors and plain data, and besides them only what `allowed` names. What
-    `torch.serialization.add_safe_globals` has allowed in this process has no effect here. Tensors are strided ones, in
-    the memory of the file; sparse, quantized and nested ones are refused. Sizes are compared with the size of the file
-    before anything is allocated, and containers are neither cyclic nor nested deeply.
+    The reader of pickles builds only tensors, plain data and what `allowed` lists.
+    `torch.serialization.add_safe_globals` has no effect on it. Tensors must be strided. Sparse, quantized and nested
+    tensors are rejected. Sizes are compared with the size of the file before memory is allocated. Containers must
+    neither be cyclic nor deeply nested.
 
     Args:
-        path: a file of `torch.save`, or of safetensors if it ends in `.safetensors`.
-        allowed: classes and functions that this file may name. They must be safe to call with any arguments.
-        mmap: map the file into memory and read tensors when they are used; files of the format before torch 1.6 are
-            read whole. Otherwise the checksums of tensors are compared.
+        path: File of `torch.save`, or of safetensors if it ends in `.safetensors`.
+        allowed: Classes and functions that the file may reference. They must be safe to call with any arguments.
+        mmap: Whether to map the file into memory and read tensors on first use. Files from before torch 1.6 are read
+            completely. If False, checksums of tensors are verified.
+
+    Returns:
+        The content, such as a dict of tensors.
 
     Raises:
-        CheckpointReadError: the file is missing, a folder, not permitted, damaged, not a checkpoint, or it holds more
-            than `allowed` and plain data.
+        CheckpointReadError: If the file is missing, not a file, not accessible, damaged, not a checkpoint, or contains
+            more than plain data and `allowed`.
     """
     from revnets.utils.read_bounds import RejectedError
 
     path, message = Path(path), ""
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # a pipe would be waited for
+        if not stat.S_ISREG(mode):  # reading a pipe would block
             raise RejectedError(code="not-a-file", message="" if stat.S_ISDIR(mode) else "is not a regular file")
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -94,7 +97,7 @@ def read_checkpoint(path: Path | str, allowed: Sequence[Allowed] = (), mmap: boo
         code = "unreadable-file"
     except Exception as error:  # a damaged file may raise anything
         code, message = _diagnosis(error)
-    raise CheckpointReadError(path, code, message) from None  # errors of the readers describe their internals
+    raise CheckpointReadError(path, code, message) from None  # errors of the readers describe only their internals
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -133,7 +136,7 @@ def _named(entry: Allowed) -> tuple[str, Any]:
 
 
 def _diagnosis(error: Exception) -> tuple[str, str]:
-    """The code of a failure, and what is wrong if `TEXTS` is too general."""
+    """Return the code of an error, and a message if the one in `TEXTS` is too general."""
     from revnets.utils.read_bounds import RejectedError
 
     if isinstance(error, RejectedError):
@@ -141,5 +144,5 @@ def _diagnosis(error: Exception) -> tuple[str, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE):
         return "unreadable-file", f"cannot be read ({error.strerror})"
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return "unreadable-file", "there is too little memory to read it"
+        return "unreadable-file", "there is not enough memory to read it"
     return "damaged-file", ""

@@ -1,4 +1,4 @@
-"""Locks on files that end with their process, and the identity of the process that holds one."""
+"""File locks that are released when their process ends, and the identity of the process that holds a lock."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ except ImportError:  # Windows
 
 
 class Owner(NamedTuple):
-    """A process of some machine."""
+    """A process on a machine."""
 
     pid: int
     host: str
 
     @classmethod
     def current(cls) -> Owner:
+        """Return this process."""
         return cls(os.getpid(), platform.node().partition(".")[0][:32])
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
     def may_have_written(self, path: Path) -> bool:
-        """Is this a process that runs on this machine, and did so when the file was last changed?
+        """Return True if the process runs on this machine and already ran when the file was last changed.
 
-        A process that started later has only been given the number of the one that wrote the file.
+        A process that started later only has the same process id as the one that wrote the file.
         """
         if self.host != Owner.current().host:
             return False
         try:
             os.kill(self.pid, 0)
         except PermissionError:
-            pass  # it is there, of another user
+            pass  # it exists and belongs to another user
         except (OSError, OverflowError):
             return False
         try:
@@ -51,16 +52,22 @@ class Owner(NamedTuple):
 
 
 def _start(pid: int) -> float:
-    """When a process of this machine started, as a time stamp."""
+    """Return the start time of a process on this machine as a timestamp."""
     ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file or folder without waiting; False if it is locked already, None if there are no locks here.
+    """Lock an open file or directory without waiting.
 
-    The lock lasts until the last copy of the descriptor is closed: at the latest when the process and its forks end.
+    The lock lasts until the last copy of the descriptor is closed, at the latest when the process and its forks end.
+
+    Args:
+        descriptor: Descriptor of the open file or directory.
+
+    Returns:
+        True if it is now locked, False if it was already locked, None if the system has no locks.
     """
     if fcntl is None:
         return None
@@ -72,24 +79,33 @@ def try_lock(descriptor: int) -> bool | None:
 
 
 class LockedError(Exception):
-    """Another process has the lock; `owner` is the process, or None if the file does not say."""
+    """Raised if another process holds a lock.
+
+    Attributes:
+        path: Path of the lock file.
+        owner: The process that holds the lock, or None if the file does not contain it.
+    """
 
     def __init__(self, path: Path, owner: Owner | None):
         super().__init__(f"{path} is locked by {owner or 'another process'}")
         self.path, self.owner = path, owner
 
-    def __reduce__(self) -> tuple[type[LockedError], tuple[Path, Owner | None]]:  # errors cross process borders
+    def __reduce__(self) -> tuple[type[LockedError], tuple[Path, Owner | None]]:  # processes send errors as pickles
         return LockedError, (self.path, self.owner)
 
 
 class FileLock:
-    """A lock with a name in the file system, whose file says which process has it.
+    """A lock file that contains the process that holds the lock.
 
-    It is released when the process ends, even when it is killed; its forks do not keep it. `release` removes the file.
+    The lock is released when the process ends, even if it is killed. Forks do not inherit it. `release` removes the
+    file. Use it as a context manager, or call `acquire` and `release`.
+
+    Args:
+        path: Path of the lock file.
 
     Attributes:
-        path: of the file.
-        is_reliable: False where the file system has no locks: then only a live process of this machine is noticed.
+        path: Path of the lock file.
+        is_reliable: False if the file system has no locks, so that only live processes on this machine are detected.
     """
 
     def __init__(self, path: Path):
@@ -97,15 +113,15 @@ class FileLock:
         self._file: IO[bytes] | None = None
 
     def acquire(self) -> None:
-        """Take the lock without waiting.
+        """Acquire the lock without waiting.
 
         Raises:
-            LockedError: another process has it, or another lock of this process.
-            OSError: the file cannot be written.
+            LockedError: If another process, or another lock object of this process, holds it.
+            OSError: If the file cannot be written.
         """
         while self._file is None:
             if os.path.lexists(self.path):
-                require_regular(self.path, follow_links=False)  # a link's target would be emptied
+                require_regular(self.path, follow_links=False)  # the target of a link would be emptied
             file = open(self.path, "a+b")  # noqa: SIM115  (it is closed in `release`)
             try:
                 locked = try_lock(file.fileno())
@@ -113,7 +129,7 @@ class FileLock:
                 in_use = owner not in (None, Owner.current()) and owner.may_have_written(self.path)
                 if locked is False or (locked is None and in_use):
                     raise LockedError(self.path, owner)
-                if _has_name(file, self.path):  # else its last owner has removed it in between
+                if _has_name(file, self.path):  # otherwise its last owner has just removed it
                     file.truncate(0)
                     file.write("{} {}\n".format(*Owner.current()).encode())
                     file.flush()
@@ -124,7 +140,7 @@ class FileLock:
                     file.close()
 
     def release(self) -> None:
-        """Release the lock, if it is held, and remove its file."""
+        """Release the lock if it is held, and remove its file."""
         if self._file is not None:
             with suppress(OSError):
                 if _has_name(self._file, self.path):
@@ -132,7 +148,7 @@ class FileLock:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close the file of the lock, as in a fork, which must not keep it."""
+        """Close the lock file without removing it, as forks do."""
         if self._file is not None:
             _held.discard(self)
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Bytes, seconds and tables as text."""
+"""Formatting of bytes, seconds and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def table_of(title: str, headings: Sequence[str], left: int) -> Table:
-    """A table that fits a terminal of 80 columns; the first `left` columns are aligned at the left."""
+    """Return an empty table for a terminal of 80 columns.
+
+    Args:
+        title: Title of the table.
+        headings: Headings of the columns.
+        left: Number of columns that are left-aligned. The others are right-aligned.
+    """
     from rich import box
     from rich.table import Table
 
@@ -36,7 +42,7 @@ def table_of(title: str, headings: Sequence[str], left: int) -> Table:
 
 
 def size(count: float) -> str:
-    """Bytes as a person reads them: `1.43 MiB`; NaN, where nothing could be measured, is `-`."""
+    """Format a number of bytes, such as `1.43 MiB`. NaN (not measured) is `-`."""
     if math.isnan(count):
         return "-"
     power = min(4, int(math.log(max(1, abs(count)), 1024)))
@@ -46,7 +52,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time as a person reads it: `1.43 s`, `870 ms`; NaN, where nothing could be measured, is `-`."""
+    """Format a duration, such as `1.43 s` or `870 ms`. NaN (not measured) is `-`."""
     if math.isnan(seconds):
         return "-"
     number, unit = (seconds, "s") if seconds >= 1 else (1e3 * seconds, "ms")
@@ -54,5 +60,5 @@ def duration(seconds: float) -> str:
 
 
 def thinned(items: Sequence[T], most: int) -> list[T | None]:
-    """All items, or the first and last `most // 2` of them with None between."""
+    """Return all items if there are at most `most`, else the first and last `most // 2` with None in between."""
     return list(items) if len(items) <= most else [*items[: most // 2], None, *items[-(most // 2) :]]

@@ -1,4 +1,4 @@
-"""Files that may be opened: reading a pipe or a device may never end, and writing to it is no file."""
+"""Checks for regular files: reading a pipe or a device may never end."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import IO
 
 
 def require_regular(path: str | os.PathLike[str], follow_links: bool = True) -> None:
-    """Refuse what is neither a regular file nor missing, before it is opened.
+    """Check that a path is a regular file or missing, before it is opened.
 
     Args:
-        follow_links: is a link to a regular file one, too?
+        path: Path of the file.
+        follow_links: Whether a link to a regular file is allowed.
 
     Raises:
-        OSError: it is a folder, a pipe or a device; its `filename` is the path.
+        OSError: If it is a directory, a pipe or a device. Its `filename` is the path.
     """
     try:
         mode = os.stat(path, follow_symlinks=follow_links).st_mode
@@ -26,10 +27,13 @@ def require_regular(path: str | os.PathLike[str], follow_links: bool = True) -> 
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a file for reading, unless it is a folder, a pipe or a device.
+    """Open a regular file for reading.
+
+    Args:
+        path: Path of the file.
 
     Raises:
-        OSError: it is one of these, or there is no such file; its `filename` is the path.
+        OSError: If it is missing, a directory, a pipe or a device. Its `filename` is the path.
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -39,13 +43,14 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
-    """What a small file holds.
+    """Read a small regular file.
 
     Args:
-        most: bytes that it may have.
+        path: Path of the file.
+        most: Largest allowed size in bytes.
 
     Raises:
-        OSError: it is larger, no regular file, or missing; its `filename` is the path.
+        OSError: If it is larger, missing or not a regular file. Its `filename` is the path.
     """
     with open_regular(path) as file:
         content = file.read(most + 1)

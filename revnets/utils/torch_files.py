@@ -1,4 +1,4 @@
-"""Files of `torch.save`: a zip of a pickle and its storages, or before torch 1.6 pickles followed by storages."""
+"""Files of `torch.save`: a zip of a pickle and storages, or, before torch 1.6, pickles followed by storages."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from revnets.utils.plain_pickles import PlainUnpickler, Storage
 from revnets.utils.read_bounds import MAX_NAME, Allowance, RejectedError, require_bounded
 
 ZIP, PICKLE, LEGACY = b"PK\x03\x04", b"\x80", (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-"""What the two begin with; the second is a pickle of the third, a number."""
+"""First bytes of a zip, of a pickle, and of the number that is the first pickle of an older file."""
 
 FREE_PICKLE_BYTES = 2**21
-"""A pickle may have this many bytes plus a quarter of the file: every byte of it can become an object of 100 bytes."""
+"""Largest pickle, plus a quarter of the file: each byte of a pickle can become an object of 100 bytes."""
 
 
 def read_zip(path: Path, allowed: Mapping[str, Any], mmap: bool) -> Any:
-    """What a file of torch 1.6 or newer holds.
+    """Read a file of torch 1.6 or newer.
 
     Args:
-        allowed: what the pickle may name beside tensors and plain data.
-        mmap: leave storages in the file, from which they are read when they are used; else they are read now, and
-            their checksums are compared.
+        path: Path of the file.
+        allowed: Objects that the pickle may reference besides tensors and plain data, by name.
+        mmap: Whether to leave storages in the file and read them on first use. If False, they are read at once and
+            their checksums are verified.
 
     Raises:
-        RejectedError: it holds something else than plain data, or declares more than it holds.
-        Exception: it is damaged.
+        RejectedError: If the file contains more than plain data, or declares more data than it contains.
+        Exception: If the file is damaged.
     """
     size = path.stat().st_size
     with ZipFile(path) as archive, path.open("rb") as file:
@@ -50,13 +51,13 @@ def read_zip(path: Path, allowed: Mapping[str, Any], mmap: bool) -> Any:
             record = records[name]
             if record.file_size != wanted:
                 raise RejectedError(
-                    code="damaged-file", message=f"damaged, {name} has {record.file_size} bytes, not {wanted}"
+                    code="damaged-file", message=f"damaged: {name} has {record.file_size} bytes, not {wanted}"
                 )
             memory: Any = whole[offsets[name] : offsets[name] + wanted]
             if not mmap or offsets[name] % dtype.itemsize:
                 memory = memory.clone()
             if not mmap and zlib.crc32(_buffer(as_bytes(memory))) != record.CRC:
-                raise RejectedError(code="damaged-file", message=f"damaged, the checksum of {name} differs")
+                raise RejectedError(code="damaged-file", message=f"damaged: the checksum of {name} differs")
             if order != sys.byteorder.encode():
                 memory.byteswap(dtype)
             found[key] = as_bytes(memory)
@@ -68,30 +69,30 @@ def read_zip(path: Path, allowed: Mapping[str, Any], mmap: bool) -> Any:
 
 
 def _records(archive: ZipFile, size: int) -> dict[str, ZipInfo]:
-    """The entries by name, without the folder that all of them are in."""
+    """Return the entries by name, without their common directory."""
     entries = archive.infolist()
     records = {entry.filename.partition("/")[2]: entry for entry in entries}
     if not all(name.isprintable() and len(name) <= MAX_NAME for name in records):
-        raise RejectedError(code="damaged-file", message="damaged, the name of an entry cannot be printed on a line")
+        raise RejectedError(code="damaged-file", message="damaged: the name of an entry cannot be printed on one line")
     if "constants.pkl" in records:
         raise RejectedError(
-            code="unsafe-file", message="refused, it is a program of TorchScript, which is more than plain data"
+            code="unsafe-file", message="rejected: it is a TorchScript program, which is not plain data"
         )
     if any(entry.compress_type != ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-        raise RejectedError(code="wrong-format", message="not a checkpoint, its entries are compressed or encrypted")
+        raise RejectedError(code="wrong-format", message="not a checkpoint: its entries are compressed or encrypted")
     if sum(entry.file_size for entry in entries) > size:
-        raise RejectedError(code="damaged-file", message="damaged, its entries are larger than the file")
+        raise RejectedError(code="damaged-file", message="damaged: its entries are larger than the file")
     if "data.pkl" not in records:
-        raise RejectedError(code="wrong-format", message="not a checkpoint, it is a zip without data.pkl")
+        raise RejectedError(code="wrong-format", message="not a checkpoint: it is a zip without data.pkl")
     if len(records) < len(entries):
-        raise RejectedError(code="damaged-file", message="damaged, two of its entries have the same name")
+        raise RejectedError(code="damaged-file", message="damaged: two of its entries have the same name")
     if records["data.pkl"].file_size > FREE_PICKLE_BYTES + size // 4:
-        raise RejectedError(code="unsafe-file", message="refused, it holds more structure than weights have")
+        raise RejectedError(code="unsafe-file", message="rejected: its pickle is too large for weights")
     return records
 
 
 def _offset(file: BinaryIO, record: ZipInfo, size: int) -> int:
-    """Where the data of an entry begin."""
+    """Return the offset of the data of an entry."""
     file.seek(record.header_offset)
     header = file.read(30)
     begin = (
@@ -100,7 +101,7 @@ def _offset(file: BinaryIO, record: ZipInfo, size: int) -> int:
     if header[:4] != ZIP or begin + record.file_size > size:
         raise RejectedError(
             code="damaged-file",
-            message=f"damaged, the entry {record.filename.partition('/')[2]} is not where it should be",
+            message=f"damaged: the entry {record.filename.partition('/')[2]} is at the wrong offset",
         )
     return begin
 
@@ -109,12 +110,12 @@ def _bytes(file: BinaryIO, record: ZipInfo, name: str) -> bytes:
     file.seek(_offset(file, record, sys.maxsize))
     data = file.read(record.file_size)
     if zlib.crc32(data) != record.CRC:
-        raise RejectedError(code="damaged-file", message=f"damaged, the checksum of {name} differs")
+        raise RejectedError(code="damaged-file", message=f"damaged: the checksum of {name} differs")
     return data
 
 
 def as_bytes(memory: torch.UntypedStorage) -> Tensor:
-    """All of it, as a tensor (uint8, 1-D)."""
+    """Return memory as a tensor (uint8, 1-D)."""
     return torch.empty(0, dtype=torch.uint8).set_(memory)  # pyright: ignore[reportArgumentType]
 
 
@@ -124,7 +125,7 @@ def _buffer(data: Tensor) -> memoryview:
 
 
 class _Limited:
-    """A file with a limit on the number of bytes that are read."""
+    """A file with a limit on the number of bytes read."""
 
     def __init__(self, file: BinaryIO, left: int):
         self.file, self.left = file, left
@@ -132,7 +133,7 @@ class _Limited:
     def read(self, size: int) -> bytes:
         self.left -= size
         if self.left < 0:
-            raise RejectedError(code="unsafe-file", message="refused, it holds more structure than weights have")
+            raise RejectedError(code="unsafe-file", message="rejected: its pickle is too large for weights")
         return self.file.read(size)
 
     def readline(self) -> bytes:
@@ -140,14 +141,15 @@ class _Limited:
 
 
 def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
-    """What a file that is older than torch 1.6 holds.
+    """Read a file from before torch 1.6.
 
     Args:
-        allowed: what its pickles may name beside tensors and plain data.
+        path: Path of the file.
+        allowed: Objects that its pickles may reference besides tensors and plain data, by name.
 
     Raises:
-        RejectedError: it holds something else than plain data, or declares more than it holds.
-        Exception: it is damaged.
+        RejectedError: If the file contains more than plain data, or declares more data than it contains.
+        Exception: If the file is damaged.
     """
     size = path.stat().st_size
     allowance, room = Allowance(size), size
@@ -158,7 +160,7 @@ def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
         if key not in found:
             room -= count * dtype.itemsize
             if room < 0:
-                raise RejectedError(code="damaged-file", message="damaged, it declares more data than it holds")
+                raise RejectedError(code="damaged-file", message="damaged: it declares more data than it contains")
             found[key] = Storage(torch.empty(count * dtype.itemsize, dtype=torch.uint8), dtype)
         if view is None:
             return Storage(found[key].data, dtype)
@@ -168,18 +170,18 @@ def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
 
     with path.open("rb") as file:
         limited = _Limited(file, FREE_PICKLE_BYTES + size // 4)
-        for _ in range(3):  # a number, the version of the format, the sizes of integers
+        for _ in range(3):  # a number, the version of the format, and the sizes of integers
             PlainUnpickler(limited, allowance, {}).load()
         content = PlainUnpickler(limited, allowance, allowed, storage).load()
         require_bounded(content)
         keys = PlainUnpickler(limited, allowance, {}).load()
         if type(keys) is not list or not all(type(key) in (str, int) for key in keys):
-            raise RejectedError(code="damaged-file", message="damaged, its list of tensors is invalid")
+            raise RejectedError(code="damaged-file", message="damaged: its list of tensors is invalid")
         for key in keys:
             data, dtype = found.pop(key)
             count = int.from_bytes(file.read(8), "little")
             if count * dtype.itemsize != data.numel() or file.readinto(_buffer(data)) < data.numel():
                 raise RejectedError(code="damaged-file", message="")
     if found:
-        raise RejectedError(code="damaged-file", message="damaged, it lacks the data of tensors")
+        raise RejectedError(code="damaged-file", message="damaged: the data of some tensors are missing")
     return content
