@@ -1,4 +1,4 @@
-"""One thread and the same examples every time: bit-for-bit comparisons need the former, reruns the latter."""
+"""One thread, for bit-for-bit comparisons, and the same Hypothesis examples in every run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for processes that tests start: workers share the cores
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for child processes, because workers share the cores
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, settings
 pytest_plugins = ["tests.support.components"]
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton, so that its kernels run on the CPU
 
 settings.register_profile(
     "default",
-    deadline=None,  # the first call of a kernel is slow, and other jobs share the machine
+    deadline=None,  # the first call of a kernel is slow, and the machine may be busy
     derandomize=True,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -36,12 +36,12 @@ settings.load_profile("default")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Files that make something once, such as a trained net, go to one worker, and first; other tests one by one."""
+    """Schedule files with module fixtures first and each on one worker, and other tests one by one."""
     from xdist.scheduler import LoadScopeScheduling
 
     @cache
     def shares(file: str) -> bool:
-        """Whether a fixture is defined there for the whole module. The process that schedules collects no tests."""
+        """Whether a file defines a module fixture. The scheduling process does not import tests."""
         tree = ast.parse((config.rootpath / file).read_bytes())
         calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
         scopes = (keyword.value for call in calls for keyword in call.keywords if keyword.arg == "scope")
@@ -56,9 +56,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Garbage collection passes over what is imported: it takes 0.3 s otherwise, before each figure of memory.
+    """Exclude imported objects from garbage collection, which otherwise takes 0.3 s before each memory measurement.
 
-    It also comes less often: with the usual thresholds it takes 6 % of all CPU time.
+    It also runs less often. With the default thresholds it takes 6 % of all CPU time.
     """
     gc.collect()
     gc.freeze()
@@ -73,7 +73,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def own_modules(tmp_path: Path) -> Iterator[Path]:
-    """A folder for modules of a test's own, which are forgotten afterwards, so that names can be used again."""
+    """A directory for modules of a test. They are forgotten afterward, so that names can be reused."""
     yield tmp_path
     for name, module in list(sys.modules.items()):
         if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
@@ -81,6 +81,4 @@ def own_modules(tmp_path: Path) -> Iterator[Path]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it"
-    )
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/ instead of comparing with it")

@@ -1,4 +1,4 @@
-"""Folders, names and former import paths."""
+"""Layout of the packages: directories, names, file sizes and former import paths."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 SAME_MEANING = {
-    "Attention": "self-attention; that of nlp takes a padding mask and fairseq's initialization",
+    "Attention": "self-attention; that of nlp has a padding mask and the initialization of fairseq",
     "CosineAttention": "the attention of Swin Transformer V2, for images and for padded sentences",
-    "create": "the model of a name, in a package that `revnets.models` lists",
-    "names": "what a registry, or a package of models, knows",
-    "read": "the content of a file of the format that its module is about",
+    "create": "builds the model of a name, in a package that `revnets.models` lists",
+    "names": "the names in a registry or in a package of models",
+    "read": "reads a file of the format of its module",
     "rows": "an analysis as rows of a CSV file",
     "table": "an analysis as a table of the terminal",
 }
@@ -33,16 +33,16 @@ SAME_MEANING = {
 SAME_TOPIC = {
     "analyze": "the analyses of a package on the command line",
     "audit": "the audit, its figure and its command",
-    "blocks": "a former path",
-    "common": "what the commands of a package share",
+    "blocks": "a former import path",
+    "common": "helpers of the commands of a package",
     "configuration": "the configuration of a model for transformers, of images or of text",
-    "errors": "the exceptions of a folder",
-    "figures": "the figures of a folder",
+    "errors": "the exceptions of a directory",
+    "figures": "the figures of a directory",
     "graph": "the graph and its figure",
     "main": "the commands of a package",
-    "memory_budget": "the key of a specification, and what training does with it in vision and in nlp",
+    "memory_budget": "the key of a specification, and its use in training in vision and in nlp",
     "plan": "the memory plan of a model and its command",
-    "task": "a former path",
+    "task": "a former import path",
 }
 """Names of modules in more than one folder."""
 
@@ -64,7 +64,7 @@ SAME_TOPIC = {
         ("nlp.model:RevColTransformerModel", "nlp.models.revcol_transformer:RevColTransformerModel"),
     ],
 )
-def test_former_paths_give_the_same_objects(former, present):
+def test_former_paths_refer_to_the_same_objects(former, present):
     if former.startswith("vision"):
         pytest.importorskip("timm")
     if former.startswith("nlp.model"):
@@ -76,11 +76,11 @@ def test_former_paths_give_the_same_objects(former, present):
 @pytest.mark.parametrize("name", ["audit", "plan"])
 def test_audit_and_plan_are_functions_of_the_package(name):
     assert inspect.isfunction(getattr(revnets, name))
-    assert importlib.util.find_spec(f"revnets.{name}") is None  # a module of that name would replace it when imported
+    assert importlib.util.find_spec(f"revnets.{name}") is None  # importing a module of that name would replace it
 
 
 def definitions() -> dict[str, list[Path]]:
-    """Public functions and classes at the top of a file, without the commands, which are named as what they run."""
+    """Return public top-level functions and classes by name, without commands, whose functions have their names."""
     places = defaultdict(list)
     entry_points = [target for group in PROJECT["project"]["entry-points"].values() for target in group.values()]
     for file in FILES:
@@ -94,12 +94,12 @@ def definitions() -> dict[str, list[Path]]:
     return places
 
 
-def test_a_name_has_one_meaning():
+def test_names_have_one_meaning():
     repeated = {name for name, files in definitions().items() if len(files) > 1}
     assert repeated <= set(SAME_MEANING)
 
 
-def test_a_module_name_has_one_topic():
+def test_module_names_have_one_topic():
     folders = defaultdict(set)
     for file in FILES:
         folders[file.stem].add(file.parent)
@@ -107,7 +107,7 @@ def test_a_module_name_has_one_topic():
     assert repeated - {"__init__"} <= set(SAME_TOPIC)
 
 
-def test_folders_and_files_are_small():
+def test_directories_and_files_are_small():
     modules = defaultdict(list)
     for file in FILES:
         if file.name != "__init__.py":
@@ -121,7 +121,7 @@ def test_packages_are_typed():
     assert [package for package in PACKAGES if not (ROOT / package / "py.typed").exists()] == []
 
 
-def test_contracts_and_the_architecture_page_name_every_folder():
+def test_contracts_and_architecture_page_name_every_directory():
     page = (ROOT / "docs/development/architecture.md").read_text(encoding="utf-8")
     contracts = {item["id"]: item for item in PROJECT["tool"]["importlinter"]["contracts"]}
     for package in PACKAGES:

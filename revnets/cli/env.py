@@ -215,7 +215,7 @@ def _lacking(name: str, extra: str, seen: set[tuple[str, str]]) -> Iterable[str]
         required = Requirement(text)
         if required.marker is None or not required.marker.evaluate({"extra": extra}):
             continue
-        if required.marker.evaluate({"extra": ""}):  # of the distribution itself, whatever the extra
+        if required.marker.evaluate({"extra": ""}):  # a requirement of the distribution itself
             continue
         required.marker = None
         try:

@@ -1,4 +1,4 @@
-"""Files of weights and what can happen to them: bytes that flip, ends that are missing, entries of other kinds."""
+"""Mutations of weight files: flipped bytes, missing ends, and entries of other kinds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ODD: tuple[Any, ...] = (
     *(torch.tensor(1), torch.zeros(0), torch.zeros(3), torch.zeros(2, 0, 2**40), torch.tensor(float("nan"))),
     *(torch.zeros(2, dtype=torch.complex64), torch.ones(1, dtype=torch.bool), torch.zeros(1).expand(10**6)),
 )
-"""Values of other kinds than those that are in checkpoints."""
+"""Values of kinds that do not occur in checkpoints."""
 
 
 def damaged(data: bytes, generator: random.Random) -> bytes:
-    """A file with other bytes, without its end, or with a part that is missing or occurs twice."""
+    """Return a file with changed bytes, without its end, or with a part that is missing or repeated."""
     kind, data = generator.randrange(5), bytearray(data)
     place, length = generator.randrange(len(data)), generator.choice((1, 4, 64, 1000))
     if kind == 0:
@@ -38,7 +38,7 @@ def damaged(data: bytes, generator: random.Random) -> bytes:
 
 
 def with_other_pickle(data: bytes, generator: random.Random) -> bytes:
-    """A zip of torch whose pickle is damaged and whose checksums are right, so that the pickle is read."""
+    """Return a zip of torch with a damaged pickle and correct checksums, so that the pickle is read."""
     source, target = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
     entries = {entry.filename: source.read(entry) for entry in source.infolist()}
     name = next(name for name in entries if name.endswith("/data.pkl"))
@@ -50,7 +50,7 @@ def with_other_pickle(data: bytes, generator: random.Random) -> bytes:
 
 
 def with_other_entries(data: bytes, generator: random.Random) -> bytes:
-    """A zip of torch with entries that are swapped, missing, renamed or compressed."""
+    """Return a zip of torch with entries that are swapped, missing, renamed or compressed."""
     source, target = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
     entries = [(entry.filename, source.read(entry)) for entry in source.infolist()]
     one, other = generator.sample(range(len(entries)), 2)
@@ -71,7 +71,7 @@ def with_other_entries(data: bytes, generator: random.Random) -> bytes:
 
 
 def with_other_header(data: bytes, generator: random.Random) -> bytes:
-    """A file of safetensors whose header says something else."""
+    """Return a file of safetensors with a changed header."""
     (length,) = struct.unpack("<Q", data[:8])
     header, rest = data[8 : 8 + length], data[8 + length :]
     kind = generator.randrange(4)
@@ -90,7 +90,7 @@ def with_other_header(data: bytes, generator: random.Random) -> bytes:
 
 
 def with_other_value(content: Any, generator: random.Random) -> Any:
-    """A copy of nested dicts and lists in which one entry is of another kind, is missing or has another name."""
+    """Return a copy of nested dicts and lists in which one entry has another kind or name, or is missing."""
     content = copy.deepcopy(content)
     places = list(_places(content))
     depths = {depth for depth, *_ in places}

@@ -1,8 +1,8 @@
-"""Reads damaged files of weights with all that reads them, in bounded memory; run by the test beside it.
+"""Read damaged weight files with every reader in bounded memory. test_damaged_weights.py runs this.
 
     python -m tests.fuzz.read_damaged_weights FOLDER COUNT
 
-Prints a line of JSON for each kind of file: how often there was which outcome, and what should not be.
+Prints a line of JSON per kind of file: the count of each outcome, and unexpected ones.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from vision.training.train_state import TrainState
 from vision.weights import convert, files, finetune, recognition
 
 MEMORY = 2**30
-"""Bytes that reading may take, beside what the process has when it begins."""
+"""Bytes that reading may allocate in addition."""
 
 EXPECTED = (CheckpointError, TranslationError, SpecError)
 
 
 class Readers:
-    """What reads files of weights: one function for each command or function of the packages.
+    """All readers of weight files: one method per command or function of the packages.
 
     Args:
-        folder: for what they write.
+        folder: Directory for their output.
     """
 
     def __init__(self, folder: Path):
@@ -63,7 +63,7 @@ class Readers:
         self.state = TrainState(self.config, data, 5)
 
     def content(self) -> dict[str, Any]:
-        """A checkpoint of a run after its third update."""
+        """Return a checkpoint of a run after its third update."""
         batch = (torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))
         for step in range(1, 3):
             self.state.update(iter([batch] * 2), step)
@@ -116,7 +116,7 @@ class Readers:
 
 
 def net(device: str | None = None) -> RevCol:
-    """A RevCol that is small, with the names of the official ones."""
+    """Return a small RevCol with official names."""
     from revnets import load_spec
 
     levels = [f"levels.{index}.{key}={value}" for index in range(4) for key, value in (("dim", 4), ("depth", 1))]
@@ -124,7 +124,7 @@ def net(device: str | None = None) -> RevCol:
 
 
 def official() -> dict[str, Any]:
-    """What the official trainer saves."""
+    """Return a checkpoint of the official trainer."""
     from vision.weights.official_names import names_of, to_official
 
     model = net()
@@ -133,7 +133,7 @@ def official() -> dict[str, Any]:
 
 
 def fairseq() -> dict[str, Any]:
-    """What fairseq saves."""
+    """Return a checkpoint of fairseq."""
     import numpy as np
 
     return {
@@ -157,7 +157,7 @@ Reader = Callable[[Path], None]
 
 
 def kinds(readers: Readers) -> Iterator[tuple[str, Path, list[Damage], list[Reader]]]:
-    """Kinds of files: their name, where a damaged one is written, ways to damage it, and what reads it."""
+    """Return the kinds of files: name, path of a damaged file, mutations and reader."""
     r, folder = readers, readers.folder
     run, ours = r.content(), [r.evaluation, r.resumption, r.resharding, r.pretrained, r.gains]
     yield "run", folder / "run.pt", _zip_damages(run), ours
@@ -198,7 +198,7 @@ def _zip_damages(content: Any) -> list[Damage]:
 
 
 def damage_shards(folder: Path, generator: random.Random) -> None:
-    """A checkpoint in shards with one file that is damaged, of another kind, missing or in the place of another."""
+    """Return a sharded checkpoint with one file that is damaged, of another kind, missing or swapped."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(folder.with_name("whole"), folder)
     name, other = generator.sample(sorted(path.name for path in folder.iterdir()), 2)
@@ -215,7 +215,7 @@ def damage_shards(folder: Path, generator: random.Random) -> None:
 
 
 def limit_memory() -> None:
-    """Let this process take `MEMORY` more than it has now."""
+    """Limit this process to `MEMORY` more than it uses now."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
@@ -247,7 +247,7 @@ def main(folder: Path, count: int) -> None:
     is_limited = False
     for name, path, damages, using in kinds(Readers(folder)):
         if not is_limited:
-            (folder / "good.pt").write_bytes(saved(official()))  # what the first call imports does not count
+            (folder / "good.pt").write_bytes(saved(official()))  # imports of the first call do not count
             net().load_pretrained(str(folder / "good.pt"))
             limit_memory()
             is_limited = True

@@ -1,6 +1,6 @@
-"""Damaged configurations: every one is read, or refused in one line, with bounded time and memory.
+"""Damaged configurations are read, or rejected with a one-line error, in bounded time and memory.
 
-The mutations are drawn with fixed seeds from the configurations of the packages, so that a failure can be repeated.
+Mutations of the configurations of the packages have fixed seeds, so that failures can be reproduced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 from vision.config.run import load_config
 
 SECONDS, MEMORY = 30, 2 << 30
-"""Bounds of one input: only what never ends or grows reaches them."""
+"""Limits of one input, which only endless loops or growing data reach."""
 
 SCALARS = (
     *(
@@ -93,7 +93,7 @@ def cut(rng: random.Random, text: str) -> str:
 
 
 def replace_value(rng: random.Random, text: str) -> str:
-    """Another value behind one of the colons, in a file or in a mapping on one line."""
+    """Replace the value after one of the colons, in a file or in a mapping on one line."""
     colons = [index for index, char in enumerate(text) if char == ":"]
     start = rng.choice(colons) + 1
     end = next((index for index in range(start, len(text)) if text[index] in ",}\n"), len(text))
@@ -109,7 +109,7 @@ def add_key(rng: random.Random, text: str) -> str:
 
 
 def change_type(rng: random.Random, text: str) -> str:
-    """A well-formed file in which one value, at any depth, is another one."""
+    """Return a valid file in which one value at any depth is replaced."""
     data = yaml.safe_load(text)
     value: Any = data
     while True:
@@ -142,7 +142,7 @@ MUTATIONS: tuple[Callable[[random.Random, str], str | bytes], ...] = (
 
 @pytest.fixture
 def bounded() -> Iterator[None]:
-    """Little memory beyond what the process has already."""
+    """Limit the memory that the process may allocate in addition."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, hard))
@@ -151,7 +151,7 @@ def bounded() -> Iterator[None]:
 
 
 def outcome(read: Callable[[], Any]) -> str:
-    """The code of the error that a configuration is refused with, or "read"."""
+    """Return the code of the error for a configuration, or "read"."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"not done after {SECONDS} s")
@@ -174,7 +174,7 @@ def outcome(read: Callable[[], Any]) -> str:
 
 
 def check(folder: Path, files: list[Path], read: Callable[[Path], Any], count: int, seed: int) -> set[str]:
-    """Outcomes of `count` mutations of files in `folder`."""
+    """Count the outcomes of `count` mutations of files in `folder`."""
     rng, found = random.Random(seed), set()
     for number in range(count):
         file, mutate = rng.choice(files), rng.choice(MUTATIONS)
@@ -192,7 +192,7 @@ def check(folder: Path, files: list[Path], read: Callable[[Path], Any], count: i
 
 
 def assert_many(found: set[str]) -> None:
-    """The mutations neither leave everything as it is, nor are they all refused for the same reason."""
+    """Assert that some mutations are rejected, and not all for the same reason."""
     assert {"read", "invalid-syntax", "wrong-type"} <= found
     assert len(found) >= 6, found
 

@@ -1,4 +1,4 @@
-"""Damaged files of weights end in one line with the name of the file, whatever reads them, in bounded memory."""
+"""Every reader reports damaged weight files with a one-line error that names the file, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from tests.support import forked_programs
 
 COUNT = 200
-"""Files of each kind. Their seeds are fixed."""
+"""Number of files of each kind, with fixed seeds."""
 
 KINDS = {"run", "legacy", "official", "fairseq", "safetensors", "shards"}
 
@@ -22,4 +22,4 @@ def test_damaged_files_of_every_kind(tmp_path):
     assert [entry["wrong"] for entry in found] == [[]] * len(KINDS)
     for entry in found:
         assert sum(entry["outcomes"].values()) == COUNT
-        assert entry["outcomes"]["read"] < 2 * COUNT / 3  # or nothing was damaged; bits of a tensor may differ
+        assert entry["outcomes"]["read"] < 2 * COUNT / 3  # otherwise nothing was damaged; bits of a tensor may differ

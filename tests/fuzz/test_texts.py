@@ -1,4 +1,4 @@
-"""Damaged and odd parallel texts: one line that names what is wrong, or two sides of equal length."""
+"""Damaged and unusual parallel texts: a one-line error, or two sides of equal length."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ KINDS = [{}, {"tokenize": False}, {"tokenize": False, "merges": None}, {"clean":
 
 
 def mutated_texts(folder: Path, seed: int) -> Recipe:
-    """A recipe and its texts: two files or a table, at times compressed, for training and for the test."""
+    """Return a recipe and its texts: two files or a table, sometimes compressed, for training and test."""
     rng = random.Random(seed)
     given = {"valid": 3, "test": 4, "merges": 5, "deduplicate": rng.random() < 0.5, **rng.choice(KINDS)}
     texts = {}
@@ -107,7 +107,7 @@ def mutated_texts(folder: Path, seed: int) -> Recipe:
 
 
 def outcome(folder: Path, seed: int) -> str:
-    """The code of the error, or "sides" where there are two of equal length for every reader."""
+    """Return the code of the error, or "sides" if both sides have equal length for every reader."""
     recipe = mutated_texts(folder, seed)
     try:
         units, facts = sub_words(recipe, folder / "work")

@@ -1,4 +1,4 @@
-"""The wording of errors, each raised for real, as tests/golden/messages.txt has it.
+"""The wording of real errors, compared with tests/golden/messages.txt.
 
 Other tests check codes and keys. After a change of wording:
 
@@ -44,7 +44,7 @@ Case = tuple[str, Callable[[], Any]]
 
 
 def entry(title: str, action: Callable[[], Any], folder: Path) -> str:
-    """What an action raises: its title, class and code, and below it the message with `folder` left out."""
+    """Return title, class and code of the error that an action raises, and its message without `folder`."""
     with pytest.raises(Exception) as caught:
         action()
     error: Any = caught.value
@@ -55,10 +55,10 @@ def entry(title: str, action: Callable[[], Any], folder: Path) -> str:
 
 
 def spec_cases(folder: Path) -> list[Case]:
-    """The mistakes that a YAML of a net can hold."""
+    """Return the mistakes in a YAML file of a network."""
     cases: list[Case] = []
     for number, mistake in enumerate(MISTAKES):
-        if "TypeError" in mistake.names:  # the words are those of PyTorch
+        if "TypeError" in mistake.names:  # the message comes from PyTorch
             continue
         file = folder / str(number) / "net.yaml"
         file.parent.mkdir()
@@ -70,7 +70,7 @@ def spec_cases(folder: Path) -> list[Case]:
 
 
 def file_cases() -> list[Case]:
-    """Files and overrides that the loader refuses; in the working directory."""
+    """Return files in the working directory and overrides that the loader rejects."""
     texts: dict[str, str | bytes] = {
         "empty.yaml": "",
         "list.yaml": "- name\n",
@@ -97,7 +97,7 @@ def file_cases() -> list[Case]:
 
 
 def model_cases() -> list[Case]:
-    """Models, components and plans."""
+    """Return errors of models, components and plans."""
     net = revnets.build(NET)
     return [
         ("model: no such name", lambda: load_model("xyz.unknown")),
@@ -125,7 +125,7 @@ def model_cases() -> list[Case]:
 
 
 class Counting(nn.Module):
-    """Another function at each call."""
+    """Computes a different function in each call."""
 
     calls = 0
 
@@ -139,7 +139,7 @@ class Counting(nn.Module):
 
 
 def _in_place(memory: str) -> None:
-    """An optimizer step between the forward and its backward."""
+    """Change weights between forward and backward."""
     net = revnets.ReversibleSequence([nn.Linear(4, 4) for _ in range(4)], memory=memory)
     loss = net(torch.ones(2, 4))[-1].sum()
     with torch.no_grad():
@@ -149,13 +149,13 @@ def _in_place(memory: str) -> None:
 
 
 def _unlike() -> None:
-    """Cells whose replay is not their forward."""
+    """Run cells whose replay differs from their forward pass."""
     net = revnets.ReversibleSequence([Counting() for _ in range(4)], memory="exact")
     net(torch.ones(2, 4))[-1].sum().backward()
 
 
 def argument_cases() -> list[Case]:
-    """Arguments of the engine, the audit and the figures that cannot be used."""
+    """Return invalid arguments of the engine, the audit and the figures."""
     net = revnets.ReversibleSequence([nn.Linear(4, 4) for _ in range(4)])
     x = torch.ones(2, 4)
     wide = revnets.ReversibleSequence([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5)])
@@ -200,12 +200,12 @@ def argument_cases() -> list[Case]:
 
 
 def replay_cases() -> list[Case]:
-    """Replays that cannot be trusted."""
+    """Return errors of replays."""
     return [("replay: a weight changed in place", lambda: _in_place("exact")), ("replay: another path", _unlike)]
 
 
 def command_cases() -> list[Case]:
-    """Options of commands, in the working directory."""
+    """Return invalid options of commands in the working directory."""
     Path("folder").mkdir()
     Path("file").touch()
     return [
@@ -217,7 +217,7 @@ def command_cases() -> list[Case]:
 
 
 def vision_cases(folder: Path) -> list[Case]:
-    """Runs, data, checkpoints and weights."""
+    """Return errors of runs, data, checkpoints and weights."""
     from vision.checkpoints import reader
     from vision.config.data import IdxConfig
     from vision.config.run import load_config
@@ -264,7 +264,7 @@ def vision_cases(folder: Path) -> list[Case]:
 
 
 def nlp_cases() -> list[Case]:
-    """Text and its recipes, in the working directory."""
+    """Return errors of texts and recipes in the working directory."""
     from nlp.data.corpus import Corpus, languages
     from nlp.data.recipe import read_recipe
 
@@ -308,7 +308,7 @@ def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pyte
     entries = []
     for title, action in cases:
         text = entry(title, action, tmp_path)
-        for number in range(len(MISTAKES)):  # each mistake has a folder of its own
+        for number in range(len(MISTAKES)):  # each mistake has its own directory
             text = text.replace(f"    {number}/net.yaml", "    net.yaml")
         entries.append(text)
     found = "\n".join(entries)

@@ -1,4 +1,4 @@
-"""Columns with convolutions, as the tests of audits measure them."""
+"""Columns with convolutions for tests of audits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIMS = (5, 7, 11)
 
 
 class ConvLevel(nn.Module):
-    """F_t on NHWC images of one size: reads are projected and summed, then a depthwise convolution and an MLP."""
+    """F_t on NHWC images of one size: projected inputs are summed, then a depthwise convolution and an MLP."""
 
     def __init__(self, dim: int, read_dims: list[int], drop: float = 0.0, norm: type[nn.Module] = nn.LayerNorm):
         super().__init__()
@@ -44,7 +44,7 @@ def conv_columns(columns: int, gain: float = 0.55, make: Callable[..., nn.Module
 
 
 class Net(nn.Module):
-    """A stem, columns and a head that reads the last level."""
+    """A stem, columns and a head on the last level."""
 
     def __init__(self, columns: ReversibleColumns):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures of clouds, and what people make of a picture."""
+"""Images of clouds, and common modifications of an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 
 def picture(seed: int, width: int = 109, height: int = 97) -> Image.Image:
-    """Clouds."""
+    """Return an image of clouds."""
     noise = np.random.default_rng(seed).integers(0, 256, (13, 11), np.uint8)
     soft = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
     return ImageOps.autocontrast(soft.filter(ImageFilter.GaussianBlur(3)))

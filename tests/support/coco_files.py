@@ -1,4 +1,4 @@
-"""Small sets of images with objects in COCO's format, and a detector of torchvision that trains on them."""
+"""Small data sets of images with objects in the format of COCO, and a detector of torchvision for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZE = (48, 64)
 
 
 def content(count: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Write images of one to three rectangles on gray; the annotations of their file, with polygons."""
+    """Write images of one to three rectangles on gray; return their annotations with polygons."""
     generator, folder = np.random.default_rng(seed), folder
     folder.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
@@ -55,12 +55,12 @@ def content(count: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def polygon(left: float, top: float, width: float, height: float) -> list[float]:
-    """The outline of a box."""
+    """Return the outline of a box as a polygon."""
     return [left, top, left + width, top, left + width, top + height, left, top + height]
 
 
 def make_files(root: Path, train: int = 7, val: int = 3) -> Path:
-    """Both splits in the layout of COCO."""
+    """Write both splits in the layout of COCO."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, count, seed in (("train", train, 0), ("val", val, 1)):
         found = content(count, seed, root / f"{split}2017")
@@ -83,13 +83,13 @@ def settings(root: Path, **options: Any) -> CocoConfig:
 
 
 def values(root: Path) -> dict[str, Any]:
-    """The key `data` of a run on these files."""
+    """Return the key `data` of a run on these files."""
     sides = {"short_sides": [48, 56], "long_side": 80, "val_short_side": 56}
     return {"name": "coco", "root": str(root), **sides, "crop_short_sides": [40, 48], "crop_sizes": [32, 40]}
 
 
 class Pyramid(nn.Module):
-    """The levels of a RevCol for the parts of torchvision."""
+    """The levels of a RevCol for components of torchvision."""
 
     out_channels = 16
 

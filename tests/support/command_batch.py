@@ -1,7 +1,7 @@
 """Many commands in one process: `python -m tests.support.command_batch CASES RESULTS`.
 
-A case is {folder, canary, argv}. A result is how the command ended: {exit, code, key, text, fired}, where `fired` says
-whether the canary, a file that only code of others makes, was there afterwards.
+A case is {folder, canary, argv}. A result is {exit, code, key, text, fired}, where `fired` is true if the canary, a
+file that only foreign code creates, existed afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.paths import ROOT
 
 
 def run_batch(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The results of cases, by their names, from one new process."""
+    """Run cases in one new process; return results by name."""
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "tests.support.command_batch", folder / "cases.json", folder / "results.json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
@@ -40,7 +40,7 @@ def _call(argv: Sequence[str]) -> None:
 
 @cache
 def _program() -> Any:
-    """The program `revnets`: to make it of its functions takes longer than most of the commands."""
+    """Return the program `revnets`. Building it takes longer than most commands."""
     from revnets.cli.main import app
 
     return typer.main.get_command(app)
@@ -51,19 +51,19 @@ def _result(argv: Sequence[str], canary: Path) -> dict[str, Any]:
     try:
         _call(argv)
     except BaseException as error:
-        cause = error.__cause__ or error  # what `typer.Exit` was raised from
+        cause = error.__cause__ or error  # the cause of `typer.Exit`
         found["exit"] = getattr(error, "exit_code", 2 if hasattr(error, "code") else None)
         found |= {key: getattr(cause, key, None) for key in ("code", "key")} | {"text": str(cause)}
     fired = canary.exists()
     canary.unlink(missing_ok=True)
-    for name, module in list(sys.modules.items()):  # the next case is not to find it imported already
+    for name, module in list(sys.modules.items()):  # the next case must import it again
         if (getattr(module, "__file__", None) or "").startswith(str(canary.parent)):
             del sys.modules[name]
     return {**found, "fired": fired}
 
 
 def main() -> None:
-    sys.path.remove(os.getcwd())  # a command is no module in its working directory
+    sys.path.remove(os.getcwd())  # a command does not import modules in its working directory
     cases, results = (Path(word) for word in sys.argv[1:])
     found = {}
     for name, case in json.loads(cases.read_text()).items():

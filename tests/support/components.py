@@ -1,4 +1,4 @@
-"""The registry of components as it is before anything but this package is imported."""
+"""The registry of components before other packages are imported."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from revnets.config import registry
 
 @pytest.fixture
 def own_components(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests import modules that register components, and messages list those that there are."""
+    """Hide components that other tests register, because error messages list all components."""
     own = {
         kind: {name: part for name, part in parts.items() if part.__module__.startswith("revnets.")}
         for kind, parts in registry._REGISTRY.items()

@@ -1,4 +1,4 @@
-"""Counters of matrix products, of kept tensors and of live objects."""
+"""Counters of matrix products, kept tensors and synchronizations."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Matmuls(TorchDispatchMode):
 
 
 class Kept(TorchDispatchMode):
-    """Knows every storage that was made under it, without keeping any alive.
+    """Records every storage that is created under it, without keeping any alive.
 
     Args:
-        peak: keep `highest`, the most bytes that were alive at once, up to date.
+        peak: Whether to update `highest`, the most bytes alive at once.
     """
 
     def __init__(self, peak: bool = False):
@@ -51,13 +51,13 @@ class Kept(TorchDispatchMode):
         return result
 
     def bytes(self) -> int:
-        """Bytes of those that are still alive."""
+        """Bytes of the storages that are still alive."""
         self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
         return sum(nbytes for _, nbytes in self.storages.values())
 
 
 class Watch(TorchDispatchMode):
-    """Notes operators after which the host has to wait for a device."""
+    """Records operators after which the host waits for a device."""
 
     def __init__(self) -> None:
         super().__init__()

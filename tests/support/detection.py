@@ -11,7 +11,7 @@ CLASSES = 3
 
 
 def objects(size, boxes, labels, generator):
-    """A target whose masks are the ellipses in its boxes."""
+    """Return a target whose masks are ellipses in its boxes."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     y, x = (torch.arange(side) + 0.5 for side in size)
     masks = []
@@ -28,7 +28,7 @@ def objects(size, boxes, labels, generator):
 
 
 def detection_batch(content=OBJECTS):
-    """Two images (3, H, W) of different sizes, and their targets with three classes."""
+    """Return two images (3, H, W) of different sizes, and their targets with three classes."""
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(3, *size, generator=generator) for size in SIZES]
     targets = [objects(size, *part, generator) for size, part in zip(SIZES, content, strict=True)]

@@ -1,4 +1,4 @@
-"""Assertions on what an error is about: its code, its key and its source, but not its wording.
+"""Assertions on errors: code, key and source, but not the wording.
 
 The wording of many errors is in tests/golden/messages.txt.
 """
@@ -16,7 +16,7 @@ from revnets.config.errors import ConfigError
 
 @contextmanager
 def raises_error(expected: type[Exception] = ConfigError, **about: Any) -> Iterator[pytest.ExceptionInfo[Any]]:
-    """Like `pytest.raises`, for an error about which `assert_error` holds."""
+    """Like `pytest.raises`, and check the error with `assert_error`."""
     with pytest.raises(expected) as caught:
         yield caught
     assert_error(caught.value, expected, **about)
@@ -32,11 +32,11 @@ def assert_error(
     cell: str | None = None,
     names: str | Sequence[str] = (),
 ) -> None:
-    """An error is of this type, has one line of text and these attributes.
+    """Assert that an error has this type, a one-line message and these attributes.
 
     Args:
-        code, key, source, cell: attributes of the error; `None` for one that is not compared.
-        names: what the text must name in particular, such as a file, a value or a suggestion.
+        code, key, source, cell: Attributes of the error. None is not compared.
+        names: Texts that the message must contain, such as a file, a value or a suggestion.
     """
     assert isinstance(error, expected), repr(error)
     given = {"code": code, "key": key, "source": None if source is None else str(source), "cell": cell}

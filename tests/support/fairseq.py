@@ -1,4 +1,4 @@
-"""A small corpus that can be learnt, fairseq's commands on it, and models without a command."""
+"""A small corpus that can be learned, commands of fairseq on it, and models without a command."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_corpus(folder: Path, pairs: int, seed: int = 0) -> None:
 
 
 def spell(word: int, language: str) -> str:
-    """Every third word consists of two sub-words, as subword-nmt writes them."""
+    """Split every third word into two subwords, as subword-nmt writes them."""
     return f"{language}{word}@@ s" if word % 3 == 0 else f"{language}{word}"
 
 
@@ -48,7 +48,7 @@ def dictionary(words: int) -> Dictionary:
 
 
 def options(arch: str = "revcol_transformer_tiny", **given: Any) -> argparse.Namespace:
-    """The options of a model as the command line would make them."""
+    """Return the options of a model as the command line parses them."""
     args = argparse.Namespace(arch=arch, share_all_embeddings=True, **given)
     ARCH_CONFIG_REGISTRY[arch](args)
     return args
@@ -64,7 +64,7 @@ def build(
 
 
 def sample(lengths: tuple[int, ...] = (11, 7, 3), words: int = 53, seed: int = 1) -> dict[str, Tensor]:
-    """The `net_input` of a batch: sentences padded at the left, translations at the right, as fairseq does it."""
+    """Return the `net_input` of a batch: sentences padded on the left, translations on the right, as in fairseq."""
     pad = dictionary(words).pad()
     generator = torch.Generator().manual_seed(seed)
     source = torch.full((len(lengths), max(lengths)), pad)
@@ -75,7 +75,7 @@ def sample(lengths: tuple[int, ...] = (11, 7, 3), words: int = 53, seed: int = 1
     return {"src_tokens": source, "src_lengths": torch.tensor(lengths), "prev_output_tokens": target}
 
 
-# --------------------------------------------------------------------------------------------------- fairseq's commands
+# -------------------------------------------------------------------------------------------------- commands of fairseq
 
 USER_DIR = ROOT / "nlp"
 TINY = ("--arch", "revcol_transformer_tiny", "--revcol-columns", "2", "--share-all-embeddings")
@@ -87,9 +87,9 @@ QUICK = (
 
 
 def fairseq(name: str, *arguments: object) -> list[dict[str, str]]:
-    """Run `fairseq-<name>` in this process: its own main function on its own command line.
+    """Run the main function of `fairseq-<name>` in this process.
 
-    Returns what it logged as JSON.
+    Returns its JSON log.
     """
     command = importlib.import_module(f"fairseq_cli.{name}")
     logged: list[dict[str, str]] = []
@@ -111,7 +111,7 @@ def fairseq(name: str, *arguments: object) -> list[dict[str, str]]:
 
 
 def preprocess(folder: Path, pairs: int) -> Path:
-    """Write the corpus and make it a fairseq data set with a joined dictionary."""
+    """Write the corpus and convert it to a fairseq data set with a joined dictionary."""
     write_corpus(folder, pairs)
     texts = [part for split in ("train", "valid", "test") for part in (f"--{split}pref", folder / split)]
     target = folder / "data-bin"
@@ -122,7 +122,7 @@ def preprocess(folder: Path, pairs: int) -> Path:
 
 
 def train(data: Path, save_dir: Path, *arguments: object) -> list[dict[str, str]]:
-    """Train with `fairseq-train`; returns what it logged."""
+    """Train with `fairseq-train`; return its JSON log."""
     return fairseq("train", data, "--user-dir", USER_DIR, "--save-dir", save_dir, *TINY, *QUICK, *arguments)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the proofs on Fashion-MNIST share: made-up images in idx format, and the scripts run for real."""
+"""Synthetic images in idx format, and helpers to run the scripts on Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ QUICK = ("batch_size=32", "data.train_samples=320", "schedule.warmup_epochs=0.5"
 
 
 def script(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
-    """A script of examples/ as a module."""
+    """Import a script of examples/ as a module."""
     monkeypatch.syspath_prepend(ROOT / "examples/experiments")
     return importlib.import_module(name)
 
 
 def make_files(root: Path) -> Path:
-    """Ten classes, each a pattern of its own under noise: easy, but nothing that an untrained net could tell."""
+    """Write ten classes, each a different pattern with noise: easy, but not for an untrained network."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randint(0, 2, (10, 7, 7), generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)
     for name, count in (("train", 320), ("t10k", 100)):
@@ -46,18 +46,18 @@ def environment() -> dict[str, str]:
 
 
 def started(name: str, *words: object, forks: bool = True) -> Program:
-    """A script of examples/ at work; `forks`: the runs that it starts are forks too."""
+    """Start a script of examples/. With `forks`, the runs that it starts are forks, too."""
     return Program(command(name, *words), env=environment(), forks=forks)
 
 
 def said(process: Program, code: int = 0) -> str:
-    """What it prints until it ends with that code: all, or of an error its line."""
+    """Wait for an exit code; return the output, or the line of the error."""
     out, errors = process.communicate(timeout=HANG)
     assert process.returncode == code, errors
     return errors if code == 1 else out
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The cells of the table, by what stands first in a row."""
+    """Return the cells of a table by the first cell of each row."""
     cells = [[cell.strip() for cell in line.strip("│\n").split("│")] for line in text.splitlines() if "│" in line]
     return {name: rest for name, *rest in cells}

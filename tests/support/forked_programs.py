@@ -1,7 +1,7 @@
-"""Python programs as forks of a process that has imported torch, timm and fairseq already, so that they start at once.
+"""Python programs as forks of a process that has already imported torch, timm and fairseq, so that they start quickly.
 
-A program has its own arguments, folder, environment and streams, and can be killed. Unlike one that a shell starts, it
-finds modules imported, and takes `PYTHON*` from the environment for the processes that it starts only. Tests of
+A program has its own arguments, directory, environment and streams, and can be killed. Unlike a program of a shell, it
+starts with imported modules, and `PYTHON*` in its environment applies only to processes that it starts. Tests of
 imports use `subprocess` itself, and so do tests of how `revnets`, fairseq and the examples are started.
 """
 
@@ -28,13 +28,13 @@ _POPEN = subprocess.Popen
 
 
 class Program:
-    """The part of `subprocess.Popen` that tests need.
+    """The parts of `subprocess.Popen` that tests need.
 
     Args:
-        words: `sys.executable` with a script, `-m` or `-c`; or a script that is installed.
-        stdout, stderr: open files, otherwise `communicate` returns what is printed. `stderr` may be STDOUT.
-        forks: the Python programs that this one starts are forks of it.
-        context: what makes the process.
+        words: `sys.executable` with a script, `-m` or `-c`, or an installed script.
+        stdout, stderr: Open files. By default, `communicate` returns the output. `stderr` may be STDOUT.
+        forks: Whether Python programs that this one starts are forks of it.
+        context: Context that creates the process.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class Program:
         return self.returncode
 
     def wait(self, timeout: float | None = HANG) -> int:
-        """The exit code.
+        """Wait for the exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it does not end.
+            subprocess.TimeoutExpired: If the program does not end in time.
         """
         if self.returncode is None:
             self._process.join(timeout)
@@ -83,7 +83,7 @@ class Program:
         return self.returncode
 
     def communicate(self, _: None = None, timeout: float | None = HANG) -> tuple[str, str]:
-        """What it has printed until it ended."""
+        """Wait for the end; return the output."""
         self.wait(timeout)
         out, err = (path.read_text() if path.exists() else "" for path in self._streams)
         return out, err
@@ -97,7 +97,7 @@ class Program:
 
 
 def run(words: Sequence[object], **given: Any) -> subprocess.CompletedProcess[str]:
-    """In place of `subprocess.run`, for Python programs."""
+    """Replace `subprocess.run` for Python programs."""
     program = Program(words, **given)
     try:
         out, err = program.communicate()
@@ -107,21 +107,21 @@ def run(words: Sequence[object], **given: Any) -> subprocess.CompletedProcess[st
 
 
 def _popen(args: Any, *rest: Any, **given: Any) -> Any:
-    """In place of `subprocess.Popen` in a program: Python programs are its forks, others are started as ever."""
+    """Replace `subprocess.Popen` in a program: Python programs are forks, other programs start as usual."""
     if isinstance(args, (list, tuple)) and args[0] == sys.executable:
         return Program(args, context=multiprocessing.get_context("fork"), **given)
     return _POPEN(args, *rest, **given)
 
 
 def _become(words: list[str], folder: str, env: Mapping[str, str], streams: Iterable[str], forks: bool) -> None:
-    """Be this program, in this process."""
+    """Run a program in this process."""
     os.chdir(folder)
     for number, path in enumerate(streams, start=1):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), number)
     os.environ.clear()
     os.environ.update(env)
-    logging.root.handlers.clear()  # fairseq's import makes one
+    logging.root.handlers.clear()  # importing fairseq creates one
     for name in [name for name in sys.modules if name.split(".")[0] == "nlp"]:
         del sys.modules[name]  # fairseq imports the models in --user-dir only if the package is new
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Independent routes to gradients, states, bytes and matrix products."""
+"""Independent computations of gradients, states, bytes and matrix products."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from revnets.engine import executor
 from revnets.engine.columns import ReversibleColumns
 from revnets.engine.graph import STEM
 
-# --------------------------------------------------------------------------------------- routes to gradients
+# --------------------------------------------------------------------------------------- gradients
 
 
 Train = Callable[[ReversibleColumns, Tensor], Sequence[Tensor]]
-"""Forward and backward; returns what is to be compared besides the gradients."""
+"""Forward and backward pass; returns results to compare in addition to the gradients."""
 
 
 class Result(NamedTuple):
-    """All that a training step leaves behind."""
+    """Results of a training step."""
 
     outputs: list[Tensor]
     grads: dict[str, Tensor | None]  # of every parameter by name, and of the input as "input"
@@ -30,7 +30,7 @@ class Result(NamedTuple):
 
 
 def loss_of(levels: Sequence[Tensor]) -> Tensor:
-    """Every element of every level counts, each with another weight."""
+    """Return a loss in which every element of every level has a different weight."""
     return sum(
         (level * torch.linspace(-1, 1, level.numel(), dtype=level.dtype).view_as(level)).sum() for level in levels
     )
@@ -43,11 +43,11 @@ def step(
     train: Train | None = None,
     autocast: torch.dtype | None = None,
 ) -> Result:
-    """One training step that leaves the net as it was: from equal random state, so results of two modes compare.
+    """Take one training step without changing the network, from a fixed random state, so that modes can be compared.
 
     Args:
-        memory: the modes; offloaded cells stay as they are.
-        train: forward and backward; by default the gradient of `loss_of` of all levels. It gets a copy of the net.
+        memory: Memory modes. Offloaded cells stay unchanged.
+        train: Forward and backward pass on a copy of the network. By default that of `loss_of` of all levels.
     """
     with nullcontext(copy.deepcopy(net)) if train else _left_as_it_is(net) as net:
         x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
@@ -69,7 +69,7 @@ def step(
 
 @contextmanager
 def _left_as_it_is(net: ReversibleColumns) -> Iterator[ReversibleColumns]:
-    """Begins without gradients, and takes back all that a step changes. Copies of deep nets take longer than steps."""
+    """Start without gradients and undo all changes of a step. Copying deep networks takes longer than a step."""
     parameters, buffers, policy = list(net.parameters()), list(net.buffers()), net.policy
     grads, values = [parameter.grad for parameter in parameters], [buffer.clone() for buffer in buffers]
     net.zero_grad()
@@ -85,7 +85,7 @@ def _left_as_it_is(net: ReversibleColumns) -> Iterator[ReversibleColumns]:
 
 
 def assert_same(result: Result, expected: Result) -> None:
-    """Bit for bit."""
+    """Assert that two results are equal bit for bit."""
     for index, (output, other) in enumerate(zip(result.outputs, expected.outputs, strict=True)):
         assert torch.equal(output, other), f"output {index} differs"
     assert result.grads.keys() == expected.grads.keys()
@@ -107,7 +107,7 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 class PlainColumns(ReversibleColumns):
-    """The equation of the paper as a loop, for ordinary autograd: nothing of the engine is used."""
+    """The equation of the paper as a loop with ordinary autograd, without the engine."""
 
     def states(self, x: Tensor) -> list[Tensor]:
         states: list[Tensor] = []
@@ -132,7 +132,7 @@ def plain(net: ReversibleColumns) -> PlainColumns:
 
 
 def assert_like_autograd(net: ReversibleColumns, x: Tensor, train: Train | None = None, **near: float) -> Result:
-    """The taped modes give bit for bit what `store` gives, and `store`, in float64, what a plain loop gives."""
+    """Assert that taped modes equal `store` bit for bit, and that `store` agrees with a plain loop in float64."""
     expected = step(net, x, "store", train)
     for memory in ("recompute", "exact"):
         assert_same(step(net, x, memory, train), expected)
@@ -144,12 +144,12 @@ def assert_like_autograd(net: ReversibleColumns, x: Tensor, train: Train | None 
     return expected
 
 
-# --------------------------------------------------------------------------------------- what the tape does
+# --------------------------------------------------------------------------------------- tape
 
 
 @contextmanager
 def tapes() -> Iterator[list[executor.Tape]]:
-    """Collects every tape that the engine starts."""
+    """Collect every tape that the engine creates."""
     started: list[executor.Tape] = []
 
     class Spy(executor.Tape):
@@ -165,7 +165,7 @@ def tapes() -> Iterator[list[executor.Tape]]:
 
 
 def rebuilt_states(net: ReversibleColumns, x: Tensor, autocast: torch.dtype | None = None):
-    """Pairs (name, state of the forward, state that the tape rebuilds for it), last state first."""
+    """Return (name, state of forward, state that the tape rebuilds) for each state, last state first."""
     indices = range(len(net.graph.nodes))
     torch.manual_seed(3)
     with tapes() as started, torch.autocast("cpu", autocast) if autocast else nullcontext():

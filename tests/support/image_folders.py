@@ -1,4 +1,4 @@
-"""Small data sets of every kind that timm reads: random images whose brightness tells the class."""
+"""Small data sets of every kind that timm reads: random images whose brightness depends on the class."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def jpeg(label: int, number: int) -> bytes:
 
 
 def folder(root: Path, train: int = 8, val: int = 3) -> Path:
-    """root/train/CLASS/N.jpg and root/val/CLASS/N.jpg, that many of each class."""
+    """Write root/train/CLASS/N.jpg and root/val/CLASS/N.jpg with a number of images per class."""
     for split, count in (("train", train), ("val", val)):
         for label, name in enumerate(CLASSES):
             place = root / split / name
@@ -38,7 +38,7 @@ def folder(root: Path, train: int = 8, val: int = 3) -> Path:
 
 
 def tars(root: Path) -> Path:
-    """The same as root/train.tar and root/val.tar."""
+    """Write the same images as root/train.tar and root/val.tar."""
     folder(root / "loose")
     for split in ("train", "val"):
         with tarfile.open(root / f"{split}.tar", "w") as tar:
@@ -48,7 +48,7 @@ def tars(root: Path) -> Path:
 
 
 def shards(root: Path, count: int = 4, each: int = 6, broken: bool = False) -> Path:
-    """Shards for webdataset: train-N.tar and val-0.tar, and the description that timm looks for."""
+    """Write shards for webdataset: train-N.tar and val-0.tar, and the description that timm reads."""
     root.mkdir(exist_ok=True)
     for split, numbers in (("train", range(count)), ("val", range(1))):
         for shard in numbers:
@@ -83,7 +83,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of that many black pixels a side, as its header says."""
+    """Return a PNG whose header declares this many pixels per side."""
     packer = zlib.compressobj(9)
     rows = [packer.compress(bytes(side + 1)) for _ in range(10)]
 

@@ -1,4 +1,4 @@
-"""Two tasks that are no classification: the brightness of an image, and a detector that computes its own losses."""
+"""Two tasks other than classification: the brightness of an image, and a detector that computes its own losses."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vision.tasks import Task
 
 
 class Brightness(Task):
-    """How bright is an image? Batches are mappings, the evaluator looks at the predictions of all processes at once.
+    """The brightness of an image. Batches are mappings; the evaluator uses the predictions of all processes together.
 
     Args:
-        scale: the brightness of a white image.
+        scale: Brightness of a white image.
     """
 
     monitor, label, unit, digits = "mae", "error", "levels", 3
@@ -32,7 +32,7 @@ class Brightness(Task):
         self.scale = scale
 
     def load_data(self, notes: Path | None = None, world: World | None = None) -> Any:
-        """The digits; an odd number of them for validation, so that two processes need a sample that does not count."""
+        """Load digits, with an odd number for validation, so that two processes need a sample that does not count."""
         data = super().load_data(notes, world)
         return replace(data, val=Subset(data.val, range(len(data.val) - 1)))
 
@@ -54,7 +54,7 @@ class Brightness(Task):
 
 
 class Errors:
-    """Mean absolute error, and the median, which no process can compute from its own share."""
+    """Mean absolute error, and the median, which no process can compute alone."""
 
     def __init__(self) -> None:
         self.errors: list[float] = []
@@ -69,7 +69,7 @@ class Errors:
 
 
 class Spots(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Dark images of several sizes with one bright pixel each; where it is, from -1 to 1."""
+    """Dark images of several sizes with one bright pixel each, and its position from -1 to 1."""
 
     def __init__(self, length: int, seed: int):
         self.length, self.seed = length, seed
@@ -87,7 +87,7 @@ class Spots(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 class SpotFinder(nn.Module):
-    """Takes images of any sizes in a list; in training it also takes targets and returns its losses by name."""
+    """Accepts a list of images of any size. In training, it accepts targets and returns losses by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,10 +102,10 @@ class SpotFinder(nn.Module):
 
 
 class SpotDetection(Task):
-    """Data, batches and model of its own, as torchvision's detectors have them; the key `data` is not read.
+    """A task with custom data, batches and model, as for detectors of torchvision. It ignores the key `data`.
 
     Args:
-        length: images to train on.
+        length: Number of training images.
     """
 
     monitor, mode, samples = "found", "max", ("scenes", "scn")
@@ -131,7 +131,7 @@ class SpotDetection(Task):
 
 
 class Found:
-    """The share of spots that are found to a quarter of the image."""
+    """The fraction of spots found within a quarter of the image."""
 
     def __init__(self) -> None:
         self.found, self.count = 0, 0

@@ -1,4 +1,4 @@
-"""A teacher and images for it."""
+"""A teacher and images for labeling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.labeling import label, run_of, train, two_sources
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with the heads `insects` and `eyes`."""
+    """Train a run with the heads `insects` and `eyes`; return its directory."""
     folder = tmp_path_factory.mktemp("teacher")
     train(run_of(folder / "run", *two_sources(folder), epochs=1))
     return folder / "run"
@@ -20,7 +20,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 images in folders at two depths, one of which cannot be read."""
+    """Write 23 images in directories at two depths, one of which cannot be read."""
     folder = image_folders.folder(tmp_path_factory.mktemp("images"), train=7) / "train"
     (folder / "ant" / "6.jpg").write_bytes(b"no picture")
     for number in range(2):
@@ -30,7 +30,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def labels(tmp_path_factory: pytest.TempPathFactory, teacher: Path, images: Path) -> Path:
-    """The labels of the images."""
+    """Label the images; return the directory of the labels."""
     folder = tmp_path_factory.mktemp("labels") / "all"
     label(teacher, images, folder)
     return folder

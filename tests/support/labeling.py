@@ -36,12 +36,12 @@ MODEL: dict[str, Any] = {
 
 
 def source(root: Path, **changes: Any) -> dict[str, Any]:
-    """An entry of the list `data`."""
+    """Return an entry of the list `data`."""
     return {"name": "folder", "root": str(root), "img_size": 16, **changes}
 
 
 def run_of(output: Path, *sources: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A run with both heads."""
+    """Return the configuration of a run with both heads."""
     return {
         "model": MODEL,
         "output": str(output),
@@ -60,7 +60,7 @@ def run_of(output: Path, *sources: dict[str, Any], **changes: Any) -> dict[str, 
 
 
 def train(config: dict[str, Any]) -> tuple[Trainer, str]:
-    """A finished run and what it has printed."""
+    """Train a run; return it and its output."""
     console = Console(file=io.StringIO(), width=200)
     trainer = Trainer(load_config(config), console)
     trainer.fit()
@@ -68,7 +68,7 @@ def train(config: dict[str, Any]) -> tuple[Trainer, str]:
 
 
 def two_sources(folder: Path) -> list[dict[str, Any]]:
-    """Images of three classes of insects, and images of two classes of eyes."""
+    """Write images of three classes of insects and of two classes of eyes."""
     image_folders.folder(folder / "insects")
     image_folders.folder(folder / "eyes", train=5, val=2)
     for split in ("train", "val"):
@@ -79,21 +79,21 @@ def two_sources(folder: Path) -> list[dict[str, Any]]:
 
 
 def label(teacher: Path, data: Path, folder: Path, settings: LabelSettings = SETTINGS, **options: Any) -> str:
-    """Label in this process; what is printed."""
+    """Label in this process; return the output."""
     console = Console(file=io.StringIO(), width=200)
     label_data(str(teacher), data, folder, settings, device="cpu", console=console, **options)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def start(teacher: Path, data: Path, folder: Path, kill_at: int = 0, rank: int = 0, size: int = 1) -> Any:
-    """A process that labels, and is killed before its `kill_at`-th file operation in the folder of the labels."""
+    """Start a process that labels, and kill it before its `kill_at`-th file operation in the output directory."""
     child = processes.Process(target=_label, args=(teacher, data, folder, kill_at, rank, size))
     child.start()
     return child
 
 
 def ended(child: Any) -> int:
-    """The exit code of a process."""
+    """Wait for a process; return its exit code."""
     child.join(HANG)
     if child.exitcode is None:
         child.kill()
@@ -102,7 +102,7 @@ def ended(child: Any) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, hidden ones too."""
+    """Return the files of a directory, including hidden ones."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 

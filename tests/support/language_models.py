@@ -13,7 +13,7 @@ WORDS, LENGTH, POSITIONS = 61, 13, 67
 
 
 def language_config(**options: Any) -> RevColLMConfig:
-    """Three columns of three levels, with grouped queries."""
+    """Return the configuration of three columns of three levels with grouped queries."""
     sizes = {
         "hidden_size": 28,
         "columns": 3,
@@ -26,7 +26,7 @@ def language_config(**options: Any) -> RevColLMConfig:
 
 
 def language_model(**options: Any) -> RevColForCausalLM:
-    """A model with weights large enough that its most likely tokens differ clearly."""
+    """Return a model with large weights, so that its most likely tokens differ clearly."""
     torch.manual_seed(0)
     model = RevColForCausalLM(language_config(**options))
     with torch.no_grad():
@@ -36,5 +36,5 @@ def language_model(**options: Any) -> RevColForCausalLM:
 
 
 def text(rows: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
-    """Tokens without 0, which pads."""
+    """Return tokens other than 0, which is padding."""
     return torch.randint(1, WORDS, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""The compiled operators of mmcv that detectors need, by torchvision: mmdetection runs without them on a CPU."""
+"""Replacements of the compiled mmcv operators that detectors need, so that mmdetection runs on a CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def roi_align_backward(gradient, rois, *arguments, spatial_scale, sampling_ratio
 
 
 def softnms(boxes, scores, dets, iou_threshold, sigma, min_score, method, offset):
-    """The linear method, one box after another."""
+    """Soft-NMS with the linear method."""
     assert (method, offset) == (1, 0)
     left, kept = {index: score.item() for index, score in enumerate(scores)}, []
     while left:

@@ -1,4 +1,4 @@
-"""Small nets that hold what real ones hold: blocks of many kinds, wired into columns of tokens or images."""
+"""Small networks with blocks of many kinds, connected to columns of tokens or images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from revnets.engine.graph import STEM, Node, ReadToken, wire
 REVCOL = ("below", "above")
 
 
-# ------------------------------------------------------------------- blocks: (B, N, C) -> (B, N, C), made for one dim
+# -------------------------------------------------------------- blocks: (B, N, C) -> (B, N, C), built for one dim
 
 
 class Mlp(nn.Sequential):
@@ -51,7 +51,7 @@ class Dropout(nn.Sequential):
 
 
 class DropPath(nn.Module):
-    """Drops the whole block for some of the samples (stochastic depth)."""
+    """Drops the block for some of the samples (stochastic depth)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -74,7 +74,7 @@ class BatchNorm(nn.Module):
 
 
 class InPlace(nn.Module):
-    """In-place operations on intermediates of its own, as many released blocks have them."""
+    """In-place operations on intermediate tensors, as in many released blocks."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -97,14 +97,14 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "inplace": InPlace,
 }
 STEADY = ("mlp", "attention", "conv", "inplace")
-"""Blocks that compute the same in every call."""
+"""Deterministic blocks."""
 
 
-# ------------------------------------------------------------------------------------------------------ fusions, nets
+# -------------------------------------------------------------------------------------------------- fusions, networks
 
 
 class TokenFunction(nn.Module):
-    """F_t on tokens (B, N, C): each read is projected and resampled to this level, summed, and goes through a block."""
+    """F_t on tokens (B, N, C): inputs are projected, resampled to this level and summed, followed by a block."""
 
     def __init__(self, block: nn.Module, dim: int, length: int, read_dims: Sequence[int]):
         super().__init__()
@@ -164,11 +164,11 @@ def token_net(
     """Columns of m levels of shape (B, N / 2^l, dims[l]), N = 2^(m-1) (or N throughout without `halve`).
 
     Args:
-        blocks: names out of `BLOCKS`; cell t gets the (t modulo their number)-th.
-        reads: per level; RevCol's `below` and `above` without.
-        gamma: where learnable gains start, or a function dim -> gain.
-        scale: factor on all weights; below 1 the cells are tamer than PyTorch's initialisation makes them.
-        directions: of the columns; up without.
+        blocks: Names from `BLOCKS`. Cell t gets block t modulo their number.
+        reads: Inputs of each level, by default `below` and `above` as in RevCol.
+        gamma: Initial value of learned gains, or a function dim -> gain.
+        scale: Factor for all initial weights. Values below 1 make the outputs of cells smaller.
+        directions: Directions of the columns, by default up.
     """
     torch.manual_seed(seed)
     dims = list(dims or (5 + 2 * level for level in range(m)))
@@ -188,7 +188,7 @@ def token_net(
         for cell in net.flat():
             for parameter in cell.function.parameters():
                 parameter.mul_(scale)
-            if isinstance(cell.gain, Gain):  # channels differ, and so do their gains
+            if isinstance(cell.gain, Gain):  # gains differ between channels
                 cell.gain.weight.mul_(1 + 0.1 * torch.rand_like(cell.gain.weight))
     return net
 
@@ -209,7 +209,7 @@ def image_net(m: int = 3, columns: int = 3, side: int = 8, gamma: float = 0.5, s
 
 
 def stem_of(net: ReversibleColumns, batch: int = 2, seed: int = 1, grad: bool = True) -> Tensor:
-    """A random input of the right shape and dtype."""
+    """Return a random input of the required shape and dtype."""
     generator = torch.Generator().manual_seed(seed)
     function = net.flat()[0].function
     dtype = next(net.parameters()).dtype
@@ -221,7 +221,7 @@ def stem_of(net: ReversibleColumns, batch: int = 2, seed: int = 1, grad: bool = 
 
 
 def cells_net(functions: list[nn.Module], m: int = 2, dim: int = 6, **options: Any) -> ReversibleColumns:
-    """Every cell reads the one before it; learned gains from the second column on."""
+    """Return columns in which each cell has the previous one as input, with learned gains from the second column."""
     cells = [Cell(function, Gain(dim) if t >= m else None) for t, function in enumerate(functions)]
     return ReversibleColumns(wire(len(cells), m, [[1]] * m), cells, **options)
 

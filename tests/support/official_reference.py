@@ -1,4 +1,4 @@
-"""The official RevCol in its own words: names and shapes of its files, its forward from the equations, its checkpoints.
+"""Reference of the official RevCol: names and shapes of its weights, its forward pass, and its checkpoints.
 
 Everything is a plain function of a dict of tensors under official names, with channels first.
 """
@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Net:
-    """What the official constructors take."""
+    """Arguments of the official constructors."""
 
     columns: int
     dims: tuple[int, ...]
@@ -33,12 +33,12 @@ class Net:
     headless: bool = False
 
 
-TEST = Net(4, (8, 16, 32, 64), (1, 1, 2, 1))  # as test_revcol
-TEST_HUGE = Net(3, (8, 16, 32, 64), (1, 1, 1, 1), huge=True)  # as test_revcol_huge
+TEST = Net(4, (8, 16, 32, 64), (1, 1, 2, 1))  # like test_revcol
+TEST_HUGE = Net(3, (8, 16, 32, 64), (1, 1, 1, 1), huge=True)  # like test_revcol_huge
 
 
 def shapes(net: Net) -> dict[str, tuple[int, ...]]:
-    """Names and shapes, in the order in which the official modules register them."""
+    """Return names and shapes of weights in the order of the official modules."""
     dims = net.dims
     out: dict[str, tuple[int, ...]] = {}
 
@@ -89,7 +89,7 @@ def shapes(net: Net) -> dict[str, tuple[int, ...]]:
 
 
 def random_state(net: Net, seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
-    """Weights that are no zeros and no ones, so that every tensor matters, and keep states in bounds."""
+    """Return weights that are neither 0 nor 1, so that every tensor matters, and that keep states bounded."""
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
     for name, shape in shapes(net).items():
@@ -100,11 +100,11 @@ def random_state(net: Net, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     return state
 
 
-# ------------------------------------------------------------------------------------------------------- the forward
+# ------------------------------------------------------------------------------------------------------ forward pass
 
 
 def forward(state: State, net: Net, image: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Logits and pixels of all heads, and the levels of the last column.
+    """Return logits and pixels of all heads, and the levels of the last column.
 
     c_l = alpha_l * c_l(before) + Level_l(c_(l-1), c_(l+1)(before)); |alpha| is at least 1e-3, an exact 0 stays 0.
     """
@@ -147,7 +147,7 @@ def conv(state: State, name: str, x: Tensor, stride: int = 1, padding: int = 0, 
 
 
 def norm(state: State, name: str, x: Tensor) -> Tensor:
-    """LayerNorm over the channels of (B, C, H, W)."""
+    """Apply LayerNorm over the channels of (B, C, H, W)."""
     centred = x - x.mean(1, keepdim=True)
     x = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
     return x * state[f"{name}.weight"][:, None, None] + state[f"{name}.bias"][:, None, None]
@@ -184,12 +184,12 @@ def decode(state: State, name: str, x: Tensor) -> Tensor:
     return F.pixel_shuffle(conv(state, f"{name}.projback.0", x), 4)
 
 
-# ------------------------------------------------------------------------------------------------------- the files
+# ------------------------------------------------------------------------------------------------------- files
 
 
 @contextmanager
 def yacs() -> Iterator[type]:
-    """A class that pickles as yacs.config.CfgNode does, importable only in here."""
+    """Create a class that pickles as yacs.config.CfgNode and can only be imported inside the context."""
 
     class CfgNode(dict):
         def __init__(self, content: dict):
@@ -213,7 +213,7 @@ def yacs() -> Iterator[type]:
 
 
 def save_classification(path: Path, state: State, ema: State | None = None) -> Path:
-    """As the official trainer saves: with its optimizer, its configuration, and the builtin `input`."""
+    """Save a checkpoint as the official trainer does: with optimizer, configuration and the builtin `input`."""
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter])
     parameter.grad = torch.ones(3)
@@ -233,7 +233,7 @@ def save_classification(path: Path, state: State, ema: State | None = None) -> P
 
 
 def save_openmmlab(path: Path, state: State, parts: dict[str, tuple[int, ...]]) -> Path:
-    """As mmdet and mmseg save: the backbone beside the tensors of other parts."""
+    """Save a checkpoint as mmdet and mmseg do: the backbone together with tensors of other components."""
     tensors = {f"backbone.{name}": tensor for name, tensor in state.items()}
     tensors |= {name: torch.zeros(shape) for name, shape in parts.items()}
     meta = {

@@ -1,4 +1,4 @@
-"""Parallel texts of a small language, and the steps that make text in sub-words of them."""
+"""Parallel texts of a small language, and the steps that split them into subwords."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUIET = Console(file=io.StringIO())
 
 
 def numbered_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Pairs that end in the same number, so that it shows which sentences belong together."""
+    """Return pairs of sentences that end in the same number, which shows that they belong together."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(40)]
     lines = [rng.choices(words, k=rng.randint(3, 9)) for _ in range(count)]
@@ -29,7 +29,7 @@ def numbered_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def write_pairs(folder: Path, pairs: list[tuple[str, str]], name: str = "train") -> list[Path]:
-    """A file of each side."""
+    """Write one file per side."""
     paths = [folder / f"{name}.{code}" for code in ("en", "de")]
     for side, path in enumerate(paths):
         path.write_bytes("".join(pair[side] + "\n" for pair in pairs).encode())
@@ -42,13 +42,13 @@ def recipe_for(texts: list[Path], **given: Any) -> Recipe:
 
 
 def sub_words(recipe: Recipe, work: Path) -> tuple[Path, Facts]:
-    """Text in sub-words by the steps of `prepare`, without fairseq: its folder, and what was found on the way."""
+    """Split text into subwords by the steps of `prepare`, without fairseq; return the directory and the statistics."""
     steps = prepare._Steps(recipe, (Path(),), work, 1, Progress(console=QUIET, disable=True))
     steps, facts = prepare._cleaned(steps, Stages(prepare._inputs(recipe, Path())))
     return steps.work / "units", facts
 
 
 def counts_of_lines(path: Path) -> set[int]:
-    """How many lines readers see that end them at line feeds, at carriage returns too, or at all separators."""
+    """Return the number of lines if they end at line feeds, also at carriage returns, or at all separators."""
     text = path.read_bytes().decode()
     return {text.count("\n"), len(io.StringIO(text, newline=None).readlines()), len(text.splitlines())}

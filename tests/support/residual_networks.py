@@ -1,4 +1,4 @@
-"""Small residual networks with trained-looking weights, of which the tests of rewiring are made."""
+"""Small residual networks with weights that look trained, for tests of rewiring."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
 
 
 class TupleBlock(ResidualBlock):
-    """Returns its hidden layer's mean besides the state, as attention layers return their weights."""
+    """Returns the mean of its hidden layer in addition to the state, as attention layers return their weights."""
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         y = super().forward(x, shift)
@@ -37,7 +37,7 @@ class TupleBlock(ResidualBlock):
 
 
 class ResidualNetwork(nn.Module):
-    """Stem, blocks in a loop as transformers write it, and a classifier."""
+    """A stem, blocks in a loop as in transformers, and a classifier."""
 
     def __init__(self, depth: int = DEPTH, block: type[nn.Module] = ResidualBlock, **options: Any):
         super().__init__()
@@ -58,7 +58,7 @@ def inputs(seed: int = 0) -> Tensor:
 
 
 def training_step(model: nn.Module, *args: Any, memory: str) -> list[Tensor | None]:
-    """The output and the gradients of all parameters, in that order."""
+    """Return the output and the gradients of all parameters, in that order."""
     revnets.find_columns(model).memory = memory
     model.zero_grad(set_to_none=True)
     torch.manual_seed(1)
@@ -68,7 +68,7 @@ def training_step(model: nn.Module, *args: Any, memory: str) -> list[Tensor | No
 
 
 def assert_exact_is_store(model: nn.Module, loss: Callable[[], Tensor]) -> None:
-    """The gradients of all parameters are those of `store`, bit for bit, in `exact`."""
+    """Assert that the gradients of all parameters in `exact` equal those in `store` bit for bit."""
     grads = []
     for memory in ("store", "exact"):
         revnets.find_columns(model).memory = memory

@@ -1,4 +1,4 @@
-"""Simulated steps, taken once for equal models: many tests of a module plan the same net for other budgets."""
+"""Cache of simulated steps: many tests of a module plan the same model for different budgets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from revnets.memory.simulation import typical_gamma
 
 @contextmanager
 def simulated_once() -> Iterator[None]:
-    """A step of a model that differs in nothing from one that was simulated before has its footprint."""
+    """Reuse the footprint of an earlier simulation of an identical model."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("simulate", "costs_of_cells"):
             patch.setattr(planner, name, _remembered(getattr(planner, name)))
@@ -37,12 +37,12 @@ def _remembered(simulate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _contents(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
-    """All that a simulation can see: shapes of tensors, settings, and which objects are the same.
+    """Return everything that a simulation depends on: shapes of tensors, settings, and identities of objects.
 
-    An object of an unknown kind is equal to itself alone.
+    Objects of unknown types are only equal to themselves.
 
     Args:
-        seen: by their addresses, objects that were met before; they are kept alive, so that addresses stay theirs.
+        seen: Visited objects by address. They are kept alive, so that addresses are not reused.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return type(value), value
@@ -51,7 +51,7 @@ def _contents(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
     seen[id(value)] = len(seen), value
     if isinstance(value, Tensor):
         return type(value), value.shape, value.stride(), value.dtype, value.requires_grad, value.grad is None
-    if isinstance(value, nn.Module):  # numbers of hooks are those of their handles
+    if isinstance(value, nn.Module):  # the keys of hooks are the numbers of their handles
         items = [(name, [*item.values()] if "_hooks" in name else item) for name, item in vars(value).items()]
         return type(value), tuple((name, _contents(item, seen)) for name, item in items)
     if isinstance(value, Mapping):
@@ -60,7 +60,7 @@ def _contents(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
         return type(value), tuple(_contents(item, seen) for item in value)
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(value)
-    if isinstance(value, BaseModel):  # some have a hash that fails
+    if isinstance(value, BaseModel):  # the hash of some objects raises an error
         return type(value), _contents(vars(value), seen)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value), tuple(_contents(getattr(value, field.name), seen) for field in dataclasses.fields(value))

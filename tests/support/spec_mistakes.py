@@ -1,4 +1,4 @@
-"""A specification that is right, and one for each mistake that it can hold."""
+"""A valid specification, and one for each mistake."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ drop_path: 0.1
 
 
 class Mistake(NamedTuple):
-    """One mistake: what is replaced in GOOD by what, and what the error is about."""
+    """One mistake: a replacement in GOOD, and the expected error."""
 
     old: str
     new: str
     key: str
     code: str
-    names: tuple[str, ...]  # values, keys and suggestions that its text must hold
+    names: tuple[str, ...]  # values, keys and suggestions that its message must contain
 
     @property
     def text(self) -> str:
@@ -36,7 +36,7 @@ class Mistake(NamedTuple):
         return GOOD.replace(self.old, self.new, 1)
 
     def lacks(self, text: str) -> list[str]:
-        """The names that a text does not hold as whole words."""
+        """Return the names that a text does not contain as whole words."""
         return [name for name in self.names if not re.search(rf"(?<![\w.-]){re.escape(name)}(?!\w)", text)]
 
 
@@ -49,7 +49,7 @@ CONVNEXT = "block: convnext, kernel_size: 3"
 IDENTITY = "  - {dim: 8, depth: 1, block: 'torch.nn:Identity'}\n"
 
 MISTAKES = [
-    # keys that are not known
+    # unknown keys
     bad("columns: 2", "colums: 2", "colums", "unknown-key", "2", "mean columns?"),
     bad("memory: exact", "zoo: red", "zoo", "unknown-key", '"red"', "columns, stem, levels"),
     bad("kernel_size", "kernal_size", "levels.0.kernal_size", "unknown-key", "3", "mean kernel_size?"),
@@ -68,7 +68,7 @@ MISTAKES = [
         '{"dropout": 0.1}',
         "dim, depth, block",
     ),
-    # keys that are missing
+    # missing keys
     bad("columns: 2\n", "", "columns", "missing-key", "`columns: 4`"),
     bad("stem: {type: patchify, patch: 2}\n", "", "stem", "missing-key", "{type: patchify, patch: 4}"),
     bad(LEVELS, "", "levels", "missing-key", "{dim: 64"),
@@ -145,7 +145,7 @@ MISTAKES = [
     bad("init: 0.5", "init: 0.0001", "gain.init", "out-of-range", "0.0001", "min_abs", "0.001", "-0.001"),
     bad("init: 0.5", "init: 0, learn: false", "gain.init", "out-of-range", "0.0", "min_abs", "0.001", "-0.001"),
     bad("init: 0.5", "min_abs: 0", "gain.min_abs", "out-of-range", "0"),
-    # reads, taps, memory
+    # inputs, taps, memory
     bad("[below, above]", "[below, 2]", "reads", "out-of-range", "2", "1"),
     bad("depth: 1", "depth: 1, reads: [0]", "levels.0.reads", "out-of-range", "0", "1"),
     bad("[below, above]", "[below, abov]", "reads", "unknown-choice", '"abov"', "mean above?"),
@@ -157,7 +157,7 @@ MISTAKES = [
     bad("memory: exact", "memory: [exact]", "memory", "wrong-length", "1", "2"),
     bad(LEVELS.splitlines()[1] + "\n", "", "levels", "wrong-length", "1", "2"),
     bad(LEVELS, "levels: []\n", "levels", "wrong-length", "0", "2"),
-    # parts that do not exist
+    # components that do not exist
     bad("block: convnext", "block: convnex", "levels.0.block", "unknown-component", '"convnex"', "mean convnext?"),
     bad(
         "type: patchify",
@@ -182,7 +182,7 @@ MISTAKES = [
     bad(CONVNEXT, "block: 'math:pi'", "levels.0.block", "invalid-component", "math:pi", "pi", "float"),
     bad(CONVNEXT, "block: 'torch.nn:Linear'", "levels.0.block", "invalid-component", "torch.nn:Linear", "`dim`"),
     bad("patch: 2", "patch: 2, dim: 64", "stem.dim", "reserved-key", '"patchify"', "dim"),
-    # parts that refuse what they are given
+    # components that reject their options
     bad("heads: 3", "heads: 5", "levels.1", "not-divisible", "12", "5"),
     bad("kernel_size: 3", "kernel_size: 4", "levels.0", "invalid-value", "kernel_size 4"),
     bad("fusion: convnext", "fusion: identity", "fusion", "shape-mismatch", "8", "12"),

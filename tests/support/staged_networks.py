@@ -1,4 +1,4 @@
-"""A net of two reversible sequences of different shapes, as tests of several columns in one model use it."""
+"""A network of two reversible sequences of different shapes, for tests of several sequences in one model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def blocks(dim: int, depth: int) -> list[nn.Module]:
 
 
 class StagedNet(nn.Module):
-    """A stem, and two stages with a convolution of stride 2 between them. The stages are listed last stage first."""
+    """A stem, and two stages with a convolution of stride 2 between them. The list contains the last stage first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class StagedNet(nn.Module):
 
 
 class RewiredNet(StagedNet):
-    """The same net, whose blocks are submodules and whose sequences are not: their `forward` is never called."""
+    """The same network with blocks as submodules instead of sequences. `forward` of the sequences is never called."""
 
     def sequence(self, functions: list[nn.Module]) -> nn.Module:
         call = SimpleNamespace(sequence=ReversibleSequence(functions))
@@ -67,7 +67,7 @@ class Residual(nn.Module):
 
 
 class StagedBlocks(nn.Module):
-    """Two stages of residual blocks as pretrained networks have them, to be rewired. Each block has an argument."""
+    """Two stages of residual blocks as in pretrained networks, for rewiring. Each block has an argument."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, alone or two together over gloo, which can be killed at chosen moments."""
+"""Runs in separate processes, alone or two together over gloo, which can be killed at chosen moments."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ MOMENTS = {
 
 
 FILE_OPERATION = "before a file operation"
-"""A moment: something in the folder of the run is about to be opened for writing, renamed, linked, made or removed."""
+"""A file operation in the directory of the run: opening for writing, renaming, linking, creating or removing."""
 
 
 def process(config: dict[str, Any], moment: str = "", count: int = 0, number: int = signal.SIGKILL) -> int:
-    """The exit code of a run of one process; at the `count`-th occurrence of a moment it gets a signal."""
+    """Run one process; return its exit code. It gets a signal before the `count`-th occurrence of `moment`."""
     return together(config, moment, count, number, size=1)[0]
 
 
@@ -52,13 +52,13 @@ def together(
     limit: int | None = None,
     patience: float = HANG,
 ) -> list[int]:
-    """The exit codes of a run of several processes.
+    """Run several processes; return their exit codes.
 
     Args:
-        moment, count, number: at the `count`-th occurrence of a moment `victim` gets this signal, or bad images.
-        limit: bytes that `victim` can write to a file.
-        patience: seconds that the others have to end after `victim`. Then they are killed, as a launcher does it: one
-            that has not met the victim yet would wait for it for half an hour.
+        moment, count, number: Before the `count`-th occurrence of `moment`, `victim` gets this signal, or bad images.
+        limit: Bytes that `victim` can write to a file.
+        patience: Seconds that the others have to end after `victim`. Then they are killed, as by a launcher: a process
+            that has not yet connected to the victim would wait for half an hour.
     """
     port = _free_port() if size > 1 else 0
     children = []
@@ -80,7 +80,7 @@ def together(
 
 
 def said(config: dict[str, Any]) -> str:
-    """All that a run has printed, errors at the end."""
+    """Return the output of a run, followed by its errors."""
     return Path(config["output"]).with_suffix(".txt").read_text()
 
 
@@ -107,7 +107,7 @@ def _run(
         except EXPECTED as error:
             file.write(f"error: {error}\n")
             file.flush()
-            os._exit(3)  # the others may be gone
+            os._exit(3)  # the others may have ended
         except Exception:
             file.write(traceback.format_exc())
             file.flush()
@@ -144,7 +144,7 @@ def _arm_files(folder: str, count: int, number: int) -> None:
         if not (writes or event in events):
             return
         inside = any(os.fsdecode(path).startswith(folder) for path in args[:2] if isinstance(path, (str, bytes, Path)))
-        relative = event != "open" and not os.path.isabs(args[0])  # in a folder that is being removed
+        relative = event != "open" and not os.path.isabs(args[0])  # in a directory that is being removed
         if (inside or relative) and next(calls) == count:
             os.kill(os.getpid(), number)
 

@@ -1,4 +1,4 @@
-"""A run that is small but has everything: augmentation, drop path, mixup, accumulation, averaged weights."""
+"""A small run with all features: augmentation, drop path, mixup, accumulation, averaged weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TINY: dict[str, Any] = {
         "head": {"type": "classifier", "num_classes": 10},
         "drop_path": 0.2,
     },
-    "seed": 1,  # with this one the second epoch is the best
+    "seed": 1,  # with this seed the second epoch is the best
     "data": {"name": "digits", "img_size": 8},
     "epochs": 2,
     "batch_size": 120,
-    "grad_accum": 2,  # 5 updates an epoch
+    "grad_accum": 2,  # 5 updates per epoch
     "optimizer": {"name": "adamw", "lr": 0.01},
     "schedule": {"warmup_epochs": 0.5},
     "clip_grad": 1.0,
@@ -43,7 +43,7 @@ def tiny(output: Path, **changes: Any) -> dict[str, Any]:
 
 
 def assert_same_run(mine: Path, other: Path, suffix: str = ".pt") -> None:
-    """The same weights, state and log, bit for bit; `suffix` is empty for checkpoints in shards."""
+    """Assert that weights, state and log are equal bit for bit. `suffix` is empty for sharded checkpoints."""
     for name in (f"step-0000010{suffix}", f"best{suffix}"):
         ours, theirs = (reader.read(folder / "checkpoints" / name) for folder in (mine, other))
         for part in ("model", "ema", "heads", "heads_ema", "optimizer", "progress", "scaler"):

@@ -1,4 +1,4 @@
-"""Tiny networks of transformers, of the real classes, with prime sizes and dropout, and batches for them."""
+"""Tiny transformers models of the original classes with prime sizes and dropout, and batches for them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _bart(library: Any, **options: Any) -> nn.Module:
 
 def _mixtral(library: Any) -> nn.Module:
     config = library.MixtralConfig(num_local_experts=3, **_decoder())
-    config._experts_implementation = "eager"  # its grouped products want rows of multiples of 16 bytes
+    config._experts_implementation = "eager"  # its grouped products require rows of multiples of 16 bytes
     return library.MixtralForCausalLM(config)
 
 
@@ -83,7 +83,7 @@ GENERATING = ("gpt2", "llama", "t5", "gemma2", "bart")
 
 
 def network(family: str, **options: Any) -> Any:
-    """A network of one of the `FAMILIES`, in training mode, with weights large enough for every block to matter."""
+    """Return a network of one of the `FAMILIES` in training mode, with large weights, so that every block matters."""
     import transformers
 
     torch.manual_seed(11)
@@ -96,7 +96,7 @@ def network(family: str, **options: Any) -> Any:
 
 
 def batch(model: Any, rows: int = 3, length: int = LENGTH) -> dict[str, Tensor]:
-    """Tokens (rows, length) and labels, the first row padded on the left and the second one on the right."""
+    """Return tokens (rows, length) and labels. The first row is padded on the left, the second one on the right."""
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(4, WORDS, (rows, length), generator=generator)
     mask = torch.ones_like(tokens)
@@ -105,15 +105,15 @@ def batch(model: Any, rows: int = 3, length: int = LENGTH) -> dict[str, Tensor]:
 
 
 def set_memory(model: nn.Module, memory: str) -> None:
-    """Of all rewired sequences of a network."""
+    """Set the memory mode of all rewired sequences of a network."""
     for sequence in rewired_sequences(model):
         sequence.memory = memory
 
 
 def train_step(model: Any, memory: str, **arguments: Any) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-    """One forward and backward of a copy: its logits and hidden states, and the gradients by name.
+    """Run forward and backward on a copy; return logits, hidden states and gradients by name.
 
-    Hidden states are part of the loss, so that gradients enter between the blocks as well.
+    Hidden states are part of the loss, so that gradients also enter between the blocks.
     """
     model = copy.deepcopy(model)
     set_memory(model, memory)
@@ -129,7 +129,7 @@ def train_step(model: Any, memory: str, **arguments: Any) -> tuple[list[Tensor],
 
 
 def assert_bits(one: Any, other: Any) -> None:
-    """Two results of `train_step` are equal bit for bit."""
+    """Assert that two results of `train_step` are equal bit for bit."""
     (tensors, gradients), (expected, expected_gradients) = one, other
     assert len(tensors) == len(expected)
     assert all(torch.equal(tensor, reference) for tensor, reference in zip(tensors, expected, strict=True))

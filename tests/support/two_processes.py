@@ -1,4 +1,4 @@
-"""A test in two processes with gloo, or in more."""
+"""Tests in two or more processes with gloo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROCESSES = 2
 
 
 def in_two_processes(work: Callable[[int], None], directory: Path, size: int = PROCESSES) -> None:
-    """Run `work(rank)` in each of them; an assertion that fails there fails here."""
+    """Run `work(rank)` in each process. A failed assertion in a process fails the test."""
     arguments = (work, str(directory / "rendezvous"), size)
     mp.start_processes(_enter, arguments, nprocs=size, start_method=processes.get_start_method())
 
@@ -25,14 +25,14 @@ def _enter(rank: int, work: Callable[[int], None], rendezvous: str, size: int) -
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     try:
         work(rank)
-        dist.barrier()  # the other process may still wait for this one
+        dist.barrier()  # the other process may still be waiting for this one
         _leave_together(rank, size)
     finally:
         dist.destroy_process_group()
 
 
 def _leave_together(rank: int, size: int) -> None:
-    """Wait until all have left the barrier: one that closes its connections earlier may break it for others."""
+    """Wait until all processes have left the barrier. Closing connections earlier could break it for others."""
     store = dist.distributed_c10d._get_default_store()
     store.set(f"left{rank}", "")
     store.wait([f"left{other}" for other in range(size)])

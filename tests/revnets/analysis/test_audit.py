@@ -17,7 +17,7 @@ from tests.support.audit_networks import DIMS, ConvLevel, Net, by_mode, conv_col
 TAPED = ("recompute", "invert", "exact")
 
 
-def test_a_shallow_net_is_exact_and_drifts_little():
+def test_shallow_model_is_exact_and_drifts_little():
     result = audit(conv_columns(4), stem_output())
     modes = by_mode(result)
     assert list(modes) == ["store", "recompute", "invert", "exact"]
@@ -33,7 +33,7 @@ def test_a_shallow_net_is_exact_and_drifts_little():
     assert result.ok
 
 
-def test_drift_grows_towards_the_first_column_and_is_called_wrong():
+def test_drift_grows_toward_the_first_column_and_is_wrong():
     result = audit(conv_columns(16, gain=0.2), stem_output())
     modes = by_mode(result)
     assert result.verdict(modes["invert"]) == "wrong"
@@ -47,7 +47,7 @@ def test_drift_grows_towards_the_first_column_and_is_called_wrong():
     assert replace(result, modes=(modes["store"], modes["recompute"], modes["exact"])).ok
 
 
-def test_reconstruction_errors_are_those_of_the_inverse():
+def test_reconstruction_errors_agree_with_the_inverse():
     columns, x = conv_columns(5), stem_output()
     result = audit(columns, x, modes=())
     states = [[None] * columns.graph.m for _ in range(5)]
@@ -73,7 +73,7 @@ def test_reconstruction_errors_are_those_of_the_inverse():
 
 
 @pytest.mark.filterwarnings("ignore::revnets.DriftWarning")
-def test_gradient_error_is_that_of_an_ordinary_backward():
+def test_gradient_error_agrees_with_ordinary_backward():
     net, image = Net(conv_columns(8, gain=0.3)), torch.randn(2, 3, 6, 6)
 
     def loss(output: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def test_gradient_error_is_that_of_an_ordinary_backward():
     assert by_mode(result)["invert"].gradient_error == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_bytes_and_work_are_those_of_a_pass_measured_alone():
+def test_bytes_and_flops_agree_with_a_separate_pass():
     net, image = Net(conv_columns(4)), torch.randn(2, 3, 6, 6)
     result = audit(net, image)
     for mode in result.modes:
@@ -109,7 +109,7 @@ def test_bytes_and_work_are_those_of_a_pass_measured_alone():
         assert 0 < more <= modes["store"].forward_matmuls
 
 
-def test_a_plan_in_force_is_no_part_of_a_mode():
+def test_current_plan_does_not_affect_the_audit():
     net, x = conv_columns(3), stem_output()
     expected = audit(net, x).modes
     net.stored = [1, 4]
@@ -118,7 +118,7 @@ def test_a_plan_in_force_is_no_part_of_a_mode():
     assert net.stored == {1, 4}
 
 
-def test_bytes_per_column_are_what_one_more_column_costs():
+def test_bytes_per_column_agree_with_an_additional_column():
     x = stem_output()
     state_set = 4 * sum(x[..., 0].numel() * dim for dim in DIMS)
     kept = {mode: [] for mode in ("store", *TAPED)}
@@ -131,7 +131,7 @@ def test_bytes_per_column_are_what_one_more_column_costs():
     for mode, (one, two, five) in kept.items():
         added = modes[mode].column_bytes
         assert len(added) == 5
-        if mode != "exact":  # there the lost bits depend on the numbers
+        if mode != "exact":  # the length of lost bits depends on values
             assert sum(added) == five
             assert added[0] == one
             assert added[1] == two - one
@@ -142,7 +142,7 @@ def test_bytes_per_column_are_what_one_more_column_costs():
     assert 0 < modes["exact"].bytes_per_column < state_set / 2
 
 
-def test_autocast_around_the_audit_or_inside_of_the_model_measures_the_same():
+def test_autocast_around_the_audit_or_in_the_model_measures_the_same():
     class Wrapped(nn.Module):
         def __init__(self, columns: ReversibleColumns):
             super().__init__()
@@ -164,8 +164,8 @@ def test_autocast_around_the_audit_or_inside_of_the_model_measures_the_same():
         weight = torch.randn(3, 3, requires_grad=True)
         product, again = weight @ weight, weight @ weight
         assert product.dtype == torch.bfloat16
-        assert product.grad_fn.next_functions == again.grad_fn.next_functions  # one cast, still in the cache
-    assert torch.autocast_increment_nesting() == 1  # every region that was entered has been left
+        assert product.grad_fn.next_functions == again.grad_fn.next_functions  # one cast weight, still in the cache
+    assert torch.autocast_increment_nesting() == 1  # every autocast region is closed
     torch.autocast_decrement_nesting()
     assert in_backward
     assert not any(in_backward)
@@ -175,22 +175,22 @@ def test_autocast_around_the_audit_or_inside_of_the_model_measures_the_same():
         assert replace(a, worst_parameter="") == replace(b, worst_parameter="")
     assert inside.columns == around.columns
     assert by_mode(inside)["exact"].equal
-    assert by_mode(inside)["invert"].bytes_per_column == 0  # weights in half precision are nothing that columns keep
+    assert by_mode(inside)["invert"].bytes_per_column == 0  # columns do not keep weights in half precision
     assert by_mode(inside)["store"].kept_bytes < by_mode(plain)["store"].kept_bytes
 
 
-def test_dropout_and_batch_norm_take_part():
+def test_dropout_and_batch_norm_are_included():
     columns = conv_columns(4, drop=0.5, norm=nn.BatchNorm1d)
     training = audit(columns, stem_output())
     assert training.ok
-    assert by_mode(training)["invert"].gradient_error < 1e-3  # the replay draws the forward's numbers
+    assert by_mode(training)["invert"].gradient_error < 1e-3  # the replay draws the same random numbers as forward
     assert by_mode(training)["exact"].equal
     assert audit(columns.eval(), stem_output()).ok
 
 
 def test_each_pass_starts_from_the_same_buffers():
     class Spectral(ConvLevel):
-        """Its estimate of the largest singular value, a buffer, moves in every forward and scales the weight."""
+        """Spectral norm updates a buffer, its estimate of the largest singular value, in every forward pass."""
 
         def __init__(self, dim: int, read_dims: list[int]):
             super().__init__(dim, read_dims)
@@ -201,7 +201,7 @@ def test_each_pass_starts_from_the_same_buffers():
     assert by_mode(result)["exact"].equal
 
 
-def test_gradients_of_inputs_are_compared_as_well():
+def test_gradients_of_inputs_are_compared():
     x = stem_output().requires_grad_()
     columns = conv_columns(8, gain=0.1)
     for parameter in columns.parameters():
@@ -212,7 +212,7 @@ def test_gradients_of_inputs_are_compared_as_well():
     assert x.grad is None
 
 
-def test_arguments_of_the_columns_reach_the_reconstruction():
+def test_reconstruction_uses_arguments_of_the_columns():
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -239,7 +239,7 @@ def test_arguments_of_the_columns_reach_the_reconstruction():
         assert 0 < result.columns[0].invert_error < 1e-4
 
 
-def test_reconstruction_depends_on_its_seed_alone():
+def test_reconstruction_depends_only_on_its_seed():
     columns, x = conv_columns(3, drop=0.5), stem_output()
     first = reconstruction(columns, lambda: columns(x), seed=1)
     torch.randn(10)
@@ -254,7 +254,7 @@ def test_a_last_column_may_be_shorter():
     render(result)
 
 
-def test_one_column_has_nothing_to_rebuild():
+def test_nothing_is_rebuilt_with_one_column():
     result = audit(conv_columns(1), stem_output())
     assert result.columns == ()
     assert result.ok

@@ -1,4 +1,4 @@
-"""An audit of nets that are not reversible, what it leaves behind, and how it is called."""
+"""Audits of models that are not reversible, their side effects, and their arguments."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from revnets.engine.errors import ArgumentError
 from tests.support.audit_networks import ConvLevel, Net, by_mode, conv_columns, render, stem_output
 from tests.support.errors import raises_error
 
-# ----------------------------------------------------------------------------------------- nets that are not reversible
+# --------------------------------------------------------------------------------------- models that are not reversible
 
 
 class _Counting(nn.Module):
-    """Computes something else in every call."""
+    """Computes a different function in every call."""
 
     def __init__(self, dim: int, read_dims: list[int], paths: bool):
         super().__init__()
@@ -38,16 +38,16 @@ class _Counting(nn.Module):
         return update * (1 + 0.5 * (self.calls % 2))
 
 
-def test_a_cell_that_computes_something_else_in_its_replay_is_found():
+def test_cell_with_different_results_in_its_replay_is_detected():
     result = audit(conv_columns(3, make=_Counting, paths=False), stem_output())
     modes = by_mode(result)
-    assert result.noise > 0  # even store differs from itself, so the limit is generous
+    assert result.noise > 0  # two runs of store differ, so the limit is large
     assert not all(column.exact for column in result.columns)
     assert not modes["exact"].equal
     assert not result.ok
 
 
-def test_a_cell_that_takes_another_path_in_its_replay_fails_with_a_reason():
+def test_cell_with_different_operations_in_its_replay_fails():
     result = audit(conv_columns(3, make=_Counting, paths=True), stem_output())
     exact = by_mode(result)["exact"]
     assert "replay" in exact.failure
@@ -60,7 +60,7 @@ def test_a_cell_that_takes_another_path_in_its_replay_fails_with_a_reason():
     assert "Usual causes" in text
 
 
-def test_a_cell_that_changes_its_read_in_place_fails_and_store_does_not():
+def test_cell_that_changes_its_input_in_place_fails_except_in_store():
     class Careless(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.detach().add_(1) + x
@@ -74,7 +74,7 @@ def test_a_cell_that_changes_its_read_in_place_fails_and_store_does_not():
 
 
 class _Noise(torch.autograd.Function):
-    """The identity, whose gradient a kernel with atomic additions would give: a little different every time."""
+    """The identity with a gradient that differs slightly in every call, as from a kernel with atomic additions."""
 
     generator = torch.Generator()
 
@@ -87,7 +87,7 @@ class _Noise(torch.autograd.Function):
         return grad * (1 + 1e-6 * torch.rand(grad.shape, generator=_Noise.generator))
 
 
-def test_kernels_that_do_not_repeat_themselves_are_no_fault_of_the_engine():
+def test_nondeterministic_kernels_raise_the_limit():
     class Noisy(ConvLevel):
         def forward(self, *reads: Tensor) -> Tensor:
             return _Noise.apply(super().forward(*reads))
@@ -103,7 +103,7 @@ def test_kernels_that_do_not_repeat_themselves_are_no_fault_of_the_engine():
     assert not replace(result, noise=0.0).ok
 
 
-# ------------------------------------------------------------------------------------------------------ left as found
+# ------------------------------------------------------------------------------------------------------- side effects
 
 
 def _state(net: nn.Module) -> list:
@@ -142,7 +142,7 @@ def test_the_model_is_left_as_it_was(failing):
     assert _equal_states(before, _state(net))
     assert net.head.weight.grad is gradient
     net(image)
-    assert not _equal_states(before, _state(net))  # BatchNorm and the generator have moved
+    assert not _equal_states(before, _state(net))  # BatchNorm and the generator have changed
 
 
 def test_the_same_seed_gives_the_same_numbers():
@@ -154,10 +154,10 @@ def test_the_same_seed_gives_the_same_numbers():
     assert audit(columns, x, modes=["exact"], seed=1).columns == first.columns
 
 
-# ------------------------------------------------------------------------------------------------------------ calling
+# ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def test_columns_are_found_wherever_they_are():
+def test_columns_are_found_in_submodules():
     columns = conv_columns(2)
     net = Net(columns)
     assert list(find_columns(columns)) == [columns]
@@ -176,14 +176,14 @@ def test_steps_are_timed_without_counters(monkeypatch):
     monkeypatch.setattr(time, "process_time", lambda: float(next(clock)))
     result = audit(conv_columns(2), stem_output(), modes=("store", "exact"))
     assert [mode.seconds for mode in result.modes] == [1.0, 1.0]
-    assert next(clock) == 2 * 2 * ROUNDS  # nothing else was timed
+    assert next(clock) == 2 * 2 * ROUNDS  # only these steps are timed
 
 
-def test_only_the_modes_asked_for_are_measured_and_progress_tells_which():
+def test_only_requested_modes_are_measured_and_reported():
     told: list[str] = []
     result = audit(conv_columns(2), stem_output(), modes=["exact"], progress=told.append)
     assert [mode.mode for mode in result.modes] == ["exact"]
-    assert told == ["store", "store, once more", "exact", "time", "reconstruction"]
+    assert told == ["store", "store, second run", "exact", "time", "reconstruction"]
     assert audit(conv_columns(2), stem_output(), modes="invert").modes[0].mode == "invert"
     assert "exact" in render(result)
 
@@ -198,12 +198,12 @@ def test_only_the_modes_asked_for_are_measured_and_progress_tells_which():
         ({"loss": lambda levels: levels[0].sum() * math.nan}, "model", "not-finite", "memory mode store"),
     ],
 )
-def test_bad_calls_are_refused(change, key, code, names):
+def test_invalid_arguments(change, key, code, names):
     with raises_error(ArgumentError, code=code, key=key, names=names):
         audit(conv_columns(2), stem_output(), **change)
 
 
-def test_a_frozen_model_has_no_gradient_to_compare():
+def test_frozen_model():
     columns = conv_columns(2).requires_grad_(False)
     with raises_error(ArgumentError, code="no-gradient", key="model", names=["parameter", "input"]):
         audit(columns, stem_output())

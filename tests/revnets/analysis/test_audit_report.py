@@ -1,4 +1,4 @@
-"""What an audit shows: words, colours, plain data, and sizes that read well."""
+"""Output of an audit: text, colors, plain data and readable sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from revnets.utils.format import duration, size, thinned
 from tests.support.audit_networks import by_mode, conv_columns, render, stem_output
 
 
-def test_the_table_says_in_words_and_colours_what_is_wrong():
+def test_table_marks_errors_in_words_and_colors():
     result = audit(conv_columns(16, gain=0.2), stem_output())
     text = render(result)
     rows = {line.split()[0]: line for line in reversed(text.splitlines()) if line.split()}
@@ -32,12 +32,12 @@ def test_the_table_says_in_words_and_colours_what_is_wrong():
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_long_table_is_thinned():
+def test_long_table_is_shortened():
     assert thinned([1, 2, 3, 4], 4) == [1, 2, 3, 4]
     assert thinned(list(range(10)), 4) == [0, 1, None, 8, 9]
 
 
-def test_the_dict_is_plain_json():
+def test_dict_is_plain_json():
     result = audit(conv_columns(2), stem_output())
     infinite = replace(result, modes=tuple(replace(mode, gradient_error=math.inf) for mode in result.modes))
     for each in (result, infinite):
@@ -63,7 +63,7 @@ def test_the_dict_is_plain_json():
         (math.nan, "-"),
     ],
 )
-def test_sizes_read_well(count, text):
+def test_readable_sizes(count, text):
     assert size(count) == text
 
 
@@ -71,5 +71,5 @@ def test_sizes_read_well(count, text):
     ("seconds", "text"),
     [(123.4, "123 s"), (12.34, "12.3 s"), (1.234, "1.23 s"), (0.4321, "432 ms"), (0.00432, "4.32 ms"), (math.nan, "-")],
 )
-def test_times_read_well(seconds, text):
+def test_readable_durations(seconds, text):
     assert duration(seconds) == text

@@ -14,7 +14,7 @@ def test_distance_of_known_tensors():
     assert d.relative == 1
 
 
-def test_complex_numbers_are_compared_by_their_parts():
+def test_complex_numbers_are_compared_by_real_and_imaginary_part():
     d = distance(torch.tensor([3 + 4j, 1j]), torch.tensor([0j, 1j]))
     assert (d.norm, d.reference_norm, d.largest) == (5, 1, 5)
 
@@ -26,7 +26,7 @@ def test_half_precision_is_compared_in_single():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_same_bits_looks_at_values(dtype):
+def test_same_bits_ignores_strides(dtype):
     tensor = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
     assert same_bits(tensor, tensor.clone())
     assert same_bits(tensor.t(), tensor.t().contiguous())  # strides do not matter
@@ -35,7 +35,7 @@ def test_same_bits_looks_at_values(dtype):
     assert not same_bits(tensor, other)
 
 
-def test_same_bits_is_stricter_and_kinder_than_equality():
+def test_same_bits_and_equality_differ():
     nan = torch.tensor([math.nan])
     assert not torch.equal(nan, nan)
     assert same_bits(nan, nan.clone())
@@ -47,7 +47,7 @@ def test_same_bits_is_stricter_and_kinder_than_equality():
     assert same_bits(torch.zeros(0), torch.zeros(0))
 
 
-def test_gradients_are_compared_as_one_and_one_by_one():
+def test_gradients_are_compared_together_and_one_by_one():
     references = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([0.0, 4.0]), "unused": None}
     d = gradient_distance({"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([0.0, 3.0]), "unused": None}, references)
     assert (d.relative, d.worst, d.worst_relative, d.equal) == (1 / 5, "b", 1 / 4, False)
@@ -55,7 +55,7 @@ def test_gradients_are_compared_as_one_and_one_by_one():
     assert (d.relative, d.worst, d.worst_relative, d.equal) == (0, "", 0, True)
 
 
-def test_a_missing_gradient_counts_as_zeros():
+def test_missing_gradient_means_zeros():
     reference = {"a": torch.ones(4), "b": torch.ones(4)}
     d = gradient_distance({"a": torch.ones(4), "b": None}, reference)
     assert (d.relative, d.worst, d.worst_relative) == (pytest.approx(0.5**0.5), "b", 1)
@@ -63,7 +63,7 @@ def test_a_missing_gradient_counts_as_zeros():
     assert (d.relative, d.equal) == (0, True)
 
 
-def test_a_gradient_that_is_zero_but_for_rounding_is_not_the_worst():
+def test_gradient_of_rounding_errors_is_not_the_worst():
     references = {"weight": torch.ones(100), "bias": torch.full((100,), 1e-9)}
     gradients = {"weight": torch.ones(100) + 1e-3, "bias": torch.full((100,), -1e-9)}
     d = gradient_distance(gradients, references)
@@ -71,7 +71,7 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_not_the_worst():
     assert d.worst_relative == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_what_is_not_finite_is_the_worst():
+def test_gradient_that_is_not_finite_is_the_worst():
     references = {name: torch.ones(3) for name in "abc"}
     gradients = {"a": torch.ones(3) * 100, "b": torch.tensor([1.0, math.nan, 1.0]), "c": torch.ones(3) * 2}
     d = gradient_distance(gradients, references)
@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_the_worst():
     assert math.isnan(d.relative)
 
 
-def test_another_sign_of_zero_is_named_though_it_measures_nothing():
+def test_negative_zero_is_a_difference_of_norm_zero():
     d = gradient_distance({"a": torch.tensor([-0.0])}, {"a": torch.tensor([0.0])})
     assert d == (0, "a", 0, False)
 
@@ -90,7 +90,7 @@ def test_sparse_gradients_are_compared_by_value():
     assert gradient_distance({"a": 2 * dense.to_sparse()}, {"a": dense}).relative == 1
 
 
-def test_nothing_over_nothing_is_nothing():
+def test_ratio_of_zeros_is_zero():
     assert ratio(0, 0) == 0
     assert ratio(1, 0) == math.inf
     assert ratio(1, 4) == 0.25

@@ -1,4 +1,4 @@
-"""Every byte of the peak has its part, and the parts are what other routes count."""
+"""Every byte of the peak belongs to a part, and the parts agree with independent counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATES = 4 * BATCH * SIDE * SIDE * sum(DIMS)
 
 
 class Wide(Net):
-    """Its logits take more than all else."""
+    """A network whose logits are the largest part of the peak."""
 
     def __init__(self) -> None:
         super().__init__(conv_columns(COLUMNS))
@@ -33,7 +33,7 @@ class Wide(Net):
 
 
 def measured_peak(net: nn.Module, mode: str) -> int:
-    """Bytes of a real step, with its weights, its input and two tensors a weight of the optimizer."""
+    """Return the peak of a real step with weights, input and two optimizer tensors per weight."""
     revnets.find_columns(net).memory = mode
     x = torch.randn(SHAPE)
     with MemoryTracker() as tracker:
@@ -61,7 +61,7 @@ def by_mode(result: MemoryParts) -> dict[str, PeakMemory]:
 
 
 @pytest.mark.parametrize("mode", ["store", "recompute"])
-def test_the_parts_sum_to_the_peak_of_a_real_step(narrow, mode):
+def test_parts_add_up_to_the_peak_of_a_real_step(narrow, mode):
     assert narrow[mode].peak == measured_peak(Net(conv_columns(COLUMNS)), mode)
 
 
@@ -69,7 +69,7 @@ def test_lost_bits_are_estimated(narrow):
     assert narrow["exact"].peak == pytest.approx(measured_peak(Net(conv_columns(COLUMNS)), "exact"), rel=0.01)
 
 
-def test_weights_optimizer_and_input_are_counted_whole(narrow):
+def test_weights_optimizer_and_input_are_complete(narrow):
     net = Net(conv_columns(COLUMNS))
     for peak in narrow.values():
         assert peak.parts["weights"] == weights(net)
@@ -77,8 +77,8 @@ def test_weights_optimizer_and_input_are_counted_whole(narrow):
         assert peak.parts["input"] == 4 * BATCH * 3 * SIDE * SIDE
 
 
-def test_one_cell_is_alive_where_others_are_replayed(narrow):
-    """The cell of the last level saves most; only `store` keeps what the others save."""
+def test_only_one_cell_is_alive_during_replays(narrow):
+    """The cell of the last level saves the most. Only `store` keeps what the other cells save."""
     peak = narrow["exact"]
     assert peak.is_backward
     assert peak.place.endswith("l2")
@@ -87,8 +87,8 @@ def test_one_cell_is_alive_where_others_are_replayed(narrow):
     assert max(narrow["store"].parts, key=narrow["store"].parts.__getitem__) == "stored cells"
 
 
-def test_states_are_told_from_lost_bits(wide):
-    """At the logits, `recompute` holds the states of all columns, and the others those of the last one."""
+def test_states_and_lost_bits_are_separate_parts(wide):
+    """At the logits, `recompute` holds the states of all columns, and the other modes only the last ones."""
     assert {peak.place for peak in wide.values()} == {"head and loss"}
     assert [peak.parts.get("window") for peak in wide.values()] == [None, STATES, STATES, STATES]
     kept = {mode: peak.parts.get("kept states", 0) for mode, peak in wide.items()}
@@ -97,11 +97,11 @@ def test_states_are_told_from_lost_bits(wide):
     assert "lost bits" not in wide["invert"].parts
 
 
-def test_the_largest_cell_is_named_wherever_the_peak_is(narrow, wide):
+def test_largest_cell_is_reported_wherever_the_peak_is(narrow, wide):
     peak = wide["exact"]
     assert peak.largest_cell.endswith("l2")
     assert peak.largest_cell_bytes == narrow["exact"].largest_cell_bytes
-    assert 0 <= peak.largest_cell_bytes - narrow["exact"].parts["running cell"] <= STATES  # with the state it rebuilds
+    assert 0 <= peak.largest_cell_bytes - narrow["exact"].parts["running cell"] <= STATES  # plus a rebuilt state
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_the_largest_cell_is_named_wherever_the_peak_is(narrow, wide):
         ({"weights": 5, "window": 7, "lost bits": 13}, "52% of it is lost bits"),
     ],
 )
-def test_the_advice_names_the_largest_part_of_exact(parts, words):
+def test_advice_names_the_largest_part_of_exact(parts, words):
     peaks = (
         PeakMemory("store", {"stored cells": 101}, "stem", True, "cell c0.l0", 1),
         PeakMemory("invert", {"input": 3}, "stem", True, "cell c0.l0", 1),
@@ -125,7 +125,7 @@ def test_the_advice_names_the_largest_part_of_exact(parts, words):
     assert "\n" not in advice
 
 
-def test_without_logits_the_peak_is_that_of_the_plan():
+def test_peak_without_logits_agrees_with_the_plan():
     columns, shape = conv_columns(2), (BATCH, SIDE, SIDE, DIMS[0])
     options = {"dtype": torch.bfloat16, "optimizer": "sgd", "modes": ("exact",)}
     (prediction,) = revnets.plan(columns, shape, **options).modes
@@ -134,7 +134,7 @@ def test_without_logits_the_peak_is_that_of_the_plan():
 
 
 class Growing(Net):
-    """Every call takes more operations than the one before."""
+    """Every call runs more operations than the previous one."""
 
     calls = count(1)
 
@@ -144,7 +144,7 @@ class Growing(Net):
         return super().forward(image)
 
 
-def test_a_peak_that_is_not_found_again_is_an_error():
+def test_changing_operations_are_an_error():
     with pytest.raises(RuntimeError, match="Growing"):
         memory_parts(Growing(conv_columns(2)), (torch.empty(SHAPE),), modes=("store",))
 
@@ -160,7 +160,7 @@ def test_the_model_is_left_as_it_was():
     torch.testing.assert_close(dict(net.state_dict()), found, rtol=0, atol=0)
 
 
-def test_numbers_for_machines_are_complete(wide):
+def test_json_is_complete(wide):
     result = MemoryParts("Wide", SHAPE, "float32", "adamw", 3, tuple(wide.values()))
     numbers = json.loads(json.dumps(result.to_dict()))
     assert [mode["peak"] for mode in numbers["modes"]] == [sum(mode["parts"].values()) for mode in numbers["modes"]]

@@ -1,4 +1,4 @@
-"""The audit of a model with several reversible sequences, its gains, and the commands on it."""
+"""Audit, gains and commands for a model with several reversible sequences."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from revnets.plotting.audit import audit_figure
 from tests.support.audit_networks import by_mode, render
 from tests.support.staged_networks import DEPTHS, RewiredNet, StagedBlocks, StagedNet, images, staged_net
 
-EARLY, LATE = (-(-depth // 2) for depth in DEPTHS)  # columns; the late sequence is listed first
-STATES = (3 * 5 * 29 * 23, 3 * 11 * 14 * 11)  # elements of a state of each
+EARLY, LATE = (-(-depth // 2) for depth in DEPTHS)  # columns; the later sequence comes first in the list
+STATES = (3 * 5 * 29 * 23, 3 * 11 * 14 * 11)  # elements of one state of each sequence
 
 
 @pytest.fixture(scope="module", params=[StagedNet, RewiredNet])
@@ -38,14 +38,14 @@ def test_gradients_and_states_of_all_sequences_are_right(result):
 
 
 def test_every_column_is_measured_in_the_order_of_the_forward(result):
-    """The window of a sequence comes with its first column and a state replaces another in each later cell."""
+    """The first column of a sequence adds the window. Each later cell replaces a state by another."""
     early, late = (4 * elements for elements in STATES)
     modes = by_mode(result)
     assert modes["invert"].column_bytes == (2 * early, 0, 0, 0, 2 * late, 0, 0)
     assert modes["recompute"].column_bytes == (2 * early, 2 * early, 2 * early, early, 2 * late, 2 * late, late)
 
 
-def test_the_first_columns_are_left_out_of_the_bytes_of_one_more(result):
+def test_first_columns_do_not_count_in_bytes_per_column(result):
     early, late = (4 * elements for elements in STATES)
     recompute = by_mode(result)["recompute"]
     assert recompute.first_columns == (0, EARLY)
@@ -59,14 +59,14 @@ def test_tables_and_figures_show_all_columns(result):
     assert all(len(line.get_xdata()) == EARLY + LATE for line in growth.lines)
 
 
-def test_sequences_that_are_no_submodules_are_measured_as_others_are():
+def test_sequences_outside_submodules_are_measured():
     net, rewired = (revnets.audit(staged_net(kind), images(), modes=["exact"]) for kind in (StagedNet, RewiredNet))
     assert net.columns == rewired.columns
     assert net.modes[0].column_bytes == rewired.modes[0].column_bytes
     assert net.modes[0].kept_bytes == rewired.modes[0].kept_bytes
 
 
-def test_gains_are_numbered_over_all_sequences():
+def test_gains_are_numbered_across_sequences():
     found = gains_of(staged_net())
     assert [cell.column for cell in found] == [1, 1, 2, LATE + 1, LATE + 1, LATE + 2, LATE + 2, LATE + 3]
 
@@ -76,7 +76,7 @@ def rewired() -> StagedBlocks:
     return revnets.make_reversible(StagedBlocks(), blend=0.3)
 
 
-def test_a_rewired_network_is_audited_and_planned():
+def test_rewired_network_is_audited_and_planned():
     net = rewired()
     group = revnets.find_columns(net)
     assert len(group) == 2
@@ -92,12 +92,12 @@ def test_a_rewired_network_is_audited_and_planned():
     assert step_bytes(net, images())[2] == pytest.approx(plan.chosen.peak, rel=0.003)
 
 
-def test_gains_of_a_rewired_network_are_its_blends():
+def test_gains_of_a_rewired_network_equal_its_blends():
     assert [cell.gamma.item() for cell in gains_of(rewired())] == pytest.approx([0.3] * (sum(DEPTHS) - 2))
     assert typical_gamma(rewired()) == 0.3
 
 
-def test_commands_take_models_of_several_sequences(tmp_path):
+def test_commands_support_several_sequences(tmp_path):
     source, run = "tests.support.staged_networks:staged_net", CliRunner().invoke
     arguments = [source, "--input", "3,29,23", "--batch", "3"]
     planned = run(main.app, ["plan", *arguments, "--optimizer", "none", "--json"])

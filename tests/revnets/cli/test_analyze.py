@@ -1,4 +1,4 @@
-"""The commands `revnets analyze memory` and `gains`: numbers that agree by two routes, files, and mistakes."""
+"""The commands `revnets analyze memory` and `gains`: results, files and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.02), (torch.bfloat16, 0.05)])
-def test_predicted_memory_is_what_is_measured(file: Path, dtype: torch.dtype, tolerance: float) -> None:
+def test_predicted_memory_agrees_with_measured_memory(file: Path, dtype: torch.dtype, tolerance: float) -> None:
     step = Step(str(file), (), (3,), ("recompute", "exact"), (1, 32, 32), 8, dtype)
     foreseen, found = list(predicted(step)), list(measured(step))
     assert [(point.columns, point.mode) for point in foreseen] == [(point.columns, point.mode) for point in found]
@@ -60,8 +60,8 @@ def test_predicted_memory_is_what_is_measured(file: Path, dtype: torch.dtype, to
         assert one.peak == pytest.approx(other.peak, rel=tolerance)
 
 
-def test_what_more_columns_keep(file: Path) -> None:
-    """A column more keeps its activations in store, its states in recompute, and lost bits in exact."""
+def test_bytes_of_additional_columns(file: Path) -> None:
+    """An additional column saves its activations in store, its states in recompute, and lost bits in exact."""
     batch, states = 8, 8 * (16 * 16 * 8 + 8 * 8 * 16)
     step = Step(str(file), (), (3, 4), ("store", "recompute", "exact"), (1, 32, 32), batch, torch.float32)
     kept = {(point.mode, point.columns): point.kept for point in measured(step)}
@@ -107,7 +107,7 @@ def test_memory_command(file: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_of_memory(
+def test_errors_of_memory(
     file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -123,8 +123,8 @@ def test_mistakes_of_memory(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "net.yaml"]
 
 
-def test_a_net_for_one_size_of_image_says_so(tmp_path: Path) -> None:
-    """Position embeddings refuse the small step."""
+def test_model_for_one_image_size_rejects_the_small_step(tmp_path: Path) -> None:
+    """Position embeddings require images of one size."""
     file = tmp_path / "vit.yaml"
     levels = [{"dim": 8, "depth": 1, "block": "vit", "heads": 2}] * 2
     stem = {"type": "tokens", "img_size": 96, "patch": 48}
@@ -133,7 +133,7 @@ def test_a_net_for_one_size_of_image_says_so(tmp_path: Path) -> None:
         call("memory", file, "--columns", "1", "--measure-columns", "1", "--png", tmp_path / "m.png")
 
 
-def test_a_model_without_columns_is_told(tmp_path: Path, own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_without_columns(tmp_path: Path, own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_modules / "plain_net.py").write_text("import torch\ndef make(columns):\n    return torch.nn.Linear(4, 4)\n")
     monkeypatch.chdir(own_modules)
     with raises_error(code="no-columns", source="plain_net:make", names=["Linear", "reversible columns"]):
@@ -146,7 +146,7 @@ def test_a_model_without_columns_is_told(tmp_path: Path, own_modules: Path, monk
 
 
 def trained() -> revnets.Net:
-    """A net whose gains differ from each other, some negative, some below the bound."""
+    """A network whose gains differ, some of them negative or below the bound."""
     net = revnets.build(SPEC)
     with torch.no_grad():
         for number, cell in enumerate(net.columns.flat()):
@@ -155,8 +155,8 @@ def trained() -> revnets.Net:
     return net
 
 
-def test_brackets_in_names_of_files_are_printed(file: Path, tmp_path: Path) -> None:
-    """They are not rich's markup."""
+def test_brackets_in_file_names_are_printed(file: Path, tmp_path: Path) -> None:
+    """Brackets are not markup of rich."""
     source = file.rename(tmp_path / "a[bold]b.yaml")
     png = tmp_path / "c[red]d.png"
     code, shown, _ = call("gains", source, "--png", png)
@@ -165,7 +165,7 @@ def test_brackets_in_names_of_files_are_printed(file: Path, tmp_path: Path) -> N
     assert str(source) in shown
 
 
-def test_gains_of_files_are_those_of_the_net(tmp_path: Path) -> None:
+def test_gains_of_files_equal_those_of_the_model(tmp_path: Path) -> None:
     net, fresh = trained(), revnets.build(SPEC)
     wanted = gains_of(net)
     assert [(cell.column, cell.level, len(cell.gamma)) for cell in wanted] == [
@@ -192,7 +192,7 @@ def test_gains_of_files_are_those_of_the_net(tmp_path: Path) -> None:
     assert torch.equal(read_gains(str(tmp_path / "weights.safetensors"))[2].gamma, found[2].gamma)
 
 
-def test_gains_in_the_order_of_numbers_not_of_names() -> None:
+def test_gains_are_in_numerical_order() -> None:
     content = {f"cells.{column}.0.gain.weight": torch.tensor([0.1 * column]) for column in (10, 2, 1)}
     assert [cell.column for cell in gains_in(content)] == [1, 2, 10]
 
@@ -202,13 +202,13 @@ def test_lost_bits(gamma: float) -> None:
     found = lost_bits(torch.full((7,), gamma, dtype=torch.float64))
     assert found.expected == pytest.approx(found.kept, rel=0.1)
     assert found.entropy < found.kept
-    if gamma in (0.5, 0.05):  # as docs/concepts/numerical-drift.md says
+    if gamma in (0.5, 0.05):  # see docs/concepts/numerical-drift.md
         assert found.kept == pytest.approx({0.5: 1.9, 0.05: 5.1}[gamma], abs=0.1)
         assert found.entropy == pytest.approx({0.5: 1.7, 0.05: 4.4}[gamma], abs=0.1)
 
 
-def test_lost_bits_of_channels_that_differ() -> None:
-    """The mean over channels, for each has as many elements as the others."""
+def test_lost_bits_of_different_channels() -> None:
+    """The mean over channels, because all channels have the same number of elements."""
     alone = [lost_bits(torch.tensor([gamma], dtype=torch.float64)) for gamma in (0.5, 0.05)]
     both = lost_bits(torch.tensor([0.5, 0.05], dtype=torch.float64))
     assert both.expected == pytest.approx(sum(bits.expected for bits in alone) / 2)
@@ -232,7 +232,7 @@ def test_gains_command(tmp_path: Path) -> None:
 
 
 def test_figures_of_wide_and_of_constant_gains() -> None:
-    """Logarithmic where gains differ by decades; gains that are all the same are drawn as well."""
+    """The axis is logarithmic if gains differ by decades. Equal gains can be drawn, too."""
     for gains in ([torch.logspace(-3, 0, 50).double()] * 2, [torch.full((5,), 0.5).double()] * 2):
         cells = [CellGains(column, 0, gamma) for column, gamma in enumerate(gains, 1)]
         top, bottom = gains_figure(cells, [lost_bits(cell.gamma, 1000) for cell in cells]).axes
@@ -240,7 +240,7 @@ def test_figures_of_wide_and_of_constant_gains() -> None:
         assert bottom.get_ylim()[1] > lost_bits(gains[0], 1000).kept
 
 
-def test_mistakes_of_gains(file: Path, tmp_path: Path) -> None:
+def test_errors_of_gains(file: Path, tmp_path: Path) -> None:
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, tmp_path / "other.pt")
     torch.save({"model": print}, tmp_path / "bad.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:100])
@@ -264,7 +264,7 @@ def test_mistakes_of_gains(file: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def test_csv_of_a_run_that_fails_to_write_stays_as_it_was(tmp_path: Path) -> None:
+def test_existing_csv_is_unchanged_if_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "numbers.csv"
     output.save_csv([{"name": "a,b", "count": 3, "share": 1 / 3}], path)
     assert path.read_text() == 'name,count,share\n"a,b",3,0.333333\n'
@@ -279,7 +279,7 @@ def test_csv_of_a_run_that_fails_to_write_stays_as_it_was(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_):
         raise OSError(28, "No space left on device", str(tmp_path / "g.csv"))
 
@@ -289,7 +289,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         call("gains", tmp_path / "net.pt", "--png", tmp_path / "g.png")
 
 
-def test_a_name_that_no_picture_has_is_refused_before_any_work(file: Path) -> None:
+def test_invalid_figure_suffix_is_rejected_first(file: Path) -> None:
     code, _, err = call("gains", file, "--png", "x.jpg")
     assert code == 2
     assert all(word in err for word in ("--png", "x.jpg", ".png, .svg, .pdf"))

@@ -1,4 +1,4 @@
-"""The group of commands: what it lists, what it imports, and what it says of a command that is not installed."""
+"""The group of commands: its help page, its imports, and errors of commands that are not installed."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_help_imports_no_command() -> None:
 
 
 @pytest.mark.parametrize("group", ["revnets.commands", "revnets.analyses"])
-def test_help_in_the_table_is_that_of_the_command(group: str) -> None:
+def test_help_in_the_table_equals_that_of_the_command(group: str) -> None:
     for entry in entry_points(group=group):
         found = entry.load()
         text = found.info.help if isinstance(found, typer.Typer) else found.__doc__
         assert PLUGINS[entry.name].help == " ".join(text.split("\n\n")[0].split())
 
 
-def test_a_call_loads_one_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_loads_one_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
     load = EntryPoint.load
     monkeypatch.setattr(EntryPoint, "load", lambda entry: loaded.append(entry.name) or load(entry))
@@ -63,7 +63,7 @@ def test_a_call_loads_one_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("name", "hint"), [("train", "'revnets[vision]'"), ("score-mt", "'revnets[nlp]'")])
-def test_a_command_whose_extra_is_missing(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_whose_extra_is_missing(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def import_module(module: str) -> None:
         raise ModuleNotFoundError("No module named 'absent'", name="absent")
 
@@ -75,8 +75,8 @@ def test_a_command_whose_extra_is_missing(name: str, hint: str, monkeypatch: pyt
     assert PLUGINS[name].help in CliRunner().invoke(main.app, ["--help"], env={"COLUMNS": "200"}).stdout
 
 
-def test_a_command_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is listed and called like the others; what is missing is the package itself."""
+def test_command_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is listed and called like other commands. Its error names the missing package."""
 
     class Others(PluginGroup):
         entry_points = "others"
@@ -104,14 +104,14 @@ def test_mistyped_command_gets_a_suggestion() -> None:
     assert "'train'" in result.output
 
 
-def test_the_package_runs_as_a_module() -> None:
+def test_package_runs_as_a_module() -> None:
     done = python("-m", "revnets", "show", "no_such_net.yaml")
     assert done.returncode == 2
     assert done.stderr.startswith("error: no_such_net.yaml: ")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_bar_ends_with_the_error_of_its_body() -> None:
+def test_progress_bar_ends_if_its_body_raises() -> None:
     with pytest.raises(ZeroDivisionError), tracked(iter(range(3)), "dividing") as bar:
         [1 / item for item in bar]
     assert [thread for thread in threading.enumerate() if "_TrackThread" in type(thread).__name__] == []

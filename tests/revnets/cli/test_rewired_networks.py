@@ -1,4 +1,4 @@
-"""`revnets audit` and `revnets plan` of networks that are made reversible on the way."""
+"""`revnets audit` and `revnets plan` with --reversible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUEST = {"dtype": "float32", "optimizer": None, "ranks": None, "sharding": Non
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small GPT-2."""
+    """Save a small GPT-2 in a directory."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("gpt2")
     config = transformers.GPT2Config(
@@ -84,7 +84,7 @@ def test_parts_of_the_peak(kind: str, gpt2: Path, capsys: pytest.CaptureFixture[
         ({"shape": (3, 5)}, "", "input-rejected"),
     ],
 )
-def test_parts_of_the_peak_of_nothing(given: dict[str, object], key: str, code: str):
+def test_parts_of_the_peak_without_columns(given: dict[str, object], key: str, code: str):
     options = {"shape": None, "batch": 2, "dtype": "float32", "optimizer": "adamw", "png": None, "json": True} | given
     with pytest.raises(SpecError) as caught:
         explain_memory("examples/configs/vectors.yaml", [], **options)
@@ -92,13 +92,13 @@ def test_parts_of_the_peak_of_nothing(given: dict[str, object], key: str, code: 
 
 
 @pytest.mark.parametrize("option", ["optimizer", "dtype"])
-def test_options_that_only_the_parts_of_the_peak_have(option: str):
+def test_options_that_require_memory(option: str):
     with pytest.raises(SpecError) as caught:
         main.audit("examples/configs/vectors.yaml", **{option: "lion"})
     assert (caught.value.key, caught.value.code) == (f"--{option}", "conflicting-values")
 
 
-def test_weights_of_a_folder_are_read(gpt2: Path):
+def test_weights_in_a_directory_are_read(gpt2: Path):
     import torch
     import transformers
 
@@ -126,7 +126,7 @@ def test_models_that_cannot_be_rewired(source: str, blend: float | None, key: st
     assert (error.value.key, error.value.code) == (key, code)
 
 
-def test_a_folder_that_names_another_architecture(gpt2: Path, tmp_path: Path):
+def test_directory_with_another_architecture(gpt2: Path, tmp_path: Path):
     config = json.loads((gpt2 / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["os.system"]}))
     with pytest.raises(SpecError) as error:
@@ -134,7 +134,7 @@ def test_a_folder_that_names_another_architecture(gpt2: Path, tmp_path: Path):
     assert (error.value.key, error.value.code) == ("architectures", "unknown-model")
 
 
-def test_a_folder_that_asks_for_too_many_layers(gpt2: Path, tmp_path: Path):
+def test_directory_with_too_many_layers(gpt2: Path, tmp_path: Path):
     config = json.loads((gpt2 / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 10**9}))
     with pytest.raises(SpecError) as error:
@@ -142,7 +142,7 @@ def test_a_folder_that_asks_for_too_many_layers(gpt2: Path, tmp_path: Path):
     assert (error.value.key, error.value.code) == ("n_layer", "too-large")
 
 
-def test_a_pipe_is_no_configuration(tmp_path: Path):
+def test_pipe_instead_of_a_configuration(tmp_path: Path):
     pytest.importorskip("transformers")
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(SpecError) as error:

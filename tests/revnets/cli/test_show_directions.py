@@ -1,4 +1,4 @@
-"""What `revnets show` prints of columns that run down."""
+"""Output of `revnets show` for columns that run down."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ constant: {column: 9, positions: [POSITIONS]}
 
 
 def shown(tmp_path: Path, positions: str) -> list[list[str]]:
-    """The cells of all rows of all tables."""
+    """Return the cells of all rows of all tables."""
     file = tmp_path / "net.yaml"
     file.write_text(NET.replace("POSITIONS", positions))
     result = CliRunner().invoke(main.app, ["show", str(file), "--input", "3,12,20"], env={"COLUMNS": "200"})
@@ -38,13 +38,13 @@ def test_tables(tmp_path: Path) -> None:
     assert [row[:2] for row in found[2:4]] == [["1", "above c5.l0"], ["0", "below c6.l1"]]
     cells = [row for row in found[4:]]
     shown_columns = list(dict.fromkeys(row[0].partition(".")[0] for row in cells))
-    assert shown_columns == ["c0", "c1", "c2", "", "c5", "c6", "c9", "c10"]  # "..." comes twice
+    assert shown_columns == ["c0", "c1", "c2", "", "c5", "c6", "c9", "c10"]  # "..." occurs twice
     assert ["c5.l1", "c4.l0", "c4.l1"] in cells
     assert ["c9.l1", "c8.l0, constant", "c8.l1"] in cells
     assert [row[0] for row in cells].count("...") == 2
 
 
-def test_a_constant_that_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_error_names_a_constant_that_does_not_fit(tmp_path: Path) -> None:
     file = tmp_path / "net.yaml"
     file.write_text(NET.replace("POSITIONS", "5, 3"))
     result = CliRunner().invoke(main.app, ["show", str(file), "--input", "3,12,20"])

@@ -1,4 +1,4 @@
-"""Errors of all parts keep code, key and cell when they go to another process."""
+"""Pickled errors keep code, key and cell."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from revnets.engine.graph import ReadError
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_pickled_errors_are_the_same(error: Exception) -> None:
+def test_pickled_errors_are_equal(error: Exception) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
     assert vars(copy)["code"]

@@ -1,4 +1,4 @@
-"""Files, bases, overrides: what ends up in the data, and who is named when something is wrong."""
+"""Files, base files and overrides: the merged data, and the source of errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Part(Strict):
 
 
 class Settings(Strict):
-    """Any model will do; that of a net is tested in test_spec.py."""
+    """Any model; the specification of a network has its own tests."""
 
     name: str = Field(examples=["one"])
     part: Part = Part()
@@ -45,7 +45,7 @@ def write(tmp_path: Path):
 
 
 def fails(given: Any, *overrides: str, **about: Any) -> SpecError:
-    """The error of loading; `about` is what `raises_error` compares."""
+    """Return the error of loading. `about` contains the arguments of `raises_error`."""
     with raises_error(**about) as caught:
         load(Settings, given, overrides)
     return caught.value
@@ -84,14 +84,14 @@ def fails(given: Any, *overrides: str, **about: Any) -> SpecError:
         ("name: one\n".encode("utf-16"), "invalid-encoding", ["UTF-8", "byte 0"]),
     ],
 )
-def test_a_file_that_is_no_configuration(write, text: str | bytes, code: str, names: str | list[str]) -> None:
+def test_file_that_is_not_a_configuration(write, text: str | bytes, code: str, names: str | list[str]) -> None:
     file = write("settings.yaml", text)
     error = fails(file, code=code, key="", source=file, names=names)
     assert str(error).startswith(f"{file}: ")
     assert error.hint
 
 
-def test_a_file_that_cannot_be_read(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write("settings.yaml", "name: one")
     missing, elsewhere = tmp_path / "setings.yaml", tmp_path / "other" / "thing.yaml"
     assert fails(missing, code="missing-file", source=missing).hint == f"Did you mean {file}?"
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_read(write, tmp_path: Path, monkeypatch: pytest.M
     fails(file, code="unreadable-file", source=file, names="Permission denied")
 
 
-def test_values_that_no_model_can_mean(write) -> None:
+def test_values_that_no_configuration_can_contain(write) -> None:
     fails(write("a.yaml", "name: one\nfree: {x: [1.0, -.inf]}"), code="not-finite", key="free.x.1", names="-inf")
     fails(write("b.yaml", "name: one\nfree: &loop {x: *loop}"), code="circular-reference", key="free.x")
     fails({"name": "one", "free": {1: 2}}, code="wrong-type", key="free", names="key 1 ")
@@ -142,7 +142,7 @@ def test_bases_are_merged_key_by_key(write) -> None:
     )
 
 
-def test_a_part_of_another_type_is_replaced(write) -> None:
+def test_component_of_another_type_is_replaced(write) -> None:
     write("base.yaml", "name: one\npart: {type: plain, size: 2}")
     assert load(Settings, write("a.yaml", "base: base.yaml\npart: {type: odd}")).part == Part(type="odd")
     assert load(Settings, write("b.yaml", "base: base.yaml\npart: {type: plain}")).part == Part(size=2)
@@ -157,7 +157,7 @@ def test_base_alone_and_base_of_a_dict(write, monkeypatch: pytest.MonkeyPatch) -
     assert load(Settings, {"base": "base.yaml", "mode": "fast"}) == Settings(name="one", mode="fast")
 
 
-def test_mistakes_are_reported_where_they_stand(write) -> None:
+def test_errors_name_the_file_of_the_value(write) -> None:
     base = write("base.yaml", "name: one\npart: {size: 0, rate: 0}\nmode: fast\nfree: 3")
     file = write("top.yaml", "base: base.yaml\npart: {rate: 1}\nfree: {}")
     fails(file, code="out-of-range", source=base)
@@ -260,12 +260,12 @@ def test_bad_overrides(override: str, code: str, key: str, names: str | list[str
         ({"zebra": 1, "name": 3}, "unknown-key", "zebra", "name, part, items, pair, mode, free"),
     ],
 )
-def test_what_wrong_values_are_called(changes: dict[str, Any], code: str, key: str, names: str | list[str]) -> None:
+def test_names_of_wrong_values(changes: dict[str, Any], code: str, key: str, names: str | list[str]) -> None:
     error = fails({"name": "one"} | changes, code=code, key=key, source="dict", names=names)
     assert error.hint
 
 
-def test_errors_cross_process_borders() -> None:
+def test_errors_can_be_pickled() -> None:
     error = fails({"name": 3}, code="wrong-type", key="name")
     copy = pickle.loads(pickle.dumps(error))
     for name in ("source", "key", "message", "hint", "code"):
@@ -273,11 +273,11 @@ def test_errors_cross_process_borders() -> None:
     assert str(copy) == str(error)
 
 
-def test_problem_and_remedy_are_other_names_of_message_and_hint() -> None:
+def test_problem_and_remedy_are_aliases_of_message_and_hint() -> None:
     error = fails({"name": 3}, code="wrong-type")
     assert (error.problem, error.remedy) == (error.message, error.hint)
 
 
-def test_spec_errors_are_errors_of_the_configuration() -> None:
+def test_spec_error_is_an_alias_of_config_error() -> None:
     assert issubclass(revnets.SpecError, ConfigError)
     assert isinstance(option_error("--png", "no picture", code="unknown-suffix"), revnets.SpecError)

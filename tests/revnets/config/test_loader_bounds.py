@@ -1,4 +1,4 @@
-"""Configurations that are too large, or no plain text: refused before anything of their size is built."""
+"""Configurations that are too large or not plain text are rejected before they are built."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def file(tmp_path: Path) -> Path:
     ],
     ids=["aliases", "key", "merge keys", "nested aliases", "values", "bytes"],
 )
-def test_a_file_that_is_too_large(file: Path, text: str) -> None:
+def test_file_that_is_too_large(file: Path, text: str) -> None:
     file.write_text(text)
     with raises_error(code="too-large", source=file, key=""):
         read_layers(file)
 
 
-def test_the_largest_file_that_is_read(file: Path) -> None:
+def test_largest_file_that_is_read(file: Path) -> None:
     deepest = "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1)
     file.write_text(f"a: {deepest}\n# {'x' * 800_000}\nb: [{'1,' * 50_000}]")
     assert len(read_layers(file).data["b"]) == 50_000
@@ -90,7 +90,7 @@ def test_an_override_with_too_many_keys(text: str) -> None:
         load_spec(NET, [text])
 
 
-def test_origins_are_looked_up_key_by_key() -> None:
+def test_origins_are_found_key_by_key() -> None:
     low = Layer("low", {"a": {"b": 1, "c": {"d": 2}}, "e": 3})
     layers = Layers([low, Layer("high", {"a": {"c": {"d": 4}}})])
     assert [layers.origin(keys) for keys in [("a", "b"), ("a", "c", "d"), ("a", "x"), ("x",)]] == [
@@ -101,8 +101,8 @@ def test_origins_are_looked_up_key_by_key() -> None:
     assert layers.origin(("e",)) == "low"
 
 
-def test_every_unknown_key_costs_the_same() -> None:
-    """Counts the calls of functions while a file and its base are merged and refused."""
+def test_unknown_keys_have_constant_cost() -> None:
+    """Count function calls while a file and its base file are merged and rejected."""
 
     def calls(count: int) -> int:
         found = 0
@@ -135,12 +135,12 @@ def test_every_unknown_key_costs_the_same() -> None:
         (["columns=6000", "levels.0.depth=0", "levels.1.depth=0"], "columns"),
     ],
 )
-def test_a_net_with_too_many_parts(overrides: list[str], key: str) -> None:
+def test_network_with_too_many_components(overrides: list[str], key: str) -> None:
     with raises_error(code="out-of-range", key=key):
         load_spec(NET, overrides)
 
 
-def test_levels_are_counted_before_they_are_read() -> None:
+def test_levels_are_counted_before_validation() -> None:
     with raises_error(code="out-of-range", key="levels", names="5000 levels"):
         load_spec({**NET, "levels": [{"dim": "no number"}] * 5000})
 
@@ -151,7 +151,7 @@ def test_connections_of_many_levels_are_bounded() -> None:
         load_spec({**NET, "columns": 20, "residual": 0, "reads": ["full"], "levels": levels})
 
 
-def test_bases_of_bases_are_bounded(tmp_path: Path) -> None:
+def test_number_of_chained_base_files_is_bounded(tmp_path: Path) -> None:
     for index in range(MAX_BASES + 2):
         (tmp_path / f"{index}.yaml").write_text(f"base: {index + 1}.yaml")
     with raises_error(code="too-large", key="base"):
@@ -167,7 +167,7 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path, name: str, is_base: bool
         read_layers(tmp_path / ("top.yaml" if is_base else name))
 
 
-def test_links_in_a_circle(tmp_path: Path) -> None:
+def test_circular_links(tmp_path: Path) -> None:
     (tmp_path / "link.yaml").symlink_to(tmp_path / "link.yaml")
     with raises_error(code="unreadable-file"):
         read_layers(tmp_path / "link.yaml")
@@ -190,7 +190,7 @@ def test_links_in_a_circle(tmp_path: Path) -> None:
         ("x: -0x" + "f" * 100, "out-of-range"),
     ],
 )
-def test_values_that_nothing_can_be_made_of(file: Path, text: str, code: str) -> None:
+def test_values_that_cannot_be_constructed(file: Path, text: str, code: str) -> None:
     file.write_text(text)
     with raises_error(code=code, source=file):
         read_layers(file)
@@ -199,7 +199,7 @@ def test_values_that_nothing_can_be_made_of(file: Path, text: str, code: str) ->
             read_layers({}).override(text.replace(": ", "=", 1))
 
 
-def test_an_explicit_tag_that_fits() -> None:
+def test_valid_explicit_tag() -> None:
     assert parse_value("[!!float 3, !!int '3', !!bool off, !!null ~, !!str 010]") == [3.0, 3, False, None, "010"]
 
 
@@ -211,7 +211,7 @@ def test_control_characters_are_shown_as_escapes(file: Path) -> None:
     assert caught.value.key == "k\\x1b[31m\\u202e"
 
 
-def test_other_sources_than_files_and_mappings() -> None:
+def test_invalid_sources() -> None:
     for source in (None, 3, [1]):
         with raises_error(code="empty-file" if source is None else "wrong-format", source="dict"):
             read_layers(source)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""What a YAML may say: defaults, shorthands, options in the types of a signature, and back to plain data."""
+"""Specifications: defaults, short forms, options with the types of a signature, and conversion to plain data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ drop_path: 0.1
 
 
 def net(**changes: Any) -> dict[str, Any]:
-    """NET as a dict, with changes."""
+    """Return NET as a dict with changes."""
     return yaml.safe_load(NET) | changes
 
 
@@ -39,7 +39,7 @@ def test_defaults() -> None:
     assert (spec.gain.init, spec.gain.min_abs, spec.gain.learn) == (0.5, 1e-3, True)
 
 
-def test_one_item_stands_for_a_list_of_one() -> None:
+def test_one_item_means_a_list_of_one() -> None:
     spec = load_spec(net(reads="full", taps=1))
     assert (spec.reads, spec.taps) == (("full",), (1,))
     assert load_spec(net(reads=1)).reads == (1,)
@@ -49,12 +49,12 @@ def test_memory_per_column() -> None:
     assert load_spec(net(memory=["store", "exact"])).memory == ("store", "exact")
 
 
-def test_a_name_alone_stands_for_a_part_without_options() -> None:
+def test_name_alone_means_a_component_without_options() -> None:
     assert load_spec(net(stem="patchify")).stem == load_spec(net(stem={"type": "patchify"})).stem
 
 
-def test_nulls_that_mean_something() -> None:
-    """No head, and at a level: as the net has it."""
+def test_meaning_of_null() -> None:
+    """No head, or for a level the setting of the network."""
     data = net(head=None)
     data["levels"][0] |= {"stride": None, "reads": None}
     assert load_spec(data) == load_spec(net(head=None))
@@ -68,8 +68,8 @@ def test_reductions() -> None:
     assert load_spec(net(levels=levels)).reductions() == [2, 4, 12, 12]
 
 
-def test_drop_path_rates_rise_inside_a_column() -> None:
-    """As in the official release; a block's own rate stays, and a block that takes none is passed over."""
+def test_drop_path_rates_rise_within_a_column() -> None:
+    """As in the official release. Blocks keep their own rate, and blocks without this option are skipped."""
     levels = [
         {"dim": 8, "depth": 2, "block": "mlp"},
         {"dim": 8, "depth": 1, "block": "mlp", "drop_path": 0.5},
@@ -103,7 +103,7 @@ def test_dump_loads_again(changes: dict[str, Any]) -> None:
     assert load_spec(yaml.safe_load(text)) == spec
 
 
-def test_dump_holds_the_name_of_an_initialization_and_no_value_that_it_sets() -> None:
+def test_dump_contains_the_initialization_but_not_its_values() -> None:
     data = dump(load_spec(net(init="fast", gain={"min_abs": 0.125})))
     assert (data["init"], data["gain"]) == ("fast", {"min_abs": 0.125})
     assert load_spec(data, ["init=paper"]).gain.init == 0.5
@@ -138,7 +138,7 @@ class Block(nn.Module):
 """
 
 
-def test_options_come_in_the_types_of_the_signature(own_modules: Path) -> None:
+def test_options_have_the_types_of_the_signature(own_modules: Path) -> None:
     (own_modules / "own_options.py").write_text(OWN_OPTIONS)
     file = own_modules / "net.yaml"
     options = "sizes: [1, 2], weights: [1, 2.5], mode: soft, act: gelu, bias: true, anything: {a: [1]}, odd: 1"
@@ -147,10 +147,10 @@ def test_options_come_in_the_types_of_the_signature(own_modules: Path) -> None:
     expected = {"sizes": (1, 2), "weights": [1.0, 2.5], "act": "gelu", "bias": True, "anything": {"a": [1]}, "odd": 1}
     assert {key: given[key] for key in expected} == expected
     assert given["mode"].name == "SOFT"
-    assert given["depth"] == 7  # `depth: 1` is the level's own key and not the block's argument
+    assert given["depth"] == 7  # `depth: 1` is a key of the level, not an argument of the block
 
 
-def test_a_dict_may_hold_what_a_file_cannot(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dict_may_contain_values_that_files_cannot(own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_modules / "own_options.py").write_text(OWN_OPTIONS)
     monkeypatch.syspath_prepend(own_modules)
     level = {"dim": 8, "depth": 1, "block": "own_options:Block", "norm": torch.nn.BatchNorm2d}
@@ -160,7 +160,7 @@ def test_a_dict_may_hold_what_a_file_cannot(own_modules: Path, monkeypatch: pyte
         load_spec(net(levels=[level | {"norm": int}, level]))
 
 
-def test_columns_need_no_stem() -> None:
+def test_columns_require_no_stem() -> None:
     data = {key: value for key, value in net().items() if key not in ("stem", "head", "taps")}
     columns = load(revnets.ColumnsSpec, data)
     assert not {"stem", "head", "taps"} & set(revnets.ColumnsSpec.model_fields)
@@ -178,7 +178,7 @@ def test_overrides_may_be_values() -> None:
     assert load_spec(net(), {"columns": 5, "gain.init": 0.25}) == load_spec(net(), ["columns=5", "gain.init=0.25"])
 
 
-def test_a_spec_that_is_not_trusted_is_checked_again() -> None:
+def test_untrusted_spec_is_validated_again() -> None:
     spec = load_spec(net())
     first = spec.levels[0].model_copy(update={"block": "torch.nn:Identity", "options": {}})
     with raises_error(code="not-trusted", key="levels.0.block"):

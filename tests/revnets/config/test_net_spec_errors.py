@@ -1,4 +1,4 @@
-"""One clear line for each mistake that a YAML can hold."""
+"""Each mistake in a YAML file raises a one-line error."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def nothing(dim):
         ("levels.0.block", "own_blocks:nothing", "invalid-component", ["own_blocks:nothing", "torch.nn.Module"]),
     ],
 )
-def test_bad_block_of_ones_own(own_modules: Path, key: str, block: str, code: str, names: list[str]) -> None:
+def test_invalid_custom_block(own_modules: Path, key: str, block: str, code: str, names: list[str]) -> None:
     (own_modules / "own_blocks.py").write_text(OWN_BLOCKS)
     (own_modules / "raises.py").write_text("def f():\n    1\n    return 1 / 0\n\nf()\n")
     (own_modules / "exits.py").write_text("import sys\nsys.exit(3)\n")
@@ -103,11 +103,11 @@ def places(value: Any, keys: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @given(st.lists(st.tuples(st.sampled_from(places(yaml.safe_load(GOOD))), VALUES), min_size=1, max_size=3))
-def test_any_values_give_a_net_or_one_clear_line(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
+def test_any_values_give_a_network_or_a_one_line_error(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
     data = yaml.safe_load(GOOD)
     for keys, value in changes:
         place: Any = data
-        with suppress(LookupError, TypeError):  # an earlier change took the place away
+        with suppress(LookupError, TypeError):  # an earlier change has removed this key
             for key in keys[:-1]:
                 place = place[key]
             place[keys[-1]] = value

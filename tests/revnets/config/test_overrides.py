@@ -1,4 +1,4 @@
-"""Values of the command line and of files that YAML reads in another way than people do, and paths with `~`."""
+"""Values with a surprising meaning in YAML, on the command line and in files, and paths with `~`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Numbers(Strict):
 
 
 @pytest.mark.parametrize("text", ["runs/try #3", "#3", "3 # three", "{a: 1} # b", "[1, #2\n]", "'x' # y"])
-def test_what_follows_a_hash_is_not_dropped(text: str) -> None:
+def test_text_after_a_hash_is_not_dropped(text: str) -> None:
     with raises_error(code="invalid-syntax", key="text", names="#"):
         parse_value(text, "text")
 
@@ -54,7 +54,7 @@ def test_line_feeds_are_not_dropped(text: str) -> None:
         ("2024-05-06", "2024-05-06"),
     ],
 )
-def test_values_that_are_read_as_they_are(text: str, value: object) -> None:
+def test_values_that_are_read_unchanged(text: str, value: object) -> None:
     found = parse_value(text)
     assert found == value
     assert type(found) is type(value)
@@ -73,7 +73,7 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("text", [*AMBIGUOUS, "1_0.5", "190:20:30", "1:30.5", "00"])
-def test_numbers_that_yaml_reads_in_another_way_than_people(tmp_path: Path, text: str) -> None:
+def test_ambiguous_numbers(tmp_path: Path, text: str) -> None:
     file = tmp_path / "numbers.yaml"
     for key in ("whole", "real"):
         file.write_text(f"{key}: {text}")
@@ -87,18 +87,18 @@ def test_numbers_that_yaml_reads_in_another_way_than_people(tmp_path: Path, text
 
 
 @pytest.mark.parametrize("text", ["0b_", "0o_", "0x_", "0x1F.5", "0b11.5", "0o17."])
-def test_prefixes_without_a_whole_number(text: str) -> None:
+def test_prefixes_of_bases_without_digits(text: str) -> None:
     with raises_error(code="wrong-type", key="real", names=text):
         load(Numbers, {"real": text})
 
 
-def test_a_number_of_many_digits_is_matched_in_linear_time() -> None:
+def test_number_with_many_digits_is_matched_in_linear_time() -> None:
     with raises_error(code="number-as-text"):
         load(Numbers, {"whole": "1" * 500_000})
     assert parse_value("1" * 500_000 + "x") == "1" * 500_000 + "x"
 
 
-def test_yes_and_no_where_text_is_wanted() -> None:
+def test_yes_and_no_where_text_is_expected() -> None:
     with raises_error(code="wrong-type", key="text", names="quotes"):
         load(Numbers, {}, ["text=no"])
 
@@ -112,13 +112,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_home_folder_in_paths_of_files_and_bases(home: Path) -> None:
+def test_home_directory_in_paths_of_files_and_base_files(home: Path) -> None:
     (home / "child.yaml").write_text("base: ~/net.yaml\ncolumns: 3")
     assert load_spec("~/child.yaml").columns == 3
     assert load_spec({"base": "~/net.yaml"}).columns == 2
 
 
-def test_the_home_folder_in_values(home: Path) -> None:
+def test_home_directory_in_values(home: Path) -> None:
     assert load(Numbers, {"path": "~/a/~b"}).path == f"{home}/a/~b"
     assert load(Numbers, {}, ["path=~/a"]).path == f"{home}/a"
     assert load(Numbers, {"path": "~root/a"}).path == str(Path("~root/a").expanduser())
@@ -126,7 +126,7 @@ def test_the_home_folder_in_values(home: Path) -> None:
     assert load(Numbers, {"text": "~/a"}).text == "~/a"  # no path
 
 
-def test_the_home_folder_of_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_directory_that_does_not_exist(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with raises_error(code="invalid-value", key="path", names="~nobody_at_all"):
         load(Numbers, {"path": "~nobody_at_all/a"})
     monkeypatch.chdir(home)
@@ -135,7 +135,7 @@ def test_the_home_folder_of_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def status_of_command(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> object:
-    """The exit status of a command in a folder, whose words no shell has read."""
+    """Run a command in a directory without a shell; return its exit status."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["revnets", *words])
     with pytest.raises(SystemExit) as ended:
@@ -143,21 +143,19 @@ def status_of_command(words: list[str], folder: Path, monkeypatch: pytest.Monkey
     return ended.value.code
 
 
-def test_the_home_folder_in_options_that_no_shell_has_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_directory_in_options_without_a_shell(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["show", "~/net.yaml", "--png=~/net.png", "--svg", "~/net.svg"]
     assert status_of_command(words, home / "..", monkeypatch) == 0
     assert (home / "net.png").exists()
     assert (home / "net.svg").exists()
 
 
-def test_a_path_that_is_too_long_for_the_system(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_path_that_is_too_long(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of_command(["show", "x" * 5000], home, monkeypatch) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", ["2", "9" * 30, "9" * 5000])
-def test_an_item_that_a_list_does_not_have_is_refused(number: str) -> None:
+def test_missing_list_item_is_rejected(number: str) -> None:
     with raises_error(code="invalid-override", names=number[:30]):
         load_spec({"columns": 1, "levels": [{"dim": 4, "depth": 1}] * 2}, [f"levels.{number}.dim=3"])

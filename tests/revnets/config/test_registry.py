@@ -1,4 +1,4 @@
-"""Parts by name and by import path."""
+"""Components by name and by import path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Doubling(nn.Module):
         return x * self.times
 
 
-def test_registered_parts_are_known_by_name() -> None:
+def test_registered_components_are_found_by_name() -> None:
     kinds = {"block": revnets.register_block, "fusion": revnets.register_fusion,
              "stem": revnets.register_stem, "head": revnets.register_head}  # fmt: skip
     for kind, register in kinds.items():
@@ -48,14 +48,14 @@ def test_registered_parts_are_known_by_name() -> None:
         ("stem", "patch_embed", "vision.vit:PatchEmbed"),
     ],
 )
-def test_parts_of_vision_are_known_by_name_and_by_their_paths(kind: str, name: str, path: str) -> None:
+def test_components_of_vision_are_found_by_name_and_path(kind: str, name: str, path: str) -> None:
     pytest.importorskip("timm")
     for trust in (True, False):
         assert find_component(kind, name, trust=trust) is find_component(kind, path, trust=trust)
     assert name in names(kind)
 
 
-def test_a_net_of_parts_of_vision_is_the_same_by_either_name() -> None:
+def test_names_and_paths_of_vision_components_build_the_same_network() -> None:
     pytest.importorskip("timm")
     builds = []
     for stem, block in (("patch_embed", "vit_post_norm"), ("vision.vit:PatchEmbed", "vision.vit:PostNormBlock")):
@@ -68,12 +68,12 @@ def test_a_net_of_parts_of_vision_is_the_same_by_either_name() -> None:
         assert torch.equal(one[1], other[1])
 
 
-def test_a_registered_block_may_have_the_name_of_one_of_vision() -> None:
+def test_registered_block_may_have_the_name_of_a_vision_block() -> None:
     revnets.register_block("vit_post_norm")(Doubling)
     assert find_component("block", "vit_post_norm") is Doubling
 
 
-def test_a_registered_block_is_built_and_its_options_are_checked() -> None:
+def test_registered_block_is_built_and_its_options_are_checked() -> None:
     revnets.register_block("doubling")(Doubling)
     level = {"dim": 8, "depth": 1, "block": "doubling", "times": 3}
     data = {"columns": 1, "stem": "patchify", "levels": [level, level]}
@@ -82,11 +82,11 @@ def test_a_registered_block_is_built_and_its_options_are_checked() -> None:
         revnets.build(data, ["levels.1.times='3'"])
 
 
-def test_a_name_is_given_once() -> None:
+def test_names_are_unique() -> None:
     revnets.register_block("doubling")(Doubling)
-    revnets.register_block("doubling")(Doubling)  # the same again
+    revnets.register_block("doubling")(Doubling)  # registered twice
     again = type("Doubling", (nn.Module,), {"__module__": Doubling.__module__, "__qualname__": Doubling.__qualname__})
-    revnets.register_block("doubling")(again)  # its module was run a second time
+    revnets.register_block("doubling")(again)  # its module runs a second time
     assert find_component("block", "doubling") is again
     with raises_error(ValueError, code="name-clash", key="name", names=["'doubling'", Doubling.__module__]):
         revnets.register_block("doubling")(nn.Identity)
@@ -94,7 +94,7 @@ def test_a_name_is_given_once() -> None:
         revnets.register_block("my:block")
 
 
-def test_built_in_parts() -> None:
+def test_built_in_components() -> None:
     assert set(names("block")) >= {"convnext", "vit", "mlp"}
     assert set(names("fusion")) >= {"convnext", "linear", "identity"}
     assert set(names("stem")) >= {"patchify", "tokens", "linear"}
@@ -108,7 +108,7 @@ def test_unknown_names() -> None:
         find_component("block", "zzz")
 
 
-def test_options_are_the_arguments_that_the_framework_leaves() -> None:
+def test_options_are_the_remaining_arguments() -> None:
     assert list(options("block", "convnext")) == ["kernel_size", "expand", "layer_scale", "drop_path", "shortcut"]
     assert list(options("fusion", "linear")) == ["project", "norm"]
     assert list(options("head", "classifier")) == ["num_classes", "dropout"]
@@ -123,7 +123,7 @@ def pair(dim: int, *, bias: bool = True):
 """
 
 
-def test_a_function_is_a_part_if_it_is_registered(own_modules: Path) -> None:
+def test_registered_function_is_a_component(own_modules: Path) -> None:
     (own_modules / "own_function.py").write_text(FUNCTION)
     with raises_error(PartError, code="invalid-component", names=["own_function:pair", "revnets.register_block"]):
         options("block", "own_function:pair", [own_modules])
@@ -134,7 +134,7 @@ def test_a_function_is_a_part_if_it_is_registered(own_modules: Path) -> None:
     assert list(options("block", "pair")) == ["bias"]
 
 
-def test_modules_beside_the_file_and_in_the_working_directory(own_modules: Path, monkeypatch) -> None:
+def test_modules_next_to_the_file_and_in_the_working_directory(own_modules: Path, monkeypatch) -> None:
     for folder, name in (("yaml", "own_beside"), ("work", "own_working"), ("base", "own_base")):
         (own_modules / folder).mkdir()
         (own_modules / folder / f"{name}.py").write_text("from torch.nn import Identity as Block\n")
@@ -149,8 +149,8 @@ def test_modules_beside_the_file_and_in_the_working_directory(own_modules: Path,
     revnets.build(net.spec)  # later, from elsewhere
 
 
-def test_another_module_of_that_name(own_modules: Path) -> None:
-    """Two experiments with a blocks.py each: the second must not get the first one's classes."""
+def test_another_module_of_the_same_name(own_modules: Path) -> None:
+    """Of two experiments with a blocks.py each, the second must not get the classes of the first."""
     for folder in ("one", "two"):
         (own_modules / folder).mkdir()
         (own_modules / folder / "own_twin.py").write_text("from torch.nn import Identity as Block\n")
@@ -163,7 +163,7 @@ def test_another_module_of_that_name(own_modules: Path) -> None:
         find_component("block", "math:sqrt", [own_modules / "two"])
 
 
-def test_a_package_of_ones_own(own_modules: Path) -> None:
+def test_custom_package(own_modules: Path) -> None:
     package = own_modules / "own_package" / "parts"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

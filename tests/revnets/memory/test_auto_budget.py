@@ -1,4 +1,4 @@
-"""A net under a budget plans itself at its first training forward, and the step then takes what it may."""
+"""A model with a budget plans memory at its first training forward pass, and the step stays within the budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _simulated_once() -> Iterator[None]:
 
 
 def between(share: float, shape: tuple[int, ...] = SHAPE, **request) -> int:
-    """A budget between the least and the most that the net can take."""
+    """Return a budget between the lowest and the highest peak of the model."""
     rows = {row.mode: row for row in plan(NET, shape, optimizer="none", modes=("store", "exact"), **request).modes}
     least, most = 1.011 * rows["exact"].peak, rows["store"].peak
     return int(least + share * (most - least))
@@ -61,7 +61,7 @@ def peak_of_step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype = torch.f
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
-def test_the_first_training_forward_plans_and_the_step_fits(share: float) -> None:
+def test_first_training_forward_plans_and_step_fits(share: float) -> None:
     budget = between(share)
     model = net(budget=budget)
     x = torch.randn(SHAPE)
@@ -74,13 +74,13 @@ def test_the_first_training_forward_plans_and_the_step_fits(share: float) -> Non
     assert 0.7 * budget < peak_of_step(model, x) <= budget
 
 
-def test_more_than_enough_stores_everything() -> None:
+def test_large_budget_stores_everything() -> None:
     model = net(budget="1GiB")
     model(torch.randn(SHAPE))
     assert set(model.columns.memory) == {"store"}
 
 
-def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_plan_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model = net(budget=between(0.4))
     with caplog.at_level(logging.INFO, logger="revnets"):
         for _ in range(3):
@@ -90,7 +90,7 @@ def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "more FLOPs than keeping everything" in record.getMessage()
 
 
-def test_gradients_are_those_of_a_net_without_a_budget() -> None:
+def test_gradients_equal_those_without_budget() -> None:
     x, found = torch.randn(SHAPE), []
     for memory in ("store", {"budget": between(0.4), "optimizer": "none"}):
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_a_net_without_a_budget() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_neither_eval_nor_inference_plans() -> None:
+def test_eval_and_no_grad_do_not_plan() -> None:
     model = net(budget="1KiB")
     with torch.no_grad():
         model(torch.randn(SHAPE))
@@ -111,8 +111,8 @@ def test_neither_eval_nor_inference_plans() -> None:
         model.train()(torch.randn(SHAPE))
 
 
-def test_a_first_forward_under_transforms_and_hooks() -> None:
-    """torch.func runs the net plainly, and a checkpoint around the net must not get the simulation's tensors."""
+def test_first_forward_under_transforms_and_hooks() -> None:
+    """torch.func runs the model without a plan. A checkpoint around the model must not see simulated tensors."""
     model, x = net(budget=between(0.4)), torch.randn(SHAPE)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     grads = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (x,)).square().sum())(weights)
@@ -126,24 +126,24 @@ def test_a_first_forward_under_transforms_and_hooks() -> None:
 def test_nothing_fits() -> None:
     model = net(budget="90KiB", optimizer="adamw")
     smallest = 1.01 * plan(NET, SHAPE, modes=("exact",)).modes[0].peak
-    for _ in range(2):  # it does not run without a plan the second time either
+    for _ in range(2):  # the second call also requires a plan
         with raises_error(
             PlanError, code="over-budget", key="budget", names=["90.0 KiB", size(int(smallest))]
         ) as caught:
             model(torch.randn(SHAPE))
-        assert "an optimizer" in str(caught.value)  # what takes most
+        assert "an optimizer" in str(caught.value)  # the largest part
     with raises_error(PlanError, code="over-budget", key="budget", names=["401 samples", "lower the batch"]):
         net(budget="500KiB")(torch.randn(SHAPE))
 
 
-def test_a_mode_that_is_set_takes_the_choice_back() -> None:
+def test_setting_a_mode_cancels_the_budget() -> None:
     model = net(budget="1KiB")
     model.columns.memory = "exact"
     model(torch.randn(SHAPE))
     assert not hasattr(model, "memory_plan")
 
 
-def test_audit_and_plan_leave_the_budget_waiting() -> None:
+def test_audit_and_plan_keep_the_budget_pending() -> None:
     model = net(budget="1GiB")
     found = revnets.audit(model, torch.randn(7, 13))
     assert [mode.equal for mode in found.modes if mode.mode == "exact"] == [True]
@@ -153,7 +153,7 @@ def test_audit_and_plan_leave_the_budget_waiting() -> None:
     assert set(model.columns.memory) == {"exact"}
 
 
-def test_copies_plan_for_themselves() -> None:
+def test_copies_make_their_own_plan() -> None:
     model = net(budget="1GiB")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other(torch.randn(SHAPE))
@@ -161,7 +161,7 @@ def test_copies_plan_for_themselves() -> None:
     assert model.columns.budget is not None
 
 
-def test_autocast_is_seen() -> None:
+def test_plan_uses_autocast_state() -> None:
     budget = between(0.3, dtype=torch.bfloat16)
     model, x = net(budget=budget), torch.randn(SHAPE)
     with torch.autocast("cpu", torch.bfloat16):
@@ -172,7 +172,7 @@ def test_autocast_is_seen() -> None:
     assert peak_of_step(model, x, torch.bfloat16) <= budget
 
 
-def test_larger_inputs_are_warned_of() -> None:
+def test_larger_input_raises_warning() -> None:
     model = net(budget=between(0.4))
     model(torch.randn(SHAPE))
     model(torch.randn(300, 13))
@@ -184,7 +184,7 @@ def test_larger_inputs_are_warned_of() -> None:
 
 
 class Host(nn.Module):
-    """Somebody else's model around columns."""
+    """A model that contains columns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_any_model_with_columns() -> None:
         revnets.keep_budget(model, "plenty")
 
 
-def test_a_twin_has_the_shapes_and_what_is_frozen() -> None:
+def test_twin_has_same_shapes_and_frozen_parameters() -> None:
     model = net(budget="1GiB")
     model.stem.requires_grad_(False)
     twin = model.twin()
@@ -215,7 +215,7 @@ def test_a_twin_has_the_shapes_and_what_is_frozen() -> None:
     assert all(parameter.is_meta for parameter in twin.parameters())
 
 
-def test_the_spec_round_trip() -> None:
+def test_spec_round_trip() -> None:
     spec = revnets.load_spec({**NET, "memory": {"budget": "24GiB", "ranks": 4, "sharding": "fsdp"}})
     assert spec.memory == BudgetSpec(budget="24GiB", ranks=4, sharding="fsdp")
     assert revnets.load_spec(spec, ["memory.ranks=2"]).memory == BudgetSpec(budget="24GiB", ranks=2, sharding="fsdp")
@@ -224,7 +224,7 @@ def test_the_spec_round_trip() -> None:
 
 
 class Called(nn.Module):
-    """Goes through only if every argument arrives as the caller passed it."""
+    """Checks that every argument arrives as the caller passed it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class Called(nn.Module):
 
 
 @pytest.mark.parametrize("memory", ["store", "exact"])
-def test_the_planned_step_gets_all_arguments_of_the_call(memory: str) -> None:
+def test_planned_step_gets_all_arguments_of_the_call(memory: str) -> None:
     model = Called()
     budget = "1GiB" if memory == "store" else between(0.1)
     revnets.keep_budget(model, BudgetSpec(budget=budget, optimizer="none"))

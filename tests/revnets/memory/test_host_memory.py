@@ -1,4 +1,4 @@
-"""Host memory in a budget: what a plan moves there, what that costs, and whether a step keeps to it."""
+"""Host memory in a budget: what a plan offloads, what that costs, and whether a step matches the plan."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def net() -> revnets.Net:
 
 @cache
 def planned(**changes: Any) -> Plan:
-    """A plan under a budget between the peaks of `exact` and `store`, for a device of 1 GFLOP/s."""
+    """Return a plan for a budget between the peaks of `exact` and `store`, on a device of 1 GFLOP/s."""
     request = {"budget": BUDGET, "host": "64GiB", "flops": 1e9, "optimizer": "none", "modes": ()}
     return plan(net(), SHAPE, **{**request, **changes})
 
 
-def test_a_fast_link_spares_work_that_a_slow_one_does_not():
+def test_fast_link_saves_compute_and_slow_link_does_not():
     alone = planned(host=None, flops=None).chosen
     fast, slow = planned().chosen, planned(link="1kB/s").chosen
     assert (alone.host, alone.offloaded) == (0, ())
@@ -55,7 +55,7 @@ def test_a_fast_link_spares_work_that_a_slow_one_does_not():
     assert slow.host < fast.host
 
 
-def test_a_step_keeps_to_the_plan_and_has_the_gradients_of_store():
+def test_step_matches_plan_and_gradients_of_store():
     model, x = net(), torch.randn(SHAPE)
     model.columns.memory = "store"
     torch.manual_seed(1)
@@ -91,7 +91,7 @@ class WideHead(nn.Module):
         return self.columns(x)[-1]
 
 
-def test_host_memory_may_hold_the_lost_bits_of_some_cells():
+def test_lost_bits_of_some_cells_move_to_host_memory():
     model, x = WideHead(), torch.empty(4093, 64)
 
     def chosen(budget: int, bytes_on_host: int) -> Prediction | None:
@@ -124,32 +124,32 @@ def test_a_pending_budget_uses_host_memory():
     assert model.columns.offloaded == set(model.memory_plan.chosen.offloaded) != set()
 
 
-def test_the_speed_of_the_device_is_measured_if_it_is_not_given(monkeypatch):
+def test_device_speed_is_measured_if_not_given(monkeypatch):
     asked = []
     monkeypatch.setattr(host_options, "measured_flops", lambda *about: asked.append(about) or 1e9)
     assert planned(flops=None).chosen == planned().chosen
     assert asked == [(torch.device("cpu"), torch.float32)]
 
 
-def test_a_product_of_matrices_has_a_speed():
+def test_measured_flops_are_plausible():
     assert host_options.measured_flops(torch.device("cpu"), torch.float32) > 1e6
 
 
-def test_ranks_agree_on_the_plan_of_the_one_that_needs_the_most_memory():
+def test_ranks_use_the_plan_of_the_rank_with_the_largest_peak():
     large = planned(modes=("store",))
     small = plan(net(), (11, 64), budget=BUDGET, host="64GiB", flops=1e9, optimizer="none", modes=("store",))
-    hidden = replace(large, chosen=replace(large.chosen, extra=1.0))  # its copies cost no work
+    hidden = replace(large, chosen=replace(large.chosen, extra=1.0))  # its copies overlap with compute
     assert small.chosen.offloaded == ()
     assert _poorest([small, hidden]) is hidden
     assert _poorest([hidden, small]) is hidden
 
 
-def test_inputs_are_not_compared_with_a_plan_whose_offloaded_cells_are_others(recwarn):
+def test_no_input_warning_after_offloaded_cells_change(recwarn):
     model = net()
     planned().apply(model)
     model.memory_plan = planned()
     x = torch.randn(2 * SHAPE[0], SHAPE[1])
-    with pytest.warns(UserWarning, match="larger ones"):
+    with pytest.warns(UserWarning, match="may exceed the budget"):
         _compare(model, (x,), {})
     model.columns.offloaded = ()
     recwarn.clear()
@@ -157,33 +157,33 @@ def test_inputs_are_not_compared_with_a_plan_whose_offloaded_cells_are_others(re
     assert not recwarn
 
 
-# ------------------------------------------------------------------------------------------- the search
+# ------------------------------------------------------------------------------------------- search
 
 
 def options(model: torch.nn.Module | None = None) -> HostOptions:
-    """A device that does two units of work while the link moves a byte."""
+    """Options for a device with two units of compute in the time in which the link moves a byte."""
     return HostOptions(HostMemory(100, link=5, flops=10), model or torch.nn.Identity(), torch.float32)
 
 
 CELLS = [[Option(11, 700, 1000, LOST), Option(47, 600, 1000, STATE), Option(97, 300, 1000, ALL)]] * 3
 
 
-def test_a_copy_costs_what_it_takes_longer_than_the_cell_beside_it():
+def test_copy_costs_the_time_that_does_not_overlap():
     hosted = options().extended(CELLS, [83, 83, 83], [166, 166, 166])[0][3:]
     assert [(option.kept, option.host) for option in hosted] == [(0, 11), (0, 47), (0, 97)]
     assert [option.waits for option in hosted] == [0, 94 - 83, 194 - 83 + 194 - 166]
     assert [option.work - option.waits for option in hosted] == [700, 600, 301]
     last = options().extended(CELLS, [83, 83, 83], [166, 166, 166])[-1]
-    assert last[3].waits == 2 * 22  # nothing runs beside it
+    assert last[3].waits == 2 * 22  # nothing overlaps with it
 
 
-def test_bytes_that_move_are_those_of_activations_alone():
+def test_only_activations_are_offloaded():
     cells = [[Option(-83, 700, 1000, LOST), Option(-97, 600, 1000, STATE)]]
     hosted = options().extended(cells, [0], [0], gradients=[97])[0][2:]
     assert [(option.kept, option.host, option.room) for option in hosted] == [(-97, 14, 986)]  # gradients stay
 
 
-def test_the_search_keeps_within_host_memory():
+def test_search_respects_host_memory():
     host, room = options(), 11 * 3
     cells = host.extended(CELLS, [997] * 3, [997] * 3)
     chosen = host.search(cells, room)
@@ -195,16 +195,16 @@ def test_the_search_keeps_within_host_memory():
     assert sum(option.work for option in chosen) < sum(option.work for option in alone)
 
 
-# ------------------------------------------------------------------------------------------- what is given
+# ------------------------------------------------------------------------------------------- arguments
 
 
 @pytest.mark.parametrize(("given", "expected"), [("25GB/s", 25e9), ("2.5 GiB/s", 2.5 * 2**30), (19, 19)])
-def test_speeds_of_a_link(given, expected):
+def test_parse_link(given, expected):
     assert parse_link(given) == expected
 
 
 @pytest.mark.parametrize(("given", "expected"), [("300TFLOP/s", 3e14), ("1.5 GFLOP/s", 1.5e9), (7e12, 7e12), (3, 3)])
-def test_speeds_of_a_device(given, expected):
+def test_parse_flops(given, expected):
     assert parse_flops(given) == expected
 
 
@@ -226,12 +226,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("given", "key", "code"), WRONG)
-def test_wrong_values_in_a_specification(given, key, code):
+def test_invalid_values_in_a_spec(given, key, code):
     with raises_error(revnets.SpecError, code=code, key=f"memory.{key}"):
         revnets.load_spec({"base": str(NET), "memory": {"budget": "1GiB", **given}})
 
 
-def test_host_memory_needs_a_budget():
+def test_host_memory_requires_budget():
     with raises_error(revnets.SpecError, code="missing-key", key="memory.budget"):
         revnets.load_spec({"base": str(NET), "memory": {"host": "1GiB"}})
     with raises_error(PlanError, code="missing-budget", key="host"):
@@ -248,17 +248,17 @@ WRONG_IN_A_CALL = [
 
 
 @pytest.mark.parametrize(("given", "key", "code"), WRONG_IN_A_CALL)
-def test_wrong_values_in_a_call(given, key, code):
+def test_invalid_values_in_a_call(given, key, code):
     with raises_error(PlanError, code=code, key=key):
         plan(net(), SHAPE, budget=BUDGET, **given)
 
 
-def test_a_budget_without_host_memory_has_none():
+def test_budget_without_host_memory():
     spec = BudgetSpec(budget="1GiB")
     assert host_memory(spec.host, spec.link, spec.flops) is None
 
 
-def test_the_command_prints_both_memories():
+def test_command_prints_device_and_host_memory():
     words = ["--input", "64", "--batch", "211", "--optimizer", "none", "--budget", BUDGET]
     host = ["--host", "1GiB", "--link", "25GB/s", "--flops", "1GFLOP/s"]
     result = CliRunner().invoke(main.app, ["plan", str(NET), *SMALL, *words, *host], env={"COLUMNS": "200"})

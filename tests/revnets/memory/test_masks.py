@@ -1,4 +1,4 @@
-"""Masks of attention in networks of transformers, which depend on values that a simulated step does not have."""
+"""Attention masks of transformers models, which depend on values that a simulated step does not have."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXTS, LENGTH = 3, 101
 
 
 class Network(nn.Module):
-    """A network of GPT-2's shape that gives its logits alone."""
+    """A small GPT-2 that returns only its logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def words() -> Tensor:
     return torch.randint(7, (TEXTS, LENGTH))
 
 
-def test_one_text_a_row_needs_no_mask():
+def test_one_text_per_row_needs_no_mask():
     net = Network()
     revnets.make_reversible(net, blocks="model.transformer.h", memory="store")
     predicted = simulate(net, (words(),))
@@ -45,7 +45,7 @@ def test_one_text_a_row_needs_no_mask():
     assert (predicted.parameters, predicted.kept, predicted.peak) == (parameters, kept, peak)
 
 
-def test_the_parts_of_a_step_are_those_without_a_mask():
+def test_peak_parts_contain_no_mask():
     net = Network()
     revnets.make_reversible(net, blocks="model.transformer.h", memory="store")
     (found,) = memory_parts(net, (words(),), optimizer="sgd", modes=("store",)).modes
@@ -53,20 +53,20 @@ def test_the_parts_of_a_step_are_those_without_a_mask():
     assert found.peak - held == simulate(net, (words(),)).peak
 
 
-def test_positions_that_are_given_may_be_those_of_packed_texts():
+def test_position_ids_of_the_caller_may_be_packed():
     net, positions = Network(), torch.arange(LENGTH).expand(TEXTS, -1).contiguous()
     one, several = simulate(net, (words(),)), simulate(net, (words(), positions))
-    assert several.kept - one.kept >= TEXTS * LENGTH**2  # a byte for each pair of positions
+    assert several.kept - one.kept >= TEXTS * LENGTH**2  # one byte per pair of positions
 
 
-def test_transformers_is_left_as_it_was():
+def test_transformers_is_unchanged_afterwards():
     masks = transformers.masking_utils
     original = masks.find_packed_sequence_indices
     simulate(Network(), (words(),))
     assert masks.find_packed_sequence_indices is original
 
 
-def test_simulations_of_two_threads_end_in_any_order():
+def test_simulations_of_two_threads_may_end_in_any_order():
     masks = transformers.masking_utils
     original = masks.find_packed_sequence_indices
     first, second = without_packing(()), without_packing(())
@@ -78,7 +78,7 @@ def test_simulations_of_two_threads_end_in_any_order():
     assert masks.find_packed_sequence_indices is original
 
 
-def test_other_threads_see_packed_texts_during_a_simulation():
+def test_other_threads_detect_packed_texts_during_simulation():
     packed = torch.tensor([[0, 1, 2, 0, 1]])
     with without_packing(()), ThreadPoolExecutor(1) as other:
         find = transformers.masking_utils.find_packed_sequence_indices

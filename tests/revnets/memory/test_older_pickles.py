@@ -1,4 +1,4 @@
-"""Plans and budgets that an earlier version has pickled with a model."""
+"""Plans and budgets in pickles of earlier versions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOW = Prediction("exact", (2,), (1,), ((3, None),), *COUNTS, offloaded=(2,), hos
 
 
 def restored(kind: type, state: list) -> object:
-    """What `pickle` makes of the state of a frozen dataclass with slots: a list of its values."""
+    """Unpickle a frozen dataclass with slots, whose state is a list of its values."""
     found = object.__new__(kind)
     found.__setstate__(state)
     return found
@@ -45,7 +45,7 @@ def test_a_budget_without_host_memory():
     assert str(found) == "planned for 1GiB"
 
 
-def test_pickles_of_today():
+def test_pickles_of_this_version():
     plan = Plan((3, 5), "float32", 1, "ddp", (NOW,), 31, NOW, host=37)
     spec = BudgetSpec(budget="1GiB", host="3GiB")
     assert pickle.loads(pickle.dumps((plan, spec))) == (plan, spec)

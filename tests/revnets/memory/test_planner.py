@@ -1,4 +1,4 @@
-"""Plans: what fake tensors predict is what real ones take, and a budget is kept."""
+"""Memory plans: predictions agree with real steps, and budgets are respected."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def built(name: str, overrides: list[str], shape: tuple[int, ...] | None) -> tup
 
 
 def measured(net: revnets.Net, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[int, int]:
-    """Bytes kept and at the peak of one real step, weights included."""
+    """Return saved and peak bytes of one real step, weights included."""
     x = torch.randn(shape)
     with MemoryTracker() as tracker:
         tracker.register(net)
@@ -89,7 +89,7 @@ def flops(net: revnets.Net, shape: tuple[int, ...]) -> int:
     return counter.flops
 
 
-def test_under_autocast_and_with_stored_cells():
+def test_prediction_with_autocast_and_stored_cells():
     net, shape = built("revcol_tiny.yaml", SMALL, (5, 3, 64, 64))
     net.columns.stored = 3
     _, peak = measured(net, shape, torch.bfloat16)
@@ -101,7 +101,7 @@ def test_under_autocast_and_with_stored_cells():
     assert chosen.peak == pytest.approx(peak, rel=0.03)
 
 
-def test_planning_leaves_the_model_as_it_was():
+def test_planning_does_not_change_the_model():
     net, shape = built("vectors.yaml", ["columns=2"], None)
     net.columns.memory = ["invert"] + ["store"] * (net.columns.graph.columns - 1)
     before = net.columns.memory
@@ -121,15 +121,15 @@ def test_no_step_is_simulated_twice():
     assert len(set(names)) == len(names)
 
 
-def test_a_spec_is_planned_without_being_built():
+def test_spec_is_planned_without_building_it():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row = plan(EXAMPLES / "huge_reads.yaml", (1, 3, 64, 64), modes=("store",)).modes[0]
-    assert row.parameters == 4 * 2_157_594_760  # 8.6 GB that were never there
+    assert row.parameters == 4 * 2_157_594_760  # 8.6 GB, which are never allocated
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: a gigabyte
 
 
 @pytest.mark.slow
-def test_ten_budgets_are_kept_and_more_memory_means_less_work():
+def test_ten_budgets_are_respected_and_more_memory_means_less_compute():
     levels = "levels=[{dim: 16, depth: 1, block: mlp}, {dim: 24, depth: 1, block: mlp}]"
     net, shape = built("vectors.yaml", ["columns=3", levels], (601, 64))
     rows = {row.mode: row for row in plan(net, shape, optimizer="none").modes}
@@ -143,7 +143,7 @@ def test_ten_budgets_are_kept_and_more_memory_means_less_work():
         assert peak <= budget
         extra.append(found.chosen.extra)
         work.append(flops(net, shape))
-    # The search corrects what it assumes of single cells by a few simulations, which is not exact to the last cell.
+    # A few simulations correct the search, which is not exact to the last cell.
     for costs in (extra, work):
         assert all(more <= 1.005 * less for less, more in pairwise(costs))
     assert work[-1] == rows["store"].flops
@@ -151,22 +151,22 @@ def test_ten_budgets_are_kept_and_more_memory_means_less_work():
 
 
 @pytest.mark.parametrize("mode", ["exact", "recompute"])
-def test_what_can_be_stored_without_a_higher_peak(mode):
-    """Gradients take their room only as backward goes; until then stored cells can have it."""
+def test_cells_are_stored_without_a_higher_peak(mode):
+    """Backward allocates gradients step by step. Until then, stored cells can use their memory."""
     net, shape = built("revcol_tiny.yaml", SMALL, (1, 3, 32, 32))
     net.columns.memory = mode
     _, limit = measured(net, shape)
     chosen = plan(net, shape, optimizer="none", modes=(), budget=mode)
     chosen.apply(net)
     _, peak = measured(net, shape)
-    assert peak <= 1.003 * limit  # lost bits are predicted, and they are a small part
+    assert peak <= 1.003 * limit  # the length of lost bits is an estimate, and a small part
     work = flops(net, shape)
-    net.columns.stored = 1  # of the last cell this is so anyway
+    net.columns.stored = 1  # always true for the last cell
     assert work < flops(net, shape)
 
 
-def test_room_that_is_left_goes_to_states():
-    """Few activations beside many weights: states cost no peak, and gradients are the same bits."""
+def test_remaining_memory_is_used_for_states():
+    """With small activations and large weights, states do not raise the peak, and gradients have equal bits."""
     net, shape = built("revcol_tiny.yaml", ["columns=3", *NARROW, *SHALLOW], (3, 3, 64, 64))
     found = plan(net, shape, optimizer="none", modes=("exact",), budget="exact")
     assert found.chosen is not None
@@ -184,8 +184,8 @@ def test_room_that_is_left_goes_to_states():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(planned, plain, strict=True))
 
 
-def test_gradients_of_earlier_forwards_are_there_all_along():
-    """Then they leave no room to cells that are stored, and a budget is kept all the same."""
+def test_accumulated_gradients_count_during_the_whole_step():
+    """They leave no memory for stored cells, and the budget is still respected."""
     net, shape = built("revcol_tiny.yaml", SMALL, (1, 3, 32, 32))
     once, several = (plan(net, shape, optimizer="none", modes=(), budget="exact", grad_accum=n) for n in (1, 2))
     assert once.chosen is not None
@@ -202,7 +202,7 @@ def test_gradients_of_earlier_forwards_are_there_all_along():
         plan(net, shape, grad_accum=0)
 
 
-def test_other_ranks_and_the_optimizer():
+def test_ranks_and_optimizer():
     net, shape = built("vectors.yaml", ["columns=2"], None)
     weights = sum(parameter.nbytes for parameter in net.parameters())
     one = plan(net, shape, optimizer="adamw", modes=("exact",)).modes[0]
@@ -225,25 +225,25 @@ def test_other_ranks_and_the_optimizer():
         ({"ranks": 0}, "out-of-range", "0"),
     ],
 )
-def test_what_cannot_be_planned(arguments, code, names):
+def test_invalid_requests(arguments, code, names):
     with raises_error(PlanError, code=code, key=next(iter(arguments)), names=names):
         plan(EXAMPLES / "vectors.yaml", (2, 64), **arguments)
 
 
-def test_an_input_that_does_not_fit():
+def test_rejected_input():
     with raises_error(PlanError, code="input-rejected", key="input_shape", names="(2, 17)"):
         plan(EXAMPLES / "vectors.yaml", (2, 17))
     with raises_error(PlanError, code="input-rejected", key="input_shape", names=["(2, 3, 64, 64)", "img_size 224"]):
         plan(EXAMPLES / "vit.yaml", (2, 3, 64, 64))
 
 
-def test_too_large_a_batch_is_told_apart_from_too_large_a_net():
+def test_error_distinguishes_large_batch_from_large_model():
     net, shape = built("revcol_tiny.yaml", SMALL, (8, 3, 96, 96))
     with raises_error(PlanError, code="over-budget", key="budget", names=["8 samples", "lower the batch"]):
         plan(net, shape, optimizer="none", budget=sum(p.nbytes for p in net.parameters()) * 2 + 2**20)
 
 
-def test_apply_needs_a_choice():
+def test_apply_requires_a_budget():
     net, shape = built("vectors.yaml", ["columns=2"], None)
     with raises_error(PlanError, code="missing-budget", key="budget", names="budget="):
         plan(net, shape).apply(net)
@@ -253,11 +253,11 @@ def test_apply_needs_a_choice():
     ("text", "count"),
     [("1", 1), (7, 7), ("10B", 10), ("2KiB", 2048), ("2 kb", 2000), ("1.5GiB", 3 * 2**29), ("3tb", 3 * 10**12)],
 )
-def test_amounts_of_memory(text, count):
+def test_parse_bytes(text, count):
     assert parse_bytes(text) == count
 
 
-def test_a_mode_can_stand_for_its_peak():
+def test_mode_as_budget_means_its_peak():
     assert parse_budget("exact") == "exact"
     assert parse_budget("2KiB") == 2048
     with raises_error(
@@ -267,7 +267,7 @@ def test_a_mode_can_stand_for_its_peak():
 
 
 @pytest.mark.parametrize("text", ["", "-1GiB", "0", "1.2.3GB", "GiB", "1GX", "nan", "inf", "1e400"])
-def test_no_amounts_of_memory(text):
+def test_invalid_amounts_of_memory(text):
     with raises_error(ValueError, code="invalid-value", key="budget", names=repr(text)):
         parse_bytes(text)
 
@@ -281,7 +281,7 @@ def test_typical_gamma():
     assert typical_gamma(revnets.FixedGain(1.0)) == 1.0
 
 
-def test_parts_add_up_and_pictures_name_them():
+def test_parts_add_up_and_figure_names_them():
     net, shape = built("vectors.yaml", ["columns=2"], None)
     found = plan(net, shape, budget="1GiB", ranks=2)
     for row in found.modes:
@@ -305,7 +305,7 @@ def test_command(tmp_path):
 
 
 @pytest.mark.parametrize("command", [["show", "--svg"], ["plan", "--png"], ["audit", "--png"]])
-def test_pictures_that_cannot_be_written_are_told_in_one_line(command, tmp_path, monkeypatch):
+def test_unwritable_figure_is_a_one_line_error(command, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "p.svg")
 
@@ -325,7 +325,7 @@ def test_pictures_that_cannot_be_written_are_told_in_one_line(command, tmp_path,
     assert_error(error, code="unwritable-file", source="p.svg", key="", names="No space left on device")
 
 
-def test_the_command_goes_by_the_budget_of_the_yaml():
+def test_command_uses_the_budget_in_yaml():
     def found(*words: str) -> dict[str, Any]:
         spec = str(EXAMPLES / "vectors.yaml")
         memory = "memory={budget: 1GiB, optimizer: sgd, ranks: 2, grad_accum: 3}"

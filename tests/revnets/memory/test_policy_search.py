@@ -1,4 +1,4 @@
-"""The search finds what trying all choices finds, and every moment of backward keeps its room."""
+"""The policy search agrees with exhaustive search, and every choice fits at each moment of backward."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ nets = st.lists(st.lists(options, min_size=1, max_size=3), min_size=1, max_size=
 
 
 def fits(choice, room: int, unit: float = 0) -> bool:
-    """Do the cells before each one leave it its room, and all together the rest of the step?
+    """Whether a choice of options fits at every cell and after the last one.
 
     Args:
-        unit: of the search, by one of which each cell may be off.
+        unit: Unit of the search. Each cell may exceed its limit by one unit.
     """
     before = list(accumulate((option.kept for option in choice), initial=0))
     rooms = [*(option.room for option in choice), room]
@@ -27,7 +27,7 @@ def fits(choice, room: int, unit: float = 0) -> bool:
 
 
 @given(nets, st.integers(1, 200))
-def test_no_other_choice_that_fits_takes_less_work(cells, room):
+def test_no_other_choice_that_fits_is_cheaper(cells, room):
     allowed = [choice for choice in product(*cells) if fits(choice, room)]
     found = search(cells, room)
     if found is None:
@@ -40,8 +40,8 @@ def test_no_other_choice_that_fits_takes_less_work(cells, room):
 
 
 @given(nets, st.integers(1, 200))
-def test_sizes_of_tensors_do_not_matter(cells, room):
-    """A unit of the search is a small part of the room."""
+def test_scale_of_tensor_sizes_does_not_matter(cells, room):
+    """One unit of the search is a small part of the memory."""
     scale = 10**7
     large = [[one._replace(kept=one.kept * scale, room=one.room * scale) for one in options] for options in cells]
     found = search(large, room * scale)
@@ -51,8 +51,8 @@ def test_sizes_of_tensors_do_not_matter(cells, room):
         assert not any(fits(choice, room) for choice in product(*cells))
 
 
-def test_the_tops_of_columns_are_stored_before_their_bottoms():
-    """All levels take the same work, and each level up keeps half the bytes of the one below."""
+def test_upper_levels_are_stored_first():
+    """All levels cost the same, and each level saves half the bytes of the level below."""
     column = [
         [Option(0, 200, 10**9, LOST), Option(8 >> level, 190, 10**9, STATE), Option(80 >> level, 100, 10**9, ALL)]
         for level in range(4)
@@ -64,8 +64,8 @@ def test_the_tops_of_columns_are_stored_before_their_bottoms():
     assert stored.count(0) == 0
 
 
-def test_what_lies_behind_a_cell_takes_no_room_from_it():
-    """The first cell has room only for itself, and the last one for nothing before it."""
+def test_later_cells_take_no_memory_from_earlier_ones():
+    """The first cell fits only by itself, and the last one only if nothing is kept before it."""
     small, large = Option(0, 9, 0, LOST), Option(50, 1, 0, ALL)
     assert search([[small, large]] * 2, 50) == [small, large]
 
@@ -75,7 +75,7 @@ def test_nothing_fits():
     assert search([[Option(50, 1, 0, ALL)]], 40) is None
 
 
-def test_cells_whose_gradients_outweigh_what_they_keep_need_no_long_tables():
+def test_cells_with_large_gradients_need_no_long_tables():
     cells = [[Option(-10_000_019, 7, 10**9, LOST), Option(-10_000_000, 3, 10**9, STATE)]]
     tracemalloc.start()
     found = search(cells, 13)

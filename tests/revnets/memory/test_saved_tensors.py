@@ -1,4 +1,4 @@
-"""What cells cost, kept and replayed, is that of real passes."""
+"""Costs of saving and replaying cells agree with real passes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NET = {
 IMAGES = (3, 3, 22, 26)
 
 
-def test_costs_are_those_of_plain_autograd():
+def test_costs_agree_with_plain_autograd():
     with torch.device("meta"):
         net = revnets.build(NET)
     inputs = (torch.empty(IMAGES, device="meta"),)
@@ -41,8 +41,8 @@ def test_frozen_cells_have_no_gradients():
     assert [cost.gradients > 0 for cost in costs] == [False] * 8 + [True] * 2
 
 
-def test_saved_tensors_are_those_of_the_tape_in_their_order():
-    """With the last tensors of one cell kept, a step keeps their bytes more and replays less."""
+def test_saved_tensors_agree_with_the_tape_in_order():
+    """If the last tensors of a cell are kept, a step saves their bytes in addition and recomputes less."""
     net, images = revnets.build(NET), (torch.randn(IMAGES),)
     index, net.columns.kept = 6, [6]
     saved = costs_of_cells(net, images)[index].saved

@@ -1,4 +1,4 @@
-"""Plans and budgets of a model with several reversible sequences: one choice over the cells and columns of all."""
+"""Plans and budgets of a model with several reversible sequences: one choice for the cells and columns of all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _simulated_once() -> Iterator[None]:
 
 
 def between(kind: type[StagedNet], share: float) -> int:
-    """A budget between the least and the most that the net can take."""
+    """Return a budget between the lowest and the highest peak of the model."""
     modes = {row.mode: row.peak for row in plan(kind).modes}
     return int(modes["exact"] + share * (modes["store"] - modes["exact"]))
 
@@ -42,14 +42,14 @@ def test_predicted_memory_is_what_a_step_takes(kind):
         parameters, kept, peak = step_bytes(net, images())
         net.zero_grad()
         assert row.parameters == parameters
-        # The length of lost bits depends on values, and coding takes up to 128 KiB for a moment: much for a small net.
+        # The length of lost bits depends on values, and coding needs up to 128 KiB, which is a lot for a small model.
         kept_within, peak_within = (0.01, 0.05) if row.mode == "exact" else (0.003, 0.003)
         assert row.kept == pytest.approx(kept, rel=kept_within)
         assert row.peak == pytest.approx(peak, rel=peak_within)
 
 
 @KINDS
-def test_a_budget_is_kept_with_cells_and_columns_of_both_sequences(kind):
+def test_budget_is_respected_with_cells_and_columns_of_both_sequences(kind):
     budget, net = between(kind, 0.5), staged_net(kind)
     found = plan(kind, modes=(), budget=budget)
     found.apply(net)
@@ -69,7 +69,7 @@ def test_a_budget_is_kept_with_cells_and_columns_of_both_sequences(kind):
 
 
 @KINDS
-def test_a_pending_budget_is_planned_for_all_sequences(kind):
+def test_pending_budget_is_planned_for_all_sequences(kind):
     budget, net = between(kind, 0.5), staged_net(kind)
     revnets.keep_budget(net, revnets.config.memory_budget.BudgetSpec(budget=budget, optimizer="none"))
     group = revnets.find_columns(net)
@@ -84,14 +84,14 @@ def test_a_pending_budget_is_planned_for_all_sequences(kind):
 
 
 def last_product(sequence: int) -> int:
-    """Operations of the last convolution of a block, which the first two cells of a sequence do not replay."""
+    """FLOPs of the last convolution of a block, which the first two cells of a sequence do not recompute."""
     height, width = ((29, 23), (14, 11))[sequence]
     return 2 * IMAGES[0] * height * width * DIMS[sequence] ** 2
 
 
 @KINDS
-def test_costs_come_in_the_order_of_the_forward_by_the_number_of_the_cell(kind):
-    """The sequence that runs first is listed last."""
+def test_costs_have_cell_indices_in_the_order_of_forward(kind):
+    """The sequence that runs first is the last one in the list."""
     net = staged_net(kind)
     costs, (late, early) = costs_of_cells(net, (images(),)), DEPTHS[::-1]
     assert list(costs) == [*range(late, late + early), *range(late)]
@@ -104,7 +104,7 @@ def test_costs_come_in_the_order_of_the_forward_by_the_number_of_the_cell(kind):
     )
 
 
-def test_a_model_that_runs_its_columns_twice_has_costs_of_both_runs():
+def test_columns_that_run_twice_have_the_costs_of_both_runs():
     class Twice(StagedNet):
         def forward(self, images):
             return super().forward(images) + super().forward(images.flip(-1))
@@ -115,7 +115,7 @@ def test_a_model_that_runs_its_columns_twice_has_costs_of_both_runs():
     assert all(twice[index].gradients == once[index].gradients for index in once)
 
 
-def test_a_stored_cell_is_not_replayed_in_whichever_sequence_it_is():
+def test_stored_cell_is_not_replayed_in_any_sequence():
     net, spared = staged_net(), []
     group, costs = revnets.find_columns(net), costs_of_cells(staged_net(), (images(),))
 
@@ -125,13 +125,13 @@ def test_a_stored_cell_is_not_replayed_in_whichever_sequence_it_is():
             torch.autograd.grad(net(images()).sum(), list(net.parameters()))
         return counter.flops
 
-    # The last of the one and the first of the other, whose replay ends early.
+    # The last cell of one sequence, and the first of the other one, whose replay ends early.
     for index, left_out in ((DEPTHS[1] - 1, 0), (DEPTHS[1], last_product(0))):
         spared.append((work(()) - work((index,)), costs[index].flops - left_out))
     assert all(found == expected for found, expected in spared)
 
 
-def test_gains_of_sequences_that_are_no_submodules_are_known():
+def test_gains_of_sequences_outside_submodules_are_found():
     net = staged_net(RewiredNet)
     for columns in revnets.find_columns(net):
         for cell in columns.flat():

@@ -1,4 +1,4 @@
-"""Bytes, peaks and work of a simulated step, cell by cell, add up to those of the step."""
+"""Bytes, peaks and compute of the cells of a simulated step add up to those of the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.staged_networks import DEPTHS, DIMS, IMAGES, RewiredNet, Stag
 KINDS = pytest.mark.parametrize("kind", [StagedNet, RewiredNet])
 
 STATE_BYTES = 4 * IMAGES[0] * DIMS[0] * IMAGES[2] * IMAGES[3]
-"""Bytes of a state of the first stage."""
+"""Bytes of one state of the first stage."""
 
 
 def footprint(net, policy: CellPolicy) -> Footprint:
@@ -37,7 +37,7 @@ def test_cells_add_up_to_the_step(kind, mode):
     assert 0.9 * found.work < sum(found.cells.work) <= found.work
 
 
-def test_a_mode_keeps_what_it_says():
+def test_each_mode_keeps_the_expected_bytes():
     found = {mode: footprint(staged_net(), CellPolicy(mode)) for mode in ("store", "recompute", "exact")}
     uses = {mode: one.cells for mode, one in found.items()}
     assert sum(uses["store"].kept) > sum(uses["recompute"].kept) > sum(uses["exact"].kept)
@@ -47,8 +47,8 @@ def test_a_mode_keeps_what_it_says():
 
 
 @KINDS
-def test_a_choice_takes_the_bytes_and_the_work_of_its_options(kind):
-    """The peak is met but for a state or two, which cells next to each other share."""
+def test_choice_has_bytes_and_compute_of_its_options(kind):
+    """The peak agrees up to one or two states, which neighboring cells share."""
     net = staged_net(kind)
     uses, costs, columns = all_uses(net), costs_of_cells(net, (images(),)), revnets.find_columns(net)
     base = footprint(net, CellPolicy("recompute"))
@@ -63,7 +63,7 @@ def test_a_choice_takes_the_bytes_and_the_work_of_its_options(kind):
         assert sum(step.cells.work) == pytest.approx(sum(option.work for option in found), rel=0.02)
 
 
-def test_a_column_whose_cells_keep_their_states_is_recomputed():
+def test_column_is_recomputed_if_its_cells_keep_their_states():
     net = staged_net()
     uses, costs, columns = all_uses(net), costs_of_cells(net, (images(),)), revnets.find_columns(net)
     space = PolicySpace(uses, costs, columns, 10**9)
@@ -79,8 +79,8 @@ def test_a_column_whose_cells_keep_their_states_is_recomputed():
     assert (policy(STATE).recomputed, policy(STATE).kept_cells) == (tuple(sorted(recomputed)), ())
 
 
-def test_a_compiled_cell_is_not_kept_in_part():
-    """It saves other tensors than the simulation, which runs the cell as it is written, counts."""
+def test_compiled_cell_is_not_kept_in_part():
+    """A compiled cell saves other tensors than the simulation, which runs it in eager mode."""
     net = staged_net()
     uses, costs, columns = all_uses(net), costs_of_cells(net, (images(),)), revnets.find_columns(net)
     other, index = [place for place, cell in enumerate(columns.flat()) if cell.gain is not None][-2:]

@@ -14,7 +14,7 @@ from revnets.memory.tracker import MemoryTracker, OpCounter, kept_bytes, peak_by
 FLOAT = 4  # bytes
 
 
-def test_product_counts_its_result_alone():
+def test_product_counts_only_its_result():
     x, w = torch.randn(3, 5), torch.randn(5, 7)
     with MemoryTracker() as tracker:
         y = x @ w
@@ -28,18 +28,18 @@ def test_views_and_in_place_operations_add_nothing():
     x = torch.randn(3, 5)
     with MemoryTracker() as tracker:
         x.view(5, 3).t()[1:].mul_(2)
-        assert tracker.live == 0  # of what existed before
+        assert tracker.live == 0  # of an existing tensor
         y = x + 1
         z = y.view(15)[3:].expand(2, 12)
         y.relu_()
         assert tracker.live == 15 * FLOAT
         del y
-        assert tracker.live == 15 * FLOAT  # all of it, as long as one view is alive
+        assert tracker.live == 15 * FLOAT  # the whole storage while one view is alive
         del z
         assert tracker.live == 0
 
 
-def test_dropped_intermediates_show_in_the_peak_alone():
+def test_dropped_intermediates_count_only_in_the_peak():
     x = torch.randn(11, 13)
     with MemoryTracker() as tracker, torch.no_grad():
         y = x + 1  # 1
@@ -51,7 +51,7 @@ def test_dropped_intermediates_show_in_the_peak_alone():
 
 
 def test_forward_keeps_what_autograd_saves():
-    # Each relu saves its result, each product its operands; of those, the relus' results and the last sum are new.
+    # Each relu saves its result, and each product its operands. Of these, results of relus and the last sum are new.
     x, weights = torch.randn(17, 5), [torch.randn(5, 5, requires_grad=True) for _ in range(3)]
     with MemoryTracker() as tracker:
         y = x
@@ -65,10 +65,10 @@ def test_forward_keeps_what_autograd_saves():
         assert tracker.live == 3 * 5 * 5 * FLOAT  # the gradients
     weights.clear()
     del weight
-    assert tracker.live == 0  # deaths are noticed after the block as well
+    assert tracker.live == 0  # freed storages are also subtracted after the block
 
 
-def test_a_snapshot_has_the_peak_since_the_one_before():
+def test_snapshot_has_the_peak_since_the_previous_one():
     with MemoryTracker() as tracker:
         x = torch.ones(100)
         tracker.snapshot("many")
@@ -81,7 +81,7 @@ def test_a_snapshot_has_the_peak_since_the_one_before():
     assert y.numel() == 3
 
 
-def test_bytes_are_counted_by_the_label_of_their_birth():
+def test_bytes_count_under_the_label_at_creation():
     with MemoryTracker() as tracker:
         tracker.label = "a"
         x = torch.ones(2)
@@ -103,7 +103,7 @@ def test_peak_of_a_backward_chain():
         tracker.snapshot("backward")
     forward, backward = tracker.snapshots
     assert forward.live == forward.peak == 2 * 101 * FLOAT  # z, y
-    # y, z and the ones; then z ** 1 and 2 z on the way to the gradient of z
+    # y, z and the ones; then z ** 1 and 2 z for the gradient of z
     assert backward.peak == tracker.peak == 6 * 101 * FLOAT
     assert backward.live == 2 * 101 * FLOAT  # y and the gradient
     assert grad.shape == (101,)
@@ -122,7 +122,7 @@ class _Roomy(torch.autograd.Function):
         return grad
 
 
-def test_allocations_inside_of_backward_are_seen():
+def test_allocations_in_backward_count():
     x = torch.randn(10, requires_grad=True)
     seed = torch.ones(10)
     with MemoryTracker() as tracker:
@@ -133,8 +133,8 @@ def test_allocations_inside_of_backward_are_seen():
         assert tracker.peak == 10 * FLOAT + 1000
 
 
-def test_allocations_inside_of_saved_tensor_hooks_are_seen():
-    # What is saved is packed into half precision and unpacked in backward.
+def test_allocations_in_saved_tensor_hooks_count():
+    # Hooks convert saved tensors to half precision, and back in backward.
     x = torch.randn(64, requires_grad=True)
     with MemoryTracker() as tracker, saved_tensors_hooks(torch.Tensor.half, torch.Tensor.float):
         y = x.exp()
@@ -196,7 +196,7 @@ def test_tensors_from_python_numbers_and_sparse_tensors_count():
         assert tracker.live == 3 * 8 + values + places
 
 
-def test_trackers_nest_and_a_tracker_goes_on_when_it_is_entered_again():
+def test_trackers_nest_and_continue_when_entered_again():
     with MemoryTracker() as outer:
         x = torch.ones(10)
         with MemoryTracker() as inner:
@@ -215,7 +215,7 @@ def test_trackers_nest_and_a_tracker_goes_on_when_it_is_entered_again():
 
 
 def _training_step() -> list:
-    """A small transformer and convolution net: model, forward, backward, step; the tracker's snapshots."""
+    """Train a small network of convolution and attention for one step; return the snapshots of the tracker."""
     with MemoryTracker() as tracker:
         model = nn.Sequential(
             nn.Conv2d(3, 16, 4, 4),
@@ -244,7 +244,7 @@ def test_fake_tensors_count_like_real_ones():
     assert len({snapshot.live for snapshot in real}) == len(real)
 
 
-def test_a_tracker_around_the_fake_mode_sees_the_same():
+def test_tracker_around_fake_mode_counts_the_same():
     with MemoryTracker() as tracker, FakeTensorMode():
         y = torch.randn(3, 5) @ torch.randn(5, 7)
     assert tracker.live == 3 * 7 * FLOAT
@@ -259,8 +259,8 @@ def test_meta_tensors_count():
         del y
 
 
-def test_what_is_kept_equals_what_the_profiler_saw_allocated():
-    # Another route to the same number: PyTorch's profiler adds up what the CPU allocator hands out and takes back.
+def test_kept_bytes_equal_allocations_of_the_profiler():
+    # An independent measurement: the profiler of PyTorch adds up what the CPU allocator allocates and frees.
     model = nn.Sequential(
         nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.TransformerEncoderLayer(32, 4, 64, 0.1, batch_first=True)
     )
@@ -272,15 +272,15 @@ def test_what_is_kept_equals_what_the_profiler_saw_allocated():
     assert kept_bytes(model, x) == allocated > 0
 
 
-def test_kept_bytes_leaves_out_parameters_and_inputs():
+def test_kept_bytes_exclude_parameters_and_inputs():
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2))
     x = torch.randn(3, 5)
-    assert kept_bytes(model, x) == 3 * (7 + 2) * FLOAT  # the relu's result and the output; the first product is dropped
+    assert kept_bytes(model, x) == 3 * (7 + 2) * FLOAT  # result of the relu and output; the first product is freed
     with torch.no_grad():
         assert kept_bytes(model, x) == 3 * 2 * FLOAT
 
 
-def test_peak_bytes_touches_no_gradient():
+def test_peak_bytes_does_not_change_gradients():
     model = nn.Linear(5, 7, bias=False)
     frozen = nn.Parameter(torch.ones(1), requires_grad=False)
     model.register_parameter("frozen", frozen)
@@ -292,7 +292,7 @@ def test_peak_bytes_touches_no_gradient():
     assert x.grad is None
 
 
-def test_the_tracker_changes_no_number():
+def test_tracker_does_not_change_results():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1)
     x = torch.randn(3, 2, 8)
@@ -304,7 +304,7 @@ def test_the_tracker_changes_no_number():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_op_counter_counts_calls_and_work():
+def test_op_counter_counts_calls_and_flops():
     layer, x = nn.Linear(5, 7), torch.randn(3, 5)
     with OpCounter() as forward:
         loss = layer(x).sum()
@@ -313,13 +313,13 @@ def test_op_counter_counts_calls_and_work():
     assert forward.flops == 2 * 3 * 5 * 7
     with OpCounter() as backward:
         loss.backward()
-    assert backward.ops["aten.mm"] == 1  # the weight's gradient; the input needs none
+    assert backward.ops["aten.mm"] == 1  # gradient of the weight; the input needs none
     assert backward.matmuls == 1
     assert backward.flops == 2 * 3 * 5 * 7
 
 
 @pytest.mark.parametrize("fake", [False, True])
-def test_op_counter_knows_convolution_and_attention(fake):
+def test_op_counter_supports_convolution_and_attention(fake):
     def run() -> OpCounter:
         convolution = nn.Conv2d(3, 5, 2, bias=False)
         with OpCounter() as counter:
@@ -337,18 +337,18 @@ def test_op_counter_knows_convolution_and_attention(fake):
     convolution = 2 * (7 * 7 * 5) * (3 * 2 * 2)
     attention = 2 * (2 * 2 * 3 * 7 * 7 * 8)  # queries by keys, weights by values
     assert counter.matmuls == 4
-    # A convolution's backward has two products; attention's has five: it computes the weights again.
+    # Backward of a convolution has two products, that of attention five, because it recomputes the weights.
     assert counter.flops == 3 * convolution + attention + attention // 2 * 5
     assert not any(name.startswith("prim") for name in counter.ops)
 
 
-def test_tensors_looks_into_nests():
+def test_tensors_searches_nested_containers():
     a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
     nest = {"a": a, "rest": [b, (None, "text", {"c": c})]}
     assert [tensor.numel() for tensor in tensors(nest)] == [1, 2, 3]
 
 
-def test_what_is_relabeled_counts_under_its_new_label():
+def test_relabeled_storages_count_under_the_new_label():
     with MemoryTracker() as tracker:
         tracker.label = "old"
         kept, moved = torch.zeros(7), torch.zeros(11)

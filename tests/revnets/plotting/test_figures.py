@@ -49,10 +49,10 @@ def words(figure: Figure) -> str:
 
 
 def assert_apart(figure: Figure, artist) -> None:
-    """No text of the artist overlaps another one or leaves the figure."""
+    """Assert that no text of an artist overlaps another one or leaves the figure."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     places = [(text.get_text(), text.get_window_extent(renderer)) for text in texts(artist)]
-    places = [(text, box) for text, box in places if box.overlaps(figure.bbox)]  # labels of ticks beyond the axis
+    places = [(text, box) for text, box in places if box.overlaps(figure.bbox)]  # without tick labels outside the axis
     for (a, box_a), (b, box_b) in itertools.combinations(places, 2):
         assert not box_a.overlaps(box_b), (a, b)
     for text, box in places:
@@ -67,20 +67,20 @@ def assert_apart(figure: Figure, artist) -> None:
 
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize(("columns", "m"), [(1, 2), (2, 4), (4, 4), (16, 4), (13, 6)])
-def test_no_text_overlaps_another_or_leaves_the_picture(columns, m, reads):
+def test_texts_do_not_overlap_or_leave_the_figure(columns, m, reads):
     figure = graph_figure(graph(columns, m, reads), labels(m))
     assert_apart(figure, figure)
 
 
 def _boxes(figure: Figure) -> list:
-    """Boxes of states (left, bottom, right, top), without the stem's, from left to right and from bottom to top."""
+    """Return boxes of states (left, bottom, right, top) from left to right and bottom to top, without the stem."""
     boxes = [patch.get_bbox().extents for patch in figure.findobj(FancyBboxPatch)]
     stem = min(boxes, key=lambda box: box[1])
     return sorted((tuple(box) for box in boxes if tuple(box) != tuple(stem)), key=lambda box: (box[0], box[1]))
 
 
 def _wires(figure: Figure) -> dict[str, list]:
-    """Control points of the wires of each kind, without the samples in the legend below the boxes."""
+    """Return the control points of the connections by kind, without the samples in the legend below the boxes."""
     lowest = min(box[1] for box in _boxes(figure))
     kinds = {colour: kind for kind, (colour, _) in WIRES.items()}
     wires: dict[str, list] = {kind: [] for kind in WIRES}
@@ -92,7 +92,7 @@ def _wires(figure: Figure) -> dict[str, list]:
 
 
 def _touched(boxes: list, point) -> int:
-    """The box on whose edge a point lies."""
+    """Return the index of the box with a point on its edge."""
     found = [
         index
         for index, (left, bottom, right, top) in enumerate(boxes)
@@ -106,7 +106,7 @@ def _touched(boxes: list, point) -> int:
 
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize(("columns", "m"), [(1, 3), (4, 2), (5, 4), (12, 3), (3, 6)])
-def test_the_wires_are_those_of_the_graph(columns, m, reads):
+def test_connections_agree_with_the_graph(columns, m, reads):
     drawn = graph(columns, m, reads)
     figure = graph_figure(drawn)
     boxes, wires = _boxes(figure), _wires(figure)
@@ -125,7 +125,7 @@ def test_the_wires_are_those_of_the_graph(columns, m, reads):
 
 
 @pytest.mark.parametrize("reads", READS)
-def test_no_wire_runs_through_a_box(reads):
+def test_connections_do_not_cross_boxes(reads):
     figure = graph_figure(graph(4, 5, reads), labels(5))
     share = np.linspace(0, 1, 200)[:, None]
     for points in itertools.chain.from_iterable(_wires(figure).values()):
@@ -142,8 +142,8 @@ def test_no_wire_runs_through_a_box(reads):
 
 
 @pytest.mark.parametrize("reads", READS)
-def test_the_wires_of_columns_that_run_down(reads):
-    """Own wires run down, those from before arrive from below, and residuals stay level, whatever the states' order."""
+def test_connections_of_columns_that_run_down(reads):
+    """Connections in the column run down, those of the previous column arrive from below, residuals are horizontal."""
     directions = ["up", "down", "down", "up", "down"]
     drawn = wire(20, 4, [READS[reads]] * 4, directions=directions)
     figure = graph_figure(drawn)
@@ -167,7 +167,7 @@ def test_the_wires_of_columns_that_run_down(reads):
 
 
 @pytest.mark.parametrize(("constant", "y"), [(1, "above"), (3, "below")])
-def test_a_constant_is_drawn_where_it_enters(constant, y):
+def test_constant_is_drawn_at_its_cell(constant, y):
     figure = graph_figure(wire(12, 3, [READS["revcol"]] * 3, None, ["up", "down", "down", "up"], constant), labels(3))
     ((x, start), (_, end)) = next(points for points in _wires(figure)["constant"])
     assert (start > end) == (y == "above")
@@ -177,7 +177,7 @@ def test_a_constant_is_drawn_where_it_enters(constant, y):
     assert_apart(figure, figure)
 
 
-def test_of_many_columns_those_at_a_turn_are_drawn():
+def test_columns_at_a_change_of_direction_are_drawn():
     def shown(directions: list[str]) -> list[int]:
         figure = graph_figure(wire(2 * len(directions), 2, [READS["revcol"]] * 2, directions=directions))
         assert figure.get_figwidth() < 25
@@ -190,7 +190,7 @@ def test_of_many_columns_those_at_a_turn_are_drawn():
     assert shown(["up", "down"] * 50) == [*range(HEAD), *range(100 - TAIL, 100)]
 
 
-def test_labels_stand_in_the_boxes_of_few_columns_and_once_beside_many():
+def test_labels_are_in_boxes_of_few_columns_and_left_of_many():
     assert words(graph_figure(graph(MOST_LABELED, 3), labels(3))).count("2 x convnext") == MOST_LABELED
     assert words(graph_figure(graph(MOST_LABELED + 1, 3), labels(3))).count("2 x convnext") == 1
     assert "$x_{14}$" in words(graph_figure(graph(5, 3)))
@@ -208,7 +208,7 @@ def test_many_columns_are_elided():
     assert figure.get_figwidth() < 20
 
 
-def test_the_legend_names_the_wires_that_there_are():
+def test_legend_contains_the_kinds_in_the_graph():
     assert all(WIRES[kind][1] in words(graph_figure(graph(2, 3))) for kind in ("below", "above", "gain", "stem"))
     branches = words(graph_figure(wire(6, 3, [["below", "before"]] * 3, [0] * 3)))
     assert WIRES["before"][1] in branches
@@ -219,7 +219,7 @@ def test_the_legend_names_the_wires_that_there_are():
     assert WIRES["gain"][1] not in alone
 
 
-def test_residuals_within_a_column_pass_by_the_boxes_between():
+def test_residuals_within_a_column_go_around_boxes():
     drawn = wire(7, 7, [[1]] * 7, [2, 2, 2, 2, 0, 2, 2])
     figure = graph_figure(drawn)
     boxes, wires = _boxes(figure), _wires(figure)
@@ -229,7 +229,7 @@ def test_residuals_within_a_column_pass_by_the_boxes_between():
     assert not wires["gain"]
 
 
-def test_a_long_legend_is_broken_into_rows():
+def test_long_legend_has_several_rows():
     figure = graph_figure(graph(2, 2))
     assert figure.get_figwidth() < 4
     lines = {
@@ -238,11 +238,11 @@ def test_a_long_legend_is_broken_into_rows():
     assert len(lines) > 1
 
 
-def test_labels_with_dollars_are_no_mathematics():
+def test_labels_with_dollars_are_plain_text():
     assert "$5 & $6_" in words(graph_figure(graph(1, 2), ["$5 & $6_", "b"]))
 
 
-def test_the_number_of_labels_is_checked():
+def test_number_of_labels_is_checked():
     with raises_error(ArgumentError, code="wrong-length", key="labels", names=["2 labels", "3 levels"]):
         graph_figure(graph(2, 3), labels(2))
 
@@ -289,14 +289,14 @@ def example_audit(columns: int = 6, error: float = 1e-3, exact: bool = True) -> 
     ],
     ids=["usual", "one column", "two columns", "deep", "no error", "infinite", "no modes"],
 )
-def test_no_text_of_a_panel_overlaps_another(audit):
+def test_texts_of_a_panel_do_not_overlap(audit):
     figure = audit_figure(audit)
-    figure.draw_without_rendering()  # lays out
+    figure.draw_without_rendering()  # computes the layout
     for axes in figure.axes:
         assert_apart(figure, axes)
 
 
-def test_the_figure_shows_the_numbers_of_the_audit():
+def test_figure_shows_the_numbers_of_the_audit():
     audit = example_audit()
     figure = audit_figure(audit)
     states, gradients, growth, memory = figure.axes
@@ -315,7 +315,7 @@ def test_the_figure_shows_the_numbers_of_the_audit():
     assert "WRONG" not in text
 
 
-def test_what_is_wrong_is_said():
+def test_figure_names_errors():
     text = words(audit_figure(example_audit(error=0.5, exact=False)))
     assert "off by 5.0e-01: WRONG" in text
     assert "DIFFERS" in text
@@ -334,24 +334,24 @@ MAGIC = {"png": b"\x89PNG\r\n", "svg": b"<?xml", "pdf": b"%PDF-"}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_figures_are_saved_by_suffix_and_the_same_twice(kind, tmp_path):
+def test_figures_are_saved_by_suffix_and_reproducible(kind, tmp_path):
     paths = [tmp_path / "a folder" / f"1.{kind}", tmp_path / f"2.{kind.upper()}"]
     for path in paths:
         save(graph_figure(graph(2, 2), labels(2)), path)
     first, second = (path.read_bytes() for path in paths)
     assert first.startswith(MAGIC[kind])
     assert first == second
-    assert sorted(tmp_path.rglob("*.*")) == sorted(paths)  # nothing else is left
+    assert sorted(tmp_path.rglob("*.*")) == sorted(paths)  # no other files remain
 
 
-def test_another_suffix_is_refused(tmp_path):
+def test_other_suffixes_are_rejected(tmp_path):
     for name in ("picture.jpg", "picture", ".png"):
         with raises_error(ArgumentError, code="unknown-suffix", key="path", names=[name, ".png, .svg, .pdf"]):
             save(graph_figure(graph(1, 2)), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_fails_leaves_the_old_one(tmp_path):
+def test_old_figure_is_unchanged_if_saving_fails(tmp_path):
     class Broken(Figure):
         def savefig(self, file, **options):
             file.write(b"half")
@@ -365,7 +365,7 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_matplotlib_is_not_imported_before_it_is_needed():
+def test_matplotlib_is_imported_with_the_first_figure():
     code = "import sys, revnets, revnets.plotting.audit; print('matplotlib' in sys.modules, 'pyplot' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False"]

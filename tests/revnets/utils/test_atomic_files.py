@@ -1,4 +1,4 @@
-"""Files appear in full or not at all."""
+"""Files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from revnets.utils.atomic_files import TEMPORARY, append, link, remove_leftovers
 from revnets.utils.file_lock import Owner
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failure_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "state"
     path.write_bytes(b"old")
 
@@ -29,7 +29,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["state"]
 
 
-def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path):
+def test_old_file_exists_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "deep" / "folder" / "state"
     with replacing(path, "w") as file:
         file.write("first")
@@ -59,14 +59,14 @@ def test_link_replaces_and_outlives_its_source(tmp_path, monkeypatch, links):
     assert os.listdir(tmp_path) == ["b"]
 
 
-def test_leftovers_of_killed_processes_go(tmp_path):
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
     (tmp_path / f".state.123{TEMPORARY}").write_bytes(b"half")
     (tmp_path / "state").write_bytes(b"whole")
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["state"]
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+def test_directory_is_replaced_completely_or_not_at_all(tmp_path):
     path = tmp_path / "data"
 
     def fill(text: str, fail: bool = False) -> None:
@@ -87,7 +87,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["data"]
 
 
-def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+def test_failed_rename_leaves_the_old_directory(tmp_path, monkeypatch):
     path = tmp_path / "data"
     with replacing_folder(path) as folder:
         (folder / "part").write_text("first")
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ["data"]
 
 
-def test_folders_of_killed_processes_are_removed(tmp_path):
+def test_directories_of_killed_processes_are_removed(tmp_path):
     left = tmp_path / f".data.1{TEMPORARY}"
     left.mkdir()
     (left / "part").touch()
@@ -112,7 +112,7 @@ def test_folders_of_killed_processes_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["state", "a.1", "set [v2]*"])
-def test_writing_a_file_removes_what_killed_processes_left_of_it(tmp_path, name):
+def test_writing_a_file_removes_its_leftovers(tmp_path, name):
     for left in (f".{name}.123{TEMPORARY}", f".{name}.4000000000@{Owner.current().host}{TEMPORARY}"):
         (tmp_path / left).write_bytes(b"half")
     (tmp_path / f".other.123{TEMPORARY}").write_bytes(b"half of another")
@@ -121,7 +121,7 @@ def test_writing_a_file_removes_what_killed_processes_left_of_it(tmp_path, name)
     assert sorted(os.listdir(tmp_path)) == sorted([name, f".other.123{TEMPORARY}"])
 
 
-def test_files_of_another_machine_stay_for_a_day_unless_it_cannot_be_writing(tmp_path):
+def test_files_of_other_machines_stay_for_a_day_unless_exclusive(tmp_path):
     left = tmp_path / f".state.123@elsewhere{TEMPORARY}"
     left.write_bytes(b"half")
     remove_leftovers(tmp_path)
@@ -130,8 +130,8 @@ def test_files_of_another_machine_stay_for_a_day_unless_it_cannot_be_writing(tmp
     assert not left.exists()
 
 
-def test_a_folder_that_was_set_aside_gets_its_name_back(tmp_path):
-    """A process may be killed between the two renames of `replacing_folder`."""
+def test_directory_is_restored_after_an_interrupted_replacement(tmp_path):
+    """A process can be killed between both renames of `replacing_folder`."""
     aside = tmp_path / f".data.4000000000@{Owner.current().host}.old{TEMPORARY}"
     aside.mkdir()
     (aside / "part").write_text("first")
@@ -139,7 +139,7 @@ def test_a_folder_that_was_set_aside_gets_its_name_back(tmp_path):
     assert (tmp_path / "data" / "part").read_text() == "first"
 
 
-def test_a_full_disk_names_the_file(tmp_path):
+def test_error_of_a_full_disk_names_the_file(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "state"
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -161,7 +161,7 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["{0}", "{name}", "a%s", "[b]", "*"])
-def test_names_with_characters_of_patterns(tmp_path, name):
+def test_names_with_special_characters(tmp_path, name):
     for _ in range(2):
         with replacing(tmp_path / name, "w") as file:
             file.write("text")

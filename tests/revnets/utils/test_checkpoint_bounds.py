@@ -1,4 +1,4 @@
-"""Files that declare more than they hold are refused before memory is taken or time is spent."""
+"""Files that declare more data than they contain are rejected without using much memory or time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.errors import raises_error
 
 @pytest.fixture(autouse=True)
 def little_memory() -> Iterator[None]:
-    """At most half a GiB more than before, so that a bomb would end in a MemoryError."""
+    """Limit memory to half a GiB more than before, so that a bomb raises MemoryError."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -39,7 +39,7 @@ def zipped(path: Path, pickled: bytes, method: int = zipfile.ZIP_STORED, **stora
 
 
 def tensor(count: int, shape: tuple[int, ...], stride: tuple[int, ...], key: str = "0") -> bytes:
-    """The opcodes of a tensor on a storage of float32, without those of a whole pickle."""
+    """Return the opcodes of a tensor with a float32 storage, as a part of a pickle."""
 
     def plain(value: object) -> bytes:
         return pickle.dumps(value, protocol=2)[2:-1]
@@ -55,7 +55,7 @@ def called(name: str, *args: object) -> bytes:
 
 
 def doubled(levels: int, make: bytes) -> bytes:
-    """Containers each of which contains the one before it twice: 2 ** levels when they are walked."""
+    """Return nested containers that contain the previous one twice: 2 ** levels when they are traversed."""
     return b"\x80\x02)q\x00" + b"".join(b"h\x00h\x00" + make + b"q\x00" for _ in range(levels)) + b"."
 
 
@@ -102,7 +102,7 @@ def test_bombs_in_a_pickle(tmp_path, name, allowed):
 
 
 @pytest.mark.parametrize("count", [2**40, 2**62, 10**6])
-def test_a_storage_of_the_old_format(tmp_path, count):
+def test_storage_of_the_legacy_format(tmp_path, count):
     torch.save({"a": torch.zeros(1000)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     data = (tmp_path / "old.pt").read_bytes()
     old = pickle.dumps(1000, 2)[2:-1] + b"Nt"
@@ -112,8 +112,8 @@ def test_a_storage_of_the_old_format(tmp_path, count):
         read_checkpoint(tmp_path / "old.pt")
 
 
-def test_entries_that_expand(tmp_path):
-    """A quarter of a MB that would be 256 MiB; torch expands them."""
+def test_compressed_entries(tmp_path):
+    """A quarter of a megabyte that torch would expand to 256 MiB."""
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + tensor(2**26, (2**26,), (1,)) + b".")
         with archive.open("archive/data/0", "w", force_zip64=True) as entry:
@@ -124,8 +124,8 @@ def test_entries_that_expand(tmp_path):
             read_checkpoint(tmp_path / "bomb.pt", mmap=mmap)
 
 
-def test_entries_that_overlap(tmp_path):
-    """A thousand entries that are the same megabyte."""
+def test_overlapping_entries(tmp_path):
+    """A thousand entries share the same megabyte."""
     path = zipped(
         tmp_path / "bomb.pt", b"\x80\x02}.", **{f"s{index:03}": b"\0" for index in range(1000)}, big=bytes(2**20)
     )
@@ -143,7 +143,7 @@ def test_entries_that_overlap(tmp_path):
         read_checkpoint(path)
 
 
-def test_a_flipped_bit_is_found(tmp_path):
+def test_flipped_bit_is_detected(tmp_path):
     torch.save({"a": torch.full((1000,), 0.5)}, tmp_path / "a.pt")
     data = bytearray((tmp_path / "a.pt").read_bytes())
     data[data.index(torch.tensor(0.5).numpy().tobytes() * 9) + 400] ^= 1
@@ -152,20 +152,20 @@ def test_a_flipped_bit_is_found(tmp_path):
         read_checkpoint(tmp_path / "a.pt")
 
 
-def test_names_that_would_break_the_line(tmp_path):
+def test_names_with_line_breaks(tmp_path):
     torch.save({"a\nb\x1b[31m": 1}, tmp_path / "a.pt")
     with raises_error(CheckpointReadError, code="damaged-file", names="a.pt"):
         read_checkpoint(tmp_path / "a.pt")
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     with raises_error(CheckpointReadError, code="not-a-file", names="pipe.pt"):
         read_checkpoint(tmp_path / "pipe.pt")
 
 
-def test_what_torch_saves_of_tensors_is_as_before(tmp_path):
-    """Views, tied and expanded tensors, parameters, and types without a storage of their own."""
+def test_tensors_saved_by_torch_are_unchanged(tmp_path):
+    """Views, tied and expanded tensors, parameters, and dtypes without their own storage class."""
     base = torch.arange(12.0)
     content = {
         "view": base.view(3, 4).t()[1:],
@@ -187,7 +187,7 @@ def test_what_torch_saves_of_tensors_is_as_before(tmp_path):
         "large": 2**80,
     }
     for is_zip in (True, False):
-        if not is_zip:  # torch itself cannot read these there
+        if not is_zip:  # torch itself cannot read these
             del content["unsigned"], content["float8"]
         torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
         expected = torch.load(tmp_path / "a.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""One reader for files that others have made: what it builds, what it refuses, and whose permission counts."""
+"""The reader of untrusted checkpoints: what it builds, what it rejects, and what is allowed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALLOWED = torch.serialization.get_safe_globals
 
 
 class Calls:
-    """Calls a function when it is unpickled."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function, *args):
         self.function, self.args = function, args
@@ -31,13 +31,13 @@ class Calls:
 
 
 def during_a_read() -> str:
-    """Stands in for a function of the tests below that runs while a file is read."""
+    """Replaced by tests below with a function that runs while a file is read."""
     raise AssertionError("the stand-in was not taken")
 
 
 @pytest.fixture
 def kept() -> Iterator[None]:
-    """The list of the process is as before, whatever the test has allowed."""
+    """Restore the list of safe globals of the process."""
     before = ALLOWED()
     yield
     torch.serialization.clear_safe_globals()
@@ -63,7 +63,7 @@ def test_safetensors(tmp_path):
 
 
 def test_records_are_built(tmp_path):
-    """Of NumPy 2, and under the names that NumPy 1 gave its functions."""
+    """Records of NumPy 2, and with the names of functions in NumPy 1."""
     content = {"args": argparse.Namespace(lr=0.1), "bleu": np.float64(27.3), "counts": np.arange(3)}
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     old, new = b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"
@@ -77,7 +77,7 @@ def test_records_are_built(tmp_path):
             read_checkpoint(tmp_path / name)
 
 
-def test_files_that_are_no_checkpoints(tmp_path):
+def test_files_that_are_not_checkpoints(tmp_path):
     torch.save(CONTENT, tmp_path / "zip.pt")
     torch.save(CONTENT, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "cut zip.pt").write_bytes((tmp_path / "zip.pt").read_bytes()[:200])
@@ -111,7 +111,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
             assert caught.value.__suppress_context__
 
 
-def test_errors_cross_process_borders():
+def test_errors_can_be_pickled():
     error = CheckpointReadError("a.pt", "unsafe-file", "it names print")
     other = pickle.loads(pickle.dumps(error))
     assert (str(other), other.code, other.hint) == (str(error), error.code, error.hint)
@@ -131,15 +131,15 @@ def test_nothing_is_executed(tmp_path, command, is_zip):
     assert not trap.exists()
 
 
-def test_the_trap_of_these_tests_works(tmp_path):
-    """Or the test above could not fail."""
+def test_unpickling_would_execute_code(tmp_path):
+    """Otherwise the test above could not fail."""
     torch.save(Calls(os.mkdir, str(tmp_path / "trap")), tmp_path / "a.pt")
     torch.load(tmp_path / "a.pt", weights_only=False)
     assert (tmp_path / "trap").exists()
 
 
 @pytest.mark.usefixtures("kept")
-def test_the_list_of_the_process_has_no_effect_and_is_not_changed(tmp_path):
+def test_safe_globals_of_the_process_have_no_effect_and_are_unchanged(tmp_path):
     torch.serialization.add_safe_globals([argparse.Namespace, (dict, "x.y")])
     before = set(ALLOWED())
     torch.save({"args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pt")
@@ -150,12 +150,12 @@ def test_the_list_of_the_process_has_no_effect_and_is_not_changed(tmp_path):
     assert read_checkpoint(tmp_path / "plain.pt", allowed=RECORDS) == {"lr": 0.1}
     assert read_checkpoint(tmp_path / "a.pt", allowed=RECORDS)["args"].lr == 0.1
     assert set(ALLOWED()) == before
-    assert torch.load(tmp_path / "a.pt", weights_only=True)["args"].lr == 0.1  # what others allow stays so
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["args"].lr == 0.1  # other safe globals stay
 
 
 @pytest.mark.usefixtures("kept")
-def test_permission_ends_with_the_call(tmp_path):
-    torch.serialization.clear_safe_globals()  # other tests may have imported the plug-in of fairseq
+def test_allowed_classes_apply_to_one_call(tmp_path):
+    torch.serialization.clear_safe_globals()  # other tests may have imported the fairseq plug-in
     torch.save({"args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pt")
     read_checkpoint(tmp_path / "a.pt", allowed=[argparse.Namespace])
     with raises_error(CheckpointReadError, code="unsafe-file"):
@@ -165,8 +165,8 @@ def test_permission_ends_with_the_call(tmp_path):
 
 
 @pytest.mark.usefixtures("kept")
-def test_another_thread_that_loads_at_the_same_time_is_unaffected(tmp_path):
-    """It neither gets what this call allows nor loses what it has allowed itself."""
+def test_other_threads_are_unaffected(tmp_path):
+    """Another thread neither gets what this call allows nor loses what it has allowed."""
     torch.serialization.add_safe_globals([argparse.Namespace])
     torch.save({"theirs": argparse.Namespace(lr=0.1)}, tmp_path / "theirs.pt")
     torch.save({"ours": Calls(during_a_read)}, tmp_path / "ours.pt")
@@ -190,8 +190,8 @@ def test_another_thread_that_loads_at_the_same_time_is_unaffected(tmp_path):
     assert found == {"theirs": {"theirs": argparse.Namespace(lr=0.1)}, "refused": True}
 
 
-def test_torch_reads_as_before(tmp_path):
-    """A read changes nothing in torch: neither its list, nor the functions of its own reader."""
+def test_torch_load_is_unchanged(tmp_path):
+    """Reading changes neither the safe globals of torch nor the functions of its reader."""
     before = dict(vars(restricted))
     torch.save(CONTENT, tmp_path / "a.pt")
     read_checkpoint(tmp_path / "a.pt", allowed=RECORDS)
@@ -199,7 +199,7 @@ def test_torch_reads_as_before(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["a long name", "links in a circle"])
-def test_a_path_that_the_system_refuses_is_no_damaged_file(tmp_path, kind):
+def test_invalid_path_is_not_a_damaged_file(tmp_path, kind):
     path = tmp_path / ("a" * 300 + ".pt" if kind == "a long name" else "loop.pt")
     if kind == "links in a circle":
         path.symlink_to(path)

@@ -1,4 +1,4 @@
-"""A lock has one owner, says who that is, and ends with it."""
+"""A lock has one owner, names it, and ends with it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ time.sleep(600)
 
 @pytest.fixture
 def start():
-    """Starts Python processes that print a line when they are ready, and ends them afterwards."""
+    """Return a function that starts Python processes and waits for a line. They are ended afterwards."""
     started = []
 
     def run(code: str, *words: object) -> subprocess.Popen[str]:
@@ -52,7 +52,7 @@ def start():
         child.stdout.close()
 
 
-def test_the_owner_is_named_and_its_lock_ends_with_it(tmp_path, start):
+def test_owner_is_named_and_its_lock_ends_with_it(tmp_path, start):
     path = tmp_path / ".lock"
     child = start(HOLD, path)
     with pytest.raises(LockedError) as caught:
@@ -66,8 +66,8 @@ def test_the_owner_is_named_and_its_lock_ends_with_it(tmp_path, start):
     assert not path.exists()
 
 
-def test_a_fork_does_not_keep_the_lock_of_its_parent(tmp_path, start):
-    """The workers of a data loader outlive a killed process for some seconds."""
+def test_fork_does_not_keep_the_lock_of_its_parent(tmp_path, start):
+    """Workers of a data loader outlive a killed process for some seconds."""
     path = tmp_path / ".lock"
     child = start(HOLD, path, "fork")
     child.kill()
@@ -81,7 +81,7 @@ def test_two_locks_of_one_process_exclude_each_other(tmp_path):
         FileLock(lock.path).acquire()
 
 
-def test_where_the_file_system_has_no_locks_a_live_process_is_noticed(tmp_path, start, monkeypatch):
+def test_live_process_is_detected_on_file_systems_without_locks(tmp_path, start, monkeypatch):
     monkeypatch.setattr(file_lock, "try_lock", lambda _: None)
     path = tmp_path / "lock"
     child = start("import time; print('ready', flush=True); time.sleep(600)")
@@ -93,10 +93,10 @@ def test_where_the_file_system_has_no_locks_a_live_process_is_noticed(tmp_path, 
         assert not lock.is_reliable
 
 
-def test_a_number_that_was_given_to_a_later_process_counts_as_dead(tmp_path, start):
+def test_reused_process_id_does_not_hold_the_lock(tmp_path, start):
     path = tmp_path / "file"
     path.touch()
-    time.sleep(0.2)  # the clock of /proc has ticks of 10 ms
+    time.sleep(0.2)  # /proc has a resolution of 10 ms
     child = start("import time; print('ready', flush=True); time.sleep(600)")
     host = Owner.current().host
     assert not Owner(child.pid, host).may_have_written(path)
@@ -108,7 +108,7 @@ def test_a_number_that_was_given_to_a_later_process_counts_as_dead(tmp_path, sta
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 40, b"no number here\n", b"\xff 1\n", b"99999999999999999999 host\n"])
-def test_a_damaged_lock_file_is_taken_over(tmp_path, content):
+def test_damaged_lock_file_is_replaced(tmp_path, content):
     path = tmp_path / "lock"
     path.write_bytes(content)
     with FileLock(path):
@@ -116,7 +116,7 @@ def test_a_damaged_lock_file_is_taken_over(tmp_path, content):
 
 
 @pytest.mark.parametrize("kind", ["link", "link to nowhere", "pipe", "folder"])
-def test_what_is_no_regular_file_is_left_alone(tmp_path, kind):
+def test_other_files_are_unchanged(tmp_path, kind):
     path, other = tmp_path / "lock", tmp_path / "other"
     if kind == "link":
         other.write_text("precious")
@@ -142,7 +142,7 @@ with replacing(Path(sys.argv[1]) / "file") as file, replacing_folder(Path(sys.ar
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_what_a_live_process_writes_is_no_leftover(tmp_path, start, exclusive):
+def test_files_of_live_processes_are_kept(tmp_path, start, exclusive):
     child = start(WRITE, tmp_path)
     there = sorted(os.listdir(tmp_path))
     assert len(there) == 2
