@@ -21,7 +21,7 @@ PARTS = {
     "kept states": "states that `recompute` saves",
     "lost bits": "what `exact` saves to invert bit for bit",
     "stored cells": "tensors that cells in mode `store` save for backward",
-    "running cell": "everything that the cell that runs or is replayed at the peak allocates",
+    "running cell": "everything allocated by the cell that runs or is replayed at the peak",
     "head and loss": "everything after the columns: head, logits, loss",
 }
 """Parts of the peak in display order, with their meaning."""

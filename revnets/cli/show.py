@@ -93,7 +93,7 @@ def _levels(net: Net, sizes: Sequence[str]) -> Table:
     title = f"{spec.columns} column{'s' * (spec.columns > 1)} of {len(spec.levels)} levels, "
     title += f"{f'{down} of them down, ' if down else ''}memory {spec.memory}"
     table = Table(title=title, title_justify="left")
-    for name in ("level", "channels", "positions", "blocks", "inputs", "parameters per column"):
+    for name in ("level", "channels", "positions", "blocks", "inputs", "parameters\nper column"):
         table.add_column(name, justify="left" if name in ("blocks", "inputs") else "right")
     # The first column has neither gains nor inputs from above.
     column = 1 if spec.columns > 1 and spec.directions[1] == "up" else 0
@@ -109,7 +109,7 @@ def _down(net: Net) -> Table | None:
     if not columns:
         return None
     table = Table(title="columns that run down", title_justify="left")
-    for name in ("level", "inputs", "parameters per column"):
+    for name in ("level", "inputs", "parameters\nper column"):
         table.add_column(name, justify="left" if name == "inputs" else "right")
     for level in reversed(range(net.columns.graph.m)):
         table.add_row(str(level), *_cell(net, columns[min(1, len(columns) - 1)], level))

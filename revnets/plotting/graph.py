@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Colors of Okabe and Ito, which color-blind people can distinguish.
 WIRES = {
-    "below": ("#0072B2", "input: lower level"),
+    "below": ("#0072B2", "input: lower level, same column"),
     "down": ("#56B4E9", "input: higher level, same column"),
     "above": ("#D55E00", "input: higher level, previous column"),
     "before": ("#CC79A7", "input: same or lower level, previous column"),

@@ -65,8 +65,8 @@ def by_mode(result: Audit) -> dict:
     return {mode.mode: mode for mode in result.modes}
 
 
-def render(result: Audit, colour: bool = False) -> str:
-    console = Console(width=80, force_terminal=colour, color_system="standard" if colour else None, record=True)
+def render(result: Audit, color: bool = False) -> str:
+    console = Console(width=80, force_terminal=color, color_system="standard" if color else None, record=True)
     with console.capture() as capture:
         console.print(result.table())
     return capture.get()

@@ -148,8 +148,8 @@ def conv(state: State, name: str, x: Tensor, stride: int = 1, padding: int = 0, 
 
 def norm(state: State, name: str, x: Tensor) -> Tensor:
     """Apply LayerNorm over the channels of (B, C, H, W)."""
-    centred = x - x.mean(1, keepdim=True)
-    x = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    centered = x - x.mean(1, keepdim=True)
+    x = centered / (centered.square().mean(1, keepdim=True) + 1e-6).sqrt()
     return x * state[f"{name}.weight"][:, None, None] + state[f"{name}.bias"][:, None, None]
 
 

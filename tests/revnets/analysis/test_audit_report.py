@@ -26,9 +26,9 @@ def test_table_marks_errors_in_words_and_colors():
     assert modes["invert"].worst_parameter in text
     assert "bit for bit" in rows["0"]
     green, red = "\x1b[32m", "\x1b[31m"
-    coloured = render(result, colour=True).splitlines()
-    assert any(f"{red}WRONG" in line for line in coloured)
-    assert sum(f"{green}bit for bit" in line for line in coloured) == 2 + len(result.columns)
+    colored = render(result, color=True).splitlines()
+    assert any(f"{red}WRONG" in line for line in colored)
+    assert sum(f"{green}bit for bit" in line for line in colored) == 2 + len(result.columns)
     assert max(map(len, text.splitlines())) <= 80
 
 

@@ -82,7 +82,7 @@ def _boxes(figure: Figure) -> list:
 def _wires(figure: Figure) -> dict[str, list]:
     """Return the control points of the connections by kind, without the samples in the legend below the boxes."""
     lowest = min(box[1] for box in _boxes(figure))
-    kinds = {colour: kind for kind, (colour, _) in WIRES.items()}
+    kinds = {color: kind for kind, (color, _) in WIRES.items()}
     wires: dict[str, list] = {kind: [] for kind in WIRES}
     for arrow in figure.findobj(FancyArrowPatch):
         points = arrow._path_original.vertices
