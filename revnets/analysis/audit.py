@@ -52,8 +52,10 @@ def audit(
     by `torch.autograd.grad`, which does not trigger hooks on `.grad`.
 
     Example:
+        ```python
         net = revnets.ReversibleSequence([nn.Linear(4, 4) for _ in range(4)])
         assert revnets.audit(net, torch.randn(2, 4)).ok
+        ```
 
     Args:
         model: Module with reversible columns, see `revnets.find_columns`.

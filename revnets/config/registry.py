@@ -68,9 +68,11 @@ def register_block(name: str) -> Callable[[T], T]:
     forward pass keeps the shape of the state.
 
     Example:
+        ```python
         @revnets.register_block("gated")
         class Gated(nn.Module):
             def __init__(self, dim: int, ratio: float = 2.0): ...
+        ```
 
     Args:
         name: Name of the block in YAML, without a colon.

@@ -50,11 +50,13 @@ class MemoryTracker(TorchDispatchMode):
     counters continue when the tracker is entered again. Storages that are freed in between are still subtracted.
 
     Example:
+        ```python
         with MemoryTracker() as tracker:
             loss = model(x).sum()
             kept = tracker.live
             loss.backward()
         print(kept, tracker.peak)
+        ```
 
     Attributes:
         live: Bytes alive now, without host memory (`revnets/engine/offload`).
@@ -174,9 +176,11 @@ class OpCounter(TorchDispatchMode):
     """Count operators by name, the FLOPs of matrix products, and the bytes that all operators write.
 
     Example:
+        ```python
         with OpCounter() as counter:
             model(x).sum().backward()
         print(counter.ops["aten.mm"], counter.matmuls, counter.flops)
+        ```
 
     Attributes:
         ops: Calls by operator name without overload, such as `aten.mm`, `aten.convolution`, `aten.native_layer_norm`.
@@ -277,8 +281,7 @@ def kept_bytes(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 def peak_bytes(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Return the most bytes alive at once in `model(*args, **kwargs)` and backward, without parameters and inputs.
 
-    The loss is the sum of all outputs. Gradients of the parameters and of inputs that require them are computed and
-    count. No `.grad` is changed.
+    The loss is the sum of all outputs. Gradients of parameters and of inputs that require them count.
     """
     leaves = [tensor for tensor in tensors((list(model.parameters()), args, kwargs)) if tensor.requires_grad]
     with MemoryTracker() as tracker:
