@@ -97,7 +97,8 @@ class CommandLineLoader(Loader):
         node = super().compose_scalar_node(anchor)
         is_whole = self._depth == 1 and len(self.buffer.splitlines()) > 1
         if style not in ("|", ">") and (is_whole or start.line != end.line):
-            raise ArgumentError("it has several lines; write line feeds as \\n in quotes", code="invalid-syntax")
+            text = "it has several lines; write a line feed as \\n in double quotes"
+            raise ArgumentError(text, code="invalid-syntax")
         return node
 
 

@@ -73,7 +73,7 @@ def write(folder: Path, text: str = NET) -> Path:
         ({"revcol_gain": 0.0}, "0.0 is nearer to 0 than min_abs"),
         ({"revcol_memory": "exakt"}, '"exakt" is not a memory mode. Did you mean exact?'),
         ({"revcol_memory": "exact,store"}, "2 modes for 4 columns"),
-        ({"revcol_memory": "{budget: exakt}"}, 'memory.budget: "exakt" is no amount of memory'),
+        ({"revcol_memory": "{budget: exakt}"}, 'memory.budget: "exakt" is not an amount of memory'),
         ({"revcol_stored": 9}, "--revcol-stored 9: the encoder has only 8 cells"),
         ({"revcol_stored": 1, "revcol_memory": "{budget: exact}"}, "a budget selects the cells itself"),
         ({"revcol_fusion": "lineal"}, 'there is no fusion "lineal". Did you mean linear?'),
@@ -81,7 +81,7 @@ def write(folder: Path, text: str = NET) -> Path:
         ({"revcol_fusion": "convnext"}, "changes the number of positions"),
         ({"revcol_norm": "post", "encoder_normalize_before": True}, "contradicts --encoder-normalize-before"),
         ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar 0.1: its modules count their calls"),
-        ({"activation_fn": "swish"}, 'options: levels.0.activation: "swish" is none of the choices'),
+        ({"activation_fn": "swish"}, 'options: levels.0.activation: "swish" is not a valid choice'),
         ({"revcol_spec": "missing.yaml"}, "missing.yaml"),
     ],
 )
