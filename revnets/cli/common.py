@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from revnets.cli.output import told_if_unwritable
+from revnets.cli.output import reporting_unwritable
 from revnets.config.errors import SpecError, option_error
 from revnets.engine.columns_group import find_columns
 from revnets.engine.errors import ArgumentError
@@ -25,7 +25,7 @@ def write_figure(console: Console, figure: Figure, picture: Path) -> None:
     """Save a figure and print its path."""
     from revnets.plotting.style import save
 
-    with told_if_unwritable(picture):
+    with reporting_unwritable(picture):
         save(figure, picture)
     console.print(f"wrote {picture}", soft_wrap=True, highlight=False, markup=False)
 

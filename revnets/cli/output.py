@@ -64,7 +64,7 @@ def deliver(figure: Figure, png: Path, rows: Sequence[Mapping[str, Any]], csv: P
     """
     from revnets.plotting.style import save
 
-    with told_if_unwritable(png):
+    with reporting_unwritable(png):
         save(figure, png)
         save_csv(rows, csv)
     return f"wrote {png} and {csv}"
@@ -126,7 +126,7 @@ def tracked(items: Iterable[T], description: str, console: Console | None = None
 
 
 @contextmanager
-def told_if_unwritable(path: Path) -> Iterator[None]:
+def reporting_unwritable(path: Path) -> Iterator[None]:
     """Context manager that converts an `OSError` of writing `path` to a `SpecError`."""
     try:
         yield
