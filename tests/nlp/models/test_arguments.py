@@ -70,7 +70,7 @@ def write(folder: Path, text: str = NET) -> Path:
         ({"encoder_layers": 3}, "--encoder-layers 3: the encoder has 8 blocks in 4 columns"),
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq 0.1: the blocks of the columns are not quantized"),
         ({"encoder_attention_heads": 5}, "64 channels cannot be divided into 5 heads"),
-        ({"revcol_gain": 0.0}, "0.0 is nearer to 0 than min_abs"),
+        ({"revcol_gain": 0.0}, "0.0 is closer to 0 than min_abs"),
         ({"revcol_memory": "exakt"}, '"exakt" is not a memory mode. Did you mean exact?'),
         ({"revcol_memory": "exact,store"}, "2 modes for 4 columns"),
         ({"revcol_memory": "{budget: exakt}"}, 'memory.budget: "exakt" is not an amount of memory'),

@@ -192,9 +192,9 @@ def test_only_requested_modes_are_measured_and_reported():
     ("change", "key", "code", "names"),
     [
         ({"modes": ["exakt"]}, "modes", "unknown-choice", ["'exakt'", "store, recompute, invert, exact"]),
-        ({"loss": lambda levels: levels[0]}, "loss", "invalid-value", "one number"),
+        ({"loss": lambda levels: levels[0]}, "loss", "invalid-value", "one element"),
         ({"loss": lambda levels: levels[0].detach().sum()}, "loss", "invalid-value", "requires a gradient"),
-        ({"loss": lambda levels: 3}, "loss", "invalid-value", "one number"),
+        ({"loss": lambda levels: 3}, "loss", "invalid-value", "one element"),
         ({"loss": lambda levels: levels[0].sum() * math.nan}, "model", "not-finite", "memory mode store"),
     ],
 )

@@ -79,7 +79,7 @@ def test_pending_budget_is_planned_for_all_sequences(kind):
     assert expected is not None
     assert net.memory_plan.chosen == expected
     assert (group.budget, group.stored) == (None, set(expected.stored))
-    with pytest.warns(UserWarning, match="larger ones"):
+    with pytest.warns(UserWarning, match="may exceed the budget"):
         net(torch.randn(5, 3, 29, 23))
 
 

@@ -309,15 +309,15 @@ def test_figure_shows_the_numbers_of_the_audit():
     widths = [bar.get_width() * 2**20 for bar in memory.patches]
     assert widths == pytest.approx([*(m.peak_bytes for m in audit.modes), *(m.kept_bytes for m in audit.modes)])
     text = words(figure)
-    assert all(f"kept {size(mode.kept_bytes)}, peak {size(mode.peak_bytes)}" in text for mode in audit.modes)
+    assert all(f"saved {size(mode.kept_bytes)}, peak {size(mode.peak_bytes)}" in text for mode in audit.modes)
     assert text.count("equal bit for bit") == 3  # two modes, and the states
-    assert "off by 1.0e-03" in text
+    assert "error 1.0e-03" in text
     assert "WRONG" not in text
 
 
 def test_figure_names_errors():
     text = words(audit_figure(example_audit(error=0.5, exact=False)))
-    assert "off by 5.0e-01: WRONG" in text
+    assert "error 5.0e-01: WRONG" in text
     assert "DIFFERS" in text
     assert "not finite: WRONG" in words(audit_figure(example_audit(error=math.nan)))
     audit = example_audit()
@@ -325,7 +325,7 @@ def test_figure_names_errors():
     text = words(audit_figure(replace(audit, columns=(), modes=(*audit.modes[:3], failed))))
     assert "failed" in text
     assert "could not be rebuilt" in text
-    assert "no mode but store was measured" in words(audit_figure(replace(audit, modes=audit.modes[:1])))
+    assert "only store was measured" in words(audit_figure(replace(audit, modes=audit.modes[:1])))
 
 
 # --------------------------------------------------------------------------------------------------------------- save

@@ -81,7 +81,7 @@ def test_what_is_planned_is_the_step_of_the_entry() -> None:
 def test_a_larger_input_of_the_same_entry_is_warned_of_once() -> None:
     model = create()
     model.forward_features(images())
-    with pytest.warns(UserWarning, match="the memory plan was made for an input of") as caught:
+    with pytest.warns(UserWarning, match="the memory plan is for an input of") as caught:
         model.forward_features(images(3))
     assert len(caught) == 1
 
