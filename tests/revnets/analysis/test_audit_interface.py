@@ -167,7 +167,7 @@ def test_columns_are_found_in_submodules():
     assert list(find_columns(several)) == [several["a"], several["b"]]
     several.columns = columns
     assert list(find_columns(several)) == [columns]
-    with raises_error(ArgumentError, code="no-columns", key="model", names=["Linear", "none"]):
+    with raises_error(ArgumentError, code="no-columns", key="model", names="Linear"):
         find_columns(nn.Linear(1, 1))
 
 
