@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vision.detection.copy_paste import CopyPaste
     from vision.detection.dino_detr.dino_detector import DINO, dino
+    from vision.detection.planned_step import DetectionStep
     from vision.detection.rcnn.cascade_rcnn import RegionDetector, cascade_mask_rcnn
     from vision.detection.rcnn.hybrid_task_cascade import htc
 
-__all__ = ["DINO", "CopyPaste", "RegionDetector", "cascade_mask_rcnn", "dino", "htc"]
+__all__ = ["DINO", "CopyPaste", "DetectionStep", "RegionDetector", "cascade_mask_rcnn", "dino", "htc"]
 
 _LAZY = {
     "DINO": "vision.detection.dino_detr.dino_detector",
     "CopyPaste": "vision.detection.copy_paste",
+    "DetectionStep": "vision.detection.planned_step",
     "RegionDetector": "vision.detection.rcnn.cascade_rcnn",
     "cascade_mask_rcnn": "vision.detection.rcnn.cascade_rcnn",
     "dino": "vision.detection.dino_detr.dino_detector",

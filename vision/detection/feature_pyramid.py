@@ -36,7 +36,10 @@ def revcol_levels(backbone: str, finest: int = 0, **options: Any) -> nn.Module:
         problem = f"{backbone} has levels of strides {found}, and a detector needs {list(STRIDES[finest:])}"
         raise ArgumentError(problem, "backbone", code="shape-mismatch")
     if isinstance(revcol.columns.budget, BudgetSpec):
-        problem = "A detector's boxes depend on values, so no memory budget can be planned for it. Give a memory mode"
+        problem = (
+            "a detector cannot plan its memory budget at its first call, because images and boxes vary. Give a memory "
+            "mode, and apply revnets.plan(vision.detection.DetectionStep(model), input_shape, budget=...)"
+        )
         raise ArgumentError(problem, "memory", code="conflicting-values")
     return body
 

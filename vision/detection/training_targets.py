@@ -12,6 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
 from revnets.config.errors import ArgumentError, show
+from vision.models.simulated_values import is_simulated
 
 Target = dict[str, Any]
 """Objects of one image: `boxes` (N, 4) as (left, top, right, bottom), `labels` (N,), `masks` (N, H, W), and others."""
@@ -89,6 +90,8 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
     if masks and target["masks"].shape != (len(boxes), *size):
         found, expected = tuple(target["masks"].shape), (len(boxes), *size)
         raise _target_error(number, "masks", f"has the shape {found}, not {expected}", "shape-mismatch")
+    if is_simulated(boxes):
+        return {**target, "boxes": boxes, "labels": labels, "image_size": size}
     for name, values in (("boxes", boxes), ("masks", target["masks"] if masks else boxes)):
         if values.is_floating_point() and not torch.isfinite(values).all():
             raise _target_error(number, name, "has numbers that are not finite", "not-finite")
@@ -119,7 +122,8 @@ def semantic_maps(targets: Sequence[Target], num_classes: int, size: tuple[int, 
         if tuple(classes.shape) != target["image_size"]:
             found, expected = tuple(classes.shape), target["image_size"]
             raise _target_error(number, "semantic_map", f"has the shape {found}, not {expected}", "shape-mismatch")
-        if ((classes < 0) | ((classes >= num_classes) & (classes != 255))).any():
+        wrong = (classes < 0) | ((classes >= num_classes) & (classes != 255))
+        if not is_simulated(classes) and wrong.any():
             problem = f"has classes outside of 0 to {num_classes - 1}"
             raise _target_error(number, "semantic_map", problem, "out-of-range")
         part = classes[::stride, ::stride].long()

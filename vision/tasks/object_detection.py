@@ -12,12 +12,13 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 
 import vision.detection
-from revnets.config.errors import nearest
+from revnets.config.errors import nearest, show
 from revnets.config.memory_budget import BudgetSpec
 from vision.config.data import CocoConfig
 from vision.config.run import TimmModel, TrainConfig
 from vision.detection.average_precision import AveragePrecisionEvaluator, DetectionMetrics
 from vision.detection.coco_data import NOT_COUNTED, DetectionData, load_coco
+from vision.detection.planned_step import OBJECTS, DetectionStep
 from vision.distributed.context import World
 from vision.errors import first_line, run_error
 from vision.tasks.base import Batches, Task
@@ -40,6 +41,7 @@ class ObjectDetection(Task):
         detector: `cascade_mask_rcnn`, `htc` or `dino`.
         options: of the detector; see `vision.detection`.
         copy_paste: how often objects of another image of the batch are pasted into an image, for masks only.
+        planned_objects: objects of an image in memory plans and budgets.
     """
 
     monitor, mode, label, unit, digits = "box_ap", "max", "box AP", "%", 2
@@ -51,6 +53,7 @@ class ObjectDetection(Task):
         detector: str = "cascade_mask_rcnn",
         options: dict[str, Any] | None = None,
         copy_paste: float = 0.0,
+        planned_objects: int = OBJECTS,
     ):
         super().__init__(config)
         if not isinstance(config.data, CocoConfig):
@@ -58,9 +61,6 @@ class ObjectDetection(Task):
         if not isinstance(config.model, TimmModel):
             remedy = "Name a RevCol, as in {timm: revcol_tiny}"
             raise run_error("model", "is no backbone for a detector", remedy, code="invalid-component")
-        if isinstance(config.memory, BudgetSpec):
-            problem = "a detector samples boxes by value, so that no budget can be planned"
-            raise run_error("memory", problem, "Give a memory mode", code="conflicting-values")
         self.detector, self.options, self.coco = detector, dict(options or {}), config.data
         if self.needs_masks() and not config.data.masks:
             problem = f"{detector} trains on masks"
@@ -69,7 +69,10 @@ class ObjectDetection(Task):
             raise run_error("task.copy_paste", f"{copy_paste!r}", "Give a number from 0 to 1", code="out-of-range")
         if copy_paste and not config.data.masks:
             raise run_error("task.copy_paste", "objects are cut out by masks", "Set data.masks", "conflicting-values")
-        self.copy_paste = copy_paste
+        if type(planned_objects) is not int or planned_objects < 1:
+            problem = f"{show(planned_objects)} is not a whole number of objects"
+            raise run_error("task.planned_objects", problem, "Give at least 1", code="out-of-range")
+        self.copy_paste, self.planned_objects = copy_paste, planned_objects
 
     def needs_masks(self) -> bool:
         """Does the detector train on masks?
@@ -122,9 +125,6 @@ class ObjectDetection(Task):
         """Names of the classes, and their numbers in files of COCO."""
         return {"classes": list(data.classes), "category_ids": list(data.category_ids)}
 
-    def input_shape(self, data: Any) -> None:
-        """None: images have many sizes."""
-
     def build_model(self, data: Any) -> nn.Module:
         """The detector in training mode.
 
@@ -133,7 +133,7 @@ class ObjectDetection(Task):
         """
         backbone = cast(TimmModel, self.config.model)
         options = {**backbone.options, **self.options}
-        if self.config.memory is not None:
+        if self.config.memory is not None and not isinstance(self.config.memory, BudgetSpec):
             options["memory"] = self.config.memory
         try:
             model = self.create_detector(backbone.timm, len(data.classes), **options)
@@ -143,14 +143,17 @@ class ObjectDetection(Task):
         return model.train()
 
     def planned(self, model: nn.Module) -> nn.Module:
-        """Never a step: how many boxes it has depends on values.
+        """The step with its losses, for images that each have `planned_objects` objects.
 
         Raises:
-            revnets.SpecError: always.
+            revnets.SpecError: the detector is not one of `vision.detection`.
         """
-        name = cast(TimmModel, self.config.model).timm
-        problem = "a detector samples boxes by value, so that its step cannot be planned"
-        raise run_error("task", problem, f"Plan its backbone: revnets plan {name}", code="conflicting-values")
+        try:
+            return DetectionStep(model, self.planned_objects)
+        except ValueError as error:
+            name = cast(TimmModel, self.config.model).timm
+            hint = f"Give a memory mode, or plan the backbone: revnets plan {name}"
+            raise run_error("task", first_line(error), hint, code="conflicting-values") from None
 
     def begin(self, model: nn.Module, data: DetectionData, world: World) -> str:
         """Put pretrained weights into the backbone, or those of a whole DINO into another one."""

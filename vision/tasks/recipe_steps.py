@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revnets import SpecError
 from revnets.config.errors import nearest
-from vision.config.data import SmallImagesConfig
+from vision.config.data import CocoConfig, SmallImagesConfig
 from vision.config.run import TrainConfig, load_config
 from vision.paths import FOLDERS
 from vision.tasks.builders import create_task
@@ -51,7 +51,7 @@ def create(name: str, **options: Any) -> RecipeStep:
     shape = _shape(config)
     if shape is None:
         raise SpecError(name, "data", "its samples have no shape", "Plan its model alone", code="missing-shape")
-    count = getattr(config.data, "num_classes", None) or (10 if _is_grey(config) else 1000)
+    count = getattr(config.data, "num_classes", None) or _usual_classes(config)
     classes = tuple(map(str, range(sum(config.heads.values()) if config.heads else count)))
     task = create_task(config)
     model = task.build_model(SimpleNamespace(classes=classes, shape=shape))
@@ -61,6 +61,13 @@ def create(name: str, **options: Any) -> RecipeStep:
 def _shape(config: TrainConfig) -> tuple[int, ...] | None:
     side = getattr(config.data, "img_size", None)
     return None if side is None else (1 if _is_grey(config) else 3, side, side)
+
+
+def _usual_classes(config: TrainConfig) -> int:
+    """The number of classes of the data, which are not read."""
+    if isinstance(config.data, CocoConfig):
+        return 80
+    return 10 if _is_grey(config) else 1000
 
 
 def _is_grey(config: TrainConfig) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
+from vision.detection.box_losses import giou_losses
 from vision.detection.dino_detr.deformable_transformer import ScoredBoxes
 from vision.detection.dino_detr.target_boxes import TargetBoxes
+from vision.models.simulated_values import assigned_pairs
 
 CLASS_COST, BOX_COST, GIOU_COST = 2.0, 5.0, 2.0
 ALPHA, GAMMA = 0.25, 2.0
@@ -38,14 +39,13 @@ def hungarian_pairs(predicted: ScoredBoxes, objects: Sequence[TargetBoxes]) -> l
 
 def _pairs(scores: Tensor, boxes: Tensor, item: TargetBoxes) -> Pairs:
     shape = (len(boxes), len(item.boxes), 4)
-    giou_loss = generalized_box_iou_loss(
+    giou_loss = giou_losses(
         in_pixels(boxes, item.sides)[:, None].expand(shape), in_pixels(item.boxes, item.sides).expand(shape)
     )
     distance = torch.cdist(boxes, item.boxes, p=1)
     cost = CLASS_COST * _class_cost(scores)[:, item.labels] + BOX_COST * distance + GIOU_COST * giou_loss
     cost = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)  # of a diverged model, whose loss the trainer reports
-    queries, numbers = linear_sum_assignment(cost.cpu().numpy())
-    return Pairs(torch.as_tensor(queries, device=boxes.device), torch.as_tensor(numbers, device=boxes.device))
+    return Pairs(*assigned_pairs(cost))
 
 
 def _class_cost(logits: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
+from torchvision.ops import clip_boxes_to_image
 
-from vision.detection.rcnn.region_proposals import FloatBoxCoder, OverlapMatcher
+from vision.detection.box_losses import giou_losses
+from vision.detection.rcnn.region_proposals import BoxSampler, FloatBoxCoder, OverlapMatcher
 from vision.detection.rcnn.roi_pooling import RoIPool
 from vision.detection.training_targets import Target
+from vision.models.simulated_values import chosen_rows
 
 GIOU_WEIGHT = 10.0
 
@@ -76,7 +77,7 @@ class BoxStage(nn.Module):
             nn.init.zeros_(layer.bias)
         self.coder = FloatBoxCoder((1 / stds[0], 1 / stds[1], 1 / stds[2], 1 / stds[3]))
         self.matcher = OverlapMatcher(overlap, overlap, overlap if low_quality else None)
-        self.sampler = BalancedPositiveNegativeSampler(512, 0.25)
+        self.sampler = BoxSampler(512, 0.25)
 
     def forward(
         self, levels: Sequence[Tensor], boxes: list[Tensor], semantic: Tensor | None = None
@@ -93,8 +94,7 @@ class BoxStage(nn.Module):
             candidates = torch.cat([target["boxes"].to(proposals.dtype), proposals])
             own = torch.arange(count, device=proposals.device)
             matches = torch.cat([own, self.matcher(target["boxes"], proposals)])
-            positive, negative = self.sampler([(matches >= 0).long()])
-            kept = (positive[0] | negative[0]).nonzero().squeeze(1)
+            kept = torch.cat(self.sampler(matches >= 0, matches < 0)).sort().values
             samples.boxes.append(candidates[kept])
             samples.matches.append(matches[kept])
             samples.is_object.append(kept < count)
@@ -105,9 +105,9 @@ class BoxStage(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Cross entropy of all boxes, and ten times the generalized IoU loss of boxes with objects, per box."""
         labels, goals = samples.labels(targets), samples.goals(targets)
-        positive = labels > 0
+        positive = chosen_rows(labels > 0, len(targets) * self.sampler.most_positive)
         found = self._decoded(codes[positive], torch.cat(samples.boxes)[positive], labels[positive])
-        regression = generalized_box_iou_loss(found, goals[positive], reduction="sum") / len(labels)
+        regression = giou_losses(found, goals[positive]).sum() / len(labels)
         return F.cross_entropy(scores, labels), GIOU_WEIGHT * regression
 
     @torch.no_grad()

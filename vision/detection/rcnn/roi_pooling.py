@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from vision.detection.feature_pyramid import STRIDES
+from vision.models.simulated_values import chosen_rows
 
 FINEST_SCALE = 56
 """Boxes below twice this side, in pixels, are pooled from the finest level; the next levels double it."""
@@ -40,7 +41,7 @@ class RoIPool(nn.Module):
         level = (side / FINEST_SCALE + 1e-6).log2().floor().clamp(0, len(STRIDES) - 1)
         pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], self.size, self.size)
         for index, stride in enumerate(STRIDES):
-            rows = (level == index).nonzero().squeeze(1)
+            rows = chosen_rows(level == index, len(rois) if index == 0 else 0)  # all of them from one level
             values = roi_align(levels[index], rois[rows], self.size, 1 / stride, 0, aligned=True)
             pooled = pooled.index_put((rows,), values.to(pooled.dtype))
         if semantic is not None:

@@ -1,0 +1,57 @@
+"""The training step of a detector as a function of images alone, for memory plans."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from revnets.config.errors import ArgumentError
+from vision.detection.detector_options import require_counts
+from vision.detection.dino_detr.dino_detector import DINO
+from vision.detection.rcnn.cascade_rcnn import RegionDetector
+from vision.detection.training_targets import Target
+from vision.models.simulated_values import is_simulated, use_local_statistics
+
+OBJECTS = 100
+"""Objects of an image that plans count by default. No training image of COCO has more than 93."""
+
+
+class DetectionStep(nn.Module):
+    """The losses of a detector for a batch of images that all have the same number of objects.
+
+    `revnets.plan(DetectionStep(model), (2, 3, 1333, 1333))` simulates a training step. Sampled boxes, boxes with masks
+    and proposals are as many as the detector allows, so the plan is an upper bound for images with that many objects.
+
+    Args:
+        detector: of `cascade_mask_rcnn`, `htc` or `dino`.
+        objects: of each image.
+
+    Raises:
+        ValueError: the detector is of another kind, or `objects` is not a whole number from 1 on.
+    """
+
+    def __init__(self, detector: nn.Module, objects: int = OBJECTS):
+        super().__init__()
+        require_counts(1, objects=objects)
+        if not isinstance(detector, RegionDetector | DINO):
+            problem = f"{type(detector).__name__} is not a detector of vision.detection, so its step cannot be planned"
+            raise ArgumentError(problem, "detector", code="invalid-component")
+        self.detector, self.objects = detector, objects
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The losses of images (B, 3, H, W)."""
+        if is_simulated(images):
+            use_local_statistics(self.detector)
+        return self.detector(list(images), [self._target(image) for image in images])
+
+    def _target(self, image: Tensor) -> Target:
+        """Boxes of a quarter of the image's sides, all over it, with all that a detector may read."""
+        height, width = image.shape[-2:]
+        corners = torch.arange(self.objects, device=image.device) / self.objects * 0.75
+        left, top = corners * width, (corners * 7 % 0.75) * height
+        return {
+            "boxes": torch.stack([left, top, left + width / 4, top + height / 4], 1),
+            "labels": torch.ones(self.objects, dtype=torch.long, device=image.device),
+            "masks": torch.ones(self.objects, height, width, dtype=torch.uint8, device=image.device),
+            "semantic_map": torch.zeros(height, width, dtype=torch.uint8, device=image.device),
+        }
