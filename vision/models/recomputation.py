@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(module: nn.Module | Callable[..., Any], *args: Any, draws: bool = False) -> Any:
-    """`module(*args)` without its activations, which backward computes again, with the same bits.
+def recomputed(module: nn.Module | Callable[..., Any], *args: Any, draws: bool = False, **kwargs: Any) -> Any:
+    """`module(*args, **kwargs)` without its activations, which backward computes again, with the same bits.
 
     Running statistics of BatchNorm move once, in the forward pass.
 
@@ -27,8 +27,9 @@ def recomputed(module: nn.Module | Callable[..., Any], *args: Any, draws: bool =
         return nullcontext(), _FixedStatistics(owner)
 
     if not torch.is_grad_enabled():
-        return module(*args)
-    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
+        return module(*args, **kwargs)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": contexts}
+    return checkpoint(module, *args, **options, **kwargs)
 
 
 class _FixedStatistics(AbstractContextManager[None]):

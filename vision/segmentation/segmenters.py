@@ -27,6 +27,8 @@ from vision.huggingface.saved_sizes import require_fitting
 from vision.models.architecture import RevCol
 from vision.models.parameter_groups import backbone_matcher, find_backbone
 from vision.models.recomputation import recomputed
+from vision.models.simulated_values import is_simulated
+from vision.segmentation.mask2former_parts import adapt_parts
 
 IGNORED = 255
 """Class number of pixels that count neither in a loss nor in a metric."""
@@ -57,13 +59,17 @@ class RevColSegmenter(nn.Module):
         require_all(str(pretrained_model_name_or_path), {**info, "mismatched_keys": ()} if ignores_shapes else info)
         return model
 
-    def targets(self, maps: Tensor) -> dict[str, Any]:
-        """The arguments of `forward` for class maps (B, H, W), of which `IGNORED` does not count."""
+    def targets(self, maps: Tensor, most: int | None = None) -> dict[str, Any]:
+        """The arguments of `forward` for class maps (B, H, W), of which `IGNORED` does not count.
+
+        Args:
+            most: classes that an image has in the simulated step of a memory plan, by default all.
+        """
         raise NotImplementedError
 
-    def semantic_loss(self, images: Tensor, maps: Tensor) -> Tensor:
-        """The loss of images (B, C, H, W) with class maps (B, H, W), a scalar."""
-        return self(pixel_values=images, **self.targets(maps)).loss.squeeze()
+    def semantic_loss(self, images: Tensor, maps: Tensor, most: int | None = None) -> Tensor:
+        """The loss of images (B, C, H, W) with class maps (B, H, W), a scalar; `most` is as of `targets`."""
+        return self(pixel_values=images, **self.targets(maps, most)).loss.squeeze()
 
     def semantic_logits(self, images: Tensor) -> Tensor:
         """Scores (B, classes, H, W) of images (B, C, H, W)."""
@@ -150,7 +156,7 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
         logits = F.interpolate(head(maps), size=size, mode="bilinear", align_corners=False)
         return F.cross_entropy(logits, labels, ignore_index=self.config.loss_ignore_index), logits
 
-    def targets(self, maps: Tensor) -> dict[str, Any]:
+    def targets(self, maps: Tensor, most: int | None = None) -> dict[str, Any]:
         return {"labels": maps}
 
     def semantic_logits(self, images: Tensor) -> Tensor:
@@ -160,21 +166,30 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
 class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
     """Mask2Former (Cheng et al., CVPR 2022) for semantic classes: one mask for each class that is in an image.
 
+    Args:
+        config: of transformers; with its attribute `checkpoint_heads`, activations of the layers of both decoders and
+            the points of mask losses are computed again in backward.
+
     Raises:
-        ValueError: the backbone has a memory budget: a plan has no values, and the loss matches masks by value.
+        ValueError: the backbone has a memory budget, which only a training run can plan.
     """
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__(config)
+        adapt_parts(self, recompute=getattr(config, "checkpoint_heads", False))
         if isinstance(self.revcol.columns.budget, BudgetSpec):
             problem = (
-                "Mask2Former matches masks by value, so no memory budget can be planned for it. Give a memory mode"
+                "Mask2Former cannot plan its memory budget at its first call, because the number of masks varies. Give "
+                "a memory mode, and apply revnets.plan(SegmentationStep(model), input_shape, budget=...)"
             )
             raise ArgumentError(problem, "memory", code="conflicting-values")
 
-    def targets(self, maps: Tensor) -> dict[str, Any]:
+    def targets(self, maps: Tensor, most: int | None = None) -> dict[str, Any]:
         """A mask (classes in the image, H, W) for each image, and its classes."""
-        classes = [present[present != IGNORED] for present in map(torch.unique, maps)]
+        if is_simulated(maps):
+            classes = [torch.arange(most or self.config.num_labels, device=maps.device) for _ in maps]
+        else:
+            classes = [present[present != IGNORED] for present in map(torch.unique, maps)]
         masks = [(pixels == present[:, None, None]).float() for pixels, present in zip(maps, classes, strict=True)]
         return {"mask_labels": masks, "class_labels": [present.long() for present in classes]}
 
@@ -250,6 +265,7 @@ def mask2former(
     decoder_layers: int = 9,
     heads: int = 8,
     points: int = 12544,
+    checkpoint_heads: bool = False,
     **backbone_options: Any,
 ) -> Mask2Former:
     """Mask2Former on a RevCol, with the weights of its initialization.
@@ -264,6 +280,7 @@ def mask2former(
         decoder_layers: of the transformer decoder.
         heads: of attention.
         points: where mask losses are sampled.
+        checkpoint_heads: keep no activations of the decoders' layers and no points, which backward computes again.
         backbone_options: of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
@@ -273,7 +290,7 @@ def mask2former(
     Raises:
         ValueError: the backbone does not exist or refuses its options.
     """
-    others: dict[str, Any] = {"num_labels": num_classes}
+    others: dict[str, Any] = {"num_labels": num_classes, "checkpoint_heads": checkpoint_heads}
     return Mask2Former(
         Mask2FormerConfig(
             backbone_config=_backbone(backbone, backbone_options),

@@ -11,11 +11,13 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from revnets.config.errors import show
 from revnets.config.memory_budget import BudgetSpec
 from vision.config.data import SemanticMapsConfig
 from vision.config.run import TimmModel, TrainConfig
 from vision.distributed.context import World
 from vision.errors import run_error
+from vision.models.simulated_values import is_simulated, use_local_statistics
 from vision.segmentation import IoUEvaluator, mask2former, upernet
 from vision.segmentation.inference import predicted_classes
 from vision.segmentation.metrics import SegmentationMetrics
@@ -34,6 +36,7 @@ class SemanticSegmentation(Task):
         config: of the run, whose `data` is `semantic_maps`.
         head: `upernet` or `mask2former`.
         options: of the head, such as `channels: 512`; see `vision.segmentation`.
+        planned_classes: classes of an image in memory plans and budgets, by default all. Mask2Former has a mask for each.
     """
 
     monitor, mode, label, unit, digits = "miou", "max", "mIoU", "%", 2
@@ -44,6 +47,7 @@ class SemanticSegmentation(Task):
         config: TrainConfig,
         head: Literal["upernet", "mask2former"] = "upernet",
         options: dict[str, Any] | None = None,
+        planned_classes: int | None = None,
     ):
         super().__init__(config)
         if head not in ("upernet", "mask2former"):
@@ -53,7 +57,11 @@ class SemanticSegmentation(Task):
         if not isinstance(config.model, TimmModel):
             remedy = "Name a RevCol, as in {timm: revcol_tiny}"
             raise run_error("model", "is no backbone for a segmenter", remedy, code="invalid-component")
+        if planned_classes is not None and (type(planned_classes) is not int or planned_classes < 1):
+            problem = f"{show(planned_classes)} is not a whole number of classes"
+            raise run_error("task.planned_classes", problem, "Give at least 1", code="out-of-range")
         self.head, self.options, self.maps = head, dict(options or {}), config.data
+        self.planned_classes = planned_classes
 
     def load_data(self, notes: Path | None = None, world: World | None = None) -> SegmentationData:
         return load_semantic_maps(self.maps, self.config.seed, notes)
@@ -78,11 +86,7 @@ class SemanticSegmentation(Task):
         """
         backbone = cast(TimmModel, self.config.model)
         options = {**backbone.options, **self.options}
-        if isinstance(self.config.memory, BudgetSpec):
-            if self.head == "mask2former":
-                problem = "Mask2Former matches masks by value, so that no budget can be planned"
-                raise run_error("memory", problem, "Give a memory mode", code="conflicting-values")
-        elif self.config.memory is not None:
+        if self.config.memory is not None and not isinstance(self.config.memory, BudgetSpec):
             options["memory"] = self.config.memory
         try:
             build = upernet if self.head == "upernet" else mask2former
@@ -93,7 +97,7 @@ class SemanticSegmentation(Task):
 
     def planned(self, model: nn.Module) -> nn.Module:
         """The step with its loss: scores of all classes at the size of the images take more than the backbone."""
-        return SegmentationStep(cast(RevColSegmenter, model))
+        return SegmentationStep(cast(RevColSegmenter, model), self.planned_classes)
 
     def begin(self, model: nn.Module, data: SegmentationData, world: World) -> str:
         """Put pretrained weights into the backbone."""
@@ -142,15 +146,24 @@ class SemanticSegmentation(Task):
 
 
 class SegmentationStep(nn.Module):
-    """From images (B, C, H, W) to the loss against maps of one class, for memory plans."""
+    """From images (B, C, H, W) to the loss, for memory plans.
 
-    def __init__(self, segmenter: RevColSegmenter):
+    Args:
+        segmenter: UperNet or Mask2Former.
+        classes: of each image, by default all. Mask2Former has a mask for each.
+    """
+
+    def __init__(self, segmenter: RevColSegmenter, classes: int | None = None):
         super().__init__()
         self.segmenter = segmenter
+        known = int(cast(Any, segmenter).config.num_labels)
+        self.classes = known if classes is None else min(classes, known)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.long, device=images.device)
-        return self.segmenter.semantic_loss(images, maps)
+        if is_simulated(images):
+            use_local_statistics(self.segmenter)
+        pixels = torch.arange(images[:, 0].numel(), device=images.device).view_as(images[:, 0])
+        return self.segmenter.semantic_loss(images, pixels % self.classes, self.classes)
 
 
 class MapEvaluator:

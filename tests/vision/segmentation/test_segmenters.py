@@ -7,8 +7,10 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 
 from timm.optim import param_groups_layer_decay
+from transformers import Mask2FormerForUniversalSegmentation
 
-from revnets.memory.tracker import kept_bytes
+import revnets
+from revnets.memory.tracker import kept_bytes, peak_bytes
 from vision.segmentation import Mask2Former, UperNet, mask2former, upernet
 from vision.segmentation.segmenters import IGNORED
 from vision.tasks.semantic_segmentation import SegmentationStep
@@ -54,10 +56,9 @@ def test_exact_gradients_equal_stored_ones(name):
 
 
 @pytest.mark.parametrize("memory", ["store", "exact"])
-def test_checkpointed_heads_change_no_bit(memory):
-    plain, recomputing = (
-        build("upernet", memory=memory, dropout=0.3, checkpoint_heads=value) for value in (False, True)
-    )
+@pytest.mark.parametrize(("name", "options"), [("upernet", {"dropout": 0.3}), ("mask2former", {})])
+def test_checkpointed_heads_change_no_bit(name, options, memory):
+    plain, recomputing = (build(name, memory=memory, checkpoint_heads=value, **options) for value in (False, True))
     expected, found = gradients(plain), gradients(recomputing)
     for name, gradient in found.items():
         assert torch.equal(gradient, expected[name]), name
@@ -78,9 +79,47 @@ def test_checkpointed_heads_keep_neither_activations_nor_scores():
     assert kept[False] - kept[True] > 2 * scores  # the logarithms of those of both heads, besides activations
 
 
-def test_checkpointed_heads_are_saved_with_the_segmenter(tmp_path):
-    build("upernet", checkpoint_heads=True).save_pretrained(tmp_path)
-    assert UperNet.from_pretrained(tmp_path).config.checkpoint_heads is True
+def test_checkpointed_decoders_keep_neither_activations_nor_points():
+    images, _ = batch()
+    kept = [
+        kept_bytes(SegmentationStep(build("mask2former", memory="exact", checkpoint_heads=value).train()), images)
+        for value in (False, True)
+    ]
+    positions, queries = 2 * (8 * 9 + 4 * 5 + 2 * 3), 2 * SMALL["mask2former"]["queries"]
+    hidden = positions * 32 + 2 * queries * 64  # of the networks of one pixel layer and of two query layers
+    points = 3 * 2 * 5 * SMALL["mask2former"]["points"] * 2  # coordinates, for five masks of three predictions
+    assert kept[0] - kept[1] > 4 * (hidden + points)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_checkpointed_heads_are_saved_with_the_segmenter(name, tmp_path):
+    build(name, checkpoint_heads=True).save_pretrained(tmp_path)
+    again = {"upernet": UperNet, "mask2former": Mask2Former}[name].from_pretrained(tmp_path)
+    assert again.config.checkpoint_heads is True
+
+
+def test_mask2former_is_that_of_transformers():
+    """With its loss and gradients, though its modules have other classes."""
+    model = build("mask2former")
+    original = Mask2FormerForUniversalSegmentation(model.config)
+    original.load_state_dict(model.state_dict())
+    images, maps = batch()
+    results = []
+    for module in (model, original):
+        torch.manual_seed(3)
+        loss = module(pixel_values=images, **model.targets(maps)).loss
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in module.parameters())])
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("memory", "recomputes"), [("store", False), ("exact", True)])
+def test_the_peak_of_mask2former_is_predicted(memory, recomputes):
+    step = SegmentationStep(build("mask2former", memory=memory, checkpoint_heads=recomputes).train())
+    images, _ = batch()
+    row = revnets.plan(step, images.shape, modes=[memory], optimizer="none").modes[0]
+    assert row.peak - row.parameters == pytest.approx(peak_bytes(step, images), rel=0.01)
+    assert torch.isfinite(step(images))  # a simulated step leaves nothing behind
 
 
 def test_checkpointed_heads_refuse_a_single_class():

@@ -7,6 +7,7 @@ from PIL import Image
 
 pytest.importorskip("faster_coco_eval")
 
+import revnets
 from tests.support import coco_files
 from tests.support.errors import raises_error
 from vision.cli.evaluate import evaluate_checkpoint
@@ -169,7 +170,7 @@ def test_the_model_is_built_without_the_data(root, tmp_path):
         ({"task": {"type": "object_detection", "detector": "yolo"}}, "unknown-choice", "task.detector"),
         ({"task": "object_detection", "data": {"name": "digits"}}, "conflicting-values", "data"),
         ({"model": {"columns": 2, "stem": "patchify", "levels": [LEVEL, LEVEL]}}, "invalid-component", "model"),
-        ({"memory": {"budget": "1GiB"}}, "conflicting-values", "memory"),
+        ({"task": {"type": "object_detection", "planned_objects": 0}}, "out-of-range", "task.planned_objects"),
         ({"task": "classification"}, "conflicting-values", "data.name"),
         ({"model": {"timm": "test_revcol", "kernel": 7}}, "component-failed", "model"),
     ],
@@ -235,9 +236,40 @@ def test_a_checkpoint_is_not_evaluated_on_other_classes(trained, tmp_path, chang
         evaluate_checkpoint(trained / "checkpoints/step-0000008.pt", [f"data.root={files}"], trust=True)
 
 
-def test_the_step_of_a_detector_cannot_be_planned():
-    with torch.device("meta"), raises_error(code="conflicting-values", key="task", names="revnets plan revcol_tiny"):
-        recipe_steps.create("coco_cascade_revcol_tiny_3x")
+def test_the_step_of_another_detector_cannot_be_planned(root, tmp_path):
+    task = create_task(run(root, tmp_path / "run"))
+    model = task.build_model(task.load_data())
+    with raises_error(code="conflicting-values", key="task", names="revnets plan test_revcol"):
+        task.planned(model)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "side"),
+    [("coco_cascade_revcol_base_3x", 1333), ("coco_htc_revcol_huge", 1600), ("coco_dino_revcol_huge", 1333)],
+)
+def test_the_step_of_a_recipe_can_be_planned(recipe, side):
+    options = {"task": {"planned_objects": 3}, "model": {"timm": "test_revcol", "kernel_size": 3}}
+    if "cascade" in recipe:
+        options["model"] = {"timm": "test_revcol"}
+    with torch.device("meta"):
+        step = recipe_steps.create(recipe, **options)
+    assert step.pretrained_cfg["input_size"] == (3, side, side)
+    peaks = {row.mode: row.peak for row in revnets.plan(step, (1, 3, 96, 128), modes=["store", "exact"]).modes}
+    assert peaks["exact"] < peaks["store"]
+
+
+@pytest.mark.parametrize("detector", ["cascade_mask_rcnn", "dino"])
+def test_a_run_with_a_memory_budget_ends_with_the_same_bits(tmp_path, detector):
+    files = coco_files.make_files(tmp_path / "coco", train=4, val=1)
+    task = {"type": "object_detection", "detector": detector, **DETECTORS[detector], "planned_objects": 5}
+    found = []
+    for memory in ("store", {"budget": "exact"}):
+        output = tmp_path / f"run{len(found)}"
+        trainer = Trainer(run(files, output, task=task, memory=memory, epochs=1, data=coco_files.values(files)))
+        trainer.fit()
+        found.append(weights(output))
+    assert "Chosen for" in trainer.state.note
+    assert [name for name, tensor in found[1].items() if not torch.equal(tensor, found[0][name])] == []
 
 
 def test_a_detector_of_masks_needs_masks(root, tmp_path):

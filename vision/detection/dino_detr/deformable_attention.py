@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 
@@ -44,9 +45,9 @@ class DeformableAttention(nn.Module):
         directions = torch.stack([angles.cos(), angles.sin()], -1)
         directions /= directions.abs().amax(-1, keepdim=True)
         distances = torch.arange(1, self.points + 1, dtype=torch.float32)
-        offsets = directions[:, None, None] * distances[:, None]
+        offsets = directions[:, None] * distances[:, None]
         with torch.no_grad():
-            self.offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+            self.offsets.bias.copy_(repeat(offsets, "h p xy -> (h l p xy)", l=self.levels))
 
     def forward(
         self,
@@ -69,14 +70,14 @@ class DeformableAttention(nn.Module):
         Returns:
             (B, Q, C).
         """
-        batch, count, dim = queries.shape
         values = self.value(features)
         if padded is not None:
             values = values.masked_fill(padded[..., None], 0)
-        offsets = self.offsets(queries).view(batch, count, self.heads, self.levels, self.points, 2)
-        weights = self.weights(queries).view(batch, count, self.heads, -1).softmax(-1)
-        weights = weights.view(batch, count, self.heads, self.levels, self.points)
-        references = references[:, :, None, :, None]
+        axes = {"h": self.heads, "l": self.levels}
+        offsets = rearrange(self.offsets(queries), "b q (h l p xy) -> b q h l p xy", xy=2, **axes)
+        weights = rearrange(self.weights(queries), "b q (h lp) -> b q h lp", h=self.heads).softmax(-1)
+        weights = rearrange(weights, "b q h (l p) -> b q h l p", l=self.levels)
+        references = rearrange(references, "b q l n -> b q 1 l 1 n")
         if references.shape[-1] == 2:
             sides = offsets.new_tensor([(width, height) for height, width in sizes])
             places = references + offsets / sides[:, None]
@@ -85,9 +86,9 @@ class DeformableAttention(nn.Module):
         parts = values.split([height * width for height, width in sizes], dim=1)
         sampled = values.new_zeros(())
         for level, (part, (height, width)) in enumerate(zip(parts, sizes, strict=True)):
-            maps = part.transpose(1, 2).reshape(batch * self.heads, dim // self.heads, height, width)
-            grid = (2 * places[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
+            maps = rearrange(part, "b (y x) (h c) -> (b h) c y x", h=self.heads, y=height)
+            grid = rearrange(2 * places[:, :, :, level] - 1, "b q h p xy -> (b h) q p xy")
             found = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-            weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * self.heads, 1, count, self.points)
+            weight = rearrange(weights[:, :, :, level], "b q h p -> (b h) 1 q p")
             sampled = sampled + (found * weight).sum(-1)
-        return self.output(sampled.reshape(batch, dim, count).transpose(1, 2))
+        return self.output(rearrange(sampled, "(b h) c q -> b (h c) q", h=self.heads).transpose(1, 2))

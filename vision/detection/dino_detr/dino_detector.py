@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
@@ -170,7 +171,7 @@ class DINO(nn.Module):
         probabilities = predicted.scores.float().sigmoid().flatten(1)
         scores, taken = probabilities.topk(min(self.detections, probabilities.shape[1]), dim=1)
         queries, labels = taken // self.num_classes, taken % self.num_classes + 1
-        boxes = predicted.boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
+        boxes = predicted.boxes.float().gather(1, repeat(queries, "b d -> b d n", n=4))
         found = []
         for image, (height, width) in enumerate(sizes):
             corners = in_pixels(boxes[image], boxes.new_tensor([width, height, width, height]))

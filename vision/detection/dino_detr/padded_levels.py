@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 TEMPERATURE = 20
@@ -64,7 +65,7 @@ class FeatureProjection(nn.Module):
             for x, part, embedding in zip(levels, shown, self.level, strict=True)
         ]
         return FeatureSequence(
-            features=torch.cat([x.flatten(2).transpose(1, 2) for x in levels], 1),
+            features=torch.cat([rearrange(x, "b c y x -> b (y x) c") for x in levels], 1),
             encoding=torch.cat(encodings, 1),
             centers=torch.cat([part.centers.flatten(1, 2) for part in shown], 1),
             visible=torch.stack([part.visible for part in shown], 1),

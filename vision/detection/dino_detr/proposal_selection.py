@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 from vision.detection.dino_detr.deformable_transformer import DetectionHead, ScoredBoxes
@@ -39,7 +40,7 @@ class ProposalSelection(nn.Module):
             torch.full((height * width, 2), 0.05 * 2.0**level, device=sequence.centers.device)
             for level, (height, width) in enumerate(sequence.sizes)
         ]
-        proposals = torch.cat([sequence.centers, torch.cat(sides).expand(len(sequence.centers), -1, -1)], -1)
+        proposals = torch.cat([sequence.centers, repeat(torch.cat(sides), "s n -> b s n", b=len(sequence.centers))], -1)
         refused = ~((proposals > 0.01) & (proposals < 0.99)).all(-1)
         if sequence.padded is not None:
             refused |= sequence.padded
@@ -49,7 +50,7 @@ class ProposalSelection(nn.Module):
         taken = best.topk(min(self.queries, best.shape[1]), dim=1).indices
 
         def of_taken(values: Tensor) -> Tensor:
-            return values.gather(1, taken[..., None].expand(-1, -1, values.shape[-1]))
+            return values.gather(1, repeat(taken, "b q -> b q n", n=values.shape[-1]))
 
         boxes = self.head.moved(of_taken(features), of_taken(proposals), eps=1e-5)
         return ScoredBoxes(of_taken(scores), boxes)

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torchvision")
 
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from vision.detection.rcnn.region_proposals import FloatBoxCoder, OverlapMatcher, RegionProposals
+from vision.detection.rcnn.region_proposals import BoxSampler, FloatBoxCoder, OverlapMatcher, RegionProposals
 
 SIZE = (61, 93)
 
@@ -85,6 +86,32 @@ def test_anchors_across_the_border_do_not_count():
     inside = (anchors >= 0).all(1) & (anchors[:, 2] < 93) & (anchors[:, 3] < 61)
     assert (labels[0][~inside] == -1).all()
     assert {0.0, 1.0} <= set(labels[0][inside].tolist())
+
+
+@pytest.mark.parametrize(("positive", "negative"), [(0.1, 0.8), (0.7, 0.1), (0.0, 0.0), (0.0, 1.0)])
+def test_boxes_are_sampled_as_by_torchvision(positive, negative):
+    scores = torch.rand(97, generator=torch.Generator().manual_seed(3))
+    is_positive, is_negative = scores < positive, scores >= 1 - negative
+    torch.manual_seed(5)
+    found = BoxSampler(31, 0.25)(is_positive, is_negative)
+    torch.manual_seed(5)
+    labels = torch.where(is_positive, 1.0, torch.where(is_negative, 0.0, -1.0))
+    masks = BalancedPositiveNegativeSampler(31, 0.25)([labels])
+    assert [rows.tolist() for rows in found] == [mask[0].nonzero().squeeze(1).tolist() for mask in masks]
+
+
+def test_losses_of_proposals_are_those_of_torchvision():
+    generator = torch.Generator().manual_seed(2)
+    objectness, codes = torch.randn(194, 1, generator=generator), torch.randn(194, 4, generator=generator)
+    labels = list(torch.randint(-1, 2, (2, 97), generator=generator).float())
+    goals = list(torch.randn(2, 97, 4, generator=generator))
+    proposals = RegionProposals(5)
+    torch.manual_seed(7)
+    found = proposals.compute_loss(objectness, codes, labels, goals)
+    proposals.fg_bg_sampler = BalancedPositiveNegativeSampler(256, 0.5)
+    torch.manual_seed(7)
+    expected = RegionProposalNetwork.compute_loss(proposals, objectness, codes, labels, goals)
+    assert [loss.item() for loss in found] == [loss.item() for loss in expected]
 
 
 def test_codes_are_bounded_on_both_sides():
