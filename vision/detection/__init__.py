@@ -1,6 +1,6 @@
-"""Object detection with RevCol backbones, on the parts of `torchvision.models.detection`.
+"""Object detection with RevCol backbones, built on the components of `torchvision.models.detection`.
 
-No module of this folder has the name of a function below: an import of the module would replace the function.
+No module of this package may have the name of a function below: importing the module would replace the function.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ _LAZY = {
     "dino": "vision.detection.dino_detr.dino_detector",
     "htc": "vision.detection.rcnn.hybrid_task_cascade",
 }
-"""Modules that are imported when one of their names is first used."""
+"""The module of each name, imported on first use."""
 
 
 def __getattr__(name: str) -> Any:

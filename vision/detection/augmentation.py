@@ -1,4 +1,4 @@
-"""Augmentation of images with boxes and masks: the multi-scale training of DETR, and the resizing of validation."""
+"""Augmentation of images with boxes and masks: DETR's multi-scale training, and the resizing for validation."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from vision.config.data import CocoConfig
 from vision.data.decoding import fitted_size
 
 LONGEST = 7
-"""Longer side of an image before its crop at most, by its shorter one (4200 to 600 in the release)."""
+"""Maximum ratio of the longer side to the shorter side before a crop (4200 to 600 in the release)."""
 
 Target = dict[str, Tensor]
-"""`boxes` (N, 4), `labels` (N,), perhaps `masks` (N, H, W) of the objects of an image, and a `semantic_map` (H, W)."""
+"""The objects of an image: `boxes` (N, 4), `labels` (N,), optional `masks` (N, H, W) and a `semantic_map` (H, W)."""
 
 
 class MultiScaleAugmentation:
-    """The training transforms of the release, as DETR (Carion et al., ECCV 2020) and Sparse R-CNN have them.
+    """The training transforms of the release, which are those of DETR (Carion et al., ECCV 2020) and Sparse R-CNN.
 
-    The image is mirrored with the probability `hflip`, then resized to a short side drawn from `short_sides`. With the
-    probability `crop` it is resized to one of `crop_short_sides` and cropped before that, to sides drawn between both
-    `crop_sizes`. Objects that are left without a box of one pixel are removed; there may be none left.
+    The image is mirrored with probability `hflip` and resized to a short side drawn from `short_sides`. With
+    probability `crop` it is first resized to one of `crop_short_sides` and cropped, to sides drawn from the range
+    `crop_sizes`. Objects whose box becomes smaller than one pixel are removed, possibly all of them.
     """
 
     def __init__(self, config: CocoConfig):
         self.config = config
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        """Image (3, H, W) in bytes and its objects, augmented; boxes and masks are those of the new image."""
+        """Augment a uint8 image (3, H, W) together with the boxes and masks of its objects."""
         config = self.config
         parts = _Parts(image, target)
         if torch.rand(()) < config.hflip:
@@ -48,22 +48,22 @@ class MultiScaleAugmentation:
 
 
 def resized(image: Tensor, config: CocoConfig) -> Tensor:
-    """An image (3, H, W) in bytes at the size of validation, as the model sees it."""
+    """Resize a uint8 image (3, H, W) for validation and normalize it."""
     size = list(fitted_size(image.shape[1:], config.val_short_side, config.long_side))
     return normalized_pixels(TF.resize(image, size, antialias=True), config)
 
 
 def normalized_pixels(image: Tensor, config: CocoConfig) -> Tensor:
-    """An image (3, H, W) in bytes as the model sees it."""
+    """Convert a uint8 image (3, H, W) to normalized float values."""
     return TF.normalize(TF.to_dtype(image, scale=True), list(config.mean), list(config.std))
 
 
 class _Parts:
-    """An image with boxes, masks and a map that are all changed in the same way."""
+    """An image with its boxes, masks and semantic map, which all get the same transforms."""
 
     def __init__(self, image: Tensor, target: Target):
         self.image, self.labels = image, target["labels"]
-        boxes: Any = tv_tensors.BoundingBoxes  # whose stub lacks the overload that is called
+        boxes: Any = tv_tensors.BoundingBoxes  # its stub lacks the overload that is called
         self.boxes: Tensor = boxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:])
         self.layers = {name: target[name] for name in ("masks",) if name in target}
         if "semantic_map" in target:
@@ -81,12 +81,12 @@ class _Parts:
     def resize(self, short_side: int, long_side: int) -> None:
         size = list(fitted_size(self.size, short_side, long_side))
         self.image = TF.resize(self.image, size, antialias=True)
-        self.boxes = TF.clamp_bounding_boxes(TF.resize(self.boxes, size))  # rounding leaves some outside by a hair
-        exact = TF.InterpolationMode.NEAREST_EXACT  # masks of tv_tensors are moved by up to a pixel
+        self.boxes = TF.clamp_bounding_boxes(TF.resize(self.boxes, size))  # rounding puts some slightly outside
+        exact = TF.InterpolationMode.NEAREST_EXACT  # tv_tensors' own mode shifts masks by up to a pixel
         self.layers = {name: TF.resize(layer, size, interpolation=exact) for name, layer in self.layers.items()}
 
     def sanitized(self) -> Target:
-        """The objects with boxes of at least a pixel, as plain tensors."""
+        """Return the objects whose boxes have at least one pixel, as plain tensors."""
         boxes, keep = TF.sanitize_bounding_boxes(self.boxes, min_size=1)
         target = {"boxes": boxes.as_subclass(Tensor).float(), "labels": self.labels[keep]}
         if "masks" in self.layers:
@@ -101,5 +101,5 @@ def _drawn(values: tuple[int, ...]) -> int:
 
 
 def _between(low: int, high: int) -> int:
-    """A random number from `low` to `high`, both included."""
+    """Draw an integer from `low` to `high`, inclusive."""
     return int(torch.randint(low, high + 1, ()))

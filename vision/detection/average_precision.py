@@ -14,18 +14,18 @@ from vision.detection.instance_masks import coco_segmentation, missing_library, 
 from vision.distributed.context import World
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-"""Numbers of the evaluation: over IoU thresholds from 0.5 to 0.95, at 0.5, at 0.75, and by the area of objects: up to
-32², to 96², and above."""
+"""COCO's metrics: over IoU thresholds from 0.5 to 0.95, at 0.5, at 0.75, and for objects with an area of up to 32²,
+up to 96², and above."""
 
 
 @dataclass(frozen=True, slots=True)
 class DetectionMetrics:
-    """Of one set of weights, in percent. A number is NaN where there are no objects of its area.
+    """Average precision of one set of weights, in percent. A metric is NaN if no object has its area.
 
     Attributes:
-        box: average precision of boxes by the names in `NAMES`.
-        mask: that of masks; None without masks.
-        images: that were evaluated.
+        box: average precision of boxes, with the keys of `NAMES`.
+        mask: average precision of masks; None without masks.
+        images: number of evaluated images.
     """
 
     box: Mapping[str, float]
@@ -33,20 +33,20 @@ class DetectionMetrics:
     images: int
 
     def scalars(self) -> dict[str, float]:
-        """What goes into logs: `box_ap`, `mask_ap50` and so on, without those that are NaN (but for `box_ap`)."""
+        """Return `box_ap`, `mask_ap50` and so on for logs, without NaN values other than `box_ap`."""
         kinds = {"box": self.box, "mask": self.mask or {}}
-        found = {f"{kind}_{name}": value for kind, values in kinds.items() for name, value in values.items()}
-        return {name: value for name, value in found.items() if value == value or name == "box_ap"}
+        metrics = {f"{kind}_{name}": value for kind, values in kinds.items() for name, value in values.items()}
+        return {name: value for name, value in metrics.items() if value == value or name == "box_ap"}
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDetections:
-    """What was found in an image.
+    """The detections in one image.
 
     Attributes:
-        image: its place among the images of the annotations.
+        image: index of the image in the annotations.
         boxes: (N, 4), left, top, width, height in pixels of the file.
-        masks: COCO's run lengths of each; None from detectors without masks.
+        masks: COCO run lengths of each mask; None for detectors without masks.
     """
 
     image: int
@@ -56,9 +56,13 @@ class ImageDetections:
     masks: Sequence[dict[str, Any]] | None
 
     def results(self, category_ids: Sequence[int], image_id: int, kind: str) -> list[dict[str, Any]]:
-        """The list of COCO's results format, with boxes or with masks: the area of an object is that of what is given.
+        """Return the detections in COCO's results format, with boxes or masks.
+
+        COCO computes the area of an object from the one that is present.
 
         Args:
+            category_ids: id of each class in the file.
+            image_id: id of the image in the results.
             kind: `bbox` or `segm`.
         """
         values = [box.tolist() for box in self.boxes] if kind == "bbox" else self.masks or ()
@@ -71,12 +75,12 @@ class ImageDetections:
 
 
 def detections_of(image: int, output: Mapping[str, Tensor]) -> ImageDetections:
-    """The output of a detector for an image in pixels of its file; objects that are not finite are left out.
+    """Convert the output of a detector, in pixels of the file. Objects with non-finite values are omitted.
 
     Args:
-        image: its place among the images of the annotations.
-        output: `boxes` (N, 4) as left, top, right, bottom; `labels` (N,) from 1; `scores` (N,), and perhaps `masks`
-            (N, H, W), zeros and ones.
+        image: index of the image in the annotations.
+        output: `boxes` (N, 4) as left, top, right, bottom, `labels` (N,) from 1, `scores` (N,), and optional `masks`
+            (N, H, W) of zeros and ones.
     """
     corners = output["boxes"].double().cpu().numpy().reshape(-1, 4)
     scores, labels = output["scores"].double().cpu().numpy(), output["labels"].cpu().numpy()
@@ -89,11 +93,11 @@ def detections_of(image: int, output: Mapping[str, Tensor]) -> ImageDetections:
 
 
 class AveragePrecisionEvaluator:
-    """Accumulates the detections of images.
+    """Accumulates detections and computes their average precision.
 
     Args:
-        annotations: what is in the images; those that are never added do not count.
-        with_masks: the annotations have masks; those of the detector, if it gives any, are evaluated as well.
+        annotations: the ground truth. Images that are never added do not count.
+        with_masks: whether the annotations have masks. If so, masks of the detector are evaluated as well.
 
     Raises:
         revnets.SpecError: faster-coco-eval is not installed.
@@ -105,17 +109,18 @@ class AveragePrecisionEvaluator:
         self.found: list[ImageDetections] = []
 
     def add(self, output: Iterable[Mapping[str, Tensor]], images: Iterable[int]) -> None:
-        """Add the outputs of a detector for some images, as `detections_of` takes them.
+        """Add the outputs of a detector.
 
         Args:
-            images: places among the images of the annotations; what is negative does not count.
+            output: one mapping for each image, as for `detections_of`.
+            images: index of each image in the annotations. Negative ones do not count.
         """
         self.found += [
             detections_of(image, detections) for detections, image in zip(output, images, strict=True) if image >= 0
         ]
 
     def compute(self, world: World | None = None) -> DetectionMetrics:
-        """The metrics over the images of all processes; the main one computes them."""
+        """Return the metrics over the images of all processes. The main process computes them."""
         world = world or World()
         found = sorted((item for part in world.collect(self.found) for item in part), key=lambda item: item.image)
         return world.by_main(lambda: self._evaluated(found))
@@ -130,9 +135,11 @@ class AveragePrecisionEvaluator:
 def average_precision(
     annotations: CocoAnnotations, found: Sequence[ImageDetections], kind: Literal["bbox", "segm"] = "bbox"
 ) -> dict[str, float]:
-    """Average precision in percent by the names in `NAMES`, over the images of `found`.
+    """Return the average precision in percent over the images of `found`, with the keys of `NAMES`.
 
     Args:
+        annotations: the ground truth.
+        found: the detections of each image.
         kind: `bbox`, or `segm` for masks.
 
     Raises:
@@ -153,7 +160,7 @@ def average_precision(
 
 
 def _dataset(annotations: CocoAnnotations, numbers: Sequence[int], with_masks: bool) -> dict[str, Any]:
-    """The annotations of some images in COCO's format, images numbered by their places."""
+    """Return the annotations of some images in COCO's format, with their indices as image ids."""
     rows: list[dict[str, Any]] = []
     for number in numbers:
         image = annotations.images[number]
@@ -176,7 +183,7 @@ def _dataset(annotations: CocoAnnotations, numbers: Sequence[int], with_masks: b
 
 
 def require_library() -> None:
-    """Raises a `revnets.SpecError` if faster-coco-eval is not installed."""
+    """Raise a `revnets.SpecError` if faster-coco-eval is not installed."""
     try:
         import faster_coco_eval  # noqa: F401
     except ImportError:
@@ -184,4 +191,4 @@ def require_library() -> None:
 
 
 def _silent(*_: object) -> None:
-    """Take what the library would print."""
+    """Discard the output of the library."""

@@ -10,7 +10,7 @@ EPSILON = 1e-7
 
 
 def giou_losses(boxes: Tensor, goals: Tensor) -> Tensor:
-    """One minus the generalized IoU of pairs of boxes.
+    """Return one minus the generalized IoU of pairs of boxes.
 
     Values and gradients equal those of `torchvision.ops.generalized_box_iou_loss`, which selects boxes by value and
     therefore cannot run in the simulated step of a memory plan.

@@ -1,4 +1,4 @@
-"""Weights of a detector for a detector of other classes, such as one of Objects365 for COCO."""
+"""Initialization of a detector from one with other classes, such as a COCO detector from an Objects365 detector."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAME_CLASSES = {
     "stuffed toy": "teddy bear",
     "hair dryer": "hair drier",
 }
-"""Names of Objects365 for classes that COCO calls otherwise; the other 69 classes of COCO have the same names there."""
+"""Classes that Objects365 and COCO name differently. The other 69 classes of COCO have the same names in both."""
 
 _NUMBERS = """person 0, bicycle 46, car 5, motorcycle 58, airplane 114, bus 55, train 116, truck 65, boat 21,
 traffic light 40, fire hydrant 176, stop sign 127, parking meter 249, bench 24, bird 56, cat 139, dog 92, horse 78,
@@ -42,24 +42,24 @@ chair 2, couch 50, potted plant 25, bed 75, dining table 98, toilet 153, tv 37, 
 keyboard 106, cell phone 61, microwave 163, oven 134, toaster 277, sink 81, refrigerator 133, book 18, clock 94,
 vase 30, scissors 169, teddy bear 70, hair drier 328, toothbrush 226"""
 OBJECTS365_ROWS = {name: int(row) for name, _, row in (item.strip().rpartition(" ") for item in _NUMBERS.split(","))}
-"""The 80 classes of COCO among the 365 of Objects365 v2, counted from 0, for files that do not name their classes."""
+"""Index of each COCO class among the 365 classes of Objects365 v2, for files without class names."""
 
 OBJECTS365_COUNT = 365
 
 CLASS_BIAS = "proposals.head.classes.bias"
-"""A parameter that every DINO has, with one number for each class."""
+"""A parameter of every DINO, with one element for each class."""
 
 LEFT_OUT = ("denoising.labels.weight",)
-"""Weights that training alone needs: a file may lack them, and a detector without denoising leaves them out."""
+"""Weights that only training needs. A file may lack them, and a detector without denoising does not have them."""
 
 
 def class_rows(given: Sequence[str] | int, wanted: Sequence[str]) -> list[int | None]:
-    """For each class that is wanted, its number among those of a file; None if it is not there.
+    """Return the index of each class among the classes of a file; None for classes that the file does not have.
 
     Args:
-        given: names of the file's classes, or how many there are if it does not name them. 365 are those of Objects365,
-            as many as are wanted are the same ones, and of others nothing is known.
-        wanted: names, compared without regard to case; `SAME_CLASSES` are the same.
+        given: names of the classes of the file, or their number if it has no names. If the number equals that of
+            `wanted`, the classes are the same; 365 classes are those of Objects365; all others are unknown.
+        wanted: names of the classes to find. Case does not matter, and `SAME_CLASSES` lists synonyms.
     """
     if isinstance(given, int):
         if given == len(wanted):
@@ -73,22 +73,22 @@ def class_rows(given: Sequence[str] | int, wanted: Sequence[str]) -> list[int | 
 def begin_detector(
     model: nn.Module, config: PretrainedConfig, classes: Sequence[str], world: World | None = None
 ) -> str:
-    """Put the weights of a DINO into a new one, or those of a backbone into the backbone of any detector.
+    """Load the weights of a DINO into another DINO, or those of a backbone into the backbone of any detector.
 
-    Rows of the class heads and of the label embedding go to the classes of the same names; classes that the file does
-    not have begin anew. Everything else must be there and fit.
+    Rows of the class heads and of the label embedding are matched by class name. Classes that the file does not have
+    keep their initialization. All other weights must exist and have the same shapes.
 
     Args:
         model: the detector.
-        config: which weights; with `head: new` all classes begin anew.
-        classes: of the data, in the order of their labels.
-        world: the processes of the run; the first fetches what has to be fetched.
+        config: names the weights. With `head: new`, all classes keep their initialization.
+        classes: names of the classes of the data, in the order of their labels.
+        world: distributed context of the run. The first process downloads the weights.
 
     Returns:
-        A sentence about what was done.
+        A sentence that describes the loaded weights.
 
     Raises:
-        CheckpointError: there are no such weights, they are damaged, or of another model.
+        CheckpointError: the weights do not exist, are damaged, or belong to another model.
     """
     content, name = finetune.find_pretrained(config.source, world or World())
     given = tensors_in(content, config.weights, name)
@@ -97,8 +97,8 @@ def begin_detector(
         return finetune.begin(backbone, config, (), world)
     names, count = finetune.class_names_in(content), given[CLASS_BIAS].numel()
     if names is not None and len(names) != count:
-        problem = f"names {len(names)} classes, and its weights are for {count}"
-        raise CheckpointError(name, problem, "Give another file", code="weights-mismatch")
+        problem = f"has {len(names)} class names, but weights for {count} classes"
+        raise CheckpointError(name, problem, "Use another file", code="weights-mismatch")
     rows = [None] * len(classes) if config.head == "new" else class_rows(count if names is None else names, classes)
     model.load_state_dict(_fitted(given, model, rows, count, name))
     found = sum(row is not None for row in rows)
@@ -108,7 +108,7 @@ def begin_detector(
 def _fitted(
     given: Mapping[str, Tensor], model: DINO, rows: Sequence[int | None], count: int, path: str
 ) -> dict[str, Tensor]:
-    """The state of a model: all of the file's, but rows of classes by their new numbers."""
+    """Return the state dict of the model: the tensors of the file, with the rows of classes reordered."""
     own = model.state_dict()
     by_class = model.class_parameters()
     state = fit_kernels({key: tensor for key, tensor in given.items() if key in own or key not in LEFT_OUT}, own)
@@ -119,8 +119,8 @@ def _fitted(
         check(shapes, state, optional=LEFT_OUT)
     except MismatchError as error:
         problem = f"not the weights of this detector: {error.problems[0]}"
-        remedy = "Give a file of a DINO with the same backbone and options"
-        raise CheckpointError(path, problem, remedy, code="weights-mismatch") from None
+        hint = "Use a file of a DINO with the same backbone and options"
+        raise CheckpointError(path, problem, hint, code="weights-mismatch") from None
     pairs = [(new, old) for new, old in enumerate(rows) if old is not None]
     for key in by_class & set(state):
         moved = own[key].clone()

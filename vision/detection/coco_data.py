@@ -1,4 +1,4 @@
-"""A training and a validation set of images with boxes and masks, out of folders and json files of COCO's format."""
+"""Training and validation sets of images with boxes and masks, read from directories and JSON files in COCO format."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from vision.detection.instance_masks import dense_mask
 from vision.errors import DataError, printable, run_error
 
 RETRIES = 10
-"""Images in a row that cannot be used and are skipped; more mean that something else is wrong."""
+"""Maximum number of consecutive unusable images that are skipped before an error is raised."""
 
 MAX_MASKS = 2**29
-"""Bytes that the masks of an image may fill."""
+"""Maximum size of the masks of an image, in bytes."""
 
 NOT_COUNTED = -1
-"""Number of an image that no evaluation counts."""
+"""`image_id` of an image that the evaluation ignores."""
 
 
 @dataclass(frozen=True, slots=True)
 class DetectionData:
-    """A training and a validation set of images (3, H, W) of many sizes, each with a mapping of its objects.
+    """A training and a validation set of images (3, H, W) of different sizes, each with a mapping of its objects.
 
     Attributes:
-        classes: names; label 1 is the first.
-        category_ids: the classes' numbers in the files.
-        annotations: of the validation set, for its evaluation.
-        shape: of the largest image.
-        remarks: what was left out of the files.
+        classes: names of the classes; label 1 is the first.
+        category_ids: id of each class in the files.
+        annotations: annotations of the validation set, for the evaluation.
+        shape: shape of the largest batch, per image.
+        remarks: sentences about annotations that were omitted.
     """
 
     train: Any
@@ -59,36 +59,37 @@ class DetectionData:
 def load_coco(
     config: CocoConfig, seed: int, notes: Path | None = None, stuff_classes: int | None = None
 ) -> DetectionData:
-    """The data that a configuration names.
+    """Load the data of a configuration.
 
     Args:
-        seed: of the augmentation.
-        notes: file that lists images that cannot be used.
-        stuff_classes: of the semantic maps; None for any.
+        config: names the files.
+        seed: seed of the augmentation.
+        notes: file to which unusable images are written.
+        stuff_classes: number of classes of the semantic maps; None for any number.
 
     Raises:
-        revnets.SpecError: files or folders are missing or damaged, have other classes, or hold no objects.
+        revnets.SpecError: files or directories are missing or damaged, have different classes, or contain no objects.
     """
-    require_library()  # now, not in the validation after an epoch
+    require_library()  # fail here, not in the first validation
     unreadable = Unreadable(notes, config.unreadable)
     found = []
     for split in ("train", "val"):
         path, folder = (Path(config.root) / getattr(config, f"{split}_{kind}") for kind in ("annotations", "images"))
         annotations = read_coco(path, f"data.{split}_annotations", config.masks)
         if not folder.is_dir():
-            problem = f"{folder} is no folder"
-            raise run_error(f"data.{split}_images", problem, "Check data.root and its folders", code="missing-file")
+            problem = f"{folder} is not a directory"
+            raise run_error(f"data.{split}_images", problem, "Check data.root", code="missing-file")
         if not any(_trained_on(image) for image in annotations.images):
             what = "objects with masks" if config.masks else "objects"
-            remedy = "Set data.masks to false, or check the file" if config.masks else "Check the file"
-            raise run_error(f"data.{split}_annotations", f"{path} has no {what}", remedy, code="empty-data")
+            hint = "Set data.masks to false, or check the file" if config.masks else "Check the file"
+            raise run_error(f"data.{split}_annotations", f"{path} has no {what}", hint, code="empty-data")
         found.append((annotations, folder))
     (train, train_folder), (val, val_folder) = found
     _require_same_classes(train, val)
     chosen = [image for image in train.images if config.keep_empty or _trained_on(image)]
     maps = None if config.stuff_maps is None else Path(config.root) / config.stuff_maps
     if maps is not None and not maps.is_dir():
-        raise run_error("data.stuff_maps", f"{maps} is no folder", "Check data.root", code="missing-file")
+        raise run_error("data.stuff_maps", f"{maps} is not a directory", "Check data.root", code="missing-file")
     return DetectionData(
         CocoImages(config, train_folder, chosen, unreadable, seed, maps, stuff_classes),
         CocoImages(config, val_folder, val.images, unreadable),
@@ -104,13 +105,13 @@ def load_coco(
 def _require_same_classes(train: CocoAnnotations, val: CocoAnnotations) -> None:
     difference = ""
     if len(train.classes) != len(val.classes):
-        difference = f"{len(val.classes)} classes, and {len(train.classes)} in training"
+        difference = f"{len(val.classes)} classes, but {len(train.classes)} in training"
     elif train.category_ids != val.category_ids:
-        difference = "other ids of categories than in training"
+        difference = "category ids differ from those in training"
     elif different := class_difference(train.classes, val.classes):
         difference = different.replace("in the data", "here").replace("in the model", "in training")
     if difference:
-        raise run_error("data.val_annotations", difference, "Give files with the same categories", "class-mismatch")
+        raise run_error("data.val_annotations", difference, "Use files with the same categories", "class-mismatch")
 
 
 def _trained_on(image: CocoImage) -> list[CocoObject]:
@@ -118,21 +119,21 @@ def _trained_on(image: CocoImage) -> list[CocoObject]:
 
 
 class CocoImages(Dataset[tuple[Tensor, Target]]):
-    """Pairs of a normalized image (3, H, W) and a mapping of its objects.
+    """Pairs of a normalized image (3, H, W) and a mapping.
 
-    For training, an image is asked by `Key`, augmented, and has `boxes` (left, top, right, bottom), `labels` from 1 and
-    perhaps `masks`, without crowds, and a `semantic_map`; an image that cannot be used is replaced by the next. For
-    validation it is asked by number and has its number `image_id` and its `size` in the file (height, width); an image
-    that cannot be used counts nowhere.
+    A training sample is indexed by `Key` and augmented. Its mapping has `boxes` (left, top, right, bottom), `labels`
+    from 1, and optional `masks` and `semantic_map`; crowds are omitted. An unusable image is replaced by the next one.
+    A validation sample is indexed by number. Its mapping has that number as `image_id` and the `size` (height, width)
+    of the file. Unusable images do not count.
 
     Args:
-        config: of the data.
-        folder: of the images.
-        images: with their objects.
-        unreadable: what happens with images that cannot be used.
-        seed: of the augmentation; None for validation.
-        maps: folder of semantic maps, if they are read.
-        stuff_classes: of these maps; None for any.
+        config: configuration of the data.
+        folder: directory of the images.
+        images: the images with their objects.
+        unreadable: handles unusable images.
+        seed: seed of the augmentation; None for validation.
+        maps: directory of the semantic maps, if there are any.
+        stuff_classes: number of classes of the maps; None for any number.
     """
 
     def __init__(
@@ -162,13 +163,13 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
                 pixels, target = self._pixels(image), self._target(image)
             except DataError:
                 raise
-            except Exception as error:  # decoders raise many kinds
+            except Exception as error:  # decoders raise many types
                 self.unreadable.note(image.file_name, error)
                 continue
             with seeded(self.seed or 0, *key):
                 return self.augment(pixels, target)
         name = printable(self.images[key.index].file_name)
-        raise DataError(f"{RETRIES} images in a row cannot be used, from {name} on. Check data.root")
+        raise DataError(f"{RETRIES} consecutive images, starting with {name}, cannot be used. Check data.root")
 
     def _for_validation(self, index: int) -> tuple[Tensor, Target]:
         image = self.images[index]
@@ -186,8 +187,8 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         with open_regular(self.folder / image.file_name) as file:
             pixels = TF.pil_to_tensor(read_image(file))
         if pixels.shape[1:] != (image.height, image.width):
-            sizes = f"{pixels.shape[2]} x {pixels.shape[1]} pixels, {image.width} x {image.height} in its annotations"
-            raise ValueError(f"it has {sizes}")
+            size = f"{pixels.shape[2]} x {pixels.shape[1]}"
+            raise ValueError(f"the image is {size} pixels, but {image.width} x {image.height} in its annotations")
         return pixels
 
     def _target(self, image: CocoImage) -> Target:
@@ -198,7 +199,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         }
         if self.config.masks:
             if len(objects) * image.height * image.width > MAX_MASKS:
-                raise ValueError(f"the masks of its {len(objects)} objects fill more than {MAX_MASKS} bytes")
+                raise ValueError(f"the masks of its {len(objects)} objects need more than {MAX_MASKS} bytes")
             masks = np.zeros((len(objects), image.height, image.width), np.uint8)
             for mask, item in zip(masks, objects, strict=True):
                 if item.segmentation is not None:
@@ -212,8 +213,9 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         with open_regular((folder / image.file_name).with_suffix(".png")) as file:
             numbers = read_semantic_map(file)
         if numbers.shape != (image.height, image.width) or numbers.min() < 0 or numbers.max() > 255:
-            raise ValueError(f"its semantic map is not {image.width} x {image.height} numbers from 0 to 255")
+            raise ValueError(f"the semantic map does not have {image.width} x {image.height} values from 0 to 255")
         wrong = (numbers >= (255 if self.stuff_classes is None else self.stuff_classes)) & (numbers != 255)
         if wrong.any():
-            raise ValueError(f"its semantic map has class {numbers[wrong][0]} of {self.stuff_classes}, numbered from 0")
+            found = f"class {numbers[wrong][0]}"
+            raise ValueError(f"the semantic map has {found}, but there are {self.stuff_classes}, numbered from 0")
         return torch.from_numpy(numbers.astype(np.uint8))

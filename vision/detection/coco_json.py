@@ -1,4 +1,4 @@
-"""The json files of COCO (images, annotations, categories), checked before anything is made of them."""
+"""Reading and validation of JSON files in COCO format (images, annotations, categories)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vision.detection.instance_masks import MaskError, Segmentation, parse_segme
 from vision.errors import comparable, first_line, run_error
 
 MAX_BYTES = 2**34
-"""Objects365, the largest public file, has 6 GB."""
+"""Maximum size of a file. The largest public one, of Objects365, has 6 GB."""
 
 MAX_SIDE = 2**16
-"""Pixels along a side of an image."""
+"""Maximum length of a side of an image in pixels."""
 
 MAX_ID = 2**40
 
@@ -29,12 +29,12 @@ class CocoObject:
     """An object in an image.
 
     Attributes:
-        label: number of its class, from 1.
-        box: left, top, right, bottom within the image, pixels.
-        written_box: left, top, width, height as the file has them, for the evaluation.
-        area: of its mask, by which evaluation calls it small, medium or large.
-        is_crowd: a group, which neither counts as missed nor is trained on.
-        segmentation: its mask; None without one, or if masks are not read.
+        label: number of the class, from 1.
+        box: left, top, right, bottom in pixels, clipped to the image.
+        written_box: left, top, width, height as in the file, for the evaluation.
+        area: area of the mask, which decides whether the evaluation counts it as small, medium or large.
+        is_crowd: whether it is a group, which is not trained on and never counts as missed.
+        segmentation: the mask; None if there is none or masks are not read.
     """
 
     label: int
@@ -62,13 +62,13 @@ class CocoImage:
 
 @dataclass(frozen=True, slots=True)
 class CocoAnnotations:
-    """What a file says.
+    """The content of a file.
 
     Attributes:
         images: in the order of the file.
-        classes: names by the order of their ids; label 1 is the first.
-        category_ids: the `id` of every class; there may be holes between them.
-        remark: how many annotations were left out, and why; empty if none were.
+        classes: names, ordered by id; label 1 is the first.
+        category_ids: the `id` of every class. They need not be consecutive.
+        remark: how many annotations were omitted, and why; empty if none were.
     """
 
     images: list[CocoImage]
@@ -78,24 +78,25 @@ class CocoAnnotations:
 
 
 def read_coco(path: Path, key: str = "data.root", with_masks: bool = True) -> CocoAnnotations:
-    """Read and check a json file of COCO's format.
+    """Read and validate a JSON file in COCO format.
 
-    Annotations that do no harm to others are left out and counted: of images or categories that are not listed, with
-    boxes of no area in the image, with damaged masks or masks of another size, or without a mask where one is needed.
+    Unusable annotations are omitted and counted: those of images or categories that are not listed, with boxes that
+    have no area in the image, with damaged masks or masks of another size, or without a mask if masks are read.
 
     Args:
-        key: of the run, for error messages.
-        with_masks: masks are read, and objects without one left out.
+        path: the file.
+        key: configuration key for error messages.
+        with_masks: whether to read masks and omit objects without one.
 
     Raises:
-        revnets.SpecError: it cannot be read, is no such file, or has values of other types than it must.
+        revnets.SpecError: the file cannot be read, is not in COCO format, or has values of wrong types.
     """
     content = _Content(path, key)
     data = content.load()
     classes, category_ids = _categories(content, data)
     labels = {number: label for label, number in enumerate(category_ids, 1)}
     images = _images(content, data)
-    left_out: Counter[str] = Counter()
+    omitted: Counter[str] = Counter()
     for index, item in enumerate(content.list_in(data, "annotations")):
         place = f"annotations[{index}]"
         if not isinstance(item, dict):
@@ -103,20 +104,20 @@ def read_coco(path: Path, key: str = "data.root", with_masks: bool = True) -> Co
         image = images.get(content.integer(item, "image_id", place))
         label = labels.get(content.integer(item, "category_id", place))
         if image is None or label is None:
-            left_out[f"of {'images' if image is None else 'categories'} that are not listed"] += 1
+            omitted[f"of {'images' if image is None else 'categories'} that are not listed"] += 1
             continue
         found = _object(content, item, place, image, label, with_masks)
         if isinstance(found, str):
-            left_out[found] += 1
+            omitted[found] += 1
         else:
             image.objects.append(found)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
-    remark = f"{path}: {left_out.total()} annotations are left out: {reasons}" if left_out else ""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in omitted.most_common())
+    remark = f"{path}: {omitted.total()} annotations are omitted: {reasons}" if omitted else ""
     return CocoAnnotations(list(images.values()), classes, category_ids, remark)
 
 
 class _Content:
-    """The file as it is read; its methods give values of the right types or say which ones are not."""
+    """The content of a file. Its methods return values of the expected types or raise an error that names them."""
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
@@ -126,17 +127,17 @@ class _Content:
             text = read_regular(self.path, MAX_BYTES)
         except FileNotFoundError:
             problem = f"{self.path} does not exist"
-            raise run_error(self.key, problem, "Check data.root and the names of files", "missing-file") from None
+            raise run_error(self.key, problem, "Check data.root and the file names", "missing-file") from None
         except OSError as error:
             problem = f"{self.path} cannot be read ({error.strerror or first_line(error)})"
             raise run_error(self.key, problem, "Check the path", code="unreadable-file") from None
         try:
             data = json.loads(text, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
-            problem = f"{self.path} is no json file ({first_line(error)})"
-            raise run_error(self.key, problem, "Fetch it again", code="damaged-file") from None
+            problem = f"{self.path} is not a JSON file ({first_line(error)})"
+            raise run_error(self.key, problem, "Download it again", code="damaged-file") from None
         if not isinstance(data, dict):
-            self.refuse("it holds no mapping")
+            self.refuse("the file does not contain a mapping")
         return data
 
     def refuse(self, problem: str, code: str = "wrong-format") -> NoReturn:
@@ -145,16 +146,14 @@ class _Content:
 
     def list_in(self, data: dict[str, Any], name: str) -> list[Any]:
         if not isinstance(data.get(name), list):
-            self.refuse(f"it has no list {name!r}")
+            self.refuse(f"the file has no list {name!r}")
         return data[name]
 
     def integer(self, item: dict[str, Any], name: str, place: str) -> int:
         value = item.get(name)
         if type(value) is int and 0 <= value <= MAX_ID:
             return value
-        self.refuse(
-            f"{place}.{name} is {show(value)}, not a whole number" if name in item else f"{place} has no {name}"
-        )
+        self.refuse(f"{place}.{name} is {show(value)}, not an integer" if name in item else f"{place} has no {name}")
 
 
 def _categories(content: _Content, data: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -173,7 +172,7 @@ def _categories(content: _Content, data: dict[str, Any]) -> tuple[tuple[str, ...
         seen.add(name)
         names[number] = name
     if not 1 <= len(names) <= 2**16:
-        content.refuse(f"it has {len(names)} categories", "empty-data" if not names else "too-large")
+        content.refuse(f"the file has {len(names)} categories", "empty-data" if not names else "too-large")
     numbers = tuple(sorted(names))
     return tuple(names[number] for number in numbers), numbers
 
@@ -187,7 +186,7 @@ def _images(content: _Content, data: dict[str, Any]) -> dict[int, CocoImage]:
         number, name = content.integer(item, "id", place), item["file_name"]
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name:
-            content.refuse(f"{place}.file_name is {show(name)}, which is no path within a folder", "invalid-value")
+            content.refuse(f"{place}.file_name is {show(name)}, not a path within a directory", "invalid-value")
         height, width = (content.integer(item, side, place) for side in ("height", "width"))
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
             content.refuse(f"{place} is {width} x {height} pixels", "out-of-range")
@@ -200,14 +199,14 @@ def _images(content: _Content, data: dict[str, Any]) -> dict[int, CocoImage]:
 def _object(
     content: _Content, item: dict[str, Any], place: str, image: CocoImage, label: int, with_masks: bool
 ) -> CocoObject | str:
-    """The object of an annotation, or why it is left out."""
+    """Return the object of an annotation, or the reason to omit it."""
     box = item.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
         content.refuse(f"{place}.bbox is {show(box)}, not four numbers: left, top, width, height")
     left, top, width, height = map(float, box)
     clipped = max(left, 0.0), max(top, 0.0), min(left + width, image.width), min(top + height, image.height)
     if not (width > 0 and height > 0 and clipped[0] < clipped[2] and clipped[1] < clipped[3]):
-        return "with boxes of no area in the image"
+        return "with boxes that have no area in the image"
     if item.get("iscrowd", 0) not in (0, 1):
         content.refuse(f"{place}.iscrowd is {show(item['iscrowd'])}, not 0 or 1")
     area = item.get("area", width * height)

@@ -1,4 +1,4 @@
-"""Objects of one image pasted into another (Ghiasi et al., "Simple Copy-Paste", CVPR 2021)."""
+"""Copy-paste augmentation (Ghiasi et al., "Simple Copy-Paste", CVPR 2021)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from revnets.config.errors import ArgumentError
 from vision.detection.training_targets import Target
 
 OBJECT_KEYS = ("boxes", "labels", "masks", "area", "iscrowd")
-"""Of a target: with an item for each object."""
+"""Keys of a target whose values have one item for each object."""
 
 IMAGE_KEYS = ("semantic_map", "image_id", "size", "orig_size", "image_size")
 
 
 class CopyPaste:
-    """Objects of each image, cut out along their masks and pasted into the image before it in the batch.
+    """Cuts objects out of each image along their masks and pastes them into the previous image of the batch.
 
-    An augmentation in the place of InstaBoost, which HTC++ has in Swin Transformer's recipe. Pasted objects keep their
-    place. Objects that lose pixels get new masks and boxes, and those of which little is left are dropped.
+    It replaces InstaBoost, which Swin Transformer's recipe of HTC++ uses. Pasted objects keep their position. Occluded
+    objects get new masks and boxes, and are dropped if too few of their pixels stay visible.
 
     Args:
-        probability: that an image gets objects.
+        probability: probability that an image gets objects.
         least_pixels: objects with fewer visible pixels are dropped.
     """
 
@@ -34,13 +34,13 @@ class CopyPaste:
     def __call__(
         self, images: Sequence[Tensor], targets: Sequence[Target], generator: torch.Generator | None = None
     ) -> tuple[list[Tensor], list[Target]]:
-        """Images (C, H, W) and targets of a batch, and the same with pasted objects; what was given is not changed.
+        """Return images and targets with pasted objects. The arguments are not modified.
 
         Args:
-            images: of any sizes; what reaches beyond the other image is cut off.
-            targets: with `boxes`, `labels`, `masks` (N, H, W), and perhaps `semantic_map` (H, W), `area` and
+            images: (C, H, W) each, of any sizes. Objects are cut off at the border of the other image.
+            targets: with `boxes`, `labels`, `masks` (N, H, W), and optional `semantic_map` (H, W), `area` and
                 `iscrowd` (N,).
-            generator: of the random numbers.
+            generator: random number generator.
         """
         pasted = []
         for index, (image, target) in enumerate(zip(images, targets, strict=True)):
@@ -55,18 +55,18 @@ class CopyPaste:
 def paste_objects(
     image: Tensor, target: Target, source: Tensor, source_target: Target, chosen: Tensor, least_pixels: int = 16
 ) -> tuple[Tensor, Target]:
-    """An image with the chosen objects of another one in front of its own.
+    """Paste the chosen objects of one image in front of those of another.
 
     Args:
-        image: (C, H, W).
+        image: image (C, H, W) to paste into.
         target: its objects.
-        source: the other image (C, H', W').
+        source: image (C, H', W') to paste from.
         source_target: its objects.
-        chosen: booleans, one for each of them.
-        least_pixels: objects of which fewer pixels are visible are left out.
+        chosen: booleans, one for each object of `source_target`.
+        least_pixels: objects with fewer visible pixels are dropped.
 
     Raises:
-        ValueError: only one target has `area` or `iscrowd`, or one has tensors under unknown keys.
+        ValueError: only one target has `area` or `iscrowd`, or a target has tensors under unknown keys.
     """
     others = _others_of_objects(target, source_target)
     rows = chosen.nonzero().squeeze(1).to(source_target["labels"].device)
@@ -108,25 +108,25 @@ def paste_objects(
 
 
 def _others_of_objects(target: Target, source_target: Target) -> list[str]:
-    """What else both targets say about every object.
+    """Return the optional keys of both targets that have one item for each object.
 
     Raises:
-        ValueError: one of them lacks it, or has a tensor that may be about objects.
+        ValueError: only one target has such a key, or a target has a tensor under an unknown key.
     """
     for part in (target, source_target):
         for name, value in part.items():
             if isinstance(value, Tensor) and value.ndim and name not in (*OBJECT_KEYS, *IMAGE_KEYS):
-                problem = f"copy and paste does not know whether {name} is about objects. Leave it out"
+                problem = f"copy-paste does not support the key {name!r}. Remove it from the targets"
                 raise ArgumentError(problem, f"targets.{name}", code="unknown-key")
     others = [name for name in ("area", "iscrowd") if name in target or name in source_target]
     for name in others:
         if name not in target or name not in source_target:
-            raise ArgumentError(f"{name} is missing in one of two targets", f"targets.{name}", code="missing-key")
+            raise ArgumentError(f"only one of two targets has {name!r}", f"targets.{name}", code="missing-key")
     return others
 
 
 def pixel_boxes(masks: Tensor) -> Tensor:
-    """The boxes (N, 4) around the pixels of masks (N, H, W), each with at least one pixel."""
+    """Return the bounding boxes (N, 4) of masks (N, H, W), each of which has at least one pixel."""
     boxes = masks_to_boxes(masks)
-    boxes[:, 2:] += 1  # torchvision gives the last pixel
+    boxes[:, 2:] += 1  # torchvision returns the last pixel, not the edge after it
     return boxes

@@ -1,4 +1,4 @@
-"""Checks of the numbers among the options of detectors."""
+"""Validation of numeric options of detectors."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from revnets.config.errors import ArgumentError, show
 
 
 def require_counts(least: int, /, **options: Any) -> None:
-    """Refuse options that are no whole numbers from `least` on.
+    """Require options to be integers of at least `least`.
 
     Raises:
-        ValueError: names the option.
+        ValueError: an option is not; the error names it.
     """
     for name, value in options.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
-            raise ArgumentError(f"{name} {show(value)}: give a whole number", name, code="wrong-type")
+            raise ArgumentError(f"{name} is {show(value)}, not an integer", name, code="wrong-type")
         if value < least:
-            raise ArgumentError(f"{name} {value}: give at least {least}", name, code="out-of-range")
+            raise ArgumentError(f"{name} is {value}, but must be at least {least}", name, code="out-of-range")
 
 
 def require_numbers(below: float, /, **options: Any) -> None:
-    """Refuse options that are no numbers from 0 to less than `below`; NaN is none.
+    """Require options to be numbers of at least 0 and less than `below`; NaN is refused.
 
     Raises:
-        ValueError: names the option.
+        ValueError: an option is not; the error names it.
     """
     for name, value in options.items():
         if not isinstance(value, Real) or isinstance(value, bool):
-            raise ArgumentError(f"{name} {show(value)}: give a number", name, code="wrong-type")
+            raise ArgumentError(f"{name} is {show(value)}, not a number", name, code="wrong-type")
         if not 0 <= float(value) < below:
-            raise ArgumentError(f"{name} {value}: give a number from 0 to less than {below}", name, code="out-of-range")
+            problem = f"{name} is {value}, but must be at least 0 and less than {below}"
+            raise ArgumentError(problem, name, code="out-of-range")

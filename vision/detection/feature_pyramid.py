@@ -1,4 +1,4 @@
-"""A RevCol with a feature pyramid, as the backbone of a detector."""
+"""A RevCol with a feature pyramid as the backbone of a detector."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from vision.models.architecture import RevCol
 from vision.models.recomputation import recomputed
 
 STRIDES = (4, 8, 16, 32)
-"""Strides of the levels of a RevCol. The pyramid has one more, 64."""
+"""Strides of the levels of a RevCol. The pyramid adds one with stride 64."""
 
 
 def revcol_levels(backbone: str, finest: int = 0, **options: Any) -> nn.Module:
-    """A RevCol whose forward returns the levels of its last column from `finest` on: images to a list of maps.
+    """Build a RevCol whose forward pass returns a list of the levels of its last column.
+
+    Args:
+        backbone: a name of timm's registry, such as `revcol_tiny`.
+        finest: index of the finest level to return.
+        options: options of `timm.create_model`.
 
     Raises:
-        ValueError: the backbone does not exist, has other levels, has a memory budget or refuses its options.
+        ValueError: the backbone does not exist, has other strides, has a memory budget, or rejects an option.
     """
     indices = tuple(range(finest, len(STRIDES)))
     try:
@@ -30,31 +35,31 @@ def revcol_levels(backbone: str, finest: int = 0, **options: Any) -> nn.Module:
         raise ArgumentError(f"{backbone}: {first_line(error)}", "backbone", code="component-failed") from error
     revcol = next((module for module in body.modules() if isinstance(module, RevCol)), None)
     if revcol is None:
-        raise ArgumentError(f"{backbone} is no RevCol. Name one", "backbone", code="no-columns")
+        raise ArgumentError(f"{backbone} is not a RevCol. Use one such as revcol_tiny", "backbone", code="no-columns")
     if tuple(body.feature_info.reduction()) != STRIDES[finest:]:
         found = body.feature_info.reduction()
-        problem = f"{backbone} has levels of strides {found}, and a detector needs {list(STRIDES[finest:])}"
+        problem = f"{backbone} has levels of strides {found}, but a detector needs {list(STRIDES[finest:])}"
         raise ArgumentError(problem, "backbone", code="shape-mismatch")
     if isinstance(revcol.columns.budget, BudgetSpec):
         problem = (
-            "a detector cannot plan its memory budget at its first call, because images and boxes vary. Give a memory "
-            "mode, and apply revnets.plan(vision.detection.DetectionStep(model), input_shape, budget=...)"
+            "a detector cannot plan a memory budget at its first call, because the sizes of later batches differ. Use "
+            "a memory mode, then revnets.plan(vision.detection.DetectionStep(model), shape, budget=...).apply(model)"
         )
         raise ArgumentError(problem, "memory", code="conflicting-values")
     return body
 
 
 class RevColPyramid(nn.Module):
-    """The levels of a RevCol's last column, merged from the top down (Lin et al., "Feature Pyramid Networks", 2017).
+    """A feature pyramid (Lin et al., "Feature Pyramid Networks", 2017) on the levels of a RevCol's last column.
 
     Args:
         backbone: a name of timm's registry, such as `revcol_tiny`.
-        channels: of each level of the pyramid.
-        recompute: keep no activations of the pyramid, and compute them again in backward.
-        options: of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
+        channels: channels of each level of the pyramid.
+        recompute: recompute the activations of the pyramid in backward instead of storing them.
+        options: options of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Raises:
-        ValueError: the backbone does not exist, has other levels, has a memory budget or refuses its options.
+        ValueError: the backbone does not exist, has other strides, has a memory budget, or rejects an option.
     """
 
     def __init__(self, backbone: str, channels: int = 256, *, recompute: bool = False, **options: Any):
@@ -65,10 +70,10 @@ class RevColPyramid(nn.Module):
 
     @property
     def revcol(self) -> RevCol:
-        """The model of timm inside of the backbone."""
+        """The timm model in the backbone."""
         return next(module for module in self.body.modules() if isinstance(module, RevCol))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) to maps (B, channels, H / s, W / s) of strides s = 4, 8, 16, 32 and 64, finest first."""
+        """Map images (B, 3, H, W) to maps (B, channels, H / s, W / s) of strides s = 4, 8, 16, 32, 64, finest first."""
         levels = {str(index): level for index, level in enumerate(self.body(images))}
         return recomputed(self.fpn, levels) if self.recompute else self.fpn(levels)

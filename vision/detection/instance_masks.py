@@ -1,4 +1,4 @@
-"""Masks of objects as COCO writes them: polygons, or run lengths down the columns of an image."""
+"""Masks of objects in COCO format: polygons, or run lengths along the columns of an image."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from revnets.config.errors import ArgumentError
 from vision.errors import run_error
 
 MAX_OUTLINE = 25
-"""Pixels along the outline of a polygon for each pixel of the sides of its image: drawing takes time for each."""
+"""Maximum length of an outline relative to height plus width of the image, because the time to draw it grows with
+its length."""
 
 
 class MaskError(ValueError):
-    """A mask that cannot be used. Its text says of what kind it is, for counting."""
+    """An unusable mask. The message names the kind of mask, so that kinds can be counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Polygons:
-    """A mask by its outlines: arrays x, y, x, y, ... in pixels."""
+    """A mask as polygons: arrays x, y, x, y, ... in pixels."""
 
     outlines: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RunLengths:
-    """A mask by the numbers of pixels outside and inside of it by turns, down the columns of the image."""
+    """A mask as run lengths: alternating counts of pixels outside and inside, along the columns of the image."""
 
     counts: np.ndarray
 
@@ -37,10 +38,15 @@ Segmentation = Polygons | RunLengths
 
 
 def parse_segmentation(value: Any, height: int, width: int) -> Segmentation | None:
-    """The value of `segmentation` in a file, for an image of this size; None if it is empty.
+    """Parse the value of `segmentation` in a file; return None if it is empty.
+
+    Args:
+        value: the value in the file.
+        height: height of the image.
+        width: width of the image.
 
     Raises:
-        MaskError: it is damaged, of an image of another size, or cannot be drawn in reasonable time.
+        MaskError: the mask is damaged, belongs to an image of another size, or takes too long to draw.
     """
     if isinstance(value, Mapping):
         return _parse_run_lengths(value, height, width)
@@ -56,7 +62,7 @@ def parse_segmentation(value: Any, height: int, width: int) -> Segmentation | No
             raise MaskError("damaged polygons") from None
         if outline.ndim != 1 or not np.isfinite(outline).all():
             raise MaskError("damaged polygons")
-        if len(outline) >= 6 and len(outline) % 2 == 0:  # others, which some tools write, have no area
+        if len(outline) >= 6 and len(outline) % 2 == 0:  # some tools write outlines without an area
             outlines.append(np.clip(outline, -max(height, width), 2.0 * max(height, width)))
     length = sum(np.abs(np.diff(points.reshape(-1, 2), axis=0, append=points[None, :2])).sum() for points in outlines)
     if length > MAX_OUTLINE * (height + width):
@@ -67,7 +73,7 @@ def parse_segmentation(value: Any, height: int, width: int) -> Segmentation | No
 def _parse_run_lengths(value: Mapping[str, Any], height: int, width: int) -> RunLengths:
     size, counts = value.get("size"), value.get("counts")
     if size != [height, width]:
-        raise MaskError("masks of another size than their images")
+        raise MaskError("masks whose size differs from their images")
     if isinstance(counts, str):
         runs = _unpacked(counts)
     elif isinstance(counts, list) and all(type(count) is int and 0 <= count < 2**40 for count in counts):
@@ -82,8 +88,8 @@ def _parse_run_lengths(value: Mapping[str, Any], height: int, width: int) -> Run
 
 
 def _unpacked(text: str) -> np.ndarray:
-    """Run lengths out of COCO's text: groups of five bits a character, each number as the difference to the last but
-    one from the fourth on."""
+    """Decode COCO's run-length text: five bits per character; from the fourth number on, each is stored as the
+    difference to the number two before it."""
     if not text.isascii():
         raise MaskError("damaged run lengths")
     codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
@@ -92,7 +98,7 @@ def _unpacked(text: str) -> np.ndarray:
         raise MaskError("damaged run lengths")
     starts = np.concatenate([[0], ends[:-1] + 1])
     sizes = ends - starts + 1
-    if sizes.max() > 8:  # 40 bits, more than pixels of any image
+    if sizes.max() > 8:  # 40 bits, more than any image has pixels
         raise MaskError("damaged run lengths")
     places = np.arange(len(codes)) - np.repeat(starts, sizes)
     numbers = np.add.reduceat((codes & 31) << (5 * places), starts)
@@ -103,10 +109,10 @@ def _unpacked(text: str) -> np.ndarray:
 
 
 def dense_mask(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
-    """The mask (height, width) of bytes 0 and 1.
+    """Return the mask as an array (height, width) of uint8 with values 0 and 1.
 
     Raises:
-        revnets.SpecError: it is of polygons, and faster-coco-eval is not installed.
+        revnets.SpecError: the mask consists of polygons, and faster-coco-eval is not installed.
     """
     if isinstance(segmentation, RunLengths):
         inside = np.arange(len(segmentation.counts)) % 2 == 1
@@ -117,7 +123,7 @@ def dense_mask(segmentation: Segmentation, height: int, width: int) -> np.ndarra
 
 
 def coco_segmentation(segmentation: Segmentation, height: int, width: int) -> list[list[float]] | dict[str, Any]:
-    """The mask as the evaluation of COCO takes it: polygons, or run lengths as packed text."""
+    """Return the mask in the format of COCO's evaluation: polygons, or compressed run lengths."""
     if isinstance(segmentation, Polygons):
         return [points.tolist() for points in segmentation.outlines]
     plain = {"size": [height, width], "counts": segmentation.counts.tolist()}
@@ -125,13 +131,13 @@ def coco_segmentation(segmentation: Segmentation, height: int, width: int) -> li
 
 
 def packed_mask(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W) of zeros and ones as COCO's run lengths: `size` and `counts`, a text.
+    """Encode a mask (H, W) of zeros and ones as COCO's compressed run lengths: `size`, and `counts` as text.
 
     Raises:
-        ValueError: it has other axes.
+        ValueError: the mask does not have two axes.
     """
     if mask.ndim != 2:
-        raise ArgumentError(f"a mask has two axes, this one {mask.ndim}", "mask", code="shape-mismatch")
+        raise ArgumentError(f"the mask has {mask.ndim} axes instead of two", "mask", code="shape-mismatch")
     found = mask_api().encode(np.asfortranarray(mask, dtype=np.uint8))
     counts = found["counts"]
     return {"size": [int(side) for side in found["size"]], "counts": _text(counts)}
@@ -142,7 +148,7 @@ def _text(counts: bytes | str) -> str:
 
 
 def mask_api() -> Any:
-    """COCO's functions on masks, in C++.
+    """Return the C++ mask functions of faster-coco-eval.
 
     Raises:
         revnets.SpecError: faster-coco-eval is not installed.
@@ -155,6 +161,6 @@ def mask_api() -> Any:
 
 
 def missing_library() -> Exception:
-    """The error for a run that needs faster-coco-eval where it is not installed."""
-    remedy = "pip install 'revnets[dense]'"
-    return run_error("data", "faster-coco-eval is not installed", remedy, code="missing-dependency")
+    """Return the error that faster-coco-eval is not installed."""
+    hint = "Run pip install 'revnets[dense]'"
+    return run_error("data", "faster-coco-eval is not installed", hint, code="missing-dependency")

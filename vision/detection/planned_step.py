@@ -1,4 +1,4 @@
-"""The training step of a detector as a function of images alone, for memory plans."""
+"""The training step of a detector as a function of images, for memory plans."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from vision.detection.training_targets import Target
 from vision.models.simulated_values import is_simulated, use_local_statistics
 
 OBJECTS = 100
-"""Objects of an image that plans count by default. No training image of COCO has more than 93."""
+"""Default number of objects per image in memory plans."""
 
 
 class DetectionStep(nn.Module):
-    """The losses of a detector for a batch of images that all have the same number of objects.
+    """The losses of a detector for images that all have the same number of objects.
 
-    `revnets.plan(DetectionStep(model), (2, 3, 1333, 1333))` simulates a training step. Sampled boxes, boxes with masks
-    and proposals are as many as the detector allows, so the plan is an upper bound for images with that many objects.
+    `revnets.plan(DetectionStep(model), (2, 3, 1333, 1333))` simulates a training step. The simulation assumes the
+    largest number of proposals, sampled boxes and masks that the detector allows, so the plan is an upper bound for
+    batches with at most that many objects per image.
 
     Args:
-        detector: of `cascade_mask_rcnn`, `htc` or `dino`.
-        objects: of each image.
+        detector: a model of `cascade_mask_rcnn`, `htc` or `dino`.
+        objects: number of objects of each image.
 
     Raises:
-        ValueError: the detector is of another kind, or `objects` is not a whole number from 1 on.
+        ValueError: the detector is another model, or `objects` is not an integer of at least 1.
     """
 
     def __init__(self, detector: nn.Module, objects: int = OBJECTS):
@@ -39,13 +40,13 @@ class DetectionStep(nn.Module):
         self.detector, self.objects = detector, objects
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The losses of images (B, 3, H, W)."""
+        """Return the losses of images (B, 3, H, W)."""
         if is_simulated(images):
             use_local_statistics(self.detector)
         return self.detector(list(images), [self._target(image) for image in images])
 
     def _target(self, image: Tensor) -> Target:
-        """Boxes of a quarter of the image's sides, all over it, with all that a detector may read."""
+        """Return boxes with a quarter of the image's sides, spread over it, with every key that a detector may read."""
         height, width = image.shape[-2:]
         corners = torch.arange(self.objects, device=image.device) / self.objects * 0.75
         left, top = corners * width, (corners * 7 % 0.75) * height

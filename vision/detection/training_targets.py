@@ -1,4 +1,4 @@
-"""Images and objects that a detector trains on, checked before the first layer."""
+"""Batching and validation of the images and targets of a detector."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from revnets.config.errors import ArgumentError, show
 from vision.models.simulated_values import is_simulated
 
 Target = dict[str, Any]
-"""Objects of one image: `boxes` (N, 4) as (left, top, right, bottom), `labels` (N,), `masks` (N, H, W), and others."""
+"""The objects of an image: `boxes` (N, 4) as (left, top, right, bottom), `labels` (N,), `masks` (N, H, W) and others."""
 
 
 def padded_batch(images: Sequence[Tensor], channels: int = 3, multiple: int = 32, least: int = 1) -> ImageList:
-    """Images (C, H, W) of different sizes as one batch, with zeros at the right and at the bottom.
+    """Batch images (C, H, W) of different sizes, padded with zeros on the right and at the bottom.
 
     Args:
-        images: of a batch.
-        channels: C.
-        multiple: divides both sides of the batch.
-        least: pixels of either side.
+        images: at least one image.
+        channels: expected number of channels C.
+        multiple: both sides of the batch are multiples of it.
+        least: minimum length of both sides.
 
     Raises:
-        ValueError: there are no images, or they have other shapes.
+        ValueError: there are no images, or an image has another shape or an integer dtype.
     """
     if not all(isinstance(image, Tensor) for image in images):
-        raise ArgumentError("a detector takes a list of tensors (C, H, W)", "images", code="wrong-type")
+        raise ArgumentError("images must be a list of tensors (C, H, W)", "images", code="wrong-type")
     shapes = [tuple(image.shape) for image in images]
     if not shapes or any(len(shape) != 3 or 0 in shape or shape[0] != channels for shape in shapes):
-        problem = f"a detector takes a list of images ({channels}, H, W), and not {shapes[:3]}"
+        problem = f"images must be a list of tensors ({channels}, H, W), but have the shapes {shapes[:3]}"
         raise ArgumentError(problem, "images", code="shape-mismatch")
     if not all(image.is_floating_point() for image in images):
-        raise ArgumentError("a detector takes normalized images, not whole numbers", "images", code="wrong-type")
+        raise ArgumentError("images must be normalized float tensors, not integers", "images", code="wrong-type")
     sides = (max(least, *(shape[axis] for shape in shapes)) for axis in (1, 2))
     height, width = (-(-side // multiple) * multiple for side in sides)
     batch = images[0].new_zeros(len(images), shapes[0][0], height, width)
@@ -49,20 +49,22 @@ def padded_batch(images: Sequence[Tensor], channels: int = 3, multiple: int = 32
 def checked_targets(
     images: Sequence[Tensor], targets: Sequence[Target] | None, num_classes: int, *, masks: bool = False
 ) -> list[Target]:
-    """Targets whose boxes are clipped to the image and have an area; `image_size` (height, width) is added to each.
+    """Validate targets, clip their boxes to the image, and drop boxes without an area.
+
+    `image_size` (height, width) is added to each target.
 
     Args:
-        images: of the batch, (C, H, W) each.
-        targets: of the same images.
+        images: (C, H, W) each.
+        targets: one for each image.
         num_classes: labels are 1 to this number.
         masks: whether objects need masks.
 
     Raises:
-        ValueError: a target is missing or does not fit its image; the message names it.
+        ValueError: a target is missing or does not match its image; the error names it.
     """
     if targets is None or len(targets) != len(images):
         count = "no" if targets is None else len(targets)
-        raise ArgumentError(f"{len(images)} images have {count} targets", "targets", code="wrong-length")
+        raise ArgumentError(f"there are {len(images)} images but {count} targets", "targets", code="wrong-length")
     return [
         _checked(number, image, target, num_classes, masks)
         for number, (image, target) in enumerate(zip(images, targets, strict=True))
@@ -71,7 +73,7 @@ def checked_targets(
 
 def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks: bool) -> Target:
     if not isinstance(target, Mapping):
-        problem = f"target {number} of the batch is {show(target)}, not a mapping"
+        problem = f"target {number} is {show(target)}, not a mapping"
         raise ArgumentError(problem, f"targets.{number}", code="wrong-type")
     names = ["boxes", "labels", *(["masks"] if masks else [])]
     for name in names:
@@ -84,7 +86,7 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
         problem = f"has the shape {tuple(labels.shape)}, not ({len(boxes)},)"
         raise _target_error(number, "labels", problem, "shape-mismatch")
     if len(labels) and (target["labels"].is_floating_point() or target["labels"].is_complex()):
-        raise _target_error(number, "labels", f"has numbers of {target['labels'].dtype}, not integers", "wrong-type")
+        raise _target_error(number, "labels", f"has dtype {target['labels'].dtype}, not an integer type", "wrong-type")
     height, width = image.shape[-2:]
     size = (height, width)
     if masks and target["masks"].shape != (len(boxes), *size):
@@ -94,10 +96,10 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
         return {**target, "boxes": boxes, "labels": labels, "image_size": size}
     for name, values in (("boxes", boxes), ("masks", target["masks"] if masks else boxes)):
         if values.is_floating_point() and not torch.isfinite(values).all():
-            raise _target_error(number, name, "has numbers that are not finite", "not-finite")
+            raise _target_error(number, name, "has values that are not finite", "not-finite")
     if len(boxes) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
         found = sorted({int(labels.min()), int(labels.max())})
-        raise _target_error(number, "labels", f"has {found}, outside of 1 to {num_classes}", "out-of-range")
+        raise _target_error(number, "labels", f"has {found}, outside the range 1 to {num_classes}", "out-of-range")
     boxes = clip_boxes_to_image(boxes, size)
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
     objects = {**target, "boxes": boxes, "labels": labels}
@@ -105,14 +107,20 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
 
 
 def _target_error(number: int, name: str, problem: str, code: str) -> ArgumentError:
-    return ArgumentError(f"target {number} of the batch: {name} {problem}", f"targets.{number}.{name}", code=code)
+    return ArgumentError(f"target {number}: {name} {problem}", f"targets.{number}.{name}", code=code)
 
 
 def semantic_maps(targets: Sequence[Target], num_classes: int, size: tuple[int, int], stride: int) -> Tensor:
-    """The semantic maps of a batch at every `stride`-th pixel, (B, *size), with 255 outside of an image.
+    """Return the semantic maps of a batch at every `stride`-th pixel, (B, *size), with 255 outside the images.
+
+    Args:
+        targets: with `semantic_map` and `image_size`.
+        num_classes: number of classes of the maps.
+        size: height and width of the result.
+        stride: distance of the pixels that are used.
 
     Raises:
-        ValueError: a map is missing, has another size than its image, or has other classes.
+        ValueError: a map is missing, its size differs from that of its image, or a class is out of range.
     """
     goals = []
     for number, target in enumerate(targets):
@@ -124,7 +132,7 @@ def semantic_maps(targets: Sequence[Target], num_classes: int, size: tuple[int, 
             raise _target_error(number, "semantic_map", f"has the shape {found}, not {expected}", "shape-mismatch")
         wrong = (classes < 0) | ((classes >= num_classes) & (classes != 255))
         if not is_simulated(classes) and wrong.any():
-            problem = f"has classes outside of 0 to {num_classes - 1}"
+            problem = f"has classes outside the range 0 to {num_classes - 1}"
             raise _target_error(number, "semantic_map", problem, "out-of-range")
         part = classes[::stride, ::stride].long()
         goals.append(F.pad(part, (0, size[1] - part.shape[1], 0, size[0] - part.shape[0]), value=255))

@@ -1,7 +1,7 @@
-"""Choices by value, in a training step that has no values: the simulated step of a memory plan.
+"""Value-dependent choices that also work in the simulated step of a memory plan.
 
-A plan runs a step on tensors with shapes alone. Where the shape of the next tensor depends on values, these functions
-assume the largest one that the model allows, so that the plan is an upper bound.
+A plan simulates a step on tensors that have shapes but no values. Where the shape of a result depends on values, these
+functions assume the largest one that the model allows, so the plan is an upper bound.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from torch._subclasses import FakeTensor
 
 
 def is_simulated(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no values."""
+    """Return True if a tensor has a shape but no values."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def chosen_rows(mask: Tensor, most: int) -> Tensor:
-    """The indices (K,) where a mask (N,) is true.
+    """Return the indices (K,) where a mask (N,) is true.
 
     Args:
         mask: booleans.
-        most: the largest K that is possible; a simulated step has that many, but at most N.
+        most: the largest possible K. In a simulated step, K is the smaller one of this and N.
     """
     if is_simulated(mask):
         return torch.arange(min(most, len(mask)), device=mask.device)
@@ -29,7 +29,7 @@ def chosen_rows(mask: Tensor, most: int) -> Tensor:
 
 
 def assigned_pairs(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows and columns of the assignment with the least cost, min(N, M) pairs of a matrix (N, M)."""
+    """Return the rows and columns of the assignment with the least total cost, min(N, M) pairs of a matrix (N, M)."""
     if is_simulated(cost):
         rows = torch.arange(min(cost.shape), device=cost.device)
         return rows, rows
@@ -40,7 +40,7 @@ def assigned_pairs(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def use_local_statistics(model: nn.Module) -> None:
-    """Turn SyncBatchNorm layers into BatchNorm: a simulated step runs in one process, and on no GPU."""
+    """Turn SyncBatchNorm layers into BatchNorm layers, because a simulated step has one process and no GPU."""
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
             module.__class__ = nn.BatchNorm2d

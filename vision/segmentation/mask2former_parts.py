@@ -1,4 +1,4 @@
-"""Modules of transformers' Mask2Former that can recompute their activations, and run in the simulated step of a plan."""
+"""Modules of transformers' Mask2Former that can recompute their activations and run in a simulated step."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class PixelLayer(original.Mask2FormerPixelDecoderEncoderLayer):
     """A layer of the pixel decoder.
 
     Attributes:
-        recomputes: keep no activations, and compute them again in backward.
+        recomputes: whether activations are recomputed in backward instead of being stored.
     """
 
     recomputes = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if is_simulated(hidden_states):
-            self.training = False  # in training mode the layer reads values, to clamp infinite ones
+            self.training = False  # in training mode the layer checks for infinite values
         return _run(self, super().forward, self.dropout > 0, hidden_states, *args, **kwargs)
 
 
 class QueryLayer(original.Mask2FormerMaskedAttentionDecoderLayer):
-    """A layer of the transformer decoder; `recomputes` is as of `PixelLayer`."""
+    """A layer of the transformer decoder; `recomputes` as in `PixelLayer`."""
 
     recomputes = False
 
@@ -37,7 +37,7 @@ class QueryLayer(original.Mask2FormerMaskedAttentionDecoderLayer):
 
 
 class MaskLosses(original.Mask2FormerLoss):
-    """The losses; with `recomputes`, backward samples and compares the same points of masks again."""
+    """The losses; `recomputes` as in `PixelLayer`, for the sampled points of masks."""
 
     recomputes = False
 
@@ -46,7 +46,7 @@ class MaskLosses(original.Mask2FormerLoss):
 
 
 class MaskMatcher(original.Mask2FormerHungarianMatcher):
-    """The assignment of queries to masks; in a simulated step to the first queries."""
+    """The assignment of queries to masks. In a simulated step it assigns the first queries."""
 
     def forward(
         self,
@@ -55,7 +55,7 @@ class MaskMatcher(original.Mask2FormerHungarianMatcher):
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
     ) -> list[tuple[Tensor, Tensor]]:
-        """Indices of the queries and of the masks that belong together, for each image."""
+        """Return the indices of matched queries and masks for each image."""
         if not is_simulated(masks_queries_logits):
             return super().forward(masks_queries_logits, class_queries_logits, mask_labels, class_labels)
         with torch.no_grad():
@@ -63,7 +63,7 @@ class MaskMatcher(original.Mask2FormerHungarianMatcher):
             return [assigned_pairs(self._cost(logits, masks)) for logits, masks in pairs]
 
     def _cost(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """The cost of queries and masks (Q, N), from points of logits (Q, H, W) and masks (N, H, W)."""
+        """Return the cost (Q, N) of queries and masks from sampled points of logits (Q, H, W) and masks (N, H, W)."""
         points = torch.rand(1, self.num_points, 2, device=logits.device)
         found, goals = (
             original.sample_point(part[:, None], points.repeat(len(part), 1, 1), align_corners=False).squeeze(1)
@@ -74,7 +74,7 @@ class MaskMatcher(original.Mask2FormerHungarianMatcher):
 
 
 class PositionEncoding(original.Mask2FormerSinePositionEmbedding):
-    """The encoding of positions without a cache, which would hand tensors of a simulated step to a real one."""
+    """The encoding of positions without transformers' cache, which a simulated step would fill with invalid tensors."""
 
     def forward(
         self, shape: torch.Size, device: torch.device | str, dtype: torch.dtype, mask: Tensor | None = None
@@ -85,14 +85,15 @@ class PositionEncoding(original.Mask2FormerSinePositionEmbedding):
 
 
 PARTS = {kind.__bases__[0]: kind for kind in (PixelLayer, QueryLayer, MaskLosses, MaskMatcher, PositionEncoding)}
-"""The classes of transformers, and those that take their place."""
+"""Classes of transformers and their replacements."""
 
 
 def adapt_parts(model: nn.Module, recompute: bool) -> None:
-    """Give the modules of a Mask2Former the classes of this file. Weights and their names stay as they are.
+    """Replace the classes of the modules of a Mask2Former. Weights and their names do not change.
 
     Args:
-        recompute: layers and mask losses keep no activations.
+        model: the model, which is modified.
+        recompute: whether layers and mask losses recompute activations in backward.
     """
     for module in model.modules():
         if type(module) in PARTS:

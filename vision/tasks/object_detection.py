@@ -41,7 +41,7 @@ class ObjectDetection(Task):
         detector: `cascade_mask_rcnn`, `htc` or `dino`.
         options: of the detector; see `vision.detection`.
         copy_paste: how often objects of another image of the batch are pasted into an image, for masks only.
-        planned_objects: objects of an image in memory plans and budgets.
+        planned_objects: objects per image in memory plans.
     """
 
     monitor, mode, label, unit, digits = "box_ap", "max", "box AP", "%", 2
@@ -70,8 +70,8 @@ class ObjectDetection(Task):
         if copy_paste and not config.data.masks:
             raise run_error("task.copy_paste", "objects are cut out by masks", "Set data.masks", "conflicting-values")
         if type(planned_objects) is not int or planned_objects < 1:
-            problem = f"{show(planned_objects)} is not a whole number of objects"
-            raise run_error("task.planned_objects", problem, "Give at least 1", code="out-of-range")
+            problem = f"{show(planned_objects)} is not a number of objects"
+            raise run_error("task.planned_objects", problem, "Use an integer of at least 1", code="out-of-range")
         self.copy_paste, self.planned_objects = copy_paste, planned_objects
 
     def needs_masks(self) -> bool:
@@ -143,7 +143,7 @@ class ObjectDetection(Task):
         return model.train()
 
     def planned(self, model: nn.Module) -> nn.Module:
-        """The step with its losses, for images that each have `planned_objects` objects.
+        """Return the step with its losses, for images with `planned_objects` objects each.
 
         Raises:
             revnets.SpecError: the detector is not one of `vision.detection`.
@@ -152,7 +152,7 @@ class ObjectDetection(Task):
             return DetectionStep(model, self.planned_objects)
         except ValueError as error:
             name = cast(TimmModel, self.config.model).timm
-            hint = f"Give a memory mode, or plan the backbone: revnets plan {name}"
+            hint = f"Set a memory mode, or plan the backbone: revnets plan {name}"
             raise run_error("task", first_line(error), hint, code="conflicting-values") from None
 
     def begin(self, model: nn.Module, data: DetectionData, world: World) -> str:

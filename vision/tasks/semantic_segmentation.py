@@ -36,7 +36,7 @@ class SemanticSegmentation(Task):
         config: of the run, whose `data` is `semantic_maps`.
         head: `upernet` or `mask2former`.
         options: of the head, such as `channels: 512`; see `vision.segmentation`.
-        planned_classes: classes of an image in memory plans and budgets, by default all. Mask2Former has a mask for each.
+        planned_classes: classes per image in memory plans, by default all. Mask2Former has a mask for each.
     """
 
     monitor, mode, label, unit, digits = "miou", "max", "mIoU", "%", 2
@@ -58,8 +58,8 @@ class SemanticSegmentation(Task):
             remedy = "Name a RevCol, as in {timm: revcol_tiny}"
             raise run_error("model", "is no backbone for a segmenter", remedy, code="invalid-component")
         if planned_classes is not None and (type(planned_classes) is not int or planned_classes < 1):
-            problem = f"{show(planned_classes)} is not a whole number of classes"
-            raise run_error("task.planned_classes", problem, "Give at least 1", code="out-of-range")
+            problem = f"{show(planned_classes)} is not a number of classes"
+            raise run_error("task.planned_classes", problem, "Use an integer of at least 1", code="out-of-range")
         self.head, self.options, self.maps = head, dict(options or {}), config.data
         self.planned_classes = planned_classes
 
@@ -146,11 +146,11 @@ class SemanticSegmentation(Task):
 
 
 class SegmentationStep(nn.Module):
-    """From images (B, C, H, W) to the loss, for memory plans.
+    """The loss of a segmenter as a function of images (B, C, H, W), for memory plans.
 
     Args:
         segmenter: UperNet or Mask2Former.
-        classes: of each image, by default all. Mask2Former has a mask for each.
+        classes: classes per image, by default all. Mask2Former has a mask for each.
     """
 
     def __init__(self, segmenter: RevColSegmenter, classes: int | None = None):

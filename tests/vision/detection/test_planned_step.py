@@ -20,7 +20,10 @@ OBJECTS = 20  # of an image, more than boxes of objects that are sampled
 BUILDERS = {
     "cascade": (cascade_mask_rcnn, SMALL),
     "htc": (htc, {**SMALL, "stuff_classes": 7}),
-    "dino": (dino, {"width": 32, "feedforward": 64, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "queries": 30}),
+    "dino": (
+        dino,
+        {"width": 32, "feedforward": 64, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "queries": 30},
+    ),
 }
 
 

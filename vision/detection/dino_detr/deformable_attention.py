@@ -1,4 +1,4 @@
-"""Attention that samples a few points of feature maps of several sizes."""
+"""Multi-scale deformable attention in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Zhu et al., "Deformable DETR", ICLR 2021) without compiled operators.
 
-    Every query has a reference in the image. Each head samples `points` places of each level around it, whose offsets
-    and weights are linear functions of the query.
+    Every query has a reference in the image. Each head samples `points` locations of each level around the reference.
+    Their offsets and weights are linear functions of the query.
 
     Args:
         dim: channels C of queries and feature maps.
-        heads: of attention.
-        levels: number of feature maps, L.
-        points: that a head samples in each level.
+        heads: number of attention heads.
+        levels: number L of feature maps.
+        points: number of locations that a head samples in each level.
     """
 
     def __init__(self, dim: int, heads: int, levels: int, points: int = 4):
@@ -34,7 +34,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head h looks in direction 2 pi h / heads, its points are 1, 2, ... cells away, all weights are equal."""
+        """Let head h sample in direction 2 pi h / heads, at distances of 1, 2, ... cells, with equal weights."""
         for linear in (self.offsets, self.weights):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -57,15 +57,15 @@ class DeformableAttention(nn.Module):
         sizes: Sequence[tuple[int, int]],
         padded: Tensor | None = None,
     ) -> Tensor:
-        """Features around references.
+        """Sample features around references.
 
         Args:
             queries: (B, Q, C).
-            references: points (B, Q, L, 2), x and y, or boxes (B, Q, L, 4), center, width and height, as fractions of
-                each level's sides.
-            features: (B, S, C), the positions of all levels, row by row, one level after another.
+            references: points (B, Q, L, 2) as x and y, or boxes (B, Q, L, 4) as center, width and height, as fractions
+                of each level's sides.
+            features: (B, S, C), the positions of all levels, row by row, level by level.
             sizes: height and width of each level.
-            padded: (B, S), true where there is no image, or None. Values there are 0.
+            padded: (B, S), true at padding, where values are 0; None without padding.
 
         Returns:
             (B, Q, C).
@@ -85,7 +85,7 @@ class DeformableAttention(nn.Module):
             places = references[..., :2] + offsets / self.points * references[..., 2:] * 0.5
         parts = values.split([height * width for height, width in sizes], dim=1)
         sampled = values.new_zeros(())
-        for level, (part, (height, width)) in enumerate(zip(parts, sizes, strict=True)):
+        for level, (part, (height, _)) in enumerate(zip(parts, sizes, strict=True)):
             maps = rearrange(part, "b (y x) (h c) -> (b h) c y x", h=self.heads, y=height)
             grid = rearrange(2 * places[:, :, :, level] - 1, "b q h p xy -> (b h) q p xy")
             found = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,4 +1,4 @@
-"""The encoder of feature maps and the decoder of queries, which refines boxes layer by layer."""
+"""The transformer of DINO: an encoder of feature maps, and a decoder that refines the boxes of queries."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vision.detection.dino_detr.padded_levels import FeatureSequence, sine_encod
 from vision.models.recomputation import recomputed
 
 TEMPERATURE = 10000
-"""Ratio of the longest to the shortest wavelength in the encoding of the queries' boxes."""
+"""Ratio of the longest to the shortest wavelength in the encoding of query boxes."""
 
 
 class ScoredBoxes(NamedTuple):
-    """What is predicted for queries.
+    """Predictions for queries.
 
     Attributes:
         scores: logits (B, Q, classes).
@@ -30,11 +30,11 @@ class ScoredBoxes(NamedTuple):
 
 
 class DetectionHead(nn.Module):
-    """Class logits, and how far a box is from its reference, before the sigmoid.
+    """Predicts class logits, and the offset of a box to its reference in logit space.
 
     Args:
         dim: channels of the queries.
-        num_classes: without background.
+        num_classes: number of classes without background.
     """
 
     def __init__(self, dim: int, num_classes: int):
@@ -46,16 +46,16 @@ class DetectionHead(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, queries: Tensor, references: Tensor, eps: float = 1e-5) -> ScoredBoxes:
-        """Queries (B, Q, C) with references (B, Q, 4) to predictions."""
+        """Return the predictions for queries (B, Q, C) with references (B, Q, 4)."""
         return ScoredBoxes(self.classes(queries), self.moved(queries, references, eps))
 
     def moved(self, queries: Tensor, references: Tensor, eps: float) -> Tensor:
-        """The boxes alone."""
+        """Return only the boxes (B, Q, 4)."""
         return (self.boxes(queries) + inverse_sigmoid(references, eps)).sigmoid()
 
 
 class EncoderLayer(nn.Module):
-    """Deformable attention of feature maps to themselves, and a feed-forward network; norms come after."""
+    """Deformable self-attention of feature maps and a feed-forward network, with post-norm."""
 
     def __init__(self, dim: int, hidden: int, heads: int, levels: int):
         super().__init__()
@@ -76,7 +76,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention among queries, deformable attention to the features, and a feed-forward network."""
+    """Self-attention of queries, deformable attention to the features, and a feed-forward network, with post-norm."""
 
     def __init__(self, dim: int, hidden: int, heads: int, levels: int):
         super().__init__()
@@ -102,17 +102,15 @@ class DecoderLayer(nn.Module):
 
 
 class DeformableEncoder(nn.Module):
-    """Layers over the positions of all levels.
+    """Encoder layers over the positions of all levels.
 
     Args:
         dim: channels C.
-        hidden: channels of the feed-forward networks.
-        heads: of attention.
-        levels: of feature maps.
+        hidden: hidden channels of the feed-forward networks.
+        heads: number of attention heads.
+        levels: number of feature maps.
         depth: number of layers.
-
-    Attributes:
-        checkpointed: compute layers again in backward instead of keeping their activations.
+        checkpointed: recompute layers in backward instead of storing their activations.
     """
 
     def __init__(self, dim: int, hidden: int, heads: int, levels: int, depth: int, checkpointed: bool = False):
@@ -121,7 +119,7 @@ class DeformableEncoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(dim, hidden, heads, levels) for _ in range(depth))
 
     def forward(self, sequence: FeatureSequence) -> FeatureSequence:
-        """The sequence with new features."""
+        """Return the sequence with encoded features."""
         x, references = sequence.features, sequence.scaled(sequence.centers)
         for layer in self.layers:
             x = _run(layer, self.checkpointed, x, sequence.encoding, references, sequence.sizes, sequence.padded)
@@ -129,13 +127,13 @@ class DeformableEncoder(nn.Module):
 
 
 class DeformableDecoder(nn.Module):
-    """Layers over queries, each of which moves the box of its query.
+    """Decoder layers over queries. Each layer refines the boxes of the queries.
 
-    A layer's box is compared with the objects as moved by this layer from where the layer before put it, so that its
-    loss reaches two layers ("look forward twice"); the references that enter layers carry no gradient.
+    The box that a layer predicts is computed from the previous layer's box with gradient, so its loss trains both
+    layers ("look forward twice"). The references that layers attend with have no gradient.
 
     Args:
-        dim, hidden, heads, levels, depth, checkpointed: as of the encoder.
+        dim, hidden, heads, levels, depth, checkpointed: as for `DeformableEncoder`.
     """
 
     def __init__(self, dim: int, hidden: int, heads: int, levels: int, depth: int, checkpointed: bool = False):
@@ -153,14 +151,14 @@ class DeformableDecoder(nn.Module):
         heads: Sequence[DetectionHead],
         blocked: Tensor | None = None,
     ) -> list[ScoredBoxes]:
-        """The predictions of every layer.
+        """Return the predictions of every layer.
 
         Args:
             queries: (B, Q, C).
             references: boxes (B, Q, 4) without gradient, as fractions of the image.
-            sequence: what the encoder returns.
-            heads: of the layers.
-            blocked: (Q, Q), true where a query does not see another.
+            sequence: output of the encoder.
+            heads: detection head of each layer.
+            blocked: (Q, Q), true where a query must not attend to another.
         """
         predictions: list[ScoredBoxes] = []
         before = references
@@ -185,7 +183,7 @@ class DeformableDecoder(nn.Module):
 
 
 def mlp(*dims: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+    """Build linear layers with ReLU between them."""
     layers: list[nn.Module] = []
     for inside, outside in itertools.pairwise(dims):
         layers += [nn.Linear(inside, outside), nn.ReLU()]
@@ -193,7 +191,7 @@ def mlp(*dims: int) -> nn.Sequential:
 
 
 def inverse_sigmoid(fractions: Tensor, eps: float) -> Tensor:
-    """The logits of numbers in [0, 1], finite at both ends."""
+    """Return the logits of values in [0, 1], clamped by `eps` so that they are finite."""
     fractions = fractions.clamp(0, 1)
     return (fractions.clamp(min=eps) / (1 - fractions).clamp(min=eps)).log()
 

@@ -1,4 +1,4 @@
-"""Contrastive denoising: queries made from noisy objects, which learn to find these objects or to reject noise."""
+"""Contrastive denoising: queries from noisy objects that learn to recover the objects or to reject the noise."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class DenoisingQueries(NamedTuple):
     Attributes:
         contents: (B, D, C), embeddings of labels, some of them wrong; zeros where an image has fewer than N objects.
         references: (B, D, 4), noisy boxes.
-        blocked: (D + Q, D + Q), true where a query must not see another: ordinary queries see no noisy object, groups
-            do not see one another.
-        pairs: for each image, the positive queries and their objects.
-        groups: G.
+        blocked: (D + Q, D + Q), true where a query must not attend to another: ordinary queries do not attend to noisy
+            copies, and groups do not attend to each other.
+        pairs: the positive queries and their objects, for each image.
+        groups: number G of groups.
     """
 
     contents: Tensor
@@ -36,14 +36,14 @@ class DenoisingQueries(NamedTuple):
 class ContrastiveDenoising(nn.Module):
     """Noisy copies of the objects of training images.
 
-    Corners of a positive copy are off by less than half of its side, those of a negative one by half to a whole side
-    (times `box_noise`). There are as many groups as give about `copies` positive ones.
+    The corners of a positive copy are shifted by less than half a side, those of a negative copy by half a side to a
+    whole side (times `box_noise`). The number of groups is chosen so that there are about `copies` positive copies.
 
     Args:
-        num_classes: without background.
+        num_classes: number of classes without background.
         dim: channels C.
-        queries: ordinary queries of an image, Q at most; of more objects, only so many have copies.
-        copies: positive copies in an image, 100 in the paper.
+        queries: maximum number of ordinary queries. Only that many objects of an image are copied.
+        copies: positive copies per image, 100 in the paper.
         label_noise: twice the probability that a copy gets a random label.
         box_noise: scale of the shift of corners.
     """
@@ -57,7 +57,7 @@ class ContrastiveDenoising(nn.Module):
         self.labels = nn.Embedding(num_classes, dim)
 
     def forward(self, objects: Sequence[TargetBoxes], queries: int) -> DenoisingQueries:
-        """Noisy copies of objects, to go in front of `queries` ordinary queries."""
+        """Return noisy copies of objects, to be placed in front of `queries` ordinary queries."""
         counts = [min(len(item.labels), self.queries) for item in objects]
         most = max(counts)
         groups = max(1, self.copies // max(1, most))
@@ -77,7 +77,7 @@ class ContrastiveDenoising(nn.Module):
     def _repeated(
         objects: Sequence[TargetBoxes], counts: Sequence[int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels and boxes of every copy, and which copies are of an object; the others fill up."""
+        """Return labels and boxes of all copies, and a mask that is false for padding."""
         first = objects[0].boxes
         labels = torch.zeros(shape, dtype=torch.long, device=first.device)
         boxes = torch.full((*shape, 4), 0.5, device=first.device)
@@ -93,7 +93,7 @@ class ContrastiveDenoising(nn.Module):
         return torch.where(is_wrong, torch.randint_like(labels, self.num_classes), labels)
 
     def _noisy_boxes(self, boxes: Tensor) -> Tensor:
-        """Boxes (B, G, 2, N, 4) with shifted corners, inside of the image; in the second half negative ones."""
+        """Shift the corners of boxes (B, G, 2, N, 4) within the image; index 1 of axis 2 has the negative copies."""
         corners = box_convert(boxes, "cxcywh", "xyxy")
         sides = boxes[..., 2:].repeat(1, 1, 1, 1, 2)
         signs = torch.randint_like(corners, 0, 2) * 2 - 1

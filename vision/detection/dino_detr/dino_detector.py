@@ -35,23 +35,23 @@ class DINO(nn.Module):
     """A detector without anchors and without non-maximum suppression (Zhang et al., ICLR 2023).
 
     Args:
-        backbone: of timm, with `features_only`; the levels that it returns, finest first, and one more are looked at.
-        num_classes: classes of objects, without background.
+        backbone: a timm model with `features_only`. The detector uses the levels that it returns and a coarser one.
+        num_classes: number of classes without background.
         width: channels of the transformer, a multiple of 32 and of `heads`.
-        feedforward: hidden channels of its feed-forward networks.
-        heads: of attention.
-        encoder_layers: of the transformer.
-        decoder_layers: of the transformer.
-        queries: most objects of an image.
-        denoising: noisy copies of the objects of a training image, about; 0 for none.
+        feedforward: hidden channels of the feed-forward networks.
+        heads: number of attention heads.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        queries: number of queries, the maximum number of objects in an image.
+        denoising: approximate number of positive noisy copies of the objects of a training image; 0 for none.
         label_noise: twice the probability that a copy gets a random label.
-        box_noise: scale of the shift of a copy's corners, of half a side each.
-        shared_heads: one head for all decoder layers, as in the paper's code; or one for each, as in OpenMMLab's.
-        detections: that are returned for an image at most.
-        checkpoint_heads: compute the layers of the transformer again in backward instead of keeping their activations.
+        box_noise: scale of the shift of a copy's corners, relative to half a side.
+        shared_heads: use one head for all decoder layers, as the paper's code, instead of one per layer, as OpenMMLab.
+        detections: maximum number of detections per image.
+        checkpoint_heads: recompute the layers of the transformer in backward instead of storing their activations.
 
     Raises:
-        ValueError: a number is too small or of another type, or `width` is not a multiple of what it must be.
+        ValueError: an option has a wrong type or is out of range, or `width` is not a multiple of 32 and of `heads`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class DINO(nn.Module):
         require_numbers(math.inf, label_noise=label_noise, box_noise=box_noise)
         for divisor in (32, heads):
             if width % divisor:
-                raise ArgumentError(f"width {width} is not a multiple of {divisor}", "width", code="not-divisible")
+                raise ArgumentError(f"width is {width}, not a multiple of {divisor}", "width", code="not-divisible")
         self.num_classes, self.detections = num_classes, detections
         self.backbone = backbone
         channels = cast(Any, backbone).feature_info.channels()
@@ -98,11 +98,11 @@ class DINO(nn.Module):
 
     @property
     def revcol(self) -> RevCol:
-        """The model of timm inside of the backbone."""
+        """The timm model in the backbone."""
         return next(module for module in self.modules() if isinstance(module, RevCol))
 
     def class_parameters(self) -> set[str]:
-        """Names of the parameters that have a row for each class."""
+        """Return the names of the parameters that have a row for each class."""
         heads = [name for name, module in self.named_modules() if isinstance(module, DetectionHead)]
         found = {f"{name}.classes.{part}" for name in heads for part in ("weight", "bias")}
         return found if self.denoising is None else found | {"denoising.labels.weight"}
@@ -110,19 +110,21 @@ class DINO(nn.Module):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in training mode, detections otherwise, as torchvision's detectors.
+        """Return losses in training mode and detections in evaluation mode, as torchvision's detectors do.
 
         Args:
-            images: (3, H, W) each, normalized; they may differ in size.
-            targets: for each image, `boxes` (N, 4) x1, y1, x2, y2 in pixels and `labels` (N,) from 1 to `num_classes`.
+            images: (3, H, W) each, normalized. Their sizes may differ.
+            targets: for each image, `boxes` (N, 4) as x1, y1, x2, y2 in pixels, and `labels` (N,) from 1 to
+                `num_classes`.
 
         Returns:
-            Losses by name, whose sum is to be minimized: of the last decoder layer (`loss_class`, `loss_box`,
-            `loss_giou`), of those before (`..._0` and so on), of the proposals (`..._proposals`) and of denoising. Or
-            for each image `boxes` (D, 4) in pixels, `labels` (D,) from 1 and `scores` (D,), best first.
+            In training mode, losses by name, to be summed: of the last decoder layer (`loss_class`, `loss_box`,
+            `loss_giou`), of the other layers (`..._0` and so on), of the proposals (`..._proposals`) and of denoising
+            (`..._denoising`). In evaluation mode, for each image `boxes` (D, 4) in pixels, `labels` (D,) from 1 and
+            `scores` (D,), best first.
 
         Raises:
-            ValueError: images or targets have other shapes, or values outside of their ranges.
+            ValueError: images or targets have wrong shapes or values out of range.
         """
         batch = padded_batch(images, self.revcol.in_chans, multiple=1, least=STRIDES[-1])
         padded = _padding(batch)
@@ -132,7 +134,7 @@ class DINO(nn.Module):
         return self._detections(self._decoded(batch.tensors, padded), batch.image_sizes)
 
     def _encoded(self, batch: Tensor, padded: Tensor | None) -> tuple[FeatureSequence, ScoredBoxes, Tensor]:
-        """The encoder's features, the proposals, and contents (B, Q, C) of as many queries."""
+        """Return the encoder's features, the proposals, and the contents (B, Q, C) of as many queries."""
         sequence = self.encoder(self.projection(self.backbone(batch), padded))
         proposals = self.proposals(sequence)
         count = proposals.boxes.shape[1]
@@ -167,7 +169,7 @@ class DINO(nn.Module):
         return self.decoder(queries, proposals.boxes, sequence, self._layer_heads())[-1]
 
     def _detections(self, predicted: ScoredBoxes, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """The best pairs of a query and a class of each image."""
+        """Return the best pairs of a query and a class for each image."""
         probabilities = predicted.scores.float().sigmoid().flatten(1)
         scores, taken = probabilities.topk(min(self.detections, probabilities.shape[1]), dim=1)
         queries, labels = taken // self.num_classes, taken % self.num_classes + 1
@@ -201,23 +203,23 @@ def dino(
     checkpoint_heads: bool = False,
     **backbone_options: Any,
 ) -> DINO:
-    """DINO on a RevCol, with the weights of its initialization.
+    """Build a DINO on a RevCol with newly initialized weights.
 
     Args:
-        backbone: a name of the family such as `revcol_huge`.
-        num_classes: classes of objects, without background: 80 for COCO.
-        kernel_size: of the backbone's convolutions.
-        memory: mode of the backbone.
-        scales: levels of features: 4 have strides 8 to 64, 5 have strides 4 to 64.
+        backbone: a RevCol model name such as `revcol_huge`.
+        num_classes: number of classes without background, 80 for COCO.
+        kernel_size: kernel size of the backbone's convolutions.
+        memory: memory mode of the backbone.
+        scales: number of feature levels: 4 for strides 8 to 64, 5 for strides 4 to 64.
         width, feedforward, heads, encoder_layers, decoder_layers, queries, denoising, label_noise, box_noise,
-            shared_heads, detections, checkpoint_heads: as of `DINO`.
-        backbone_options: of `timm.create_model`, such as `drop_path_rate`.
+            shared_heads, detections, checkpoint_heads: as for `DINO`.
+        backbone_options: options of `timm.create_model`, such as `drop_path_rate`.
 
     Raises:
-        ValueError: the backbone does not exist, has a memory budget or refuses its options, or another option is wrong.
+        ValueError: the backbone does not exist, has a memory budget, or rejects an option, or another option is wrong.
     """
     if scales not in (4, 5):
-        raise ArgumentError(f"scales {scales}: give 4 or 5", "scales", code="unknown-choice")
+        raise ArgumentError(f"scales is {scales}, but must be 4 or 5", "scales", code="unknown-choice")
     given = {"kernel_size": kernel_size, "memory": memory}
     backbone_options |= {name: value for name, value in given.items() if value is not None}
     return DINO(
@@ -239,7 +241,7 @@ def dino(
 
 
 def _padding(batch: ImageList) -> Tensor | None:
-    """Where a batch shows no image, (B, H, W); None if every image is as large as the batch."""
+    """Return a mask (B, H, W) that is true at padding; None if every image is as large as the batch."""
     height, width = batch.tensors.shape[-2:]
     if all(size == (height, width) for size in batch.image_sizes):
         return None

@@ -1,4 +1,4 @@
-"""Feature maps of padded images as one sequence of positions."""
+"""Feature maps of padded images as a sequence of positions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 TEMPERATURE = 20
-"""Ratio of the longest to the shortest wavelength in the encoding of positions in the image."""
+"""Ratio of the longest to the shortest wavelength in the encoding of positions."""
 
 
 class FeatureSequence(NamedTuple):
-    """The levels of a batch of images: S positions, row by row, one level after another.
+    """The levels of a batch of images as S positions, row by row, level by level.
 
     Attributes:
         features: (B, S, C).
-        encoding: (B, S, C), sines and cosines of the centers, and the embedding of the level.
+        encoding: (B, S, C), sines and cosines of the positions plus the embedding of the level.
         centers: (B, S, 2), x and y of every position as fractions of its image.
-        visible: (B, L, 2), the fractions of the width and the height of each level that show the image.
+        visible: (B, L, 2), the fractions of the width and height of each level that the image covers.
         sizes: height and width of each of the L levels.
-        padded: (B, S), true where there is no image; None if there is no padding at all.
+        padded: (B, S), true at padding; None without padding.
     """
 
     features: Tensor
@@ -35,17 +35,17 @@ class FeatureSequence(NamedTuple):
     padded: Tensor | None
 
     def scaled(self, references: Tensor) -> Tensor:
-        """Points (B, Q, 2) or boxes (B, Q, 4) of the images, as fractions of each level with padding (B, Q, L, n)."""
+        """Convert points (B, Q, 2) or boxes (B, Q, 4) to fractions of each padded level, (B, Q, L, 2 or 4)."""
         factors = self.visible.repeat(1, 1, references.shape[-1] // 2)
         return references[:, :, None] * factors[:, None]
 
 
 class FeatureProjection(nn.Module):
-    """Feature maps of the backbone to C channels, and one more level of half the size of the last.
+    """Projects the backbone's feature maps to C channels and adds a level of half the size of the last one.
 
     Args:
-        channels: of the maps, finest first.
-        dim: channels C that come out.
+        channels: channels of the maps, finest first.
+        dim: output channels C.
     """
 
     def __init__(self, channels: Sequence[int], dim: int):
@@ -56,7 +56,12 @@ class FeatureProjection(nn.Module):
         nn.init.normal_(self.level)
 
     def forward(self, maps: Sequence[Tensor], padded: Tensor | None) -> FeatureSequence:
-        """Maps (B, channels, H, W) of images whose padding (B, height, width) is true, to a sequence."""
+        """Return the sequence of maps (B, channels, H, W).
+
+        Args:
+            maps: levels of the backbone, finest first.
+            padded: (B, height, width) of the images, true at padding; None without padding.
+        """
         levels = [project(x) for project, x in zip(self.maps, maps, strict=True)]
         levels.append(self.coarsest(maps[-1]))
         shown = [_shown(x, padded) for x in levels]
@@ -75,7 +80,7 @@ class FeatureProjection(nn.Module):
 
 
 def sine_encoding(fractions: Tensor, dim: int, temperature: float) -> Tensor:
-    """Sines and cosines of dim / 2 wavelengths for each of n fractions: (..., n) to (..., n * dim)."""
+    """Encode n fractions by sines and cosines of dim / 2 wavelengths each: (..., n) to (..., n * dim)."""
     powers = torch.arange(dim // 2, dtype=torch.float32, device=fractions.device) * 2 / dim
     angles = fractions[..., None] * (2 * math.pi) / temperature**powers
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
@@ -88,19 +93,26 @@ def _projection(channels: int, dim: int, kernel: int, stride: int) -> nn.Sequent
 
 
 class _LevelNorm(nn.GroupNorm):
-    """GroupNorm that also takes a level of a single position with one channel a group: it gives the bias."""
+    """GroupNorm that also supports a single position with one channel per group, for which it returns the bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class _Shown(NamedTuple):
-    """Where a map (B, C, H, W) shows the image: centers and ends of its cells, (B, H, W, 2) fractions of the image."""
+    """The part of a map (B, C, H, W) that the image covers.
+
+    Attributes:
+        centers: (B, H, W, 2), centers of the cells as fractions of the image.
+        ends: (B, H, W, 2), right and bottom ends of the cells as fractions of the image.
+        visible: (B, 2), covered fractions of the width and height.
+        padded: (B, H, W), true at padding.
+    """
 
     centers: Tensor
     ends: Tensor
-    visible: Tensor  # (B, 2), of width and height
-    padded: Tensor  # (B, H, W)
+    visible: Tensor
+    padded: Tensor
 
 
 def _shown(level: Tensor, padded: Tensor | None) -> _Shown:

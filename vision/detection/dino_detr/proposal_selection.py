@@ -1,4 +1,4 @@
-"""Which positions of the encoder's features become the references of the decoder's queries."""
+"""Selection of the encoder's positions that become the references of the decoder's queries."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from vision.detection.dino_detr.padded_levels import FeatureSequence
 
 
 class ProposalSelection(nn.Module):
-    """The positions with the highest class scores, each with a box around it (two-stage, "mixed query selection").
+    """Selects the positions with the highest class scores and predicts their boxes ("mixed query selection").
 
-    A position of level l proposes a box of 0.05 * 2**l of the image's sides, which `head` moves. Boxes give references
-    alone; contents of queries are embeddings that do not depend on the image.
+    A position of level l proposes a box with 0.05 * 2**l of the image's sides, which `head` refines. The boxes are
+    used as references only; the contents of queries are embeddings that do not depend on the image.
 
     Args:
         dim: channels C.
-        num_classes: without background.
-        queries: how many positions are taken at most.
+        num_classes: number of classes without background.
+        queries: maximum number of selected positions.
     """
 
     def __init__(self, dim: int, num_classes: int, queries: int):
@@ -31,10 +31,10 @@ class ProposalSelection(nn.Module):
         nn.init.xavier_uniform_(self.project.weight)
 
     def forward(self, sequence: FeatureSequence) -> ScoredBoxes:
-        """The scores (B, Q, classes) and boxes (B, Q, 4) of the best positions.
+        """Return the scores (B, Q, classes) and boxes (B, Q, 4) of the best positions.
 
-        Padding is not taken, nor a position whose proposal has its center or a side outside of 1 to 99 % of the image,
-        as long as there are enough others.
+        Padding, and positions whose proposal has its center or a side outside 1 to 99 % of the image, are selected
+        only if there are not enough others.
         """
         sides = [
             torch.full((height * width, 2), 0.05 * 2.0**level, device=sequence.centers.device)

@@ -1,4 +1,4 @@
-"""The losses of predictions that are paired with objects."""
+"""Losses of predictions that are matched with objects."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BOX_WEIGHT, GIOU_WEIGHT = 5.0, 2.0
 def set_losses(
     predicted: ScoredBoxes, objects: Sequence[TargetBoxes], pairs: Sequence[Pairs], suffix: str = ""
 ) -> dict[str, Tensor]:
-    """Losses of one set of predictions, each divided by the number of pairs, averaged over processes.
+    """Return the losses of one set of predictions, divided by the mean number of pairs over all processes.
 
     Args:
-        predicted: for Q queries.
-        objects: of each image.
-        pairs: of queries and objects; the classes of all other queries are none.
-        suffix: of the names.
+        predicted: predictions for Q queries.
+        objects: objects of each image.
+        pairs: matched queries and objects of each image. All other queries are background.
+        suffix: suffix of the names of the losses.
 
     Returns:
         `loss_class`, the sigmoid focal loss, `loss_box`, 5 times the L1 distance of boxes as fractions of the image,
@@ -52,7 +52,7 @@ def set_losses(
 
 
 def positive_count(pairs: Sequence[Pairs], like: Tensor) -> Tensor:
-    """The number of pairs, at least 1: the mean of all processes where several train together."""
+    """Return the number of pairs, at least 1, averaged over all processes."""
     count = like.new_tensor(float(sum(len(pair.queries) for pair in pairs)))
     if dist.is_available() and dist.is_initialized() and not is_simulated(like):
         dist.all_reduce(count)

@@ -1,4 +1,4 @@
-"""The objects of images as DINO compares them with its predictions."""
+"""Conversion of targets to the format of DINO's predictions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class TargetBoxes(NamedTuple):
     """The objects of an image.
 
     Attributes:
-        boxes: (N, 4), center, width and height as fractions of the image.
+        boxes: (N, 4) as center, width and height, as fractions of the image.
         labels: (N,), from 0.
-        sides: (4,), width, height, width, height of the image in pixels.
+        sides: (4,), the width, height, width and height of the image in pixels.
     """
 
     boxes: Tensor
@@ -26,7 +26,7 @@ class TargetBoxes(NamedTuple):
 
 
 def target_boxes(targets: Sequence[Target]) -> list[TargetBoxes]:
-    """The objects of targets that `checked_targets` has returned."""
+    """Convert targets that were returned by `checked_targets`."""
     found = []
     for target in targets:
         height, width = target["image_size"]

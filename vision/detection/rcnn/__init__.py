@@ -1,1 +1,1 @@
-"""Detectors that classify regions of an image: proposals, cascades of heads for boxes and masks, HTC."""
+"""Two-stage detectors: region proposals, cascades of box and mask heads, and HTC."""

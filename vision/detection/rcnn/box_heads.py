@@ -1,4 +1,4 @@
-"""One stage of a cascade: boxes sampled, classified and refined (Cai and Vasconcelos, "Cascade R-CNN", 2018)."""
+"""One stage of a cascade, which samples, classifies and refines boxes (Cai and Vasconcelos, "Cascade R-CNN", 2018)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ GIOU_WEIGHT = 10.0
 
 
 class SampledBoxes(NamedTuple):
-    """Boxes that a stage trains on, for each image.
+    """The boxes of each image that a stage trains on.
 
     Attributes:
         boxes: (n, 4).
-        matches: index of the object of each box, -1 for background.
-        is_object: whether a box is the annotated box of an object.
+        matches: (n,), index of the object of each box, -1 for background.
+        is_object: (n,), whether a box is the annotated box of an object.
     """
 
     boxes: list[Tensor]
@@ -34,27 +34,27 @@ class SampledBoxes(NamedTuple):
     is_object: list[Tensor]
 
     def labels(self, targets: Sequence[Target]) -> Tensor:
-        """Classes of all boxes, 0 for background."""
+        """Return the classes of all boxes, 0 for background."""
         pairs = zip(targets, self.matches, strict=True)
         return torch.cat([F.pad(target["labels"], (0, 1))[matches] for target, matches in pairs])
 
     def goals(self, targets: Sequence[Target]) -> Tensor:
-        """Annotated boxes (sum of n, 4) of all boxes, zeros for background."""
+        """Return the annotated boxes (sum of n, 4) that belong to all boxes, zeros for background."""
         pairs = zip(targets, self.matches, strict=True)
         return torch.cat([F.pad(target["boxes"], (0, 0, 0, 1))[matches] for target, matches in pairs])
 
 
 class BoxStage(nn.Module):
-    """Four convolutions and a linear layer, with scores of classes and a box for each class.
+    """Four convolutions and a linear layer that predict class scores and a box for each class.
 
     Args:
-        channels: of the pyramid.
-        num_classes: without background.
-        overlap: intersection over union from which on a box belongs to an object.
+        channels: channels of the pyramid.
+        num_classes: number of classes without background.
+        overlap: minimum intersection over union of a box with its object.
         stds: standard deviations of the codes of center and size.
-        width: of the linear layer.
-        norm: a class of normalization layers.
-        low_quality: whether objects also get the boxes that overlap them most (see `OverlapMatcher`).
+        width: width of the linear layer.
+        norm: class of the normalization layers.
+        low_quality: whether objects are also matched with the boxes that overlap them most (see `OverlapMatcher`).
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class BoxStage(nn.Module):
     def forward(
         self, levels: Sequence[Tensor], boxes: list[Tensor], semantic: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scores (boxes, classes + 1), background first, and codes (boxes, 4 (classes + 1)) of all boxes."""
+        """Return scores (boxes, classes + 1), background first, and codes (boxes, 4 (classes + 1)) of all boxes."""
         return self.predictor(self.head(self.pool(levels, boxes, semantic)))
 
     @torch.no_grad()
     def sample(self, boxes: list[Tensor], targets: Sequence[Target]) -> SampledBoxes:
-        """At most 512 boxes of each image, a quarter with objects. Annotated boxes are among the candidates."""
+        """Sample up to 512 boxes of each image, up to a quarter with objects. Candidates include annotated boxes."""
         samples = SampledBoxes([], [], [])
         for proposals, target in zip(boxes, targets, strict=True):
             count = len(target["boxes"])
@@ -103,7 +103,7 @@ class BoxStage(nn.Module):
     def losses(
         self, scores: Tensor, codes: Tensor, samples: SampledBoxes, targets: Sequence[Target]
     ) -> tuple[Tensor, Tensor]:
-        """Cross entropy of all boxes, and ten times the generalized IoU loss of boxes with objects, per box."""
+        """Return the cross entropy of all boxes, and 10 times the generalized IoU loss of those with objects, per box."""
         labels, goals = samples.labels(targets), samples.goals(targets)
         positive = chosen_rows(labels > 0, len(targets) * self.sampler.most_positive)
         found = self._decoded(codes[positive], torch.cat(samples.boxes)[positive], labels[positive])
@@ -119,14 +119,14 @@ class BoxStage(nn.Module):
         sizes: Sequence[tuple[int, int]],
         labels: Tensor | None = None,
     ) -> list[Tensor]:
-        """The boxes of each image moved by the codes of one class, inside of the image.
+        """Refine the boxes of each image by the codes of one class, and clip them to the image.
 
         Args:
             scores: (boxes, classes + 1).
             codes: (boxes, 4 (classes + 1)).
             boxes: (n, 4) of each image.
             sizes: heights and widths of the images.
-            labels: classes of all boxes; where it is 0 or missing, the class of the highest score.
+            labels: class of each box. Where it is 0 or missing, the class with the highest score is used.
         """
         classes = scores[:, 1:].argmax(1) + 1
         if labels is not None:
@@ -135,7 +135,7 @@ class BoxStage(nn.Module):
         return [clip_boxes_to_image(places, size) for places, size in zip(moved, sizes, strict=True)]
 
     def all_boxes(self, codes: Tensor, boxes: Tensor) -> Tensor:
-        """Boxes (n, classes + 1, 4) of all classes, from codes (n, 4 (classes + 1)) and boxes (n, 4)."""
+        """Decode boxes (n, classes + 1, 4) of all classes from codes (n, 4 (classes + 1)) and boxes (n, 4)."""
         return self.coder.decode_single(codes, boxes).unflatten(1, (-1, 4))
 
     def _decoded(self, codes: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:

@@ -30,19 +30,19 @@ Sizes = Sequence[tuple[int, int]]
 
 
 class CascadeHeads(nn.Module):
-    """Three stages of boxes and masks, each trained on what the one before has refined.
+    """Three stages of box and mask heads. Each stage trains on the boxes that the previous one has refined.
 
     Args:
-        channels: of the pyramid.
-        num_classes: without background.
+        channels: channels of the pyramid.
+        num_classes: number of classes without background.
         masks: whether there are mask heads.
-        width: of the linear layers for boxes.
-        mask_width: of the convolutions for masks.
-        norm: a class of normalization layers for the convolutions for boxes.
-        low_quality: whether objects also get the boxes that overlap them most.
-        flow: whether the mask heads hand on their features.
-        recompute: keep no activations of the heads, and compute them again in backward.
-        detection_options: of `best_detections`.
+        width: width of the linear layers for boxes.
+        mask_width: channels of the convolutions for masks.
+        norm: class of the normalization layers of the convolutions for boxes.
+        low_quality: whether objects are also matched with the boxes that overlap them most.
+        flow: whether a mask head passes its features to the next one.
+        recompute: recompute the activations of the heads in backward instead of storing them.
+        detection_options: options of `best_detections`.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class CascadeHeads(nn.Module):
     def losses(
         self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes, targets: Sequence[Target]
     ) -> dict[str, Tensor]:
-        """The losses of all stages, weighted.
+        """Return the weighted losses of all stages.
 
         Args:
             features: maps of the pyramid, finest first.
             boxes: proposals (n, 4) of each image, at least one in the batch.
-            sizes: of the images.
-            targets: of the images.
+            sizes: heights and widths of the images.
+            targets: targets of the images, from `checked_targets`.
         """
         levels, losses, semantic = self.inputs(features, targets)
         for number, (stage, weight) in enumerate(zip(self.stages(), LOSS_WEIGHTS, strict=True), 1):
@@ -89,9 +89,7 @@ class CascadeHeads(nn.Module):
             losses[f"loss_classifier_{number}"] = weight * classification
             losses[f"loss_box_reg_{number}"] = weight * regression
             moved = stage.refined(scores, codes, samples.boxes, sizes, samples.labels(targets))
-            boxes = [
-                places[chosen_rows(~own, len(own))] for places, own in zip(moved, samples.is_object, strict=True)
-            ]
+            boxes = [places[chosen_rows(~own, len(own))] for places, own in zip(moved, samples.is_object, strict=True)]
             if len(self.mask_heads):
                 positive = with_objects(self.mask_samples(stage, samples, boxes, targets), stage.sampler.most_positive)
                 logits = self.run(self.mask_logits, number - 1, levels, positive.boxes, semantic)
@@ -99,7 +97,7 @@ class CascadeHeads(nn.Module):
         return losses
 
     def detections(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
-        """Boxes, labels, scores and masks of each image: mean logits of all stages, boxes of the last one."""
+        """Return boxes of the last stage, and labels, scores and masks from the mean of all stages, for each image."""
         levels, _, semantic = self.inputs(features)
         stages = self.stages()
         scores, codes = stages[0](levels, boxes, semantic)
@@ -125,48 +123,48 @@ class CascadeHeads(nn.Module):
         return found
 
     def stages(self) -> list[BoxStage]:
-        """The box heads, in their order."""
+        """Return the box heads in order."""
         return cast(list[BoxStage], list(self.box_stages))
 
     def inputs(
         self, features: dict[str, Tensor], targets: Sequence[Target] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor], Tensor | None]:
-        """The levels that boxes are pooled from, losses of other branches, and a map that is added to pooled values."""
+        """Return the levels to pool from, losses of other branches, and a map whose pooled values are added."""
         return list(features.values())[: len(STRIDES)], {}, None
 
     def mask_samples(
         self, stage: BoxStage, samples: SampledBoxes, refined: list[Tensor], targets: Sequence[Target]
     ) -> SampledBoxes:
-        """The boxes that the mask head of a stage trains on: those of its box head."""
+        """Return the boxes that the mask head of a stage trains on, which are those of its box head."""
         return samples
 
     def mask_logits(self, index: int, levels: Sequence[Tensor], boxes: list[Tensor], semantic: Tensor | None) -> Tensor:
-        """Logits (boxes, classes + 1, 28, 28) of the masks of a stage."""
+        """Return the mask logits (boxes, classes + 1, 28, 28) of a stage."""
         return self.mask_heads[index](self.mask_pool(levels, boxes, semantic))
 
     def mask_probabilities(
         self, levels: Sequence[Tensor], boxes: list[Tensor], labels: Tensor, semantic: Tensor | None
     ) -> Tensor:
-        """Masks (boxes, 28, 28) of labels (boxes,): the mean of all stages."""
+        """Return the masks (boxes, 28, 28) of labels (boxes,), averaged over all stages."""
         rows = torch.arange(len(labels), device=labels.device)
         logits = [self.mask_logits(index, levels, boxes, semantic) for index in range(len(self.mask_heads))]
         return torch.stack([each[rows, labels].float().sigmoid() for each in logits]).mean(0)
 
     def run(self, module: Any, *args: Any) -> Any:
-        """`module(*args)`, with its activations kept or not."""
+        """Call `module(*args)`, and recompute its activations in backward if `recompute` is set."""
         return recomputed(module, *args) if self.recompute else module(*args)
 
 
 class RegionDetector(nn.Module):
-    """A detector of two steps: proposals from a pyramid, and heads that classify and refine them.
+    """A two-stage detector: region proposals from a pyramid, and heads that classify and refine them.
 
-    Call it as torchvision's detectors: in training mode with images and targets for a dictionary of losses, in
-    evaluation mode with images for a list of dictionaries.
+    It has the interface of torchvision's detectors: in training mode it takes images and targets and returns a
+    dictionary of losses; in evaluation mode it takes images and returns a list of dictionaries.
 
     Args:
         pyramid: the backbone.
-        proposals: the first step.
-        heads: the second step.
+        proposals: the first stage.
+        heads: the second stage.
         num_classes: labels are 1 to this number.
     """
 
@@ -176,26 +174,26 @@ class RegionDetector(nn.Module):
 
     @property
     def revcol(self) -> RevCol:
-        """The model of timm inside of the backbone."""
+        """The timm model in the backbone."""
         return self.backbone.revcol
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses of images with targets in training mode, detections of images in evaluation mode.
+        """Return losses in training mode and detections in evaluation mode.
 
         Args:
-            images: (3, H, W) each, normalized; sizes may differ.
-            targets: `boxes` (N, 4) as (left, top, right, bottom) in pixels, `labels` (N,) from 1 on, and `masks`
-                (N, H, W) of 0 and 1, for each image; N may be 0. Boxes are clipped to the image, and those of no area
-                do not count.
+            images: (3, H, W) each, normalized. Their sizes may differ.
+            targets: for each image, `boxes` (N, 4) as (left, top, right, bottom) in pixels, `labels` (N,) from 1, and
+                `masks` (N, H, W) of 0 and 1. N may be 0. Boxes are clipped to the image; boxes without an area do not
+                count.
 
         Returns:
-            A dictionary of weighted losses, to be summed up; or for each image `boxes` (N, 4), `labels` (N,), `scores`
-            (N,) in descending order and `masks` (N, 1, H, W), probabilities.
+            In training mode, a dictionary of weighted losses, to be summed. In evaluation mode, for each image
+            `boxes` (N, 4), `labels` (N,), `scores` (N,) in descending order and `masks` (N, 1, H, W), probabilities.
 
         Raises:
-            ValueError: images or targets have other shapes, or labels are out of range.
+            ValueError: images or targets have wrong shapes, or labels are out of range.
         """
         images = list(images)
         batch = padded_batch(images, self.revcol.in_chans)
@@ -205,7 +203,7 @@ class RegionDetector(nn.Module):
         features = self.backbone(batch.tensors)
         boxes, losses = self.rpn(batch, features, checked)
         boxes = [
-            places if len(places) else places.new_tensor([[0, 0, width, height]])  # BatchNorm cannot do without
+            places if len(places) else places.new_tensor([[0, 0, width, height]])  # BatchNorm needs at least one box
             for places, (height, width) in zip(boxes, batch.image_sizes, strict=True)
         ]
         if checked is None:
@@ -226,26 +224,26 @@ def cascade_mask_rcnn(
     checkpoint_heads: bool = False,
     **backbone_options: Any,
 ) -> RegionDetector:
-    """Cascade Mask R-CNN on a RevCol, with the weights of its initialization.
+    """Build a Cascade Mask R-CNN on a RevCol with newly initialized weights.
 
     Args:
-        backbone: a name of the family such as `revcol_tiny`.
-        num_classes: classes of objects without background, 80 for COCO; labels are 1 to this number.
-        masks: False for Cascade R-CNN, which needs no masks.
-        channels: of the feature pyramid.
-        width: of the linear layers for boxes.
-        mask_width: of the convolutions for masks.
-        score_threshold: of detections.
-        soft_nms: lower the scores of detections that overlap, instead of leaving them out.
-        checkpoint_heads: keep no activations of pyramid and heads, and compute them again in backward.
-        backbone_options: such as `kernel_size`, `drop_path_rate` and `memory`.
+        backbone: a RevCol model name such as `revcol_tiny`.
+        num_classes: number of classes without background, 80 for COCO. Labels are 1 to this number.
+        masks: whether to predict masks. False for Cascade R-CNN, whose targets need no masks.
+        channels: channels of the feature pyramid.
+        width: width of the linear layers for boxes.
+        mask_width: channels of the convolutions for masks.
+        score_threshold: minimum score of detections.
+        soft_nms: lower the scores of overlapping detections instead of removing them.
+        checkpoint_heads: recompute the activations of pyramid and heads in backward instead of storing them.
+        backbone_options: options of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
-        A module that is called as torchvision's detectors; see `RegionDetector`. BatchNorm of the box heads counts over
-        all processes if there are several on GPUs when this is called.
+        A `RegionDetector`. If several processes train on GPUs when this is called, BatchNorm of the box heads is
+        synchronized across them.
 
     Raises:
-        ValueError: the backbone does not exist, has a memory budget or refuses its options, or another option is wrong.
+        ValueError: the backbone does not exist, has a memory budget, or rejects an option, or another option is wrong.
     """
     heads = {"masks": masks, "width": width, "mask_width": mask_width}
     heads |= {"threshold": score_threshold, "soft": soft_nms}
@@ -261,7 +259,7 @@ def build_detector(
     options: dict[str, Any],
     backbone_options: dict[str, Any],
 ) -> RegionDetector:
-    """A detector whose heads are of the class `kind`."""
+    """Build a detector with heads of the class `kind`."""
     widths = {name: options[name] for name in ("width", "mask_width")}
     require_counts(1, num_classes=num_classes, channels=channels, **widths)
     require_numbers(1, score_threshold=options["threshold"])
@@ -273,6 +271,6 @@ def build_detector(
 
 
 def with_objects(samples: SampledBoxes, most: int) -> SampledBoxes:
-    """The boxes that have an object, at most `most` of each image."""
+    """Return the boxes that have an object, at most `most` of each image."""
     kept = [chosen_rows(matches >= 0, most) for matches in samples.matches]
     return SampledBoxes(*([part[rows] for part, rows in zip(parts, kept, strict=True)] for parts in samples))

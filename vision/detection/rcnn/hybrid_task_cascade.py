@@ -18,17 +18,17 @@ from vision.detection.training_targets import Target, semantic_maps
 
 SEMANTIC_WEIGHT = 0.2
 FUSED_LEVEL = 1
-"""Index of the level of the pyramid whose size the semantic branch has, stride 8."""
+"""Index of the pyramid level whose resolution the semantic branch uses, stride 8."""
 
 
 class HybridTaskHeads(CascadeHeads):
-    """A cascade whose mask heads train on refined boxes and hand on their features, with a semantic branch.
+    """A cascade whose mask heads train on refined boxes and pass on their features, with a semantic branch.
 
     Args:
-        channels: of the pyramid.
-        num_classes: without background.
-        stuff_classes: classes of the semantic maps; None for no semantic branch.
-        options: of `CascadeHeads`.
+        channels: channels of the pyramid.
+        num_classes: number of classes without background.
+        stuff_classes: number of classes of the semantic maps; None for no semantic branch.
+        options: options of `CascadeHeads`.
     """
 
     def __init__(self, channels: int, num_classes: int, *, stuff_classes: int | None = None, **options: Any):
@@ -51,11 +51,11 @@ class HybridTaskHeads(CascadeHeads):
     def mask_samples(
         self, stage: BoxStage, samples: SampledBoxes, refined: list[Tensor], targets: Sequence[Target]
     ) -> SampledBoxes:
-        """Boxes sampled anew from what the stage has refined."""
+        """Sample boxes from those that the stage has refined."""
         return stage.sample(refined, targets)
 
     def mask_logits(self, index: int, levels: Sequence[Tensor], boxes: list[Tensor], semantic: Tensor | None) -> Tensor:
-        """Logits of a stage, to which the mask heads of all stages before it hand on their features."""
+        """Return the logits of a stage, whose mask head receives the features of all previous mask heads."""
         pooled, features = self.mask_pool(levels, boxes, semantic), None
         heads = cast(list[MaskHead], list(self.mask_heads))[: index + 1]
         for head in heads:
@@ -65,18 +65,18 @@ class HybridTaskHeads(CascadeHeads):
     def mask_probabilities(
         self, levels: Sequence[Tensor], boxes: list[Tensor], labels: Tensor, semantic: Tensor | None
     ) -> Tensor:
-        """Masks (boxes, 28, 28) of labels (boxes,), of the last stage."""
+        """Return the masks (boxes, 28, 28) of labels (boxes,) from the last stage."""
         rows = torch.arange(len(labels), device=labels.device)
         logits = self.mask_logits(len(self.mask_heads) - 1, levels, boxes, semantic)
         return logits[rows, labels].float().sigmoid()
 
 
 class SemanticBranch(nn.Module):
-    """Levels of the pyramid summed up at stride 8, four convolutions, scores of classes and an embedding.
+    """Sums the pyramid levels at stride 8 and predicts class scores and an embedding after four convolutions.
 
     Args:
-        channels: of the pyramid and of the branch.
-        num_classes: of the semantic maps.
+        channels: channels of the pyramid and of the branch.
+        num_classes: number of classes of the semantic maps.
     """
 
     def __init__(self, channels: int, num_classes: int):
@@ -86,7 +86,7 @@ class SemanticBranch(nn.Module):
         self.embedding, self.logits = _convolution(channels, 1), nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Levels of strides 4 to 64 to scores (B, classes, H / 8, W / 8), and an embedding of the width of a level."""
+        """Map levels of strides 4 to 64 to scores (B, classes, H / 8, W / 8) and an embedding with `channels` channels."""
         fused = self.lateral[FUSED_LEVEL](levels[FUSED_LEVEL])
         for index, (lateral, level) in enumerate(zip(self.lateral, levels, strict=True)):
             if index != FUSED_LEVEL:
@@ -97,7 +97,10 @@ class SemanticBranch(nn.Module):
 
 
 def semantic_loss(logits: Tensor, maps: Tensor) -> Tensor:
-    """Cross entropy of logits (B, classes, H, W) against maps (B, H, W), a mean over all pixels; 255 gives 0."""
+    """Return the cross entropy of logits (B, classes, H, W) and maps (B, H, W), averaged over all pixels.
+
+    Pixels with the value 255 count as a loss of 0.
+    """
     return F.cross_entropy(logits, maps, ignore_index=255, reduction="sum") / maps.numel()
 
 
@@ -115,27 +118,27 @@ def htc(
     checkpoint_heads: bool = False,
     **backbone_options: Any,
 ) -> RegionDetector:
-    """Hybrid Task Cascade on a RevCol, with the weights of its initialization.
+    """Build a Hybrid Task Cascade on a RevCol with newly initialized weights.
 
     Args:
-        backbone: a name of the family such as `revcol_huge`.
-        num_classes: classes of objects without background, 80 for COCO; labels are 1 to this number.
-        stuff_classes: classes of the semantic maps, 183 for COCO-Stuff; None for no semantic branch.
-        masks: whether there are mask heads.
-        channels: of the feature pyramid.
-        width: of the linear layers for boxes.
-        mask_width: of the convolutions for masks.
-        score_threshold: of detections.
-        soft_nms: lower the scores of detections that overlap, instead of leaving them out.
-        checkpoint_heads: keep no activations of pyramid and heads, and compute them again in backward.
-        backbone_options: such as `kernel_size`, `drop_path_rate` and `memory`.
+        backbone: a RevCol model name such as `revcol_huge`.
+        num_classes: number of classes without background, 80 for COCO. Labels are 1 to this number.
+        stuff_classes: number of classes of the semantic maps, 183 for COCO-Stuff; None for no semantic branch.
+        masks: whether to predict masks.
+        channels: channels of the feature pyramid.
+        width: width of the linear layers for boxes.
+        mask_width: channels of the convolutions for masks.
+        score_threshold: minimum score of detections.
+        soft_nms: lower the scores of overlapping detections instead of removing them.
+        checkpoint_heads: recompute the activations of pyramid and heads in backward instead of storing them.
+        backbone_options: options of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
-        A module that is called as torchvision's detectors; see `RegionDetector`. With `stuff_classes`, targets also
-        have `semantic_map` (H, W), classes from 0 on, of which 255 does not count.
+        A `RegionDetector`. With `stuff_classes`, targets also need a `semantic_map` (H, W) of classes from 0, where 255
+        is ignored.
 
     Raises:
-        ValueError: the backbone does not exist, has a memory budget or refuses its options, or another option is wrong.
+        ValueError: the backbone does not exist, has a memory budget, or rejects an option, or another option is wrong.
     """
     if stuff_classes is not None:
         require_counts(1, stuff_classes=stuff_classes)

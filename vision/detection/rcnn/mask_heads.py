@@ -1,4 +1,4 @@
-"""Masks of boxes (He et al., "Mask R-CNN", 2017), their targets and their place in an image."""
+"""Mask heads (He et al., "Mask R-CNN", 2017), their targets, and pasting of masks into images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vision.detection.training_targets import Target
 
 
 class MaskHead(nn.Module):
-    """Four convolutions, a transposed one, and a mask of twice the pooled size for each class.
+    """Four convolutions and a transposed one that predict a mask of twice the pooled size for each class.
 
     Args:
-        channels: of the pooled features.
-        num_classes: without background.
-        width: of the convolutions.
-        flow: whether the features of the mask head before are added, through a convolution 1 x 1 and a ReLU (HTC).
+        channels: channels of the pooled features.
+        num_classes: number of classes without background.
+        width: channels of the convolutions.
+        flow: whether to add the features of the previous mask head after a 1 x 1 convolution and a ReLU (HTC).
     """
 
     def __init__(self, channels: int, num_classes: int, width: int = 256, *, flow: bool = False):
@@ -31,23 +31,23 @@ class MaskHead(nn.Module):
         self.flow = nn.Sequential(nn.Conv2d(width, channels, 1), nn.ReLU()) if flow else None
 
     def features(self, pooled: Tensor, previous: Tensor | None = None) -> Tensor:
-        """Pooled features (boxes, channels, S, S) to features (boxes, width, S, S)."""
+        """Map pooled features (boxes, channels, S, S) to features (boxes, width, S, S)."""
         if self.flow is not None and previous is not None:
             pooled = pooled + self.flow(previous)
         return self.convolutions(pooled)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Pooled features (boxes, channels, S, S) to logits (boxes, classes + 1, 2 S, 2 S)."""
+        """Map pooled features (boxes, channels, S, S) to logits (boxes, classes + 1, 2 S, 2 S)."""
         return self.predictor(self.features(pooled))
 
 
 def mask_loss(logits: Tensor, samples: SampledBoxes, targets: Sequence[Target]) -> Tensor:
-    """The mean binary cross entropy of the masks of boxes with objects, each for its class; 0 without any.
+    """Return the mean binary cross entropy of the masks of boxes, each for the class of its object; 0 without boxes.
 
     Args:
         logits: (boxes, classes + 1, S, S).
-        samples: the boxes, each with an object.
-        targets: of the images, with `masks` (N, H, W).
+        samples: the boxes, each of which has an object.
+        targets: targets of the images, with `masks` (N, H, W).
     """
     if not len(logits):
         return logits.sum()
@@ -59,7 +59,7 @@ def mask_loss(logits: Tensor, samples: SampledBoxes, targets: Sequence[Target]) 
 
 
 def mask_goals(samples: SampledBoxes, targets: Sequence[Target], size: int) -> Tensor:
-    """The masks of the objects inside of their boxes, resized and rounded to 0 or 1, (boxes, size, size)."""
+    """Return the masks of the objects within their boxes, resized and rounded to 0 or 1, (boxes, size, size)."""
     goals = []
     for boxes, matches, target in zip(samples.boxes, samples.matches, targets, strict=True):
         rois = torch.cat([matches[:, None].to(boxes.dtype), boxes], 1)
@@ -70,7 +70,7 @@ def mask_goals(samples: SampledBoxes, targets: Sequence[Target], size: int) -> T
 
 
 def pasted_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks (N, S, S) inside of boxes (N, 4) as masks (N, 1, height, width), 0 outside of the boxes.
+    """Paste masks (N, S, S) into boxes (N, 4) of an image: (N, 1, height, width), 0 outside the boxes.
 
     Values are interpolated at the centers of pixels, as in detectron2 and mmdetection.
     """

@@ -1,4 +1,4 @@
-"""Region proposals (Ren et al., "Faster R-CNN", 2015) on torchvision's network, matched as mmdetection matches them."""
+"""Region proposals (Ren et al., "Faster R-CNN", 2015) with torchvision's network and mmdetection's matching."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from vision.models.recomputation import recomputed
 from vision.models.simulated_values import chosen_rows, is_simulated
 
 BACKGROUND, IGNORED_BOX = -1, -2
-"""Matches of boxes that overlap no object enough, and of boxes that do not count."""
+"""Matches of boxes that do not overlap any object enough, and of boxes that do not count."""
 
 
 class RegionProposals(RegionProposalNetwork):
-    """Boxes that may hold an object, from a pyramid with levels of strides 4 to 64.
+    """Proposes boxes that may contain an object, from a pyramid with levels of strides 4 to 64.
 
     Constants are those of mmdetection's Cascade Mask R-CNN. Anchors that cross the border of an image do not count.
 
     Args:
-        channels: of the pyramid.
-        recompute: keep no activations of the convolutions, and compute them again in backward.
+        channels: channels of the pyramid.
+        recompute: recompute the activations of the convolutions in backward instead of storing them.
     """
 
     def __init__(self, channels: int, *, recompute: bool = False):
@@ -48,7 +48,7 @@ class RegionProposals(RegionProposalNetwork):
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The boxes and scores of each image after suppression; as many as possible in a simulated step."""
+        """Return the boxes and scores of each image after suppression; the largest possible number if simulated."""
         if not is_simulated(proposals):
             return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
         candidates = sum(min(count, self.pre_nms_top_n()) for count in num_anchors_per_level)
@@ -59,7 +59,7 @@ class RegionProposals(RegionProposalNetwork):
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[Target]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """For each image, 1 (object), 0 (background) or -1 (does not count) for each anchor, and the matched boxes."""
+        """Return 1 (object), 0 (background) or -1 (ignored) for each anchor, and the matched boxes, for each image."""
         labels, boxes = [], []
         for places, target in zip(anchors, targets, strict=True):
             height, width = target["image_size"]
@@ -75,7 +75,7 @@ class RegionProposals(RegionProposalNetwork):
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Losses of objectness and boxes; 0 for images so small that no anchor lies inside of them."""
+        """Return the losses of objectness and boxes, which are 0 if no anchor fits into the images."""
         samples = [self.fg_bg_sampler(each >= 1, each == 0) for each in labels]
         starts = [number * len(each) for number, each in enumerate(labels)]
         positive, negative = (
@@ -92,21 +92,21 @@ class RegionProposals(RegionProposalNetwork):
 
 
 class RecomputedProposalHead(RPNHead):
-    """torchvision's convolutions, whose activations backward computes again."""
+    """torchvision's convolutions with activations that are recomputed in backward."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return recomputed(super().forward, x)
 
 
 class StridedAnchors(AnchorGenerator):
-    """Anchors at the strides of the pyramid, with sides that are not rounded.
+    """Anchors at the strides of the pyramid, without rounding.
 
-    torchvision's own divide the size of a padded batch by that of a map, which is no stride for stride 64.
+    torchvision computes strides from the sizes of the padded batch and the map, which is wrong for stride 64.
     """
 
     def __init__(self, sizes: tuple[tuple[int, ...], ...], aspect_ratios: tuple[tuple[float, ...], ...]):
         super().__init__(sizes, aspect_ratios)
-        self.cell_anchors = []  # tensors that are no buffers stay where they are when the module moves
+        self.cell_anchors = []  # not buffers, so they would neither move with the module nor be copied by a simulation
 
     def generate_anchors(
         self,
@@ -115,14 +115,14 @@ class StridedAnchors(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> Tensor:
-        """Boxes (ratios x scales, 4) around the origin; a ratio is height / width."""
+        """Return boxes (ratios x scales, 4) around the origin. A ratio is height / width."""
         roots = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
         sides = torch.as_tensor(scales, dtype=dtype, device=device)
         heights, widths = ((factor[:, None] * sides).flatten() / 2 for factor in (roots, 1 / roots))
         return torch.stack([-widths, -heights, widths, heights], dim=1)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """The anchors (N, 4) of all levels, the same for each image."""
+        """Return the anchors (N, 4) of all levels, which are the same for each image."""
         device = feature_maps[0].device
         anchors = []
         for level, stride, sizes, ratios in zip(
@@ -136,22 +136,22 @@ class StridedAnchors(AnchorGenerator):
 
 
 class SampledRows(NamedTuple):
-    """Indices of the boxes of an image that a loss counts, each in rising order."""
+    """Indices of the sampled boxes of an image, in ascending order."""
 
     positive: Tensor
     negative: Tensor
 
 
 class BoxSampler(BalancedPositiveNegativeSampler):
-    """torchvision's random choice of boxes for one image, with the same random numbers."""
+    """torchvision's random sampling of the boxes of one image, with the same random numbers."""
 
     @property
     def most_positive(self) -> int:
-        """The largest number of positive boxes."""
+        """Maximum number of positive boxes."""
         return int(self.batch_size_per_image * self.positive_fraction)
 
     def __call__(self, positive: Tensor, negative: Tensor) -> SampledRows:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """At most `batch_size_per_image` of N boxes, of which at most `positive_fraction` are positive.
+        """Sample at most `batch_size_per_image` of N boxes, at most a fraction `positive_fraction` of them positive.
 
         Args:
             positive: whether each box (N,) is positive.
@@ -163,26 +163,26 @@ class BoxSampler(BalancedPositiveNegativeSampler):
 
 
 def _drawn(mask: Tensor, count: int, most: int) -> Tensor:
-    """At most `count` random indices where a mask is true, of which there are at most `most`."""
+    """Draw at most `count` of the indices where a mask is true, of which there are at most `most`."""
     rows = chosen_rows(mask, most)
     return rows[torch.randperm(len(rows), device=rows.device)[:count]].sort().values
 
 
 class OverlapMatcher:
-    """An object for each box by intersection over union, as mmdetection's `MaxIoUAssigner`.
+    """Matches boxes with objects by intersection over union, as mmdetection's `MaxIoUAssigner` does.
 
     Args:
-        positive: from this overlap on, a box gets the object that it overlaps most.
-        negative: below it, a box is background; between both, it does not count.
-        low_quality: each object also gets the boxes that overlap it most, if they do so by this much. A later object
-            wins over an earlier one.
+        positive: minimum overlap at which a box is matched with the object that it overlaps most.
+        negative: overlap below which a box is background. Boxes between both thresholds do not count.
+        low_quality: minimum overlap at which an object is also matched with the boxes that overlap it most. If several
+            objects claim a box, the last one gets it.
     """
 
     def __init__(self, positive: float, negative: float, low_quality: float | None = None):
         self.positive, self.negative, self.low_quality = positive, negative, low_quality
 
     def __call__(self, objects: Tensor, boxes: Tensor) -> Tensor:
-        """Objects (M, 4) and boxes (N, 4) to N indices of objects, `BACKGROUND` or `IGNORED_BOX`."""
+        """Return the index of an object, `BACKGROUND` or `IGNORED_BOX` for each of N boxes, given M objects (M, 4)."""
         if not len(objects) or not len(boxes):
             return torch.full((len(boxes),), BACKGROUND, device=boxes.device)
         overlap = box_iou(objects, boxes)
@@ -198,10 +198,10 @@ class OverlapMatcher:
 
 
 class FloatBoxCoder(BoxCoder):
-    """torchvision's coder in float32 at least, with both bounds that mmdetection has for changes of a side."""
+    """torchvision's coder in at least float32, with mmdetection's lower and upper bounds for changes of a side."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """Codes (N, 4 k) and boxes (N, 4) to k boxes for each, (N, 4 k)."""
+        """Decode codes (N, 4 k) of boxes (N, 4) to k boxes each, (N, 4 k)."""
         codes = rel_codes.to(torch.promote_types(rel_codes.dtype, torch.float32)).unflatten(1, (-1, 4))
         least = -self.bbox_xform_clip * codes.new_tensor(self.weights[2:])
         codes = torch.cat([codes[..., :2], codes[..., 2:].maximum(least)], -1)

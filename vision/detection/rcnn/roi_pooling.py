@@ -1,4 +1,4 @@
-"""Features of boxes, pooled from a pyramid by RoIAlign (He et al., "Mask R-CNN", 2017)."""
+"""Pooling of the features of boxes from a pyramid by RoIAlign (He et al., "Mask R-CNN", 2017)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vision.detection.feature_pyramid import STRIDES
 from vision.models.simulated_values import chosen_rows
 
 FINEST_SCALE = 56
-"""Boxes below twice this side, in pixels, are pooled from the finest level; the next levels double it."""
+"""Boxes smaller than twice this side, in pixels, are pooled from the finest level. The next levels double the limit."""
 SEMANTIC_SIZE = 14
 
 
 class RoIPool(nn.Module):
-    """RoIAlign with half-pixel centers, each box from the level of its size, as mmdetection's `SingleRoIExtractor`.
+    """RoIAlign with half-pixel centers, each box from the level of its size, as in mmdetection's `SingleRoIExtractor`.
 
     Args:
-        size: of the pooled maps.
+        size: side of the pooled maps.
     """
 
     def __init__(self, size: int):
@@ -29,19 +29,21 @@ class RoIPool(nn.Module):
         self.size = size
 
     def forward(self, levels: Sequence[Tensor], boxes: list[Tensor], semantic: Tensor | None = None) -> Tensor:
-        """Levels of strides 4 to 32 and the boxes (n, 4) of each image to (sum of n, channels, size, size).
+        """Pool the features of boxes to (sum of n, channels, size, size).
 
         Args:
-            levels: maps (B, channels, H / stride, W / stride).
-            boxes: of each image, in pixels.
-            semantic: a map of stride 8 whose pooled values are added.
+            levels: maps (B, channels, H / stride, W / stride) of strides 4 to 32.
+            boxes: (n, 4) of each image, in pixels.
+            semantic: map of stride 8 whose pooled values are added.
         """
         rois = indexed_boxes(boxes)
         side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
         level = (side / FINEST_SCALE + 1e-6).log2().floor().clamp(0, len(STRIDES) - 1)
         pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], self.size, self.size)
         for index, stride in enumerate(STRIDES):
-            rows = chosen_rows(level == index, len(rois) if index == 0 else 0)  # all of them from one level
+            rows = chosen_rows(
+                level == index, len(rois) if index == 0 else 0
+            )  # a simulated step pools all from one level
             values = roi_align(levels[index], rois[rows], self.size, 1 / stride, 0, aligned=True)
             pooled = pooled.index_put((rows,), values.to(pooled.dtype))
         if semantic is not None:
@@ -51,5 +53,5 @@ class RoIPool(nn.Module):
 
 
 def indexed_boxes(boxes: list[Tensor]) -> Tensor:
-    """The boxes (n, 4) of each image as (sum of n, 5), with the index of the image in front."""
+    """Concatenate the boxes (n, 4) of each image to (sum of n, 5), with the index of the image first."""
     return torch.cat([F.pad(places, (1, 0), value=index) for index, places in enumerate(boxes)])

@@ -1,4 +1,4 @@
-"""Detections of an image out of scores and boxes: thresholds, and suppression of what overlaps a better one."""
+"""Selection of detections: score thresholds and non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def best_detections(
     limit: int = 100,
     soft: bool = False,
 ) -> dict[str, Tensor]:
-    """The best boxes of an image as torchvision's detectors return them, best first.
+    """Return the best boxes of an image in the format of torchvision's detectors, best first.
 
     Args:
         scores: probabilities (n, classes + 1), background first.
         boxes: (n, classes + 1, 4).
         size: height and width of the image.
-        threshold: scores above it count.
-        overlap: intersection over union from which on boxes of one class suppress each other.
-        limit: most boxes.
-        soft: lower the scores of boxes that overlap (`soft_nms`) instead of leaving them out.
+        threshold: scores must be higher than this.
+        overlap: intersection over union above which a box suppresses others of its class.
+        limit: maximum number of boxes.
+        soft: lower the scores of overlapping boxes (`soft_nms`) instead of removing them.
     """
     row, label = (scores[:, 1:] > threshold).nonzero(as_tuple=True)
     label = label + 1
@@ -42,19 +42,20 @@ def best_detections(
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, limit: int) -> tuple[Tensor, Tensor]:
-    """Linear Soft-NMS (Bodla et al., "Soft-NMS", 2017): a box lowers the scores of boxes of its class that overlap it.
+    """Linear Soft-NMS (Bodla et al., "Soft-NMS", 2017).
 
-    Each box that is taken multiplies scores by one minus the intersection over union, where that exceeds `overlap`.
+    Each selected box multiplies the scores of the other boxes of its class by one minus their intersection over union,
+    where that exceeds `overlap`.
 
     Args:
         boxes: (n, 4).
         scores: (n,).
         labels: classes (n,).
-        overlap: an intersection over union.
-        limit: most boxes.
+        overlap: intersection over union above which scores are lowered.
+        limit: maximum number of boxes.
 
     Returns:
-        Indices of boxes and their lowered scores, best first. Scores below 0.001 are left out.
+        Indices of the selected boxes and their lowered scores, best first. Scores below 0.001 are omitted.
     """
     left, kept, lowered = scores.clone(), [], []
     while len(kept) < min(limit, len(scores)):

@@ -1,6 +1,7 @@
 """Deformable attention against what it must give for maps whose values are known everywhere."""
 
 import torch
+import torch.nn.functional as F
 
 from vision.detection.dino_detr.deformable_attention import DeformableAttention
 
@@ -63,3 +64,37 @@ def test_heads_look_in_different_directions_at_first():
     offsets = attention.offsets.bias.view(4, 1, 2, 2)
     torch.testing.assert_close(offsets[:, 0, 0], torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]), rtol=0, atol=1e-6)
     torch.testing.assert_close(offsets[:, :, 1], 2 * offsets[:, :, 0])
+
+
+def attention_by_views(module, queries, references, features):
+    """The same computation with views and transpositions."""
+    batch, count, dim = queries.shape
+    values = module.value(features)
+    shape = batch, count, module.heads, module.levels, module.points
+    offsets = module.offsets(queries).view(*shape, 2)
+    weights = module.weights(queries).view(*shape[:3], -1).softmax(-1).view(shape)
+    sides = offsets.new_tensor([(width, height) for height, width in SIZES])
+    places = references[:, :, None, :, None] + offsets / sides[:, None]
+    sampled = values.new_zeros(())
+    for level, part in enumerate(values.split([height * width for height, width in SIZES], dim=1)):
+        maps = part.transpose(1, 2).reshape(batch * module.heads, dim // module.heads, *SIZES[level])
+        grid = (2 * places[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
+        weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * module.heads, 1, count, module.points)
+        sampled = sampled + (F.grid_sample(maps, grid, align_corners=False) * weight).sum(-1)
+    return module.output(sampled.reshape(batch, dim, count).transpose(1, 2))
+
+
+def test_rearrangements_are_views_and_transpositions():
+    torch.manual_seed(0)
+    module = DeformableAttention(DIM, HEADS, len(SIZES), 3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    queries, references = torch.randn(2, 5, DIM), torch.rand(2, 5, len(SIZES), 2)
+    features = torch.randn(2, sum(height * width for height, width in SIZES), DIM)
+    results = []
+    for attend in (lambda *given: module(*given, SIZES), lambda *given: attention_by_views(module, *given)):
+        given = [tensor.clone().requires_grad_() for tensor in (queries, references, features)]
+        output = attend(*given)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [*given, *module.parameters()])])
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
