@@ -1,4 +1,4 @@
-"""The RevCol family in timm's registry: one function a model, each built from the YAML of its name."""
+"""The RevCol models in timm's registry, one function per model, each built from the YAML file of its name."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from vision.models.vit_blocks import fit_positions as fit_positions
 
 RELEASE = "https://github.com/megvii-research/RevCol/releases/download/checkpoint/"
-"""Where the authors of the paper published their weights (Apache 2.0), all but the largest."""
+"""URL of the weights that the authors of the paper published (Apache 2.0), except the largest."""
 
 HUGE = "https://huggingface.co/LarryTsai/RevCol/resolve/main/revcol_models/classification/revcol_huge_megdata_in1k.pth"
-"""The largest; the page of this file is named in their README."""
+"""URL of the largest weights, from the page that their README names."""
 
 
 def _cfg(**changes: Any) -> dict[str, Any]:
@@ -45,13 +45,13 @@ def _cfg(**changes: Any) -> dict[str, Any]:
 
 
 def _released(url: str, **changes: Any) -> dict[str, Any]:
-    """Official weights; `RevCol.load_pretrained` reads their layout."""
+    """Return the configuration of official weights, whose layout `RevCol.load_pretrained` reads."""
     origin = "https://github.com/megvii-research/RevCol"
     return _cfg(url=url, custom_load=True, license="apache-2.0", origin_url=origin, **changes)
 
 
 def _square(size: int) -> dict[str, Any]:
-    """Images above 224 are squeezed to the full size, without a crop (the official evaluation)."""
+    """Return settings for images larger than 224, which are resized to a square without a crop, as in the release."""
     return {
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
@@ -71,7 +71,7 @@ default_cfgs = generate_default_cfgs(
         "revcol_large.in22k_ft_in1k": _released(RELEASE + "revcol_large_22k_1kft_224.pth"),
         "revcol_large.in22k_ft_in1k_384": _released(RELEASE + "revcol_large_22k_1kft_384.pth", **_square(384)),
         "revcol_large.in22k": _released(RELEASE + "revcol_large_22k.pth", num_classes=21841),
-        "revcol_xlarge.untrained": _cfg(),  # the release has none
+        "revcol_xlarge.untrained": _cfg(),  # the release has no weights
         "revcol_huge.megdata_ft_in1k_640": _released(HUGE, **_square(640)),
         "revcol_vit_small.untrained": _cfg(pool_size=(14, 14)),
         "revcol_vit_base.untrained": _cfg(pool_size=(14, 14)),
@@ -97,11 +97,11 @@ def load_variant(
     img_size: int | None = None,
     patch_size: int | None = None,
 ) -> NetSpec:
-    """The spec of a model with other numbers, under timm's names; None leaves one as it is.
+    """Return the spec of a model with changed options, which have timm's names. None keeps a value.
 
     Raises:
-        revnets.SpecError: a value cannot be used, or the parts of this net have no such option.
-        ValueError: not one value a level.
+        revnets.SpecError: a value is invalid, or the components of this network do not have the option.
+        ValueError: a list does not have one value per level.
     """
     layers = read_layers(MODELS / f"{name}.yaml")
     m = len(layers.data["levels"])
@@ -110,7 +110,7 @@ def load_variant(
     for key, of_levels in (("dim", dims), ("depth", depths)):
         if of_levels is not None and len(of_levels) != m:
             raise ArgumentError(
-                f"{key}s = {list(of_levels)}: give {m} values, one a level", f"{key}s", code="wrong-length"
+                f"{key}s is {list(of_levels)}, but must have {m} values, one per level", f"{key}s", code="wrong-length"
             )
         values |= {f"levels.{index}.{key}": value for index, value in enumerate(of_levels or ())}
     values |= {f"levels.{index}.kernel_size": kernel_size for index in range(m)}
@@ -119,19 +119,19 @@ def load_variant(
 
 
 REVISED = ("columns", "dims", "depths", "kernel_size", "drop_path_rate", "init", "memory", "img_size", "patch_size")
-"""Arguments of `timm.create_model` that go into the spec."""
+"""Arguments of `timm.create_model` that change the spec."""
 
 ARGUMENTS = (*REVISED, "num_classes", "in_chans", "global_pool", "drop_rate", "head_init_scale")
-"""All that a model of the family is told about itself."""
+"""All arguments of `timm.create_model` for a RevCol."""
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
-    """Build a model of the family; everything that `RevCol` and `load_variant` take may be given."""
-    from vision.models.architecture import RevCol  # a run of another model does not need it
+    """Build a RevCol. All arguments of `RevCol` and `load_variant` are supported."""
+    from vision.models.architecture import RevCol  # runs of other models do not need it
 
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if overlay.get("file") or overlay.get("url"):
-        overlay.setdefault("custom_load", True)  # official files and ours are read in the same way
+        overlay.setdefault("custom_load", True)  # `load_pretrained` reads official files and ours
     stride = kwargs.pop("output_stride", None)
     try:
         spec = load_variant(variant, **{key: kwargs.pop(key, None) for key in REVISED})
@@ -151,20 +151,20 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevCol:
 
 
 def _require_stride(variant: str, spec: NetSpec, stride: int | None) -> None:
-    """Refuse an `output_stride` other than that of the coarsest level: fusions need levels of half the size each.
+    """Require `output_stride` to be that of the coarsest level, because fusions need each level at half the size.
 
     Raises:
-        revnets.SpecError: it is another one.
+        revnets.SpecError: it is a different stride.
     """
     own = spec.stem.options.get("patch", 4) * spec.reductions()[-1]
     if stride not in (None, own):
-        problem = f"{stride}, but levels cannot be dilated: those of a column have fixed strides, the coarsest {own}"
-        remedy = f"Give {own}, or take a decoder that needs no other stride, such as UPerNet or FPN"
-        raise SpecError(variant, "output_stride", problem, remedy, code="invalid-value")
+        problem = f"{stride}, but the levels of a column have fixed strides, the coarsest {own}"
+        hint = f"Use {own}, or a decoder that needs no other stride, such as UPerNet or FPN"
+        raise SpecError(variant, "output_stride", problem, hint, code="invalid-value")
 
 
 def _fitted(content: Mapping[str, Any], model: RevCol) -> dict[str, Tensor]:
-    """Weights of a file for a model. Code about files is imported only when there is one."""
+    """Adapt the weights of a file to a model. The import happens only if there is a file."""
     from vision.weights.pretrained import checkpoint_filter_fn
 
     return checkpoint_filter_fn(content, model)
@@ -202,7 +202,7 @@ def revcol_xlarge(pretrained: bool = False, **kwargs: Any) -> RevCol:
 
 @register_model
 def revcol_huge(pretrained: bool = False, **kwargs: Any) -> RevCol:
-    """RevCol-H: 8 columns, 2157.6 M parameters, with reads from the top level at level 0."""
+    """RevCol-H: 8 columns, 2157.6 M parameters, with inputs from the top level at level 0."""
     return _create("revcol_huge", pretrained, **kwargs)
 
 
@@ -232,34 +232,34 @@ def revcol_vit_base_p14(pretrained: bool = False, **kwargs: Any) -> RevCol:
 
 @register_model
 def test_revcol(pretrained: bool = False, **kwargs: Any) -> RevCol:  # noqa: PT028 (no test)
-    """A toy of the convolutional kind, for tests."""
+    """A small convolutional model for tests."""
     return _create("test_revcol", pretrained, **kwargs)
 
 
 @register_model
 def test_revcol_huge(pretrained: bool = False, **kwargs: Any) -> RevCol:  # noqa: PT028 (no test)
-    """A toy with the wires of RevCol-H, for tests."""
+    """A small model with the connections of RevCol-H for tests."""
     return _create("test_revcol_huge", pretrained, **kwargs)
 
 
 @register_model
 def test_revcol_vit(pretrained: bool = False, **kwargs: Any) -> RevCol:  # noqa: PT028 (no test)
-    """A toy of the isotropic kind, for tests."""
+    """A small isotropic model for tests."""
     return _create("test_revcol_vit", pretrained, **kwargs)
 
 
 def variants() -> list[str]:
-    """The models of the family, without the tags of their weights."""
+    """Return the names of all RevCol models, without the tags of their weights."""
     return list(dict.fromkeys(name.split(".")[0] for name in default_cfgs))
 
 
 def names() -> list[str]:
-    """Every model that timm knows; those without reversible columns are told so."""
+    """Return the names of all timm models. Commands refuse those without reversible columns."""
     return timm.list_models()
 
 
 def create(name: str, **options: Any) -> nn.Module:
-    """A model with the weights of its initialisation; the options are those of `timm.create_model`."""
+    """Build a timm model with newly initialized weights; options as for `timm.create_model`."""
     return timm.create_model(name, **options)
 
 

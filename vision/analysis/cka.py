@@ -1,7 +1,7 @@
-"""How similar are the states of a net to its images, and to their labels: CKA (appendix E, figure 9).
+"""Similarity of the states of a network to its images and their labels: CKA (appendix E, figure 9).
 
-Centered kernel alignment (Kornblith et al. 2019) compares two descriptions of the same n samples by their Gram matrices
-K = X X^T and L = Y Y^T, whatever the number of features:
+Centered kernel alignment (Kornblith et al. 2019) compares two representations of the same n samples by their Gram
+matrices K = X X^T and L = Y Y^T, independent of the number of features:
 
     CKA(K, L) = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
 
@@ -9,8 +9,8 @@ with the unbiased estimator of HSIC (Song et al. 2012), where the diagonals of K
 
     HSIC(K, L) = [tr(K L) + 1^T K 1 1^T L 1 / ((n - 1)(n - 2)) - 2 / (n - 2) 1^T K L 1] / (n (n - 3))
 
-Over several batches each HSIC is the sum of theirs (Nguyen et al. 2021). As the summands have no bias, the result
-does not depend on how large the batches are but for noise.
+Over several batches, each HSIC is the sum over the batches (Nguyen et al. 2021). The summands are unbiased, so apart
+from noise the result does not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -26,31 +26,37 @@ from revnets.analysis import observed
 from revnets.config.errors import option_error
 
 LEAST = 4
-"""Samples that the unbiased estimator needs."""
+"""Minimum number of samples of the unbiased estimator."""
 
 CHUNK = 2**24
-"""Elements that are converted to float64 at a time."""
+"""Number of elements that are converted to float64 at a time."""
 
 
 class Similarity(NamedTuple):
-    """CKA of every state with the images and with the labels; NaN where it is not defined."""
+    """CKA of every state with the images and with the labels; NaN where it is undefined.
 
-    images: Tensor  # (columns, levels), float64
-    labels: Tensor  # (columns, levels)
+    Attributes:
+        images: (columns, levels), float64.
+        labels: (columns, levels), float64.
+        samples: number of samples.
+    """
+
+    images: Tensor
+    labels: Tensor
     samples: int
 
     def require_defined(self) -> None:
-        """Refuse a result that says nothing.
+        """Require a defined result.
 
         Raises:
-            revnets.SpecError: there were too few images, or all of them had one class.
+            revnets.SpecError: there were too few images, or all of them have one class.
         """
         if self.samples < LEAST:
-            problem = f"{self.samples} images can be read in the batches, and HSIC needs {LEAST}"
-            raise option_error("--batch", problem, "Give more", code="too-few-samples")
+            problem = f"the batches contain {self.samples} readable images, but HSIC needs {LEAST}"
+            raise option_error("--batch", problem, "Use more images", code="too-few-samples")
         if self.labels.isnan().all():
-            problem = f"all {self.samples} images are of one class, so labels explain nothing"
-            raise option_error("--batch", problem, "Give more, or --shuffle", code="too-few-samples")
+            problem = f"all {self.samples} images have the same class, so CKA with labels is undefined"
+            raise option_error("--batch", problem, "Use more images, or --shuffle", code="too-few-samples")
 
 
 @torch.no_grad()
@@ -60,16 +66,16 @@ def similarity(
     batches: Iterable[tuple[Tensor, Tensor]],
     tick: Callable[[], None] = lambda: None,
 ) -> Similarity:
-    """CKA of the states of a model, over all batches.
+    """Compute the CKA of the states of a model over all batches.
 
-    Each state is turned into its Gram matrix as soon as it is there, so no features outlive their batch, nor within a
-    batch the window of states that the forward itself needs.
+    Each state is reduced to its Gram matrix as soon as it is computed, so no states are stored beyond the window that
+    the forward pass itself needs.
 
     Args:
-        model: in evaluation mode.
-        columns: of the model.
-        batches: images (n, C, H, W) and class numbers (n,), on the model's device. Batches of less than `LEAST` images
-            are left out.
+        model: the model in evaluation mode.
+        columns: the columns of the model.
+        batches: images (n, C, H, W) and class indices (n,), on the model's device. Batches with fewer than `LEAST`
+            images are omitted.
         tick: called after every batch.
     """
     total = len(columns.graph.nodes)
@@ -80,7 +86,10 @@ def similarity(
         if len(images) < LEAST:
             continue
         samples += len(images)
-        targets = [gram(images), (labels[:, None] == labels).double()]  # the latter is that of one-hot labels
+        targets = [
+            gram(images),
+            (labels[:, None] == labels).double(),
+        ]  # the latter is the Gram matrix of one-hot labels
         of_targets += torch.stack([hsic(target, target) for target in targets]).cpu()
 
         def note(index: int, state: Tensor, targets: list[Tensor] = targets) -> None:
@@ -99,7 +108,7 @@ def similarity(
 
 
 def gram(x: Tensor) -> Tensor:
-    """K = X X^T in float64, from features (n, ...) of any dtype; X is never converted as a whole."""
+    """Compute K = X X^T in float64 from features (n, ...) of any dtype, without converting all of X at once."""
     x = x.flatten(1)
     kernel = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
     for part in x.split(max(1, CHUNK // len(x)), dim=1):
@@ -109,7 +118,7 @@ def gram(x: Tensor) -> Tensor:
 
 
 def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741 (the letters of the equation)
-    """The unbiased estimate from two symmetric Gram matrices (n, n), n >= 4; their diagonals are not looked at."""
+    """Return the unbiased HSIC of two symmetric Gram matrices (n, n), n >= 4, ignoring their diagonals."""
     n = len(k)
     k, l = (kernel - kernel.diagonal().diag() for kernel in (k, l))  # noqa: E741
     rows_k, rows_l = k.sum(1), l.sum(1)
@@ -118,12 +127,12 @@ def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741 (the letters of the equa
 
 
 def cka(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """CKA of two Gram matrices of one batch."""
+    """Return the CKA of two Gram matrices of one batch."""
     return hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
 
 
 def similarity_rows(found: Similarity) -> list[dict[str, int | float]]:
-    """A row for each level of each column."""
+    """Return a row for each level of each column."""
     return [
         {"column": column, "level": level, "images": float(images), "labels": float(labels)}
         for column, of_column in enumerate(zip(found.images, found.labels, strict=True))
@@ -132,7 +141,7 @@ def similarity_rows(found: Similarity) -> list[dict[str, int | float]]:
 
 
 def similarity_table(found: Similarity) -> list[dict[str, str]]:
-    """A row for each column, for people."""
+    """Return a row for each column, formatted for a terminal table."""
     levels = range(found.images.shape[1])
     return [
         {"column": str(column)}

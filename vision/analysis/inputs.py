@@ -1,4 +1,4 @@
-"""What an analysis on the command line looks at: a model with columns, a class, and an image."""
+"""Inputs of the analyses on the command line: a model with columns, a class, and an image."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from vision.training.loaded_run import LoadedRun, fresh_run, load_run
 def load_source(
     source: str, overrides: Sequence[str] = (), weights: str = "auto", trust: bool = False
 ) -> tuple[LoadedRun, ReversibleColumns]:
-    """A model with its data, and its reversible columns.
+    """Load a model with its data, and return them with its reversible columns.
 
     Args:
-        source: a checkpoint of `revnets train`, or the folder of a run: then its best one, or the last. Or a model of
-            timm's or a YAML of a run, with the weights of its initialisation (or with `model.pretrained=true`).
-        overrides: of the run's configuration, such as `data.root=/data/imagenet` or `memory=store`.
-        weights: of a checkpoint: `raw`, `ema` (averaged over training), or `auto` for the averaged ones if it has any.
-        trust: may the configuration, of a checkpoint or a YAML, name classes of other projects?
+        source: a checkpoint of `revnets train`; the directory of a run, for its best or last checkpoint; or a timm
+            model name or a run configuration, which are newly initialized (or loaded with `model.pretrained=true`).
+        overrides: overrides of the run configuration, such as `data.root=/data/imagenet` or `memory=store`.
+        weights: weights of a checkpoint: `raw`, `ema` (averaged over training), or `auto` for `ema` if available.
+        trust: whether the configuration may name classes of other projects.
 
     Raises:
-        vision.errors.CheckpointError: the checkpoint cannot be used.
-        revnets.SpecError: there is no such thing, an override is wrong, or the model has no reversible columns.
+        vision.errors.CheckpointError: the checkpoint is unusable.
+        revnets.SpecError: the source does not exist, an override is invalid, or the model has no reversible columns.
     """
     path = Path(source)
     if path.suffix.lower() not in (".yaml", ".yml") and path.exists():
@@ -45,86 +45,89 @@ def load_source(
         run = fresh_run(load_config(source, overrides, trust=trust), source)
     else:
         known = [*timm.list_models("*revcol*"), *(file.stem for file in CONFIGS.glob("*.yaml"))]
-        problem = "neither a checkpoint, the folder of a run, a model of timm's, nor a YAML of a run"
-        raise SpecError(source, "", problem, nearest(source, known, "Models with columns are"), code="unknown-model")
+        problem = "not a checkpoint, a run directory, a timm model or a run configuration"
+        hint = nearest(source, known, "Models with columns are")
+        raise SpecError(source, "", problem, hint, code="unknown-model")
     columns = columns_of(run.model)
     if columns is None:
         raise SpecError(
             source,
             "",
             "this model has no reversible columns",
-            "Give one that has, such as revcol_tiny",
+            "Use a model such as revcol_tiny",
             code="no-columns",
         )
     return run, columns
 
 
 def batch_plan(run: LoadedRun, size: int, count: int) -> tuple[int, int | None]:
-    """Size and number of the batches of the validation set that there will be; None if a stream does not tell.
+    """Return the size and number of batches of the validation set; the number is None if a stream has no length.
 
     Args:
-        size, count: what is asked for; a count of 0 is the whole validation set.
+        run: the model with its data.
+        size: requested batch size.
+        count: requested number of batches; 0 for the whole validation set.
     """
     if run.config.batch_is_stream:
         return size, count or None
-    there = len(run.data.val)
-    size = min(size, there)
-    return size, min(count, -(-there // size)) if count else -(-there // size)
+    available = len(run.data.val)
+    size = min(size, available)
+    return size, min(count, -(-available // size)) if count else -(-available // size)
 
 
 def class_number(classes: Sequence[str], name: str) -> int:
-    """The number of a class, from its name or from the number itself.
+    """Return the index of a class from its name or index.
 
     Raises:
-        revnets.SpecError: there is no such class.
+        revnets.SpecError: the class does not exist.
     """
     if name in classes:
         return classes.index(name)
     if name.isdecimal() and len(name) < 20 and int(name) < len(classes):
         return int(name)
     raise option_error(
-        "--class", f"there is no class {name!r}", nearest(name, classes, "There are"), code="unknown-choice"
+        "--class", f"there is no class {name!r}", nearest(name, classes, "Choose one of"), code="unknown-choice"
     )
 
 
 def caption(classes: Sequence[str], scores: Tensor, shown: int, true: int | None) -> str:
-    """What is predicted with scores (num_classes,), which class is `shown`, and which is right if that is known."""
+    """Return a caption with the predicted class of scores (num_classes,), the class shown, and the true class."""
     shares = scores.softmax(0)
     best = int(shares.argmax())
     lines = [f"predicted: {classes[best]}, {float(shares[best]):.0%}"]
     if shown != best:
-        lines.insert(0, f"looked for: {classes[shown]}, {float(shares[shown]):.0%}")
+        lines.insert(0, f"shown: {classes[shown]}, {float(shares[shown]):.0%}")
     return "\n".join([*lines, *([f"true: {classes[true]}"] if true is not None else [])])
 
 
 def image_at(run: LoadedRun, index: int) -> tuple[Tensor, int]:
-    """Image number `index` of the validation set, (1, C, H, W), and its class.
+    """Return image `index` of the validation set, (1, C, H, W), and its class.
 
     Raises:
-        revnets.SpecError: there is none, or it cannot be read.
+        revnets.SpecError: the image does not exist or cannot be read.
     """
     try:
         image, label = run.val_image(index)
     except IndexError as error:
-        raise option_error("--index", str(error), "Give a lower number", code="out-of-range") from None
+        raise option_error("--index", str(error), "Use a lower index", code="out-of-range") from None
     if label < 0:
-        raise option_error("--index", f"image {index} cannot be read", "Give another", code="unreadable-data")
+        raise option_error("--index", f"image {index} cannot be read", "Use another index", code="unreadable-data")
     return image, label
 
 
 def image_from(run: LoadedRun, path: Path) -> Tensor:
-    """A picture from any file, (1, C, H, W), as the validation set would have it.
+    """Read an image file and transform it like the validation set, (1, C, H, W).
 
     Raises:
-        revnets.SpecError: it cannot be read.
+        revnets.SpecError: the file cannot be read.
     """
     mode, exif = run.decoding
     try:
-        with open_regular(path) as file, warnings.catch_warnings(action="ignore"):  # Pillow's about large pictures
+        with open_regular(path) as file, warnings.catch_warnings(action="ignore"):  # Pillow's, about large images
             picture = read_image(file, mode, exif)
-    except Exception as error:  # decoders raise whatever they like
+    except Exception as error:  # decoders raise many types
         problem = printable(f"{path} cannot be read ({getattr(error, 'strerror', None) or first_line(error)})")
         raise option_error(
-            "--image", problem, "Give a picture such as a .jpg or .png", code="unreadable-file"
+            "--image", problem, "Use an image file such as a .jpg or .png", code="unreadable-file"
         ) from None
     return run.transform(picture)[None].to(run.device)

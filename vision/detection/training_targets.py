@@ -15,7 +15,7 @@ from revnets.config.errors import ArgumentError, show
 from vision.models.simulated_values import is_simulated
 
 Target = dict[str, Any]
-"""The objects of an image: `boxes` (N, 4) as (left, top, right, bottom), `labels` (N,), `masks` (N, H, W) and others."""
+"""Objects of an image: `boxes` (N, 4) as (left, top, right, bottom), `labels` (N,), `masks` (N, H, W) and others."""
 
 
 def padded_batch(images: Sequence[Tensor], channels: int = 3, multiple: int = 32, least: int = 1) -> ImageList:

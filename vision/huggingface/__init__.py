@@ -1,7 +1,7 @@
 """RevCol as models of Hugging Face transformers: a backbone for its detectors and segmenters, and a classifier.
 
-The classes register themselves with `AutoConfig`, `AutoBackbone`, `AutoModelForImageClassification` and
-`AutoImageProcessor` when this package is imported. transformers comes with the extra `hf`.
+Importing this package registers the classes with `AutoConfig`, `AutoBackbone`, `AutoModelForImageClassification` and
+`AutoImageProcessor`. The extra `hf` installs transformers.
 """
 
 from vision.huggingface.backbone import RevColBackbone

@@ -19,32 +19,32 @@ from vision.models.architecture import RevCol
 
 
 class RevColPreTrainedModel(PreTrainedModel):
-    """What backbone and classifier share: weights under the prefix `revcol`, read from safetensors only."""
+    """Base class of backbone and classifier. Weights have the prefix `revcol` and are read from safetensors only."""
 
     config_class = RevColBackboneConfig
     base_model_prefix = "revcol"
     main_input_name = "pixel_values"
     input_modalities = "image"
-    supports_gradient_checkpointing = False  # `memory` of the configuration is the way
+    supports_gradient_checkpointing = False  # use `memory` of the configuration instead
 
     revcol: RevCol
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize a classifier that a checkpoint lacks; the rest was initialized when it was made."""
+        """Initialize a classifier that a checkpoint lacks. All other modules are initialized on construction."""
         if module is self.revcol.head.fc:
             module.apply(init_weights)
             self.revcol.scale_classifier()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """A model with the weights of a folder or a name of the hub, as `PreTrainedModel.from_pretrained`.
+        """Load a model from a directory or the hub, as `PreTrainedModel.from_pretrained`.
 
         Weights are read from safetensors. Only those of the classifier may be missing.
 
         Raises:
-            revnets.SpecError: the configuration of a folder asks for a larger model than its weights are.
-            vision.errors.CheckpointError: weights are missing or belong to a model of other sizes.
+            revnets.SpecError: the configuration in a directory describes a larger model than its weights.
+            vision.errors.CheckpointError: weights are missing or have other shapes.
         """
         kwargs.setdefault("use_safetensors", True)
         require_fitting(cls, args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
@@ -53,20 +53,21 @@ class RevColPreTrainedModel(PreTrainedModel):
         missing = sorted(name for name in info["missing_keys"] if not name.startswith("revcol.head."))
         if missing:
             problem = f"{len(missing)} weights are missing, such as {missing[0]}"
-            raise CheckpointError(str(args[0]), problem, "Is it a RevCol of another size?", code="weights-mismatch")
+            hint = "Check that the configuration describes a RevCol of this size"
+            raise CheckpointError(str(args[0]), problem, hint, code="weights-mismatch")
         return (model, info) if output_loading_info else model
 
 
 class RevColBackbone(BackboneMixin, RevColPreTrainedModel):
     """Levels of the last column as feature maps, for `UperNetForSemanticSegmentation` and others.
 
-    The levels above the highest one of `config.out_features` are left out, as in timm's `features_only`.
+    Levels above the highest one of `config.out_features` are removed, as in timm's `features_only`.
 
     Args:
-        config: with `out_features` or `out_indices`; the coarsest level if it names none.
+        config: with `out_features` or `out_indices`; the coarsest level if both are missing.
 
     Attributes:
-        revcol: the timm model, such as for `revcol.load_pretrained(path)`.
+        revcol: the timm model, for example for `revcol.load_pretrained(path)`.
     """
 
     has_attentions = False
@@ -87,16 +88,16 @@ class RevColBackbone(BackboneMixin, RevColPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple[Any, ...]:
-        """Images to the levels that the configuration names.
+        """Return the levels of images that the configuration names.
 
         Args:
             pixel_values: images (B, num_channels, H, W).
-            output_hidden_states: return every level that was computed, too.
-            output_attentions: has no meaning here.
+            output_hidden_states: also return all computed levels.
+            output_attentions: ignored.
             return_dict: False for a tuple.
 
         Returns:
-            `feature_maps`, a tuple of tensors (B, dim, H / stride, W / stride), and perhaps `hidden_states`.
+            `feature_maps`, a tuple of tensors (B, dim, H / stride, W / stride), and optional `hidden_states`.
         """
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
@@ -108,7 +109,7 @@ class RevColBackbone(BackboneMixin, RevColPreTrainedModel):
 
 
 def create_revcol(config: RevColBackboneConfig, num_classes: int) -> RevCol:
-    """The timm model of a configuration, with the weights of its initialization."""
+    """Build the timm model of a configuration with newly initialized weights."""
     model = timm.create_model(
         config.name,
         num_classes=num_classes,

@@ -17,7 +17,7 @@ from vision.models.architecture import RevCol
 
 
 class RevColForImageClassification(RevColPreTrainedModel):
-    """Images to scores of `config.num_labels` classes, for `pipeline("image-classification")` and `Trainer`.
+    """An image classifier with `config.num_labels` classes, for `pipeline("image-classification")` and `Trainer`.
 
     Attributes:
         revcol: the timm model.
@@ -31,14 +31,14 @@ class RevColForImageClassification(RevColPreTrainedModel):
 
     @classmethod
     def from_timm(cls, model: RevCol, classes: Sequence[str] | None = None) -> RevColForImageClassification:
-        """A RevCol of timm as a classifier of transformers; both share their parameters.
+        """Wrap a RevCol of timm. Both models share their parameters.
 
         Args:
-            model: of the family, such as from `timm.create_model("revcol_tiny", pretrained=True)`.
+            model: a RevCol, for example from `timm.create_model("revcol_tiny", pretrained=True)`.
             classes: names of its classes, in order.
 
         Raises:
-                ValueError: there are more or fewer names than classes, or a configuration cannot describe the model.
+            ValueError: the number of names differs from that of the classes, or no configuration describes the model.
         """
         with torch.device("meta"):
             classifier = cls(configuration_of(model, classes))
@@ -46,7 +46,7 @@ class RevColForImageClassification(RevColPreTrainedModel):
         return classifier
 
     def image_processor(self) -> ConvNextImageProcessor:
-        """How images are resized, cropped and normalized for this model, as its timm configuration states."""
+        """Return the image processor that matches the model's timm configuration."""
         return image_processor(self.revcol)
 
     def forward(
@@ -56,15 +56,15 @@ class RevColForImageClassification(RevColPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutputWithNoAttention | tuple[Any, ...]:
-        """Images to logits, and to a loss where labels are given.
+        """Return the logits of images, and the loss if labels are given.
 
         Args:
             pixel_values: images (B, num_channels, H, W).
-            labels: classes (B,), or targets (B, num_labels) of several labels or of a regression.
+            labels: classes (B,), or targets (B, num_labels) for several labels per image or for regression.
             return_dict: False for a tuple.
 
         Returns:
-            `logits` (B, num_labels) and perhaps `loss`.
+            `logits` (B, num_labels) and optional `loss`.
         """
         logits = self.revcol(pixel_values)
         loss = None

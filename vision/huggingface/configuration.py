@@ -1,4 +1,4 @@
-"""The configuration of a RevCol model in transformers: a name of the family, and what differs from it."""
+"""The configuration of a RevCol model in transformers: the name of a model and the options that differ from it."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ if TYPE_CHECKING:
     from vision.models.architecture import RevCol
 
 MAX_CHANNELS = 2**16
-"""Of an image or a level; a `config.json` that asks for more is refused before anything is allocated."""
+"""Maximum channels of an image or a level. A `config.json` with more is refused before memory is allocated."""
 
 MAX_LABELS = 2**20
-"""Classes of a classifier."""
+"""Maximum number of classes of a classifier."""
 
 
 class RevColBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Configuration of `RevColBackbone` and `RevColForImageClassification`; `config.json` holds all of it.
+    """Configuration of `RevColBackbone` and `RevColForImageClassification`, which `config.json` stores completely.
 
-    What is None is as in the model of that name.
+    Options that are None are those of the named model.
 
     Attributes:
-        name: of a model of the family, such as `revcol_tiny`.
-        num_channels: of the images.
+        name: name of a RevCol model, such as `revcol_tiny`.
+        num_channels: channels of the images.
         columns: number of columns.
         dims: channels of each level.
-        depths: blocks of each level.
-        kernel_size: of the depthwise convolutions; 7 or 13 fit weights that were trained with 3 (appendix D.3.1).
-        drop_path_rate: stochastic depth of the last block.
-        init: first values of new weights, `paper` or `fast`.
-        memory: what is kept for backward: a mode such as `exact`, one for each column, or `{"budget": "2GiB"}`.
+        depths: number of blocks of each level.
+        kernel_size: kernel size of the depthwise convolutions. Weights that were trained with 3 are padded to 7 or 13
+            (appendix D.3.1).
+        drop_path_rate: stochastic depth rate of the last block.
+        init: initialization of new weights, `paper` or `fast`.
+        memory: memory mode such as `exact`, one for each column, or `{"budget": "2GiB"}`.
         img_size: side of the images in pixels (RevCol-ViT).
-        patch_size: of the stem.
-        drop_rate: dropout before the classifier.
-        head_init_scale: of the classifier's first weights (0.001 for fine-tuning, appendix D.2).
-        stage_names: `stage1` for the finest level to `stage4` for the coarsest, as `out_features` names them.
+        patch_size: patch size of the stem.
+        drop_rate: dropout rate before the classifier.
+        head_init_scale: scale of the initial weights of the classifier (0.001 for fine-tuning, appendix D.2).
+        stage_names: names for `out_features`, from `stage1` for the finest level to `stage4` for the coarsest.
 
     Raises:
-        revnets.SpecError: a value cannot be used, or the parts of this model have no such option.
-        ValueError: there is no model of this name, or a list has not one value for each level.
+        revnets.SpecError: a value is invalid, or the components of this model do not have the option.
+        ValueError: the model does not exist, or a list does not have one value for each level.
     """
 
     model_type = "revcol"
@@ -69,7 +70,7 @@ class RevColBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         _require_bounded(
             "num_labels", kwargs.get("num_labels"), MAX_LABELS, least=0
-        )  # the next line makes a name for each
+        )  # the next line creates a name for each
         super().__post_init__(**kwargs)
         levels = self.spec().levels
         self.hidden_sizes = [level.dim for level in levels]
@@ -79,10 +80,10 @@ class RevColBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
     def spec(self) -> NetSpec:
-        """The network that this configuration describes."""
+        """Return the specification of the network that this configuration describes."""
         if self.name not in variants():
-            remedy = nearest(self.name, variants(), "The family has")
-            raise ArgumentError(f"there is no model {self.name!r}. {remedy}", "name", code="unknown-model")
+            hint = nearest(self.name, variants(), "Choose one of")
+            raise ArgumentError(f"there is no model {self.name!r}. {hint}", "name", code="unknown-model")
         return load_variant(
             self.name,
             columns=self.columns,
@@ -99,24 +100,26 @@ class RevColBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
 
 def _require_bounded(key: str, size: int | None, most: int, least: int = 1) -> None:
     if size is not None and not least <= size <= most:
-        raise ArgumentError(f"{key}: {size} is not in {least} ... {most}", key, code="out-of-range")
+        raise ArgumentError(f"{key} is {size}, but must be from {least} to {most}", key, code="out-of-range")
 
 
 def configuration_of(model: RevCol, classes: Sequence[str] | None = None) -> RevColBackboneConfig:
-    """The configuration of a model of timm.
+    """Return the configuration of a RevCol of timm.
 
     Args:
+        model: the model.
         classes: names of its classes, in order.
 
     Raises:
-        ValueError: there are more or fewer names than classes, or no configuration describes the model: it lost
-            levels, or its spec has been changed by hand.
+        ValueError: the number of names differs from that of the classes, or no configuration describes the model,
+            because levels were removed or its spec was modified.
     """
     spec, levels = model.spec, model.spec.levels
     if model.levels != len(levels):
-        raise ArgumentError(f"the model has {model.levels} of its {len(levels)} levels", "model", code="no-spec")
+        problem = f"the model has only {model.levels} of its {len(levels)} levels"
+        raise ArgumentError(problem, "model", code="no-spec")
     if classes is not None and len(classes) != model.num_classes:
-        text = f"{len(classes)} names for {model.num_classes} classes"
+        text = f"there are {len(classes)} names for {model.num_classes} classes"
         raise ArgumentError(text, "classes", code="wrong-length")
     labels: dict[str, Any] = {"num_labels": model.num_classes}
     if classes is not None:
@@ -141,13 +144,13 @@ def configuration_of(model: RevCol, classes: Sequence[str] | None = None) -> Rev
         **labels,
     )
     if config.spec() != spec:
-        problem = "the model differs from its architecture in more than a configuration holds"
+        problem = "the model differs from its architecture in options that a configuration cannot store"
         raise ArgumentError(problem, "model", code="no-spec")
     return config
 
 
 def _modes(memory: Any) -> Any:
-    """The memory of a spec as `config.json` can hold it."""
+    """Return the memory modes or budget of a spec as plain data for `config.json`."""
     if isinstance(memory, BudgetSpec):
         return memory.model_dump(mode="json", exclude_unset=True)
     return [str(mode) for mode in memory] if isinstance(memory, tuple) else str(memory)

@@ -1,4 +1,4 @@
-"""How images are prepared for a RevCol model in transformers."""
+"""The image processor of RevCol models in transformers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from vision.models.architecture import RevCol
 
 
 def image_processor(model: RevCol) -> ConvNextImageProcessor:
-    """The processor of transformers that does what timm's evaluation of this model does.
+    """Return the processor of transformers that matches timm's evaluation of a model.
 
-    Below 384 pixels, the shorter side is resized to `input_size / crop_pct` and the middle is cropped; larger images
-    are squeezed to the full size. ConvNeXt's processor has the same rule.
+    For input sizes below 384 pixels, it resizes the shorter side to `input_size / crop_pct` and crops the center. For
+    larger ones, it resizes the whole image to a square. ConvNeXt's processor follows the same rule.
     """
     cfg = model.pretrained_cfg
     return ConvNextImageProcessor(

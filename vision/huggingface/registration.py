@@ -1,4 +1,4 @@
-"""RevCol in the registries of transformers."""
+"""Registration of RevCol with transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vision.huggingface.configuration import RevColBackboneConfig
 
 
 def register() -> None:
-    """Let the `Auto` classes of transformers find RevCol by the `model_type` of a configuration."""
+    """Register RevCol with the `Auto` classes of transformers under the `model_type` of its configuration."""
     config = RevColBackboneConfig
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoBackbone.register(config, RevColBackbone, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Folders of transformers with a RevCol inside: what `config.json` asks for is compared with the weights beside it."""
+"""Checks that the `config.json` of a saved RevCol model does not describe a larger model than its weights."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from vision.huggingface.configuration import MAX_LABELS, RevColBackboneConfig
 from vision.revcol import variants
 
 NEW_NUMBERS = 2**27
-"""How many numbers a model may have beyond those in its files: a classifier of other classes, 512 MiB at most."""
+"""Maximum number of parameters without saved weights, such as those of a new classifier (at most 512 MiB)."""
 
 REPEATED = ("layers", "num_convs", "num_feature_levels")
-"""Endings of keys that say how many modules of a kind there are."""
+"""Suffixes of keys that set the number of modules of a kind."""
 
 
 def require_fitting(kind: Any, source: Any, options: Mapping[str, Any]) -> None:
-    """A folder's `config.json` asks for no larger model than its weights are, before memory is taken for it.
+    """Require that `config.json` does not describe a larger model than the weights, before memory is allocated.
 
     Args:
         kind: class of the model.
-        source: folder, or a name of the hub, of which nothing is here to compare.
-        options: of `from_pretrained`; `config` may be a configuration, or its file or folder.
+        source: directory, or a name of the hub, which is not checked.
+        options: options of `from_pretrained`. `config` may be a configuration, or its file or directory.
 
     Raises:
-        revnets.SpecError: it asks for more or for a backbone that is no RevCol, or a file of the folder cannot be used.
+        revnets.SpecError: the model is larger than its weights, its backbone is not a RevCol, or a file is unusable.
     """
     subfolder = options.get("subfolder") or ""
     folder = Path(source or "") / subfolder
@@ -66,7 +66,7 @@ def require_fitting(kind: Any, source: Any, options: Mapping[str, Any]) -> None:
 
 
 def _config_file(given: Any, subfolder: str) -> Path:
-    """The file that transformers reads for a folder or a file, which does not exist for a name of the hub."""
+    """Return the file that transformers reads for a directory or file. It does not exist for a name of the hub."""
     if os.path.isfile(os.path.join(subfolder, given)):  # as transformers decides
         return Path(given)
     require_config(Path(given) / subfolder)
@@ -87,37 +87,38 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_regular(path, MAX_CONFIG))
     except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(str(path), "", f"not a file of JSON ({type(error).__name__})", code="wrong-format") from None
+        raise SpecError(str(path), "", f"not a JSON file ({type(error).__name__})", code="wrong-format") from None
     if not isinstance(values, dict):
         raise SpecError(str(path), "", what(values), "Use the file of the model", code="wrong-format")
     if "configuration_files" in values:
-        problem = "it names other files, which are not read"
-        raise SpecError(str(path), "configuration_files", problem, "Remove it", code="reserved-key")
+        problem = "references to other files are not supported"
+        raise SpecError(str(path), "configuration_files", problem, "Remove the key", code="reserved-key")
     return values
 
 
 def _require_labels(path: Path, values: Mapping[str, Any]) -> None:
-    """There is a name to be made for each class, before any module is built."""
+    """Limit the number of classes, because transformers creates a name for each one before it builds a module."""
     for inner in (values, *(value for value in values.values() if isinstance(value, Mapping))):
         labels = inner.get("num_labels")
         if isinstance(labels, (int, float)) and labels > MAX_LABELS:
-            problem = f"{labels:,} are more than {MAX_LABELS:,}"
-            remedy = "Use the configuration of these weights"
-            raise SpecError(str(path), "num_labels", problem, remedy, code="out-of-range")
+            problem = f"{labels:,} exceeds {MAX_LABELS:,}"
+            hint = "Use the configuration of these weights"
+            raise SpecError(str(path), "num_labels", problem, hint, code="out-of-range")
 
 
 def _require_backbone(path: Path, values: Mapping[str, Any], model_type: str) -> None:
-    """A segmenter has a RevCol inside, of transformers or of timm: others are not bounded, or come from the hub."""
-    if values.get("model_type") != model_type:  # of another type, transformers reads a part of the file
+    """Require a RevCol backbone, of transformers or timm. Others have no size limit or are loaded from the hub."""
+    if values.get("model_type") != model_type:  # transformers would read a part of the file
         problem = f"{show(values.get('model_type'))}, but the model is {model_type}"
         raise SpecError(str(path), "model_type", problem, "Use the configuration of these weights", code="wrong-format")
     backbone = values.get("backbone_config")
     backbone = backbone if isinstance(backbone, Mapping) else {}
     of_timm = backbone.get("model_type") == "timm_backbone" and backbone.get("backbone") in variants()
     if not of_timm and backbone.get("model_type") != RevColBackboneConfig.model_type:
-        problem = "the backbone is no RevCol"
-        raise SpecError(str(path), "backbone_config", problem, "Use a segmenter with one", code="unknown-model")
+        problem = "the backbone is not a RevCol"
+        hint = "Use a segmenter with a RevCol backbone"
+        raise SpecError(str(path), "backbone_config", problem, hint, code="unknown-model")
     for key in ("backbone", "use_pretrained_backbone"):
         if values.get(key):
-            problem = f"{show(values[key])}, but the backbone is that of backbone_config"
-            raise SpecError(str(path), key, problem, "Remove it", code="conflicting-values")
+            problem = f"{show(values[key])}, but backbone_config already sets the backbone"
+            raise SpecError(str(path), key, problem, "Remove the key", code="conflicting-values")

@@ -1,4 +1,4 @@
-"""A net of reversible columns with the interface of a timm model."""
+"""A network of reversible columns with the interface of a timm model."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from revnets.memory.auto_budget import plan_on_call
 from revnets.models.net import build_stem
 from revnets.nn.blocks import init_weights
 
-register_notrace_module(ReversibleColumns)  # a leaf for torch.fx, which cannot see through sizes and tapes
+register_notrace_module(ReversibleColumns)  # a leaf for torch.fx, which cannot trace sizes and tapes
 
 
 class RevCol(nn.Module):
-    """Reversible columns for images (Cai et al., "Reversible Column Networks", ICLR 2023), as timm sees a model.
+    """Reversible columns for images (Cai et al., "Reversible Column Networks", ICLR 2023) as a timm model.
 
-    Inside, states are (B, H, W, C); whatever comes out is (B, C, H, W), in channels_last memory and without a copy.
-    The features are the levels of the last column.
+    States are (B, H, W, C). All outputs are (B, C, H, W) views of them, in channels_last memory. The features are the
+    levels of the last column.
 
     Args:
-        spec: of stem and columns; the head is timm's, and taps are `forward_intermediates`.
-        num_classes: 0 for no classifier.
+        spec: specification of stem and columns. The head is timm's, and `forward_intermediates` replaces `taps`.
+        num_classes: number of classes; 0 for no classifier.
         in_chans: channels of the images.
         global_pool: `avg`, `max`, or empty for none.
-        drop_rate: dropout before the classifier.
-        head_init_scale: of the classifier's first weights (0.001 for fine-tuning, appendix D.2).
-        device: where the parameters are made; `meta` allocates nothing.
-        dtype: of the parameters.
+        drop_rate: dropout rate before the classifier.
+        head_init_scale: scale of the initial weights of the classifier (0.001 for fine-tuning, appendix D.2).
+        device: device of the parameters; `meta` allocates no memory.
+        dtype: dtype of the parameters.
 
     Raises:
-        revnets.SpecError: a part refuses its options.
+        revnets.SpecError: a component rejects an option.
     """
 
-    pretrained_cfg: Any  # a mapping, which timm sets
+    pretrained_cfg: Any  # a mapping set by timm
 
     def __init__(
         self,
@@ -86,18 +86,18 @@ class RevCol(nn.Module):
 
     @property
     def levels(self) -> int:
-        """Levels of the last column: all, unless they were pruned."""
+        """Number of levels of the last column, without pruned ones."""
         graph = self.columns.graph
         return len(graph.states_of(graph.columns - 1))
 
     @property
     def _ends_down(self) -> bool:
-        """Does the last column run from its top level down? Then the lowest level that is asked for is its last one."""
+        """Whether the last column runs from its top level down, so that the lowest requested level comes last."""
         graph = self.columns.graph
         return graph.is_down(graph.columns - 1)
 
     def twin(self) -> RevCol:
-        """The same model without values, on the meta device; what is frozen here is frozen there."""
+        """Return a copy without values on the meta device, with the same frozen parameters."""
         scalars = {"num_classes": self.num_classes, "in_chans": self.in_chans, "drop_rate": self.drop_rate}
         other = RevCol(self.spec, global_pool=self.global_pool, device="meta", **scalars)
         if self.levels < other.levels:
@@ -111,11 +111,11 @@ class RevCol(nn.Module):
 
     @plan_on_call
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to the top level of the last column, (B, num_features, H / 32, W / 32)."""
+        """Return the top level of the last column, (B, num_features, H / 32, W / 32), of images (B, in_chans, H, W)."""
         return to_nchw(self.columns(self.stem(x))[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, num_features, H, W) to logits (B, num_classes), or to what the classifier would see."""
+        """Return the logits (B, num_classes) of features (B, num_features, H, W), or the input of the classifier."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,23 +131,24 @@ class RevCol(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The top level of the last column, and levels of the last column.
+        """Return the top level of the last column, and a list of levels of the last column.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: which levels; the last n for a number n, all for None.
-            norm: RevCol has no norm before its pooling, so this changes nothing.
-            stop_early: leave out the levels of the last column that run after the last one that is asked for: those
-                above the highest, or below the lowest if the column runs down.
+            indices: indices of the levels; an integer n for the last n levels, None for all.
+            norm: ignored, because RevCol has no norm before its pooling.
+            stop_early: do not compute the levels of the last column after the last requested one: those above the
+                highest, or below the lowest if the column runs down.
             output_fmt: `NCHW` or `NHWC`.
             intermediates_only: return only the list of levels.
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ArgumentError(f"output_fmt {output_fmt!r}: choose NCHW or NHWC", "output_fmt", code="unknown-choice")
+            problem = f"output_fmt is {output_fmt!r}, but must be NCHW or NHWC"
+            raise ArgumentError(problem, "output_fmt", code="unknown-choice")
         take, highest = feature_take_indices(self.levels, indices)
         kept = (self.levels - min(take) if self._ends_down else highest + 1) if stop_early else self.levels
         stop = len(self.columns.graph.nodes) - self.levels + kept
-        levels = self.columns(self.stem(x), stop=stop)[-kept:]  # before them comes the rest of the window
+        levels = self.columns(self.stem(x), stop=stop)[-kept:]  # the window begins with earlier states
         lowest = self.levels - kept if self._ends_down else 0
         out = [levels[index - lowest] if output_fmt == "NHWC" else to_nchw(levels[index - lowest]) for index in take]
         return out if intermediates_only else (to_nchw(levels[-1]), out)
@@ -155,11 +156,11 @@ class RevCol(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need; returns the indices of the levels kept.
+        """Remove what `forward_intermediates(indices=...)` does not need, and return the indices of the kept levels.
 
-        Cells above the highest level of the last column go. Those of earlier columns that no level kept depends on must
-        stay in the sequence; they are frozen, so that every parameter that can be trained gets a gradient. If the last
-        column runs down, no cell goes: those below the lowest level are frozen as well, and levels keep their numbers.
+        Cells above the highest level of the last column are removed. Cells of earlier columns that no kept level
+        depends on stay in the sequence but are frozen, so that every trainable parameter gets a gradient. If the last
+        column runs down, no cell is removed; those below the lowest level are frozen, and levels keep their indices.
         """
         take, highest = feature_take_indices(self.levels, indices)
         if self._ends_down:
@@ -176,32 +177,32 @@ class RevCol(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise TypeError(
-            "RevCol is wired at run time, which TorchScript cannot read; use torch.export or torch.jit.trace"
+            "TorchScript does not support RevCol, whose connections are dynamic. Use torch.export or torch.jit.trace"
         )
 
     # --------------------------------------------------------------------------------------------------- weights
 
     def load_pretrained(self, path: str) -> None:
-        """Load the weights of a file, in our layout or the official one, which timm's own loader refuses.
+        """Load weights from a file in this project's layout or the official one, which timm's loader rejects.
 
-        timm calls this with the file that it has downloaded. Classifiers and first convolutions of other sizes are
-        adapted as timm adapts them; their sizes are read from the file, whatever `pretrained_cfg` says.
+        timm calls this method with the downloaded file. Classifiers and first convolutions of other sizes are adapted
+        as in timm. Their sizes are read from the file, not from `pretrained_cfg`.
 
         Raises:
-            vision.errors.CheckpointError: the file cannot be used, or is of another model.
+            vision.errors.CheckpointError: the file is unusable or belongs to another model.
         """
-        from vision.weights.pretrained import load_file  # needs this class, and is not needed for training
+        from vision.weights.pretrained import load_file  # imports this class, and training does not need it
 
         load_file(self, path)
 
     # ------------------------------------------------------------------------------------------------ classifier
 
     def get_classifier(self) -> nn.Module:
-        """The last Linear; an Identity where num_classes is 0."""
+        """Return the last Linear layer; an Identity if num_classes is 0."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one."""
+        """Replace the classifier with a new one."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head.fc.apply(init_weights)
@@ -210,9 +211,9 @@ class RevCol(nn.Module):
     # -------------------------------------------------------------------------------------------------- training
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep everything for backward (False: mode `store`), or what `columns.memory` says; `exact` if that is all.
+        """Set the memory mode to `store` if disabled, or to `exact` if enabled and all columns are in mode `store`.
 
-        A new model need not be told: `exact` is its default.
+        New models use `exact` by default.
         """
         if not enable:
             self.columns.memory, self.columns.stored = "store", 0
@@ -220,16 +221,16 @@ class RevCol(nn.Module):
             self.columns.memory = "exact"
 
     def no_weight_decay(self) -> set[str]:
-        """Gains, position embeddings, constants that enter at a column, and temperatures of attention."""
+        """Return the names of gains, position embeddings, constant inputs of columns, and attention temperatures."""
         endings = ("gain.weight", "pos_embed", "fusion.constant", "logit_scale")
         return {name for name, _ in self.named_parameters() if name.endswith(endings)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups for layer-wise decay of the learning rate, by depth in the grid of columns and blocks.
+        """Return parameter groups for layer-wise learning rate decay, by depth in the grid of columns and blocks.
 
-        The stem is group 0. Block b, counted from 0 inside a column, of column j is in group b + j + 1; a fusion goes
-        with the first block of its level, a gain with the first of its column. So does the official release. Coarse
-        groups are the columns.
+        The stem is group 0. Block b of column j, both counted from 0, is in group b + j + 1. A fusion is in the group
+        of the first block of its level, a gain in that of the first block of its column, as in the official release.
+        Coarse groups are the columns.
         """
         if coarse:
             return {"stem": r"^stem", "blocks": r"^columns\.cells\.(\d+)"}
@@ -249,19 +250,25 @@ class RevCol(nn.Module):
 
 
 def classifier(dim: int, num_classes: int, global_pool: str = "avg", drop_rate: float = 0.0) -> NormMlpClassifierHead:
-    """Pooling, LayerNorm, dropout, Linear: (B, dim, H, W) to (B, num_classes)."""
+    """Build a head of pooling, LayerNorm, dropout and Linear: (B, dim, H, W) to (B, num_classes)."""
     head = NormMlpClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer="layernorm2d")
     head.fc.apply(init_weights)
     return head
 
 
 def to_nchw(x: Tensor) -> Tensor:
-    """(B, H, W, C) as (B, C, H, W): a view, in channels_last memory."""
+    """Return a view (B, C, H, W) of x (B, H, W, C), in channels_last memory."""
     return x.permute(0, 3, 1, 2)
 
 
 def freeze_idle(columns: ReversibleColumns, levels: int, last: int | None = None) -> None:
-    """Freeze the cells that none of the first `levels` among the `last` states depends on; by default, of all these."""
+    """Freeze the cells that the first `levels` of the last `last` states do not depend on.
+
+    Args:
+        columns: the columns, which are modified.
+        levels: number of needed states.
+        last: number of states from which to count; `levels` by default.
+    """
     nodes = columns.graph.nodes
     start = len(nodes) - (last or levels)
     needed = {node.index for node in nodes[start : start + levels]}

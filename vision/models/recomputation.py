@@ -1,4 +1,4 @@
-"""Parts of a model that keep no activations: backward computes them again, with the same bits."""
+"""Recomputation of a module's activations in backward, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(module: nn.Module | Callable[..., Any], *args: Any, draws: bool = False, **kwargs: Any) -> Any:
-    """`module(*args, **kwargs)` without its activations, which backward computes again, with the same bits.
+    """Call `module(*args, **kwargs)` without storing activations. Backward recomputes them bit for bit.
 
-    Running statistics of BatchNorm move once, in the forward pass.
+    Running statistics of BatchNorm are updated only once, in the forward pass.
 
     Args:
-        module: or a method of one.
-        draws: may it draw random numbers, as dropout does? They are the same in backward.
+        module: a module, or a method of one.
+        args: positional arguments.
+        draws: whether it draws random numbers, as dropout does. Backward then draws the same numbers.
+        kwargs: keyword arguments.
     """
     owner = module if isinstance(module, nn.Module) else cast(nn.Module, cast(Any, module).__self__)
 
@@ -33,7 +35,7 @@ def recomputed(module: nn.Module | Callable[..., Any], *args: Any, draws: bool =
 
 
 class _FixedStatistics(AbstractContextManager[None]):
-    """Leaves running statistics as they are; batches are still normalized by their own. Every replay enters it."""
+    """Keeps running statistics unchanged during a replay. Batches are still normalized by their own statistics."""
 
     def __init__(self, module: nn.Module):
         self._norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]

@@ -1,4 +1,4 @@
-"""Parts of RevCol-ViT (appendix B): patches with learned positions, and a block with norms behind its branches."""
+"""Components of RevCol-ViT (appendix B): patches with learned positions, and a post-norm block."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from revnets.nn.blocks import EPS, MLP, Count, DropPath, Rate, Ratio, init_weigh
 
 @register_notrace_module
 class PatchEmbed(nn.Module):
-    """Images (B, in_chans, H, W) to patches with learned positions, (B, H // patch, W // patch, dim).
+    """Map images (B, in_chans, H, W) to patches with learned positions, (B, H // patch, W // patch, dim).
 
-    The positions are learned for images of `img_size`; for others they are interpolated.
+    The positions are learned for images of `img_size` and interpolated for other sizes.
     """
 
     def __init__(self, dim: int, img_size: Count = 224, in_chans: Count = 3, patch: Count = 16):
         super().__init__()
         if img_size % patch:
             raise ArgumentError(
-                f"img_size {img_size} is not a multiple of patch {patch}. Change one of them",
+                f"img_size is {img_size}, not a multiple of patch {patch}. Change one of them",
                 "img_size",
                 code="not-divisible",
             )
@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
 
 
 def fit_positions(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights of a model for another size of image: position embeddings (H, W, C) are interpolated."""
+    """Adapt weights to a model for another image size by interpolating position embeddings (H, W, C)."""
     name = "stem.pos_embed"
     own = dict(model.named_parameters()).get(name)
     if own is not None and name in state and state[name].dim() == 3 and state[name].shape[2] == own.shape[2]:
@@ -54,14 +54,14 @@ def fit_positions(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
 class CosineAttention(nn.Module):
     """Self-attention by the cosine of queries and keys, with a learned temperature per head (Liu et al., 2022).
 
-    Input (B, N, C). The scale begins at 10 and stays below 100.
+    The input is (B, N, C). The scale is initialized to 10 and clamped to at most 100.
     """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         if dim % heads:
             raise ArgumentError(
-                f"{dim} channels do not divide into {heads} heads. Give another dim, or other heads",
+                f"{dim} channels are not divisible by {heads} heads. Change dim or heads",
                 "heads",
                 code="not-divisible",
             )
@@ -79,9 +79,9 @@ class CosineAttention(nn.Module):
 
 
 class PostNormBlock(nn.Module):
-    """Transformer block with cosine attention and LayerNorms at the end of its branches, as in Swin V2.
+    """Transformer block with cosine attention and post-norm, as in Swin V2.
 
-    Input (B, H, W, C), every pixel a token, or (B, N, C).
+    The input is (B, H, W, C), where every position is a token, or (B, N, C).
     """
 
     def __init__(self, dim: int, heads: Count, mlp_ratio: Ratio = 4.0, drop_path: Rate = 0.0):

@@ -1,4 +1,4 @@
-"""Inference on whole images: sliding windows, several scales, and mirrored images."""
+"""Inference on whole images with sliding windows, several scales and mirrored images."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from vision.data.decoding import fitted_size
 
 Logits = Callable[[Tensor], Tensor]
-"""From images (B, C, H, W) to scores (B, classes, H, W)."""
+"""A function from images (B, C, H, W) to scores (B, classes, H, W)."""
 
 
 def sliding_window(logits: Logits, image: Tensor, window: int, stride: int) -> Tensor:
-    """Scores of an image from windows that overlap; where they do, the mean of their scores.
+    """Return the scores of an image from sliding windows, averaged where windows overlap.
 
     The last window of each axis ends at the border. An image that is smaller than a window is one window.
 
@@ -23,7 +23,7 @@ def sliding_window(logits: Logits, image: Tensor, window: int, stride: int) -> T
         logits: the model.
         image: (1, C, H, W).
         window: side of a window in pixels.
-        stride: from one window to the next (two thirds of the window in the release).
+        stride: distance between windows in pixels (two thirds of the window in the release).
 
     Returns:
         (1, classes, H, W).
@@ -54,14 +54,14 @@ def semantic_probabilities(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """Class probabilities of an image, averaged over scales and mirrored images.
+    """Return the class probabilities of an image, averaged over scales and mirrored images.
 
     Args:
         logits: the model.
-        image: (C, H, W), normalized, at its own size.
-        short_side, long_side: the image is resized to the largest size that exceeds neither (512 and 2048).
-        window, stride: of sliding windows; None for the whole image at once.
-        scales: by which both sides are multiplied; 0.5, 0.75, ... 1.75 in the paper's multi-scale evaluation.
+        image: (C, H, W), normalized, at its original size.
+        short_side, long_side: the image is resized to the largest size within both (512 and 2048).
+        window, stride: sliding windows as in `sliding_window`; None for the whole image at once.
+        scales: factors of both sides; 0.5, 0.75, ... 1.75 in the paper's multi-scale evaluation.
         flip: also evaluate the mirrored image.
 
     Returns:
@@ -95,5 +95,5 @@ def _starts(length: int, window: int, stride: int) -> Iterator[int]:
 
 @torch.no_grad()
 def predicted_classes(logits: Logits, image: Tensor, **options: int | float | bool | Sequence[float] | None) -> Tensor:
-    """The class (H, W) of every pixel of an image (C, H, W); the options are those of `semantic_probabilities`."""
+    """Return the class (H, W) of every pixel of an image (C, H, W); options as for `semantic_probabilities`."""
     return semantic_probabilities(logits, image, **options).argmax(0)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Mean intersection over union of semantic segmentation."""
+"""Mean intersection over union for semantic segmentation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vision.distributed.context import World
 
 @dataclass(frozen=True, slots=True)
 class SegmentationMetrics:
-    """Of one set of weights, in percent.
+    """Metrics of one set of weights, in percent.
 
     Attributes:
-        miou: mean of the IoU of the classes that occur in maps or predictions.
-        all_accuracy: pixels with the right class (aAcc).
-        mean_accuracy: mean over the classes of the maps (mAcc).
-        iou: of every class (classes,); NaN for those that occur nowhere.
-        pixels: that counted.
+        miou: mean IoU of the classes that occur in maps or predictions.
+        all_accuracy: accuracy of all pixels (aAcc).
+        mean_accuracy: mean accuracy of the classes that occur in maps (mAcc).
+        iou: IoU of every class (classes,); NaN for classes that do not occur.
+        pixels: number of evaluated pixels.
     """
 
     miou: float
@@ -31,16 +31,16 @@ class SegmentationMetrics:
     pixels: int
 
     def scalars(self) -> dict[str, float]:
-        """What goes into logs."""
+        """Return the metrics for logs."""
         return {"miou": self.miou, "aacc": self.all_accuracy, "macc": self.mean_accuracy}
 
 
 class IoUEvaluator:
-    """Accumulates the confusion matrix of all pixels whose class counts.
+    """Accumulates the confusion matrix of pixels.
 
     Args:
-        num_classes: pixels of other classes, such as 255, do not count.
-        device: of the model.
+        num_classes: number of classes. Pixels of other classes, such as 255, do not count.
+        device: device of the model.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
@@ -48,14 +48,14 @@ class IoUEvaluator:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)
 
     def update(self, output: Iterable[Tensor], batch: Iterable[Tensor]) -> None:
-        """Add predicted classes (H, W) and maps (H, W) of some images."""
+        """Add predicted classes (H, W) and class maps (H, W) of images."""
         for predicted, expected in zip(output, batch, strict=True):
             counts = expected < self.num_classes
             index = expected[counts].long() * self.num_classes + predicted[counts]
             self.confusion += torch.bincount(index, minlength=self.num_classes**2).view_as(self.confusion)
 
     def compute(self, world: World | None = None) -> SegmentationMetrics:
-        """The metrics over the images of all processes; NaN if no pixel counts."""
+        """Return the metrics over the images of all processes; NaN if no pixel counts."""
         confusion = self.confusion.clone()
         if world is not None and world.size > 1:
             dist.all_reduce(confusion)

@@ -31,21 +31,21 @@ from vision.models.simulated_values import is_simulated
 from vision.segmentation.mask2former_parts import adapt_parts
 
 IGNORED = 255
-"""Class number of pixels that count neither in a loss nor in a metric."""
+"""Class of pixels that losses and metrics ignore."""
 
 
 class RevColSegmenter(nn.Module):
-    """What training and evaluation need of a segmenter: losses and scores of class maps, and groups of its layers."""
+    """Base class of segmenters, with the interface that training and evaluation use."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """A segmenter of `save_pretrained`, with safetensors weights; the arguments are those of transformers.
+        """Load a segmenter that `save_pretrained` has written, from safetensors files. Arguments as in transformers.
 
-        With `ignore_mismatched_sizes`, weights of another shape are those of the initialization, such as classifiers
-        of other classes; with `output_loading_info`, what differs is returned and not refused.
+        With `ignore_mismatched_sizes`, weights of other shapes, such as classifiers of other classes, are initialized.
+        With `output_loading_info`, differences are returned instead of raising an error.
 
         Raises:
-            revnets.SpecError: the folder holds another model than its configuration describes.
+            revnets.SpecError: the directory contains a different model than its configuration describes.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         ignores_shapes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -60,32 +60,33 @@ class RevColSegmenter(nn.Module):
         return model
 
     def targets(self, maps: Tensor, most: int | None = None) -> dict[str, Any]:
-        """The arguments of `forward` for class maps (B, H, W), of which `IGNORED` does not count.
+        """Return the arguments of `forward` for class maps (B, H, W), in which `IGNORED` does not count.
 
         Args:
-            most: classes that an image has in the simulated step of a memory plan, by default all.
+            maps: the class maps.
+            most: classes per image in the simulated step of a memory plan, by default all.
         """
         raise NotImplementedError
 
     def semantic_loss(self, images: Tensor, maps: Tensor, most: int | None = None) -> Tensor:
-        """The loss of images (B, C, H, W) with class maps (B, H, W), a scalar; `most` is as of `targets`."""
+        """Return the scalar loss of images (B, C, H, W) with class maps (B, H, W); `most` as for `targets`."""
         return self(pixel_values=images, **self.targets(maps, most)).loss.squeeze()
 
     def semantic_logits(self, images: Tensor) -> Tensor:
-        """Scores (B, classes, H, W) of images (B, C, H, W)."""
+        """Return the scores (B, classes, H, W) of images (B, C, H, W)."""
         raise NotImplementedError
 
     @property
     def revcol(self) -> RevCol:
-        """The model of timm inside of the backbone."""
+        """The timm model in the backbone."""
         return self._found()[1]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The groups of the backbone; all that is not in it comes last, at the full learning rate."""
+        """Return the groups of the backbone. Other parameters are in the last group, with the full learning rate."""
         return backbone_matcher(self._prefix(), self.revcol, coarse)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay: those of the backbone, and embeddings of queries and levels."""
+        """Return parameters without weight decay: those of the backbone, and embeddings of queries and levels."""
         own = {self._prefix() + name for name in self.revcol.no_weight_decay()}
         endings = ("queries_embedder.weight", "queries_features.weight", "level_embed.weight", "level_embed")
         return own | {name for name, _ in self.named_parameters() if name.endswith(endings)}
@@ -102,14 +103,14 @@ class RevColSegmenter(nn.Module):
 class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
     """UperNet (Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV 2018) with an auxiliary head.
 
-    transformers' module, with dropout of whole channels before both classifiers, as in mmsegmentation.
+    This is transformers' module with dropout of whole channels before both classifiers, as in mmsegmentation.
 
     Args:
-        config: of transformers; its attribute `head_dropout` is the rate (0.1 if there is none), and with
-            `checkpoint_heads` activations of the heads, scores and losses are computed again in backward.
+        config: configuration of transformers. Its attribute `head_dropout` is the dropout rate (default 0.1). With its
+            attribute `checkpoint_heads`, activations of the heads, scores and losses are recomputed in backward.
     """
 
-    _keys_to_ignore_on_load_unexpected: Any = (r"^auxiliary_head\.",)  # of `use_auxiliary_head=False`
+    _keys_to_ignore_on_load_unexpected: Any = (r"^auxiliary_head\.",)  # with `use_auxiliary_head=False`
 
     def __init__(self, config: UperNetConfig):
         super().__init__(config)
@@ -119,7 +120,7 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
                 head.classifier.register_forward_pre_hook(dropout)
         if isinstance(budget := self.revcol.columns.budget, BudgetSpec):
             forget_budget(self.revcol)
-            keep_budget(self, budget)  # which counts the heads and the loss as well
+            keep_budget(self, budget)  # also counts the heads and the loss
 
     def forward(
         self,
@@ -130,7 +131,7 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Images (B, C, H, W) to `logits` (B, classes, H, W) and, with class maps (B, H, W), `loss`."""
+        """Return `logits` (B, classes, H, W) of images (B, C, H, W) and, with class maps (B, H, W), the `loss`."""
         others = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         others |= {"return_dict": return_dict, **kwargs}
         recomputes = getattr(self.config, "checkpoint_heads", False) and torch.is_grad_enabled()
@@ -139,7 +140,7 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
             or pixel_values is None
             or labels is None
             or any(value is not None for value in others.values())
-            or self.config.num_labels == 1  # which the parent refuses
+            or self.config.num_labels == 1  # the parent raises an error
             or self.config.output_hidden_states
             or not self.config.return_dict
         ):
@@ -152,7 +153,7 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 
     def _loss_of(self, head: nn.Module, labels: Tensor, size: torch.Size, *maps: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a head, and its scores at the size of the images."""
+        """Return the loss of a head, and its scores at the size of the images."""
         logits = F.interpolate(head(maps), size=size, mode="bilinear", align_corners=False)
         return F.cross_entropy(logits, labels, ignore_index=self.config.loss_ignore_index), logits
 
@@ -164,14 +165,14 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
 
 
 class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
-    """Mask2Former (Cheng et al., CVPR 2022) for semantic classes: one mask for each class that is in an image.
+    """Mask2Former (Cheng et al., CVPR 2022) for semantic classes, with one mask for each class in an image.
 
     Args:
-        config: of transformers; with its attribute `checkpoint_heads`, activations of the layers of both decoders and
-            the points of mask losses are computed again in backward.
+        config: configuration of transformers. With its attribute `checkpoint_heads`, activations of the layers of both
+            decoders and the sampled points of mask losses are recomputed in backward.
 
     Raises:
-        ValueError: the backbone has a memory budget, which only a training run can plan.
+        ValueError: the backbone has a memory budget.
     """
 
     def __init__(self, config: Mask2FormerConfig):
@@ -179,13 +180,13 @@ class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
         adapt_parts(self, recompute=getattr(config, "checkpoint_heads", False))
         if isinstance(self.revcol.columns.budget, BudgetSpec):
             problem = (
-                "Mask2Former cannot plan its memory budget at its first call, because the number of masks varies. Give "
-                "a memory mode, and apply revnets.plan(SegmentationStep(model), input_shape, budget=...)"
+                "Mask2Former cannot plan a memory budget at its first call, because the number of masks varies. Use a "
+                "memory mode, then revnets.plan(SegmentationStep(model), shape, budget=...).apply(model)"
             )
             raise ArgumentError(problem, "memory", code="conflicting-values")
 
     def targets(self, maps: Tensor, most: int | None = None) -> dict[str, Any]:
-        """A mask (classes in the image, H, W) for each image, and its classes."""
+        """Return the masks (classes in the image, H, W) and the classes of each image."""
         if is_simulated(maps):
             classes = [torch.arange(most or self.config.num_labels, device=maps.device) for _ in maps]
         else:
@@ -194,7 +195,7 @@ class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
         return {"mask_labels": masks, "class_labels": [present.long() for present in classes]}
 
     def semantic_logits(self, images: Tensor) -> Tensor:
-        """Scores (B, classes, H, W): the masks of all queries, weighted with their class probabilities."""
+        """Return scores (B, classes, H, W): the masks of all queries, weighted by their class probabilities."""
         output = self(pixel_values=images)
         classes = output.class_queries_logits.softmax(-1)[..., :-1]
         scores = torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.sigmoid())
@@ -222,25 +223,25 @@ def upernet(
     checkpoint_heads: bool = False,
     **backbone_options: Any,
 ) -> UperNet:
-    """UperNet on a RevCol, with the weights of its initialization.
+    """Build a UperNet on a RevCol with newly initialized weights.
 
     Args:
-        backbone: a name of the family such as `revcol_tiny`, or a configuration of transformers.
-        num_classes: 150 for ADE20K.
+        backbone: a RevCol model name such as `revcol_tiny`, or a configuration of transformers.
+        num_classes: number of classes, 150 for ADE20K.
         channels: width of the decoder (1440 for RevCol-H, Table 14).
-        auxiliary_channels: width of the auxiliary head, which sees the third level.
-        pool_scales: of the pyramid pooling module.
-        dropout: rate before the classifiers.
-        checkpoint_heads: keep no activations of the heads and no scores for backward, which computes them again.
-        backbone_options: of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
+        auxiliary_channels: width of the auxiliary head, which uses the third level.
+        pool_scales: scales of the pyramid pooling module.
+        dropout: dropout rate before the classifiers.
+        checkpoint_heads: recompute activations and scores of the heads in backward instead of storing them.
+        backbone_options: options of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
-        A module as transformers' segmenters: `model(pixel_values=images, labels=maps)`, with `loss` and `logits`.
+        A segmenter of transformers: `model(pixel_values=images, labels=maps)` returns `loss` and `logits`.
 
     Raises:
-        ValueError: the backbone does not exist or refuses its options.
+        ValueError: the backbone does not exist or rejects an option.
     """
-    # attributes of any configuration
+    # options that are not fields of the configuration class
     others: dict[str, Any] = {"num_labels": num_classes, "head_dropout": dropout, "checkpoint_heads": checkpoint_heads}
     return UperNet(
         UperNetConfig(
@@ -268,27 +269,28 @@ def mask2former(
     checkpoint_heads: bool = False,
     **backbone_options: Any,
 ) -> Mask2Former:
-    """Mask2Former on a RevCol, with the weights of its initialization.
+    """Build a Mask2Former on a RevCol with newly initialized weights.
 
     Args:
-        backbone: a name of the family such as `revcol_huge`, or a configuration of transformers.
-        num_classes: 150 for ADE20K.
+        backbone: a RevCol model name such as `revcol_huge`, or a configuration of transformers.
+        num_classes: number of classes, 150 for ADE20K.
         width: channels of the pixel decoder and the queries.
-        feedforward: hidden channels of the transformer decoder; the pixel decoder has half as many.
-        queries: most objects of an image.
-        encoder_layers: of the pixel decoder.
-        decoder_layers: of the transformer decoder.
-        heads: of attention.
-        points: where mask losses are sampled.
-        checkpoint_heads: keep no activations of the decoders' layers and no points, which backward computes again.
-        backbone_options: of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
+        feedforward: hidden channels of the transformer decoder. The pixel decoder has half as many.
+        queries: number of queries, the maximum number of masks in an image.
+        encoder_layers: number of layers of the pixel decoder.
+        decoder_layers: number of layers of the transformer decoder.
+        heads: number of attention heads.
+        points: number of points at which mask losses are sampled.
+        checkpoint_heads: recompute the layers of both decoders and the sampled points in backward instead of storing
+            their activations.
+        backbone_options: options of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
-        A module as transformers': `model(pixel_values, mask_labels, class_labels)`; its methods `semantic_loss` and
-        `semantic_logits` take and give class maps.
+        A segmenter of transformers, called as `model(pixel_values, mask_labels, class_labels)`. Its methods
+        `semantic_loss` and `semantic_logits` work with class maps.
 
     Raises:
-        ValueError: the backbone does not exist or refuses its options.
+        ValueError: the backbone does not exist, has a memory budget, or rejects an option.
     """
     others: dict[str, Any] = {"num_labels": num_classes, "checkpoint_heads": checkpoint_heads}
     return Mask2Former(

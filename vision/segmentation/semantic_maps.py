@@ -1,4 +1,4 @@
-"""Images with a class for every pixel, in the folders of ADE20K, and their augmentation."""
+"""Images with a class for every pixel, in the directory layout of ADE20K, and their augmentation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vision.segmentation.segmenters import IGNORED
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 RETRIES = 10
-"""Samples in a row that cannot be used and are skipped; more mean that something else is wrong."""
+"""Maximum number of consecutive unusable samples that are skipped before an error is raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +36,20 @@ class SegmentationData:
     train: Any
     val: Any
     classes: tuple[str, ...]
-    shape: tuple[int, int, int]  # of a training crop
+    shape: tuple[int, int, int]  # shape of a training crop
     unreadable: Unreadable = field(default_factory=Unreadable)
 
 
 def load_semantic_maps(config: SemanticMapsConfig, seed: int, notes: Path | None = None) -> SegmentationData:
-    """The data that a configuration names.
+    """Load the data of a configuration.
 
     Args:
-        seed: of the augmentation.
-        notes: file that lists what cannot be used.
+        config: names the files.
+        seed: seed of the augmentation.
+        notes: file to which unusable samples are written.
 
     Raises:
-        revnets.SpecError: folders are missing or empty, or images and annotations do not belong together.
+        revnets.SpecError: directories are missing or empty, or images and annotations do not match.
     """
     unreadable = Unreadable(notes, config.unreadable)
     train = SemanticMaps(config, config.train_split, unreadable, seed)
@@ -58,25 +59,25 @@ def load_semantic_maps(config: SemanticMapsConfig, seed: int, notes: Path | None
         names = class_names(read_class_map(config.class_map, config.root), None)
         if len(names) != config.num_classes:
             problem = f"{config.class_map} has {len(names)} names for {config.num_classes} classes"
-            raise run_error("data.class_map", problem, "Give one name a line", code="class-mismatch")
+            raise run_error("data.class_map", problem, "Use one name per line", code="class-mismatch")
     shape = (3, config.img_size, config.img_size)
     return SegmentationData(train, val, names, shape, unreadable)
 
 
 class SemanticMaps(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of a normalized image (3, H, W) and its class map (H, W), of which `IGNORED` does not count.
+    """Pairs of a normalized image (3, H, W) and its class map (H, W), in which `IGNORED` does not count.
 
-    For training, a pair is asked by `Key`, augmented, and one that cannot be used is replaced by the next. For
-    validation it is asked by number, keeps the size of its file, and one that cannot be used counts nowhere.
+    A training pair is indexed by `Key` and augmented; an unusable one is replaced by the next. A validation pair is
+    indexed by number and keeps the size of its file; an unusable one does not count.
 
     Args:
-        config: where the files are.
-        split: the folder of the split.
-        unreadable: what happens with pairs that cannot be used.
-        seed: of the augmentation; None for validation.
+        config: names the files.
+        split: directory name of the split.
+        unreadable: handles unusable pairs.
+        seed: seed of the augmentation; None for validation.
 
     Raises:
-        revnets.SpecError: folders are missing or empty, or images and annotations do not belong together.
+        revnets.SpecError: directories are missing or empty, or images and annotations do not match.
     """
 
     def __init__(self, config: SemanticMapsConfig, split: str, unreadable: Unreadable, seed: int | None = None):
@@ -86,7 +87,8 @@ class SemanticMaps(Dataset[tuple[Tensor, Tensor]]):
         for ours, theirs, what in ((images, annotations, "annotation"), (annotations, images, "image")):
             if missing := sorted(set(ours) - set(theirs), key=natural_key):
                 problem = f"{len(missing)} files of {split} have no {what}: {listed(missing)}"
-                raise run_error("data.root", problem, "Add them, or remove the others", code="misaligned-data")
+                hint = "Add the missing files, or remove these"
+                raise run_error("data.root", problem, hint, code="misaligned-data")
         self.pairs = [(images[name], annotations[name]) for name in sorted(images, key=natural_key)]
         self.augment = Augmentation(config)
 
@@ -105,10 +107,10 @@ class SemanticMaps(Dataset[tuple[Tensor, Tensor]]):
                 with seeded(self.seed or 0, *key):
                     return self.augment(*pair)
         name = printable(self.pairs[key.index][0].name)
-        raise DataError(f"{RETRIES} images in a row cannot be used, from {name} on. Check data.root")
+        raise DataError(f"{RETRIES} consecutive images, starting with {name}, cannot be used. Check data.root")
 
     def _read(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """The image (3, H, W) in bytes and its map (H, W); None if they cannot be used, which is noted."""
+        """Read a uint8 image (3, H, W) and its map (H, W). If they are unusable, note it and return None."""
         image_file, map_file = self.pairs[index]
         try:
             with open_regular(image_file) as file:
@@ -118,10 +120,10 @@ class SemanticMaps(Dataset[tuple[Tensor, Tensor]]):
             classes = self._classes(numbers)
             if classes.shape != image.shape[1:]:
                 sizes = " and ".join(f"{size[1]} x {size[0]}" for size in (image.shape[1:], classes.shape))
-                raise ValueError(f"image and annotation are {sizes} pixels")
+                raise ValueError(f"image and annotation have different sizes: {sizes} pixels")
         except DataError:
             raise
-        except Exception as error:  # decoders raise many kinds
+        except Exception as error:  # decoders raise many types
             self.unreadable.note(image_file.name, error)
             return None
         return image, torch.from_numpy(classes)
@@ -131,15 +133,16 @@ class SemanticMaps(Dataset[tuple[Tensor, Tensor]]):
             numbers = np.where(numbers == 0, IGNORED, np.where(numbers == IGNORED, IGNORED, numbers - 1))
         wrong = (numbers >= self.config.num_classes) & (numbers != IGNORED)
         if wrong.any():
-            raise ValueError(f"its annotation has class {numbers[wrong][0]} of {self.config.num_classes}")
+            found = f"class {numbers[wrong][0]}"
+            raise ValueError(f"the annotation has {found}, but there are {self.config.num_classes}, numbered from 0")
         return numbers
 
 
 class Augmentation:
-    """The training transforms of the release, in its order.
+    """The training transforms of the release, in the same order.
 
-    Both sides are resized by a random factor; a crop is drawn, again if one class fills most of it (ten times at
-    most); it is mirrored, its colors are changed, and small crops are padded with zeros and pixels that do not count.
+    The image is resized by a random factor and cropped. Crops in which one class covers most pixels are drawn again, up
+    to ten times. The crop is mirrored, its colors are distorted, and small crops are padded with ignored zeros.
     """
 
     def __init__(self, config: SemanticMapsConfig):
@@ -147,7 +150,7 @@ class Augmentation:
         self.colors = PhotometricDistortion(hue=(-0.1, 0.1)) if config.photometric else v2.Identity()
 
     def __call__(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Image (3, H, W) in bytes and map (H, W) to crops of `img_size`."""
+        """Augment a uint8 image (3, H, W) and its map (H, W) to crops of `img_size`."""
         config, side = self.config, self.config.img_size
         low, high = config.scale
         factor = low + (high - low) * torch.rand(()).item()
@@ -174,30 +177,31 @@ class Augmentation:
 
 
 class PhotometricDistortion(v2.RandomPhotometricDistort):
-    """torchvision's random brightness, contrast, saturation and hue, without its permutation of the channels."""
+    """torchvision's random brightness, contrast, saturation and hue, without permuted channels."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
 def normalized(image: Tensor, config: SemanticMapsConfig) -> Tensor:
-    """An image (3, H, W) in bytes as the model sees it."""
+    """Convert a uint8 image (3, H, W) to normalized float values."""
     return TF.normalize(TF.to_dtype(image.as_subclass(Tensor), scale=True), list(config.mean), list(config.std))
 
 
 def _files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
-    """The files of a folder by their names without endings."""
+    """Return the files of a directory by their names without suffix."""
     if not folder.is_dir():
-        raise run_error("data.root", f"{folder} is no folder", "Check data.root and the splits", code="missing-file")
+        problem = f"{folder} is not a directory"
+        raise run_error("data.root", problem, "Check data.root and the splits", code="missing-file")
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() not in endings or file.name.startswith("."):
             continue
         if file.stem in found:
-            problem = f"{folder} has two files of the name {file.stem}"
-            raise run_error("data.root", problem, "Remove one", code="name-clash")
+            problem = f"{folder} has two files named {file.stem}"
+            raise run_error("data.root", problem, "Remove one of them", code="name-clash")
         found[file.stem] = file
     if not found:
-        problem = f"{folder} holds no files with the endings {' '.join(endings)}"
+        problem = f"{folder} contains no files with the suffixes {' '.join(endings)}"
         raise run_error("data.root", problem, "Check data.root and the splits", code="empty-data")
     return found

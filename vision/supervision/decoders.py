@@ -1,4 +1,4 @@
-"""Decoders of intermediate supervision: from the top level of a column back to the image (section 2.3, D.1)."""
+"""Decoders for intermediate supervision, which reconstruct the image from the top level of a column (2.3, D.1)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from revnets.nn.blocks import EPS, ConvNeXtBlock, init_weights
 
 
 class StagedDecoder(nn.Module):
-    """The decoder for ImageNet-1K: up through the widths of the levels, then to pixels.
+    """The decoder for ImageNet-1K: one stage per level, then a projection to pixels.
 
     Args:
         dims: channels of the levels, level 0 first.
-        reductions: how much smaller than the image the sides of each level are.
-        channels: of the image.
+        reductions: ratio of the image's sides to those of each level.
+        channels: channels of the image.
     """
 
     def __init__(self, dims: Sequence[int], reductions: Sequence[int], channels: int = 3):
         super().__init__()
-        falling = list(pairwise(zip(dims[::-1], reductions[::-1], strict=True)))
+        descending = list(pairwise(zip(dims[::-1], reductions[::-1], strict=True)))
         self.stages = nn.Sequential(
-            *(DecoderStage(dim, lower, ratio // lower_ratio) for (dim, ratio), (lower, lower_ratio) in falling)
+            *(DecoderStage(dim, lower, ratio // lower_ratio) for (dim, ratio), (lower, lower_ratio) in descending)
         )
         self.to_pixels = ToPixels(dims[0], reductions[0], channels)
 
@@ -35,7 +35,7 @@ class StagedDecoder(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Linear to the next lower width, LayerNorm, GELU, bilinear upsampling, and a block whose MLP does not expand."""
+    """Linear layer to the width of the next lower level, LayerNorm, GELU, upsampling, and a block without expansion."""
 
     def __init__(self, dim_in: int, dim: int, ratio: int):
         super().__init__()
@@ -57,8 +57,8 @@ class SingleDecoder(nn.Module):
 
     Args:
         dim: channels of the top level.
-        reduction: how much smaller than the image its sides are.
-        channels: of the image.
+        reduction: ratio of the image's sides to those of the top level.
+        channels: channels of the image.
     """
 
     def __init__(self, dim: int, reduction: int, channels: int = 3):
@@ -72,7 +72,7 @@ class SingleDecoder(nn.Module):
 
 
 class ToPixels(nn.Module):
-    """Every position to a patch of `ratio` x `ratio` pixels."""
+    """Projects every position to a patch of `ratio` x `ratio` pixels."""
 
     def __init__(self, dim: int, ratio: int, channels: int):
         super().__init__()
@@ -85,7 +85,7 @@ class ToPixels(nn.Module):
 
 
 def decoder(kind: str, dims: Sequence[int], reductions: Sequence[int], channels: int) -> nn.Module:
-    """A decoder for the top level of a column: `staged` or `single`."""
+    """Build a decoder for the top level of a column, of the kind `staged` or `single`."""
     if kind == "staged":
         return StagedDecoder(dims, reductions, channels)
     return SingleDecoder(dims[-1], reductions[-1], channels)

@@ -1,11 +1,11 @@
 """Intermediate supervision: classifiers and decoders at some columns, and the compound loss (section 2.3, D.1).
 
-At the end of column i stand a decoder, which gives back the image, and a classifier:
+Column i has a decoder, which reconstructs the image, and a classifier at its end:
 
     L = sum_i alpha_i * BCE_i + beta_i * CE_i
 
-alpha falls to 0 and beta rises to 1 along the columns, so early columns keep what the image holds and later ones learn
-what it means. After training the heads are dropped; what remains is the model.
+Along the columns alpha decreases to 0 and beta increases to 1, so early columns preserve the image and later columns
+learn its class. After training, the heads are removed.
 """
 
 from __future__ import annotations
@@ -26,23 +26,28 @@ if TYPE_CHECKING:
 
 
 class Outputs(NamedTuple):
-    """What the heads say, by the column (from 0) at whose end they stand."""
+    """Outputs of the heads by the index of their column.
 
-    logits: dict[int, Tensor]  # (B, num_classes); the last are the model's own
-    pixels: dict[int, Tensor]  # logits of reconstructed images, (B, in_chans, H', W')
+    Attributes:
+        logits: (B, num_classes). Those of the last column are the model's own.
+        pixels: logits of reconstructed images, (B, in_chans, H', W').
+    """
+
+    logits: dict[int, Tensor]
+    pixels: dict[int, Tensor]
 
 
 class Supervised(nn.Module):
     """A model with classifiers and decoders at some of its columns.
 
-    `model` stays whole: it is what is evaluated, saved and deployed. A head whose loss weighs nothing is not built.
+    `model` is not modified and can be evaluated, saved and deployed alone. Heads whose loss has weight 0 are not built.
 
     Args:
-        model: what is trained.
-        config: where heads stand.
+        model: the model to train.
+        config: positions and weights of the heads.
 
     Raises:
-        ValueError: the model has no classifier, or the weights do not fit its columns.
+        ValueError: the model has no classifier, or the number of weights does not match its columns.
     """
 
     def __init__(self, model: RevCol, config: SupervisionConfig):
@@ -51,7 +56,7 @@ class Supervised(nn.Module):
 
         super().__init__()
         if model.num_classes == 0:
-            raise ArgumentError("a model without classifier cannot be supervised; give num_classes", "num_classes")
+            raise ArgumentError("supervision needs a model with a classifier. Set num_classes", "num_classes")
         self.model, self.config = model, config
         self.stops = config.stops(model.columns.graph.columns)
         dims = [info["num_chs"] for info in model.feature_info]
@@ -70,13 +75,13 @@ class Supervised(nn.Module):
         like = next(model.parameters())
         self.classifiers.to(like)
         self.decoders.to(like)
-        if model.columns.budget is not None:  # its step is now a step of this
+        if model.columns.budget is not None:  # plan the step with the heads instead
             from revnets import keep_budget
 
             keep_budget(self, model.columns.budget)
 
     def forward(self, x: Tensor) -> Outputs:
-        """Images (B, in_chans, H, W) to what the heads say; decoders are silent in evaluation mode."""
+        """Return the outputs of the heads for images (B, in_chans, H, W). Decoders run in training mode only."""
         from vision.models.architecture import to_nchw
 
         columns = [stop.column for stop in self.stops]
@@ -88,11 +93,11 @@ class Supervised(nn.Module):
         return Outputs(logits, {int(key): head(states[int(key)]) for key, head in decoders.items()})
 
     def twin(self) -> Supervised:
-        """The same without values, on the meta device."""
+        """Return a copy without values on the meta device."""
         return Supervised(self.model.twin(), self.config)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The model's groups for layer-wise decay; all heads are in the last one."""
+        """Return the model's groups for layer-wise decay. All heads are in the last group."""
         groups = self.model.group_matcher(coarse)
         if coarse:
             return {name: within(pattern) for name, pattern in groups.items()}
@@ -100,21 +105,21 @@ class Supervised(nn.Module):
         return {"stem": within(groups["stem"]), "blocks": blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """The model's."""
+        """Return the model's parameters without weight decay."""
         return {f"model.{name}" for name in self.model.no_weight_decay()}
 
 
 def within(pattern: str) -> str:
-    """A pattern of the model's parameters, as they are called here."""
+    """Prefix a pattern of the model's parameter names with `model.`."""
     return pattern.replace("^", r"^model\.", 1)
 
 
 def reconstruction_loss(pixels: Tensor, image: Tensor) -> Tensor:
-    """Binary cross entropy of reconstructed pixels, the mean over all of them.
+    """Return the binary cross entropy of reconstructed pixels, averaged over all pixels.
 
     Args:
-        pixels: logits (B, C, H', W'). A side of the image that is no multiple of the reduction makes it a little larger
-            or smaller than the image; what is too much of either is not compared.
+        pixels: logits (B, C, H', W'). If a side of the image is not a multiple of the reduction, the sizes differ
+            slightly, and only the common region is compared.
         image: (B, C, H, W), values between 0 and 1.
     """
     height, width = min(pixels.shape[2], image.shape[2]), min(pixels.shape[3], image.shape[3])
@@ -122,11 +127,11 @@ def reconstruction_loss(pixels: Tensor, image: Tensor) -> Tensor:
 
 
 class HeadsEvaluator:
-    """The accuracy of every head: `update` with `Supervised`'s outputs instead of logits.
+    """Evaluates the accuracy of every head. `update` takes the outputs of `Supervised` instead of logits.
 
     Args:
-        stops: the heads.
-        options: of `timm.task.evaluator.ClassificationEvaluator`.
+        stops: positions and weights of the heads.
+        options: options of `timm.task.evaluator.ClassificationEvaluator`.
     """
 
     def __init__(self, stops: Sequence[Stop], **options: Any):
@@ -137,7 +142,7 @@ class HeadsEvaluator:
             evaluator.update(outputs.logits[column], target)
 
     def compute(self, distributed: bool = False) -> OrderedDict[str, float]:
-        """`loss`, `top1` and `top5` of the model, and the same with a column's number for every other head."""
+        """Return `loss`, `top1` and `top5` of the model, and of every other head with its column as a suffix."""
         found = {column: evaluator.compute(distributed) for column, evaluator in self.evaluators.items()}
         last = max(found)
         named = (

@@ -1,4 +1,4 @@
-"""Training with intermediate supervision as a task of timm: the compound loss, and checkpoints of the model alone."""
+"""Training with intermediate supervision as a timm task, with the compound loss."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from vision.supervision.supervised import Outputs, Supervised, reconstruction_lo
 
 
 class SupervisionTask(ClassificationTask):
-    """Training with intermediate supervision, as a task of timm.
+    """Training with intermediate supervision as a timm task.
 
-    `get_eval_model` and checkpoints see the model alone; the heads are the state of the task.
+    `get_eval_model` and checkpoints contain only the model. The heads are the state of the task.
 
     Args:
-        model: what is trained.
-        config: where heads stand and what their losses weigh.
-        criterion: of every classifier; made from `criterion_kwargs` if None.
-        criterion_kwargs: of `timm.loss.create_classification_loss`.
-        mean: of the images' normalisation, to undo it; by default the model's `pretrained_cfg` knows.
-        std: likewise.
-        device: of the task.
-        verbose: tell the logger of timm.
+        model: the model to train.
+        config: positions and weights of the heads.
+        criterion: loss of every classifier; created from `criterion_kwargs` if None.
+        criterion_kwargs: options of `timm.loss.create_classification_loss`.
+        mean: mean of the image normalization, which is undone for decoders; by default from `pretrained_cfg`.
+        std: standard deviation of the normalization, as `mean`.
+        device: device of the task.
+        verbose: whether timm's logger reports the task.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class SupervisionTask(ClassificationTask):
         """The compound loss of a batch.
 
         Args:
-            input: normalised images (B, C, H, W), after mixup and all other augmentation.
-            target: class numbers (B,), or their mixture (B, num_classes).
+            input: normalized images (B, C, H, W), after mixup and all other augmentation.
+            target: class indices (B,), or their mixture (B, num_classes).
 
         Returns:
-            `loss`; `output`, the model's logits; and, without gradients, the terms `ce_<column>` and `bce_<column>`
-            before they are weighted, by column from 0.
+            `loss`; `output`, the model's logits; and the unweighted terms `ce_<column>` and `bce_<column>` without
+            gradients, by column from 0.
         """
         outputs: Outputs = self.trainable_module(input)
         image = self.image(input)
@@ -86,21 +86,21 @@ class SupervisionTask(ClassificationTask):
 
     @torch.no_grad()
     def image(self, input: Tensor) -> Tensor:
-        """Images before their normalisation, within [0.01, 0.99], so that no pixel asks for an endless logit."""
+        """Return images without normalization, clamped to [0.01, 0.99] so that all target logits are finite."""
         return (input.float() * self.std + self.mean).clamp_(0.01, 0.99)
 
     def supervised(self, ema: bool = False) -> Supervised | None:
-        """The model with its heads, without what wraps it. In evaluation mode it gives the logits of every head."""
+        """Return the unwrapped model with its heads. In evaluation mode it returns the logits of every head."""
         module = self.get_trainable_module(ema=ema)
         return None if module is None else unwrap_model(module)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The model without heads."""
+        """Return the model without heads."""
         supervised = self.supervised(ema) if module is None else unwrap_model(module)
         return None if supervised is None else supervised.model
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The state of the heads."""
+        """Return the state of the heads."""
         supervised = self.supervised(ema) if module is None else unwrap_model(module)
         state = {} if supervised is None else supervised.state_dict()
         return {name: value for name, value in state.items() if not name.startswith("model.")}
@@ -112,14 +112,14 @@ class SupervisionTask(ClassificationTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Load what `get_task_state` gave."""
+        """Load the result of `get_task_state`."""
         supervised = self.supervised(ema) if module is None else unwrap_model(module)
         if supervised is not None and (state or strict):
             model = {f"model.{name}": value for name, value in supervised.model.state_dict().items()}
             supervised.load_state_dict({**model, **(state or {})}, strict=strict)
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the cells of the columns; a tape cannot be in a compiled graph."""
+        """Compile the cells of the columns, because a compiled graph cannot contain a tape."""
         model = cast(RevCol, self.get_eval_model())
         model.columns.compile(backend=backend, mode=mode, **compile_kwargs)
         return model

@@ -118,7 +118,7 @@ def test_layercam_of_another_picture_and_another_class(run: Path, tmp_path: Path
     )
     assert code == 0
     assert "true:" not in out
-    assert "looked for: 7" in out or "predicted: 7" in out
+    assert "shown: 7" in out or "predicted: 7" in out
 
 
 def test_a_name_of_timm(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ class BoxStage(nn.Module):
     def losses(
         self, scores: Tensor, codes: Tensor, samples: SampledBoxes, targets: Sequence[Target]
     ) -> tuple[Tensor, Tensor]:
-        """Return the cross entropy of all boxes, and 10 times the generalized IoU loss of those with objects, per box."""
+        """Return the cross entropy of all boxes and 10 times the GIoU loss of boxes with objects, per sampled box."""
         labels, goals = samples.labels(targets), samples.goals(targets)
         positive = chosen_rows(labels > 0, len(targets) * self.sampler.most_positive)
         found = self._decoded(codes[positive], torch.cat(samples.boxes)[positive], labels[positive])

@@ -86,7 +86,7 @@ class SemanticBranch(nn.Module):
         self.embedding, self.logits = _convolution(channels, 1), nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Map levels of strides 4 to 64 to scores (B, classes, H / 8, W / 8) and an embedding with `channels` channels."""
+        """Map levels of strides 4 to 64 to scores (B, classes, H', W') and embeddings (B, channels, H', W')."""
         fused = self.lateral[FUSED_LEVEL](levels[FUSED_LEVEL])
         for index, (lateral, level) in enumerate(zip(self.lateral, levels, strict=True)):
             if index != FUSED_LEVEL:
