@@ -28,9 +28,9 @@ def related(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def reference(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
-    """HSIC as the inner product of U-centred matrices (Székely and Rizzo 2014)."""
+    """HSIC as the inner product of U-centered matrices (Székely and Rizzo 2014)."""
 
-    def centred(a: np.ndarray) -> np.ndarray:
+    def centered(a: np.ndarray) -> np.ndarray:
         n = len(a)
         a = a - np.diag(np.diag(a))
         sums = a.sum(0)
@@ -38,7 +38,7 @@ def reference(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
         return a - np.diag(np.diag(a))
 
     n = len(k)
-    return float((centred(k) * centred(l)).sum() / (n * (n - 3)))
+    return float((centered(k) * centered(l)).sum() / (n * (n - 3)))
 
 
 @pytest.mark.parametrize("n", [4, 5, 7])
@@ -51,7 +51,7 @@ def test_hsic_is_the_u_statistic(n: int) -> None:
     assert float(hsic(k, l)) == pytest.approx(brute, rel=1e-10)
 
 
-def test_hsic_agrees_with_u_centring() -> None:
+def test_hsic_agrees_with_u_centering() -> None:
     k, l = related(101)  # noqa: E741
     assert float(hsic(k, l)) == pytest.approx(reference(k.numpy(), l.numpy()), rel=1e-10)
     assert float(hsic(k, k)) == pytest.approx(reference(k.numpy(), k.numpy()), rel=1e-10)
@@ -81,14 +81,14 @@ def test_identities() -> None:
     assert float(cka(gram(x[order]), gram(y[order]))) == pytest.approx(found, rel=1e-10)
 
 
-def test_what_is_independent_is_near_0_on_average() -> None:
+def test_independent_data_have_a_mean_cka_near_0() -> None:
     """Even for few samples of many features, where the biased estimator would be near 1."""
     found = [float(cka(gram(drawn(16, 200, seed=seed)), gram(drawn(16, 200, seed=1000 + seed)))) for seed in range(200)]
     assert abs(np.mean(found)) < 0.02
     assert np.std(found) < 0.2
 
 
-def test_gram_is_in_float64_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gram_matrix_is_float64_for_any_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     x = (1e3 + drawn(7, 5, 3, 2)).float()
     wanted = x.double().flatten(1) @ x.double().flatten(1).T
     for chunk in (1, 50, 10**6):
@@ -124,7 +124,7 @@ def states_by_hand(net, images: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("sizes", [(29,), (11, 13, 5)])
-def test_similarity_of_a_net(net, sizes: tuple[int, ...]) -> None:
+def test_similarity_of_a_network(net, sizes: tuple[int, ...]) -> None:
     """Against NumPy on features that are kept; labels are one-hot and a little more, as in the official code."""
     batches = batches_of(*sizes)
     sums = np.zeros((6, 3))
@@ -160,7 +160,7 @@ def test_no_features_outlive_their_batch(net) -> None:
     assert peaks[1] <= peaks[0] + 2 * inputs
 
 
-def test_too_few_images_and_a_single_class_are_told(net) -> None:
+def test_too_few_images_and_a_single_class_are_errors(net) -> None:
     few = similarity(net, net.columns, batches_of(3))
     assert few.samples == 0
     with raises_error(code="too-few-samples", key="--batch", names=["0 images", "needs 4"]):

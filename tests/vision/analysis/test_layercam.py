@@ -66,7 +66,7 @@ def test_maps_are_the_equation() -> None:
         torch.testing.assert_close(of_state, wanted.clamp(min=0))
 
 
-def test_gradient_of_a_state_is_what_nudging_it_does() -> None:
+def test_the_gradient_of_a_state_matches_finite_differences() -> None:
     """A state of the middle column, moved a little while the forward goes on."""
     net, x, index, at, step = small().double(), images(1, torch.float64), 4, (0, 2, 1, 3), 1e-6
     states: list[Tensor] = []
@@ -116,13 +116,13 @@ def test_grid_and_rows() -> None:
     assert lines[64 + 16 + 3] == {"column": 0, "level": 2, "y": 1, "x": 1, "value": float(grid[0][2][1, 1])}
 
 
-def test_the_grid_of_columns_that_run_down_goes_by_level() -> None:
+def test_the_grid_of_columns_that_run_down_is_ordered_by_level() -> None:
     net = small(columns={"up": 1, "down": 2})
     grid = layercam(net, net.columns, images()).grid(net.columns)
     assert [[tuple(of_state.shape) for of_state in column] for column in grid] == [[(8, 8), (4, 4), (2, 2)]] * 3
 
 
-def test_states_that_are_no_images_are_refused() -> None:
+def test_states_that_are_not_images_are_refused() -> None:
     levels = [{"dim": 4, "depth": 1, "block": "mlp"}] * 2
     net = build({"columns": 2, "stem": {"type": "linear", "in_dim": 4}, "levels": levels, "fusion": {"type": "linear"}})
 

@@ -119,7 +119,7 @@ def test_objects_found_exactly_are_100_percent(evaluated):
     assert average_precision(annotations, found)["ap"] == pytest.approx(100)
 
 
-def test_images_that_were_not_seen_do_not_count(evaluated):
+def test_images_that_were_not_added_do_not_count(evaluated):
     annotations = evaluated[1].annotations
     with_objects = next(index for index, image in enumerate(annotations.images) if image.objects)
     partial, whole = (AveragePrecisionEvaluator(annotations, with_masks=False) for _ in range(2))
@@ -129,19 +129,19 @@ def test_images_that_were_not_seen_do_not_count(evaluated):
     assert partial.compute().box["ap"] != whole.compute().box["ap"]
 
 
-def test_the_order_of_images_means_nothing(evaluated):
+def test_the_order_of_images_does_not_matter(evaluated):
     evaluator = AveragePrecisionEvaluator(evaluated[1].annotations, with_masks=True)
     evaluator.found = evaluated[1].found[::-1]
     assert evaluator.compute().scalars() == evaluated[1].compute().scalars()
 
 
-def test_padding_counts_nowhere(evaluated):
+def test_padding_does_not_count(evaluated):
     evaluator = AveragePrecisionEvaluator(evaluated[1].annotations, with_masks=False)
     evaluator.add([detected(np.random.default_rng(0), evaluator.annotations.images[0])], [-1])
     assert evaluator.found == []
 
 
-def test_nothing_found_is_0_percent(evaluated):
+def test_no_detections_are_0_percent(evaluated):
     evaluator = AveragePrecisionEvaluator(evaluated[1].annotations, with_masks=True)
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
     evaluator.add([none] * 13, range(13))
@@ -151,7 +151,7 @@ def test_nothing_found_is_0_percent(evaluated):
     assert set(metrics.scalars()) <= {f"box_{name}" for name in NAMES}
 
 
-def test_boxes_that_are_not_finite_are_left_out():
+def test_non_finite_boxes_are_omitted():
     output = {
         "boxes": torch.tensor([[0, 0, float("nan"), 5], [1, 1, 2, 2.0], [0, 0, 5, 5]]),
         "labels": torch.tensor([1, 2, 3]),
@@ -169,7 +169,7 @@ def evaluate_a_share(annotations, found, expected, rank):
     assert evaluator.compute(World(rank, 2)).scalars() == expected
 
 
-def test_two_processes_compute_what_one_does(evaluated, tmp_path):
+def test_two_processes_compute_the_same_as_one(evaluated, tmp_path):
     annotations, found = evaluated[1].annotations, evaluated[1].found
     expected = evaluated[1].compute().scalars()
     in_two_processes(partial(evaluate_a_share, annotations, found, expected), tmp_path)

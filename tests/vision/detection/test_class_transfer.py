@@ -27,7 +27,7 @@ def saved(path, model, **others):
     return PretrainedConfig(source=str(path))
 
 
-def test_rows_go_by_name():
+def test_rows_are_matched_by_name():
     assert class_rows(GIVEN, WANTED) == ROWS
 
 
@@ -39,12 +39,12 @@ def test_all_classes_of_coco_are_in_objects365():
     assert class_rows(365, ["Hair Dryer", "tv", "tower"]) == [328, 37, None]
 
 
-def test_of_files_without_names_the_count_decides():
+def test_files_without_names_are_recognized_by_the_number_of_classes():
     assert class_rows(4, WANTED) == [0, 1, 2, 3]
     assert class_rows(7, WANTED) == [None] * 4
 
 
-def test_weights_of_classes_go_to_those_of_the_same_name(tmp_path):
+def test_weights_of_classes_are_matched_by_name(tmp_path):
     source, model, fresh = build(5, seed=1), build(4), build(4)
     text = begin_detector(model, saved(tmp_path / "source.pt", source, classes=list(GIVEN)), WANTED)
     assert "3 of 4 classes" in text

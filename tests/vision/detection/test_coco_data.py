@@ -56,7 +56,7 @@ def test_masks_fill_boxes_and_have_the_colors_of_their_classes(root):
         assert torch.equal(mask, expected)
 
 
-def test_augmented_boxes_masks_and_pixels_agree(root):
+def test_augmented_boxes_masks_and_pixels_are_consistent(root):
     config = settings(root, crop=0.5)
     train = load_coco(config, 0).train
     for epoch in range(13):
@@ -125,7 +125,7 @@ def test_validation_images_keep_number_and_size(root):
     assert target["size"].tolist() == [48, 64]
 
 
-def test_images_without_objects_are_trained_on_if_asked_to(root):
+def test_images_without_objects_are_trained_on_if_configured(root):
     def without_objects(found):
         found["annotations"] = [item for item in found["annotations"] if item["image_id"] != 102]
         for item in found["annotations"]:
@@ -180,14 +180,14 @@ def test_a_semantic_map_with_other_classes_cannot_be_used(root, tmp_path):
     assert [f"{number}.png" in text for number in range(5)] == [False, True, False, False, True]
 
 
-def test_what_is_left_out_is_a_remark(root):
+def test_omitted_annotations_are_reported(root):
     changed(root, "train", lambda found: found["annotations"][0].update(bbox=[1, 1, 0, 0]))
     (remark,) = load_coco(settings(root), 0).remarks
     assert "1 with boxes of no area" in remark
 
 
 @pytest.mark.parametrize("damage", ["bytes", "size", "missing", "folder"])
-def test_an_image_that_cannot_be_used_is_noted_and_counts_nowhere(root, tmp_path, damage):
+def test_unusable_images_are_noted_and_do_not_count(root, tmp_path, damage):
     file = root / "val2017/1.png"
     file.unlink()
     if damage == "bytes":
@@ -211,13 +211,13 @@ def test_training_takes_the_next_image_instead(root, tmp_path):
     assert data.unreadable.count() == 1
 
 
-def test_damaged_images_stop_a_run_if_asked_to(root):
+def test_damaged_images_stop_a_run_if_configured(root):
     (root / "train2017/0.png").write_bytes(b"")
     with pytest.raises(DataError):
         load_coco(settings(root, unreadable="stop"), 0).train[Key(0, 0)]
 
 
-def test_masks_that_would_fill_the_memory_are_refused(root):
+def test_masks_that_exceed_the_memory_limit_are_refused(root):
     def huge(found):
         found["images"][0].update(width=40_000, height=40_000)
 
@@ -253,7 +253,7 @@ def more_classes(found):
         (more_classes, "class-mismatch", "3 classes"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(root, change, code, named):
+def test_mismatched_files_are_refused(root, change, code, named):
     if change is other_ids:  # annotations of the other class would still be there
         changed(root, "val", lambda found: [item.update(category_id=3) for item in found["annotations"]])
     changed(root, "val", change)
@@ -261,7 +261,7 @@ def test_files_that_do_not_fit_are_refused(root, change, code, named):
         load_coco(settings(root), 0)
 
 
-def test_a_missing_folder_is_named(root):
+def test_a_missing_directory_is_named(root):
     with raises_error(code="missing-file", key="data.train_images", names="pictures"):
         load_coco(settings(root, train_images="pictures"), 0)
 
@@ -276,7 +276,7 @@ def test_a_missing_folder_is_named(root):
         ({"val_short_side": 0}, "val_short_side"),
     ],
 )
-def test_values_that_cannot_be_used_are_refused(root, options, key):
+def test_invalid_values_are_refused(root, options, key):
     run = {"model": {"timm": "test_revcol"}, "output": "runs/none", "data": {**coco_files.values(root), **options}}
     with raises_error(code="out-of-range", key=f"data.{key}"):
         load_config(run)

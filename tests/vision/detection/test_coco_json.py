@@ -43,7 +43,7 @@ def test_categories_are_numbered_from_1_by_their_ids(tmp_path):
     assert found.images[0].objects[0].label == 3
 
 
-def test_images_without_annotations_are_there(tmp_path):
+def test_images_without_annotations_are_kept(tmp_path):
     assert [len(image.objects) for image in read(tmp_path, data()).images] == [1, 0]
 
 
@@ -75,7 +75,7 @@ def test_a_crowd_is_marked(tmp_path):
         {"segmentation": {"size": [31, 47], "counts": [3]}},
     ],
 )
-def test_annotations_that_cannot_be_used_are_left_out_and_counted(tmp_path, changes):
+def test_unusable_annotations_are_omitted_and_counted(tmp_path, changes):
     found = read(tmp_path, data(annotations=[annotation(), annotation(**changes), annotation()]))
     assert sum(len(image.objects) for image in found.images) == 2
     assert "instances.json: 1 annotations are left out" in found.remark
@@ -119,7 +119,7 @@ def test_objects_need_no_mask_where_masks_are_not_read(tmp_path):
         (data(images=[{"id": 1, "file_name": "a.jpg", "height": 3, "width": 3}] * 2), "name-clash", "images[1]"),
     ],
 )
-def test_a_file_of_another_form_is_refused_in_one_line(tmp_path, content, code, named):
+def test_files_of_another_format_are_refused_in_one_line(tmp_path, content, code, named):
     with raises_error(code=code, key="data.train_annotations", names=named):
         read(tmp_path, content)
 

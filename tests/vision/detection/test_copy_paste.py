@@ -24,7 +24,7 @@ def test_pixels_of_the_object_come_from_the_other_image():
     assert torch.equal(found[:, ~mask], image[:, ~mask])
 
 
-def test_objects_behind_lose_the_covered_pixels_and_get_new_boxes():
+def test_occluded_objects_lose_pixels_and_get_new_boxes():
     _, target, _, other, _, result = pasted()
     cover = torch.zeros_like(target["masks"][0]).bool()
     cover[:, :71] = other["masks"][0, :61].bool()
@@ -53,7 +53,7 @@ def test_classes_of_pixels_move_with_the_object():
 
 
 @pytest.mark.parametrize("value", [255, 0.25])
-def test_pixels_of_objects_are_counted_whatever_their_value(value):
+def test_pixels_of_objects_count_for_any_value(value):
     (image, source), (target, other) = detection_batch()
     visible = int(other["masks"][:, : image.shape[1], : image.shape[2]].sum())
     for part in (target, other):
@@ -78,7 +78,7 @@ def test_areas_and_crowds_move_with_their_objects():
     ("extra", "code"),
     [({"area": torch.ones(2)}, "missing-key"), ({"keypoints": torch.ones(2, 5, 3)}, "unknown-key")],
 )
-def test_what_cannot_move_with_an_object_is_refused(extra, code):
+def test_unknown_keys_of_targets_are_refused(extra, code):
     images, (target, other) = detection_batch()
     with pytest.raises(ValueError) as caught:
         CopyPaste()(images, [target | extra, other])
@@ -103,7 +103,7 @@ def test_a_batch_gets_the_objects_of_its_next_image():
         assert result["masks"].shape == (len(result["labels"]), *image.shape[1:])
 
 
-def test_one_image_and_images_without_objects_stay_as_they_are():
+def test_one_image_and_images_without_objects_are_unchanged():
     images, targets = detection_batch((([], []), ([], [])))
     found, _ = CopyPaste(probability=1.0)(images, targets)
     assert all(first is second for first, second in zip(found, images, strict=True))

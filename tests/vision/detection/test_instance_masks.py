@@ -23,7 +23,7 @@ TRIANGLE = [3.3, 4.4, 30.2, 7.5, 20.1, 33.3]
 
 
 @given(MASKS)
-def test_packed_run_lengths_are_read_again(mask):
+def test_compressed_run_lengths_round_trip(mask):
     found = parse_segmentation(packed_mask(mask), *mask.shape)
     assert (dense_mask(found, *mask.shape) == mask).all()
 
@@ -45,7 +45,7 @@ def test_polygons_are_drawn_as_pycocotools_draws_them():
     assert (dense_mask(parse_segmentation(outlines, 37, 41), 37, 41) == expected).all()
 
 
-def test_outlines_without_area_are_left_out():
+def test_outlines_without_an_area_are_omitted():
     found = parse_segmentation([[1.0, 1.0, 5.0, 5.0], TRIANGLE, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]], 37, 41)
     assert [points.tolist() for points in found.outlines] == [TRIANGLE]
 
@@ -81,14 +81,14 @@ def test_damaged_masks_are_refused(value):
         parse_segmentation(value, 5, 7)
 
 
-def test_outlines_that_take_long_to_draw_are_refused():
+def test_outlines_that_are_slow_to_draw_are_refused():
     zigzag = [value for _ in range(1000) for value in (0.0, 0.0, 500.0, 500.0)]
     with pytest.raises(MaskError):
         parse_segmentation([zigzag], 500, 500)
 
 
 @given(st.text(alphabet=[chr(code) for code in range(40, 127)], max_size=30))
-def test_any_text_is_run_lengths_of_the_image_or_refused(text):
+def test_any_text_is_valid_run_lengths_or_refused(text):
     try:
         found = parse_segmentation({"size": [5, 7], "counts": text}, 5, 7)
     except MaskError:

@@ -85,7 +85,7 @@ def _plan_synchronized(expected, name, rank):
 
 
 @pytest.mark.parametrize("name", ["cascade", "dino"])
-def test_processes_plan_alone(tmp_path, name):
+def test_processes_plan_without_communication(tmp_path, name):
     """Without a collective, and with the norms of GPUs."""
     expected = planned_peak(DetectionStep(build(name, memory="store"), OBJECTS), "store")
     in_two_processes(partial(_plan_synchronized, expected, name), tmp_path)
@@ -99,7 +99,7 @@ def test_processes_plan_alone(tmp_path, name):
         (torch.nn.Linear(2, 3), "many", "objects", "wrong-type"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(detector, objects, key, code):
+def test_invalid_steps_are_refused(detector, objects, key, code):
     with pytest.raises(ValueError) as caught:
         DetectionStep(detector, objects)
     assert (caught.value.key, caught.value.code) == (key, code)

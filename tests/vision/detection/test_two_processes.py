@@ -70,5 +70,5 @@ def _update(root, name, rank):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_gradients_are_averaged_and_exact_in_every_memory_mode(root, tmp_path, name):
+def test_ddp_averages_gradients_and_exact_equals_store(root, tmp_path, name):
     in_two_processes(partial(_update, root, name), tmp_path)

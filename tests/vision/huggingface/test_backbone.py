@@ -43,7 +43,7 @@ def test_weights_keep_the_initialization_of_timm():
         assert torch.equal(parameter, reference.get_parameter(name)), name
 
 
-def test_levels_above_the_highest_output_are_left_out():
+def test_levels_above_the_highest_output_are_removed():
     model = backbone(out_features=["stage1", "stage2"])
     assert model.channels == [8, 16]
     assert model.revcol.levels == 2
@@ -56,7 +56,7 @@ def test_hidden_states_are_all_levels():
     assert torch.equal(output.hidden_states[-1], output.feature_maps[0])
 
 
-def test_the_configuration_carries_every_option(tmp_path):
+def test_the_configuration_stores_every_option(tmp_path):
     options = {"columns": 5, "dims": [8, 16, 24, 40], "depths": [1, 2, 1, 1], "kernel_size": 7, "drop_path_rate": 0.1}
     options |= {"init": "fast"}
     model = backbone(**options, num_channels=2, memory={"budget": "1GiB"}, out_indices=[1, 3])
@@ -131,7 +131,7 @@ def test_a_segmenter_round_trip_keeps_the_kernel_size(tmp_path):
         ({"num_labels": 2**40}, "num_labels"),
     ],
 )
-def test_values_that_cannot_be_used_are_refused(options, key):
+def test_invalid_values_are_refused(options, key):
     with pytest.raises(ValueError) as caught:
         RevColBackboneConfig(**{"name": "test_revcol", **options})
     assert caught.value.key == key

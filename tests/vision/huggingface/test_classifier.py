@@ -74,7 +74,7 @@ def test_the_processor_prepares_images_as_timm_does(classifier, picture):
     assert (ours - expected).abs().mean() < 0.02  # pixels are rounded at other places
 
 
-def test_a_pipeline_reads_the_saved_folder(classifier, picture, tmp_path):
+def test_a_pipeline_loads_the_saved_directory(classifier, picture, tmp_path):
     classifier.save_pretrained(tmp_path)
     classifier.image_processor().save_pretrained(tmp_path)
     predictions = pipeline("image-classification", model=str(tmp_path))(picture)
@@ -84,7 +84,7 @@ def test_a_pipeline_reads_the_saved_folder(classifier, picture, tmp_path):
     torch.testing.assert_close(predictions[0]["score"], scores.max().item())
 
 
-def test_names_must_fit_the_classes():
+def test_the_number_of_names_must_match_the_classes():
     model = timm.create_model("test_revcol", num_classes=3)
     with pytest.raises(ValueError) as caught:
         RevColForImageClassification.from_timm(model, ["cat", "dog"])

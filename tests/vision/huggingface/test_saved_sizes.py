@@ -79,7 +79,7 @@ def test_a_subfolder_is_compared(folder):
         RevColBackbone.from_pretrained(folder.parent, subfolder=folder.name)
 
 
-def test_a_classifier_of_many_classes_is_no_larger_model(folder):
+def test_a_classifier_with_many_classes_is_not_refused_as_larger(folder):
     options = {"num_labels": 21841, "ignore_mismatched_sizes": True}
     assert RevColForImageClassification.from_pretrained(folder, **options).revcol.head.fc.out_features == 21841
 
@@ -137,21 +137,21 @@ def test_damaged_configurations_are_refused(segmenter, values, key, code):
         UperNet.from_pretrained(segmenter)
 
 
-def test_a_configuration_inside_of_another_is_refused(segmenter):
+def test_nested_configurations_are_refused(segmenter):
     path = segmenter / "config.json"
     path.write_text(json.dumps({"model_type": "other", "part": json.loads(path.read_text())}))
     with raises_error(code="wrong-format", key="model_type", source=path):
         UperNet.from_pretrained(segmenter)
 
 
-def test_a_list_is_no_configuration(segmenter):
+def test_a_list_is_not_a_configuration(segmenter):
     (segmenter / "config.json").write_text("[1]")
     with raises_error(code="wrong-format", key="", source=segmenter / "config.json"):
         UperNet.from_pretrained(segmenter)
 
 
 @pytest.mark.parametrize("name", ["config.json", ""])
-def test_a_configuration_of_another_folder_is_compared(segmenter, tmp_path_factory, name):
+def test_a_configuration_of_another_directory_is_compared(segmenter, tmp_path_factory, name):
     other = tmp_path_factory.mktemp("other")
     (other / "config.json").write_bytes((segmenter / "config.json").read_bytes())
     change(other, auxiliary_num_convs=2**40)
@@ -191,7 +191,7 @@ def test_pickled_weights_are_refused(segmenter):
         UperNet.from_pretrained(segmenter)
 
 
-def test_a_segmenter_gets_a_classifier_of_other_classes(segmenter):
+def test_a_segmenter_can_get_a_classifier_for_other_classes(segmenter):
     model = UperNet.from_pretrained(segmenter, num_labels=7, ignore_mismatched_sizes=True)
     assert model.decode_head.classifier.out_channels == 7
 

@@ -69,7 +69,7 @@ def test_exported_for_any_batch_and_sides(model: vision.RevCol, program: torch.e
 
 
 @torch.no_grad()
-def test_an_example_of_the_native_size_ties_the_program_to_no_size() -> None:
+def test_an_example_of_the_native_size_exports_a_program_for_any_size() -> None:
     """There position embeddings need no interpolation, which must not become a condition."""
     model = timm.create_model("test_revcol_vit", num_classes=11, columns=2, depths=(1, 1, 1, 1)).eval()
     free = {0: Dim("batch"), 2: 16 * Dim("rows"), 3: 16 * Dim("columns")}
@@ -92,7 +92,7 @@ def test_onnx_for_any_batch_and_sides(model: vision.RevCol, program: torch.expor
         assert_close(torch.from_numpy(out), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_script_says_what_to_take_instead() -> None:
+def test_scripting_raises_an_error_with_an_alternative() -> None:
     for features in (False, True):
         with pytest.raises(TypeError, match="TorchScript cannot read"):
             torch.jit.script(timm.create_model("test_revcol", features_only=features))

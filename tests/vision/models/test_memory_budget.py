@@ -78,7 +78,7 @@ def test_what_is_planned_is_the_step_of_the_entry() -> None:
     assert model.memory_plan.chosen.peak == simulate(Features(), (images(),)).peak
 
 
-def test_a_larger_input_of_the_same_entry_is_warned_of_once() -> None:
+def test_a_larger_input_of_the_same_entry_warns_once() -> None:
     model = create()
     model.forward_features(images())
     with pytest.warns(UserWarning, match="the memory plan is for an input of") as caught:
@@ -86,7 +86,7 @@ def test_a_larger_input_of_the_same_entry_is_warned_of_once() -> None:
     assert len(caught) == 1
 
 
-def test_an_unknown_entry_is_warned_of_once() -> None:
+def test_an_unknown_entry_warns_once() -> None:
     model = create()
     with pytest.warns(UserWarning, match="the memory budget 1GiB is still pending") as caught:
         model.columns(model.stem(images()))
@@ -113,7 +113,7 @@ def policy_of(model: vision.RevCol) -> MemoryPolicy:
     return MemoryPolicy(tuple(modes), frozenset({1, last}), True, BudgetSpec(**BUDGET))
 
 
-def test_a_pruned_model_has_the_whole_policy() -> None:
+def test_a_pruned_model_keeps_the_memory_policy() -> None:
     model = create(memory="exact")
     model.columns.policy = policy = policy_of(model)
     for other in (model, copy.deepcopy(model)):

@@ -17,7 +17,7 @@ import vision
 # --------------------------------------------------------------------------------------------------------- the forward
 
 
-def randomised(name: str, **options) -> vision.RevCol:
+def randomized(name: str, **options) -> vision.RevCol:
     """In float64, with weights that are no zeros and no ones, so that every parameter matters."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=11, **options).double().eval()
@@ -117,7 +117,7 @@ def isotropic_fusion(weights: dict[str, Tensor], name: str, level: int, below: T
     ],
 )
 def test_forward_is_the_paper_s(name: str, blocks: Callable, fuse: Callable) -> None:
-    model, image = randomised(name), torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    model, image = randomized(name), torch.randn(2, 3, 96, 96, dtype=torch.float64)
     ours, theirs = model(image), by_the_paper(model, image, blocks, fuse)
     assert_close(ours, theirs)
     parameters = list(model.parameters())
@@ -131,7 +131,7 @@ def test_forward_is_the_paper_s(name: str, blocks: Callable, fuse: Callable) -> 
 
 
 def test_temperature_of_attention_is_bounded() -> None:
-    model, image = randomised("test_revcol_vit"), torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    model, image = randomized("test_revcol_vit"), torch.randn(1, 3, 96, 96, dtype=torch.float64)
     scale = model.columns.cells[0][0].function.blocks[0].attn.logit_scale
     outs = []
     for value in (100.0, 200.0, 50.0):

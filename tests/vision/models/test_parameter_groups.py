@@ -64,7 +64,7 @@ def test_rates_and_decay_of_a_backbone_are_those_of_the_classifier(name, options
         assert ours["head.bias"] == theirs["head.fc.bias"]
 
 
-def test_frozen_cells_are_left_out_and_change_no_rate():
+def test_frozen_cells_are_omitted_and_do_not_change_rates():
     whole, model = detector(), detector(levels=(0, 1))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen
@@ -75,7 +75,7 @@ def test_frozen_cells_are_left_out_and_change_no_rate():
     assert found == {name: expected[name] for name in found}
 
 
-def test_a_backbone_at_a_part_of_the_rate():
+def test_backbone_lr_scale_scales_the_backbone():
     model = detector("test_revcol")
     scale = by_name(model, parameter_groups(model, 0.05, backbone_lr_scale=0.1), "lr_scale")
     assert {value for name, value in scale.items() if name.startswith("body.")} == {0.1}
@@ -148,14 +148,14 @@ def test_models_without_a_backbone_are_refused(key):
         optimizer_of(nn.Linear(2, 3), **{key: 0.5})
 
 
-def test_a_classifier_is_no_backbone_of_itself():
+def test_find_backbone_returns_none_for_a_revcol():
     model = classifier("test_revcol")
     assert find_backbone(model) is None
     with raises_error(code="conflicting-values", key="optimizer.backbone_lr_scale"):
         optimizer_of(model, backbone_lr_scale=0.5)
 
 
-def test_a_classifier_of_the_backbone_takes_no_rate_from_the_heads():
+def test_a_classifier_of_the_backbone_does_not_change_the_rates_of_the_heads():
     class Wrapped(nn.Module):
         def __init__(self):
             super().__init__()

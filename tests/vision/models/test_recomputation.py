@@ -27,7 +27,7 @@ def test_every_backward_has_the_gradients_of_a_plain_call():
         assert all(torch.equal(ours, plain) for ours, plain in zip(found, expected, strict=True))
 
 
-def test_running_statistics_move_once():
+def test_running_statistics_are_updated_once():
     plain, module = head(), head()
     gradients(plain, lambda each, x: each(x))
     gradients(module, with_dropout, passes=2)

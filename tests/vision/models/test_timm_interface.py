@@ -160,7 +160,7 @@ def test_pruned_features_are_those_of_the_whole_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_whatever_can_be_trained_in_a_pruned_model_gets_a_gradient(name: str, index: int) -> None:
+def test_every_trainable_parameter_of_a_pruned_model_gets_a_gradient(name: str, index: int) -> None:
     """DDP waits in vain for a parameter without one; cells of earlier columns may reach no level that is left."""
     features = create(name, features_only=True, out_indices=(index,)).train()
     sum(out.square().sum() for out in features(images(features.model))).backward()
@@ -171,7 +171,7 @@ def test_whatever_can_be_trained_in_a_pruned_model_gets_a_gradient(name: str, in
 
 
 @pytest.mark.parametrize("classes", [0, 5])
-def test_a_pruned_model_knows_what_is_left(name: str, classes: int) -> None:
+def test_a_pruned_model_reports_its_remaining_levels(name: str, classes: int) -> None:
     model = create(name).eval()
     x = images(model)
     whole = model.forward_intermediates(x, intermediates_only=True)
@@ -386,7 +386,7 @@ def test_features_of_a_last_column_that_runs_down() -> None:
         assert_close(model.forward_features(x), states[3].permute(0, 3, 1, 2), rtol=0, atol=0)
 
 
-def test_stopping_early_leaves_out_the_levels_below() -> None:
+def test_stopping_early_omits_the_levels_below() -> None:
     model = down().eval()
     called: list[int] = []
     for level, cell in enumerate(model.columns.cells[2]):
@@ -397,7 +397,7 @@ def test_stopping_early_leaves_out_the_levels_below() -> None:
 
 
 @pytest.mark.parametrize("indices", [[3], [1, 2]])
-def test_what_features_do_not_need_is_frozen_where_the_last_column_runs_down(indices: list[int]) -> None:
+def test_unneeded_cells_are_frozen_if_the_last_column_runs_down(indices: list[int]) -> None:
     model = down()
     assert model.prune_intermediate_layers(indices) == indices
     found = model.forward_intermediates(images(model), indices, intermediates_only=True)

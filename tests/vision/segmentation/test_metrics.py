@@ -36,7 +36,7 @@ def test_miou_equals_that_of_sets(seed, classes):
     assert evaluator.compute().miou == pytest.approx(by_sets(predicted, expected, classes))
 
 
-def test_classes_that_occur_nowhere_do_not_count():
+def test_absent_classes_do_not_count():
     evaluator = IoUEvaluator(3)
     evaluator.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 1]]]))
     metrics = evaluator.compute()

@@ -57,7 +57,7 @@ def test_exact_gradients_equal_stored_ones(name):
 
 @pytest.mark.parametrize("memory", ["store", "exact"])
 @pytest.mark.parametrize(("name", "options"), [("upernet", {"dropout": 0.3}), ("mask2former", {})])
-def test_checkpointed_heads_change_no_bit(name, options, memory):
+def test_checkpointed_heads_are_bit_exact(name, options, memory):
     plain, recomputing = (build(name, memory=memory, checkpoint_heads=value, **options) for value in (False, True))
     expected, found = gradients(plain), gradients(recomputing)
     for name, gradient in found.items():
@@ -130,7 +130,7 @@ def test_checkpointed_heads_refuse_a_single_class():
 
 
 @pytest.mark.parametrize(("option", "value"), [("return_dict", False), ("output_hidden_states", True)])
-def test_checkpointed_heads_return_what_the_configuration_asks_for(option, value):
+def test_checkpointed_heads_return_the_configured_output(option, value):
     images, maps = batch()
     expected, found = (build("upernet", dropout=0.0, checkpoint_heads=checkpoints) for checkpoints in (False, True))
     for model in (expected, found):
@@ -153,7 +153,7 @@ def test_logits_have_the_size_of_the_images(name):
         assert model.semantic_logits(batch()[0]).shape == (2, 5, *SIZE)
 
 
-def test_the_loss_of_upernet_leaves_out_pixels_without_a_class():
+def test_the_loss_of_upernet_ignores_pixels_without_a_class():
     model = build("upernet").eval()
     images, maps = batch()
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_the_loss_of_upernet_leaves_out_pixels_without_a_class():
         torch.testing.assert_close(model.semantic_loss(images, maps), expected)
 
 
-def test_an_image_without_classes_gives_a_finite_mask_loss():
+def test_an_image_without_classes_has_a_finite_mask_loss():
     model = build("mask2former")
     images, maps = batch()
     maps[0] = IGNORED

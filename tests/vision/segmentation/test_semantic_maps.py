@@ -75,7 +75,7 @@ def test_augmented_pixels_keep_their_classes(root):
         assert agreed.float().mean() > 0.9  # all but the borders of stripes, where colors are mixed
 
 
-def test_small_pictures_are_padded_with_pixels_that_do_not_count(root):
+def test_small_images_are_padded_with_ignored_pixels(root):
     settings = config(root, img_size=61, scale=(0.5, 0.5), photometric=False, hflip=0.0)
     image, classes = load_semantic_maps(settings, 0).train[Key(0, 0)]
     assert image.shape == (3, 61, 61)
@@ -91,7 +91,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(root):
     assert not torch.equal(first[Key(0, 0)][0], first[Key(1, 0)][0])
 
 
-def test_zero_is_no_class_if_labels_are_reduced(tmp_path):
+def test_zero_is_ignored_if_labels_are_reduced(tmp_path):
     numbers = np.array([[0, 1, 3, 255]], np.uint8)
     for split in ("training", "validation"):
         write(tmp_path, split, "a", numbers=numbers)
@@ -100,7 +100,7 @@ def test_zero_is_no_class_if_labels_are_reduced(tmp_path):
     assert load_semantic_maps(kept, 0).val[0][1].tolist() == [[0, 1, 3, 255]]
 
 
-def test_a_palette_holds_class_numbers(root):
+def test_palette_indices_are_classes(root):
     numbers = Image.open(root / "annotations/validation/v0.png")
     palette = numbers.convert("P")
     palette.putdata(np.asarray(numbers).flatten().tolist())
@@ -110,8 +110,8 @@ def test_a_palette_holds_class_numbers(root):
     assert torch.equal(load_semantic_maps(config(root), 0).val[0][1], expected)
 
 
-def grey_png(bits, rows):
-    """A PNG of grey values that are packed into bytes."""
+def gray_png(bits, rows):
+    """A PNG of gray values that are packed into bytes."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -125,8 +125,8 @@ def grey_png(bits, rows):
     ("bits", "row", "expected"),
     [(1, b"\x1b", [0, 0, 0, 1, 1, 0, 1, 1]), (2, b"\x1b", [0, 1, 2, 3]), (4, b"\x01\x23", [0, 1, 2, 3])],
 )
-def test_class_numbers_of_few_bits_are_not_spread(bits, row, expected):
-    file = io.BytesIO(grey_png(bits, [row]) + b"\0\0\0\0IEND\xaeB`\x82")
+def test_class_indices_of_few_bits_are_not_rescaled(bits, row, expected):
+    file = io.BytesIO(gray_png(bits, [row]) + b"\0\0\0\0IEND\xaeB`\x82")
     assert read_semantic_map(file).tolist() == [expected]
 
 
@@ -147,7 +147,7 @@ def test_a_file_without_its_partner_is_refused(root, folder, named):
 
 
 @pytest.mark.parametrize("damage", ["size", "class", "colors", "bytes"])
-def test_a_pair_that_cannot_be_used_is_noted_and_counts_nowhere(root, tmp_path, damage):
+def test_unusable_pairs_are_noted_and_do_not_count(root, tmp_path, damage):
     file = root / "annotations/validation/v0.png"
     if damage == "size":
         Image.fromarray(np.ones((31, 53), np.uint8)).save(file)
@@ -168,7 +168,7 @@ def test_training_takes_the_next_pair_instead(root):
     assert torch.isfinite(train[Key(0, 0)][0]).all()
 
 
-def test_damaged_data_stop_if_asked_to(root):
+def test_damaged_data_raise_an_error_if_configured(root):
     (root / "annotations/validation/v0.png").write_bytes(b"")
     data = load_semantic_maps(config(root, unreadable="stop"), 0)
     with pytest.raises(DataError):
@@ -185,13 +185,13 @@ def test_damaged_data_stop_if_asked_to(root):
         ({"num_classes": 1}, "num_classes"),
     ],
 )
-def test_values_that_cannot_be_used_are_refused(root, options, key):
+def test_invalid_values_are_refused(root, options, key):
     with pytest.raises(ValueError) as caught:
         config(root, **options)
     assert key in str(caught.value)
 
 
-def test_names_must_fit_the_number_of_classes(root):
+def test_the_number_of_names_must_match_num_classes(root):
     (root / "names.txt").write_text("wall\nsky\n")
     with pytest.raises(SpecError) as caught:
         load_semantic_maps(config(root, class_map=str(root / "names.txt")), 0)

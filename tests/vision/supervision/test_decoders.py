@@ -40,7 +40,7 @@ def test_single_decoder() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_single_decoder_leaves_python() -> None:
+def test_single_decoder_can_be_exported() -> None:
     """Scripted, and exported for any number of images."""
     decoder, x = SingleDecoder(10, 8, channels=2).eval(), torch.randn(3, 3, 5, 10)
     exported = torch.export.export(decoder, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", max=7)},))

@@ -180,7 +180,7 @@ def test_half_precision() -> None:
     assert_close(result["loss"], create_task()(*data)["loss"], rtol=2e-2, atol=2e-2)
 
 
-def test_it_learns_to_see_and_to_tell() -> None:
+def test_training_reduces_every_loss() -> None:
     task, (images, labels) = create_task(), batch(4, 32)
     task.supervised().model.columns.memory = "store"  # the same gradients for the least work
     images = F.interpolate(images[..., ::8, ::8], 32, mode="bilinear")  # smooth, so that a decoder can draw them
@@ -218,7 +218,7 @@ def test_accuracy_of_every_head() -> None:
     assert_close(task.get_eval_model()(images), logits[3])
 
 
-def test_checkpoints_hold_the_model_alone() -> None:
+def test_checkpoints_contain_only_the_model() -> None:
     task, data = create_task(), batch()
     task.setup_ema(decay=0.5)
     optimizer = torch.optim.SGD(task.parameters(), 0.1)

@@ -59,7 +59,7 @@ def test_values_in_the_padding_do_not_count():
     assert torch.equal(found, attention(queries, references, ramps(), SIZES, padded))
 
 
-def test_heads_look_in_different_directions_at_first():
+def test_initial_heads_sample_in_different_directions():
     attention = DeformableAttention(8, 4, 1, points=2)
     offsets = attention.offsets.bias.view(4, 1, 2, 2)
     torch.testing.assert_close(offsets[:, 0, 0], torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]), rtol=0, atol=1e-6)

@@ -44,7 +44,7 @@ def test_positive_copies_are_near_and_negative_ones_further():
     assert negative.max() < 2.001
 
 
-def test_groups_are_as_many_as_give_the_copies():
+def test_the_number_of_groups_follows_the_number_of_copies():
     _, found = noisy()
     assert found.groups == GROUPS
     assert found.contents.shape == (len(COUNTS), 2 * GROUPS * MOST, DIM)
@@ -60,7 +60,7 @@ def test_copies_have_the_embeddings_of_their_labels():
         assert not contents[image, :, :, count:].any()
 
 
-def test_half_of_the_label_noise_is_wrong():
+def test_labels_are_wrong_at_half_the_noise_rate():
     torch.manual_seed(1)
     module = ContrastiveDenoising(997, DIM, QUERIES, COPIES, label_noise=0.5)
     labels = torch.zeros(101, 103, dtype=torch.long)
@@ -68,7 +68,7 @@ def test_half_of_the_label_noise_is_wrong():
     assert abs(wrong - 0.25) < 0.02
 
 
-def test_groups_see_neither_one_another_nor_are_seen():
+def test_groups_do_not_attend_to_each_other():
     blocked = noisy()[1].blocked
     copies, size = 2 * GROUPS * MOST, 2 * MOST
     for row in range(copies + QUERIES):
@@ -86,7 +86,7 @@ def test_pairs_lead_to_the_objects_of_copies():
         torch.testing.assert_close(found.references[image, pairs.queries], item.boxes[pairs.objects])
 
 
-def test_of_many_objects_as_many_as_queries_have_copies():
+def test_at_most_as_many_objects_as_queries_are_copied():
     found = noisy(counts=(13, 2))[1]
     assert found.contents.shape[1] == 2 * 2 * QUERIES  # groups of 5 positive copies; 11 // 5 of them
     assert found.pairs[0].objects.max() == QUERIES - 1

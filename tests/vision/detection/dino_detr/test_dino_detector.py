@@ -80,13 +80,13 @@ def test_detections_are_those_of_torchvision_s_detectors():
         assert (item["boxes"][:, 2:] <= torch.tensor(size[::-1])).all()
 
 
-def test_more_objects_than_queries_give_finite_losses():
+def test_more_objects_than_queries_have_finite_losses():
     boxes = [[index, index, index + 9, index + 13] for index in range(17)]
     losses = trained(build(), detection_batch(((boxes, [1] * 17), ([], []))))
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_boxes_of_no_area_do_not_count():
+def test_boxes_without_an_area_do_not_count():
     plain = detection_batch()
     odd = detection_batch((([[5, 7, 31, 41], [40, 10, 83, 57], [9, 9, 9, 30]], [1, 3, 2]), ([[11, 3, 53, 47]], [2])))
     torch.testing.assert_close(trained(build(), odd), trained(build(), plain))
@@ -169,7 +169,7 @@ def test_losses_of_two_processes_are_those_of_all_images_on_average(tmp_path):
         ({"kernel_sizes": 3}, "backbone", "component-failed"),
     ],
 )
-def test_options_that_cannot_be_used_are_refused(options, key, code):
+def test_invalid_options_are_refused(options, key, code):
     with pytest.raises(ValueError) as caught:
         build(**options)
     assert (caught.value.key, caught.value.code) == (key, code)

@@ -47,7 +47,7 @@ def costs(found, item):
     return 2 * (yes - no)[:, item.labels] + 5 * distance - 2 * overlap
 
 
-def test_no_assignment_costs_less():
+def test_the_assignment_has_the_least_cost():
     found, item = predicted(), objects(3)
     cost = costs(found, item)
     pairs = hungarian_pairs(found, [item])[0]
@@ -56,14 +56,14 @@ def test_no_assignment_costs_less():
     torch.testing.assert_close(cost[pairs.queries, pairs.objects].sum(), least)
 
 
-def test_of_more_objects_than_queries_some_have_no_pair():
+def test_more_objects_than_queries_leave_some_unmatched():
     item = TargetBoxes(torch.rand(7, 4), torch.zeros(7, dtype=torch.long), SIDES)
     pairs = hungarian_pairs(predicted(), [item])[0]
     assert sorted(pairs.queries.tolist()) == list(range(QUERIES))
     assert len(set(pairs.objects.tolist())) == QUERIES
 
 
-def test_predictions_that_are_not_numbers_leave_the_loss_to_say_so():
+def test_nan_predictions_have_a_nan_loss():
     found = predicted()
     found = ScoredBoxes(found.scores, found.boxes * torch.nan)
     pairs = hungarian_pairs(found, [objects(2)])
@@ -86,7 +86,7 @@ def test_losses_are_those_of_the_definition():
     torch.testing.assert_close(set_losses(found, items, pairs, "_0"), expected)
 
 
-def test_boxes_of_no_area_give_finite_losses_and_gradients():
+def test_boxes_without_an_area_have_finite_losses_and_gradients():
     boxes = torch.tensor([[[0.5, 0.5, 0, 0]] * QUERIES], requires_grad=True)
     found, item = ScoredBoxes(predicted().scores, boxes), TargetBoxes(boxes[0, :1].detach(), torch.tensor([1]), SIDES)
     losses = set_losses(found, [item], hungarian_pairs(found, [item]))

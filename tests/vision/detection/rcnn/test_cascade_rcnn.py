@@ -96,7 +96,7 @@ def test_a_cascade_without_masks_needs_none():
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("content", [NOTHING, (NOTHING[0], ([[11, 3, 53, 47]], [2]))], ids=["none", "one"])
-def test_images_without_objects_give_finite_gradients(name, content):
+def test_images_without_objects_have_finite_gradients(name, content):
     model = build(name)
     losses = trained(model, content)
     assert all(torch.isfinite(loss) for loss in losses.values())
@@ -105,7 +105,7 @@ def test_images_without_objects_give_finite_gradients(name, content):
 
 
 @pytest.mark.parametrize("content", [NOTHING, None], ids=["none", "objects"])
-def test_images_without_proposals_give_finite_losses_and_statistics(content):
+def test_images_without_proposals_have_finite_losses_and_statistics(content):
     model = build()
     model.rpn._post_nms_top_n = {"training": 0, "testing": 0}
     assert all(torch.isfinite(loss) for loss in trained(model, content).values())
@@ -114,7 +114,7 @@ def test_images_without_proposals_give_finite_losses_and_statistics(content):
         assert all(torch.isfinite(item["scores"]).all() for item in model.eval()(detection_batch()[0]))
 
 
-def test_images_smaller_than_every_anchor_give_finite_gradients():
+def test_images_smaller_than_every_anchor_have_finite_gradients():
     model = build().train()
     target = {"boxes": torch.tensor([[2.0, 3.0, 11.0, 13.0]]), "labels": torch.tensor([1])}
     losses = model([torch.randn(3, 17, 19)], [{**target, "masks": torch.ones(1, 17, 19)}])
@@ -171,7 +171,7 @@ def broken(name, value):
         (broken("semantic_map", torch.full(SIZES[1], STUFF)), "targets.1.semantic_map", "out-of-range"),
     ],
 )
-def test_a_target_that_does_not_fit_is_named(untrained, change, key, code):
+def test_mismatched_targets_are_named(untrained, change, key, code):
     images, targets = detection_batch()
     change(targets)
     with pytest.raises(ValueError) as caught:
@@ -207,7 +207,7 @@ def test_images_of_other_shapes_are_refused(untrained, images, code):
         ("test_revcol", 3, {"memory": {"budget": "1GiB"}}, "memory", "conflicting-values"),
     ],
 )
-def test_a_backbone_that_does_not_fit_is_refused(backbone, classes, options, key, code):
+def test_unsuitable_backbones_are_refused(backbone, classes, options, key, code):
     with pytest.raises(ValueError) as caught:
         cascade_mask_rcnn(backbone, classes, **options)
     assert (caught.value.key, caught.value.code) == (key, code)
@@ -228,14 +228,14 @@ def test_a_backbone_that_does_not_fit_is_refused(backbone, classes, options, key
         ({"score_threshold": "high"}, "wrong-type"),
     ],
 )
-def test_options_that_cannot_be_used_are_refused(build, options, code):
+def test_invalid_options_are_refused(build, options, code):
     with pytest.raises(ValueError) as caught:
         build("test_revcol", 3, **options)
     assert (caught.value.key, caught.value.code) == (next(iter(options)), code)
 
 
 @pytest.mark.parametrize(("classes", "code"), [(0, "out-of-range"), ("x", "wrong-type")])
-def test_stuff_classes_that_cannot_be_used_are_refused(classes, code):
+def test_invalid_stuff_classes_are_refused(classes, code):
     with pytest.raises(ValueError) as caught:
         htc("test_revcol", 3, classes)
     assert (caught.value.key, caught.value.code) == ("stuff_classes", code)

@@ -88,7 +88,7 @@ def soft_one_by_one(boxes, scores, labels, overlap, limit):
 
 @settings(max_examples=31, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), limit=st.sampled_from([5, 100]))
-def test_soft_suppression_lowers_scores_one_box_after_another(seed, limit):
+def test_soft_suppression_lowers_scores_box_by_box(seed, limit):
     generator = torch.Generator().manual_seed(seed)
     start = torch.rand(17, 2, generator=generator) * 11
     boxes = torch.cat([start, start + 1 + torch.rand(17, 2, generator=generator) * 13], 1)

@@ -63,7 +63,7 @@ def anchors_of(size=SIZE):
     return RegionProposals(5).anchor_generator(ImageList(torch.zeros(1, 3, *padded), [size]), maps)[0], maps
 
 
-def test_anchors_lie_at_the_strides_and_are_not_rounded():
+def test_anchors_are_at_the_strides_and_not_rounded():
     anchors, maps = anchors_of()
     centers, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
     first = 0
