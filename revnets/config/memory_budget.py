@@ -229,7 +229,8 @@ class BudgetSpec(Strict):
     @model_validator(mode="after")
     def _of_the_host(self) -> BudgetSpec:
         for key in ("link", "flops"):
-            if self.host is None and key in self.model_fields_set:
+            # A saved run lists all keys.
+            if self.host is None and getattr(self, key) != type(self).model_fields[key].default:
                 text = f"{key} has no effect without host memory"
                 raise problem(text, "Add `host: 64GiB`, or remove this key", key, code="conflicting-values")
         return self

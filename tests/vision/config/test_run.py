@@ -29,6 +29,11 @@ def test_recipes_are_found_by_name_and_come_back_from_plain_data(recipe):
     assert load_config(yaml.safe_load(yaml.safe_dump(config.plain()))) == config
 
 
+def test_a_memory_budget_comes_back_from_plain_data():
+    config = load_config({**RUN, "memory": {"budget": "1GiB"}})
+    assert load_config(config.plain()) == config
+
+
 def test_model_from_a_file_is_read_relative_to_it_and_can_be_overridden(tmp_path, monkeypatch):
     (tmp_path / "nets").mkdir()
     (tmp_path / "nets" / "net.yaml").write_text(yaml.safe_dump(NET))

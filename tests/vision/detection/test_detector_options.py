@@ -11,7 +11,6 @@ from vision.detection import DINO, cascade_mask_rcnn, dino, htc
 from vision.detection.dino_detr import dino_detector
 
 
-
 def options(function):
     """Keyword-only options with their defaults."""
     parameters = signature(function).parameters.values()
