@@ -46,13 +46,17 @@ class DetectionStep(nn.Module):
         return self.detector(list(images), [self._target(image) for image in images])
 
     def _target(self, image: Tensor) -> Target:
-        """Return boxes with a quarter of the image's sides, spread over it, with every key that a detector may read."""
+        """Return boxes with a quarter of the image's sides, spread over it, and other keys that the detector reads."""
         height, width = image.shape[-2:]
         corners = torch.arange(self.objects, device=image.device) / self.objects * 0.75
         left, top = corners * width, (corners * 7 % 0.75) * height
-        return {
+        target = {
             "boxes": torch.stack([left, top, left + width / 4, top + height / 4], 1),
             "labels": torch.ones(self.objects, dtype=torch.long, device=image.device),
-            "masks": torch.ones(self.objects, height, width, dtype=torch.uint8, device=image.device),
-            "semantic_map": torch.zeros(height, width, dtype=torch.uint8, device=image.device),
         }
+        heads = getattr(self.detector, "roi_heads", None)
+        if len(getattr(heads, "mask_heads", ())):
+            target["masks"] = torch.ones(self.objects, height, width, dtype=torch.uint8, device=image.device)
+        if getattr(heads, "semantic", None) is not None:
+            target["semantic_map"] = torch.zeros(height, width, dtype=torch.uint8, device=image.device)
+        return target

@@ -79,9 +79,9 @@ class PositionEncoding(original.Mask2FormerSinePositionEmbedding):
     def forward(
         self, shape: torch.Size, device: torch.device | str, dtype: torch.dtype, mask: Tensor | None = None
     ) -> Tensor:
-        build: Any = self.build_sine_position_embedding
+        build = getattr(self.build_sine_position_embedding, "__wrapped__", self.build_sine_position_embedding)
         options = (self.num_position_features, self.normalize, self.scale, self.temperature, mask)
-        return build.__wrapped__(shape, device, dtype, *options)
+        return build(shape, device, dtype, *options)
 
 
 PARTS = {kind.__bases__[0]: kind for kind in (PixelLayer, QueryLayer, MaskLosses, MaskMatcher, PositionEncoding)}

@@ -1,4 +1,4 @@
-"""CKA: the estimator against its definition, its known identities, and what it says of the states of a net."""
+"""CKA: the estimator compared with its definition, known identities, and the CKA of a network's states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def related(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two Gram matrices that have something to do with each other."""
+    """Return two correlated Gram matrices."""
     x = drawn(n, 3, seed=seed)
     return gram(x), gram(torch.cat([x[:, :1] ** 2, drawn(n, 2, seed=seed + 1)], dim=1))
 
@@ -82,7 +82,7 @@ def test_identities() -> None:
 
 
 def test_independent_data_have_a_mean_cka_near_0() -> None:
-    """Even for few samples of many features, where the biased estimator would be near 1."""
+    """Also for few samples of many features, for which the biased estimator is near 1."""
     found = [float(cka(gram(drawn(16, 200, seed=seed)), gram(drawn(16, 200, seed=1000 + seed)))) for seed in range(200)]
     assert abs(np.mean(found)) < 0.02
     assert np.std(found) < 0.2
@@ -125,7 +125,7 @@ def states_by_hand(net, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("sizes", [(29,), (11, 13, 5)])
 def test_similarity_of_a_network(net, sizes: tuple[int, ...]) -> None:
-    """Against NumPy on features that are kept; labels are one-hot and a little more, as in the official code."""
+    """Compared with NumPy on stored features. Labels are one-hot plus a small value, as in the official code."""
     batches = batches_of(*sizes)
     sums = np.zeros((6, 3))
     own = np.zeros(2)

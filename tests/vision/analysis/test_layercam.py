@@ -49,7 +49,7 @@ def test_maps_and_gradients_are_those_of_store_bit_for_bit(memory: str | list[st
 
 
 def test_maps_are_the_equation() -> None:
-    """Against states that are computed without the engine, and loops over channels."""
+    """Compared with states computed without the engine, and with loops over channels."""
     net, x = small("exact").double(), images(dtype=torch.float64)
     states = states_by_hand(net, x)
     for state in states:
@@ -67,7 +67,7 @@ def test_maps_are_the_equation() -> None:
 
 
 def test_the_gradient_of_a_state_matches_finite_differences() -> None:
-    """A state of the middle column, moved a little while the forward goes on."""
+    """Perturb a state of the middle column during the forward pass."""
     net, x, index, at, step = small().double(), images(1, torch.float64), 4, (0, 2, 1, 3), 1e-6
     states: list[Tensor] = []
     with observed(net.columns, lambda _, state: states.append(state)):

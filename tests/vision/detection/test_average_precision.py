@@ -1,4 +1,4 @@
-"""Average precision, against pycocotools."""
+"""Average precision compared with pycocotools."""
 
 import contextlib
 import io
@@ -51,7 +51,7 @@ def annotated(generator):
 
 
 def detected(generator, image):
-    """Boxes near those of the image, and others."""
+    """Return boxes near the annotated ones, and others."""
     found = [(np.array(item.box) + generator.normal(0, 2, 4), item.label) for item in image.objects]
     for _ in range(3):
         left, top, width, height = generator.uniform(3, 60, 4)
@@ -70,7 +70,7 @@ def detected(generator, image):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A file, an evaluator that has seen all of its images."""
+    """Return an evaluator to which all images of a file were added."""
     generator, path = np.random.default_rng(1), tmp_path_factory.mktemp("coco") / "instances.json"
     path.write_text(json.dumps(annotated(generator)))
     annotations = read_coco(path)

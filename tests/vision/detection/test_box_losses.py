@@ -17,7 +17,7 @@ def random_boxes(generator, shape=(61,)):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_values_and_gradients_are_those_of_torchvision(dtype):
-    """For boxes that overlap, touch or lie apart, some of them without an area."""
+    """The boxes overlap, touch or are disjoint, and some have no area."""
     generator = torch.Generator().manual_seed(0)
     boxes, goals = (random_boxes(generator).to(dtype) for _ in range(2))
     results = []

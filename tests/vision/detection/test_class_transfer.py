@@ -1,4 +1,4 @@
-"""Detectors that begin with the weights of one for other classes."""
+"""Initialization of detectors from detectors with other classes."""
 
 import pytest
 import torch

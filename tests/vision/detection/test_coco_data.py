@@ -1,4 +1,4 @@
-"""Training and validation sets out of files of COCO."""
+"""Training and validation sets read from COCO files."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from vision.detection.coco_data import NOT_COUNTED, load_coco
 from vision.errors import DataError
 
 PLAIN = {"hflip": 0.0, "crop": 0.0, "short_sides": [48], "long_side": 64}
-"""Options without which training images are as their files."""
+"""Options that disable augmentation."""
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def root(tmp_path):
 
 
 def changed(root, split, change):
-    """Write a file of annotations with a change."""
+    """Write an annotation file after a change."""
     found = coco_files.read(root, split)
     change(found)
     coco_files.write(root, split, found)
@@ -37,7 +37,7 @@ def pixels(image, config):
 
 
 def wrong_colors(image, target, config):
-    """The share of pixels of masks that have the color of another class, or of none."""
+    """Return the fraction of mask pixels whose color belongs to another class or to none."""
     distances = (pixels(image, config)[None] - torch.tensor(COLORS).float()[:, :, None, None]).abs().amax(1)
     wrong, total = 0, 0
     for mask, label in zip(target["masks"].bool(), target["labels"], strict=True):

@@ -1,4 +1,4 @@
-"""The json files of COCO."""
+"""Reading of COCO's JSON files."""
 
 import json
 
@@ -14,7 +14,7 @@ BOX = [10, 4, 6, 8]
 
 
 def data(**changes):
-    """Two images, categories with holes between their ids, one annotation."""
+    """Two images, categories with non-consecutive ids, and one annotation."""
     return {
         "images": [
             {"id": 40, "file_name": "a.jpg", "height": 31, "width": 47},

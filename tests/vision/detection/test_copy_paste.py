@@ -1,4 +1,4 @@
-"""Objects of one image in front of those of another."""
+"""Copy-paste augmentation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Memory of the training step of a whole detector: predicted on tensors without values, and measured."""
+"""Predicted and measured memory of the training step of a whole detector."""
 
 from functools import partial
 
@@ -37,7 +37,7 @@ def build(name, **options):
 
 
 def planned_peak(step, memory):
-    """The peak without weights, in bytes."""
+    """Return the predicted peak without weights, in bytes."""
     row = revnets.plan(step, SHAPE, modes=[memory], optimizer="none").modes[0]
     return row.peak - row.parameters
 
@@ -86,7 +86,7 @@ def _plan_synchronized(expected, name, rank):
 
 @pytest.mark.parametrize("name", ["cascade", "dino"])
 def test_processes_plan_without_communication(tmp_path, name):
-    """Without a collective, and with the norms of GPUs."""
+    """Plans use no collectives and support SyncBatchNorm."""
     expected = planned_peak(DetectionStep(build(name, memory="store"), OBJECTS), "store")
     in_two_processes(partial(_plan_synchronized, expected, name), tmp_path)
 

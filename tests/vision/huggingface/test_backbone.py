@@ -15,7 +15,7 @@ from vision.errors import CheckpointError
 from vision.huggingface import RevColBackbone, RevColBackboneConfig, RevColForImageClassification
 
 SIZE = (67, 97)
-"""Of images: prime, and no multiple of the strides."""
+"""Sides of images: primes, not multiples of the strides."""
 
 
 def backbone(**options):

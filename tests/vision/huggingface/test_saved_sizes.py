@@ -1,4 +1,4 @@
-"""What a `config.json` asks for is compared with the weights beside it, before anything is allocated."""
+"""A `config.json` is compared with the saved weights before memory is allocated."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def change(folder, **values):
 
 @pytest.fixture(autouse=True)
 def no_room():
-    """Memory for what is here, and none for what a configuration may ask for."""
+    """Limit the memory, so that a test fails if a large model is allocated."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + 2**31

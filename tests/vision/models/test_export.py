@@ -1,4 +1,4 @@
-"""The family leaves Python: compiled, exported, traced, as ONNX; and what TorchScript is told."""
+"""RevCol models compiled, exported, traced and in ONNX, and the error of TorchScript."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [
     ),
 ]
 STRIDES = {"test_revcol": 32, "test_revcol_vit": 16}
-"""Of the coarsest level: exported images have multiples of it as their sides."""
+"""Stride of the coarsest level, of which the sides of exported images are multiples."""
 
 
 @pytest.fixture(scope="module", params=STRIDES)
@@ -30,7 +30,7 @@ def model(request: pytest.FixtureRequest) -> vision.RevCol:
 
 
 def sizes(model: vision.RevCol) -> tuple[tuple[int, int], dict[int, Dim], list[tuple[int, int]]]:
-    """Sides of an example, free axes, and sides to try."""
+    """Return the sides of an example, dynamic axes, and sides to test."""
     stride = STRIDES[model.pretrained_cfg["architecture"]]
     free = {0: Dim("batch", max=64), 2: stride * Dim("rows", max=16), 3: stride * Dim("columns", max=16)}
     return (2 * stride, 3 * stride), free, [(2 * stride, 3 * stride), (3 * stride, 2 * stride)]
@@ -38,7 +38,7 @@ def sizes(model: vision.RevCol) -> tuple[tuple[int, int], dict[int, Dim], list[t
 
 @pytest.fixture(scope="module")
 def program(model: vision.RevCol) -> torch.export.ExportedProgram:
-    """For any batch and sides. `torch.onnx.export` would make it of a model by the same call."""
+    """For any batch size and sides, as `torch.onnx.export` does with a model."""
     example, free, _ = sizes(model)
     with torch.no_grad():
         return torch.export.export(model, (torch.randn(2, 3, *example),), dynamic_shapes=(free,))
@@ -70,7 +70,7 @@ def test_exported_for_any_batch_and_sides(model: vision.RevCol, program: torch.e
 
 @torch.no_grad()
 def test_an_example_of_the_native_size_exports_a_program_for_any_size() -> None:
-    """There position embeddings need no interpolation, which must not become a condition."""
+    """Position embeddings need no interpolation there, which must not specialize the program."""
     model = timm.create_model("test_revcol_vit", num_classes=11, columns=2, depths=(1, 1, 1, 1)).eval()
     free = {0: Dim("batch"), 2: 16 * Dim("rows"), 3: 16 * Dim("columns")}
     other = torch.export.export(model, (torch.randn(2, 3, 96, 96),), dynamic_shapes=(free,)).module()

@@ -1,4 +1,4 @@
-"""A memory budget of a timm model is planned whatever entry the training goes through."""
+"""A memory budget of a timm model is planned for every entry point of training."""
 
 from __future__ import annotations
 

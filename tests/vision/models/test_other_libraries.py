@@ -22,14 +22,14 @@ OPTIONS = {
 
 
 def snippet(file):
-    """The names that a file of the page defines."""
+    """Return the names that a code block of the page defines."""
     names: dict = {}
     exec(re.search(rf"```py\n# {file}\n(.*?)```", PAGE, flags=re.DOTALL)[1], names)
     return names
 
 
 def gradients(model, step):
-    """Those of every parameter for each memory mode; `step` gives the loss."""
+    """Return the gradients of all parameters for each memory mode; `step` computes the loss."""
     columns = next(module for module in model.modules() if isinstance(module, ReversibleColumns))
     found = []
     for memory in ("store", "exact"):

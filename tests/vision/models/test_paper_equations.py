@@ -1,4 +1,4 @@
-"""The family computes what the paper writes down, and is grouped for layer-wise decay as the paper's release does."""
+"""The models compute the paper's equations and are grouped for layer-wise decay as in the release."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import vision
 
 
 def randomized(name: str, **options) -> vision.RevCol:
-    """In float64, with weights that are no zeros and no ones, so that every parameter matters."""
+    """Return a float64 model whose weights are neither 0 nor 1, so that every parameter matters."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=11, **options).double().eval()
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_temperature_of_attention_is_bounded() -> None:
 
 
 def published_layer_id(key: str, depths: list[int], highest: int) -> int:
-    """Depth in the grid: the stem 0, block b of column j at b + j + 1, heads above all."""
+    """Depth in the grid: the stem is 0, block b of column j is b + j + 1, and heads are last."""
     if key.startswith("stem"):
         return 0
     if not key.startswith("columns"):

@@ -1,4 +1,4 @@
-"""Learning rates and weight decay of models around a RevCol, against those of the classifier."""
+"""Learning rates and weight decay of models with a RevCol backbone compared with those of the classifier."""
 
 from __future__ import annotations
 

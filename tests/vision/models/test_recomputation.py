@@ -1,4 +1,4 @@
-"""Parts of a model that keep no activations."""
+"""Recomputation of activations in backward."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The published sizes of every model: parameters and multiply-accumulates, without allocating any of them."""
+"""The published parameters and multiply-accumulates of every model, on the meta device."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def millions(module: torch.nn.Module) -> float:
 
 
 def unused_gains(model: vision.RevCol) -> float:
-    """The first column of the published code has gains that scale nothing. They are counted there and missing here."""
+    """The first column of the published code has unused gains, which count there but not here."""
     return sum(level.dim for level in model.spec.levels) / 1e6
 
 

@@ -1,4 +1,4 @@
-"""The family as timm sees it: what timm's own tests ask of a model, and what RevCol adds."""
+"""The timm interface of RevCol models: the checks of timm's own tests, and extensions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_unknown_initialization() -> None:
 
 @torch.no_grad()
 def test_inference_makes_no_copy() -> None:
-    """From the stem to the classifier, everything is a view or a result; a hidden copy would be one of these."""
+    """From the stem to the classifier every tensor is a view or a result, and none of these operators copies."""
     model = create("test_revcol").eval()
     with OpCounter() as counter:
         model(images(model))
@@ -161,7 +161,7 @@ def test_pruned_features_are_those_of_the_whole_model(name: str) -> None:
 
 @pytest.mark.parametrize("index", range(4))
 def test_every_trainable_parameter_of_a_pruned_model_gets_a_gradient(name: str, index: int) -> None:
-    """DDP waits in vain for a parameter without one; cells of earlier columns may reach no level that is left."""
+    """DDP requires it. Cells of earlier columns may not contribute to any remaining level."""
     features = create(name, features_only=True, out_indices=(index,)).train()
     sum(out.square().sum() for out in features(images(features.model))).backward()
     for parameter in features.parameters():

@@ -40,7 +40,7 @@ def millions(model):
 
 
 def rates(config, model):
-    """The peak rate of each parameter as a part of the configured one, and its weight decay, by name."""
+    """Return the relative learning rate and the weight decay of each parameter by name."""
     groups = builders.build_optimizer(config, model, 16).param_groups
     found = {id(p): (group.get("lr_scale", 1.0), group["weight_decay"]) for group in groups for p in group["params"]}
     return {name: found[id(parameter)] for name, parameter in model.named_parameters()}

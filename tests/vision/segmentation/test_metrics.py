@@ -11,7 +11,7 @@ from vision.segmentation.metrics import IoUEvaluator
 
 
 def by_sets(predicted, expected, classes):
-    """The IoU of each class from sets of pixels, with the pixels of class 255 left out."""
+    """Return the mean IoU from sets of pixels, ignoring class 255."""
     pixels = [index for index, label in enumerate(expected.flatten().tolist()) if label != 255]
     predicted, expected = predicted.flatten().tolist(), expected.flatten().tolist()
     scores = []

@@ -99,7 +99,7 @@ def test_checkpointed_heads_are_saved_with_the_segmenter(name, tmp_path):
 
 
 def test_mask2former_is_that_of_transformers():
-    """With its loss and gradients, though its modules have other classes."""
+    """Loss and gradients equal those of transformers' own class bit for bit."""
     model = build("mask2former")
     original = Mask2FormerForUniversalSegmentation(model.config)
     original.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""Images with class maps in the folders of ADE20K."""
+"""Images with class maps in the directory layout of ADE20K."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ COLORS = np.array([[0, 0, 0], [200, 30, 30], [30, 200, 30], [30, 30, 200]], np.u
 
 
 def write(root, split, name, height=37, width=53, numbers=None):
-    """A picture of three stripes, each in the color of its class, and its map."""
+    """An image with three stripes in the colors of their classes, and its map."""
     if numbers is None:
         numbers = np.repeat(np.arange(1, 4, dtype=np.uint8), -(-width // 3))[:width]
         numbers = np.tile(numbers, (height, 1))
@@ -50,7 +50,7 @@ def config(root, **options):
 
 
 def colors_of(image, settings):
-    """The class whose color each pixel (3, H, W) is nearest to."""
+    """Return the class with the nearest color for each pixel of (3, H, W)."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
     pixels = (image * std + mean) * 255
     distances = (pixels[None] - torch.tensor(COLORS[1:]).float()[:, :, None, None]).square().sum(1)
@@ -111,7 +111,7 @@ def test_palette_indices_are_classes(root):
 
 
 def gray_png(bits, rows):
-    """A PNG of gray values that are packed into bytes."""
+    """Return a PNG of gray values packed into bytes."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

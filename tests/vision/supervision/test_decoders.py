@@ -1,4 +1,4 @@
-"""The decoders of intermediate supervision, against the operators that they are made of."""
+"""The decoders of intermediate supervision compared with their operators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vision.supervision.supervised import Supervised, reconstruction_loss
 
 
 def test_staged_decoder() -> None:
-    """Each stage against the operators that the paper's decoder is made of, channels first."""
+    """Each stage equals the operators of the paper's decoder, channels first."""
     decoder = StagedDecoder([4, 6, 10], [4, 8, 16]).double()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

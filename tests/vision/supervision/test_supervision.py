@@ -1,4 +1,4 @@
-"""Intermediate supervision: where the heads stand, what the loss is, that it is learned, and that it goes away."""
+"""Intermediate supervision: positions of the heads, the loss, training, and removal of the heads."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_does_not_fit_the_model() -> None:
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 5, 8])
 def test_compound_loss(columns: int) -> None:
-    """Against the features of every column of plain forwards through shorter nets, for any number of columns."""
+    """The features equal those of forward passes through shorter networks, for any number of columns."""
     task, (images, labels) = create_task(columns), batch()
     result = task(images, labels)
     supervised = task.supervised()
@@ -115,7 +115,7 @@ def test_compound_loss(columns: int) -> None:
 
 @pytest.mark.parametrize("memory", ["recompute", "exact", ("exact", "store", "recompute", "exact", "exact")])
 def test_gradients_are_those_of_store(memory) -> None:
-    """Taps hand out states in the middle of the tape; every bit of the gradient must survive it."""
+    """Intermediate outputs from the middle of the tape do not change a bit of the gradients."""
     grads = []
     for mode in ("store", memory):
         task = create_task(5, memory=mode, drop_path_rate=0.3)
@@ -138,7 +138,7 @@ def test_inverted_columns_come_near() -> None:
 
 
 def test_memory_under_a_budget() -> None:
-    """What is planned is the step with the heads."""
+    """The plan covers the step with the heads."""
     task = create_task(memory={"budget": "1GiB"})
     task(*batch())["loss"].backward()
     supervised = task.supervised()
@@ -255,7 +255,7 @@ def test_compiled_cells() -> None:
 
 @pytest.mark.parametrize("coarse", [False, True])
 def test_layer_decay_of_a_supervised_model(coarse: bool) -> None:
-    """The model's groups; the heads are where its classifier is."""
+    """The groups are the model's, and the heads are in the group of its classifier."""
     task = create_task()
     supervised = task.supervised()
     inner = group_parameters(supervised.model, supervised.model.group_matcher(coarse), reverse=True)

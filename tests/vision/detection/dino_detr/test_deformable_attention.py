@@ -1,4 +1,4 @@
-"""Deformable attention against what it must give for maps whose values are known everywhere."""
+"""Deformable attention on maps with known values."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ DIM, HEADS = 6, 2
 
 
 def identity_attention(points=3):
-    """Attention whose values and output are what comes in."""
+    """Attention with identity projections of values and output."""
     attention = DeformableAttention(DIM, HEADS, len(SIZES), points)
     with torch.no_grad():
         for linear in (attention.value, attention.output):

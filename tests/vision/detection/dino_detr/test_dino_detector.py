@@ -26,7 +26,7 @@ def build(**options):
 
 
 def trained(model, batch=None):
-    """The losses of one step, with its gradients."""
+    """Return the losses of one step after its backward pass."""
     torch.manual_seed(2)
     losses = model.train()(*(batch or detection_batch()))
     sum(losses.values()).backward()
@@ -148,7 +148,7 @@ def _compare_mean(expected, rank):
 
 
 def test_losses_of_two_processes_are_those_of_all_images_on_average(tmp_path):
-    """Though the images have different numbers of objects."""
+    """Also if the images have different numbers of objects."""
     with torch.no_grad():
         expected = build(denoising=0).train()(*images_of_one_size())
     in_two_processes(partial(_compare_mean, expected), tmp_path)

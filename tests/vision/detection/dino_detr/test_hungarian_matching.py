@@ -1,4 +1,4 @@
-"""Pairs and losses against a search through all assignments, and against their definitions."""
+"""Matching compared with an exhaustive search, and losses compared with their definitions."""
 
 from itertools import permutations
 

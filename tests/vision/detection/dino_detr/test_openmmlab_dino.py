@@ -1,6 +1,6 @@
 """DINO with the weights of OpenMMLab's: the same losses and the same detections, where mmdet is installed.
 
-mmdetection needs an environment of its own; docs/development/openmmlab.md has it.
+mmdetection needs a separate environment, see docs/development/openmmlab.md.
 """
 
 import re

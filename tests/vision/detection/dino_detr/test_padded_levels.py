@@ -1,4 +1,4 @@
-"""Images alone and padded in a batch with larger ones."""
+"""Images alone and padded in a batch with larger images."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ SMALL, LARGE = (96, 64), (160, 192)
 
 
 class Head(nn.Module):
-    """All of the detector behind its backbone, without norms of whole maps, which see the padding."""
+    """The detector without its backbone and without norms over whole maps, which depend on the padding."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Head(nn.Module):
 
 
 def varied(model):
-    """Weights with which everything matters: offsets, heads and queries depend on the image."""
+    """Perturb all weights, so that offsets, heads and queries depend on the image."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -43,7 +43,7 @@ def varied(model):
 
 
 def batch_of_two():
-    """Maps of a large and of a small image, with garbage around the small one, and where the padding is."""
+    """Return maps of a large and a small image, with random values in the padding, and the padding mask."""
     maps = [
         torch.randn(2, channels, LARGE[0] // stride, LARGE[1] // stride)
         for channels, stride in zip(CHANNELS, STRIDES, strict=True)

@@ -32,7 +32,7 @@ def untrained():
 
 
 def trained(model, content=None):
-    """The losses of one step, with its gradients."""
+    """Return the losses of one step after its backward pass."""
     torch.manual_seed(2)
     losses = model.train()(*detection_batch() if content is None else detection_batch(content))
     sum(losses.values()).backward()
@@ -46,7 +46,7 @@ def gradients(model):
 
 @pytest.fixture(scope="module", params=BUILDERS)
 def stored(request):
-    """A name, its gradients and its buffers after a step that keeps everything."""
+    """A name, and its gradients and buffers after a step in mode `store`."""
     model = build(request.param, memory="store")
     return request.param, gradients(model), dict(model.named_buffers())
 

@@ -1,4 +1,4 @@
-"""What HTC adds to a cascade."""
+"""The components that HTC adds to a cascade."""
 
 import pytest
 import torch

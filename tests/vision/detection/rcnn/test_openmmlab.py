@@ -1,6 +1,6 @@
 """Cascade Mask R-CNN and HTC against mmdetection with the same weights.
 
-mmdetection needs an environment of its own; docs/development/openmmlab.md has it.
+mmdetection needs a separate environment, see docs/development/openmmlab.md.
 """
 
 import copy
@@ -190,7 +190,7 @@ def test_losses_equal_those_of_mmdetection(pair):
 
 
 def smooth(module):
-    """Replace ReLUs, whose kinks turn a rounding error into another gradient."""
+    """Replace ReLUs, whose kinks turn rounding errors into different gradients."""
     for name, child in module.named_children():
         if isinstance(child, nn.ReLU):
             setattr(module, name, nn.Softplus())

@@ -1,4 +1,4 @@
-"""Anchors, matches and codes of boxes."""
+"""Anchors, samples, matches and codes of boxes."""
 
 import math
 
@@ -31,7 +31,7 @@ def random_boxes(count, generator, side=23):
 
 
 def matches_one_by_one(objects, boxes, positive, negative, low_quality):
-    """The steps of mmdetection's `MaxIoUAssigner`, in plain Python."""
+    """mmdetection's `MaxIoUAssigner` in plain Python."""
     table = [[intersection_over_union(one, box) for box in boxes.tolist()] for one in objects.tolist()]
     found = []
     for column in zip(*table, strict=True):
