@@ -16,7 +16,7 @@ def is_simulated(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-def chosen_rows(mask: Tensor, most: int) -> Tensor:
+def rows_where(mask: Tensor, most: int) -> Tensor:
     """Return the indices (K,) where a mask (N,) is true.
 
     Args:

@@ -183,7 +183,7 @@ def test_a_semantic_map_with_other_classes_cannot_be_used(root, tmp_path):
 def test_omitted_annotations_are_reported(root):
     changed(root, "train", lambda found: found["annotations"][0].update(bbox=[1, 1, 0, 0]))
     (remark,) = load_coco(settings(root), 0).remarks
-    assert "1 with boxes of no area" in remark
+    assert "1 with boxes that have no area" in remark
 
 
 @pytest.mark.parametrize("damage", ["bytes", "size", "missing", "folder"])

@@ -78,7 +78,7 @@ def test_a_crowd_is_marked(tmp_path):
 def test_unusable_annotations_are_omitted_and_counted(tmp_path, changes):
     found = read(tmp_path, data(annotations=[annotation(), annotation(**changes), annotation()]))
     assert sum(len(image.objects) for image in found.images) == 2
-    assert "instances.json: 1 annotations are left out" in found.remark
+    assert "instances.json: 1 annotations are omitted" in found.remark
 
 
 def test_objects_need_no_mask_where_masks_are_not_read(tmp_path):

@@ -46,7 +46,7 @@ def planned_peak(step, memory):
 @pytest.mark.parametrize(("memory", "recomputes"), [("store", False), ("exact", False), ("exact", True)])
 def test_the_peak_of_a_detector_is_predicted(name, memory, recomputes):
     step = DetectionStep(build(name, memory=memory, checkpoint_heads=recomputes), OBJECTS)
-    assert planned_peak(step, memory) == pytest.approx(peak_bytes(step, torch.randn(SHAPE)), rel=0.01)
+    assert 0.999 < planned_peak(step, memory) / peak_bytes(step, torch.randn(SHAPE)) < 1.03
 
 
 def test_the_plan_is_an_upper_bound_for_fewer_sampled_boxes():

@@ -15,7 +15,7 @@ from vision.detection.box_losses import giou_losses
 from vision.detection.rcnn.region_proposals import BoxSampler, FloatBoxCoder, OverlapMatcher
 from vision.detection.rcnn.roi_pooling import RoIPool
 from vision.detection.training_targets import Target
-from vision.models.simulated_values import chosen_rows
+from vision.models.simulated_values import rows_where
 
 GIOU_WEIGHT = 10.0
 
@@ -105,7 +105,7 @@ class BoxStage(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the cross entropy of all boxes and 10 times the GIoU loss of boxes with objects, per sampled box."""
         labels, goals = samples.labels(targets), samples.goals(targets)
-        positive = chosen_rows(labels > 0, len(targets) * self.sampler.most_positive)
+        positive = rows_where(labels > 0, len(targets) * self.sampler.most_positive)
         found = self._decoded(codes[positive], torch.cat(samples.boxes)[positive], labels[positive])
         regression = giou_losses(found, goals[positive]).sum() / len(labels)
         return F.cross_entropy(scores, labels), GIOU_WEIGHT * regression

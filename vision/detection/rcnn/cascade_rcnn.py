@@ -19,7 +19,7 @@ from vision.detection.rcnn.suppression import best_detections
 from vision.detection.training_targets import Target, checked_targets, padded_batch
 from vision.models.architecture import RevCol
 from vision.models.recomputation import recomputed
-from vision.models.simulated_values import chosen_rows
+from vision.models.simulated_values import rows_where
 
 OVERLAPS = (0.5, 0.6, 0.7)
 CODE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
@@ -89,7 +89,7 @@ class CascadeHeads(nn.Module):
             losses[f"loss_classifier_{number}"] = weight * classification
             losses[f"loss_box_reg_{number}"] = weight * regression
             moved = stage.refined(scores, codes, samples.boxes, sizes, samples.labels(targets))
-            boxes = [places[chosen_rows(~own, len(own))] for places, own in zip(moved, samples.is_object, strict=True)]
+            boxes = [places[rows_where(~own, len(own))] for places, own in zip(moved, samples.is_object, strict=True)]
             if len(self.mask_heads):
                 positive = with_objects(self.mask_samples(stage, samples, boxes, targets), stage.sampler.most_positive)
                 logits = self.run(self.mask_logits, number - 1, levels, positive.boxes, semantic)
@@ -272,5 +272,5 @@ def build_detector(
 
 def with_objects(samples: SampledBoxes, most: int) -> SampledBoxes:
     """Return the boxes that have an object, at most `most` of each image."""
-    kept = [chosen_rows(matches >= 0, most) for matches in samples.matches]
+    kept = [rows_where(matches >= 0, most) for matches in samples.matches]
     return SampledBoxes(*([part[rows] for part, rows in zip(parts, kept, strict=True)] for parts in samples))

@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 from vision.detection.feature_pyramid import STRIDES
 from vision.detection.training_targets import Target
 from vision.models.recomputation import recomputed
-from vision.models.simulated_values import chosen_rows, is_simulated
+from vision.models.simulated_values import is_simulated, rows_where
 
 BACKGROUND, IGNORED_BOX = -1, -2
 """Matches of boxes that do not overlap any object enough, and of boxes that do not count."""
@@ -65,7 +65,7 @@ class RegionProposals(RegionProposalNetwork):
             height, width = target["image_size"]
             inside = (places[:, :2] >= 0).all(1) & (places[:, 2] < width) & (places[:, 3] < height)
             matches = torch.full_like(inside, IGNORED_BOX, dtype=torch.long)
-            rows = chosen_rows(inside, len(inside))
+            rows = rows_where(inside, len(inside))
             matches[rows] = self.matcher(target["boxes"], places[rows])
             labels.append(torch.where(matches >= 0, 1.0, torch.where(matches == BACKGROUND, 0.0, -1.0)))
             matched = torch.cat([target["boxes"], target["boxes"].new_zeros(2, 4)])[matches]
@@ -164,7 +164,7 @@ class BoxSampler(BalancedPositiveNegativeSampler):
 
 def _drawn(mask: Tensor, count: int, most: int) -> Tensor:
     """Draw at most `count` of the indices where a mask is true, of which there are at most `most`."""
-    rows = chosen_rows(mask, most)
+    rows = rows_where(mask, most)
     return rows[torch.randperm(len(rows), device=rows.device)[:count]].sort().values
 
 

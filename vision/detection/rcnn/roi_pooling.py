@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from vision.detection.feature_pyramid import STRIDES
-from vision.models.simulated_values import chosen_rows
+from vision.models.simulated_values import rows_where
 
 FINEST_SCALE = 56
 """Boxes smaller than twice this side, in pixels, are pooled from the finest level. The next levels double the limit."""
@@ -41,9 +41,8 @@ class RoIPool(nn.Module):
         level = (side / FINEST_SCALE + 1e-6).log2().floor().clamp(0, len(STRIDES) - 1)
         pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], self.size, self.size)
         for index, stride in enumerate(STRIDES):
-            rows = chosen_rows(
-                level == index, len(rois) if index == 0 else 0
-            )  # a simulated step pools all from one level
+            most = len(rois) if index == len(STRIDES) - 1 else 0  # backward needs the most memory for the last level
+            rows = rows_where(level == index, most)
             values = roi_align(levels[index], rois[rows], self.size, 1 / stride, 0, aligned=True)
             pooled = pooled.index_put((rows,), values.to(pooled.dtype))
         if semantic is not None:
