@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
 from revnets.config.errors import ArgumentError, show
-from vision.models.simulated_values import is_simulated
+from vision.models.simulated_values import is_simulated, rows_where
 
 Target = dict[str, Any]
 """Objects of an image: `boxes` (N, 4) as (left, top, right, bottom), `labels` (N,), `masks` (N, H, W) and others."""
@@ -92,18 +92,21 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
     if masks and target["masks"].shape != (len(boxes), *size):
         found, expected = tuple(target["masks"].shape), (len(boxes), *size)
         raise _target_error(number, "masks", f"has the shape {found}, not {expected}", "shape-mismatch")
-    if is_simulated(boxes):
-        return {**target, "boxes": boxes, "labels": labels, "image_size": size}
-    for name, values in (("boxes", boxes), ("masks", target["masks"] if masks else boxes)):
-        if values.is_floating_point() and not torch.isfinite(values).all():
+    if not is_simulated(boxes):
+        _check_values(number, boxes, labels, target["masks"] if masks else None, num_classes)
+    boxes = clip_boxes_to_image(boxes, size)
+    kept = rows_where((boxes[:, 2:] > boxes[:, :2]).all(1), len(boxes))
+    objects = {**target, "boxes": boxes, "labels": labels}
+    return {**objects, "image_size": size, **{name: objects[name][kept] for name in names}}
+
+
+def _check_values(number: int, boxes: Tensor, labels: Tensor, masks: Tensor | None, num_classes: int) -> None:
+    for name, values in (("boxes", boxes), ("masks", masks)):
+        if values is not None and values.is_floating_point() and not torch.isfinite(values).all():
             raise _target_error(number, name, "has values that are not finite", "not-finite")
     if len(boxes) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
         found = sorted({int(labels.min()), int(labels.max())})
         raise _target_error(number, "labels", f"has {found}, outside the range 1 to {num_classes}", "out-of-range")
-    boxes = clip_boxes_to_image(boxes, size)
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    objects = {**target, "boxes": boxes, "labels": labels}
-    return {**objects, "image_size": size, **{name: objects[name][kept] for name in names}}
 
 
 def _target_error(number: int, name: str, problem: str, code: str) -> ArgumentError:

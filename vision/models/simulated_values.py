@@ -43,4 +43,4 @@ def use_local_statistics(model: nn.Module) -> None:
     """Turn SyncBatchNorm layers into BatchNorm layers, because a simulated step has one process and no GPU."""
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = nn.BatchNorm2d
+            module.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]

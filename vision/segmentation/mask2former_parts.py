@@ -52,9 +52,9 @@ class MaskMatcher(original.Mask2FormerHungarianMatcher):
         self,
         masks_queries_logits: Tensor,
         class_queries_logits: Tensor,
-        mask_labels: list[Tensor],
-        class_labels: list[Tensor],
-    ) -> list[tuple[Tensor, Tensor]]:
+        mask_labels: Any,
+        class_labels: Any,
+    ) -> Any:
         """Return the indices of matched queries and masks for each image."""
         if not is_simulated(masks_queries_logits):
             return super().forward(masks_queries_logits, class_queries_logits, mask_labels, class_labels)

@@ -188,7 +188,7 @@ class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
     def targets(self, maps: Tensor, most: int | None = None) -> dict[str, Any]:
         """Return the masks (classes in the image, H, W) and the classes of each image."""
         if is_simulated(maps):
-            classes = [torch.arange(most or self.config.num_labels, device=maps.device) for _ in maps]
+            classes = [torch.arange(most or int(self.config.num_labels or 0), device=maps.device) for _ in maps]
         else:
             classes = [present[present != IGNORED] for present in map(torch.unique, maps)]
         masks = [(pixels == present[:, None, None]).float() for pixels, present in zip(maps, classes, strict=True)]

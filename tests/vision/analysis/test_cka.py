@@ -163,12 +163,12 @@ def test_no_features_outlive_their_batch(net) -> None:
 def test_too_few_images_and_a_single_class_are_errors(net) -> None:
     few = similarity(net, net.columns, batches_of(3))
     assert few.samples == 0
-    with raises_error(code="too-few-samples", key="--batch", names=["0 images", "needs 4"]):
+    with raises_error(code="too-few-samples", key="--batch", names=["0 readable images", "needs 4"]):
         few.require_defined()
     images, labels = batches_of(9)[0]
     alike = similarity(net, net.columns, [(images, torch.zeros_like(labels))])
     assert alike.images.isfinite().all()
-    with raises_error(code="too-few-samples", key="--batch", names=["9 images", "one class"]):
+    with raises_error(code="too-few-samples", key="--batch", names=["9 images", "same class"]):
         alike.require_defined()
 
 

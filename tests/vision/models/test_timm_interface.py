@@ -264,7 +264,7 @@ def test_size_of_images_of_the_isotropic_models() -> None:
     x = torch.randn(1, 3, 128, 128)
     assert_close(small.eval()(x), large.eval()(x))  # either way the same interpolation
     assert small(torch.randn(1, 3, 97, 50)).shape == (1, 11)
-    with raises_error(code="not-divisible", source="test_revcol_vit", names=["img_size 100", "patch 16"]):
+    with raises_error(code="not-divisible", source="test_revcol_vit", names=["100", "patch 16"]):
         create("test_revcol_vit", img_size=100)
 
 

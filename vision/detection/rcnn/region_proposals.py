@@ -130,7 +130,7 @@ class StridedAnchors(AnchorGenerator):
         ):
             y, x = (torch.arange(count, device=device) * stride for count in level.shape[-2:])
             centers = torch.stack([*torch.meshgrid(x, y, indexing="xy")] * 2, -1)
-            boxes = centers[:, :, None] + self.generate_anchors(sizes, ratios, device=device)
+            boxes = centers[:, :, None] + self.generate_anchors(list(sizes), list(ratios), device=device)
             anchors.append(boxes.flatten(0, 2))
         return [torch.cat(anchors)] * len(image_list.image_sizes)
 
