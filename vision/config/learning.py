@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -61,6 +61,29 @@ class OptimizerConfig(Strict):
         return 1.0 if self.lr_base_size is None else images / self.lr_base_size
 
 
+REPLACED_BY = {"warmup_updates": "warmup_epochs", "warmup_ratio": "warmup_lr"}
+"""Keys of a schedule, and the key that each replaces where it is given."""
+
+USED_BY = {"power": ("poly",), "milestones": ("step",), "decay_rate": ("step",), "min_lr": ("cosine", "poly")}
+"""Keys of a schedule that only schedules of these names use."""
+
+CLEARABLE = (*REPLACED_BY.values(), *USED_BY)
+"""Keys of a schedule that may be null, which means the same as to omit them."""
+
+
+def unused_keys(schedule: Mapping[str, Any]) -> set[str]:
+    """Keys at their defaults, or absent, that a schedule does not use."""
+    fields = ScheduleConfig.model_fields
+    name = schedule.get("name", fields["name"].default)
+    unused = {other for key, other in REPLACED_BY.items() if schedule.get(key) is not None}
+    unused |= {key for key, names in USED_BY.items() if name not in names}
+    return {key for key in unused if _plain(schedule.get(key, fields[key].default)) == _plain(fields[key].default)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 class ScheduleConfig(Strict):
     """The learning rate, set anew before every update: linear warm-up, then `name`."""
 
@@ -81,29 +104,32 @@ class ScheduleConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        pairs = {"warmup_updates": "warmup_epochs", "warmup_ratio": "warmup_lr"}
-        for key, other in pairs.items():
-            if getattr(self, key) is not None and self._is_given(other):
-                text = f"{other} is {getattr(self, other):g}, and {key} says the same in another unit"
-                raise problem(text, "Give one of the two", key, code="conflicting-values")
-        owners = {"power": ("poly",), "milestones": ("step",), "decay_rate": ("step",)}
-        for key, names in owners.items():
-            if self.name not in names and self._is_given(key):
-                remedy = f"Remove the key, or set name: {names[0]}"
-                raise problem(f"{self.name} does not use it", remedy, key, code="conflicting-values")
+        for key, other in REPLACED_BY.items():
+            if other in self.model_fields_set and getattr(self, key) is not None:
+                text = f"{getattr(self, key):g}, but {other}: {getattr(self, other):g} sets the same in another unit"
+                raise problem(text, "Give one of the two, or set one to null", key, code="conflicting-values")
+        for key in unused_keys({"name": self.name}):
+            if key in self.model_fields_set:
+                hint = f"Remove the key, set it to null, or set name: {' or '.join(USED_BY[key])}"
+                raise problem(f"the schedule {self.name} does not use it", hint, key, code="conflicting-values")
         if self.name == "step":
-            if self._is_given("min_lr"):
-                raise problem("step has no least rate", "Remove the key", "min_lr", code="conflicting-values")
             if not self.milestones:
-                remedy = "Give the epochs after which the rate falls, as in [27, 33]"
-                raise problem("this key is missing", remedy, "milestones", code="missing-key")
+                hint = "Give the epochs after which the rate falls, as in [27, 33]"
+                raise problem("this key is missing", hint, "milestones", code="missing-key")
             if not all(low < high for low, high in pairwise((0.0, *self.milestones))):
-                text = f"{list(self.milestones)} do not rise from above 0"
-                raise problem(text, "Give them in order", "milestones", code="out-of-range")
+                text = f"{list(self.milestones)} is not an increasing list of positive numbers"
+                raise problem(text, "Give the milestones in order", "milestones", code="out-of-range")
         return self
 
-    def _is_given(self, key: str) -> bool:
-        return getattr(self, key) != type(self).model_fields[key].default
+    def require_below(self, lr: float) -> None:
+        """Require that the rate falls from `lr` to `min_lr`, where the schedule uses `min_lr`.
+
+        Raises:
+            PydanticCustomError: `min_lr` is above `lr`.
+        """
+        if self.name in USED_BY["min_lr"] and self.min_lr > lr:
+            text = f"{self.min_lr:g} is above optimizer.lr, which is {lr:g}"
+            raise problem(text, f"Give at most {lr:g}", "schedule", "min_lr", code="conflicting-values")
 
     def require_length(self, epochs: int, updates: int | None) -> None:
         """The warm-up and the milestones are within a run of so many epochs or, if given, updates.

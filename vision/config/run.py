@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -28,6 +27,7 @@ from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig, SourcesConfig
 from vision.config.heads import require_heads
 from vision.config.learning import (
+    CLEARABLE,
     EmaConfig,
     Heads,
     MixupConfig,
@@ -36,58 +36,10 @@ from vision.config.learning import (
     PretrainedConfig,
     ScheduleConfig,
     SupervisionConfig,
+    unused_keys,
 )
+from vision.config.library_models import LibraryModel, TimmModel, TransformersModel, read_model
 from vision.paths import FOLDERS
-
-
-class LibraryModel(BaseModel):
-    """A model of another library; other keys than its name are arguments of it."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class TimmModel(LibraryModel):
-    """A model out of timm's registry, to which the RevCol family belongs."""
-
-    timm: str
-
-    @field_validator("timm")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        import timm
-
-        if not timm.is_model(name):
-            raise problem(
-                f"timm has no model {name!r}", nearest(name, timm.list_models(), "It has"), code="unknown-model"
-            )
-        return name
-
-
-class TransformersModel(LibraryModel):
-    """A language model of transformers by its type, such as gpt2; arguments are those of its configuration."""
-
-    hf: str
-
-
-LIBRARIES = {"timm": (TimmModel, "revcol_tiny"), "hf": (TransformersModel, "gpt2")}
-"""Models of other libraries, by the key that gives a model's name there, each with an example."""
-
-
-def _model(value: Any, info: ValidationInfo) -> Any:
-    if isinstance(value, str):  # a path, which load_config has read
-        return (info.context or {}).get("net", value)
-    library = next((key for key in LIBRARIES if isinstance(value, dict) and key in value), None)
-    if library is None:
-        return value
-    kind, example = LIBRARIES[library]
-    if not isinstance(value[library], str):
-        remedy = f"Give the name of a model, such as {example}"
-        raise problem(what(value[library]), remedy, library, code="wrong-type")
-    return kind(**value)
 
 
 MAX_COUNT = 2**31 - 1
@@ -143,7 +95,7 @@ class TrainConfig(Strict):
     model_config = ConfigDict(title="training run")
 
     # keys of a net, the path of its YAML, or {timm: name, argument: value, ...}; for texts {hf: type, ...}
-    model: Annotated[NetSpec | TimmModel | TransformersModel | str, BeforeValidator(_model)] = Field(
+    model: Annotated[NetSpec | TimmModel | TransformersModel | str, BeforeValidator(read_model)] = Field(
         examples=["net.yaml"]
     )
     output: UserPath = Field(examples=["runs/mine"], min_length=1)  # folder of this run
@@ -206,10 +158,11 @@ class TrainConfig(Strict):
     def _consistent(self) -> Self:
         if self.heads is not None or not isinstance(self.data, DigitsConfig):
             require_heads(self.data, self.heads)
-        if self.updates is not None and self.epochs != type(self).model_fields["epochs"].default:
-            text = f"the run is {self.updates} updates long, and {self.epochs} epochs as well"
-            raise problem(text, "Remove the key, or set updates: null", "epochs", code="conflicting-values")
+        if self.updates is not None and "epochs" in self.model_fields_set:
+            text = f"{self.epochs} epochs, but updates: {self.updates} sets the length of the run as well"
+            raise problem(text, "Remove one of them, or set it to null", "epochs", code="conflicting-values")
         self.schedule.require_length(self.epochs, self.updates)
+        self.schedule.require_below(self.optimizer.lr)
         if self.mixup and self.batch_size % 2:
             text = f"mixup pairs images, and {self.batch_size} is odd"
             raise problem(text, "Give an even number", "batch_size", code="conflicting-values")
@@ -292,8 +245,11 @@ class TrainConfig(Strict):
         return self.epochs * of_epoch if self.updates is None else self.updates
 
     def plain(self) -> dict[str, Any]:
-        """The run as plain data that `load_config` accepts, for checkpoints and YAML."""
-        return self.model_dump(mode="json")
+        """The run as plain data that `load_config` accepts, for checkpoints and YAML.
+
+        Keys that another key replaces are omitted, because `load_config` refuses both together.
+        """
+        return without_unused(self.model_dump(mode="json"))
 
 
 def load_config(
@@ -327,12 +283,37 @@ def load_config(
     model = config.data.get("model")
     if not isinstance(model, str):
         layers.apply(overrides)
+        _drop_nulls(layers.data)
         return layers.check(TrainConfig, trust=trust)
+    _drop_nulls(config.data)
     given_here = any(text.strip().startswith("model=") for text in outer)
     folder = Path.cwd() if given_here or isinstance(source, Mapping) else source.parent
     words = [text.strip().removeprefix("model.") for text in inner]
     spec = load_spec(folder / os.path.expanduser(model), words, trust=trust)
     return config.check(TrainConfig, net=spec, trust=trust)
+
+
+def without_unused(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the keys at their defaults that another key replaces.
+
+    Checkpoints of earlier versions have all keys, and a key that is present counts as set by the user.
+    """
+    config = dict(config)
+    if config.get("updates") and config.get("epochs") == TrainConfig.model_fields["epochs"].default:
+        del config["epochs"]
+    if isinstance(config.get("schedule"), Mapping):
+        unused = unused_keys(config["schedule"])
+        config["schedule"] = {key: value for key, value in config["schedule"].items() if key not in unused}
+    return config
+
+
+def _drop_nulls(data: dict[str, Any]) -> None:
+    """Remove keys that are null in place: an override or a file can so take back what a base file sets."""
+    schedule = data.get("schedule")
+    for place, keys in ((data, ("epochs",)), (schedule, CLEARABLE)):
+        for key in keys:
+            if isinstance(place, dict) and key in place and place[key] is None:
+                del place[key]
 
 
 def _file_of(path: Path) -> Path:

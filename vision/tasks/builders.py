@@ -28,7 +28,8 @@ from revnets.config.errors import PartError, nearest
 from revnets.config.imports import imported
 from revnets.config.memory_budget import BudgetSpec
 from vision.config.learning import OptimizerConfig
-from vision.config.run import TASKS, TimmModel, TrainConfig, TransformersModel
+from vision.config.library_models import TimmModel, TransformersModel
+from vision.config.run import TASKS, TrainConfig
 from vision.distributed.context import World
 from vision.errors import first_line, run_error
 from vision.revcol import ARGUMENTS

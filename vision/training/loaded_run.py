@@ -21,7 +21,7 @@ from revnets.config.errors import ArgumentError, SpecError
 from vision.checkpoints import reader
 from vision.checkpoints.layout import TO_EVALUATE
 from vision.config.data import images_in
-from vision.config.run import TrainConfig, load_config
+from vision.config.run import TrainConfig, load_config, without_unused
 from vision.data.class_subsets import class_difference
 from vision.data.dataset import ImageData, load_data
 from vision.data.decoding import Exif, converted
@@ -241,7 +241,7 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, trust: b
         remedy = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
         raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy, code="missing-config")
     state = reader.read(path, needed=TO_EVALUATE)
-    config = _without_weights(state["config"])
+    config = without_unused(_without_weights(state["config"]))
     checkpoint = Checkpoint(path, _bounded(load_config(config, overrides, trust=trust, name=str(path)), path), state)
     _require_size(checkpoint)
     return checkpoint

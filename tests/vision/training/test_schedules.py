@@ -10,7 +10,7 @@ import torch
 from tests.support.errors import raises_error
 from tests.support.training_runs import TINY, assert_same, tiny
 from vision.checkpoints import reader
-from vision.config.run import load_config
+from vision.config.run import load_config, without_unused
 from vision.tasks import builders
 from vision.training.run_log import LOG, read_log
 from vision.training.trainer import Trainer
@@ -61,11 +61,15 @@ def test_a_cosine_over_updates():
     ("words", "code", "key"),
     [
         (["epochs=5", "updates=100"], "conflicting-values", "epochs"),
+        (["epochs=30", "updates=100"], "conflicting-values", "epochs"),  # 30 is the default
         (["updates=0"], "out-of-range", "updates"),
         (["schedule.warmup_epochs=1", "schedule.warmup_updates=5"], "conflicting-values", "schedule.warmup_updates"),
         (["schedule.warmup_lr=0.1", "schedule.warmup_ratio=0.1"], "conflicting-values", "schedule.warmup_ratio"),
+        (["schedule.warmup_epochs=0.0", "schedule.warmup_updates=5"], "conflicting-values", "schedule.warmup_updates"),
+        (["schedule.warmup_lr=0.000001", "schedule.warmup_ratio=0.1"], "conflicting-values", "schedule.warmup_ratio"),
         (["schedule.warmup_ratio=2"], "out-of-range", "schedule.warmup_ratio"),
         (["schedule.power=2"], "conflicting-values", "schedule.power"),
+        (["schedule.power=1.0"], "conflicting-values", "schedule.power"),
         (["schedule.milestones=[3]"], "conflicting-values", "schedule.milestones"),
         (["schedule.decay_rate=0.5"], "conflicting-values", "schedule.decay_rate"),
         (["schedule.name=step"], "missing-key", "schedule.milestones"),
@@ -73,6 +77,11 @@ def test_a_cosine_over_updates():
         (["schedule={name: step, milestones: [0]}"], "out-of-range", "schedule.milestones"),
         (["schedule={name: step, milestones: [30]}"], "conflicting-values", "schedule.milestones"),
         (["schedule={name: step, milestones: [3], min_lr: 0.1}"], "conflicting-values", "schedule.min_lr"),
+        (["schedule={name: step, milestones: [3], min_lr: 0.000001}"], "conflicting-values", "schedule.min_lr"),
+        (["schedule={name: constant, min_lr: 0.1}"], "conflicting-values", "schedule.min_lr"),
+        (["schedule={name: constant, min_lr: 0.000001}"], "conflicting-values", "schedule.min_lr"),
+        (["schedule.min_lr=0.1", "optimizer.lr=0.01"], "conflicting-values", "schedule.min_lr"),
+        (["schedule.name=poly", "optimizer.lr=0.0000001"], "conflicting-values", "schedule.min_lr"),
         (["updates=9", "schedule.warmup_updates=9"], "conflicting-values", "schedule.warmup_updates"),
         (["updates=9", "schedule={name: step, milestones: [9]}"], "conflicting-values", "schedule.milestones"),
     ],
@@ -80,6 +89,29 @@ def test_a_cosine_over_updates():
 def test_contradictions_are_refused(words, code, key):
     with raises_error(code=code, key=key):
         load_config({"model": TINY["model"], "output": "x"}, words)
+
+
+def test_a_conflict_names_the_base_file_and_null_resolves_it(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("epochs: 30\nschedule: {name: cosine, warmup_epochs: 0.5, min_lr: 1.0e-6}\n")
+    settings = {"base": str(base), "model": TINY["model"], "output": "x"}
+    with raises_error(code="conflicting-values", key="epochs", source=base):
+        load_config(settings, ["updates=100"])
+    config = load_config({**settings, "updates": 100}, ["epochs=null"])
+    assert (config.updates, config.schedule.min_lr) == (100, 1e-6)
+    with raises_error(code="conflicting-values", key="schedule.min_lr", source=base):
+        load_config(settings, ["schedule.name=constant"])
+    config = load_config({**settings, "schedule": {"name": "constant", "min_lr": None, "warmup_epochs": None}})
+    assert (config.schedule.name, config.schedule.warmup_epochs) == ("constant", 0)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["updates=9"], ["schedule={name: constant, warmup_updates: 4, warmup_ratio: 0.5}"]]
+)
+def test_a_saved_configuration_is_accepted_again(words):
+    config = load_config({"model": TINY["model"], "output": "x"}, words)
+    assert load_config(config.plain()) == config
+    assert load_config(without_unused(config.model_dump(mode="json"))) == config  # as earlier versions saved it
 
 
 @pytest.mark.parametrize(
@@ -99,7 +131,9 @@ def test_a_warm_up_as_long_as_the_run_is_refused_when_its_epochs_are_known(words
 def values(output, updates):
     """The tiny run, whose epochs have 5 updates, with a length in updates."""
     schedule = {"name": "step", "milestones": [3, 6], "warmup_updates": 2}
-    return {**copy.deepcopy(tiny(output, updates=updates, schedule=schedule)), "epochs": 30}
+    values = copy.deepcopy(tiny(output, updates=updates, schedule=schedule))
+    del values["epochs"]
+    return values
 
 
 @pytest.fixture(scope="module")
