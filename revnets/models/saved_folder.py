@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,17 @@ FREE_ELEMENTS = 2**20
 
 
 def require_config(folder: Path) -> None:
-    """Check that the configuration of a directory is a regular file of acceptable size.
+    """Check that a directory has the configuration of a whole model, in a regular file of acceptable size.
 
     Raises:
-        revnets.SpecError: it is not.
+        revnets.SpecError: the configuration is not a regular file or too large, its weights are quantized, or the
+            directory has an adapter of peft.
     """
-    path = folder / "config.json"
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.exists():  # transformers would load the base model that it names, from anywhere
+        problem = "an adapter of peft is not a whole model"
+        hint = "Load its base model and then peft.PeftModel.from_pretrained, or save the merged model"
+        raise SpecError(str(adapter), "", problem, hint, code="wrong-format")
     try:
         require_regular(path)
         if path.exists() and path.stat().st_size > MAX_CONFIG:
@@ -35,6 +41,22 @@ def require_config(folder: Path) -> None:
             raise SpecError(str(path), "", problem, "Use the file of the model", code="too-large")
     except OSError as error:
         raise SpecError(str(path), "", error.strerror or "cannot be read", code="not-a-file") from None
+    values = None
+    if path.exists():
+        with suppress(OSError, ValueError, RecursionError):  # reported where the values are used
+            values = json.loads(path.read_bytes())
+    require_unquantized(path, values)
+
+
+def require_unquantized(path: Path, values: Any) -> None:
+    """Check that a configuration describes weights that are not quantized.
+
+    Raises:
+        revnets.SpecError: it has the key `quantization_config`.
+    """
+    if isinstance(values, Mapping) and values.get("quantization_config") is not None:
+        problem = "quantized weights are not supported"
+        raise SpecError(str(path), "quantization_config", problem, "Use the unquantized model", code="reserved-key")
 
 
 @contextmanager

@@ -13,7 +13,13 @@ from transformers import PreTrainedConfig
 
 from revnets import SpecError
 from revnets.config.errors import show, what
-from revnets.models.saved_folder import MAX_CONFIG, configuration_errors, require_config, require_room
+from revnets.models.saved_folder import (
+    MAX_CONFIG,
+    configuration_errors,
+    require_config,
+    require_room,
+    require_unquantized,
+)
 from revnets.utils.regular_files import read_regular
 from vision.huggingface.configuration import MAX_LABELS, RevColBackboneConfig
 from vision.revcol import variants
@@ -49,6 +55,7 @@ def require_fitting(kind: Any, source: Any, options: Mapping[str, Any]) -> None:
             return
     with configuration_errors(path):
         values = given.to_dict() if isinstance(given, PreTrainedConfig) else _read(path)
+        require_unquantized(path, values)
         _require_labels(path, values)
         if kind.config_class is not RevColBackboneConfig:
             _require_backbone(path, values, kind.config_class.model_type)

@@ -73,6 +73,29 @@ def test_more_columns_than_a_network_has_are_refused(folder):
         RevColBackbone.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", [RevColBackbone, RevColForImageClassification, AutoModelForImageClassification])
+def test_quantized_weights_are_refused(folder, kind):
+    change(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with raises_error(code="reserved-key", key="quantization_config"):
+        kind.from_pretrained(folder)
+
+
+def test_a_quantized_configuration_object_is_refused(folder):
+    config = RevColBackboneConfig.from_pretrained(folder)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with raises_error(code="reserved-key", key="quantization_config"):
+        RevColBackbone.from_pretrained(folder, config=config)
+
+
+@pytest.mark.parametrize("kind", [RevColBackbone, RevColForImageClassification])
+def test_an_adapter_is_refused(folder, tmp_path_factory, kind):
+    """peft would load the model that it names, whose size nothing bounds."""
+    adapter = tmp_path_factory.mktemp("adapter") / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": str(folder), "peft_type": "LORA"}))
+    with raises_error(code="wrong-format", source=adapter, names="peft"):
+        kind.from_pretrained(adapter.parent)
+
+
 def test_a_subfolder_is_compared(folder):
     change(folder, dims=[2**15] * 4)
     with raises_error(code="weights-mismatch", source=folder):
@@ -168,6 +191,12 @@ def change_weights(folder, keep=lambda name: True, **new):
 def test_a_segmenter_without_all_of_its_weights_is_refused(segmenter):
     change_weights(segmenter, lambda name: name != "decode_head.classifier.weight")
     with raises_error(code="weights-mismatch", key="weights", names="decode_head.classifier.weight"):
+        UperNet.from_pretrained(segmenter)
+
+
+def test_a_quantized_segmenter_is_refused(segmenter):
+    change(segmenter, quantization_config={"quant_method": "gptq", "bits": 4})
+    with raises_error(code="reserved-key", key="quantization_config", source=segmenter / "config.json"):
         UperNet.from_pretrained(segmenter)
 
 
