@@ -40,6 +40,7 @@ class WorkQueue:
         self._waiting = {part_path(folder, shard.number).name: shard for shard in shards}
         for file in read_parts(folder):
             self._finish(file)
+            file.require_intact()  # later files are new, and written by processes of the same command
 
     def waiting(self) -> list[Shard]:
         """The shards without a label file; the folder is listed once."""

@@ -21,6 +21,7 @@ import numpy as np
 from revnets.config.errors import ConfigError, show
 from revnets.utils.atomic_files import replacing
 from vision.data.key_lists import MAX_KEY, key_texts, open_parquet
+from vision.pseudo_labels.row_digest import RowDigest
 from vision.pseudo_labels.sparse import SparseProbabilities
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class LabelFile:
         part: its number among those of the set, from 0 on.
         rows: images.
         unreadable: keys of images that could not be read and have no row.
+        digest: sha256 of metadata and rows; None in files of earlier versions.
     """
 
     path: Path
@@ -89,14 +91,17 @@ class LabelFile:
     part: int
     rows: int
     unreadable: tuple[str, ...]
+    digest: str | None = None
 
     def batches(self, rows: int = 4096) -> Iterator[LabelBatch]:
         """The rows in order, at most that many at a time.
 
         Raises:
-            revnets.SpecError: a row is no prediction, keys are not sorted, or one is also among the unreadable images.
+            revnets.SpecError: a row is no prediction, keys are not sorted, one is also among the unreadable images,
+                or, after the last row, the digest does not match.
         """
         last, seen, unreadable = "", 0, set(self.unreadable)
+        digest = _digest(self.provenance, self.part, self.unreadable)
         with open_parquet(self.path, dictionaries=["key"]) as file:
             for table in file.iter_batches(rows):
                 batch = self._batch(table, seen)
@@ -106,9 +111,21 @@ class LabelFile:
                     if key in unreadable:
                         raise _damaged(self.path, f"row {seen} has the key {show(key)} of an unreadable image")
                     last, seen = key, seen + 1
+                digest.update(batch.keys, batch.heads)
                 yield batch
         if seen != self.rows:
             raise _damaged(self.path, f"it has {seen} rows instead of {self.rows}")
+        if self.digest not in (None, digest.hexdigest()):
+            raise _damaged(self.path, "its rows do not match the digest in its metadata")
+
+    def require_intact(self) -> None:
+        """Read and check all rows.
+
+        Raises:
+            revnets.SpecError: as for `batches`.
+        """
+        for _ in self.batches(2**16):
+            pass
 
     def _batch(self, table: pa.RecordBatch, seen: int) -> LabelBatch:
         if any(column.null_count for column in table.columns):
@@ -201,7 +218,9 @@ def write_part(
         values = pa.array(sparse.classes, pa.int32()), pa.array(sparse.probabilities, pa.float16())
         columns += [pa.ListArray.from_arrays(offsets, value) for value in values]
         columns.append(pa.array(sparse.rest, pa.float16()))
-    content = {**asdict(provenance), "part": part, "unreadable": list(unreadable)}
+    digest = _digest(provenance, part, unreadable)
+    digest.update(keys, heads)
+    content = {**asdict(provenance), "part": part, "unreadable": list(unreadable), "digest": digest.hexdigest()}
     metadata = {METADATA: json.dumps(content).encode()}
     table = pa.table(columns, schema=_schema(provenance.heads).with_metadata(metadata))
     buffer = pa.BufferOutputStream()
@@ -261,13 +280,15 @@ def read_part(path: Path) -> LabelFile:
     """
     with open_parquet(path) as file:
         schema = file.schema_arrow
-        provenance, part, unreadable = _checked(path, json.loads((schema.metadata or {}).get(METADATA, b"null")))
+        provenance, part, unreadable, digest = _checked(
+            path, json.loads((schema.metadata or {}).get(METADATA, b"null"))
+        )
         if not schema.equals(_schema(provenance.heads)):
             raise _damaged(path, "its columns are not those of its heads")
         if path != part_path(path.parent, part):
             problem = f"it is a copy of {part_path(path.parent, part).name} under another name"
             raise ConfigError(str(path), "", problem, "Remove or rename it", code="name-clash")
-        return LabelFile(path, provenance, part, file.metadata.num_rows, unreadable)
+        return LabelFile(path, provenance, part, file.metadata.num_rows, unreadable, digest)
 
 
 def _schema(heads: Mapping[str, int]) -> pa.Schema:
@@ -281,8 +302,8 @@ def _schema(heads: Mapping[str, int]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _checked(path: Path, content: Any) -> tuple[Provenance, int, tuple[str, ...]]:
-    """Provenance, part and unreadable images from the metadata of a file."""
+def _checked(path: Path, content: Any) -> tuple[Provenance, int, tuple[str, ...], str | None]:
+    """Provenance, part, unreadable images and digest from the metadata of a file."""
     kinds = {"teacher": str, "data": str, "settings": dict, "heads": dict, "parts": int, "round": int, "part": int}
     if not isinstance(content, dict):
         raise ConfigError(str(path), "", "it is no file of labels", "Give the folder of some", code="wrong-format")
@@ -296,8 +317,17 @@ def _checked(path: Path, content: Any) -> tuple[Provenance, int, tuple[str, ...]
         raise _damaged(path, "its metadata have no heads with numbers of classes")
     if not 0 <= content["part"] < content["parts"] <= MAX_PARTS or content["round"] < 1:
         raise _damaged(path, f"it is part {content['part']} of {content['parts']}")
+    digest = content.get("digest")
+    if not isinstance(digest, str | None):
+        raise _damaged(path, "its digest is not text")
     values = (content[key] for key in ("teacher", "data", "settings", "heads", "parts", "round"))
-    return Provenance(*values), content["part"], tuple(unreadable)
+    return Provenance(*values), content["part"], tuple(unreadable), digest
+
+
+def _digest(provenance: Provenance, part: int, unreadable: Sequence[str]) -> RowDigest:
+    """The digest of a file before its first row."""
+    content = {**asdict(provenance), "part": part, "unreadable": list(unreadable)}
+    return RowDigest(content, provenance.heads)
 
 
 def _damaged(path: Path, problem: str, remedy: str = "Remove it and run revnets label again") -> ConfigError:

@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ from vision.labeling import work_queue
 from vision.labeling.local_engine import LabelSettings
 from vision.labeling.shards import Shard, list_shards
 from vision.labeling.teacher import load_teacher
-from vision.pseudo_labels.label_files import read_labels
+from vision.pseudo_labels.label_files import part_path, read_labels
 from vision.pseudo_labels.targets import listing_digest
 
 
@@ -185,6 +186,17 @@ def test_a_half_written_file_is_named(teacher, images, labels, tmp_path):  # noq
     for name, content in contents(labels).items():
         (tmp_path / name).write_bytes(content[: len(content) // 2] if name == "part-00002.parquet" else content)
     with raises_error(code="damaged-file", source=tmp_path / "part-00002.parquet"):
+        label(teacher, images, tmp_path)
+
+
+def test_an_exchanged_file_of_the_right_shape_is_named(teacher, images, labels, tmp_path):  # noqa: F811
+    for name, content in contents(labels).items():
+        (tmp_path / name).write_bytes(content)
+    path = part_path(tmp_path, 2)
+    table = pq.read_table(path)
+    flipped = table.take([0, *range(2, len(table)), 1]).drop(["key"]).add_column(0, "key", table["key"])
+    pq.write_table(flipped.replace_schema_metadata(table.schema.metadata), path)
+    with raises_error(code="damaged-file", source=path, names="digest"):
         label(teacher, images, tmp_path)
 
 

@@ -79,7 +79,7 @@ def test_columns_have_the_types_that_are_documented(folder):
         assert schema.field(f"{name}.probabilities").type.value_type == pa.float16()
         assert schema.field(f"{name}.rest").type == pa.float16()
     content = json.loads(schema.metadata[METADATA])
-    assert set(content) == {"teacher", "data", "settings", "heads", "parts", "round", "part", "unreadable"}
+    assert set(content) == {"teacher", "data", "settings", "heads", "parts", "round", "part", "unreadable", "digest"}
 
 
 def test_a_missing_part_is_named(folder):
@@ -142,6 +142,7 @@ def test_a_file_of_others_is_no_label_file(folder):
         {"heads": {"places": 7}},
         {"unreadable": 3},
         {"settings": None},
+        {"digest": 3},
     ],
 )
 def test_metadata_that_do_not_fit_are_refused(folder, change):
@@ -179,6 +180,27 @@ def test_rows_that_are_no_predictions_are_refused(folder, name, change):
     rewritten(path, lambda table: with_values(table, name, change))
     with raises_error(code="damaged-file", source=path, names="places"):
         list(read_labels(folder).batches())
+
+
+@pytest.mark.parametrize("size", [4, 2**16])
+def test_other_rows_of_the_same_shape_do_not_match_the_digest(folder, size):
+    path = part_path(folder, 1)
+    heads = {name: largest(values, 0.01) for name, values in dense(2).items()}
+    other = path.with_name("other")
+    write_part(other, SET, 1, keys(1), heads, ["1/broken.jpg"])
+    rewritten(path, lambda _: pq.read_table(other))
+    with raises_error(code="damaged-file", source=path, names="digest"):
+        list(read_labels(folder).batches(size))
+
+
+def test_a_file_without_a_digest_is_read(folder):
+    """Earlier versions wrote none."""
+    path = part_path(folder, 1)
+    table = pq.read_table(path)
+    content = json.loads(table.schema.metadata[METADATA])
+    del content["digest"]
+    pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(content)}), path)
+    assert len(list(read_labels(folder).batches())) == 3
 
 
 def test_keys_that_are_not_sorted_are_refused(folder):
