@@ -1,4 +1,4 @@
-"""Which sources of a run have labels of which of its heads."""
+"""Checks of the images of a run against its heads: which source has labels of which head, found by which keys."""
 
 from __future__ import annotations
 
@@ -8,39 +8,63 @@ from typing import Any
 from revnets.config.errors import nearest, problem
 from vision.config.data import ImagesConfig, SourcesConfig
 
+HEADS_HINT = "Name the sets of classes, as in heads: {in1k: 1000, places: 365}"
+
 
 def require_heads(data: Any, heads: Mapping[str, int] | None) -> None:
-    """Check which classes the images of a run have.
+    """Check the keys of each source of images that depend on the heads of a run.
 
     Args:
+        data: the key `data` of the run.
         heads: of the run; None if it has a single set of classes.
 
     Raises:
-        PydanticCustomError: images have no label of any head, or of one that is not there; or a weight has no
-            effect.
+        PydanticCustomError: a source has no labels of any head or of an unknown one, its reader has no keys to find
+            `labels` and `exclude` by, or a weight has no effect.
     """
     is_list = isinstance(data, SourcesConfig)
     sources = data.sources if isinstance(data, SourcesConfig) else [data]
     for number, source in enumerate(sources):
         place = ("data", number) if is_list else ("data",)
-        if not isinstance(source, ImagesConfig):
-            if heads is not None:
-                raise problem("the data have one set of classes", "Remove the key", "heads", code="conflicting-values")
-            continue
-        if heads is None:
-            for key in ("head", "labels", "weight"):
-                if getattr(source, key) is not None:
-                    remedy = "Name the sets of classes, as in heads: {in1k: 1000, places: 365}"
-                    raise problem("the run has no heads", remedy, *place, key, code="missing-key")
-        elif source.head is not None and source.head not in heads:
-            remedy = nearest(source.head, heads, "There are")
-            raise problem(f"there is no head {source.head!r}", remedy, *place, "head", code="unknown-choice")
-        elif source.head is None and source.labels is None:
-            remedy = "Name the head that its class folders belong to, or give labels"
-            raise problem("these images have no labels", remedy, *place, "head", code="missing-key")
+        if isinstance(source, ImagesConfig):
+            _require_labels(source, heads, place)
+            _require_keys(source, heads, place)
+        elif heads is not None:
+            raise problem("the data has one set of classes", "Remove the key", "heads", code="conflicting-values")
     if is_list and heads is None:
-        remedy = "Name the sets of classes, as in heads: {in1k: 1000, places: 365}"
-        raise problem("several sources belong to heads", remedy, "heads", code="missing-key")
+        raise problem("several sources of images need heads", HEADS_HINT, "heads", code="missing-key")
     if heads is not None and len(sources) == 1 and sources[0].weight is not None:
         place = ("data", 0) if is_list else ("data",)
-        raise problem("a single source is a whole epoch", "Remove the key", *place, "weight", code="conflicting-values")
+        text = "a weight has no effect on a single source"
+        raise problem(text, "Remove the key", *place, "weight", code="conflicting-values")
+
+
+def _require_labels(source: ImagesConfig, heads: Mapping[str, int] | None, place: tuple[str | int, ...]) -> None:
+    if heads is None:
+        for key in ("head", "labels", "weight"):
+            if getattr(source, key) is not None:
+                raise problem("the run has no heads", HEADS_HINT, *place, key, code="missing-key")
+    elif source.head is not None and source.head not in heads:
+        hint = nearest(source.head, heads, "Known heads are")
+        raise problem(f"unknown head {source.head!r}", hint, *place, "head", code="unknown-choice")
+    elif source.head is None and source.labels is None:
+        hint = "Name the head that its class folders belong to, or give labels"
+        raise problem("these images have no labels", hint, *place, "head", code="missing-key")
+
+
+def _require_keys(source: ImagesConfig, heads: Mapping[str, int] | None, place: tuple[str | int, ...]) -> None:
+    """Refuse `labels`, `exclude` and heads where the reader does not name its images."""
+    if source.name in ("folder", "tar"):
+        return
+    if source.name.startswith("wds/"):
+        if source.exclude is not None and heads is None:
+            hint = "Give the run heads, or use name: folder or tar"
+            raise problem("wds excludes images only in a run with heads", hint, *place, "exclude", code="missing-key")
+        return
+    for key in ("labels", "exclude"):
+        if getattr(source, key) is not None:
+            text = f"images of {source.name} have no keys to find them by"
+            raise problem(text, "Give name: folder, tar or wds", *place, key, code="conflicting-values")
+    if heads is not None:
+        text = f"{source.name} cannot be read in a run with heads"
+        raise problem(text, "Give name: folder, tar or wds", *place, "name", code="conflicting-values")

@@ -41,7 +41,6 @@ from vision.config.learning import (
 from vision.config.library_models import LibraryModel, TimmModel, TransformersModel, read_model
 from vision.paths import FOLDERS
 
-
 MAX_COUNT = 2**31 - 1
 """Bound of epochs, images and updates, which tensors and ranges can still hold."""
 

@@ -87,23 +87,24 @@ def training_stream(config: ImagesConfig, unreadable: Unreadable, world: World, 
 
 
 def leave_out(reader: Any, config: ImagesConfig) -> tuple[str, ...]:
-    """Leave the images of the key `exclude` out of a training set; a line about them, if there are any.
+    """Remove the images of the key `exclude` from a training set.
+
+    Returns:
+        A remark that counts removed images, and keys of the list that match no image; empty without a list.
 
     Raises:
-        revnets.SpecError: the list cannot be read, or leaves nothing.
+        revnets.SpecError: the list cannot be read, or no image remains.
     """
     if config.exclude is None:
         return ()
     from vision.data.key_lists import read_keys  # few runs have a list
 
-    if not isinstance(reader, ImageFiles):
-        problem = f"images of {config.name} have no keys"
-        raise run_error("data.exclude", problem, "Give name: folder or tar", code="conflicting-values")
+    assert isinstance(reader, ImageFiles)  # the configuration allows the key for no other reader
     keys = read_keys(config.exclude)
     reader.leave_out(keys)
     unknown = len(keys) - len(reader.left_out)
-    others = f"; {unknown} of its keys are not there" if unknown else ""
-    return (f"{config.exclude} leaves out {len(reader.left_out)} training images{others}",)
+    others = f"; {unknown} of its keys match no image" if unknown else ""
+    return (f"{config.exclude} excludes {len(reader.left_out)} training images{others}",)
 
 
 def provenance_of_exclusion(reader: Any, place: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from vision.config.run import load_config
 from vision.data.samplers import Key
 from vision.distributed.context import World
 from vision.errors import DataError
+from vision.pseudo_labels import labeled_source
 from vision.pseudo_labels.label_files import Provenance, part_path, read_labels, write_part
 from vision.pseudo_labels.label_lookup import LabelLookup, sample_key
 from vision.pseudo_labels.sparse import joined_rows, largest
@@ -126,7 +127,7 @@ def test_a_run_with_one_set_of_classes_excludes_images_too(tmp_path):
     config = {**run_of(tmp_path / "run"), "heads": None, "data": entry}
     data = create_task(load_config(config)).load_data()
     assert (len(data.train), len(data.val)) == (22, 9)
-    assert "2 training images; 1 of its keys" in data.remarks[-1]
+    assert "2 training images; 1 of its keys match no image" in data.remarks[-1]
 
 
 @pytest.mark.parametrize(
@@ -305,6 +306,51 @@ def test_streams_are_compared_with_labels_and_lists(tmp_path, shards):
             assert "val-0.tar/0_0.jpg" in data_of(tmp_path / "run", entry).remarks[-1]
     entry = stream_of(root, head="insects", labels=str(folder), train_split="train-0.tar", train_samples=6)
     assert "train-1.tar" in data_of(tmp_path / "run", entry).remarks[-1]
+
+
+def test_keys_without_a_sample_in_their_tar_are_counted(tmp_path, shards, monkeypatch):
+    root, _ = shards
+    names = ("train-0.tar/0_2.jpg", "train-0.tar/9_9.jpg", "train-0.tar/0_2/0_2.jpg", "train-1.tar/7.jpg")
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
+    entry = stream_of(root, head="insects", exclude=str(tmp_path / "list.txt"))
+    assert data_of(tmp_path / "run", entry).remarks[-1].endswith("list.txt: 3 keys match no sample of their tar")
+    monkeypatch.setattr(labeled_source, "MAX_LISTED_TARS", 1)
+    remark = data_of(tmp_path / "run", entry).remarks[-1]
+    assert remark.endswith("list.txt: 2 keys match no sample of their tar (of 1 tars checked, out of 2)")
+    (tmp_path / "list.txt").write_text(f"{names[0]}\n")
+    assert not data_of(tmp_path / "run", entry).remarks
+
+
+READERS = {"folder": True, "tar": True, "wds": True, "hfds/x": False, "hfids/x": False, "idx": False}
+"""Readers, and whether their images have keys."""
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("key", ["labels", "exclude"])
+def test_readers_without_keys_refuse_labels_and_lists(name, key):
+    entry = {"name": name, "root": "data", "head": "insects", key: "somewhere"}
+    if READERS[name]:
+        assert getattr(load_config(run_of("run", entry)).data.sources[0], key) == "somewhere"
+        return
+    data = entry if name == "idx" else [entry]
+    code, place = ("unknown-key", "data") if name == "idx" else ("conflicting-values", "data.0")
+    del entry["head"]
+    if key == "exclude" and name != "idx":
+        entry["head"] = "insects"
+    with raises_error(code=code, key=f"{place}.{key}"):
+        load_config({**run_of("run"), "data": data})
+
+
+@pytest.mark.parametrize(("name", "code"), [("wds", "missing-key"), ("hfids/x", "conflicting-values")])
+def test_lists_of_streams_without_heads_are_refused(name, code):
+    entry = {"name": name, "root": "data", "exclude": "list.txt"}
+    with raises_error(code=code, key="data.exclude", names=name):
+        load_config({**run_of("run"), "heads": None, "data": entry})
+
+
+def test_a_reader_without_keys_is_refused_in_a_run_with_heads():
+    with raises_error(code="conflicting-values", key="data.0.name", names="hfds/x"):
+        load_config(run_of("run", {"name": "hfds/x", "head": "insects"}))
 
 
 def test_labels_of_two_images_of_a_sample_are_refused(tmp_path):
