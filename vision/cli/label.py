@@ -1,4 +1,4 @@
-"""The command `revnets label`. Heavy imports wait until it runs."""
+"""The command `revnets label`. Slow imports are deferred until it runs."""
 
 from __future__ import annotations
 
@@ -16,39 +16,43 @@ def label(
     teacher: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint, the folder of a run (its best one), or a pretrained model of timm's.",
+            help="A checkpoint, the directory of a run (its best one), or a pretrained timm model.",
             show_default=False,
         ),
     ],
     data: Annotated[
         Path,
         typer.Argument(
-            help="A folder of images at any depth, a tar, or a folder of tars.", show_default=False, readable=False
+            help="A directory of images at any depth, a tar, or a directory of tars.",
+            show_default=False,
+            readable=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the label files.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the label files.", show_default=False)],
     engine: Annotated[
-        Literal["local", "ray"], typer.Option(help="local: this process; ray: Ray Data, on a machine or a cluster.")
+        Literal["local", "ray"], typer.Option(help="local: this process; ray: Ray Data, on one machine or a cluster.")
     ] = "local",
     min_probability: Annotated[
-        float, typer.Option(min=0, max=0.999, help="Probabilities above it are stored, the others in sum.")
+        float, typer.Option(min=0, max=0.999, help="Store probabilities above it, and the sum of the others.")
     ] = 0.01,
-    round: Annotated[int, typer.Option(min=1, help="Of pseudo-labeling: 2 if the teacher is a student of 1.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Images of a forward pass.")] = 64,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images of a file, where they are in a folder.")] = 10_000,
+    round: Annotated[
+        int, typer.Option(min=1, help="Round of pseudo-labeling: 2 if the teacher is a student of round 1.")
+    ] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Images per forward pass.")] = 64,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per label file, for a directory.")] = 10_000,
     input_key: Annotated[
-        str | None, typer.Option(help="Endings that are read, as .png;.webp; by default PNG and JPEG.")
+        str | None, typer.Option(help="Suffixes of the images to read, such as .png;.webp; by default PNG and JPEG.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that decode images.")] = 0,
     weights: WeightsOption = "auto",
     device: Annotated[str, typer.Option(help="auto: the GPU if there is one.")] = "auto",
     trust: Trust = False,
 ) -> None:
-    """Write what a teacher predicts for the images of a folder: soft labels to train on.
+    """Label images with the predictions of a teacher: soft labels for training.
 
-    One Parquet file for each tar, or for every 10,000 images of a folder. The
-    same command again goes on where it was interrupted. Any number of processes
-    may share the work, started at any time:
+    Writes one Parquet file per tar, or per 10,000 images of a directory.
+    Running the same command again resumes it after an interruption. Any number
+    of processes can label together, started at any time:
     torchrun --no-python --nproc-per-node 8 revnets label TEACHER DATA -o FOLDER
 
     revnets label runs/teacher /data/web -o labels

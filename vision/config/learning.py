@@ -1,4 +1,4 @@
-"""How a run learns: optimizer, schedule, averaged and pretrained weights, mixup and intermediate supervision."""
+"""Schemas of optimizer, schedule, averaged and pretrained weights, mixup, pipeline and intermediate supervision."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ Weights = Annotated[
 
 HeadName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$", max_length=64)]
 Heads = Annotated[dict[HeadName, Annotated[int, Field(ge=2, le=10**6)]], Field(min_length=1, max_length=1000)]
-"""Sets of classes that one model knows: number of classes by name."""
+"""Sets of classes of one model: number of classes by name."""
 
 FALLS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     "constant": lambda x: 1.0,
 }
-"""How the weight of reconstruction falls along the heads, from x = 0 at the first to 1 at the last."""
+"""Decay of the weight of reconstruction along the heads, from x = 0 at the first to 1 at the last."""
 
 RISES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
     "constant": lambda x: 1.0,
 }
-"""How the weight of classification rises."""
+"""Growth of the weight of classification along the heads."""
 
 
 class OptimizerConfig(Strict):
-    """Arguments of `timm.optim.create_optimizer_v2`. 1-D parameters, and so all gains, get no weight decay."""
+    """Arguments of `timm.optim.create_optimizer_v2`. 1-D parameters, which include all gains, have no weight decay."""
 
     name: str = "adamw"
     lr: float = Field(default=1e-3, gt=0)
-    lr_base_size: int | None = Field(default=None, ge=1)  # lr, warmup_lr and min_lr are for updates of so many images
+    lr_base_size: int | None = Field(default=None, ge=1)  # images per update that lr, warmup_lr and min_lr are for
     weight_decay: float = Field(default=0.05, ge=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)  # for optimizers that have it
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # for optimizers with momentum
     layer_decay: float | None = Field(default=None, gt=0, le=1)  # of the learning rate, by depth, for fine-tuning
-    backbone_lr_scale: float = Field(default=1.0, gt=0, le=1)  # learning rate of a backbone, as a part of the heads'
-    options: dict[str, Any] = Field(default_factory=dict)  # whatever else this optimizer takes, such as betas and eps
+    backbone_lr_scale: float = Field(default=1.0, gt=0, le=1)  # learning rate of a backbone relative to its heads
+    options: dict[str, Any] = Field(default_factory=dict)  # other arguments of the optimizer, such as betas and eps
 
     @field_validator("name")
     @classmethod
@@ -57,7 +57,7 @@ class OptimizerConfig(Strict):
         return name
 
     def lr_factor(self, images: int) -> float:
-        """By what learning rates are multiplied for updates of so many images: the linear scaling rule."""
+        """Factor of the learning rates for this many images per update: the linear scaling rule."""
         return 1.0 if self.lr_base_size is None else images / self.lr_base_size
 
 
@@ -85,17 +85,17 @@ def _plain(value: Any) -> Any:
 
 
 class ScheduleConfig(Strict):
-    """The learning rate, set anew before every update: linear warm-up, then `name`."""
+    """The learning rate of every update: a linear warm-up, then the schedule `name`."""
 
     name: Literal["cosine", "poly", "step", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
-    warmup_updates: int | None = Field(default=None, ge=0)  # length of the warm-up instead of warmup_epochs
-    warmup_lr: float = Field(default=1e-6, ge=0)  # where the warm-up begins
-    warmup_ratio: float | None = Field(default=None, ge=0, le=1)  # the same as a part of lr, instead of warmup_lr
-    min_lr: float = Field(default=1e-6, ge=0)  # where cosine and poly end
-    power: float = Field(default=1.0, gt=0)  # of poly: min_lr + (lr - min_lr) * (1 - progress) ** power
-    milestones: tuple[float, ...] = ()  # of step: after these epochs, or updates of a run with `updates`, lr falls
-    decay_rate: float = Field(default=0.1, gt=0, le=1)  # of step: by what it is multiplied there
+    warmup_updates: int | None = Field(default=None, ge=0)  # replaces warmup_epochs
+    warmup_lr: float = Field(default=1e-6, ge=0)  # rate at the start of the warm-up
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)  # warmup_lr / lr, replaces warmup_lr
+    min_lr: float = Field(default=1e-6, ge=0)  # rate at the end of cosine and poly
+    power: float = Field(default=1.0, gt=0)  # poly: min_lr + (lr - min_lr) * (1 - progress) ** power
+    milestones: tuple[float, ...] = ()  # step: epochs (or updates, in a run with `updates`) after which lr falls
+    decay_rate: float = Field(default=0.1, gt=0, le=1)  # step: factor of lr at each milestone
 
     @field_validator("milestones", mode="before")
     @classmethod
@@ -132,37 +132,41 @@ class ScheduleConfig(Strict):
             raise problem(text, f"Give at most {lr:g}", "schedule", "min_lr", code="conflicting-values")
 
     def require_length(self, epochs: int, updates: int | None) -> None:
-        """The warm-up and the milestones are within a run of so many epochs or, if given, updates.
+        """Require that the warm-up and the milestones end before the run does.
+
+        Args:
+            epochs: length of the run where `updates` is None.
+            updates: length of the run.
 
         Raises:
-            revnets.SpecError: they are not.
+            PydanticCustomError: the warm-up or a milestone is not within the run.
         """
         length, unit = (epochs, "epochs") if updates is None else (updates, "updates")
         key = f"warmup_{unit}"
         if (getattr(self, key) or 0) >= length:
-            text = f"a warm-up of {getattr(self, key):g} {unit} leaves nothing of {length}"
-            remedy = "Give fewer" + ", a part of one such as 0.5 will do" * (unit == "epochs")
-            raise problem(text, remedy, "schedule", key, code="conflicting-values")
+            text = f"a warm-up of {getattr(self, key):g} {unit} is not shorter than the run of {length}"
+            hint = f"Give less than {length}" + ", such as 0.5" * (unit == "epochs")
+            raise problem(text, hint, "schedule", key, code="conflicting-values")
         if self.milestones and self.milestones[-1] >= length:
-            text = f"{self.milestones[-1]:g} {unit} are not within {length}"
-            remedy = f"Give milestones below {length}"
-            raise problem(text, remedy, "schedule", "milestones", code="conflicting-values")
+            text = f"the milestone {self.milestones[-1]:g} is not within the run of {length} {unit}"
+            hint = f"Give milestones below {length}"
+            raise problem(text, hint, "schedule", "milestones", code="conflicting-values")
 
 
 class EmaConfig(Strict):
-    """A moving average of the weights (`timm.utils.ModelEmaV3`), evaluated beside them."""
+    """A moving average of the weights (`timm.utils.ModelEmaV3`), which is evaluated as well."""
 
     decay: float = Field(default=0.9999, gt=0, lt=1)
-    warmup: bool = True  # begin with a small decay
+    warmup: bool = True  # start with a smaller decay
 
 
 class PretrainedConfig(Strict):
-    """Weights that a new run begins with, for fine-tuning; a run that is resumed has its own."""
+    """Initial weights of a new run, for fine-tuning. A resumed run ignores them."""
 
-    source: UserPath = Field(min_length=1, examples=["revcol_base_22k.pth"])  # a file, a run, or a name of timm's
-    weights: Literal["raw", "ema"] = "raw"  # of a checkpoint that has both
-    head: Literal["auto", "new"] = "auto"  # auto: the file's classifier, if it is for the classes of the data
-    head_init_scale: float = Field(default=1e-3, ge=0)  # by which a new classifier's first weights are multiplied
+    source: UserPath = Field(min_length=1, examples=["revcol_base_22k.pth"])  # a file, a run, or a timm model
+    weights: Literal["raw", "ema"] = "raw"  # which weights of a checkpoint that has both
+    head: Literal["auto", "new"] = "auto"  # auto: use the file's classifier if its classes are those of the data
+    head_init_scale: float = Field(default=1e-3, ge=0)  # factor of the initial weights of a new classifier
 
 
 class MixupConfig(Strict):
@@ -171,7 +175,7 @@ class MixupConfig(Strict):
     mixup_alpha: float = Field(default=0.0, ge=0)
     cutmix_alpha: float = Field(default=0.0, ge=0)
     prob: float = Field(default=1.0, gt=0, le=1)
-    switch_prob: float = Field(default=0.5, ge=0, le=1)  # how often cutmix, where both are on
+    switch_prob: float = Field(default=0.5, ge=0, le=1)  # probability of cutmix where both are on
     mode: Literal["batch", "pair", "elem"] = "batch"
 
     @model_validator(mode="after")
@@ -186,14 +190,14 @@ class MixupConfig(Strict):
 
 
 class PipelineConfig(Strict):
-    """How a pipeline divides the columns among the processes, and in which order its stages work."""
+    """How a pipeline divides the columns among the processes, and the schedule of its stages."""
 
     schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of torch.distributed.pipelining; gpipe holds all micro-batches
-    balance: Literal["flops", "bytes", "cells"] = "flops"  # what the stages have about as much of
+    balance: Literal["flops", "bytes", "cells"] = "flops"  # what is divided evenly among the stages
 
 
 class Stop(NamedTuple):
-    """A column at whose end losses are taken."""
+    """A column whose output has losses."""
 
     column: int  # from 0
     alpha: float  # weight of reconstruction; 0: no decoder
@@ -201,12 +205,12 @@ class Stop(NamedTuple):
 
 
 class SupervisionConfig(Strict):
-    """Where the heads stand and what their losses weigh; the defaults are the paper's."""
+    """Columns with intermediate heads, and the weights of their losses. The defaults are the paper's."""
 
-    heads: int = Field(default=4, ge=1)  # columns with losses, the last one among them
-    alpha: Weights = 3.0  # of reconstruction: the first head's, or one weight a head
-    beta: Weights = 0.7  # of classification: what it rises to before the last head, which has 1; or one weight a head
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # the way of single weights along the heads
+    heads: int = Field(default=4, ge=1)  # columns with losses, including the last column
+    alpha: Weights = 3.0  # of reconstruction: weight of the first head, or one weight per head
+    beta: Weights = 0.7  # of classification: upper end before the last head, whose weight is 1; or one weight per head
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # how a single weight changes along the heads
     decoder: Literal["auto", "staged", "single"] = "auto"  # auto: staged for at most 1000 classes
 
     @model_validator(mode="after")
@@ -214,31 +218,31 @@ class SupervisionConfig(Strict):
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 0:
-                raise problem(f"{value} has a weight below 0", "Give weights of at least 0", name, code="out-of-range")
+                raise problem(f"{value} includes a negative weight", "Give at least 0", name, code="out-of-range")
             if isinstance(value, tuple) and len(value) != self.heads:
                 raise problem(
                     f"{len(value)} weights for {self.heads} heads",
-                    "Give one number, or one a head",
+                    "Give one number, or one per head",
                     name,
                     code="wrong-length",
                 )
         if isinstance(self.beta, tuple) and self.beta[-1] == 0:
             raise problem(
-                "the last weight is 0, so nothing would train the model's classifier",
-                "Give more",
+                "the last weight is 0, so the model's classifier would not be trained",
+                "Give a positive last weight",
                 "beta",
                 code="out-of-range",
             )
         return self
 
     def stops(self, columns: int) -> list[Stop]:
-        """The heads of a net with this many columns, from the first to the last.
+        """The heads of a model with this many columns, in order.
 
-        They stand at even distances, the last one at the last column. A net with fewer columns than heads has one at
-        each.
+        They are evenly spaced, and the last one is at the last column. A model with fewer columns than heads has one
+        head per column.
 
         Raises:
-            ValueError: weights are given head by head, but the net has fewer columns than that.
+            ArgumentError: there is a weight for each head, but the model has fewer columns.
         """
         heads = min(self.heads, columns)
         alphas, betas = self.alpha, self.beta
@@ -248,7 +252,7 @@ class SupervisionConfig(Strict):
             betas = *(betas * RISES[self.schedule]((head + 1) / heads) for head in range(heads - 1)), 1.0
         if not len(alphas) == len(betas) == heads:
             raise ArgumentError(
-                f"weights for {self.heads} heads, but the net has {columns} columns. Give one number",
+                f"weights for {self.heads} heads, but the model has {columns} columns. Give one number",
                 "heads",
                 code="wrong-length",
             )

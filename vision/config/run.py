@@ -1,4 +1,4 @@
-"""What the YAML of a training run may say. Names are timm's wherever it has one."""
+"""Schema of the YAML of a training run. Names are timm's where timm has one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from vision.config.library_models import LibraryModel, TimmModel, TransformersMo
 from vision.paths import FOLDERS
 
 MAX_COUNT = 2**31 - 1
-"""Bound of epochs, images and updates, which tensors and ranges can still hold."""
+"""Bound of epochs, images and updates. Tensors and ranges can hold it."""
 
 
 def _off(value: Any) -> Any:
@@ -58,15 +58,17 @@ def _path_or_none(value: Any) -> Any:
 
 
 Off = BeforeValidator(_none_if_off)
-"""For what is off if it is not given: it may also be switched off in words."""
+"""Marks a key that is off by default and also accepts `off` and `no`."""
 
+
+FSDP = "Set parallel: fsdp"
 
 TASKS = {
     "classification": "vision.tasks.classification:Classification",
     "object_detection": "vision.tasks.object_detection:ObjectDetection",
     "semantic_segmentation": "vision.tasks.semantic_segmentation:SemanticSegmentation",
 }
-"""Import paths of the tasks that have a name."""
+"""Import paths of the built-in tasks."""
 
 
 def _task(value: Any, info: ValidationInfo) -> Any:
@@ -77,9 +79,7 @@ def _task(value: Any, info: ValidationInfo) -> Any:
     if name in TASKS:
         return value
     if ":" not in name:
-        raise problem(
-            f"there is no task {name!r}", nearest(name, list(TASKS), "Give package.module:Class, or choose among")
-        )
+        raise problem(f"unknown task {name!r}", nearest(name, list(TASKS), "Give package.module:Class, or one of"))
     context = info.context or {}
     try:
         imported("task", name, context.get("folders", ()), context.get("trust", True))
@@ -89,24 +89,24 @@ def _task(value: Any, info: ValidationInfo) -> Any:
 
 
 class TrainConfig(Strict):
-    """A whole training run. Only `model` and `output` are required."""
+    """A training run. Only `model` and `output` are required."""
 
     model_config = ConfigDict(title="training run")
 
-    # keys of a net, the path of its YAML, or {timm: name, argument: value, ...}; for texts {hf: type, ...}
+    # keys of a model, the path of its YAML, {timm: name, argument: value, ...}, or for text {hf: type, ...}
     model: Annotated[NetSpec | TimmModel | TransformersModel | str, BeforeValidator(read_model)] = Field(
         examples=["net.yaml"]
     )
-    output: UserPath = Field(examples=["runs/mine"], min_length=1)  # folder of this run
-    # what is learned: a name out of TASKS or package.module:Class, or {type: name, option: value, ...}
+    output: UserPath = Field(examples=["runs/mine"], min_length=1)  # directory of this run
+    # a key of TASKS or package.module:Class, or {type: name, option: value, ...}
     task: Annotated[str | dict[str, Any], BeforeValidator(_task)] = "classification"
     data: DataConfig = DigitsConfig()
-    heads: Annotated[Heads | None, Off] = None  # number of classes by the name of each of several sets of classes
-    pretrained: Annotated[PretrainedConfig | None, Off] = None  # what a new run begins with instead of random weights
+    heads: Annotated[Heads | None, Off] = None  # number of classes by name, of a model with several sets of classes
+    pretrained: Annotated[PretrainedConfig | None, Off] = None  # initial weights of a new run
     memory: Modes | None = None  # memory mode of the columns, one per column, or {budget: 24GiB}
     epochs: int = Field(default=30, ge=1, le=MAX_COUNT)
-    updates: Annotated[int | None, Off] = Field(default=None, ge=1, le=MAX_COUNT)  # length of the run instead of epochs
-    batch_size: int = Field(default=64, ge=1, le=MAX_COUNT)  # images of one forward pass of one process
+    updates: Annotated[int | None, Off] = Field(default=None, ge=1, le=MAX_COUNT)  # length of the run, replaces epochs
+    batch_size: int = Field(default=64, ge=1, le=MAX_COUNT)  # images per process and forward pass
     grad_accum: int = Field(default=1, ge=1, le=MAX_COUNT)  # forward passes per update
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -115,21 +115,21 @@ class TrainConfig(Strict):
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     amp: Annotated[Literal["off", "bfloat16", "float16"], BeforeValidator(_off)] = "off"
     channels_last: bool = False
-    compile: Annotated[str | None, Off] = None  # compile the cells with this backend of torch.compile, such as inductor
-    parallel: Literal["ddp", "fsdp", "pipeline"] = "ddp"  # how several processes share the work
-    pipeline: Annotated[PipelineConfig | None, Off] = None  # of parallel: pipeline; null for the defaults
+    compile: Annotated[str | None, Off] = None  # backend of torch.compile for the cells, such as inductor
+    parallel: Literal["ddp", "fsdp", "pipeline"] = "ddp"  # how several processes train one model
+    pipeline: Annotated[PipelineConfig | None, Off] = None  # with parallel: pipeline; null for the defaults
     ema: Annotated[EmaConfig | None, Off] = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     mixup: Annotated[MixupConfig | None, Off] = None
     supervision: Annotated[SupervisionConfig | None, Off] = None  # losses at some columns of a RevCol
     resume: Annotated[UserPath, BeforeValidator(_path_or_none)] = (
-        "auto"  # auto: go on with the run in `output` if there is one; none; or a checkpoint
+        "auto"  # auto: resume the run in `output` if there is one; none; or a checkpoint
     )
-    checkpoint: Literal["full", "sharded"] = "full"  # one file, or with fsdp one for each process
-    keep: int = Field(default=2, ge=1, le=MAX_COUNT)  # how many of the last checkpoints stay
+    checkpoint: Literal["full", "sharded"] = "full"  # one file, or with fsdp one per process
+    keep: int = Field(default=2, ge=1, le=MAX_COUNT)  # number of latest checkpoints to keep
     save_every: Annotated[int | None, Off] = Field(default=None, ge=1, le=MAX_COUNT)  # updates between checkpoints
     log_every: int = Field(default=10, ge=1, le=MAX_COUNT)  # updates between lines of the log
-    workers: int = Field(default=0, ge=0, le=1024)  # processes of each rank that load images; 0: none
+    workers: int = Field(default=0, ge=0, le=1024)  # processes per rank that load images; 0 loads in the main process
     device: str = "auto"  # auto: the GPU if there is one
 
     @field_validator("device")
@@ -163,7 +163,7 @@ class TrainConfig(Strict):
         self.schedule.require_length(self.epochs, self.updates)
         self.schedule.require_below(self.optimizer.lr)
         if self.mixup and self.batch_size % 2:
-            text = f"mixup pairs images, and {self.batch_size} is odd"
+            text = f"mixup pairs images, but {self.batch_size} is odd"
             raise problem(text, "Give an even number", "batch_size", code="conflicting-values")
         if isinstance(self.memory, (str, tuple)) and isinstance(self.model, NetSpec):
             try:
@@ -172,7 +172,7 @@ class TrainConfig(Strict):
                 raise problem(str(error), "See docs/reference/yaml.md", "memory", code="conflicting-values") from None
         if self.checkpoint == "sharded" and self.parallel != "fsdp":
             raise problem(
-                "only fsdp has shards",
+                "sharded checkpoints need fsdp",
                 "Set parallel: fsdp, or checkpoint: full",
                 "checkpoint",
                 code="conflicting-values",
@@ -180,38 +180,38 @@ class TrainConfig(Strict):
         if self.parallel == "pipeline":
             self._require_pipeline()
         elif self.pipeline is not None:
-            remedy = "Set parallel: pipeline, or remove the key"
-            raise problem("no pipeline is in use", remedy, "pipeline", code="conflicting-values")
+            hint = "Set parallel: pipeline, or remove the key"
+            raise problem("the run uses no pipeline", hint, "pipeline", code="conflicting-values")
         if self.clip_mode == "agc" and self.parallel == "fsdp":
             raise problem(
-                "agc needs whole weights, and fsdp divides them",
+                "agc needs whole weights, but fsdp shards them",
                 "Give norm or value",
                 "clip_mode",
                 code="conflicting-values",
             )
         if self.supervision is not None and not isinstance(self.model, TimmModel):
-            remedy = "Give one of the family, as in {timm: revcol_tiny}"
+            hint = "Give a RevCol of timm, as in {timm: revcol_tiny}"
             raise problem(
-                "only models of timm's registry have heads at their columns",
-                remedy,
+                "only RevCol models of timm support heads at their columns",
+                hint,
                 "supervision",
                 code="conflicting-values",
             )
         return self
 
     def _require_pipeline(self) -> None:
-        """Refuse what a run whose processes have a part of the model each cannot do."""
+        """Refuse what a pipeline does not support."""
         conflicts = {
-            "memory": (isinstance(self.memory, BudgetSpec), "a budget is planned for a whole model", "Give exact"),
-            "supervision": (self.supervision is not None, "its heads would be in several stages", "Remove it"),
-            "task": (self.task_and_options[0] != "classification", "a pipeline trains classification", "Use fsdp"),
-            "heads": (self.heads is not None, "a pipeline trains one set of classes", "Use fsdp"),
+            "memory": (isinstance(self.memory, BudgetSpec), "a pipeline supports no memory budget", "Give exact"),
+            "supervision": (self.supervision is not None, "a pipeline supports no supervision", "Remove the key"),
+            "task": (self.task_and_options[0] != "classification", "a pipeline supports classification only", FSDP),
+            "heads": (self.heads is not None, "a pipeline supports one set of classes only", FSDP),
             "amp": (self.amp == "float16", "each stage of a pipeline would scale its own loss", "Give bfloat16"),
-            "data": (self.batch_is_stream, "each stage of a pipeline would read other images of a stream", "Use fsdp"),
+            "data": (self.batch_is_stream, "each stage of a pipeline would read other images of a stream", FSDP),
         }
-        for key, (is_given, text, remedy) in conflicts.items():
+        for key, (is_given, text, hint) in conflicts.items():
             if is_given:
-                raise problem(text, remedy, key, code="conflicting-values")
+                raise problem(text, hint, key, code="conflicting-values")
 
     @field_serializer("model")
     def _plain_model(self, model: NetSpec | TimmModel | TransformersModel | str) -> Any:
@@ -221,14 +221,18 @@ class TrainConfig(Strict):
 
     @property
     def net(self) -> NetSpec:
-        """The net that is trained, with the memory mode of the run; not of a model of another library."""
+        """The specification of the model, with the memory mode of the run.
+
+        Raises:
+            TypeError: the model is of another library, or still a path.
+        """
         if not isinstance(self.model, NetSpec):
-            raise TypeError(f"model {self.model!r} is no spec; paths are read by load_config")
+            raise TypeError(f"model {self.model!r} is not a specification. Use load_config, which reads paths")
         return self.model if self.memory is None else self.model.model_copy(update={"memory": self.memory})
 
     @property
     def task_and_options(self) -> tuple[str, dict[str, Any]]:
-        """What is learned: the name or import path of the task, and its options."""
+        """The name or import path of the task, and its options."""
         if isinstance(self.task, str):
             return self.task, {}
         options = dict(self.task)
@@ -236,15 +240,19 @@ class TrainConfig(Strict):
 
     @property
     def batch_is_stream(self) -> bool:
-        """Is the training set read from front to back, so that its order depends on workers and processes?"""
+        """Whether the training set is read sequentially, so that its order depends on workers and processes."""
         return isinstance(self.data, (ImagesConfig, SourcesConfig)) and self.data.is_stream
 
     def total_updates(self, of_epoch: int) -> int:
-        """Updates of the whole run, whose epochs have `of_epoch` each."""
+        """Updates of the whole run.
+
+        Args:
+            of_epoch: updates per epoch.
+        """
         return self.epochs * of_epoch if self.updates is None else self.updates
 
     def plain(self) -> dict[str, Any]:
-        """The run as plain data that `load_config` accepts, for checkpoints and YAML.
+        """The run configuration as plain data that `load_config` accepts, for checkpoints and YAML.
 
         Keys that another key replaces are omitted, because `load_config` refuses both together.
         """
@@ -254,19 +262,19 @@ class TrainConfig(Strict):
 def load_config(
     source: Source, overrides: Sequence[str] = (), *, trust: bool = True, name: str = "dict"
 ) -> TrainConfig:
-    """Read and check the configuration of a run.
+    """Read and validate a run configuration.
 
     Args:
-        source: path of a YAML file, name of a recipe of this package, or a mapping of the same form. Where `model` is
-            a path, it is relative to the file.
+        source: path of a YAML file, name of a recipe of this package, or a mapping of the same form. A path in `model`
+            is relative to the file.
         overrides: `key.path=value` pairs, such as `epochs=5` or `model.columns=8`. A path in `model=` is relative to
-            the working directory, where it was typed.
-        trust: may it name classes of other projects? Their modules are imported, which runs them. A mapping that is not
-            trusted names no files either.
+            the working directory.
+        trust: whether the configuration may name classes of other projects, whose modules are imported and so
+            executed. An untrusted mapping cannot name files either.
         name: of a mapping, for error messages.
 
     Raises:
-        revnets.SpecError: names the file, the key, the value and the remedy.
+        revnets.SpecError: a value is missing or wrong; names the file, the key, the value and a hint.
     """
     if isinstance(source, Mapping) and not trust:
         for key in ("base", "model"):
@@ -293,9 +301,9 @@ def load_config(
 
 
 def without_unused(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the keys at their defaults that another key replaces.
+    """A configuration without keys that are at their defaults and replaced by another key.
 
-    Checkpoints of earlier versions have all keys, and a key that is present counts as set by the user.
+    Checkpoints of earlier versions contain all keys, and `load_config` treats a key that is present as set by the user.
     """
     config = dict(config)
     if config.get("updates") and config.get("epochs") == TrainConfig.model_fields["epochs"].default:
@@ -307,7 +315,7 @@ def without_unused(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_nulls(data: dict[str, Any]) -> None:
-    """Remove keys that are null in place: an override or a file can so take back what a base file sets."""
+    """Remove, in place, keys that are null. An override or a file can thus reset a key of its base file."""
     schedule = data.get("schedule")
     for place, keys in ((data, ("epochs",)), (schedule, CLEARABLE)):
         for key in keys:
@@ -316,10 +324,10 @@ def _drop_nulls(data: dict[str, Any]) -> None:
 
 
 def _file_of(path: Path) -> Path:
-    """A file of the working directory, or the recipe of that name.
+    """The path itself, or the file of the recipe of that name.
 
     Raises:
-        revnets.SpecError: there is neither.
+        revnets.SpecError: there is no such file or recipe.
     """
     recipes = {file.stem: file for folder in FOLDERS for file in folder.glob("*.yaml")}
     if path.suffix or path.parent != Path(".") or (os.path.exists(path) and not os.path.isdir(path)):

@@ -1,4 +1,4 @@
-"""Files that number the classes of a data set, as timm reads them: names, one a line, or a pickled dict."""
+"""Class map files, which number the classes of a data set as in timm: one name per line, or a pickled dict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from revnets.utils.regular_files import open_regular
 from vision.errors import comparable, first_line, run_error
 
 MAX_BYTES = 2**26
-"""Names of a million classes, with room to spare."""
+"""Size limit of a class map, more than the names of a million classes need."""
 
 _PLAIN = frozenset(
     {"PROTO", "FRAME", "STOP", "MARK", "DICT", "EMPTY_DICT", "SETITEM", "SETITEMS"}
@@ -20,18 +20,18 @@ _PLAIN = frozenset(
     | {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
     | {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 )
-"""Opcodes of a pickled dict of names and numbers. The hash of nested tuples would take exponential time."""
+"""Opcodes of a pickled dict of names and numbers. Tuples are excluded: hashing nested ones takes exponential time."""
 
 
 def read_class_map(file: str, root: str = "") -> dict[str, int]:
-    """The numbers of the classes by name.
+    """Read the numbers of the classes by name.
 
     Args:
-        file: a `.txt` has the name of a class a line, numbered from 0 on; others are pickles as timm reads them.
-        root: where the file is looked for if it is not in the working directory.
+        file: a `.txt` with one class name per line, numbered from 0, or a pickle as timm reads it.
+        root: directory that is searched if the file is not in the working directory.
 
     Raises:
-        revnets.SpecError: there is no such file, it is too large, or it is no class map.
+        revnets.SpecError: the file does not exist, is too large, or is not a class map.
     """
     place = file if os.path.exists(file) else os.path.join(root, file)
     try:
@@ -42,16 +42,17 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
         problem = f"{place} cannot be read ({error.strerror or first_line(error)})"
         raise run_error("data.class_map", problem, "Check the path", code="missing-file") from None
     if data is None:
-        raise run_error("data.class_map", f"{place} is too large", "Check it", code="too-large")
+        problem = f"{place} is larger than {MAX_BYTES:,} bytes"
+        raise run_error("data.class_map", problem, "Give a class map", code="too-large")
     if file.lower().endswith(".txt"):
         return _numbers(data, place)
     try:
         if file.lower().endswith(".pkl"):
             _require_plain(data)
         return load_class_map(file, root)
-    except Exception as error:  # readers of pickles raise whatever they like
-        problem = f"{place} is no class map ({first_line(error)})"
-        raise run_error("data.class_map", problem, "Give a .txt with a name a line", code="wrong-format") from None
+    except Exception as error:  # readers of pickles raise errors of any type
+        problem = f"{place} is not a class map ({first_line(error)})"
+        raise run_error("data.class_map", problem, "Give a .txt with one name per line", code="wrong-format") from None
 
 
 def _numbers(data: bytes, place: str) -> dict[str, int]:
@@ -64,7 +65,7 @@ def _numbers(data: bytes, place: str) -> dict[str, int]:
     for number, name in enumerate(names, 1):
         if not name and len(names) > 1:
             problem = f"line {number} of {place} is empty"
-            raise run_error("data.class_map", problem, "Remove it", code="invalid-syntax")
+            raise run_error("data.class_map", problem, "Remove the line", code="invalid-syntax")
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
         problem = f"{place} names {repeated[0]} twice"
         raise run_error("data.class_map", problem, "Name every class once", code="name-clash")
@@ -72,8 +73,8 @@ def _numbers(data: bytes, place: str) -> dict[str, int]:
 
 
 def _require_plain(data: bytes) -> None:
-    """Refuse a pickle of anything but names and numbers, or with a memo that is longer than the file."""
+    """Refuse a pickle that holds more than names and numbers, or whose memo is longer than the file."""
     for code, argument, _ in pickletools.genops(data):
         is_far = code.name.endswith("PUT") and (argument or 0) > len(data)  # the memo is a list of that length
         if is_far or code.name not in _PLAIN:
-            raise ValueError("it holds more than class names and numbers")
+            raise ValueError("it contains more than class names and numbers")

@@ -1,8 +1,8 @@
-"""The data of a run: a training set, a validation set, and the images that cannot be read.
+"""The data of a run: training set, validation set, and the policy for images that cannot be read.
 
-A sample of the training set is asked for by its key (epoch, index), and draws its augmentation from generators that
-are seeded with (seed, epoch, index). So neither the number of workers, nor the number of processes, nor where a run
-was interrupted makes a difference to any image. (Streams have no index: see `vision.data.streaming`.)
+A training sample is indexed by its key (epoch, index), and its augmentation draws from generators that are seeded with
+(seed, epoch, index). The numbers of workers and processes and the point of an interruption therefore do not change any
+image. (Streams have no index, see `vision.data.streaming`.)
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vision.errors import DataError, printable, run_error
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """What happens with images that cannot be read.
-
-    Raises:
-        revnets.SpecError: something else than a regular file has the name of `file`.
+    """The policy for images that cannot be read, and the log of them.
 
     Attributes:
-        file: gets a line for each; every process of a run has its own. Workers append to it, so it counts for all.
+        file: receives a line for each image; every process of a run has its own file, to which its workers append.
         policy: `skip` or `stop`.
+
+    Raises:
+        revnets.SpecError: `file` exists and is not a regular file.
     """
 
     file: Path | None = None
@@ -42,10 +42,10 @@ class Unreadable:
                 raise run_error("output", problem, "Remove it, or give another output", code="not-a-file") from None
 
     def note(self, what: str, error: BaseException | str) -> None:
-        """Write one down.
+        """Log an image.
 
         Raises:
-            DataError: the policy is to stop.
+            DataError: the policy is `stop`.
         """
         what = printable(what)
         reason = printable(" ".join(str(error).split())) or type(error).__name__
@@ -57,7 +57,7 @@ class Unreadable:
                 file.write(f"{what}: {reason}\n")
 
     def count(self) -> int:
-        """How many have been written down so far."""
+        """Number of images logged so far."""
         if self.file is None or not self.file.exists():
             return 0
         with open(self.file, "rb") as file:
@@ -66,9 +66,9 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class DataSplits:
-    """The data of a run: what the trainer looks at. A task may give any object with these attributes.
+    """The data of a run as the trainer uses it. A task may return any object with these attributes.
 
-    Both sets are data sets as torch's loaders take them. The training set knows its length and is asked by
+    Both sets are data sets of `torch.utils.data`. The training set has a length and is indexed by
     `vision.data.samplers.Key`, the validation set by number; or both are streams.
     """
 
@@ -79,33 +79,34 @@ class DataSplits:
 
 @dataclass(frozen=True, slots=True)
 class ImageData:
-    """A training set, a validation set, and what both are made of.
+    """A training set and a validation set of images, with their classes and normalization.
 
-    Both are data sets as torch's loaders take them, and know their length. The training set is asked by
-    `vision.data.samplers.Key` and the validation set by number, or both are streams.
+    Both are data sets of `torch.utils.data` with a length. The training set is indexed by `vision.data.samplers.Key`
+    and the validation set by number, or both are streams.
     """
 
     train: Any
     val: Any
     classes: tuple[str, ...]
     shape: tuple[int, int, int]  # of an image: (channels, height, width)
-    mean: tuple[float, ...]  # of the normalisation, one value or one a channel
+    mean: tuple[float, ...]  # of the normalization, one value or one per channel
     std: tuple[float, ...]
     unreadable: Unreadable = field(default_factory=Unreadable)
-    remarks: tuple[str, ...] = ()  # lines about what is not as expected, but does no harm
+    remarks: tuple[str, ...] = ()  # warnings, one line each
     provenance: dict[str, Any] = field(default_factory=dict)  # of soft labels and lists of images, by configuration key
 
 
 def load_data(config: DataConfig, seed: int, notes: Path | None = None, world: World | None = None) -> ImageData:
-    """The data that a configuration names.
+    """Open the data that a configuration names.
 
     Args:
-        seed: of the augmentations. The split into training and validation set is always the same.
+        config: the key `data` of a run.
+        seed: of the augmentations. The split into training and validation set does not depend on it.
         notes: file that lists images that could not be read.
         world: the processes that share a stream.
 
     Raises:
-        revnets.SpecError: there are no such data.
+        revnets.SpecError: the data is missing, damaged, or not for classification.
     """
     if isinstance(config, DigitsConfig):
         from vision.data.in_memory import load_digits
@@ -116,20 +117,20 @@ def load_data(config: DataConfig, seed: int, notes: Path | None = None, world: W
 
         return load_idx(config, seed)
     if isinstance(config, SemanticMapsConfig):
-        problem = "this task does not read class maps"
+        problem = "this task does not read semantic maps"
         raise run_error("data.name", problem, "Give task: semantic_segmentation", code="conflicting-values")
     if isinstance(config, SourcesConfig):
-        problem = "several sources have several sets of classes, and this reads one"
-        raise run_error("data", problem, "Name one data set", code="conflicting-values")
+        problem = "a list of sources has several sets of classes, but one set is needed"
+        raise run_error("data", problem, "Give one data set", code="conflicting-values")
     if isinstance(config, CocoConfig):
         problem = "this task does not read boxes of objects"
         raise run_error("data.name", problem, "Give task: object_detection", code="conflicting-values")
-    from vision.data.timm_readers import load_images  # every kind of data has requirements of its own
+    from vision.data.timm_readers import load_images  # each kind of data has its own dependencies
 
     return load_images(config, seed, Unreadable(notes, config.unreadable), world or World())
 
 
 def class_names(found: dict[str, int], count: int | None) -> tuple[str, ...]:
-    """Names of the classes in the order of their numbers; a number where there is no name."""
+    """Names of the classes in the order of their numbers. A class without a name is named by its number."""
     names = {number: name for name, number in found.items()}
     return tuple(names.get(number, str(number)) for number in range(count or max(names, default=-1) + 1))

@@ -1,4 +1,4 @@
-"""From the bytes of an image to pixels of eight bits: one way for training, evaluation and analyses."""
+"""Decoding of image files to 8-bit pixels, shared by training, evaluation and analyses."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Exif = Literal["ignore", "apply"]
 
 SIXTEEN_BITS = ("PNG", "PPM")
-"""Formats whose greyscale has 16 bits at most, although versions of Pillow open it in the mode of 32 bits."""
+"""Formats whose grayscale has at most 16 bits, although some versions of Pillow open it in a 32-bit mode."""
 
-
-GREY_STEPS = {"L;2": 85, "L;4": 17}
-"""Pillow spreads the grey values of pictures of 2 and 4 bits over 0 to 255, by these factors."""
+GRAY_STEPS = {"L;2": 85, "L;4": 17}
+"""Factors by which Pillow scales the gray values of 2-bit and 4-bit images to 0 ... 255."""
 
 LARGE, PACKED = 2**26, 50
-"""Pixels of a picture that takes long to decode, and how many a byte of its file may hold then; of photos, 2 to 30."""
+"""Pixels above which the size of an image is compared with its file, and the most pixels per byte then.
+
+Photos have 2 to 30 pixels per byte.
+"""
 
 
 def read_image(file: IO[bytes], mode: str = "RGB", exif: Exif = "ignore") -> Image.Image:
-    """The first picture of a file, whatever its extension.
+    """Decode the first image of a file. The format is recognized by the content.
 
     Args:
-        file: opened; needed no more afterwards.
+        file: an open file, which is not needed afterwards.
         mode, exif: as for `converted`.
 
     Raises:
-        Exception: it cannot be decoded; decoders raise whatever they like (OSError, SyntaxError, ValueError,
-            DecompressionBombError).
+        Exception: the image cannot be decoded. Decoders raise errors of many types, such as OSError, SyntaxError,
+            ValueError and DecompressionBombError.
     """
     picture = _opened(file)
     picture.load()
@@ -40,23 +42,23 @@ def read_image(file: IO[bytes], mode: str = "RGB", exif: Exif = "ignore") -> Ima
 
 
 def read_semantic_map(file: IO[bytes]) -> np.ndarray:
-    """The class number of every pixel of a picture: its grey values, or the indices of its palette.
+    """Decode a semantic map: the class number of every pixel is its gray value or the index in its palette.
 
     Args:
-        file: opened; needed no more afterwards.
+        file: an open file, which is not needed afterwards.
 
     Returns:
-        (H, W), integers.
+        Integers (H, W).
 
     Raises:
-        Exception: it cannot be decoded, or its pixels are colors.
+        Exception: the map cannot be decoded, or its pixels are colors.
     """
     picture = _opened(file)
     tiles: Any = getattr(picture, "tile", ())  # (decoder, box, offset, layout of the bits)
-    step = next((GREY_STEPS[str(tile[3])] for tile in tiles if str(tile[3]) in GREY_STEPS), 1)
+    step = next((GRAY_STEPS[str(tile[3])] for tile in tiles if str(tile[3]) in GRAY_STEPS), 1)
     picture.load()
     if picture.mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
-        raise ValueError(f"its pixels are colors (mode {picture.mode}) where class numbers are needed")
+        raise ValueError(f"its pixels are colors (mode {picture.mode}), not class numbers")
     return np.asarray(picture).astype(np.int64) // step
 
 
@@ -64,23 +66,23 @@ def _opened(file: IO[bytes]) -> Image.Image:
     try:
         picture = Image.open(file, formats=_formats())
     except UnidentifiedImageError:  # whose message is a description of the object `file`
-        raise OSError("cannot identify a picture in it") from None
+        raise OSError("not an image of a known format") from None
     _require_real_size(picture, file)
     return picture
 
 
 def converted(picture: Image.Image, mode: str = "RGB", exif: Exif = "ignore") -> Image.Image:
-    """A picture of any mode in one of eight bits a channel.
+    """Convert an image of any mode to eight bits per channel.
 
-    Of 16 bits the upper eight stay. Transparency is dropped, as timm and torchvision do it: colors are those that the
-    file has below it.
+    16-bit values keep their upper eight bits. The alpha channel is dropped without blending, as in timm and
+    torchvision.
 
     Args:
         mode: `RGB` or `L`.
-        exif: `apply` turns and mirrors a picture as its EXIF orientation says; `ignore` leaves it as it is stored.
+        exif: `apply` rotates and mirrors the image by its EXIF orientation; `ignore` keeps it as stored.
 
     Raises:
-        ValueError: its numbers have no scale: integers of 32 bits, or floats.
+        ValueError: the pixels are 32-bit integers or floats, which have no defined scale.
     """
     has_16_bits = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in SIXTEEN_BITS)
     if exif == "apply":
@@ -88,37 +90,37 @@ def converted(picture: Image.Image, mode: str = "RGB", exif: Exif = "ignore") ->
     if has_16_bits:
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise ValueError(f"its pixels are numbers of 32 bits (mode {picture.mode}), which have no scale")
+        raise ValueError(f"its pixels are 32-bit numbers (mode {picture.mode}), which have no defined scale")
     if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # the same colors; Pillow warns about any other way
+        picture = picture.convert("RGBA")  # the same colors, and Pillow does not warn
     return picture if picture.mode == mode else picture.convert(mode)
 
 
 def fitted_size(size: Sequence[int], short_side: int, long_side: int) -> tuple[int, int]:
-    """The largest height and width in the proportion of `size` whose sides do not exceed these two."""
+    """The largest height and width with the aspect ratio of `size` whose sides do not exceed these limits."""
     height, width = size
     factor = min(short_side / min(size), long_side / max(size))
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _require_real_size(picture: Image.Image, file: IO[bytes]) -> None:
-    """Refuse what Pillow's own limit of 179 million pixels lets pass: it would fill 2 GB."""
+    """Refuse images of a tiny file that decode to large ones; Pillow's own limit of 179 million pixels allows 2 GB."""
     place = file.tell()
     size = file.seek(0, os.SEEK_END)
     file.seek(place)
     if picture.width * picture.height > max(LARGE, PACKED * size):
-        raise ValueError(f"{size} bytes would be unpacked to {picture.width} x {picture.height} pixels")
+        raise ValueError(f"{size} bytes would decode to {picture.width} x {picture.height} pixels")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # the picture is right, its EXIF data are damaged
+    except Exception:  # only the EXIF data is damaged
         return picture
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that Pillow reads by itself: for EPS it runs Ghostscript, and a file's name does not tell its format."""
+    """All formats of Pillow except EPS, which runs Ghostscript. A file name does not fix the format."""
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")

@@ -1,4 +1,4 @@
-"""A reader of images in class folders and in tars, and the classes that their folders name."""
+"""A reader of images in class directories and in tars, and the classes that the directories name."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from vision.data.listing import ImageFile, Listing, list_folder, list_tars
 from vision.errors import comparable, printable, run_error
 
 ENDINGS = (".png", ".jpg", ".jpeg")
-"""Of the files that are read by default, in any case: those of timm."""
+"""Suffixes of the files that are read by default, in upper or lower case, as in timm."""
 
 
 class ImageFiles:
-    """A reader as timm's: `reader[index]` is (file, class number). Images are in the natural order of their names.
+    """A reader with timm's interface: `reader[index]` is (file, class number). Images are in natural order of names.
 
     Args:
-        root: a folder with class folders; with `tars`, a tar with such folders, or a folder of tars.
+        root: a directory with class directories; with `tars`, a tar with class directories, or a directory of tars.
         name: of the split, for messages.
-        endings: of the files that are read, such as `.webp;.tif`; by default `ENDINGS`.
-        numbers: the classes that count. By default all that are found, numbered in the natural order of their names.
-        may_lack: may classes have no images, as in a validation set?
-        has_classes: are folders classes? Otherwise images may be in any folder and have the number -1.
+        tars: whether `root` is a tar or a directory of tars.
+        endings: suffixes of the files that are read, such as `.webp;.tif`; by default `ENDINGS`.
+        numbers: classes to read. By default all classes are read, numbered in the natural order of their names.
+        may_lack: whether classes may have no images, as in a validation set.
+        has_classes: whether directories are classes. Otherwise images may be in any directory and have the class -1.
 
     Attributes:
         class_to_idx: numbers of the classes by name.
         left_out: keys of the images that `leave_out` has removed.
-        remarks: lines about what is not as expected, but does no harm.
+        remarks: warnings, one line each.
 
     Raises:
-        revnets.SpecError: there are no images, or the folders are no clear classes.
+        revnets.SpecError: there are no images, or the directories do not name classes unambiguously.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class ImageFiles:
         self.classes = set(classes.values())  # with images
         self.remarks = _remarks(name, found, self.classes, self.class_to_idx)
         if not self.files:
-            problem = f"{root} holds no images of the classes in data.class_map"
-            raise run_error("data.class_map", problem, "Name the class folders in it, one a line", code="empty-data")
+            problem = f"{root} has no images of the classes in data.class_map"
+            raise run_error(
+                "data.class_map", problem, "List the names of the class directories, one per line", code="empty-data"
+            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -79,45 +82,45 @@ class ImageFiles:
         return open_listed(self.root, self.files[index]), self.targets[index]
 
     def leave_out(self, keys: frozenset[str]) -> None:
-        """Forget the images with these keys.
+        """Remove the images with these keys.
 
         Raises:
-            revnets.SpecError: none is left.
+            revnets.SpecError: no image remains.
         """
         names = [self.filename(index) for index in range(len(self))]
         kept = [index for index, name in enumerate(names) if name not in keys]
         if not kept:
-            problem = f"all images of {self.root} are left out"
+            problem = f"all images of {self.root} are excluded"
             raise run_error("data.exclude", problem, "Check the list", code="empty-data")
         self.left_out = keys.intersection(names)
         self.files, self.targets = [self.files[index] for index in kept], [self.targets[index] for index in kept]
 
     def filename(self, index: int) -> str:
-        """The key of an image: its path in the folder; in a tar its path there, behind the name of the tar."""
+        """The key of an image: its path below `root`, or the name of its tar and its path in the tar."""
         file = self.files[index]
         return f"{os.path.basename(file.archive)}/{file.name}" if file.archive else file.name
 
 
 def open_listed(root: str, file: ImageFile) -> IO[bytes]:
-    """The bytes of an image.
+    """Open an image.
 
     Args:
-        root: the folder that was listed.
+        root: the directory that was listed.
 
     Raises:
-        OSError: the file, or its bytes in the tar, are not there.
+        OSError: the file does not exist, or its tar does not contain its bytes.
     """
     if not file.archive:
         return open_regular(os.path.join(root, file.name))
     if file.start < 0:
-        raise OSError("the tar does not hold its bytes")
+        raise OSError("the tar does not contain its bytes")
     with open_regular(file.archive) as archive:
         archive.seek(file.start)
         return io.BytesIO(archive.read(file.size))
 
 
 class NumberedFiles:
-    """Some files of a reader, with their numbers there in place of their classes."""
+    """Some files of a reader, with their index in the reader instead of their class."""
 
     def __init__(self, reader: ImageFiles, numbers: Sequence[int]):
         self.reader, self.numbers = reader, numbers
@@ -134,18 +137,18 @@ class NumberedFiles:
 
 
 def natural_key(text: str) -> list[str | int]:
-    """What sorts x2 before x10 and a before B, as timm does it."""
+    """Sort key that puts x2 before x10 and a before B, as in timm."""
     parts = re.split(r"(\d+)", text.lower())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def numbered(names: Iterable[str]) -> dict[str, int]:
-    """Numbers of classes in the natural order of their names; names that differ in case alone always in the same."""
+    """Number classes in the natural order of their names. Names that differ only in case have a fixed order."""
     return {name: number for number, name in enumerate(sorted(set(names), key=lambda name: (natural_key(name), name)))}
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of some names, for messages."""
+    """The first three names and the number of others, for messages."""
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
@@ -158,48 +161,48 @@ def _endings(text: str | None) -> frozenset[str]:
 
 def _require_images(root: str, found: Listing) -> None:
     if not found.files:
-        other = f", but {len(found.unread)} with others, such as {found.unread[0]}" if found.unread else ""
-        problem = f"{root} holds no images with the endings {' '.join(sorted(found.endings))}{other}"
-        raise run_error("data.root", problem, _about_endings(found) or "Check it", code="empty-data")
+        other = f", but {len(found.unread)} with other suffixes, such as {found.unread[0]}" if found.unread else ""
+        problem = f"{root} has no images with the suffixes {' '.join(sorted(found.endings))}{other}"
+        raise run_error("data.root", problem, _about_endings(found) or "Check the path", code="empty-data")
 
 
 def _require_clear_classes(root: str, found: Listing) -> None:
-    """Refuse images next to class folders, and folders of one name in different places."""
-    remedy = "Put {} into class folders, or name the class folders in a file, data.class_map"
+    """Refuse images next to class directories, and directories of one name in different places."""
+    hint = "Move {} into class directories, or list the class directories in data.class_map"
     example = {file.folder: file.name for file in reversed(found.files)}
     places: dict[str, str] = {}
     for folder in sorted(example):
         for above in _above(folder):
             if above in example:
-                problem = f"{root}: {example[above]} is next to the folder {folder}, which holds images as well"
-                raise run_error("data.root", problem, remedy.format("all images"), code="class-mismatch")
+                problem = f"{root}: {example[above]} is next to the directory {folder}, which also has images"
+                raise run_error("data.root", problem, hint.format("all images"), code="class-mismatch")
         inner = folder.partition("/")[2] or folder if found.tars else folder
         other = places.setdefault(comparable(posixpath.basename(folder)), inner)
         if other != inner:
-            problem = f"{root}: {other} and {inner} have the same name, which would make them one class"
-            raise run_error("data.root", problem, "Rename one, or name it in data.class_map", code="class-mismatch")
+            problem = f"{root}: {other} and {inner} have the same name, so they would be one class"
+            raise run_error("data.root", problem, "Rename one, or use data.class_map", code="class-mismatch")
 
 
 def _require_no_empty_class(root: str, found: Listing) -> None:
-    """Refuse a folder without images where class folders are: its class would be missing, and others renumbered."""
+    """Refuse an empty class directory: its class would be missing, and later classes would be renumbered."""
     holding = {file.folder for file in found.files}
     filled = holding.union(*map(_above, holding))
     for folder in sorted(found.folders):
         if folder not in filled and posixpath.dirname(folder) not in holding:
             own = [name for name in found.unread if name.startswith(f"{folder}/")]
-            other = f", but {len(own)} with others, such as {own[0]}" if own else ""
-            problem = f"{root}: {folder} holds no images with the endings {' '.join(sorted(found.endings))}{other}"
-            remedy = "Remove it, or name the classes that count in a file, data.class_map"
-            raise run_error("data.root", problem, _about_endings(found) if own else remedy, code="empty-data")
+            other = f", but {len(own)} with other suffixes, such as {own[0]}" if own else ""
+            problem = f"{root}: {folder} has no images with the suffixes {' '.join(sorted(found.endings))}{other}"
+            hint = "Remove it, or list the classes to read in data.class_map"
+            raise run_error("data.root", problem, _about_endings(found) if own else hint, code="empty-data")
 
 
 def _remarks(split: str, found: Listing, classes: Collection[str], numbers: Mapping[str, int]) -> list[str]:
     remarks = []
     if found.unread:
         count, example = len(found.unread), printable(found.unread[0])
-        remarks.append(f"{split}: {count} pictures are not read, such as {example}. {_about_endings(found)}")
-    if left_out := sorted(set(classes) - set(numbers)):
-        remarks.append(f"{split}: data.class_map leaves out the images of {listed([name or '.' for name in left_out])}")
+        remarks.append(f"{split}: {count} images are not read, such as {example}. {_about_endings(found)}")
+    if omitted := sorted(set(classes) - set(numbers)):
+        remarks.append(f"{split}: data.class_map omits the images of {listed([name or '.' for name in omitted])}")
     return remarks
 
 
@@ -211,6 +214,6 @@ def _about_endings(found: Listing) -> str:
 
 
 def _above(folder: str) -> list[str]:
-    """The parents of a folder, the listed one (the empty name) included."""
+    """The parents of a directory, including the listed one (an empty name)."""
     parts = folder.split("/") if folder else []
     return ["/".join(parts[:count]) for count in range(len(parts))]

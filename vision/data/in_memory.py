@@ -1,4 +1,4 @@
-"""Data sets that fit into memory: scikit-learn's digits, and files in MNIST's idx format."""
+"""Data sets that are held in memory: scikit-learn's digits, and files in MNIST's idx format."""
 
 from __future__ import annotations
 
@@ -27,17 +27,22 @@ IDX = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-"""The four files of MNIST and of all that follow it."""
+"""Names of the four files of MNIST and data sets in its format."""
 
 BOUND = 2**27
-"""Bytes that images may always fill when they are unpacked or enlarged."""
+"""Bytes that decompressed or enlarged images may always occupy."""
 
 EXPANSION = 24
-"""How many times as many bytes they may fill otherwise; images of handwriting are packed about 5 to 1."""
+"""Largest expansion of larger images by decompression; images of handwriting are compressed about 5 to 1."""
 
 
 def load_digits(config: DigitsConfig, seed: int) -> ImageData:
-    """Digits, 1437 to train on and 360 to validate; `seed` is that of the augmentations."""
+    """Load the digits: 1437 for training and 360 for validation.
+
+    Args:
+        config: of the data.
+        seed: of the augmentations.
+    """
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
@@ -52,17 +57,21 @@ def load_digits(config: DigitsConfig, seed: int) -> ImageData:
 
 
 def load_idx(config: IdxConfig, seed: int) -> ImageData:
-    """The four files in `config.root`, gzipped or not. Images are centred in, or shrunk to, `img_size`.
+    """Load the four files in `config.root`, gzipped or not. Images are padded or shrunk to `img_size`.
+
+    Args:
+        config: of the data.
+        seed: of the augmentations.
 
     Raises:
-        revnets.SpecError: a file is missing, damaged or no idx file, or the files do not belong together.
+        revnets.SpecError: a file is missing, damaged or not in idx format, or the files do not match each other.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     side = config.img_size
     for part, (images_name, labels_name) in IDX.items():
         images, labels = read_idx(Path(config.root), images_name, 3), read_idx(Path(config.root), labels_name, 1)
         if len(images) != len(labels):
-            problem = f"{images_name} has {len(images)} images, {labels_name} {len(labels)} labels"
+            problem = f"{images_name} has {len(images)} images, but {labels_name} has {len(labels)} labels"
             raise run_error(
                 "data.root", f"{config.root}: {problem}", "Give files of one data set", code="misaligned-data"
             )
@@ -80,40 +89,45 @@ def load_idx(config: IdxConfig, seed: int) -> ImageData:
     images, labels = (tensor[: config.train_samples] for tensor in found["train"])
     data = _data(config, seed, (images, labels), found["val"], names)
     strange = sorted(set(found["val"][1].tolist()) - set(labels.tolist()))
-    remarks = (f"no training image has the class {names[strange[0]]} of the validation set",) if strange else ()
+    remarks = (f"the training set has no image of the class {names[strange[0]]}",) if strange else ()
     return replace(data, remarks=remarks)
 
 
 def read_idx(folder: Path, name: str, axes: int) -> Tensor:
-    """Bytes of one idx file (yann.lecun.com/exdb/mnist) as a tensor with that number of axes.
+    """Read an idx file of bytes (yann.lecun.com/exdb/mnist).
+
+    Args:
+        folder: directory of the file.
+        name: of the file, without .gz.
+        axes: number of axes of the tensor.
 
     Raises:
-        revnets.SpecError: it is missing, damaged or of another kind.
+        revnets.SpecError: the file is missing, damaged, or of another type or shape.
     """
     path = next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
     if path is None:
         problem = f"{folder} has no {name}, gzipped or not"
-        raise run_error("data.root", problem, "Give the folder with the four idx files", code="missing-file")
+        raise run_error("data.root", problem, "Give the directory with the four idx files", code="missing-file")
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             magic, *sizes = struct.unpack(f">{1 + axes}i", file.read(4 * (1 + axes)))
             if magic != 0x0800 + axes or min(sizes) < 1:
-                raise ValueError(f"no idx file of bytes with {axes} axes")
-            count, on_disk = math.prod(sizes), path.stat().st_size  # sizes are of a file and may be anything
+                raise ValueError(f"not an idx file of bytes with {axes} axes")
+            count, on_disk = math.prod(sizes), path.stat().st_size  # the sizes are untrusted
             if count > (max(BOUND, EXPANSION * on_disk) if path.suffix == ".gz" else on_disk):
-                raise ValueError(f"{on_disk} bytes cannot hold {' x '.join(map(str, sizes))}")
+                raise ValueError(f"{on_disk} bytes cannot contain {' x '.join(map(str, sizes))} values")
             data = file.read(count + 1)
         if len(data) != count:
             more = "more" if len(data) > count else f"{len(data)}"
-            raise ValueError(f"it has {more} bytes for {' x '.join(map(str, sizes))}")
+            raise ValueError(f"it has {more} bytes for {' x '.join(map(str, sizes))} values")
         return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(sizes).copy())
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         text = getattr(error, "strerror", None) or first_line(error)
-        raise run_error("data.root", f"{path}: {text}", "Fetch the file again", code="damaged-file") from None
+        raise run_error("data.root", f"{path}: {text}", "Download the file again", code="damaged-file") from None
 
 
 def _resized(images: Tensor, side: int) -> Tensor:
-    """(N, 1, H, W) of bytes, to that many pixels a side: black around them, or shrunk."""
+    """Pad images (N, 1, H, W) of bytes with black, or shrink them, to (N, 1, side, side)."""
     height, width = images.shape[-2:]
     if height > side or width > side:
         return F.interpolate(images.float(), (side, side), mode="area").round().byte()
@@ -131,7 +145,8 @@ def _data(
     pixels = scaled(train[0])
     mean, std = pixels.mean().item(), pixels.std().item()
     if not std > 0:
-        raise run_error("data.root", "all training images are of one gray", "Check the files", code="unreadable-data")
+        problem = "all pixels of the training images are equal"
+        raise run_error("data.root", problem, "Check the files", code="unreadable-data")
     return ImageData(
         train=Augmented(*train, RandomAffine(config, seed), mean, std),
         val=Plain((scaled(val[0]) - mean) / std, val[1]),
@@ -143,7 +158,7 @@ def _data(
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
-    """Images in memory, augmented and normalised batch by batch; asked by `Key`."""
+    """Images in memory, indexed by `Key`, augmented and normalized batch by batch."""
 
     def __init__(self, images: Tensor, labels: Tensor, augment: RandomAffine, mean: float, std: float):
         self.images, self.labels, self.augment = images, labels, augment
@@ -162,7 +177,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Plain(Dataset[tuple[Tensor, Tensor]]):
-    """Images in memory, ready to use."""
+    """Images in memory without augmentation."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
@@ -175,19 +190,19 @@ class Plain(Dataset[tuple[Tensor, Tensor]]):
 
 
 def scaled(images: Tensor) -> Tensor:
-    """Bytes as numbers in [0, 1]; floats as they are."""
+    """Scale bytes to [0, 1]. Floats are returned unchanged."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 class RandomAffine:
-    """A random rotation, change of size, shift and mirroring of every image, drawn from (seed, epoch, index)."""
+    """A random rotation, scaling, shift and flip of every image, drawn from (seed, epoch, index)."""
 
     def __init__(self, config: SmallImagesConfig, seed: int):
         self.limits = np.array([math.radians(config.rotate), config.scale, config.shift, config.shift])
         self.hflip, self.seed = config.hflip, seed
 
     def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
-        """Images (B, C, H, W) in, images of that shape out; what comes in from outside is black."""
+        """Transform images (B, C, H, W). Pixels from outside of an image are black."""
         if not self.limits.any() and not self.hflip:
             return images
         generators = [np.random.default_rng((self.seed, *key)) for key in keys]

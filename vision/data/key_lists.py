@@ -1,4 +1,4 @@
-"""Keys of images, such as those that are left out of training: a text with a key a line, or a Parquet file."""
+"""Lists of image keys, such as those excluded from training: a text with one key per line, or a Parquet file."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 MAX_BYTES = 2**30
-"""Of a list, ten million keys with room to spare."""
+"""Size limit of a list, more than ten million keys need."""
 
 MAX_KEY = 2**13
-"""Characters of a key, twice as many as a path has on Linux."""
+"""Characters of a key, twice the limit of a path on Linux."""
 
 EXPANSION, FREE_BYTES = 64, 2**26
-"""How many times as many bytes as a Parquet file has its columns may take, and how many they always may."""
+"""Largest ratio of the size of the columns to the size of a Parquet file, and bytes that columns may always have."""
 
 
 def read_keys(file: str) -> frozenset[str]:
-    """The keys in a list; `.parquet` in its column `key`.
+    """Read a list of keys: the column `key` of a `.parquet` file, or the lines of any other file.
 
     Raises:
-        revnets.SpecError: there is no such file, or it is no list of keys.
+        revnets.SpecError: the file does not exist, or is not a list of keys.
     """
     path = Path(file)
     if path.suffix.lower() == ".parquet":
         with open_parquet(path, dictionaries=["key"]) as opened:
             kinds = [str(field.type) for field in opened.schema_arrow if field.name == "key"]
             if not kinds or not kinds[0].startswith(("dictionary<values=string,", "dictionary<values=large_string,")):
-                problem = f"{path} has no column `key` of texts"
+                problem = f"{path} has no column `key` of strings"
                 raise run_error("data.exclude", problem, "Give a list of keys", code="wrong-format")
             batches = opened.iter_batches(2**20, columns=["key"])
             return frozenset(key for batch in batches for key in key_texts(batch.column(0)))
@@ -49,7 +49,8 @@ def read_keys(file: str) -> frozenset[str]:
         problem = f"{path} cannot be read ({error.strerror or first_line(error)})"
         raise run_error("data.exclude", problem, "Check the path", code="missing-file") from None
     if data is None:
-        raise run_error("data.exclude", f"{path} is too large", "Check it", code="too-large")
+        problem = f"{path} is larger than {MAX_BYTES:,} bytes"
+        raise run_error("data.exclude", problem, "Give a list of keys", code="too-large")
     try:
         keys = frozenset(key for line in data.decode("utf-8-sig").split("\n") if (key := line.removesuffix("\r")))
     except UnicodeDecodeError:
@@ -61,7 +62,7 @@ def read_keys(file: str) -> frozenset[str]:
 
 
 def listing_digest(keys: Iterable[str]) -> str:
-    """The sha256 of the keys of a data set, in any order: by it labels know which images they are of."""
+    """The sha256 of the keys of a data set, in any order. It identifies the images that labels are for."""
     digest = hashlib.sha256()
     for key in sorted(keys):
         digest.update(key.encode("utf-8", "surrogateescape") + b"\0")
@@ -69,10 +70,10 @@ def listing_digest(keys: Iterable[str]) -> str:
 
 
 def key_texts(column: pyarrow.DictionaryArray) -> list[str]:
-    """The keys of a column that is read as a dictionary, without nulls; equal ones are one object.
+    """The keys of a column that is read as a dictionary, without nulls. Equal keys are one object.
 
     Raises:
-        ValueError: a key is too long, or is not UTF-8.
+        ValueError: a key is too long or not UTF-8.
     """
     numbers = column.indices.drop_null().dictionary_encode()
     keys = column.dictionary.take(numbers.dictionary).to_pylist()
@@ -83,36 +84,36 @@ def key_texts(column: pyarrow.DictionaryArray) -> list[str]:
 
 @contextmanager
 def open_parquet(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """A Parquet file whose columns take no more memory than a file of its size may.
+    """Open a Parquet file whose declared columns are not much larger than the file.
 
     Args:
-        dictionaries: columns of text to read as dictionaries, which hold a repeated text once.
+        dictionaries: string columns to read as dictionaries, which store a repeated string once.
 
     Raises:
-        revnets.SpecError: it cannot be read, within the body as well, or pyarrow is not installed.
+        revnets.SpecError: the file cannot be read, also within the `with` block, or pyarrow is not installed.
     """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        problem, remedy = "pyarrow is not installed, which reads Parquet", "pip install 'revnets[labels]'"
+        problem, remedy = "Parquet files need pyarrow, which is not installed", "pip install 'revnets[labels]'"
         raise ConfigError(str(path), "", problem, remedy, code="missing-dependency") from None
     try:
         with open_regular(path) as opened:
             metadata = pq.read_metadata(opened)
-            there = {metadata.schema.column(number).path for number in range(metadata.num_columns)}
+            columns = {metadata.schema.column(number).path for number in range(metadata.num_columns)}
             file = pq.ParquetFile(
                 opened,
                 metadata=metadata,
-                read_dictionary=[name for name in dictionaries if name in there],  # pyarrow raises KeyError for others
+                read_dictionary=[name for name in dictionaries if name in columns],  # others raise a KeyError
                 page_checksum_verification=True,
             )
             size = os.fstat(opened.fileno()).st_size
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-            columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-            total = sum(max(column.total_uncompressed_size, 4 * column.num_values) for column in columns)
+            chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+            total = sum(max(chunk.total_uncompressed_size, 4 * chunk.num_values) for chunk in chunks)
             if total > max(FREE_BYTES, EXPANSION * size):
-                problem = f"it declares {total} bytes, but has {size}"
+                problem = f"it declares {total} bytes of columns, but has {size} bytes"
                 raise ConfigError(str(path), "", problem, "Write the file again", code="damaged-file")
             yield file
     except ConfigError:

@@ -1,7 +1,7 @@
-"""The images in a folder, in a tar, or in a folder of tars.
+"""Listing of the images in a directory, in a tar, or in a directory of tars, for `vision.data.image_files`.
 
-timm's readers treat every file and folder as an image or a class. These functions skip what programs leave behind,
-follow links without going in circles, and report what they do not read, for `vision.data.image_files`.
+timm's readers treat every file and directory as an image or a class. These functions skip files and directories that
+programs leave behind, follow links without following cycles, and report what they do not read.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ NOT_DATA = frozenset(
     | {"$recycle.bin", "recycler", "found.000", "system volume information", "lost+found"}
     | {"network trash folder", "temporary items", "thevolumesettingsfolder"}
 )
-"""Folders, in lower case, that systems and programs leave behind. Those that begin with a dot do not count either."""
+"""Lower-case names of directories that systems and programs leave behind. Names with a leading dot are skipped too."""
 
 PICTURES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm"}
     | {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga"}
 )
-"""Endings of pictures, of which only some are read."""
+"""Suffixes of image files, only some of which are read."""
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
-"""Endings of archives that are not read; each may hold a class."""
+"""Suffixes of archives that are not read. Each may contain a class, so they are refused."""
 
 VISITS = 64
-"""How often links may lead to the same folder."""
+"""How many times links may lead to the same directory."""
 
 LONGEST = 4096
-"""Characters of a name in a tar, and of the target of a link."""
+"""Most characters of a name in a tar and of the target of a link."""
 
 
 class ImageFile(NamedTuple):
-    """Where the bytes of an image are.
+    """The location of an image.
 
     Attributes:
-        name: relative to the listed folder, or in its tar.
-        folder: the class folder and those above it, as in `animals/ant`; of a tar among others its name comes first.
-        archive: the tar; empty for an image in a file of its own.
-        start, size: bytes in the tar; a start of -1 if the tar does not hold them.
+        name: path relative to the listed directory, or in the tar.
+        folder: the class directory and its parents, as in `animals/ant`; for one of several tars, below the tar's name.
+        archive: path of the tar; empty for an image outside of a tar.
+        start, size: range of bytes in the tar; a start of -1 if the tar does not contain them.
     """
 
     name: str
@@ -59,12 +59,14 @@ class ImageFile(NamedTuple):
 
 @dataclass
 class Listing:
-    """What was found.
+    """The result of a listing.
 
     Attributes:
-        folders: all that were seen, also those without images, and links that lead nowhere.
-        unread: pictures whose endings are not among those that are read.
-        tars: does every folder's name begin with that of its tar?
+        endings: suffixes of the files that are read.
+        files: images.
+        folders: all directories, including empty ones, and broken links.
+        unread: images with other suffixes.
+        tars: whether the name of every directory begins with that of its tar.
     """
 
     endings: frozenset[str]
@@ -74,7 +76,7 @@ class Listing:
     tars: bool = False
 
     def add(self, file: ImageFile) -> None:
-        """Take a file that may be an image."""
+        """Add a file if it is an image."""
         ending = os.path.splitext(file.name)[1].lower()
         if ending in self.endings:
             self.files.append(file)
@@ -83,16 +85,16 @@ class Listing:
 
 
 def is_hidden(name: str) -> bool:
-    """Is this the name of something that is no data: `.ipynb_checkpoints`, `._0.jpg`, `@eaDir`?"""
+    """Whether a name is not part of the data, such as `.ipynb_checkpoints`, `._0.jpg` and `@eaDir`."""
     return name.startswith(".") or name.lower() in NOT_DATA
 
 
 def list_folder(root: str, endings: frozenset[str]) -> Listing:
-    """The images below a folder, links followed.
+    """List the images below a directory, following links.
 
     Raises:
-        revnets.SpecError: links lead to one folder again and again.
-        OSError: a folder cannot be read.
+        revnets.SpecError: links lead to one directory more than `VISITS` times.
+        OSError: a directory cannot be read.
     """
     found, visits = Listing(endings), Counter()
     waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
@@ -106,7 +108,7 @@ def list_folder(root: str, endings: frozenset[str]) -> Listing:
         visits[here] += 1
         if visits[here] > VISITS:
             problem = f"links lead to {place} more than {VISITS} times"
-            raise run_error("data.root", problem, "Remove links between folders", code="circular-reference")
+            raise run_error("data.root", problem, "Remove links between directories", code="circular-reference")
         if folder:
             found.folders.append(folder)
         with os.scandir(place) as entries:
@@ -119,16 +121,16 @@ def list_folder(root: str, endings: frozenset[str]) -> Listing:
                 elif os.path.splitext(name)[1].lower() in PICTURES | endings or not _leads_nowhere(entry):
                     found.add(ImageFile(name, folder))
                 else:
-                    found.folders.append(name)  # perhaps a class, whose disk is not there
+                    found.folders.append(name)  # perhaps a class on a disk that is not mounted
     return found
 
 
 def list_tars(root: str, endings: frozenset[str]) -> Listing:
-    """The images of a tar, or of all tars in a folder; tars in them are read as folders.
+    """List the images of a tar, or of all tars in a directory. Tars inside of a tar are read as directories.
 
     Raises:
-        revnets.SpecError: a tar is damaged, or there is other data next to the tars.
-        OSError: a folder cannot be read.
+        revnets.SpecError: a tar is damaged, or other data is next to the tars.
+        OSError: a directory cannot be read.
     """
     found = Listing(endings, tars=os.path.isdir(root))
     if not found.tars:
@@ -142,8 +144,9 @@ def list_tars(root: str, endings: frozenset[str]) -> Listing:
             found.folders.append(name)
             _list_archive(entry.path, name, found)
         elif _is_data(entry.name, endings) or (entry.is_dir() and _holds_data(entry.path, endings)):
-            remedy = "Move it away, or put it into a tar that is not compressed"
-            raise run_error("data.root", f"{root} holds {entry.name} beside tars", remedy, code="class-mismatch")
+            problem = f"{root} has {entry.name} next to tars"
+            hint = "Move it elsewhere, or pack it into an uncompressed tar"
+            raise run_error("data.root", problem, hint, code="class-mismatch")
     return found
 
 
@@ -154,7 +157,7 @@ def _list_archive(path: str, folder: str, found: Listing) -> None:
     except (OSError, tarfile.TarError, ValueError, EOFError, RecursionError, OverflowError, MemoryError) as error:
         text = getattr(error, "strerror", None) or first_line(error)
         problem = f"{path} cannot be read ({text})"
-        raise run_error("data.root", problem, "Fetch or write the tar again", code="damaged-file") from None
+        raise run_error("data.root", problem, "Download or create the tar again", code="damaged-file") from None
 
 
 def _list_members(file: Any, path: str, folder: str, found: Listing, start: int = 0, is_inner: bool = False) -> None:
@@ -166,7 +169,7 @@ def _list_members(file: Any, path: str, folder: str, found: Listing, start: int 
                 raise ValueError(f"a name has {length} characters")
             parts = [part for part in posixpath.normpath(member.name).split("/") if part not in ("", ".", "..")]
             if parts and not any(map(is_hidden, parts)):
-                members["/".join(parts)] = member  # of several with one name the last counts, as for tar -x
+                members["/".join(parts)] = member  # the last one of a name counts, as for tar -x
         _require_end(file, tar.offset)
         for name, member in members.items():
             source, place = _source(name, members), posixpath.join(folder, name)
@@ -174,12 +177,12 @@ def _list_members(file: Any, path: str, folder: str, found: Listing, start: int 
                 found.folders.append(place)
             elif source is not None and name.lower().endswith(".tar"):
                 if is_inner:
-                    raise ValueError(f"{member.name} is a tar in a tar in a tar")
+                    raise ValueError(f"{member.name} is a tar nested in two tars")
                 inner, begin = place[: -len(".tar")], start + source.offset_data
                 found.folders.append(inner)
                 _list_members(tar.extractfile(source), path, inner, found, begin, is_inner=True)
             elif name.lower().endswith(ARCHIVES):
-                raise ValueError(f"{member.name} is an archive of another kind than tar")
+                raise ValueError(f"{member.name} is an archive other than an uncompressed tar")
             elif source is None or source.issparse():
                 found.add(ImageFile(member.name, posixpath.dirname(place), path, -1))
             else:
@@ -188,7 +191,7 @@ def _list_members(file: Any, path: str, folder: str, found: Listing, start: int 
 
 
 def _source(name: str, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """The regular file that a member is or links to; None for a folder, and for what the tar does not hold."""
+    """The regular file that a member is or links to; None for a directory, or if the tar does not contain it."""
     for _ in range(8):
         member = members.get(name)
         if member is None or not (member.issym() or member.islnk()):
@@ -199,11 +202,11 @@ def _source(name: str, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInf
 
 
 def _require_end(file: IO[bytes], offset: int) -> None:
-    """A tar ends in a block of zeros; tarfile takes anything that is no header for the end."""
+    """Require the block of zeros at the end of a tar; tarfile accepts any block that is not a header as the end."""
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-        raise ValueError(f"it is damaged or cut short at byte {offset}")
+        raise ValueError(f"it is damaged or truncated at byte {offset}")
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
@@ -215,7 +218,7 @@ def _is_data(name: str, endings: frozenset[str]) -> bool:
 
 
 def _holds_data(path: str, endings: frozenset[str]) -> bool:
-    """Does a folder hold pictures or tars, or a folder that does? It is looked into two levels of folders."""
+    """Whether a directory, or a directory in it, contains images or tars."""
     for entry in (entry for entry in os.scandir(path) if not is_hidden(entry.name)):
         if _is_data(entry.name, endings):
             return True

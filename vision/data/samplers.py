@@ -1,6 +1,6 @@
-"""The batches of an epoch: which samples make them up, and which process gets them; and the seeds of random numbers.
+"""Batches of an epoch, their distribution over processes, and seeds of random numbers.
 
-Random numbers are functions of (seed, place), so that a run has no generator whose state would have to be kept.
+Random numbers are functions of (seed, place), so a run has no generator state to save.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ Collate = Callable[[list[Any]], Any]
 
 
 class Key(NamedTuple):
-    """Which sample, and in which epoch: each has its own augmentation."""
+    """A sample in an epoch. Each key has its own augmentation."""
 
     epoch: int
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody searches a key
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # tuple.index is not used
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """The batches of one epoch, in an order drawn from (seed, epoch), beginning wherever a run was interrupted.
+    """The batches of one epoch, in an order drawn from (seed, epoch), from any update on.
 
-    The samples that do not fill an update of all processes are left out; they differ from epoch to epoch.
+    Samples that do not fill an update of all processes are dropped; they differ from epoch to epoch.
 
     Args:
-        length: samples in the set.
-        batch_size: of one process and forward pass.
+        length: number of samples in the set.
+        batch_size: samples per process and forward pass.
         accum: forward passes per update.
         seed: of the order.
         rank, world_size: this process takes every `world_size`-th batch.
 
     Raises:
-        ValueError: the set has not enough samples for one update.
+        ArgumentError: the set has too few samples for one update.
     """
 
     def __init__(self, length: int, batch_size: int, accum: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -61,7 +61,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.epoch, self.start = 0, 0
 
     def begin(self, epoch: int, start: int = 0) -> None:
-        """Let the next iteration be that of `epoch`, from its update `start` on."""
+        """Set the epoch of the next iteration, and its first update."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -76,10 +76,10 @@ class EpochBatches(Sampler[list[Key]]):
 
 
 class Share(Dataset[Any]):
-    """A process's share of a validation set: every `world.size`-th sample.
+    """The part of a validation set that one process evaluates: every `world.size`-th sample.
 
-    All shares are equally long, since processes that share their weights must all make the same forward passes. What
-    is missing is filled up with the last sample, changed by `padding` into one that no evaluation counts.
+    All parts have the same length, because processes with sharded weights must make the same forward passes. A shorter
+    part is padded with the last sample, which `padding` changes into one that no evaluation counts.
     """
 
     def __init__(self, whole: Dataset, world: World, padding: Callable[[Any], Any]):
@@ -105,12 +105,12 @@ class TrainBatches:
 
     Args:
         config: of the run.
-        data: what it trains on.
+        data: of the run.
         world: the processes of the run.
         collate: makes a batch of samples; torch's by default.
 
     Raises:
-        revnets.SpecError: the set does not fill one update.
+        revnets.SpecError: the set has too few samples for one update.
     """
 
     def __init__(
@@ -155,19 +155,22 @@ def val_loader(
     collate: Collate = default_collate,
     padding: Callable[[Any], Any] = without_class,
 ) -> DataLoader:
-    """The validation set's loader: this process's share, padded to equal length with samples that do not count.
+    """A loader of the part of the validation set that this process evaluates, padded to equal length.
 
     Args:
+        config: of the run.
+        data: of the run.
+        world: the processes of the run.
         collate: makes a batch of samples; torch's by default.
-        padding: makes a sample that does not count from one that does; by default an image of the class -1.
+        padding: changes a sample into one that no evaluation counts; by default it sets the class to -1.
     """
     val = data.val if config.batch_is_stream else Share(data.val, world or World(), padding)
     return _loader(val, config, collate, batch_size=config.batch_size)
 
 
 def _loader(dataset: Dataset, config: TrainConfig, collate: Collate, **options: Any) -> DataLoader:
-    # A loader draws a number for its workers at the start of every epoch; from the global generator that would make
-    # the numbers that the model draws depend on how often a run was interrupted.
+    # A loader draws a number for its workers at the start of every epoch. If it came from the global generator, the
+    # numbers that the model draws would depend on the interruptions of the run.
     generator = torch.Generator().manual_seed(config.seed)
     return DataLoader(
         dataset,
@@ -196,7 +199,7 @@ def torch_seed(*place: int) -> int:
 
 @contextmanager
 def seeded(*place: int) -> Iterator[None]:
-    """Within it the generators of the CPU are seeded with a place; afterwards they are where they were."""
+    """Seed the generators of the CPU with a place, and restore their states afterwards."""
     first, second, third = _seeds(place)
     python, numpy, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(first)

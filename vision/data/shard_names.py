@@ -1,4 +1,4 @@
-"""Names of shards of webdataset in braces, `train-{0000..0099}.tar`, counted before they are written out."""
+"""Checks of webdataset's shard names in brace notation, `train-{0000..0099}.tar`, before they are expanded."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from revnets.utils.regular_files import require_regular
 from vision.errors import run_error
 
 MAX_SHARDS = 10**6
-"""More shards than any data set has."""
+"""Limit of shards, more than any data set has."""
 
 LONGEST = 2**14
-"""Characters of a split."""
+"""Most characters of a split."""
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?$")
-_LETTERS = 100  # at most, from one letter to another
+_LETTERS = 100  # upper bound of a range of letters
 
 
 def check_shards(root: Path, split: str) -> None:
-    """Check what webdataset would open unchecked.
+    """Check a split and the description files, which webdataset does not check.
 
     Raises:
         revnets.SpecError: the braces of a split expand to too many names, or a description is a pipe or a device.
@@ -33,10 +33,10 @@ def check_shards(root: Path, split: str) -> None:
 
 
 def check_files(root: Path, names: Iterable[str]) -> None:
-    """Check the files that webdataset would open: it waits for a pipe, and reads from a device without end.
+    """Require regular files, because webdataset would wait for a pipe and read a device without end.
 
     Raises:
-        revnets.SpecError: one of them is a folder, a pipe or a device.
+        revnets.SpecError: a file is a directory, a pipe or a device.
     """
     for name in names:
         try:
@@ -47,7 +47,7 @@ def check_files(root: Path, names: Iterable[str]) -> None:
 
 
 def count_names(text: str) -> int:
-    """An upper bound on the number of names that braces expand to; it does not go far beyond `MAX_SHARDS`."""
+    """An upper bound on the number of names that braces expand to. Counting stops above `MAX_SHARDS`."""
     count = 1 if len(text) <= LONGEST else MAX_SHARDS + 1
     while count <= MAX_SHARDS and (found := _BRACES.search(text)):
         count *= _choices(found[1])

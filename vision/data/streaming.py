@@ -1,7 +1,7 @@
-"""Data that can only be read from front to back: webdataset's shards, and streamed data sets of Hugging Face.
+"""Data that is read sequentially: webdataset's shards, and streamed data sets of Hugging Face.
 
-timm's readers shuffle them by (seed, epoch), and deal their shards out to processes and workers. So the order is that
-of a run with the same number of both, and a run that is resumed in the middle of an epoch reads its beginning again.
+timm's readers shuffle samples by (seed, epoch) and distribute shards to processes and workers. The order therefore
+depends on the numbers of both, and a run that resumes in the middle of an epoch reads the start of the epoch again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Stream(IterableDataset[tuple[Tensor, Any]]):
     """One of timm's streaming readers.
 
     Args:
-        make: makes the reader.
+        make: creates the reader.
         transform: from a PIL image to a tensor.
-        unreadable: what happens with images that cannot be read.
-        world: the processes that share a validation set. (For training the reader asks torch.distributed itself.)
+        unreadable: policy for images that cannot be read.
+        world: the processes that share a validation set. (For training, the reader queries torch.distributed.)
         seed: of the augmentations; None for validation.
-        exif: is the orientation in EXIF data applied? Data sets of Hugging Face always apply it to streams.
+        exif: whether the EXIF orientation is applied. Streamed data sets of Hugging Face always apply it.
 
     Attributes:
         count: number of classes; None if labels are not compared with it.
@@ -50,7 +50,7 @@ class Stream(IterableDataset[tuple[Tensor, Any]]):
         self.count: int | None = None
         self.reader, self.transform, self.unreadable, self.world, self.seed = make(), transform, unreadable, world, seed
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers live longer than an epoch
-        if seed is None:  # every process reads all of it and takes its share, so that nothing is missed or seen twice
+        if seed is None:  # every process reads all samples and takes its part, so that none is skipped or repeated
             self.reader.dist_rank, self.reader.dist_num_replicas = 0, 1
 
     @property
@@ -66,17 +66,17 @@ class Stream(IterableDataset[tuple[Tensor, Any]]):
         self._epoch.fill_(value)
 
     def __len__(self) -> int:
-        """Samples in the whole set, as the reader was told or found."""
+        """Number of samples in the whole set, as configured or found by the reader."""
         return int(self.reader.num_samples or 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
-        self.reader.ds = None  # begin again, with shuffling buffers that know nothing of the epochs before
+        self.reader.ds = None  # start again with empty shuffling buffers
         self.reader.set_epoch(self.epoch)
         with noting(self.unreadable):
             yield from self._share() if self.seed is None else self._augmented(self.seed)
 
     def _samples(self) -> Iterator[tuple[Any, Any]]:
-        """Pictures and what they are labeled with, as the reader gives them."""
+        """Images and labels from the reader."""
         return iter(self.reader)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
@@ -88,7 +88,7 @@ class Stream(IterableDataset[tuple[Tensor, Any]]):
                 return
             except DataError:
                 raise
-            except Exception as error:  # readers raise whatever they like
+            except Exception as error:  # readers raise errors of any type
                 raise DataError(f"{type(self.reader).__name__}: {first_line(error)}. Check the shards") from error
             yield sample
 
@@ -111,11 +111,11 @@ class Stream(IterableDataset[tuple[Tensor, Any]]):
                     yield self.transform(blank), -1
                 else:
                     yield self.transform(image), class_of(label, self.count, f"sample {number}", False)
-        if number % size < self.world.rank and number >= 0:  # shares are equally long, see `Share`
+        if number % size < self.world.rank and number >= 0:  # parts have the same length, see `Share`
             yield self.transform(blank), -1
 
     def _image(self, picture: Image.Image) -> Image.Image | None:
-        """A picture as RGB; None if its mode cannot be, which is noted."""
+        """An image as RGB; None, with a note, if it cannot be converted."""
         try:
             return converted(picture, exif=self.exif)
         except Exception as error:
@@ -124,23 +124,24 @@ class Stream(IterableDataset[tuple[Tensor, Any]]):
 
 
 def class_of(label: int, count: int | None, name: str, is_training: bool) -> int:
-    """A class number that is one.
+    """Check a class number and return it.
 
     Args:
-        count: of classes; None if nothing is known.
+        label: the class number.
+        count: number of classes; None if it is unknown.
         name: of the sample.
-        is_training: for validation -1 is a sample that does not count.
+        is_training: whether -1, a sample of a validation set that does not count, is refused.
 
     Raises:
-        DataError: it is none.
+        DataError: the class number is out of range.
     """
     if count is not None and (label >= count or label < (0 if is_training else -1)):
-        raise DataError(f"{printable(name)}: its class is {label}, and there are {count} from 0 on. Check the labels")
+        raise DataError(f"{printable(name)}: its class is {label}, not from 0 to {count - 1}. Check the labels")
     return label
 
 
 class _Notes(logging.Handler):
-    """timm's reader of webdataset only logs what it skips."""
+    """Forwards log records of timm's webdataset reader, which only logs the samples that it skips."""
 
     def __init__(self, unreadable: Unreadable):
         super().__init__(logging.WARNING)
@@ -152,7 +153,7 @@ class _Notes(logging.Handler):
 
 
 class noting:
-    """Within it, samples that webdataset skips are noted."""
+    """Context in which samples that webdataset skips are noted."""
 
     logger = logging.getLogger("timm.data.readers.reader_wds")
 

@@ -1,4 +1,4 @@
-"""Images read by timm's readers: folders, tars, data sets of Hugging Face, and streams of them or of webdataset."""
+"""Images read by timm's readers: directories, tars, data sets of Hugging Face, and streams."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from vision.distributed.context import World
 from vision.errors import DataError, first_line, printable, run_error
 
 RETRIES = 10
-"""Unreadable images in a row that are skipped; more mean that something else is wrong."""
+"""Consecutive unreadable images that are skipped before training stops."""
 
 LARGEST = 10**6
-"""More classes than any data set has."""
+"""Limit of classes, more than any data set has."""
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
 
 
 def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: World) -> ImageData:
-    """Training and validation set of one of timm's readers.
+    """Open the training and validation set of one of timm's readers.
 
     Raises:
-        revnets.SpecError: the data are missing or empty, or their classes do not fit together.
+        revnets.SpecError: the data is missing or empty, or the classes of both sets differ.
     """
     if config.is_stream:
         val_steps = val_transform(config)
@@ -56,7 +56,7 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
     if config.class_map is None and found:
         if strange := sorted(set(others) - set(found)):
             noun = "classes" if len(strange) > 1 else "class"
-            problem = f"{config.val_split} has the {noun} {listed(strange)}, and {config.train_split} has not"
+            problem = f"{config.val_split} has the {noun} {listed(strange)}, but {config.train_split} does not"
             raise run_error(
                 "data.root", problem, "Give both splits the same classes, or a class_map", code="class-mismatch"
             )
@@ -117,17 +117,17 @@ def provenance_of_exclusion(reader: Any, place: str) -> dict[str, Any]:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images that can be asked for one by one.
+    """Images with random access.
 
-    For training they are asked by `Key`, and one that cannot be read is replaced by the next. For validation they are
-    asked by number, and one that cannot be read is black and of class -1, which no evaluation counts.
+    For training they are indexed by `Key`, and an unreadable image is replaced by the next one. For validation they are
+    indexed by number, and an unreadable image is black with the class -1, which no evaluation counts.
 
     Args:
-        reader: one of timm's: `reader[index]` is (file, class number).
+        reader: with timm's interface: `reader[index]` is (file, class number).
         transform: from a PIL image to a tensor.
-        unreadable: what happens with images that cannot be read.
+        unreadable: policy for images that cannot be read.
         seed: of the augmentations; None for validation.
-        exif: is the orientation in EXIF data applied?
+        exif: whether the EXIF orientation is applied.
         count: number of classes; None if labels are not compared with it.
     """
 
@@ -156,21 +156,21 @@ class Images(Dataset[tuple[Tensor, int]]):
             if image:
                 with seeded(self.seed or 0, *key):
                     return self.transform(image), label
-        place = f"from number {key.index} on ({printable(self.reader.filename(key.index))})"
-        raise DataError(f"{RETRIES} images in a row cannot be read, {place}. Check data.root")
+        place = f"starting at number {key.index} ({printable(self.reader.filename(key.index))})"
+        raise DataError(f"{RETRIES} consecutive images cannot be read, {place}. Check data.root")
 
     def read(self, index: int) -> tuple[Image.Image | None, int]:
-        """The image as RGB and its class; None if it cannot be read, which is noted.
+        """Read an image as RGB, and its class. The image is None, with a note, if it cannot be read.
 
         Raises:
-            DataError: there is no such class, or unreadable images are to stop the run.
+            DataError: the class is out of range, or the policy for unreadable images is `stop`.
         """
         try:
             file, label = self.reader[index]
             with file:
                 image = read_image(file, exif=self.exif)
             label = -1 if label is None else int(label)
-        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, DecompressionBombError
+        except Exception as error:  # decoders raise OSError, SyntaxError, DecompressionBombError and others
             self.unreadable.note(self.reader.filename(index), error)
             return None, -1
         return image, class_of(label, self.count, self.reader.filename(index), self.seed is not None)
@@ -197,18 +197,18 @@ def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int
         if config.name.startswith("wds/"):
             _require_folder(Path(root or ""))
             check_shards(Path(root or ""), split)
-            root = str(Path(root or "").resolve())  # webdataset would run what a name that begins with `pipe:` says
+            root = str(Path(root or "").resolve())  # webdataset would run a name that begins with `pipe:` as a command
         with _without_hub() if config.name.startswith(("hfds/", "hfids/")) else nullcontext():
             reader: Any = create_reader(config.name, root=root, split=split, **given)
         if config.name.startswith("wds/"):
             check_files(Path(root or ""), reader.split_info.filenames)
         return reader
     except ImportError as error:
-        problem = f"{config.name} needs a package ({error})"
+        problem = f"{config.name} needs a package that is not installed ({error})"
         raise run_error("data.name", problem, "pip install 'revnets[data]'", code="missing-dependency") from None
     except SpecError:
         raise
-    except Exception as error:  # readers raise whatever they like: AssertionError, RuntimeError, ValueError
+    except Exception as error:  # readers raise AssertionError, RuntimeError, ValueError and others
         where = f"{config.name} {config.root or ''} {split}".replace("  ", " ")
         remedy = "Check root, splits and keys" + ", or set train_samples and val_samples" * config.is_stream
         raise run_error("data", f"{where}: {first_line(error)}", remedy, code="unreadable-data") from error
@@ -216,15 +216,15 @@ def _reader(config: ImagesConfig, part: str, seed: int, class_map: dict[str, int
 
 @contextmanager
 def _without_hub() -> Iterator[None]:
-    """Look for data sets in folders and in the cache alone if the address of the Hugging Face Hub cannot be found.
+    """Use only local directories and the cache if the host name of the Hugging Face Hub cannot be resolved.
 
-    Its client would repeat every request for 23 seconds first.
+    Its client would otherwise retry every request for 23 seconds.
     """
     from datasets import config
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    if not getproxies():  # else the proxy finds it
+    if not getproxies():  # a proxy resolves the name itself
         try:
             socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
         except OSError:
@@ -236,10 +236,10 @@ def _without_hub() -> Iterator[None]:
 
 
 def split_path(root: Path, split: str, kind: str = "folder") -> Path:
-    """The folder (or the tar, or the folder of tars) of a split.
+    """The directory (or the tar, or the directory of tars) of a split.
 
     Raises:
-        revnets.SpecError: it does not exist, or has no images.
+        revnets.SpecError: it does not exist, or contains no tars.
     """
     _require_folder(root)
     names = dict.fromkeys((split, *SYNONYMS.get(split, ())))
@@ -247,34 +247,34 @@ def split_path(root: Path, split: str, kind: str = "folder") -> Path:
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         there = ", ".join(sorted(item.name for item in root.iterdir())[:8]) or "nothing"
-        problem = f"{root} has no {' or '.join(names)}; it holds {there}"
+        problem = f"{root} has no {' or '.join(names)}; it has {there}"
         raise run_error(
-            "data.root", problem, "Let it hold one folder per split, or set train_split, val_split", code="missing-file"
+            "data.root", problem, "Use one directory per split, or set train_split and val_split", code="missing-file"
         )
     if kind == "tar" and path.is_dir() and not any(name.lower().endswith(".tar") for name in os.listdir(path)):
-        raise run_error("data.root", f"{path} holds no tars", "Check it", code="empty-data")
+        raise run_error("data.root", f"{path} has no tars", "Give a directory with tars", code="empty-data")
     return path
 
 
 def class_to_idx(reader: Any) -> dict[str, int]:
-    """The classes that a reader knows by name."""
+    """Class numbers by name, if the reader has class names."""
     return dict(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {})
 
 
 def _classes(config: ImagesConfig, found: dict[str, int]) -> tuple[str, ...]:
     if not all(isinstance(number, int) and 0 <= number < LARGEST for number in found.values()):
-        problem = f"the classes have numbers that are not from 0 to {LARGEST - 1}"
-        raise run_error("data.class_map", problem, "Number the classes from 0 on", code="out-of-range")
+        problem = f"the classes have numbers outside of 0 ... {LARGEST - 1}"
+        raise run_error("data.class_map", problem, "Number the classes from 0", code="out-of-range")
     known = max(found.values(), default=-1) + 1
     if config.num_classes is None and not known:
-        problem = f"{config.name} does not tell how many classes there are"
-        raise run_error("data.num_classes", problem, "Set it", code="missing-key")
+        problem = f"{config.name} does not report the number of classes"
+        raise run_error("data.num_classes", problem, "Set the key", code="missing-key")
     if config.num_classes is not None and config.num_classes < known:
-        problem = f"{config.num_classes}, but the data have {known} classes"
-        raise run_error("data.num_classes", problem, f"Set it to {known} or leave it out", code="class-mismatch")
+        problem = f"{config.num_classes}, but the data has {known} classes"
+        raise run_error("data.num_classes", problem, f"Set it to {known} or remove it", code="class-mismatch")
     return class_names(found, config.num_classes)
 
 
 def _require_folder(root: Path) -> None:
     if not root.is_dir():
-        raise run_error("data.root", f"there is no folder {root}", "Check the path", code="missing-file")
+        raise run_error("data.root", f"there is no directory {root}", "Check the path", code="missing-file")

@@ -27,7 +27,7 @@ def train_transform(config: ImagesConfig) -> Transform:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """timm's, also for no bits at all: strong policies ask for that, and Pillow 13 refuses what used to give black."""
+    """timm's posterize, which also accepts 0 bits: strong policies use 0, and Pillow 13 refuses it instead of black."""
     return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else image.point(lambda _: 0)
 
 

@@ -1,1 +1,1 @@
-"""Soft labels for images without any: a teacher, the processes that share its work, and Ray Data."""
+"""Soft labels for unlabeled images: the teacher, the processes that label shards, and Ray Data."""

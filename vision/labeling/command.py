@@ -1,4 +1,4 @@
-"""Labeling from the command line: what is loaded, the progress bar, and the throughput at the end."""
+"""The command `revnets label`: loading, progress bar and throughput."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vision.labeling.teacher import load_teacher
 from vision.labeling.work_queue import WorkQueue
 
 LARGE_DATA = 168_000_000
-"""Images of the paper's large data set (appendix C.1)."""
+"""Number of images in the paper's large data set (appendix C.1)."""
 
 
 def label_data(
@@ -36,21 +36,24 @@ def label_data(
     trust: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Write the label files of all images that have none yet.
+    """Write the label files that do not exist yet.
 
     Args:
         source: the teacher, as for `load_teacher`.
         data: as for `list_shards`.
-        folder: of the label files.
+        folder: directory of the label files.
+        settings: of the predictions.
+        engine: `local`, or `ray` for Ray Data.
         workers, device, weights, trust: as for `label_images` and `load_teacher`.
+        console: for progress and results.
 
     Returns:
-        How many images this process has labeled.
+        Number of images that this process has labeled.
 
     Raises:
-        revnets.SpecError: teacher or data cannot be used, or the folder holds labels of others.
+        revnets.SpecError: teacher or data cannot be used, or the directory has labels that were made otherwise.
         vision.errors.CheckpointError: the checkpoint of the teacher cannot be used.
-        OSError: a file cannot be written; those that are finished stay.
+        OSError: a file cannot be written. Finished files remain.
     """
     world = world_of(os.environ)
     console = (console or Console()) if world.is_main else Console(quiet=True)
@@ -59,7 +62,10 @@ def label_data(
     if engine == "ray":
         from vision.labeling.ray_engine import require_ray
 
-        device, precision = "cpu", "bfloat16" if require_ray() else "float32"  # of the teacher in this process
+        device, precision = (
+            "cpu",
+            "bfloat16" if require_ray() else "float32",
+        )  # this process only needs the teacher's transform
     teacher = load_teacher(source, device, weights, trust, world)
     images = list_shards(data, settings.shard_size, settings.input_key)
     make_folder(folder)
@@ -95,7 +101,7 @@ def label_data(
         else:
             done = label_images(teacher, images, queue, settings, workers, world, advance, remain, say)
     write_origin(folder, source, data, settings.input_key)
-    seconds = max(finished - started, 1e-9)  # without the time that it has waited for others at the end
+    seconds = max(finished - started, 1e-9)  # without waiting for other processes at the end
     if done:
         say(f"labeled {done} images in {seconds:.1f} s: {throughput(done / seconds)}")
     say(f"wrote {folder}")
@@ -103,7 +109,7 @@ def label_data(
 
 
 def throughput(rate: float) -> str:
-    """Images a second of a process, and the days that GPUs of this speed take for 168 million images."""
+    """Describe the throughput of a process, and the days that processes of this speed need for 168 million images."""
     days = LARGE_DATA / rate / 86400
     counts = ", ".join(f"{days / gpus:.3g} on {gpus}" for gpus in (1, 8, 64))
-    return f"{rate:.1f} images/s; days for 168 million images with such processes: {counts}"
+    return f"{rate:.1f} images/s; days for 168 million images by number of processes: {counts}"

@@ -1,4 +1,4 @@
-"""Labeling in this process, alone or beside others that were started with torchrun or by hand."""
+"""Labeling in this process, alone or together with processes started by torchrun or by hand."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from vision.pseudo_labels.sparse import SparseProbabilities, chosen_rows, joined
 
 @dataclass(frozen=True, slots=True)
 class LabelSettings:
-    """What predictions depend on, besides the teacher and the images.
+    """Settings of predictions.
 
     Attributes:
-        min_probability: probabilities above it are stored, the others in sum.
-        batch_size: images of a forward pass, which never come from two shards.
-        shard_size: images of a shard of a folder.
-        input_key: endings of the files that are read, as for `data.input_key` of a run.
-        round: of pseudo-labeling.
+        min_probability: probabilities above it are stored; the sum of the others is stored as the rest.
+        batch_size: images per forward pass. A batch has images of one shard.
+        shard_size: images per shard of a directory.
+        input_key: suffixes of the files that are read, as in `data.input_key` of a run.
+        round: round of pseudo-labeling.
     """
 
     min_probability: float = 0.01
@@ -40,7 +40,7 @@ class LabelSettings:
 
 
 class Predictions(NamedTuple):
-    """What a teacher predicts for the images of a shard or of a batch that can be read, and the keys of the others."""
+    """Predictions for the readable images of a shard or a batch, and the keys of the unreadable images."""
 
     keys: list[str]
     heads: dict[str, SparseProbabilities]
@@ -50,10 +50,13 @@ class Predictions(NamedTuple):
 def provenance_of(
     teacher: Teacher, images: ShardedImages, settings: LabelSettings, precision: str | None = None
 ) -> Provenance:
-    """What the labels of these images are made from.
+    """The provenance of the labels of these images.
 
     Args:
-        precision: of the forward pass; that of the teacher if None.
+        teacher: of the labels.
+        images: that are labeled.
+        settings: of the predictions.
+        precision: of the forward pass; the teacher's if None.
     """
     plain = {
         "min_probability": settings.min_probability,
@@ -80,18 +83,21 @@ def label_images(
     """Label shards until all have a file.
 
     Args:
+        teacher: that predicts the labels.
+        images: to label.
         queue: of the shards.
+        settings: of the predictions.
         workers: processes that decode images.
-        world: this process among those that were started together.
-        advance: gets the number of images of a batch when it is labeled.
-        remain: gets the number of images without a file before each shard: other processes label some, too.
-        say: gets lines about images that cannot be read, and about what is waited for.
+        world: the processes that were started together.
+        advance: called with the number of images of each labeled batch.
+        remain: called before each shard with the number of images without a file; other processes label some.
+        say: called with messages about unreadable images and about waiting.
 
     Returns:
-        How many images this process has labeled.
+        Number of images that this process has labeled.
 
     Raises:
-        OSError: a file cannot be written; those that are finished stay.
+        OSError: a file cannot be written. Finished files remain.
     """
     world, count = world or World(), 0
     pixels = decoded_images(teacher, images)
@@ -103,12 +109,12 @@ def label_images(
         count += len(shard.images)
         if found.unreadable:
             others = f" and {len(found.unreadable) - 1} more" if len(found.unreadable) > 1 else ""
-            say(f"{path.name}: {found.unreadable[0]}{others} cannot be read and has no label")
+            say(f"{path.name}: no label for unreadable images: {found.unreadable[0]}{others}")
     return count
 
 
 def decoded_images(teacher: Teacher, images: ShardedImages) -> Images:
-    """The input of a teacher by the number of an image; beside it the number, or -1 if the image cannot be read."""
+    """Inputs of a teacher by the number of an image, each with this number, or -1 if the image cannot be read."""
     files = NumberedFiles(images.reader, range(len(images.reader)))
     return Images(files, teacher.transform, Unreadable(), exif=teacher.exif)
 
@@ -122,7 +128,7 @@ def label_shard(
     workers: int,
     advance: Callable[[int], None],
 ) -> Predictions:
-    """The labels of a shard, in batches of its own."""
+    """Predict the labels of a shard."""
     loader = DataLoader(
         Subset(pixels, shard.images),
         settings.batch_size,
@@ -143,11 +149,13 @@ def label_shard(
 def label_batch(
     teacher: Teacher, images: torch.Tensor, keys: list[str], is_readable: list[bool], minimum: float
 ) -> Predictions:
-    """The labels of a batch.
+    """Predict the labels of a batch.
 
     Args:
-        images: (B, C, H, W); anything where an image cannot be read.
-        keys, is_readable: of the images.
+        teacher: that predicts the labels.
+        images: (B, C, H, W), with any pixels for unreadable images.
+        keys: of the images.
+        is_readable: whether each image could be read.
         minimum: probabilities above it are stored.
     """
     kept = [row for row, is_there in enumerate(is_readable) if is_there]
@@ -157,7 +165,7 @@ def label_batch(
 
 
 def joined_predictions(batches: list[Predictions]) -> Predictions:
-    """The predictions of consecutive batches as one."""
+    """Concatenate the predictions of consecutive batches."""
     heads = {name: joined_rows([batch.heads[name] for batch in batches]) for name in batches[0].heads}
     keys = [key for batch in batches for key in batch.keys]
     return Predictions(keys, heads, [key for batch in batches for key in batch.unreadable])

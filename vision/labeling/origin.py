@@ -1,6 +1,6 @@
-"""Where the teacher and the images of a set of labels were, for commands that need them again: `sources.json`.
+"""Paths of the teacher and the images of a set of labels, for commands that need them again: `sources.json`.
 
-The label files name both by hashes, so this file is a hint, and what it leads to is compared with the hashes.
+The paths are only a hint. Label files identify both by digests, which are compared with what is at these paths.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ NAME, MOST_BYTES = "sources.json", 2**16
 
 
 class Origin(NamedTuple):
-    """Of a set of labels.
+    """Where a set of labels came from.
 
     Attributes:
-        teacher: the path of a run, or the name of a model.
-        data: the folder or the tar that was labeled.
-        input_key: endings of the files that were read.
+        teacher: path of a run, or name of a model.
+        data: the directory or the tar that was labeled.
+        input_key: suffixes of the files that were read.
     """
 
     teacher: str
@@ -32,10 +32,10 @@ class Origin(NamedTuple):
 
 
 def write_origin(folder: Path, teacher: str, data: Path, input_key: str | None) -> None:
-    """Write it into the folder of the labels, with paths that hold wherever a command is started.
+    """Write the origin, with absolute paths, into the directory of the labels.
 
     Raises:
-        OSError: no space, no permission and the like; its `filename` is the path.
+        OSError: the file cannot be written, for lack of space or permission. Its `filename` is the path.
     """
     place = str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
     with replacing(folder / NAME, "w") as file:
@@ -43,10 +43,10 @@ def write_origin(folder: Path, teacher: str, data: Path, input_key: str | None) 
 
 
 def read_origin(folder: Path) -> Origin | None:
-    """What `revnets label` has written, or None if it is not there, as in labels that were copied.
+    """Read the origin that `revnets label` has written; None if there is no such file, as in copied labels.
 
     Raises:
-        revnets.SpecError: the file is something else.
+        revnets.SpecError: the file is damaged or has other content.
     """
     path = folder / NAME
     try:
@@ -55,11 +55,11 @@ def read_origin(folder: Path) -> Origin | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         problem = f"it cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
-        raise ConfigError(str(path), "", problem, "Remove it", code="damaged-file") from None
+        raise ConfigError(str(path), "", problem, "Remove the file", code="damaged-file") from None
     given = content if isinstance(content, dict) else {}
     teacher, data, endings = (given.get(name) for name in Origin._fields)
     if not (isinstance(teacher, str) and isinstance(data, str) and isinstance(endings, str | None)):
-        raise ConfigError(str(path), "", "it does not name a teacher and data", "Remove it", code="wrong-format")
+        raise ConfigError(str(path), "", "it does not name a teacher and data", "Remove the file", code="wrong-format")
     if "\0" in teacher + data:
-        raise ConfigError(str(path), "", "it holds a path with a null byte", "Remove it", code="wrong-format")
+        raise ConfigError(str(path), "", "a path has a null byte", "Remove the file", code="wrong-format")
     return Origin(teacher, data, endings)

@@ -1,8 +1,8 @@
-"""Labeling with Ray Data: actors decode images on CPUs, others label them on GPUs, and this process writes the files.
+"""Labeling with Ray Data: tasks decode images on CPUs, actors label them on GPUs, and this process writes the files.
 
-It runs embedded on one machine, or on the cluster that `RAY_ADDRESS` names, whose machines see the data and the teacher
-under the same paths. The batches are those of the local engine, and so are the files. No shard is claimed: of two
-commands that run at the same time both label everything.
+Ray runs embedded on one machine, or on the cluster of `RAY_ADDRESS`, whose machines must have data and teacher under
+the same paths. Batches and files are those of the local engine. Shards are not claimed, so two commands that run at the
+same time both label everything.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ from vision.labeling.work_queue import WorkQueue
 from vision.pseudo_labels.label_files import part_path, write_part
 
 MAX_BLOCKS = 10_000
-"""Of the list of batches, from which the decoding tasks are made."""
+"""Most blocks of the list of batches. Each block is a decoding task."""
 
 Batch = dict[str, Any]
-"""Columns of Ray Data; here each has one item, a batch of images."""
+"""Columns of Ray Data. Each has one item, a batch of images."""
 
 
 def require_ray() -> bool:
-    """Connect to Ray, or start it in this process. Are there GPUs?
+    """Connect to Ray, or start it on this machine.
+
+    Returns:
+        Whether it has GPUs.
 
     Raises:
         revnets.SpecError: ray is not installed.
@@ -69,17 +72,17 @@ def label_with_ray(
     """Label the shards that have no file.
 
     Args:
-        load: loads the teacher, on a device.
-        teacher: the same, as far as its transform is concerned.
+        load: loads the teacher on a device.
+        teacher: provides the transform.
         images, queue, settings, advance, say: as for `label_images`.
 
     Returns:
-        How many images have been labeled.
+        Number of labeled images.
 
     Raises:
         revnets.SpecError: the teacher cannot be used.
         vision.errors.TrainingError: an actor has failed.
-        OSError: a file cannot be written; those that are finished stay.
+        OSError: a file cannot be written. Finished files remain.
     """
     import ray
 
@@ -118,12 +121,12 @@ def label_with_ray(
             write_part(path, queue.provenance, shard.number, whole.keys, whole.heads, whole.unreadable)
             del found[shard.number]
             if whole.unreadable:
-                say(f"{path.name}: images that cannot be read and have no label: {len(whole.unreadable)}")
+                say(f"{path.name}: no label for {len(whole.unreadable)} unreadable images")
     return count
 
 
 def _batches(images: ShardedImages, shard: Shard, size: int) -> Iterator[Batch]:
-    """The batches of a shard, as items of Ray Data."""
+    """The batches of a shard as items of Ray Data."""
     for first in range(0, len(shard.images), size):
         chosen = shard.images[first : first + size]
         files = [[images.key(image), *images.reader.files[image]] for image in chosen]
@@ -131,7 +134,7 @@ def _batches(images: ShardedImages, shard: Shard, size: int) -> Iterator[Batch]:
 
 
 def _rows(labeled: Any) -> Iterator[Batch]:
-    """The rows as they come, with errors of actors as errors of this process."""
+    """Yield the rows in order, and raise errors of actors as errors of this process."""
     from ray.exceptions import RayError
 
     try:
@@ -142,13 +145,11 @@ def _rows(labeled: Any) -> Iterator[Batch]:
             cause = getattr(cause, "cause", None) or cause.__cause__
         if cause is not None:
             raise cause from None
-        raise TrainingError(
-            f"Ray: {first_line(error)}. Start the command again, which goes on", "process-lost"
-        ) from None
+        raise TrainingError(f"Ray: {first_line(error)}. Run the command again to resume it", "process-lost") from None
 
 
 def decode(batch: Batch, transform: Callable[[Image.Image], torch.Tensor], exif: Exif) -> Batch:
-    """A batch of files as pixels; black where one cannot be read."""
+    """Decode a batch of files to pixels. Unreadable images are black."""
     pixels, is_readable = [], []
     for _, *place in json.loads(str(batch["files"][0])):
         try:
@@ -163,7 +164,7 @@ def decode(batch: Batch, transform: Callable[[Image.Image], torch.Tensor], exif:
 
 
 class Labeler:
-    """An actor with a teacher."""
+    """A Ray actor that labels batches with a teacher."""
 
     def __init__(self, load: Callable[[], Teacher], minimum: float):
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

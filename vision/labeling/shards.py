@@ -1,4 +1,4 @@
-"""The images that are labeled, cut into shards: a tar each, or as many files of a folder. A shard makes one file."""
+"""Images to label, divided into shards: one per tar, or a number of files of a directory. A shard has a label file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Shard:
     """Images that are labeled together.
 
     Attributes:
-        number: among the shards, from 0 on.
-        images: their numbers in the reader, sorted by key.
+        number: index of the shard.
+        images: indices in the reader, sorted by key.
     """
 
     number: int
@@ -29,9 +29,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardedImages:
-    """All images below a folder or in tars, and their shards; keys rise from shard to shard.
+    """All images below a directory or in tars, divided into shards in the order of keys.
 
     Attributes:
+        reader: of the images.
+        shards: all shards.
         digest: sha256 of the keys.
     """
 
@@ -40,23 +42,25 @@ class ShardedImages:
     digest: str
 
     def key(self, image: int) -> str:
-        """The key of an image, by its number."""
+        """The key of an image by its index."""
         return self.reader.filename(image)
 
 
 def list_shards(data: Path, size: int, endings: str | None = None) -> ShardedImages:
-    """The shards of a tar, a folder of tars, or a folder with images at any depth.
+    """List the shards of a tar, a directory of tars, or a directory with images at any depth.
 
     Args:
-        size: images of a shard of a folder; a tar is one shard.
-        endings: of the files that are read, such as `.webp;.tif`; by default those of PNG and JPEG.
+        data: path of the images.
+        size: images per shard of a directory. A tar is one shard.
+        endings: suffixes of the files that are read, such as `.webp;.tif`; by default those of PNG and JPEG.
 
     Raises:
-        revnets.SpecError: there are no images, a tar, or an image in a tar, is there twice, a key is too long, or
-            there are too many shards.
+        revnets.SpecError: there are no images, a tar or an image in a tar is duplicated, a key is too long, or there
+            are too many shards.
     """
     if not data.exists():
-        raise option_error("DATA", f"there is no {data}", "Give a folder of images or tars", code="missing-file")
+        problem = f"there is no file or directory {data}"
+        raise option_error("DATA", problem, "Give a directory of images or tars", code="missing-file")
     is_tar = data.is_file() or any(name.lower().endswith(".tar") for name in os.listdir(data))
     try:
         reader = ImageFiles(str(data), str(data), is_tar, endings, has_classes=False)
@@ -69,8 +73,8 @@ def list_shards(data: Path, size: int, endings: str | None = None) -> ShardedIma
     order = sorted(range(len(keys)), key=lambda index: (archives[index] + "/" if is_tar else "", keys[index]))
     for before, after in pairwise(order):
         if keys[before] == keys[after]:
-            problem = f"{data} holds {keys[after]} twice"
-            raise option_error("DATA", problem, "Remove one", code="name-clash")
+            problem = f"{data} has {keys[after]} twice"
+            raise option_error("DATA", problem, "Remove one of them", code="name-clash")
     for key in keys:
         if not key.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in key):
             problem = f"the name {key!r} is not UTF-8"
@@ -87,9 +91,9 @@ def list_shards(data: Path, size: int, endings: str | None = None) -> ShardedIma
     else:
         cuts = [order[start : start + size] for start in range(0, len(order), size)]
     if len(cuts) > MAX_PARTS:
-        problem = f"{len(cuts)} shards are more than the {MAX_PARTS} that a set of labels may have"
-        option, remedy = ("DATA", "Give fewer tars") if is_tar else ("--shard-size", "Give more images a shard")
-        raise option_error(option, problem, remedy, code="too-large")
+        problem = f"{len(cuts)} shards are more than the limit of {MAX_PARTS}"
+        option, hint = ("DATA", "Give fewer tars") if is_tar else ("--shard-size", "Give a larger number")
+        raise option_error(option, problem, hint, code="too-large")
     shards = tuple(Shard(number, tuple(images)) for number, images in enumerate(cuts))
     return ShardedImages(reader, shards, listing_digest(keys))
 
@@ -100,5 +104,5 @@ def _require_different_tars(paths: set[str]) -> None:
         status = os.stat(path)
         other = places.setdefault((status.st_dev, status.st_ino), path)
         if other != path:
-            problem = f"{path} and {other} are one file"
+            problem = f"{path} and {other} are the same file"
             raise option_error("DATA", problem, "Remove one of the links", code="name-clash")

@@ -1,4 +1,4 @@
-"""A trained model that labels images: a run of `revnets train`, or a pretrained model of timm."""
+"""A trained model that labels images: a run of `revnets train`, or a pretrained timm model."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ ONLY_HEAD = "classes"
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model in evaluation mode, and how images become its input.
+    """A model in evaluation mode, and the transform of its inputs.
 
     Attributes:
-        name: what it was loaded from.
+        name: of the run or the model.
+        model: the network.
         heads: number of classes by name, in the order of the model's scores.
-        transform: from a picture to an image (C, H, W).
-        exif: is the EXIF orientation of pictures applied?
+        transform: from a PIL image to a tensor (C, H, W).
+        exif: whether the EXIF orientation is applied.
+        device: of the model.
         digest: sha256 of the weights.
-        preparation: what the transform does, as plain data.
+        preparation: settings of the transform, as plain data.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Teacher:
 
     @property
     def precision(self) -> str:
-        """Of the forward pass."""
+        """Precision of the forward pass."""
         return "bfloat16" if self.device.type == "cuda" else "float32"
 
     @torch.no_grad()
@@ -61,7 +63,7 @@ class Teacher:
             images: (B, C, H, W), on any device.
 
         Raises:
-            revnets.SpecError: the scores are not one for each class, or not finite.
+            revnets.SpecError: the model does not return one score per class, or a score is not finite.
         """
         images = images.to(self.device, non_blocking=True)
         count = sum(self.heads.values())
@@ -70,42 +72,43 @@ class Teacher:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 scores = self.model(view)
             if not isinstance(scores, Tensor) or scores.shape != (len(images), count):
-                problem = f"does not return scores of {count} classes"
+                problem = f"it does not return scores of {count} classes"
                 raise ConfigError(self.name, "", problem, "Give a classifier", code="class-mismatch")
             views.append([score.float().softmax(1) for score in scores.split(list(self.heads.values()), 1)])
         found = {name: (one + other) / 2 for name, one, other in zip(self.heads, *views, strict=True)}
         if not all(bool(values.isfinite().all()) for values in found.values()):
-            raise ConfigError(self.name, "", "its scores are not finite", "Give another", code="loss-not-finite")
+            raise ConfigError(self.name, "", "its scores are not finite", "Use another model", code="loss-not-finite")
         return found
 
 
 def load_teacher(
     source: str, device: str = "auto", weights: str = "auto", trust: bool = False, world: World | None = None
 ) -> Teacher:
-    """The model of a run, or a pretrained one of timm.
+    """Load the model of a run, or a pretrained timm model.
 
     Args:
-        source: a checkpoint of `revnets train`, the folder of a run, or a name such as `vit_huge_patch14_clip_224`.
-        weights: of a checkpoint: `raw`, `ema`, or `auto` for the averaged ones if there are any.
-        trust: may the configuration in a checkpoint name classes of other projects?
-        world: the process, which decides on its GPU.
+        source: a checkpoint of `revnets train`, the directory of a run, or a name such as `vit_huge_patch14_clip_224`.
+        device: of the model; `auto` for the GPU if there is one.
+        weights: of a checkpoint: `raw`, `ema`, or `auto` for the averaged weights if there are any.
+        trust: whether the configuration in a checkpoint may name classes of other projects.
+        world: the processes, of which each uses its own GPU.
 
     Raises:
-        vision.errors.CheckpointError: the checkpoint cannot be used, or weights cannot be fetched.
+        vision.errors.CheckpointError: the checkpoint cannot be used, or weights cannot be downloaded.
         revnets.SpecError: there is no such model.
     """
     place = choose_device(device, world)
     if Path(source).exists():
         return _of_run(source, load_run(source, weights, [f"device={place}"], trust=trust))
     if not timm.is_model_pretrained(source):
-        problem = f"{source!r} is neither a run nor a pretrained model of timm"
-        remedy = nearest(source, timm.list_pretrained("revcol*"), "Give the folder of a run, or a name:")
-        raise option_error("TEACHER", problem, remedy, code="missing-file")
+        problem = f"{source!r} is neither a run nor a pretrained timm model"
+        hint = nearest(source, timm.list_pretrained("revcol*"), "Give the directory of a run, or a model such as")
+        raise option_error("TEACHER", problem, hint, code="missing-file")
     try:
         model: Any = timm.create_model(source, pretrained=True)
-    except Exception as error:  # no network, no room
-        problem, remedy = f"cannot be fetched ({first_line(error)})", "Check the network, or give a run"
-        raise CheckpointError(source, problem, remedy, code="download-failed") from None
+    except Exception as error:  # no network, or no space on the disk
+        problem, hint = f"it cannot be downloaded ({first_line(error)})", "Check the network, or give a run"
+        raise CheckpointError(source, problem, hint, code="download-failed") from None
     options = resolve_model_data_config(model)
     transform: Any = create_transform(**options, is_training=False)
     heads, preparation = {ONLY_HEAD: int(model.num_classes)}, {key: _plain(value) for key, value in options.items()}

@@ -1,9 +1,9 @@
 """The shards that have no label file yet, claimed one by one by any number of processes.
 
-A claim is a lock on a file beside the labels, which ends with its process, however that ends: then another process
-takes the shard. On one machine, and on network file systems with locks (NFS, Lustre with `flock`, CephFS, GPFS), each
-shard is labeled once. Elsewhere two machines may label one shard at the same time; since both write the same bytes, and
-a file takes its name when it is complete, that costs time alone.
+A claim is a lock on a file in the directory of the labels. It ends with its process, also if that is killed, and then
+another process claims the shard. On one machine, and on network file systems with locks (NFS, Lustre with `flock`,
+CephFS, GPFS), each shard is labeled once. On others two machines may label the same shard at the same time. This only
+costs time: both write the same bytes, and files are written atomically.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from vision.labeling.shards import Shard
 from vision.pseudo_labels.label_files import LabelFile, Provenance, part_path, read_part, read_parts
 
 PAUSE = 1.0
-"""Seconds between looks at shards that other processes have claimed."""
+"""Seconds between checks of shards that other processes have claimed."""
 
 
 class WorkQueue:
     """The shards of a set of labels.
 
     Args:
-        folder: of the label files.
-        shards: all of the set.
+        folder: directory of the label files.
+        shards: all shards of the set.
         provenance: of the labels.
 
     Raises:
-        revnets.SpecError: the folder holds label files of another teacher, of other data or settings, or damaged ones.
+        revnets.SpecError: the directory has label files of another teacher, data set or settings, or damaged ones.
     """
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...], provenance: Provenance):
@@ -40,24 +40,24 @@ class WorkQueue:
         self._waiting = {part_path(folder, shard.number).name: shard for shard in shards}
         for file in read_parts(folder):
             self._finish(file)
-            file.require_intact()  # later files are new, and written by processes of the same command
+            file.require_intact()  # files that appear later are new
 
     def waiting(self) -> list[Shard]:
-        """The shards without a label file; the folder is listed once."""
+        """The shards without a label file. The directory is listed once."""
         for name in self._waiting.keys() & os.listdir(self.folder):
             self._finish(read_part(self.folder / name))
         return list(self._waiting.values())
 
     def images_waiting(self) -> int:
-        """Images of these shards."""
+        """Number of images in the shards without a label file."""
         return sum(len(shard.images) for shard in self.waiting())
 
     def claims(self, rank: int = 0, size: int = 1, wait: Callable[[str], None] = lambda _: None) -> Iterator[Shard]:
-        """Shards that this process is to label, until all have a label file. A claim lasts until the next is taken.
+        """Yield shards for this process to label, until all have a label file. A claim lasts until the next one.
 
         Args:
-            rank, size: this process among those that begin together; each begins at another shard.
-            wait: gets the owner of a claim while nothing is left but what others have claimed.
+            rank, size: of the processes that start together. Each starts at another shard.
+            wait: called with the owner of a claim while all remaining shards are claimed by other processes.
         """
         while waiting := self.waiting():
             start, has_claimed, locked = rank * len(waiting) // size, False, None
@@ -77,7 +77,7 @@ class WorkQueue:
             if not has_claimed and locked is not None:
                 wait(str(locked.owner or "another process"))
                 time.sleep(PAUSE)
-        for path in self.folder.glob(".part-*.lock"):  # of processes that were killed between writing and releasing
+        for path in self.folder.glob(".part-*.lock"):  # left by processes that were killed
             with suppress(LockedError), FileLock(path):
                 pass
 
@@ -89,6 +89,6 @@ class WorkQueue:
 
     def _finish(self, file: LabelFile) -> None:
         if difference := self.provenance.difference(file.provenance):
-            problem = f"{file.path} has other labels: {difference}"
-            raise option_error("--output", problem, "Give a new folder", code="settings-differ")
+            problem = f"{file.path} was made otherwise: {difference}"
+            raise option_error("--output", problem, "Give a new directory", code="settings-differ")
         self._waiting.pop(file.path.name, None)

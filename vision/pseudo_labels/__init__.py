@@ -1,1 +1,1 @@
-"""Soft labels that a teacher has predicted: their files, and training sets that are joined with them."""
+"""Soft labels predicted by a teacher: label files, and training sets that use them."""

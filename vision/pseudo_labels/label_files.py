@@ -1,9 +1,9 @@
-"""Label files: what a teacher predicts for the images of a data set, as Parquet, a file for each part of the set.
+"""Label files: predictions of a teacher for the images of a data set, one Parquet file per part of the set.
 
-`FOLDER/part-00000.parquet` and so on have a row for each image that could be read, sorted by `key`, the path of the
-image. For each head NAME there are the columns `NAME.classes` and `NAME.probabilities`, those above a minimum, and
-`NAME.rest`, the probability that is left. The metadata `revnets.labels` of a file say what it was made from. A file is
-data of others: its metadata, its columns and every row are checked, and nothing in it is executed.
+The files `FOLDER/part-00000.parquet` and so on have one row per readable image, sorted by `key`, the path of the image.
+Each head NAME has the columns `NAME.classes` and `NAME.probabilities` with the probabilities above a minimum, and
+`NAME.rest` with the remaining probability. The metadata `revnets.labels` describe what a file was made from. Files are
+untrusted: metadata, columns and every row are checked, and nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ MAX_PARTS, MAX_CLASSES, MAX_HEADS = 10**6, 10**6, 1000
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What label files were made from. Two sets of them with the same provenance are the same, bit for bit.
+    """What label files were made from. Label files with the same provenance are bit-identical.
 
     Attributes:
         teacher: sha256 of its weights.
         data: sha256 of the list of images.
-        settings: all else that a prediction depends on.
+        settings: everything else that a prediction depends on.
         heads: number of classes by the name of the head.
-        parts: files of the set.
-        round: of pseudo-labeling, from 1 on: the student of one is the teacher of the next.
+        parts: number of files in the set.
+        round: round of pseudo-labeling, from 1. The student of a round is the teacher of the next.
     """
 
     teacher: str
@@ -52,7 +52,7 @@ class Provenance:
     round: int = 1
 
     def difference(self, other: Provenance) -> str:
-        """The first attribute in which another one differs, and how; empty if none does."""
+        """Describe the first attribute that differs in `other`; empty if none does."""
         for name, ours, theirs in zip(asdict(self), asdict(self).values(), asdict(other).values(), strict=True):
             if ours != theirs:
                 if isinstance(ours, dict):
@@ -69,7 +69,7 @@ def _first_item(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -
 
 @dataclass(frozen=True, slots=True)
 class LabelBatch:
-    """Some rows of a file: keys and, by the names of the heads, probabilities."""
+    """Some rows of a file: keys, and probabilities by the names of the heads."""
 
     keys: list[str]
     heads: dict[str, SparseProbabilities]
@@ -77,11 +77,13 @@ class LabelBatch:
 
 @dataclass(frozen=True, slots=True)
 class LabelFile:
-    """A file whose metadata and columns have been checked; `batches` checks the rows.
+    """A file whose metadata and columns have been checked. `batches` checks the rows.
 
     Attributes:
-        part: its number among those of the set, from 0 on.
-        rows: images.
+        path: of the file.
+        provenance: of the labels.
+        part: index of the file in the set.
+        rows: number of images.
         unreadable: keys of images that could not be read and have no row.
         digest: sha256 of metadata and rows; None in files of earlier versions.
     """
@@ -94,11 +96,14 @@ class LabelFile:
     digest: str | None = None
 
     def batches(self, rows: int = 4096) -> Iterator[LabelBatch]:
-        """The rows in order, at most that many at a time.
+        """Yield the rows in order.
+
+        Args:
+            rows: most rows of a batch.
 
         Raises:
-            revnets.SpecError: a row is no prediction, keys are not sorted, one is also among the unreadable images,
-                or, after the last row, the digest does not match.
+            revnets.SpecError: a row is not a valid prediction, the keys are not sorted, a key is also among the
+                unreadable images, or, after the last row, the digest does not match.
         """
         last, seen, unreadable = "", 0, set(self.unreadable)
         digest = _digest(self.provenance, self.part, self.unreadable)
@@ -109,7 +114,7 @@ class LabelFile:
                     if key <= last:
                         raise _damaged(self.path, f"row {seen} has the key {show(key)} after {show(last)}")
                     if key in unreadable:
-                        raise _damaged(self.path, f"row {seen} has the key {show(key)} of an unreadable image")
+                        raise _damaged(self.path, f"row {seen} has the key of an unreadable image, {show(key)}")
                     last, seen = key, seen + 1
                 digest.update(batch.keys, batch.heads)
                 yield batch
@@ -129,7 +134,7 @@ class LabelFile:
 
     def _batch(self, table: pa.RecordBatch, seen: int) -> LabelBatch:
         if any(column.null_count for column in table.columns):
-            raise _damaged(self.path, f"a value is missing in a row from {seen} on")
+            raise _damaged(self.path, f"a row from number {seen} on has a missing value")
         heads = {}
         for name, count in self.provenance.heads.items():
             lists = [table.column(f"{name}.{part}") for part in ("classes", "probabilities")]
@@ -137,7 +142,7 @@ class LabelFile:
             starts, values = [offset - offset[0] for offset in offsets], [column.flatten() for column in lists]
             rest = np.asarray(table.column(f"{name}.rest"))
             if not np.array_equal(*starts) or any(value.null_count for value in values):
-                raise _damaged(self.path, f"rows from {seen} on have classes without probabilities of {name}")
+                raise _damaged(self.path, f"a row from number {seen} on has classes without probabilities of {name}")
             heads[name] = SparseProbabilities(starts[0], np.asarray(values[0]), np.asarray(values[1]), rest)
             if flaw := heads[name].flaw(count, seen):
                 raise _damaged(self.path, f"{flaw} of {name}")
@@ -146,7 +151,7 @@ class LabelFile:
 
 @dataclass(frozen=True)
 class LabelFolder:
-    """All files of a set of labels, in order."""
+    """All files of a set of labels in order."""
 
     path: Path
     files: tuple[LabelFile, ...]
@@ -170,23 +175,26 @@ class LabelFolder:
         return frozenset(key for file in self.files for key in file.unreadable)
 
     def batches(self, rows: int = 4096) -> Iterator[LabelBatch]:
-        """All rows, sorted by key, at most that many at a time.
+        """Yield all rows, sorted by key.
+
+        Args:
+            rows: most rows of a batch.
 
         Raises:
-            revnets.SpecError: a row is no prediction, or a key is there twice.
+            revnets.SpecError: a row is not a valid prediction, or two files have the same key.
         """
         last: tuple[str, Path] | None = None
         for file in self.files:
             for batch in file.batches(rows):
                 if last is not None and batch.keys[:1] <= [last[0]] and batch.keys:
-                    problem = f"the images from {show(batch.keys[0])} on are also in {last[1].name}"
+                    problem = f"its keys from {show(batch.keys[0])} on overlap with {last[1].name}"
                     raise ConfigError(str(file.path), "", problem, "Label the data set again", code="name-clash")
                 yield batch
                 last = (batch.keys[-1], file.path) if batch.keys else last
 
 
 def part_path(folder: Path, part: int) -> Path:
-    """The file of a part."""
+    """The path of the file of a part."""
     return folder / f"part-{part:05d}.parquet"
 
 
@@ -198,15 +206,18 @@ def write_part(
     heads: Mapping[str, SparseProbabilities],
     unreadable: Sequence[str] = (),
 ) -> None:
-    """Write a file of labels; it takes its name once it is on the disk. Equal arguments give equal bytes.
+    """Write a label file atomically. Equal arguments give equal bytes.
 
     Args:
+        path: of the file.
+        provenance: of the labels.
+        part: index of the file in the set.
         keys: of the images, sorted.
-        heads: their probabilities, by the names of the heads.
+        heads: probabilities by the names of the heads.
         unreadable: keys of the images that have no row.
 
     Raises:
-        OSError: no space, no permission and the like; its `filename` is the path.
+        OSError: the file cannot be written, for lack of space or permission. Its `filename` is the path.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -230,53 +241,53 @@ def write_part(
 
 
 def read_labels(folder: Path | str) -> LabelFolder:
-    """A complete set of label files.
+    """Open a complete set of label files.
 
     Raises:
-        revnets.SpecError: there are none, a part is missing, damaged or there twice, or parts are of different sets.
+        revnets.SpecError: there are no files, a part is missing, damaged or duplicated, or parts are of different sets.
     """
     folder = Path(folder)
     files = read_parts(folder)
     if not files:
-        remedy = "Make them: revnets label TEACHER DATA -o FOLDER"
-        raise ConfigError(str(folder), "", "there are no label files here", remedy, code="missing-file")
+        hint = "Create them: revnets label TEACHER DATA -o FOLDER"
+        raise ConfigError(str(folder), "", "the directory has no label files", hint, code="missing-file")
     count = files[0].provenance.parts
     if len(files) < count:
         missing = min(set(range(count)) - {file.part for file in files})
-        problem = f"{len(files)} of {count} parts are here; {part_path(folder, missing).name} is missing"
-        raise ConfigError(str(folder), "", problem, "Run revnets label again, which goes on", code="missing-file")
+        problem = f"only {len(files)} of {count} parts exist; {part_path(folder, missing).name} is missing"
+        raise ConfigError(str(folder), "", problem, "Run revnets label again to resume it", code="missing-file")
     return LabelFolder(folder, tuple(files))
 
 
 def read_parts(folder: Path) -> list[LabelFile]:
-    """The label files that are in a folder, perhaps not yet all of their set.
+    """Open the label files in a directory, which need not be complete.
 
     Raises:
-        revnets.SpecError: one is damaged or there twice, or two are of different sets.
+        revnets.SpecError: a file is damaged or duplicated, or two files are of different sets.
     """
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".parquet") and not name.startswith("."))
     except NotADirectoryError:
         raise ConfigError(
-            str(folder), "", "this is no folder", "Give that of the labels", code="not-a-folder"
+            str(folder), "", "not a directory", "Give the directory of the labels", code="not-a-folder"
         ) from None
     except FileNotFoundError:
-        raise ConfigError(str(folder), "", "there is no such folder", "Check the path", code="missing-file") from None
+        problem = "there is no such directory"
+        raise ConfigError(str(folder), "", problem, "Check the path", code="missing-file") from None
     files = [read_part(folder / name) for name in names]
     for file in files:
         if difference := files[0].provenance.difference(file.provenance):
             problem = f"{difference} as in {files[0].path.name}"
-            raise ConfigError(
-                str(file.path), "", problem, "Keep the labels of one teacher and data set", code="settings-differ"
-            )
+            hint = "Use one directory for each teacher and data set"
+            raise ConfigError(str(file.path), "", problem, hint, code="settings-differ")
     return sorted(files, key=lambda file: file.part)
 
 
 def read_part(path: Path) -> LabelFile:
-    """A label file, whose metadata and columns are checked.
+    """Open a label file and check its metadata and columns.
 
     Raises:
-        revnets.SpecError: it is none, or has the name of another part.
+        revnets.SpecError: it is not a label file, or has the name of another part.
     """
     with open_parquet(path) as file:
         schema = file.schema_arrow
@@ -284,10 +295,10 @@ def read_part(path: Path) -> LabelFile:
             path, json.loads((schema.metadata or {}).get(METADATA, b"null"))
         )
         if not schema.equals(_schema(provenance.heads)):
-            raise _damaged(path, "its columns are not those of its heads")
+            raise _damaged(path, "its columns do not match its heads")
         if path != part_path(path.parent, part):
             problem = f"it is a copy of {part_path(path.parent, part).name} under another name"
-            raise ConfigError(str(path), "", problem, "Remove or rename it", code="name-clash")
+            raise ConfigError(str(path), "", problem, "Remove or rename the file", code="name-clash")
         return LabelFile(path, provenance, part, file.metadata.num_rows, unreadable, digest)
 
 
@@ -306,17 +317,17 @@ def _checked(path: Path, content: Any) -> tuple[Provenance, int, tuple[str, ...]
     """Provenance, part, unreadable images and digest from the metadata of a file."""
     kinds = {"teacher": str, "data": str, "settings": dict, "heads": dict, "parts": int, "round": int, "part": int}
     if not isinstance(content, dict):
-        raise ConfigError(str(path), "", "it is no file of labels", "Give the folder of some", code="wrong-format")
+        raise ConfigError(str(path), "", "not a label file", "Give the directory of label files", code="wrong-format")
     for key, kind in kinds.items():
         if type(content.get(key)) is not kind:
-            raise _damaged(path, f"its metadata have no {key}")
+            raise _damaged(path, f"its metadata has no {key}")
     heads, unreadable = content["heads"], content.get("unreadable", [])
     is_list = isinstance(unreadable, list) and all(isinstance(key, str) and len(key) <= MAX_KEY for key in unreadable)
     are_heads = all(type(count) is int and 1 < count <= MAX_CLASSES for count in heads.values())
     if not (is_list and are_heads and 0 < len(heads) <= MAX_HEADS):
-        raise _damaged(path, "its metadata have no heads with numbers of classes")
+        raise _damaged(path, "its metadata has no valid heads or unreadable images")
     if not 0 <= content["part"] < content["parts"] <= MAX_PARTS or content["round"] < 1:
-        raise _damaged(path, f"it is part {content['part']} of {content['parts']}")
+        raise _damaged(path, f"its metadata has the part {content['part']} of {content['parts']}")
     digest = content.get("digest")
     if not isinstance(digest, str | None):
         raise _damaged(path, "its digest is not text")
@@ -330,5 +341,5 @@ def _digest(provenance: Provenance, part: int, unreadable: Sequence[str]) -> Row
     return RowDigest(content, provenance.heads)
 
 
-def _damaged(path: Path, problem: str, remedy: str = "Remove it and run revnets label again") -> ConfigError:
+def _damaged(path: Path, problem: str, remedy: str = "Remove the file and run revnets label again") -> ConfigError:
     return ConfigError(str(path), "", problem, remedy, code="damaged-file")

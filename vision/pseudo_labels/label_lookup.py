@@ -1,4 +1,4 @@
-"""Labels by key while images are read from front to back: the file of a shard is read when its first image comes."""
+"""Labels by key for images that are read sequentially. The label file of a shard is read with its first image."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vision.pseudo_labels.label_files import LabelFolder
 from vision.pseudo_labels.sparse import SparseProbabilities, joined_rows
 
 KEPT = 8
-"""Files whose labels are in memory. Images of more shards than that are rarely mixed in a shuffling buffer."""
+"""Number of files whose labels are in memory. A shuffling buffer rarely mixes images of more shards."""
 
 Rows = tuple[dict[str, int], dict[str, SparseProbabilities]]
 """Row by key, and labels by head."""
 
 
 def sample_key(key: str) -> str:
-    """The key of an image in a tar without its endings, as webdataset has it: `a.tar/x/1.seg.png` is `a.tar/x/1`."""
+    """The key of an image in a tar without its suffixes, as in webdataset: `a.tar/x/1.seg.png` becomes `a.tar/x/1`."""
     archive, slash, member = key.partition("/")
     return archive + slash + re.sub(r"^((?:.*/|)[^.]+)[.][^/]*$", r"\1", member)
 
@@ -29,8 +29,8 @@ class LabelLookup:
     """Labels of samples in tars.
 
     Args:
-        folder: the labels, one file for each tar.
-        shared: heads that are wanted.
+        folder: the labels, one file per tar.
+        shared: heads whose labels are returned.
     """
 
     def __init__(self, folder: LabelFolder, shared: Sequence[str]):
@@ -44,7 +44,7 @@ class LabelLookup:
 
     @cached_property
     def files(self) -> dict[str, int]:
-        """Number of the file by the name of the tar."""
+        """Index of the label file by the name of the tar."""
         found = {}
         for number, file in enumerate(self.folder.files):
             first = next((key for batch in file.batches(1) for key in batch.keys), "")
@@ -53,25 +53,25 @@ class LabelLookup:
 
     @cached_property
     def archives(self) -> frozenset[str]:
-        """Names of the tars whose images the teacher has seen."""
+        """Names of the tars that have labels."""
         return frozenset(key.partition("/")[0] for key in (*self.files, *self.unreadable)) - {""}
 
     def __call__(self, key: str) -> tuple[Mapping[str, SparseProbabilities], int]:
         """Labels by head, and the row of a sample in them; -1 if the teacher could not read it.
 
         Args:
-            key: as `sample_key` gives it.
+            key: of `sample_key`.
 
         Raises:
-            vision.errors.DataError: there is no label, or the file of the labels is damaged.
+            vision.errors.DataError: there is no label, or the label file is damaged.
         """
         try:
             rows, labels = self._rows(key.partition("/")[0])
-        except ConfigError as error:  # which a loader's worker could not hand on
+        except ConfigError as error:  # a loader's worker cannot pass it to the main process
             raise DataError(str(error)) from None
         row = rows.get(key, -1)
         if row < 0 and key not in self.unreadable:
-            raise DataError(f"{self.folder.path}: it has no label of {key}. Label these tars: revnets label")
+            raise DataError(f"{self.folder.path}: no label of {key}. Label these tars: revnets label")
         return labels, row
 
     def _rows(self, archive: str) -> Rows:
@@ -85,9 +85,9 @@ class LabelLookup:
             rows = {key: row for row, key in enumerate(keys)}
             if number is not None and len(rows) < len(keys):
                 twice = next(key for row, key in enumerate(keys) if rows[key] != row)
-                problem, path = f"two images belong to the sample {twice}", str(self.folder.files[number].path)
-                remedy = "Label one image of each sample: revnets label --input-key"
-                raise ConfigError(path, "", problem, remedy, code="name-clash")
+                problem, path = f"the sample {twice} has two labeled images", str(self.folder.files[number].path)
+                hint = "Label one image per sample: revnets label --input-key"
+                raise ConfigError(path, "", problem, hint, code="name-clash")
             self.kept[archive] = rows, labels
         self.kept.move_to_end(archive)
         return self.kept[archive]

@@ -1,4 +1,4 @@
-"""Streams of webdataset with targets of several heads, alone or mixed by weights."""
+"""Webdataset streams with targets of several heads, alone or mixed by weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vision.pseudo_labels.targets import HeadTargets
 
 
 class LabeledStream(Stream):
-    """A training stream with targets in place of classes.
+    """A training stream with targets instead of classes.
 
     Args:
-        stream: of images, with classes or without; this one shares its reader, transform and epoch.
+        stream: of images, with or without classes. Reader, transform and epoch are shared with it.
         targets: makes targets.
-        head: whose classes the shards have (`.cls`); None if they have none.
-        lookup: soft labels; None for none.
-        excluded: keys that are left out, as `sample_key` gives them.
+        head: whose classes the shards have (`.cls`); None if they have no classes.
+        lookup: soft labels; None without soft labels.
+        excluded: keys of `sample_key` that are skipped.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class LabeledStream(Stream):
     ):
         vars(self).update(vars(stream))
         self.targets, self.head, self.lookup, self.excluded = targets, head, lookup, excluded
-        self.turn = 0  # how often this process has begun the stream
+        self.turn = 0  # how many times this process has started the stream
 
     @property
     def soft_heads(self) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ class LabeledStream(Stream):
         return () if self.lookup is None else tuple(self.lookup.shared)
 
     def _samples(self) -> Iterator[tuple[Any, Any]]:
-        """Pictures with their keys and class numbers."""
+        """Images with their keys and class numbers."""
         from webdataset.filters import map as mapped
 
         reader = self.reader
@@ -58,12 +58,12 @@ class LabeledStream(Stream):
         reader.ds.pipeline.insert(decode, mapped(self._keyed))
         for sample in reader.ds.with_epoch(reader._num_samples_per_worker()):
             label = sample["target"]
-            if reader.remap_class and self.head is not None:  # by `class_map`, as timm's own iterator does
+            if reader.remap_class and self.head is not None:  # by `class_map`, as in timm's iterator
                 label = remap_target(label, reader.class_to_idx, reader._source_names, dense=reader.dense_target)
             yield sample["image"], (sample["__key__"], label)
 
     def _keyed(self, sample: dict[str, Any]) -> dict[str, Any] | None:
-        """A sample with the name of its tar in its key; None for one that is left out."""
+        """A sample with the name of its tar in its key; None for a sample that is skipped."""
         key = f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"
         is_lost = self.head is None and self.lookup is not None and key in self.lookup.unreadable
         if key in self.excluded or is_lost:
@@ -87,15 +87,18 @@ class LabeledStream(Stream):
 
 
 class MixedStreams(IterableDataset[tuple[Tensor, Tensor]]):
-    """Several training streams as one. Each sample comes from one of them, drawn by its weight.
+    """Several training streams as one. The stream of each sample is drawn by the weights.
 
-    A stream that ends before the others begins again, with other augmentations. One without a usable sample in the
-    shards of a worker leaves its share to the others there; without any in all streams there is a `DataError`.
+    A stream that ends before the others starts again with other augmentations. If the shards of a worker have no usable
+    sample of a stream, this worker draws from the other streams.
 
     Args:
         streams: at least one.
-        weights: positive; None for the numbers of their samples.
+        weights: positive; None for the numbers of samples.
         seed: of the draws.
+
+    Raises:
+        DataError: while iterating, if the shards of a worker have no usable sample of any stream.
     """
 
     def __init__(self, streams: Sequence[LabeledStream], weights: Sequence[float] | None, seed: int):
@@ -140,20 +143,20 @@ class MixedStreams(IterableDataset[tuple[Tensor, Tensor]]):
             yield sample
 
     def _without(self, number: int, shares: np.ndarray) -> np.ndarray:
-        """The shares when a stream has no samples."""
+        """The shares without a stream that has no samples."""
         others = np.where(np.arange(len(shares)) == number, 0.0, shares)
         if not others.any():
             root = self.streams[number].reader.root
-            raise DataError(f"{root}: some shards have no sample that can be used. Check exclude and labels")
+            raise DataError(f"{root}: some shards have no usable sample. Check exclude and labels")
         return others / others.sum()
 
 
 class ClassStreams(IterableDataset[tuple[Tensor, Tensor]]):
-    """Validation streams one after another, with class numbers (heads,) of which one counts.
+    """Validation streams one after another, with class numbers (heads,) that are -1 except for one head.
 
     Args:
-        streams: by the number of the head.
-        heads: how many there are.
+        streams: pairs of the index of the head and the stream.
+        heads: number of heads.
     """
 
     def __init__(self, streams: Sequence[tuple[int, Stream]], heads: int):

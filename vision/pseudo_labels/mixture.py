@@ -1,4 +1,4 @@
-"""One training set made of several, each with its share of an epoch."""
+"""A training set that mixes several sets, each with its share of an epoch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vision.data.samplers import Key
 
 
 class Mixture(Dataset[Any]):
-    """Several training sets as one, whose epochs have of each a share by its weight; asked by `Key`.
+    """Several training sets as one, indexed by `Key`. Each set has a share of an epoch in proportion to its weight.
 
-    The samples of a set follow one another in a fixed order with even steps over the set, across epochs, so that each
-    of them is seen once before any is seen again, and images of a set that is seen twice in an epoch are augmented in
-    two ways. An epoch has as many samples as all sets together.
+    The samples of a set are used in a fixed order, across epochs, so every sample is used once before any is used
+    again. A sample that occurs twice in an epoch has two different augmentations. An epoch has as many samples as all
+    sets together.
 
     Args:
-        sets: asked by `Key`.
-        weights: positive; None for the numbers of their samples.
+        sets: indexed by `Key`.
+        weights: positive; None for the numbers of samples.
 
     Attributes:
         counts: samples of each set in an epoch.
@@ -47,12 +47,12 @@ class Mixture(Dataset[Any]):
 
 
 def finite_weights(weights: Sequence[float]) -> np.ndarray:
-    """Weights times a power of two, which changes no share, so that their sum is finite."""
+    """Scale weights by a power of two, which changes no share, so that their sum is finite."""
     return np.ldexp(np.array(weights, dtype=np.float64), -np.frexp(float(max(weights)))[1])
 
 
 def _even_step(size: int) -> int:
-    """A step that leads through all of `size` samples, and evenly through them at any time: near the golden section."""
+    """A step, near the golden section, that visits all of `size` samples and covers them evenly at any time."""
     step = max(1, round(size * (5**0.5 - 1) / 2))
     while gcd(step, size) != 1:
         step += 1

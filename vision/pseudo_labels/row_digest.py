@@ -1,4 +1,4 @@
-"""Digest of the rows of a label file, which its metadata hold."""
+"""Digest of the rows of a label file, which is stored in its metadata."""
 
 from __future__ import annotations
 

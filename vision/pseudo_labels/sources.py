@@ -31,14 +31,19 @@ def load_sources(
     world: World,
     workers: int | None = None,
 ) -> ImageData:
-    """The data of a run with several heads.
+    """Open the data of a run with several heads.
 
-    A training sample is an image with the target of `targets`; a sample of the validation set has a class number for
-    each head, -1 where it has none. Sources with a `head` have a validation set, others are for training alone.
+    A training sample is an image with the target of `targets`. A validation sample has a class number for each head, -1
+    where it has no class. Sources with a `head` have a validation set; others are for training only.
 
     Args:
-        workers: processes of each rank that load images; every one needs a shard of each stream. None if nothing is
-            trained, so that heads without labels, streams of few shards and tiny weights do no harm.
+        config: the key `data` of the run.
+        targets: makes the targets of all heads.
+        seed: of the augmentations.
+        unreadable: policy for images that cannot be read.
+        world: the processes of the run.
+        workers: processes per rank that load images. Each needs a shard of each stream. None if nothing is trained;
+            then heads without labels, streams of few shards and tiny weights are accepted.
 
     Raises:
         revnets.SpecError: data or labels are missing or do not fit the heads, or a source has no images to train on.
@@ -67,8 +72,8 @@ def load_sources(
         if source.is_stream and workers is not None:
             _require_shards(train[-1], world.size, max(1, workers), place)
     if not val:
-        remedy = "Give one source the head that its class folders belong to"
-        raise run_error("data", "no source has images to validate on", remedy, code="empty-data")
+        hint = "Give one source the head that its class directories belong to"
+        raise run_error("data", "no source has a validation set", hint, code="empty-data")
     if workers is not None:
         _require_labels(heads, {*names, *(name for one in train for name in one.soft_heads)})
     first = sources[0]
@@ -83,7 +88,7 @@ def load_sources(
         whole = ConcatDataset([HeadClasses(images, head, len(heads)) for head, images in val])
     for number, count in enumerate(mixed.counts):
         if count == 0 and workers is not None:
-            problem = f"no image of this source is among the {len(mixed)} of an epoch"
+            problem = f"an epoch of {len(mixed)} images has no image of this source"
             raise run_error(f"data.{number}.weight", problem, "Give a larger weight", code="out-of-range")
     classes = tuple(f"{head}/{name}" for head in heads for name in names[head])
     shape = (3, first.img_size, first.img_size)
@@ -91,7 +96,7 @@ def load_sources(
 
 
 class HeadClasses(Dataset[tuple[Tensor, Tensor]]):
-    """A validation set of one head: class numbers (heads,), of which only one counts."""
+    """A validation set of one head, with class numbers (heads,) that are -1 for the other heads."""
 
     def __init__(self, images: Dataset, head: int, heads: int):
         self.images, self.head, self.heads = images, head, heads
@@ -108,7 +113,7 @@ class HeadClasses(Dataset[tuple[Tensor, Tensor]]):
 
 @contextmanager
 def _errors_at(place: str) -> Iterator[None]:
-    """Give errors of readers, which know a single source `data`, the key of one of several, such as `data.1`."""
+    """Replace the key `data` in errors of readers by the key of one of several sources, such as `data.1`."""
     try:
         yield
     except ConfigError as error:
@@ -123,25 +128,25 @@ def _require_shards(stream: Stream, processes: int, workers: int, place: str) ->
     shards = len(stream.reader.split_info.filenames)
     if shards < processes * workers:
         needed = processes * workers
-        problem = f"{stream.reader.root} has {shards} of {needed} tars, one for each worker of each process"
-        remedy = f"Divide the images among {needed} tars or more, or set workers to a smaller number"
-        raise run_error(f"{place}.root", problem, remedy, code="too-few-samples")
+        problem = f"{stream.reader.root} has {shards} tars, but each worker of each process needs one ({needed})"
+        hint = f"Divide the images among at least {needed} tars, or reduce workers"
+        raise run_error(f"{place}.root", problem, hint, code="too-few-samples")
 
 
 def _require_labels(heads: Sequence[str], labeled: set[str]) -> None:
     for head in heads:
         if head not in labeled:
-            remedy = "Remove it, or give it to a source with its classes"
-            raise run_error(f"heads.{head}", "no source has labels of this head", remedy, code="class-mismatch")
+            hint = "Remove the head, or assign it to a source with its classes"
+            raise run_error(f"heads.{head}", "no source has labels of this head", hint, code="class-mismatch")
 
 
 def _require_classes(
     classes: tuple[str, ...], others: tuple[str, ...], head: str, heads: Mapping[str, int], place: str
 ) -> None:
     if len(classes) != heads[head]:
-        problem = f"the images have {len(classes)} classes, the head {head} has {heads[head]}"
+        problem = f"the images have {len(classes)} classes, but the head {head} has {heads[head]}"
         raise run_error(f"{place}.head", problem, f"Set heads.{head}={len(classes)}", code="class-mismatch")
     for number, (ours, theirs) in enumerate(zip(classes, others, strict=True)):
         if ours != theirs:
-            problem = f"class {number} of {head} is {ours}, and {theirs} in another source"
+            problem = f"class {number} of {head} is {ours}, but {theirs} in another source"
             raise run_error(f"{place}.head", problem, "Give both a class_map", code="class-mismatch")

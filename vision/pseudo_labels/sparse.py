@@ -1,4 +1,4 @@
-"""Rows of probabilities of which only the largest are stored (RevCol, appendix C.1), and dense rows made of them."""
+"""Rows of probabilities that store only the largest values (RevCol, appendix C.1), and their dense form."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 0.01
-"""How far the probabilities of a row may be from 1 in sum: float16 rounds each of them by a part of 2048."""
+"""Largest deviation of the sum of a row from 1. float16 has a relative error of 1/2048 per probability."""
 
 
 @dataclass(frozen=True, slots=True)
 class SparseProbabilities:
-    """Probabilities of N images over some classes. Row i is `classes[offsets[i] : offsets[i + 1]]`, likest first.
+    """Sparse probabilities of N images. Row i has classes `classes[offsets[i] : offsets[i + 1]]`, most likely first.
 
     `scipy.sparse.csr_array((probabilities, classes, offsets))` is the same matrix.
 
     Attributes:
-        offsets: (N + 1,), int64, from 0 on.
+        offsets: (N + 1,), int64, starting at 0.
         classes: (entries,), int32.
         probabilities: (entries,), float16.
-        rest: (N,), float16; the probability of all other classes together.
+        rest: (N,), float16; the total probability of all other classes.
     """
 
     offsets: np.ndarray
@@ -37,9 +37,9 @@ class SparseProbabilities:
     def row(self, number: int, count: int) -> Tensor:
         """A dense row of `count` classes, (count,), float32.
 
-        The rest is spread evenly over the classes that are not stored: the "marginal smoothing" of Shen and Xing
+        The rest is distributed evenly over the classes that are not stored: the "marginal smoothing" of Shen and Xing
         ("A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022), which trained better there than
-        to drop the rest or to scale up what is stored.
+        dropping the rest or rescaling the stored probabilities.
         """
         begin, end = self.offsets[number : number + 2]
         others = count - int(end - begin)
@@ -50,9 +50,10 @@ class SparseProbabilities:
         return row
 
     def flaw(self, count: int, start: int = 0) -> str:
-        """What is wrong with these probabilities over `count` classes; empty if nothing is.
+        """Describe the first error in these probabilities over `count` classes; empty if they are valid.
 
         Args:
+            count: number of classes.
             start: number of the first row, for the text.
         """
         lengths, rows = np.diff(self.offsets), np.repeat(np.arange(len(self)), np.diff(self.offsets))
@@ -69,7 +70,7 @@ class SparseProbabilities:
             ((self.classes < 0) | (self.classes >= count), rows, f"a class that is not from 0 to {count - 1}"),
             (~((values > 0) & (values <= 1)), rows, "a probability that is not between 0 and 1"),
             (~((rest >= 0) & (rest <= 1)), np.arange(len(self)), "a rest that is not between 0 and 1"),
-            (rising, rows, "probabilities that do not fall"),
+            (rising, rows, "probabilities that are not in decreasing order"),
             (twice, rows[order], "a class twice"),
             (~(np.abs(sums - 1) < TOLERANCE), np.arange(len(self)), "probabilities that do not add up to 1"),
         ):
@@ -79,10 +80,10 @@ class SparseProbabilities:
 
 
 def largest(probabilities: Tensor, minimum: float) -> SparseProbabilities:
-    """The probabilities above a minimum; of equal ones that of the lower class comes first.
+    """The probabilities above a minimum. Equal probabilities are ordered by class.
 
     Args:
-        probabilities: (N, classes), float32; rows that add up to 1.
+        probabilities: (N, classes), float32, whose rows sum to 1.
         minimum: at least 0.
     """
     values, classes = probabilities.sort(dim=1, descending=True, stable=True)
@@ -99,7 +100,7 @@ def largest(probabilities: Tensor, minimum: float) -> SparseProbabilities:
 
 
 def joined_rows(parts: Sequence[SparseProbabilities]) -> SparseProbabilities:
-    """The rows of all parts, one after the other."""
+    """Concatenate the rows of all parts."""
     starts = np.cumsum([0, *(len(part.classes) for part in parts)])
     offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
     return SparseProbabilities(
@@ -111,7 +112,7 @@ def joined_rows(parts: Sequence[SparseProbabilities]) -> SparseProbabilities:
 
 
 def chosen_rows(given: SparseProbabilities, keep: Sequence[int]) -> SparseProbabilities:
-    """Some of the rows."""
+    """Select rows by number."""
     pieces = [slice(given.offsets[row], given.offsets[row + 1]) for row in keep]
     empty = slice(0, 0)
     return SparseProbabilities(

@@ -1,7 +1,7 @@
-"""What the heads of a model learn from an image: classes of the data, soft labels of a teacher, or nothing.
+"""Training targets of several heads: classes of the data, soft labels of a teacher, or none.
 
-The classes of all heads are side by side, as the scores of the model are. A target of a head is a distribution over
-its classes, or zeros where an image has no label: then the cross entropy of that head is 0, and so are its gradients.
+The classes of all heads are concatenated, like the scores of the model. The target of a head is a distribution over its
+classes, or zeros for an image without a label, for which the cross entropy of the head and its gradients are 0.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vision.pseudo_labels.sparse import SparseProbabilities, joined_rows
 
 
 class HeadTargets:
-    """Targets of images.
+    """Makes the targets of images.
 
     Args:
         heads: number of classes of each head of the model, in order.
-        smoothing: of labels that are classes; soft ones are taken as they are.
+        smoothing: label smoothing of classes. Soft labels are not changed.
     """
 
     def __init__(self, heads: Mapping[str, int], smoothing: float = 0.0):
@@ -39,8 +39,9 @@ class HeadTargets:
         """The target of an image, (classes of all heads,), float32.
 
         Args:
-            head: whose class `label` is; None if the image has no class. It counts more than a soft label.
-            soft: labels by head.
+            head: whose class `label` is; None if the image has no class.
+            label: the class, which replaces the soft label of this head.
+            soft: soft labels by head.
             row: of the image in `soft`; -1 for none.
         """
         target = torch.zeros(self.width)
@@ -55,18 +56,23 @@ class HeadTargets:
 
 
 def require_heads_of(folder: LabelFolder, heads: Mapping[str, int], key: str) -> list[str]:
-    """The heads of a run that labels are for.
+    """The heads of a run that have labels in a directory.
+
+    Args:
+        folder: the labels.
+        heads: of the run.
+        key: of the configuration, for messages.
 
     Raises:
-        revnets.SpecError: there is none, or one has another number of classes.
+        revnets.SpecError: no head has labels, or the labels of one have another number of classes.
     """
     shared = [name for name in heads if name in folder.heads]
     if not shared:
-        problem = f"{folder.path} has labels of {', '.join(folder.heads)}, the run has the heads {', '.join(heads)}"
-        raise run_error(key, problem, "Give heads the names that those of the teacher have", code="class-mismatch")
+        problem = f"{folder.path} has labels of {', '.join(folder.heads)}, but the run has the heads {', '.join(heads)}"
+        raise run_error(key, problem, "Give the heads the names of the teacher's heads", code="class-mismatch")
     for name in shared:
         if heads[name] != folder.heads[name]:
-            problem = f"{folder.path} has {folder.heads[name]} classes of {name}, the run has {heads[name]}"
+            problem = f"{folder.path} has {folder.heads[name]} classes of {name}, but the run has {heads[name]}"
             raise run_error(key, problem, f"Set heads.{name}={folder.heads[name]}", code="class-mismatch")
     return shared
 
@@ -74,12 +80,16 @@ def require_heads_of(folder: LabelFolder, heads: Mapping[str, int], key: str) ->
 def join_labels(
     folder: LabelFolder, keys: Sequence[str], shared: Sequence[str], key: str
 ) -> tuple[dict[str, SparseProbabilities], np.ndarray]:
-    """The labels of some images, and the row of each in them; -1 for those that the teacher could not read.
+    """Read the labels of some images.
 
     Args:
+        folder: the labels.
         keys: of the images.
-        shared: heads that are wanted.
+        shared: heads whose labels are returned.
         key: of the configuration, for messages.
+
+    Returns:
+        Labels by head, and the row of each image in them; -1 for images that the teacher could not read.
 
     Raises:
         revnets.SpecError: an image has no label.
