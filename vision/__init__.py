@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vision import revcol  # timm knows the family from here on
+from vision import revcol  # registers the models with timm
 
 if TYPE_CHECKING:
     from vision.models.architecture import RevCol
@@ -16,7 +16,7 @@ _LAZY = {
     "RevCol": "vision.models.architecture",
     "load_run": "vision.training.loaded_run",
 }
-"""Modules that are imported when one of their names is first used."""
+"""Names that are imported from these modules on first use."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Errors that stop a run, one line each: bad data, bad checkpoints, a loss that is not finite."""
+"""Errors that stop a run with one line: unusable data or checkpoints, a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from revnets.config.errors import first_line as first_line
 
 
 def run_error(key: str, message: str, hint: str = "", code: str = "invalid-value") -> ConfigError:
-    """The error for a key of a training run that only fails when the run is set up, such as `data.root`."""
+    """Create the error for a key of a run configuration that fails while the run is set up, such as `data.root`."""
     return ConfigError("training run", key, printable(message), hint, code)
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; says where, what is safe, and what to try. `code` is the kind of error."""
+    """A run cannot continue. The message states the reason, what was saved and a hint; `code` is the kind of error."""
 
     def __init__(self, message: str, code: str):
         super().__init__(message)
@@ -27,16 +27,16 @@ class TrainingError(RuntimeError):
 
 
 class DataError(RuntimeError):
-    """Data that cannot be read. A loader's worker hands it on with its traceback before the line that counts."""
+    """Data cannot be read. A loader's worker passes on its traceback, whose last line is the message."""
 
-    code = "unreadable-data"  # the only one: workers hand on nothing but the text
+    code = "unreadable-data"  # the only one, because workers pass on text only
 
     def __init__(self, text: str):
         super().__init__(text.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used: names the file, what is wrong, and what to do.
+    """A checkpoint cannot be written, read or used. The message names the file, the reason and a hint.
 
     Attributes:
         path: the file; also `source`.
@@ -65,16 +65,16 @@ class CheckpointError(RuntimeError):
 
 
 EXPECTED = (TrainingError, DataError, CheckpointError)
-"""Errors that users can do something about."""
+"""Errors that are reported as one line, because users can fix their cause."""
 
 
 def comparable(name: str) -> str:
-    """The name of a class as it is stored and compared: on one line, composed (NFC), as macOS may decompose it."""
+    """Normalize the name of a class for storage and comparison: one line, in NFC, because macOS may decompose it."""
     return printable(unicodedata.normalize("NFC", name))
 
 
 def why_not_written(error: BaseException) -> str:
-    """Why a file could not be written: torch's writer puts an error of its own in front of the system's."""
+    """The reason why a file could not be written. torch's writer wraps the error of the system in its own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -1,16 +1,14 @@
-"""Where the packaged configurations are."""
+"""Paths of the packaged configurations."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs"
-"""Recipes that come with the package: `revnets train digits` means `configs/digits.yaml`."""
-
+"""Directory of the built-in recipes: `revnets train digits` uses `configs/digits.yaml`."""
 
 FOLDERS = (CONFIGS, CONFIGS / "finetune", CONFIGS / "segmentation", CONFIGS / "detection")
-"""Where recipes are looked for by their names."""
-
+"""Directories that are searched for recipes by name."""
 
 MODELS = CONFIGS / "models"
-"""A YAML for each model; `revnets.build` makes the same net from it."""
+"""Directory with a YAML for each model, from which `revnets.build` builds the same network."""

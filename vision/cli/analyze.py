@@ -1,4 +1,4 @@
-"""The commands `revnets analyze cka` and `layercam`. Heavy imports wait until a command runs."""
+"""The commands `revnets analyze cka` and `layercam`. Slow imports are deferred until a command runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vision.cli.common import Overrides, reported
 SourceArgument = Annotated[
     str,
     typer.Argument(
-        help="A checkpoint, the folder of a run (its best one), a model of timm's or a YAML of a run.",
+        help="A checkpoint, the directory of a run (its best one), a timm model or the YAML of a run.",
         show_default=False,
     ),
 ]
 WeightsOption = Annotated[
     Literal["auto", "raw", "ema"],
-    typer.Option(help="Of a checkpoint: the model's, or averaged ones; auto: averaged if there are any."),
+    typer.Option(help="Weights of a checkpoint; auto: the averaged ones (ema) if there are any, else raw."),
 ]
 
 
@@ -28,18 +28,18 @@ def cka(
     source: SourceArgument,
     overrides: Overrides = None,
     batch: Annotated[int, typer.Option(min=4, help="Images that are compared with each other.")] = 512,
-    batches: Annotated[int, typer.Option(min=0, help="Batches that HSIC is summed over; 0: the whole set.")] = 1,
-    shuffle: Annotated[bool, typer.Option(help="Draw images at random, or take the first ones.")] = True,
+    batches: Annotated[int, typer.Option(min=0, help="Batches over which HSIC is summed; 0: the whole set.")] = 1,
+    shuffle: Annotated[bool, typer.Option(help="Draw images at random, or use the first ones.")] = True,
     weights: WeightsOption = "auto",
     png: Png = Path("cka.png"),
     csv: Csv = None,
     trust: Trust = False,
 ) -> None:
-    """How similar every level of every column is to the images and to their labels (figure 9).
+    """Measure the similarity of every level of every column to images and labels (figure 9).
 
-    CKA with the unbiased, linear HSIC, on the validation set. One large batch
-    is what the paper's code does (--no-shuffle --batch 512); with --batches,
-    HSIC is summed over many small ones, which needs less memory and sees more
+    CKA with the unbiased, linear HSIC, on the validation set. The paper's code
+    uses one large batch (--no-shuffle --batch 512); with --batches, HSIC is
+    summed over many small batches, which needs less memory and covers more
     images.
 
     revnets analyze cka runs/fashion --png cka.png
@@ -57,7 +57,7 @@ def cka(
         run, columns = load_source(source, overrides or [], weights, trust)
         size, count = batch_plan(run, batch, batches)
         with progress(console, count) as (tell, advance):
-            tell(f"{size} images a batch")
+            tell(f"{size} images per batch")
             found = similarity(run.model, columns, run.val_batches(size, count, shuffle), advance)
         found.require_defined()
         print_rows(console, f"CKA by level, over {found.samples} images in batches of {size}", similarity_table(found))
@@ -68,24 +68,22 @@ def cka(
 def layercam(
     source: SourceArgument,
     overrides: Overrides = None,
-    index: Annotated[int, typer.Option(min=0, help="Which image of the validation set.")] = 0,
+    index: Annotated[int, typer.Option(min=0, help="Index of the image in the validation set.")] = 0,
     image: Annotated[
-        Path | None, typer.Option(help="Another picture instead.", show_default=False, readable=False)
+        Path | None, typer.Option(help="An image file to use instead.", show_default=False, readable=False)
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(
-            "--class", help="The class to look for, by name or number; else what is predicted.", show_default=False
-        ),
+        typer.Option("--class", help="Name or number of the class; by default the predicted one.", show_default=False),
     ] = None,
     weights: WeightsOption = "auto",
     png: Png = Path("layercam.png"),
     csv: Csv = None,
     trust: Trust = False,
 ) -> None:
-    """Where every level of every column sees a class: LayerCAM over an image (figure 8).
+    """Show where every level of every column responds to a class: LayerCAM over an image (figure 8).
 
-    Works in any memory mode; memory=store and the like choose one.
+    Works in any memory mode, which memory=store and similar overrides select.
 
     revnets analyze layercam runs/fashion --index 7 --png layercam.png
     """
@@ -105,7 +103,7 @@ def layercam(
             run, columns = load_source(source, overrides or [], weights, trust)
             wanted = None if target is None else torch.tensor([class_number(run.classes, target)], device=run.device)
             pixels, true = (image_from(run, image), None) if image else image_at(run, index)
-            tell("one forward and backward")
+            tell("one forward and backward pass")
             found = maps_of(run.model, columns, pixels, wanted)
         text = caption(run.classes, found.scores[0], int(found.classes[0]), true)
         console.print(text.replace("\n", "; "), markup=False, highlight=False)

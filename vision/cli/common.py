@@ -1,4 +1,4 @@
-"""Options and errors that the commands on images share."""
+"""Options and errors that the commands of this package share."""
 
 from __future__ import annotations
 

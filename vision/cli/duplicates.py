@@ -1,4 +1,4 @@
-"""The command `revnets duplicates`. Heavy imports wait until it runs."""
+"""The command `revnets duplicates`. Slow imports are deferred until it runs."""
 
 from __future__ import annotations
 
@@ -19,56 +19,59 @@ def duplicates(
     against: Annotated[
         Path,
         typer.Option(
-            help="Images that must not be among them, or labels of these; FOLDER: duplicates inside of it.",
+            help="Images to compare with, or their labels; FOLDER itself to find duplicates within the set.",
             show_default=False,
             readable=False,
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Parquet file of the pairs; beside it goes a list of keys.")
+        Path, typer.Option("--output", "-o", help="Parquet file of the pairs. A list of keys is written next to it.")
     ] = Path("suspects.parquet"),
     png: Annotated[
         Path | None, typer.Option(help="Draw the pairs side by side.", show_default=False, readable=False)
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="The images of FOLDER, if they were moved.", show_default=False, readable=False)
+        Path | None, typer.Option(help="The images of FOLDER, if they have moved.", show_default=False, readable=False)
     ] = None,
     against_images: Annotated[
         Path | None,
-        typer.Option(help="The images of labels in --against, if they were moved.", show_default=False, readable=False),
+        typer.Option(help="The images of --against, if they have moved.", show_default=False, readable=False),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="The teacher, if it was moved; its features are compared too.", show_default=False),
+        typer.Option(help="The teacher, if it has moved; its features are also compared.", show_default=False),
     ] = None,
     by: Annotated[
-        Literal["labels", "features"], typer.Option(help="What candidates have in common: labels, or features.")
+        Literal["labels", "features"], typer.Option(help="Find candidates by similar labels or by similar features.")
     ] = "labels",
-    max_distance: Annotated[float, typer.Option(min=0, max=1, help="Of labels (Hellinger).")] = 0.5,
-    max_bits: Annotated[int, typer.Option(min=0, max=256, help="In which perceptual hashes differ.")] = 60,
-    min_correlation: Annotated[float, typer.Option(min=-1, max=1, help="Of aligned pixels.")] = 0.93,
-    min_cosine: Annotated[float, typer.Option(min=-1, max=1, help="Of the teacher's features.")] = 0.6,
-    nearest: Annotated[int, typer.Option(min=1, max=1000, help="Pairs of an image that are looked at.")] = 2,
+    max_distance: Annotated[float, typer.Option(min=0, max=1, help="Largest distance of labels (Hellinger).")] = 0.5,
+    max_bits: Annotated[int, typer.Option(min=0, max=256, help="Most bits in which perceptual hashes differ.")] = 60,
+    min_correlation: Annotated[
+        float, typer.Option(min=-1, max=1, help="Smallest correlation of aligned pixels.")
+    ] = 0.93,
+    min_cosine: Annotated[float, typer.Option(min=-1, max=1, help="Smallest cosine of the teacher's features.")] = 0.6,
+    nearest: Annotated[int, typer.Option(min=1, max=1000, help="Nearest pairs per image to compare further.")] = 2,
     device: Annotated[str, typer.Option(help="auto: the GPU if there is one.")] = "auto",
     trust: Trust = False,
 ) -> None:
-    """Find images that are near-duplicates of those of a validation set, by their pseudo-labels.
+    """Find near-duplicates of the images of a validation set by their pseudo-labels.
 
-    Pairs with near labels are compared by perceptual hashes, by aligned pixels
-    and, with --teacher, by features. Nothing is deleted: the list of keys goes
-    into data.exclude of a run, after a look at the contact sheet.
+    Pairs with similar labels are compared by perceptual hashes, by aligned
+    pixels and, with --teacher, by features. Nothing is deleted: check the
+    contact sheet, and give the list of keys to a run as data.exclude.
 
     revnets duplicates labels --against /data/imagenet/val --png sheet.png
     """
     with reported(extra="duplicates"):
         if output.suffix != ".parquet":
-            problem, remedy = f"{output} is no .parquet", "Let it end in .parquet"
-            raise option_error("--output", problem, remedy, code="unknown-suffix")
+            problem = f"{output} does not have the suffix .parquet"
+            raise option_error("--output", problem, "Give a path that ends in .parquet", code="unknown-suffix")
         check_place("--output", output)
         check_place("--output", output.with_suffix(".txt"))
         if png is not None:
             if png.suffix.lower() != ".png":
-                raise option_error("--png", f"{png} is no .png", "Let it end in .png", code="unknown-suffix")
+                problem = f"{png} does not have the suffix .png"
+                raise option_error("--png", problem, "Give a path that ends in .png", code="unknown-suffix")
             check_place("--png", png)
         from vision.near_duplicates.search import search_duplicates
         from vision.near_duplicates.suspects import Limits

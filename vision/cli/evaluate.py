@@ -1,4 +1,4 @@
-"""`revnets eval`: the metrics of a checkpoint as a table, and as a picture."""
+"""The command `revnets eval`: the metrics of a checkpoint as a table, and the confusion matrix as a figure."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ from vision.weights import files, finetune
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is evaluated: sets of weights, and the configuration that says on what.
+    """Sets of weights to evaluate, and the configuration of the evaluation.
 
     Attributes:
-        path: where they come from.
-        sets: tensors of the model and of heads at its columns, by `raw` and `ema`.
+        path: of the checkpoint.
+        config: of the run.
+        sets: tensors of the model and of intermediate heads, by `raw` and `ema`.
         classes: names of the model's classes, if the file has them.
-        category_ids: numbers of the classes in files of COCO, of a detector.
-        is_run: is it a checkpoint of `revnets train`? Other files hold weights alone, under any names.
+        is_run: whether it is a checkpoint of `revnets train`. Other files have only weights, under any names.
+        category_ids: COCO category ids of a detector's classes.
     """
 
     path: Path
@@ -61,24 +62,27 @@ def evaluate_checkpoint(
     by_name: bool = False,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Print the metrics of every set of weights that a checkpoint holds.
+    """Print the metrics of every set of weights in a checkpoint.
 
     Args:
-        path: a checkpoint, or the folder of a run: then its best one, or the last if none is marked as the best. Or,
-            with `recipe`, a file of weights alone, ours or an official one.
-        overrides: of the run's configuration, such as `batch_size=256`.
-        png: where to draw the confusion of the weights that count, the averaged ones if there are any.
-        recipe: a YAML of a run, or the name of a recipe, with the model and the data of the weights.
-        by_name: the classes of the data are some of the model's, and are matched by name (`vision.data.class_subsets`).
-        trust: may the configuration, in the checkpoint or of `recipe`, name classes of other projects?
+        path: a checkpoint, or the directory of a run: then its best checkpoint, or the last if none is marked as best.
+            With `recipe`, a file with only weights, in our or in the official layout.
+        overrides: of the run configuration, such as `batch_size=256`.
+        png: path of a figure of the confusion matrix, of the averaged weights if there are any.
+        recipe: the YAML of a run, or the name of a recipe, with the model and the data of the weights.
+        by_name: whether the data has a subset of the model's classes, matched by name (`vision.data.class_subsets`).
+        trust: whether the configuration, in the checkpoint or of `recipe`, may name classes of other projects.
+
+    Returns:
+        The metrics by the names of the sets of weights.
 
     Raises:
         vision.errors.CheckpointError: there is no such checkpoint, or it cannot be used.
-        revnets.SpecError: an override is wrong, `png` has another suffix than those of pictures, or classes do not fit.
+        revnets.SpecError: an override or the suffix of `png` is wrong, or the classes do not match.
     """
     if png is not None and png.suffix.lower().removeprefix(".") not in FORMATS:
         raise option_error(
-            "--png", f"{png} is no picture", f"Let it end in .{', .'.join(FORMATS)}", code="unknown-suffix"
+            "--png", f"{png} has no known suffix", f"Use one of .{', .'.join(FORMATS)}", code="unknown-suffix"
         )
     console = Console()
     given = _of_run(path, overrides, trust) if recipe is None else _of_weights(path, recipe, overrides, trust)
@@ -120,8 +124,8 @@ def evaluate_checkpoint(
         console.print(str(given.path), soft_wrap=True, highlight=False, markup=False)
         console.print(_table({name: scalars(metrics) for name, metrics in found.items()}))
         return found
-    unread = max(0, len(data.val) - counting.images)  # a stream may not know its length
-    text = f"{given.path}, {counting.images} images" + (f"; {unread} more cannot be read" if unread else "")
+    unread = max(0, len(data.val) - counting.images)  # the length of a stream may be unknown
+    text = f"{given.path}, {counting.images} images" + (f"; {unread} others cannot be read" if unread else "")
     console.print(text, soft_wrap=True, highlight=False, markup=False)
     table = Table()
     for heading in ("weights", "top-1 %", "top-5 %", "loss"):
@@ -133,7 +137,7 @@ def evaluate_checkpoint(
     if png is not None:
         if counting.confusion is None:
             raise option_error(
-                "--png", f"{len(data.classes)} classes are too many to draw", "Leave it out", code="out-of-range"
+                "--png", f"{len(data.classes)} classes are too many to draw", "Remove the option", code="out-of-range"
             )
         save(confusion_figure(counting.confusion, data.classes), png)
         console.print(f"wrote {png}", soft_wrap=True, highlight=False, markup=False)
@@ -149,14 +153,14 @@ def _of_weights(path: Path, recipe: str, overrides: Sequence[str], trust: bool) 
     config = load_config(recipe, overrides, trust=trust).model_copy(update={"supervision": None})
     content, name = finetune.find_pretrained(str(path), World())
     sets = {"raw": files.tensors_in(content, "raw", path)}
-    with suppress(CheckpointError):  # it has no averaged ones
+    with suppress(CheckpointError):  # the file has no averaged weights
         sets["ema"] = files.tensors_in(content, "ema", path)
     classes = finetune.class_names_in(content)
     return Candidate(Path(name), config, {key: (tensors, {}) for key, tensors in sets.items()}, classes, is_run=False)
 
 
 def _without_count(config: TrainConfig) -> TrainConfig:
-    """Let the data themselves say how many classes they have."""
+    """Remove `num_classes`, so that the number of classes is that of the data."""
     if not isinstance(config.data, ImagesConfig):
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"num_classes": None})})
@@ -165,21 +169,23 @@ def _without_count(config: TrainConfig) -> TrainConfig:
 def _known(
     given: Candidate, data: ImageData, by_name: bool, console: Console
 ) -> tuple[class_subsets.Subset | None, ImageData]:
-    """How scores become those of the classes of the data, and the data as if they had all classes of the model."""
+    """How to select the scores of the data's classes, and the data with all classes of the model."""
     count = len(given.classes) if given.classes else files.class_count(given.sets["raw"][0])
     if not by_name:
         if count and count != len(data.classes):
-            problem = f"the weights are for {count} classes, the data have {len(data.classes)}"
-            remedy = "If these are some of the model's, add --subset, which matches them by name"
-            raise option_error("--subset", problem, remedy, code="class-mismatch")
+            problem = f"the weights are for {count} classes, but the data has {len(data.classes)}"
+            hint = "If the data has a subset of the model's classes, add --subset, which matches them by name"
+            raise option_error("--subset", problem, hint, code="class-mismatch")
         if given.classes and (difference := class_subsets.class_difference(given.classes, data.classes)):
             if set(map(comparable, given.classes)) == set(map(comparable, data.classes)):  # in another order
                 return class_subsets.subset(given.classes, data.classes), replace(data, classes=given.classes)
-            remedy = "Give data with the classes of the model, or add --subset, which matches them by name"
-            raise option_error("--subset", difference, remedy, code="class-mismatch")
+            hint = "Give data with the classes of the model, or add --subset, which matches them by name"
+            raise option_error("--subset", difference, hint, code="class-mismatch")
         named = sum(not name.isdecimal() for name in data.classes)
         if 0 < named < len(data.classes):
-            text = f"data.num_classes is {len(data.classes)}, but the data name {named} classes, here the first ones."
+            text = (
+                f"data.num_classes is {len(data.classes)}, but the data names {named} classes, used as the first ones."
+            )
             console.print(f"{text} To match them by name, add --subset", style="yellow", soft_wrap=True)
         return None, data
     known = given.classes or class_subsets.imagenet_classes(count)
@@ -187,38 +193,38 @@ def _known(
     text = f"{len(data.classes) - len(chosen.unknown)} of {len(known)} classes"
     if chosen.unknown:
         names = ", ".join(chosen.unknown[:3]) + ", ..." * (len(chosen.unknown) > 3)
-        text += f"; {len(chosen.unknown)} of the data ({names}) are unknown to the model, their images count as wrong"
+        text += f"; the model does not have {len(chosen.unknown)} of the data ({names}), whose images count as wrong"
     console.print(text, soft_wrap=True, highlight=False, markup=False)
     return chosen, replace(data, classes=known)
 
 
 def _refuse_classes(config: TrainConfig, png: Path | None, by_name: bool) -> None:
-    """Options that are about classes need a task that has some."""
+    """Refuse options about classes for a task without a single set of classes."""
     for option, given in (("--png", png is not None), ("--subset", by_name)):
         if given:
             sets = "no classes" if config.heads is None else "several sets of classes"
             problem = f"the task {config.task_and_options[0]} has {sets}"
-            raise option_error(option, problem, "Leave it out")
+            raise option_error(option, problem, "Remove the option")
 
 
 def _require_same_classes(given: Candidate, metadata: Mapping[str, Any]) -> None:
-    """Refuse data whose classes, by what the task says of them, are not those of the weights in the same order."""
+    """Refuse data whose classes, according to the task, differ from those of the weights or are in another order."""
     classes, ids = metadata.get("classes"), metadata.get("category_ids")
     if not classes or not given.classes:
         return
     if len(classes) != len(given.classes):
-        difference = f"{len(classes)} classes, and the weights are for {len(given.classes)}"
+        difference = f"{len(classes)} classes, but the weights are for {len(given.classes)}"
     elif not (difference := class_subsets.class_difference(given.classes, classes)):
         if not ids or given.category_ids is None or tuple(ids) == given.category_ids:
             return
-        difference = "the ids of its categories are not those of the run"
+        difference = "its category ids are not those of the run"
     raise run_error("data", difference, "Give data with the classes of the model, in its order", "class-mismatch")
 
 
 def _print_precisions(console: Console, path: Path, found: Mapping[str, DetectionMetrics], images: int) -> None:
-    """A row for the boxes of each set of weights, and one for its masks; a dash where there are no such objects."""
+    """Print a row for the boxes and one for the masks of each set of weights, with a dash without such objects."""
     seen = list(found.values())[-1].images
-    text = f"{path}, {seen} images" + (f"; {images - seen} more cannot be read" if seen < images else "")
+    text = f"{path}, {seen} images" + (f"; {images - seen} others cannot be read" if seen < images else "")
     console.print(text, soft_wrap=True, highlight=False, markup=False)
     headings = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
     table = Table("weights", *(Column(heading, justify="right") for heading in headings))
@@ -230,7 +236,7 @@ def _print_precisions(console: Console, path: Path, found: Mapping[str, Detectio
 
 
 def _table(found: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each set of weights, a column for each metric."""
+    """A table with a row for each set of weights and a column for each metric."""
     names = list(dict.fromkeys(name for metrics in found.values() for name in metrics))
     table = Table("weights", *(Column(name, justify="right") for name in names))
     for weights, metrics in found.items():
@@ -239,7 +245,7 @@ def _table(found: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _rows(name: str, metrics: ClassificationMetrics) -> Iterator[tuple[str, str, str, str]]:
-    """A row for each head at an earlier column, and one for the model's own."""
+    """Yield a row for each head at an earlier column, and one for the model's own head."""
     columns = [key.removeprefix("top1_") for key in metrics.heads if key.startswith("top1_")]
     for column in columns:
         top1, top5, loss = (metrics.heads[f"{key}_{column}"] for key in ("top1", "top5", "loss"))

@@ -1,4 +1,4 @@
-"""The commands `revnets train`, `eval`, `predict`, `reshard` and `convert`. Heavy imports wait until a command runs."""
+"""The commands `train`, `eval`, `predict`, `reshard` and `convert`. Slow imports are deferred until a command runs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ RECIPES = ", ".join(path.stem for path in (*sorted(CONFIGS.glob("*.yaml")), *sor
 
 def train(
     config: Annotated[
-        str, typer.Argument(help=f"YAML file of a run, or a recipe that comes along: {RECIPES}.", show_default=False)
+        str, typer.Argument(help=f"YAML file of a run, or a built-in recipe: {RECIPES}.", show_default=False)
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Train a model, by default for image classification, or go on with an interrupted run.
+    """Train a model, by default for image classification, or resume an interrupted run.
 
-    Everything goes into the folder `output`: checkpoints/, log.jsonl,
-    tensorboard/, curves.png and config.yaml. The same command again goes on
-    where the run stopped, bit for bit. SIGTERM and Ctrl-C save first; the exit
-    code is then 128 + the signal.
+    Writes to the directory `output`: checkpoints/, log.jsonl, tensorboard/,
+    curves.png and config.yaml. Running the same command again resumes the run
+    bit for bit. SIGTERM and Ctrl-C save a checkpoint first; the exit code is
+    then 128 + the signal.
 
-    A YAML file is a program: the classes that it names are imported and run.
+    A YAML file can run code: the classes that it names are imported.
 
     Several processes: torchrun --no-python --nproc-per-node 8 revnets train CONFIG.
     """
@@ -49,23 +49,23 @@ def evaluate(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint, or the folder of a run: then its best one.", show_default=False, readable=False
+            help="A checkpoint, or the directory of a run (its best one).", show_default=False, readable=False
         ),
     ],
     overrides: Overrides = None,
     png: Annotated[
         Path | None,
-        typer.Option(help="Draw the confusion matrix into a .png, .svg or .pdf file.", readable=False),
+        typer.Option(help="Write the confusion matrix to a .png, .svg or .pdf file.", readable=False),
     ] = None,
     config: Annotated[
-        str | None, typer.Option(help="For weights alone, official ones too: the recipe of their model and data.")
+        str | None, typer.Option(help="For files with only weights: the recipe of their model and data.")
     ] = None,
     subset: Annotated[
-        bool, typer.Option("--subset", help="The data have some of the model's classes: match them by their names.")
+        bool, typer.Option("--subset", help="The data has a subset of the model's classes; match them by name.")
     ] = False,
     trust: Trust = False,
 ) -> None:
-    """Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one.
+    """Evaluate the weights of a checkpoint, and their average if there is one, on the validation set of the run.
 
     A configuration that names code of other projects, such as a custom task, needs --trust.
 
@@ -82,26 +82,26 @@ def predict(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint, or the folder of a run: then its best one.", show_default=False, readable=False
+            help="A checkpoint, or the directory of a run (its best one).", show_default=False, readable=False
         ),
     ],
-    images: Annotated[list[Path], typer.Argument(help="Files of pictures.", show_default=False, readable=False)],
+    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False, readable=False)],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for pictures and predictions.json.", readable=False),
+        typer.Option("--output", "-o", help="Directory for images and predictions.json.", readable=False),
     ] = None,
-    score: Annotated[float, typer.Option(min=0, max=1, help="Least score of the objects that are drawn.")] = 0.5,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Minimum score of drawn objects.")] = 0.5,
     weights: Annotated[
-        Literal["auto", "raw", "ema"], typer.Option(help="auto: averaged over training if the run kept them.")
+        Literal["auto", "raw", "ema"], typer.Option(help="auto: the averaged ones (ema) if there are any, else raw.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     trust: Trust = False,
 ) -> None:
-    """Show what a trained model finds in pictures.
+    """Predict with a trained model on image files.
 
     Detectors draw boxes, masks, names and scores, and write predictions.json
-    in COCO's format. Segmenters draw the class of every pixel beside a legend.
-    Of classifiers the five best classes are printed.
+    in COCO's format. Segmenters draw the class of every pixel next to a legend.
+    Classifiers print the five most likely classes.
 
     revnets predict runs/mine photos/*.jpg -o predictions
     """
@@ -113,14 +113,12 @@ def predict(
 
 def reshard(
     source: Annotated[
-        Path, typer.Argument(help="A checkpoint: a .pt file, or a step-N folder.", show_default=False, readable=False)
+        Path, typer.Argument(help="A checkpoint: a .pt file or a step-N directory.", show_default=False, readable=False)
     ],
-    target: Annotated[
-        Path, typer.Argument(help="What to write: a new file, or a new folder.", show_default=False, readable=False)
-    ],
-    shards: Annotated[int, typer.Option(min=0, help="Number of shards; 0: one whole file.")] = 0,
+    target: Annotated[Path, typer.Argument(help="The new file or directory.", show_default=False, readable=False)],
+    shards: Annotated[int, typer.Option(min=0, help="Number of shards; 0 for one file.")] = 0,
 ) -> None:
-    """Rewrite a checkpoint of `checkpoint: sharded` as one file, or one file as shards."""
+    """Convert a sharded checkpoint to one file, or one file to shards."""
     with reported():
         from vision.checkpoints import reshard as resharding
 
@@ -138,32 +136,34 @@ def convert(
     target: Annotated[
         Path,
         typer.Argument(
-            help="A new file: .safetensors for ours, .pth for the official layout.", show_default=False, readable=False
+            help="A new file: .safetensors for our layout, .pth for the official one.",
+            show_default=False,
+            readable=False,
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="What it should be, as revcol_tiny. By default the shapes tell.")
+        str | None, typer.Option(help="Name of the model, such as revcol_tiny. By default found by the shapes.")
     ] = None,
     weights: Annotated[
-        Literal["raw", "ema"], typer.Option(help="The model's, or their average over training.")
+        Literal["raw", "ema"], typer.Option(help="The model's weights, or their average over training.")
     ] = "raw",
     heads: Annotated[
         bool, typer.Option("--heads", help="Keep classifiers and decoders of intermediate supervision.")
     ] = False,
     layout: Annotated[
-        Literal["classification", "detection", "segmentation"], typer.Option(help="What a .pth is for.")
+        Literal["classification", "detection", "segmentation"], typer.Option(help="Layout of a .pth file.")
     ] = "classification",
     allow: Annotated[
         list[str] | None,
-        typer.Option(help="A name, or a pattern as 'neck2.*', that need not fit and is left out. May be repeated."),
+        typer.Option(help="Omit tensors of this name, or pattern such as 'neck2.*', that do not fit. Repeatable."),
     ] = None,
 ) -> None:
-    """Convert official RevCol checkpoints to ours, and ours to the official layout.
+    """Convert official RevCol checkpoints to our layout, and ours to the official one.
 
-    Every name in the file is accounted for: what is missing, unexpected or of
-    another shape is listed, and nothing is written unless --allow names it.
-    Files are read without running what they hold. Of a detector or segmenter
-    only the backbone is taken. docs/guides/pretrained-weights.md tells more.
+    Every name in the file is checked: missing, unexpected and misshapen tensors
+    are listed, and nothing is written unless --allow names them. Files are read
+    without executing their content. Only the backbone of a detector or
+    segmenter is converted. See docs/guides/pretrained-weights.md.
 
     revnets convert revcol_tiny_1k.pth revcol_tiny.safetensors
     """

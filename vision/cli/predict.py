@@ -1,4 +1,4 @@
-"""`revnets predict`: what a trained model finds in pictures, drawn on them, as text and as json."""
+"""The command `revnets predict`: predictions for image files, as drawings, text and JSON."""
 
 from __future__ import annotations
 
@@ -34,30 +34,34 @@ def predict_files(
     device: str = "auto",
     trust: bool = False,
 ) -> list[PicturePrediction]:
-    """Print what a model finds in pictures, and write it into a folder.
+    """Print predictions for image files, and write them to a directory.
 
-    The folder gets a PNG for each picture, if there is something to draw, and `predictions.json`. Pictures that cannot
-    be read are named and left out.
+    The directory receives `predictions.json`, and a PNG for each image if the task draws its predictions. Images that
+    cannot be read are reported and skipped.
 
     Args:
-        path: a checkpoint, or the folder of a run.
-        images: files of pictures.
-        output: a folder, in which no file is replaced; it may be None for classes of images, which are printed.
-        least: score of objects that are drawn.
+        path: a checkpoint, or the directory of a run.
+        images: image files.
+        output: a directory, in which no file is replaced; None to only print the classes of a classifier.
+        least: minimum score of drawn objects.
         weights: `raw`, `ema` or `auto`.
         device: of the model.
-        trust: may the configuration of the run name classes of other projects?
+        trust: whether the configuration of the run may name classes of other projects.
+
+    Returns:
+        The predictions for the readable images.
 
     Raises:
         vision.errors.CheckpointError: the checkpoint cannot be used.
-        revnets.SpecError: an option is wrong, or files are there already.
-        typer.Exit: pictures could not be read.
+        revnets.SpecError: an option is wrong, or output files already exist.
+        typer.Exit: some images could not be read.
     """
     console = Console()
     run = load_run(path, weights, [f"device={device}"], trust=trust)
     predictor = predictor_of(run, least)
     if output is None and predictor.draws:
-        raise option_error("--output", "there is no folder for pictures", "Give one: -o predictions", "missing-key")
+        problem = "this task draws images and needs a directory"
+        raise option_error("--output", problem, "Give one, as in -o predictions", "missing-key")
     targets = _targets(images, output, predictor.draws) if output is not None else [None] * len(images)
     found: dict[int, PicturePrediction] = {}
     with tracked(list(zip(images, targets, strict=True)), "predict", console) as rows:
@@ -65,12 +69,12 @@ def predict_files(
             try:
                 with open_regular(file) as opened:
                     picture = read_image(opened, *predictor.decoding)
-            except Exception as error:  # decoders raise many kinds
+            except Exception as error:  # decoders raise errors of any type
                 text = f"{printable(str(file))}: cannot be read ({_reason(error)})"
                 console.print(text, style="red", soft_wrap=True, highlight=False, markup=False)
                 continue
             prediction = predictor(picture)
-            found[index] = replace(prediction, picture=None)  # a thousand of them would fill the memory
+            found[index] = replace(prediction, picture=None)  # drawings of many images would fill the memory
             console.print(f"{printable(str(file))}: {prediction.text}", soft_wrap=True, highlight=False, markup=False)
             if target is not None and prediction.picture is not None:
                 _save(prediction.picture, target)
@@ -81,27 +85,27 @@ def predict_files(
         console.print(f"wrote {output / PREDICTIONS}", soft_wrap=True, highlight=False, markup=False)
     if len(found) < len(images):
         missing = len(images) - len(found)
-        typer.secho(f"error: {missing} of {len(images)} pictures cannot be read. Check them", fg="red", err=True)
+        typer.secho(f"error: {missing} of {len(images)} images cannot be read. Check them", fg="red", err=True)
         raise typer.Exit(1)
     return list(found.values())
 
 
 def _targets(images: Sequence[Path], output: Path, draws: bool) -> list[Path | None]:
-    """The file for each picture.
+    """The output file of each image.
 
     Raises:
-        revnets.SpecError: one is there already, or two have the same name.
+        revnets.SpecError: an output file already exists, or two images have the same output file.
     """
     folder = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not folder.is_dir():
-        raise option_error("--output", f"{folder} is no folder", "Give another name", code="not-a-folder")
+        raise option_error("--output", f"{folder} is not a directory", "Give another path", code="not-a-folder")
     names = [f"{image.stem}.png" for image in images] if draws else []
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        problem = f"several pictures would be written to {repeated[0]}"
-        raise option_error("--output", problem, "Rename them, or give them in turn", code="name-clash")
+        problem = f"several images would be written to {repeated[0]}"
+        raise option_error("--output", problem, "Rename them, or use several commands", code="name-clash")
     if there := [name for name in (*names, PREDICTIONS) if (output / name).exists()]:
-        problem = f"{output / there[0]} is there already"
-        raise option_error("--output", problem, "Give another folder", code="file-exists")
+        problem = f"{output / there[0]} already exists"
+        raise option_error("--output", problem, "Give another directory", code="file-exists")
     return [output / name for name in names] if draws else [None] * len(images)
 
 
@@ -115,7 +119,7 @@ def _save(picture: Image.Image, target: Path) -> None:
 
 
 def _content(run: LoadedRun, found: Sequence[tuple[Path, PicturePrediction]]) -> dict[str, Any]:
-    """All predictions as plain data: a file of COCO's format for objects, otherwise a list of images."""
+    """All predictions as plain data: in COCO's format for objects, otherwise a list of images."""
     numbers = run.category_ids
     if numbers is None:
         return {

@@ -1,1 +1,1 @@
-"""Images of a data set that are near-duplicates of those of another, as a validation set (RevCol, appendix C.2)."""
+"""Near-duplicates between two sets of images, such as training and validation set (RevCol, appendix C.2)."""

@@ -1,8 +1,8 @@
-"""How well the pixels of two pictures agree once one has been laid over the other.
+"""Correlation of the pixels of two images after alignment.
 
-Labels, hashes and features of a teacher are made to ignore differences, so they also take two gray pullovers for one.
-Pixels do not. The second picture is mirrored, scaled and shifted such that the two correlate best, found by a search
-from coarse to fine. What counts is the smaller of two correlations: of the pixels, and of their fine detail.
+Labels, hashes and features of a teacher ignore differences, so they also match two gray pullovers. Pixels do not. The
+second image is mirrored, scaled and shifted to maximize the correlation, by a search from coarse to fine. The result is
+the smaller of two correlations: of the pixels, and of their fine detail.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from torch import Tensor
 from vision.near_duplicates.perceptual_hash import small, trimmed
 
 SIDE = 64
-"""Pixels a side at which pictures are compared; at first, half as many."""
+"""Side in pixels at which images are compared. The coarse search uses half of it."""
 
 MARGIN = 3 / 32
-"""Part of a side at the edges that does not count: there, one picture may have what the other lacks."""
+"""Fraction of a side at each edge that is ignored, because the other image may lack its content."""
 
 COARSE, FINE = (0.08, 0.06, 0.04, 0.02, 0.01), (0.01, 0.01, 0.005)
-"""Steps of scale and shift, as parts of a side."""
+"""Steps of scale and shift, as fractions of a side."""
 
 SMOOTH = 0.04
-"""Steps from which only pixels are compared: fine detail correlates at the right place alone."""
+"""Steps of at least this size compare pixels only, because fine detail only correlates at the exact position."""
 
 HOPELESS = (0.7, 0.75)
-"""Correlations after the first round, and at half the pixels, below which the search ends."""
+"""Correlations after the first round, and at half the pixels, below which the search stops."""
 
 BLOCK = 256
 """Pairs that are compared at once."""
 
 TRIED = ((0, 0), (1, 0), (1, 1))
-"""Which are laid over each other: both as they are (0), or trimmed (1)."""
+"""Versions of both images that are compared: unchanged (0) or trimmed (1)."""
 
 
 def thumbnails(picture: Image.Image) -> Tensor:
-    """Gray pixels in [0, 1] of a picture and of what is inside of its border, (2, SIDE, SIDE)."""
+    """Gray pixels in [0, 1] of an image with and without its border, (2, SIDE, SIDE)."""
     gray = small(picture)
     versions = (version.resize((SIDE, SIDE), Image.Resampling.BILINEAR) for version in (gray, trimmed(gray)))
     return torch.from_numpy(np.stack([np.asarray(version) for version in versions])).float() / 255
@@ -48,7 +48,7 @@ def thumbnails(picture: Image.Image) -> Tensor:
 
 @torch.inference_mode()
 def aligned_correlation(copies: Tensor, originals: Tensor) -> Tensor:
-    """The correlation of each pair of pictures at the best mirroring, scale and shift that are tried, from -1 to 1.
+    """The correlation of each pair of images at the best flip, scale and shift that are tried, from -1 to 1.
 
     Args:
         copies, originals: of `thumbnails`, (pairs, 2, SIDE, SIDE).
@@ -79,17 +79,18 @@ def _correlation(copies: Tensor, originals: Tensor) -> Tensor:
 
 
 class _Search:
-    """The best place of the second picture of each pair so far: (log of its scale, right, down), (pairs, 3)."""
+    """The best transform of the second image of each pair so far: (log of its scale, right, down), (pairs, 3)."""
 
     def __init__(self, fixed: Tensor, moved: Tensor):
         self.fixed, self.moved = fixed, moved
         self.best, self.place = torch.full((len(moved),), -1.0), torch.zeros(len(moved), 3)
 
     def refine(self, steps: tuple[float, ...], pooled: int) -> None:
-        """Try the places that are one step away in each direction, for step by step.
+        """Try the transforms that are one step away in each direction, for one step after the other.
 
         Args:
-            pooled: by how much the sides of pictures are divided.
+            steps: of scale and shift.
+            pooled: factor by which images are downsampled.
         """
         if not len(self.best):
             return
@@ -97,7 +98,7 @@ class _Search:
         aim = _normed(fixed)
         for step in steps:
             start = self.place
-            self.best = torch.full_like(self.best, -1.0)  # other pixels or another measure than in the step before
+            self.best = torch.full_like(self.best, -1.0)  # correlations of other steps are not comparable
             for direction in itertools.product((-1, 0, 1), repeat=3):
                 tried = start + step * torch.tensor(direction)
                 both = (aim * _normed(_placed(moved, tried))).sum(-1)
@@ -107,7 +108,7 @@ class _Search:
                 self.place = torch.where(is_better[:, None], tried, self.place)
 
     def better(self, other: _Search) -> _Search:
-        """For each pair the better of two searches."""
+        """Select the better of two searches for each pair."""
         is_other = other.best > self.best
         result = _Search(*(torch.where(is_other[:, None, None, None], theirs, ours) for ours, theirs in (
             (self.fixed, other.fixed), (self.moved, other.moved))))  # fmt: skip
@@ -122,7 +123,7 @@ class _Search:
         return part
 
     def take(self, where: Tensor, part: _Search) -> None:
-        """Take over what a search for some pairs has found."""
+        """Replace the results of some pairs by those of another search."""
         self.best, self.place = self.best.clone(), self.place.clone()
         self.best[where], self.place[where] = part.best, part.place
 
@@ -136,9 +137,9 @@ def _placed(pictures: Tensor, place: Tensor) -> Tensor:
 
 
 def _normed(pictures: Tensor) -> Tensor:
-    """Pixels, and pixels less their blurred surroundings, without margins, of mean 0 and norm 1; (2, pairs, pixels)."""
+    """Pixels, and pixels minus their blurred surroundings, without margins, of mean 0, norm 1; (2, pairs, pixels)."""
     line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
-    scale = pictures.shape[-1] * 2 // SIDE  # the surroundings are as large in both sizes
+    scale = pictures.shape[-1] * 2 // SIDE  # the blur covers the same part of an image at both sizes
     blurred = pictures
     for _ in range(scale**2):
         blurred = F.conv2d(F.pad(blurred, (2, 2, 2, 2), mode="replicate"), (line[:, None] * line)[None, None])

@@ -1,12 +1,12 @@
-"""Pairs of images with similar pseudo-labels: one pass over the labels, by products of sparse matrices.
+"""Pairs of images with similar pseudo-labels, found in one pass over the labels by products of sparse matrices.
 
-RevCol (appendix C.2) walks through its 168 M images and takes those whose pseudo-labels are near to those of a test
-image. Labels of thousands of classes of which a few are stored are sparse: the product of a block of rows with all test
-images costs as much as they have classes in common, so that there is no index to build.
+RevCol (appendix C.2) searches its 168 M images for those whose pseudo-labels are close to those of a test image. Labels
+of thousands of classes are sparse, since few are stored: the cost of the product of a block of rows with all test
+images is proportional to the classes that they share, so no index is needed.
 
-The distance is Hellinger's, sqrt(1 - sum_c sqrt(p_c q_c)), from 0 for equal predictions to 1 for those without a common
-class; of several heads the sums are averaged. The probability that is not stored counts as one more class, and a class
-that is not stored as one of probability 0.
+The distance is the Hellinger distance, sqrt(1 - sum_c sqrt(p_c q_c)), from 0 for equal predictions to 1 for predictions
+without a common class; the sums of several heads are averaged. The probability that is not stored counts as one more
+class, and a class that is not stored has probability 0.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import numpy as np
 from vision.pseudo_labels.sparse import SparseProbabilities
 
 PRODUCT = 2**22
-"""Pairs that a block of the product may hold."""
+"""Most pairs in a block of the product."""
 
 COLUMNS = 2**16
 """Images of the other set in a block."""
 
 
 class CandidatePairs(NamedTuple):
-    """Pairs of an image of a set with one of another: numbers and distances, each (pairs,)."""
+    """Pairs of images of two sets: their indices and distances, each (pairs,)."""
 
     rows: np.ndarray
     columns: np.ndarray
     distances: np.ndarray
 
     def chosen(self, keep: np.ndarray) -> CandidatePairs:
-        """Some of the pairs, by their numbers or a mask."""
+        """Select pairs by indices or a mask."""
         return CandidatePairs(self.rows[keep], self.columns[keep], self.distances[keep])
 
 
@@ -42,7 +42,7 @@ class LabelRows(NamedTuple):
 
     Attributes:
         stored: (N, classes of all heads), a sparse array of scipy.
-        rest: (N, heads), of what is not stored.
+        rest: (N, heads), of the probability that is not stored.
     """
 
     stored: Any
@@ -50,11 +50,11 @@ class LabelRows(NamedTuple):
 
 
 def label_rows(labels: Mapping[str, SparseProbabilities], heads: Mapping[str, int]) -> LabelRows:
-    """Rows whose products are sums of sqrt(p q), averaged over the heads.
+    """Convert labels to rows whose products are sums of sqrt(p q), averaged over the heads.
 
     Args:
         labels: by the names of the heads.
-        heads: their numbers of classes.
+        heads: numbers of classes by the names of the heads.
     """
     from scipy.sparse import csr_array, hstack
 
@@ -68,7 +68,7 @@ def label_rows(labels: Mapping[str, SparseProbabilities], heads: Mapping[str, in
 
 
 def stacked(rows: Iterable[LabelRows]) -> LabelRows:
-    """All rows, one below the other."""
+    """Concatenate rows."""
     from scipy.sparse import vstack
 
     parts = list(rows)
@@ -78,13 +78,15 @@ def stacked(rows: Iterable[LabelRows]) -> LabelRows:
 
 
 def similar_labels(rows: LabelRows, others: LabelRows, maximum: float) -> Iterator[CandidatePairs]:
-    """Pairs of a row of each within a distance, those of one row together. They share at least one stored class.
+    """Yield pairs of rows within a distance, grouped by row. The rows of a pair share at least one stored class.
 
     Args:
-        maximum: of the distance, from 0 to 1.
+        rows: labels of the first set.
+        others: labels of the second set.
+        maximum: largest distance, from 0 to 1.
 
     Yields:
-        pairs of some rows, at most `PRODUCT` of them, sorted by row and column.
+        Pairs of some rows, at most `PRODUCT`, sorted by row and column.
     """
     step = max(1, PRODUCT // max(1, others.rest.shape[0]))
     for start in range(0, rows.rest.shape[0], step):
@@ -112,18 +114,18 @@ def _pairs(rows: LabelRows, others: LabelRows, maximum: float, first: int) -> Ca
 
 
 def label_distances(rows: LabelRows, others: LabelRows, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """The distances of pairs, by their numbers of rows; (pairs,)."""
+    """The distances of pairs given by their indices, (pairs,)."""
     affinity = rows.stored[row].multiply(others.stored[column]).sum(1)
     return _distances(np.asarray(affinity), rows.rest[row], others.rest[column])
 
 
 def _distances(affinity: np.ndarray, rest: np.ndarray, other_rest: np.ndarray) -> np.ndarray:
     affinity = affinity + np.einsum("ph,ph->p", rest, other_rest)
-    return np.sqrt(np.clip(1 - affinity, 0, 1))  # float16 rounds probabilities: a sum may be above 1
+    return np.sqrt(np.clip(1 - affinity, 0, 1))  # a sum of rounded probabilities may exceed 1
 
 
 def nearest_pairs(pairs: CandidatePairs, measure: np.ndarray, count: int) -> np.ndarray:
-    """Numbers of the pairs of each row that have the smallest measure, at most that many, sorted by row and measure."""
+    """Indices of the `count` pairs of each row with the smallest measure, sorted by row and measure."""
     order = np.lexsort((pairs.distances, measure, pairs.rows))
     rows = pairs.rows[order]
     is_first = np.ones(len(rows), bool)

@@ -1,4 +1,4 @@
-"""A contact sheet: suspects beside what they resemble, for a person to look at."""
+"""A contact sheet that shows suspects next to the images that they resemble, for visual inspection."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vision.near_duplicates.pictures import Pictures
 from vision.near_duplicates.suspects import Suspect
 
 PAIRS, ACROSS = 60, 6
-"""What a person can look at in a minute, and how many of them are in a row."""
+"""Most pairs on a sheet, and pairs in a row."""
 
 CELL, GAP, LINE = 96, 12, 13
-"""Pixels a side of a picture, between pairs, and of a line of text."""
+"""Sizes in pixels: the side of an image, the gap between pairs, and the height of a line of text."""
 
 PAPER, INK, PALE = "white", "#222222", "#777777"
 
 
 def shown(suspects: Sequence[Suspect]) -> list[Suspect]:
-    """Those on a sheet: of the least certain by their pixels, which need eyes most, and of others in even steps."""
+    """The suspects on a sheet: the least certain ones by their pixels, and an even selection of the others."""
     if len(suspects) <= PAIRS:
         return list(suspects)
     half = PAIRS // 2
@@ -30,12 +30,12 @@ def shown(suspects: Sequence[Suspect]) -> list[Suspect]:
 
 
 def contact_sheet(suspects: Sequence[Suspect], copies: Pictures, originals: Pictures) -> Image.Image:
-    """Each pair side by side, the suspect on the left, its scores below.
+    """Draw each pair side by side, with the suspect on the left and the scores below.
 
     Args:
-        suspects: the most certain first; `shown` says which are drawn.
-        copies: pictures of the suspects.
-        originals: pictures of those that they resemble.
+        suspects: the most certain first; `shown` selects those that are drawn.
+        copies: images of the suspects.
+        originals: images that they resemble.
     """
     chosen = shown(suspects)
     rows = -(-len(chosen) // ACROSS)
@@ -60,17 +60,17 @@ def contact_sheet(suspects: Sequence[Suspect], copies: Pictures, originals: Pict
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as PNG; it appears complete or not at all.
+    """Write a sheet as PNG atomically.
 
     Raises:
-        OSError: no space, no permission and the like; its `filename` is the path.
+        OSError: the file cannot be written, for lack of space or permission. Its `filename` is the path.
     """
     with replacing(path) as file:
         sheet.save(file, "PNG")
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
-    """A picture in the middle of a square cell."""
+    """An image centered in a square cell."""
     cell = Image.new("RGB", (CELL - 2, CELL - 2), "#dddddd")
     scale = (CELL - 2) / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -80,8 +80,8 @@ def _fitted(picture: Image.Image) -> Image.Image:
 
 
 def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """The end of a text, as much as fits below a pair."""
-    text = text.encode("latin-1", "replace").decode("latin-1")  # what every font has
+    """The end of a text that fits below a pair."""
+    text = text.encode("latin-1", "replace").decode("latin-1")  # characters of every font
     shorter = text
     while len(shorter) > 4 and font.getlength(shorter) > 2 * CELL:
         shorter = "..." + shorter[4 + (len(shorter) > 60) * 20 :]

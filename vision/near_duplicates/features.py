@@ -1,4 +1,4 @@
-"""Features of a teacher, and images that are near by them: as a further opinion on suspects, or instead of labels."""
+"""Features of a teacher, and pairs of images with similar features."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from vision.near_duplicates.pictures import Pictures
 BATCH = 64
 
 BLOCK = 2**24
-"""Similarities in memory at once where faiss is not installed."""
+"""Similarities that are in memory at once if faiss is not installed."""
 
 
 def has_features(teacher: Teacher) -> bool:
-    """Does its model tell features, as those of timm do?"""
+    """Whether the model of a teacher returns features through timm's interface."""
     return hasattr(teacher.model, "forward_features") and hasattr(teacher.model, "forward_head")
 
 
 class TeacherFeatures:
-    """What a teacher computes before its classifier, of length 1: the mean over a picture and the mirrored one."""
+    """Input of a teacher's classifier, normalized to length 1: the mean over an image and its mirror image."""
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Features of pictures, (pictures, channels), float32 on the CPU."""
+        """Features of images, (images, channels), float32 on the CPU."""
         found = []
         for start in range(0, len(pictures), BATCH):
             images = torch.stack([self.teacher.transform(picture) for picture in pictures[start : start + BATCH]])
@@ -42,7 +42,7 @@ class TeacherFeatures:
         return torch.cat(found) if found else torch.zeros(0, 1)
 
     def of_keys(self, pictures: Pictures, keys: Sequence[str]) -> np.ndarray:
-        """Features of images by their keys, (images, channels); zeros for those that cannot be read."""
+        """Features of images by their keys, (images, channels); zeros for unreadable images."""
         found: list[Tensor] = []
         for start in range(0, len(keys), BATCH):
             read = [pictures.read(key) for key in keys[start : start + BATCH]]
@@ -59,14 +59,14 @@ class TeacherFeatures:
 def similar_features(
     features: np.ndarray, others: np.ndarray, count: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The nearest others of each image by the cosine of their features, with faiss if it is installed.
+    """Find the nearest neighbors of each image in another set by the cosine of features, with faiss if it is installed.
 
     Args:
         features, others: (N, channels) and (M, channels), float32, of length 1.
-        count: of the others for each.
+        count: neighbors of each image.
 
     Yields:
-        numbers of images, numbers of others and cosines, each (pairs,), block by block.
+        Indices of images, indices of neighbors and cosines, each (pairs,), block by block.
     """
     count = min(count, len(others))
     step = max(1, BLOCK // max(1, len(others)))

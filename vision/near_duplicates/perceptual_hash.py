@@ -1,8 +1,8 @@
-"""Perceptual hashes of a picture and of what people make of it: mirrored, cropped, with or without a border.
+"""Perceptual hashes of an image and of its typical variants: mirrored, cropped, with or without a border.
 
-A hash is the signs of the 16 x 16 lowest frequencies of a picture about their median (Zauner, "Implementation and
-Benchmarking of Perceptual Image Hash Functions", 2010; the package `imagehash`): 256 bits, of which recompression and
-brightness change few. What moves pixels changes many, so every version of a picture has a hash of its own.
+A hash has the signs of the 16 x 16 lowest frequencies of an image about their median (Zauner, "Implementation and
+Benchmarking of Perceptual Image Hash Functions", 2010; the package `imagehash`). Recompression and brightness change
+few of these 256 bits. Moving pixels changes many, so every variant of an image has its own hash.
 """
 
 from __future__ import annotations
@@ -18,51 +18,50 @@ SIDE, WORDS = 16, 4
 BITS = SIDE**2
 
 LONG_SIDE = 128
-"""Pixels that are enough for these frequencies."""
+"""Length of the long side in pixels, which is enough for these frequencies."""
 
 BORDER = 16
-"""How far gray values of a border may be from each other."""
+"""Largest deviation of the gray values of a border from their median."""
 
 OUTER = ((1.0, 0.5, 0.5), (0.93, 0.5, 0.5), (0.87, 0.5, 0.5))
-"""Size and place of the sections of a labeled image: without a border that was put around another one."""
+"""Size and position of the sections of a possible copy, which omit a border that may have been added."""
 
 INNER = (
     (1.0, 0.5, 0.5),
     *((0.95, x, y) for x, y in ((0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1))),
     *((0.9, x, y) for x in (0, 0.5, 1) for y in (0, 0.5, 1)),
 )
-"""Sections of the image that it may have been made from."""
-
+"""Size and position of the sections of a possible original, from which a copy may have been cropped."""
 
 COPIES, ORIGINALS = len(OUTER) + 1, 2 * (len(INNER) + 1)
-"""Hashes of each image."""
+"""Number of hashes of each image."""
 
 
 def small(picture: Image.Image) -> Image.Image:
-    """A picture in gray whose long side has at most `LONG_SIDE` pixels."""
+    """A gray image whose long side has at most `LONG_SIDE` pixels."""
     gray = picture.convert("L")
     gray.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.BOX)
     return gray
 
 
 def hashes_of_copy(picture: Image.Image) -> np.ndarray:
-    """Hashes of an image that may be a copy: of sections, and of what is inside of borders; (versions, 4), uint64."""
+    """Hashes of a possible copy: of its sections, and of the image without its border; (versions, 4), uint64."""
     gray = small(picture)
     return np.stack([_hash(version) for version in (*(section(gray, *place) for place in OUTER), trimmed(gray))])
 
 
 def hashes_of_original(picture: Image.Image) -> np.ndarray:
-    """Hashes of an image that may have been copied: of sections, as it is and mirrored; (versions, 4), uint64."""
+    """Hashes of a possible original: of its sections, unchanged and mirrored; (versions, 4), uint64."""
     gray = small(picture)
     versions = [*(section(gray, *place) for place in INNER), trimmed(gray)]
     return np.stack([_hash(version) for version in (*versions, *map(ImageOps.mirror, versions))])
 
 
 def bits_apart(copies: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """In how many of 256 bits the nearest versions of each pair differ.
+    """The number of bits, of 256, in which the closest versions of each pair differ.
 
-    Every section of the original is compared with the whole copy, and every version of the copy with the whole and
-    the trimmed original.
+    Every section of the original is compared with the whole copy, and every version of the copy with the whole and the
+    trimmed original.
 
     Args:
         copies: (pairs, versions, 4), of `hashes_of_copy`.
@@ -81,11 +80,12 @@ def bits_apart(copies: np.ndarray, originals: np.ndarray) -> np.ndarray:
 
 
 def section(picture: Image.Image, size: float, x: float, y: float) -> Image.Image:
-    """A part of a picture, enlarged to its size.
+    """A section of an image, resized to the size of the image.
 
     Args:
-        size: of the part, as a fraction of the sides.
-        x, y: where it is, from 0 (left, top) to 1 (right, bottom).
+        picture: the image.
+        size: of the section, as a fraction of the sides.
+        x, y: position, from 0 (left, top) to 1 (right, bottom).
     """
     if size == 1:
         return picture
@@ -96,7 +96,7 @@ def section(picture: Image.Image, size: float, x: float, y: float) -> Image.Imag
 
 
 def trimmed(picture: Image.Image) -> Image.Image:
-    """A gray picture without a border of one color, or the picture itself if nothing would be left."""
+    """A gray image without its uniform border, or the image itself if too little would remain."""
     pixels = np.asarray(picture).astype(np.int64)
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     inside = np.abs(pixels - np.median(edge)) > BORDER
@@ -116,6 +116,6 @@ def _imagehash():
     try:
         import imagehash
     except ImportError:
-        remedy = "pip install 'revnets[duplicates]', or compare labels alone: leave out --images"
+        remedy = "pip install 'revnets[duplicates]', or omit --images to compare labels only"
         raise ConfigError("environment", "imagehash", "is not installed", remedy, code="missing-dependency") from None
     return imagehash

@@ -1,4 +1,4 @@
-"""The pictures of labeled images, by their keys."""
+"""Access to labeled images by their keys."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from vision.labeling.shards import ShardedImages, list_shards
 from vision.pseudo_labels.label_files import LabelFolder
 
 MOST_NOTED = 10**4
-"""Unreadable images whose names are kept."""
+"""Most unreadable images whose names are recorded."""
 
 
 class Pictures:
-    """Pictures of a folder or of tars that belong to a set of labels.
+    """Images of a directory or of tars that belong to a set of labels.
 
     Args:
-        images: all that there are.
-        exif: is their EXIF orientation applied?
+        images: all images.
+        exif: whether their EXIF orientation is applied.
 
     Attributes:
-        unreadable: keys of images that could not be read, and why, at most `MOST_NOTED`.
+        unreadable: keys of images that could not be read, with the reasons, at most `MOST_NOTED`.
     """
 
     def __init__(self, images: ShardedImages, exif: Exif = "ignore"):
@@ -35,14 +35,14 @@ class Pictures:
         self.unreadable: dict[str, str] = {}
 
     def read(self, key: str) -> Image.Image | None:
-        """A picture in RGB, or None if it cannot be read, which is noted."""
+        """An image in RGB; None, with a note, if it cannot be read."""
         try:
             if key not in self.numbers:
                 raise OSError("there is no such image")
             file, _ = self.images.reader[self.numbers[key]]
-            with file, warnings.catch_warnings(action="ignore"):  # Pillow's about large pictures
+            with file, warnings.catch_warnings(action="ignore"):  # Pillow's about large images
                 return read_image(file, exif=self.exif)
-        except Exception as error:  # decoders raise whatever they like
+        except Exception as error:  # decoders raise errors of any type
             if len(self.unreadable) < MOST_NOTED:
                 self.unreadable[key] = printable(getattr(error, "strerror", None) or first_line(error))
             return None
@@ -51,21 +51,24 @@ class Pictures:
 def pictures_of(
     labels: LabelFolder, place: Path, option: str, endings: str | None = None, exif: Exif = "ignore"
 ) -> Pictures:
-    """The pictures that a set of labels is about.
+    """Open the images of a set of labels.
 
     Args:
-        place: the folder, the tar or the folder of tars that was labeled.
+        labels: of the images.
+        place: the directory, the tar or the directory of tars that was labeled.
         option: of the command, for messages.
-        endings: of the files that were labeled, as for `list_shards`.
+        endings: suffixes of the files that were labeled, as for `list_shards`.
+        exif: whether the EXIF orientation is applied.
 
     Raises:
-        revnets.SpecError: there are none, or they are others than those that were labeled.
+        revnets.SpecError: the images do not exist, or are not those that were labeled.
     """
     if not place.exists():
-        raise option_error(option, f"there is no {place}", "Give the images that were labeled", code="missing-file")
+        problem = f"there is no file or directory {place}"
+        raise option_error(option, problem, "Give the images that were labeled", code="missing-file")
     images = list_shards(place, size=max(1, labels.rows), endings=endings)
     if images.digest != labels.provenance.data:
-        problem = f"{place} has other images than those that {labels.path} is about"
-        remedy = "Give the folder that was labeled, or label it again"
-        raise option_error(option, problem, remedy, code="misaligned-data")
+        problem = f"{place} has other images than those of the labels in {labels.path}"
+        hint = "Give the directory that was labeled, or label it again"
+        raise option_error(option, problem, hint, code="misaligned-data")
     return Pictures(images, exif)

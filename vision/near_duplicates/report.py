@@ -1,4 +1,4 @@
-"""What is found: a table, a Parquet file of all suspects, and a list of keys that training leaves out."""
+"""Reports of suspects: a table, a Parquet file of all pairs, and a list of keys to exclude from training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 12
 
 
 def suspects_table(suspects: Sequence[Suspect]) -> Table:
-    """The most certain pairs."""
+    """A table of the most certain pairs."""
     table = Table(title=f"{len(suspects)} suspected near-duplicates", title_justify="left")
     for heading in ("image", "against"):
         table.add_column(heading, overflow="fold")
@@ -32,13 +32,13 @@ def suspects_table(suspects: Sequence[Suspect]) -> Table:
 
 
 def write_suspects(suspects: Sequence[Suspect], path: Path) -> Path:
-    """Write all pairs as Parquet, and the keys of the images beside it, one a line. Both do for `exclude:` of a run.
+    """Write all pairs as Parquet, and next to it a list of the images' keys. Either works as `exclude` of a run.
 
     Returns:
-        the list of keys, which can be edited by hand.
+        The path of the list of keys, which can be edited by hand.
 
     Raises:
-        OSError: no space, no permission and the like; its `filename` is the path.
+        OSError: a file cannot be written, for lack of space or permission. Its `filename` is the path.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

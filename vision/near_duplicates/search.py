@@ -1,4 +1,4 @@
-"""`revnets duplicates`: what is read, labeled and compared, and what is written."""
+"""The command `revnets duplicates`: reads, labels and compares images, and writes the reports."""
 
 from __future__ import annotations
 
@@ -39,19 +39,25 @@ def search_duplicates(
     trust: bool = False,
     console: Console | None = None,
 ) -> list[Suspect]:
-    """Find near-duplicates, show them and write them down. Nothing is deleted.
+    """Find near-duplicates and report them. Nothing is deleted.
 
     Args:
-        folder: the labels of the images that may be duplicates.
-        against: labels of others, or images, which the teacher labels first; the same folder for both finds duplicates
-            inside of a set.
-        output: Parquet file of the suspects; beside it a list of keys.
+        folder: labels of the images that may be duplicates.
+        against: labels of the other images, or images, which the teacher labels first. The same directory as `folder`
+            finds duplicates within the set.
+        output: Parquet file of the suspects. A list of keys is written next to it.
         png: contact sheet.
-        images, against_images: what was labeled; by default where it was then.
-        teacher: of the labels; by default where it was then. It is loaded where its labels or features are needed.
+        images, against_images: the labeled images; by default at their path when they were labeled.
+        teacher: of the labels; by default at its path when it labeled. It is loaded if its labels or features are
+            needed.
+        limits: how similar the images of a pair must be.
+        by: whether candidates are pairs with similar labels, or with similar features.
+        device: of the teacher.
+        trust: whether the configuration in a checkpoint may name classes of other projects.
+        console: for progress and results.
 
     Raises:
-        revnets.SpecError: labels, images or teacher cannot be used or do not belong together.
+        revnets.SpecError: labels, images or teacher cannot be used or do not match.
         OSError: a file cannot be written.
     """
     console = console or Console()
@@ -63,7 +69,7 @@ def search_duplicates(
     if source is not None and (teacher is not None or by == "features" or not _is_labels(against)):
         loaded = load_teacher(source, device, trust=trust)
         if loaded.digest != labels.provenance.teacher:
-            problem = f"the weights of {source} are not those of the teacher of {folder}"
+            problem = f"the weights of {source} differ from those of the teacher of {folder}"
             raise option_error("--teacher", problem, "Give the teacher of the labels", code="weights-mismatch")
     copies = _pictures(labels, images, origin, "--images", loaded)
     with _labels_of(against, labels, loaded, endings, console) as others:
@@ -73,14 +79,16 @@ def search_duplicates(
             missing = "--images" if copies is None else "--against-images"
             if png is not None:
                 raise option_error("--png", "a contact sheet needs the images", f"Give {missing}", code="missing-key")
-            _say(console, f"The images are not there, so labels alone are compared. To compare them, add {missing}")
+            _say(
+                console, f"The images are not available, so only labels are compared. To compare images, add {missing}"
+            )
             copies = originals = None
         features = None
         if loaded is not None and copies is not None:
             if has_features(loaded):
                 features = TeacherFeatures(loaded)
             else:
-                _say(console, f"The model of {source} has no forward_head, so that features are not compared")
+                _say(console, f"The model of {source} has no forward_head, so features are not compared")
         with progress(console, labels.rows) as (tell, advance):
             tell("images")
 
@@ -97,7 +105,7 @@ def search_duplicates(
     if png is not None and copies is not None and originals is not None:
         save_sheet(contact_sheet(found, copies, originals), png)
         _say(console, f"wrote {png}")
-    _say(console, f"wrote {output} and {keys}; to train without these images, set data.exclude={keys}")
+    _say(console, f"wrote {output} and {keys}; to exclude these images from training, set data.exclude={keys}")
     return found
 
 
@@ -109,7 +117,7 @@ def _is_labels(path: Path) -> bool:
 def _labels_of(
     against: Path, labels: LabelFolder, teacher: Teacher | None, endings: str | None, console: Console
 ) -> Iterator[LabelFolder]:
-    """The labels of the other images: those in a folder, or new ones as long as the body runs."""
+    """The labels of the other images: those in a directory, or new ones, which are deleted after the `with` block."""
     if _is_labels(against):
         others = read_labels(against)
         if others.provenance.teacher != labels.provenance.teacher:
@@ -118,14 +126,14 @@ def _labels_of(
         yield others
         return
     if not against.exists():
-        problem = f"there is no {against}"
+        problem = f"there is no file or directory {against}"
         raise option_error("--against", problem, "Give labels, or images to label", code="missing-file")
     if teacher is None:
-        problem = f"{against} has no labels, and it is not known where the teacher is"
+        problem = f"{against} has no labels, and the path of the teacher is unknown"
         raise option_error("--teacher", problem, "Give the teacher of the labels", code="missing-key")
     minimum = labels.provenance.settings.get("min_probability")
     if not isinstance(minimum, float | int) or not 0 <= minimum < 1:
-        problem = f"{labels.path} does not tell above which probability labels are stored"
+        problem = f"{labels.path} does not state the minimum of stored probabilities"
         raise option_error("FOLDER", problem, "Label the images again", code="damaged-file")
     settings = LabelSettings(min_probability=float(minimum), input_key=endings)
     there = list_shards(against, settings.shard_size, endings)
@@ -139,7 +147,7 @@ def _labels_of(
 def _pictures(
     labels: LabelFolder, given: Path | None, origin: Origin | None, option: str, teacher: Teacher | None
 ) -> Pictures | None:
-    """The pictures of labels: where the user says, or where they were when they were labeled."""
+    """The images of labels: at the given path, or at their path when they were labeled."""
     endings, exif = origin.input_key if origin else None, teacher.exif if teacher else "ignore"
     if given is not None:
         return pictures_of(labels, given, option, endings, exif)
@@ -153,7 +161,7 @@ def _say_unreadable(console: Console, pictures: Mapping[str, Pictures | None]) -
         if given is not None and given.unreadable:
             key, reason = next(iter(given.unreadable.items()))
             count = len(given.unreadable)
-            _say(console, f"{option}: {count} images cannot be read and were not compared, such as {key} ({reason})")
+            _say(console, f"{option}: {count} unreadable images were not compared, such as {key} ({reason})")
 
 
 def _say(console: Console, text: Any) -> None:

@@ -1,4 +1,4 @@
-"""Suspected near-duplicates: candidates by their labels, then opinions of hashes, a teacher's features and pixels."""
+"""Suspected near-duplicates: candidates by labels or features, filtered by hashes, pixels and a teacher's features."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from vision.near_duplicates.pictures import Pictures
 from vision.pseudo_labels.label_files import LabelFolder
 
 MOST_AGAINST, MOST_SUSPECTS = 2**20, 10**6
-"""Images of the other set, whose labels and hashes are in memory, and suspects in a report."""
+"""Most images of the other set, whose labels and hashes are in memory, and most suspects in a report."""
 
 ROWS, COMPARED, PICTURES = 4096, 2**14, 256
-"""Labels that are read, pairs whose hashes are compared, and pairs whose pictures are in memory at once."""
+"""Labels read at once, pairs whose hashes are compared at once, and pairs whose images are in memory at once."""
 
 NEIGHBORS = 8
-"""Images with the nearest features that are candidates."""
+"""Number of candidates by features for each image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How near a pair must be by each opinion.
+    """How similar the images of a pair must be by each measure.
 
     Attributes:
-        distance: of labels, at most, from 0 to 1.
-        bits: of 256 in which perceptual hashes differ, at most.
-        correlation: of aligned pixels, at least.
-        cosine: of the teacher's features, at least.
-        nearest: pairs of an image that are looked at, those with the nearest hashes (or labels, without images).
+        distance: largest distance of labels, from 0 to 1.
+        bits: most bits, of 256, in which perceptual hashes differ.
+        correlation: smallest correlation of aligned pixels.
+        cosine: smallest cosine of the teacher's features.
+        nearest: pairs per image that are compared further, those with the nearest hashes (or labels, without images).
     """
 
     distance: float = 0.5
@@ -63,7 +63,7 @@ class Limits:
 
 
 class Suspect(NamedTuple):
-    """An image that may be a near-duplicate of another one; None is an opinion that was not asked for."""
+    """An image that may be a near-duplicate of another one. Measures that were not computed are None."""
 
     key: str
     against: str
@@ -75,7 +75,7 @@ class Suspect(NamedTuple):
 
 @dataclass(frozen=True)
 class LabeledSet:
-    """Labels, and the pictures that they are about if there are any."""
+    """Labels, and their images if they are available."""
 
     labels: LabelFolder
     pictures: Pictures | None = None
@@ -89,15 +89,18 @@ def find_suspects(
     by: Literal["labels", "features"] = "labels",
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Suspect]:
-    """Images that are suspected to be near-duplicates of others, the most certain first.
+    """Find images that are suspected near-duplicates of others, the most certain first.
 
-    Memory is bounded: by the labels and hashes of `against`, and by blocks of the other set. If both are the same set
-    of labels, each pair of its images counts once.
+    Memory is bounded by the labels and hashes of `against`, and by blocks of the other set. If both are the same set of
+    labels, each pair of its images counts once.
 
     Args:
-        features: of the teacher; pictures are needed.
-        by: whether candidates are pairs with near labels, or with near features.
-        advance: gets numbers of images when they are done.
+        images: the set that is searched.
+        against: the set that it is compared with.
+        limits: how similar the images of a pair must be.
+        features: of the teacher, which need images.
+        by: whether candidates are pairs with similar labels, or with similar features.
+        advance: called with the number of images of each finished block.
 
     Raises:
         revnets.SpecError: the heads of both sets differ, labels are damaged, or there are too many images or suspects.
@@ -133,8 +136,8 @@ def find_suspects(
                     Suspect(batch.keys[row], keys[column], float(away)) for row, column, away in zip(*kept, strict=True)
                 )
             if len(found) > MOST_SUSPECTS:
-                problem, remedy = f"more than {MOST_SUSPECTS} pairs are this near", "Lower it"
-                raise option_error("--max-distance", problem, remedy, code="too-large")
+                problem, hint = f"more than {MOST_SUSPECTS} pairs are within this distance", "Give a smaller distance"
+                raise option_error("--max-distance", problem, hint, code="too-large")
         done += len(batch.keys)
         advance(len(batch.keys))
     return sorted(
@@ -144,12 +147,14 @@ def find_suspects(
 
 def _rows_of(labels: LabelFolder, heads: dict[str, int]) -> tuple[list[str], LabelRows]:
     if labels.heads != heads:
-        problem = f"{labels.path} has the heads {labels.heads}, the labels have {heads}"
+        problem = f"{labels.path} has the heads {labels.heads}, but the labels have {heads}"
         raise option_error("--against", problem, "Label both with the same teacher", code="class-mismatch")
     if not 0 < labels.rows <= MOST_AGAINST:
-        code, remedy = ("too-large", "Label and compare it in parts") if labels.rows else ("empty-data", "Check it")
-        problem = f"{labels.path} has labels of {labels.rows} images"
-        raise option_error("--against", problem, remedy, code=code)
+        code, hint = (
+            ("too-large", "Split the images") if labels.rows else ("empty-data", "Give images that can be read")
+        )
+        problem = f"{labels.path} has labels of {labels.rows} images, not from 1 to {MOST_AGAINST}"
+        raise option_error("--against", problem, hint, code=code)
     keys: list[str] = []
     blocks = []
     for batch in labels.batches(ROWS):
@@ -162,7 +167,7 @@ class _FeatureSpace:
     """The features of all images of the other set.
 
     Args:
-        keys: of these images.
+        keys: of the images in the other set.
     """
 
     def __init__(
@@ -172,7 +177,7 @@ class _FeatureSpace:
         self.others = features.of_keys(originals, keys)
 
     def candidates(self, keys: list[str], own: LabelRows, others: LabelRows) -> Iterator[CandidatePairs]:
-        """Pairs of images with near features, and the distances of their labels."""
+        """Yield pairs of images with similar features, with the distances of their labels."""
         for rows, columns, cosines in similar_features(
             self.features.of_keys(self.copies, keys), self.others, NEIGHBORS
         ):
@@ -183,7 +188,7 @@ class _FeatureSpace:
 
 
 class _Opinions:
-    """Hashes, features and pixels of pairs. What was computed of the other set stays in memory.
+    """Compares pairs by hashes, features and pixels. Hashes of the other set stay in memory.
 
     Args:
         keys: of the images of the other set.
@@ -203,10 +208,11 @@ class _Opinions:
         self.state = np.zeros(len(keys), np.int8)  # 0: not hashed yet, 1: hashed, -1: cannot be read
 
     def on(self, keys: list[str], pairs: CandidatePairs) -> Iterator[Suspect]:
-        """The pairs that are near by every opinion.
+        """Yield the pairs that are similar by every measure.
 
         Args:
             keys: of the images, by the rows of the pairs.
+            pairs: candidates.
         """
         pairs, bits = self._near_by_hash(keys, pairs)
         order = nearest_pairs(pairs, bits, self.limits.nearest)
@@ -246,7 +252,7 @@ class _Opinions:
         return pairs.chosen(near), bits[near]
 
     def _compared(self, keys: list[str], pairs: CandidatePairs) -> tuple[np.ndarray, np.ndarray]:
-        """Correlations and cosines of pairs, each (pairs,); NaN where a picture has gone, or nothing was asked for."""
+        """Correlations and cosines of pairs, each (pairs,); NaN if an image cannot be read, or without features."""
         correlations, cosines = (np.full(len(pairs.rows), np.nan) for _ in range(2))
         for start in range(0, len(pairs.rows), PICTURES):
             block = range(start, min(start + PICTURES, len(pairs.rows)))
