@@ -32,7 +32,7 @@ def _cfg(**changes: Any) -> dict[str, Any]:
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
-        "crop_pct": 0.875,  # 256, then the central 224
+        "crop_pct": 0.875,  # resize to 256, then crop the central 224
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,

@@ -17,7 +17,7 @@ from vision.weights.official_names import MismatchError
         MismatchError("a.pt", "revcol_tiny", ["missing stem.0.weight"]),
         TrainingError("the loss is nan", code="loss-not-finite"),
         DataError("bee/3.jpg: cannot be read"),
-        run_error("data.root", "there is no folder", "Check the path", code="missing-file"),
+        run_error("data.root", "there is no directory", "Check the path", code="missing-file"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -28,7 +28,7 @@ def test_pickled_errors_are_the_same(error: Exception) -> None:
 
 
 def test_an_error_of_a_run_names_its_key() -> None:
-    error = run_error("data.root", "there is no folder", code="missing-file")
+    error = run_error("data.root", "there is no directory", code="missing-file")
     assert (error.source, error.key, error.code) == ("training run", "data.root", "missing-file")
 
 

@@ -1,4 +1,4 @@
-"""The layout of a checkpoint of `revnets train`: a file is validated against it before any of it is used."""
+"""The layout of a checkpoint of `revnets train`, against which a file is validated before it is used."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from vision.checkpoints.sharding import DIVISIBLE, Piece
 from vision.errors import CheckpointError
 
 KEYS = ("format", "versions", "config", "world", "progress", "scaler", *DIVISIBLE)
-"""What a checkpoint holds.
+"""Keys of a checkpoint.
 
-Newer ones also have `classes`, their names, `provenance`, what soft labels were made from and which images were left
-out, by keys of the configuration, and those of detectors `category_ids`, their numbers in files of COCO.
-There is no state of the schedule, of the sampler, and of the generators of random numbers: all are functions of the
-seed and of `progress`, see `vision.data.samplers`.
+Newer checkpoints also have `classes` (class names), `provenance` (of soft labels and excluded images, by keys of the
+configuration) and, for detectors, `category_ids` (of COCO). There is no state of the schedule, of the sampler or of
+random number generators, because all are functions of the seed and of `progress`, see `vision.data.samplers`.
 """
 
 MAX_COUNT = 2**40
-"""Of updates, epochs and processes."""
+"""Limit of updates, epochs and processes."""
 
 PROGRESS = ("epoch", "step", "best", "best_step", "losses")
 HYPERPARAMETERS = (bool, int, float, str, type(None))
@@ -56,15 +55,15 @@ def _holds(kinds: type | tuple[type, ...]) -> Callable[[Any], bool]:
 
 _holds_tensors = _holds((Tensor, Piece))
 
-_COUNT: Kind = ("a whole number from 0 on", _is_count)
-_POSITIVE: Kind = ("a whole number from 1 on", lambda value: _is_count(value, 1))
+_COUNT: Kind = ("a whole number of at least 0", _is_count)
+_POSITIVE: Kind = ("a whole number of at least 1", lambda value: _is_count(value, 1))
 _MAPPING: Kind = ("a mapping", lambda value: isinstance(value, Mapping))
 _TENSORS: Kind = ("a mapping of tensors", _holds_tensors)
 _WEIGHTS: Kind = ("a mapping of tensors", lambda value: isinstance(value, Tensor) or _holds_tensors(value))
 
 KINDS: dict[str, Kind] = {
     "format": _COUNT,
-    "versions": ("a mapping of texts", _holds(str)),
+    "versions": ("a mapping of strings", _holds(str)),
     "config": ("a mapping of plain values", lambda value: type(value) is dict and _is_plain(value)),
     "config.optimizer": _MAPPING,
     "config.grad_accum": _POSITIVE,
@@ -79,7 +78,7 @@ KINDS: dict[str, Kind] = {
         lambda value: type(value) in (list, tuple) and all(type(name) is str for name in value),
     ),
     "category_ids": (
-        "a list of whole numbers from 0 on",
+        "a list of whole numbers of at least 0",
         lambda value: type(value) in (list, tuple) and all(map(_is_count, value)),
     ),
     "progress": (
@@ -89,7 +88,7 @@ KINDS: dict[str, Kind] = {
     "progress.epoch": _COUNT,
     "progress.step": _COUNT,
     "progress.best": ("a number", _is_number),
-    "progress.best_step": ("a whole number from -1 on", lambda value: _is_count(value, -1)),
+    "progress.best_step": ("a whole number of at least -1", lambda value: _is_count(value, -1)),
     "progress.losses": (
         "a tensor with one axis",
         lambda value: isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point(),
@@ -115,7 +114,7 @@ KINDS: dict[str, Kind] = {
     ),
     "scaler": ("a mapping of numbers", _holds((int, float))),
 }
-"""The kind of each entry, unless it is None or missing."""
+"""The expected kind of each entry that is neither None nor missing."""
 
 TO_EVALUATE = ("config", "model")
 TO_RESUME = (
@@ -128,26 +127,27 @@ TO_RESUME = (
 
 
 def require_layout(state: Mapping[str, Any], path: Path, needed: Iterable[str] = ()) -> None:
-    """Refuse a checkpoint with an entry of the wrong kind.
+    """Refuse a checkpoint with a missing entry or one of the wrong kind.
 
     Args:
-        path: where it comes from, for the message.
-        needed: entries that must be there.
+        state: the checkpoint.
+        path: of the checkpoint, for the message.
+        needed: entries that may be neither None nor missing.
 
     Raises:
-        CheckpointError: names the entry, and what it should be.
+        CheckpointError: an entry is missing or of the wrong kind.
     """
     for place, (kind, fits) in KINDS.items():
         value = _at(state, place)
         if value is not None and not fits(value):
-            raise _wrong(path, f"`{place}` in it is not {kind}")
+            raise _wrong(path, f"its `{place}` is not {kind}")
     needed = tuple(needed)
     for place in needed:
         if _at(state, place) is None:
-            raise _wrong(path, f"`{place}` is missing in it")
+            raise _wrong(path, f"it has no `{place}`")
     progress = state["progress"]
     if "progress.losses" in needed and max(progress["epoch"], progress["losses"].numel()) > progress["step"]:
-        raise _wrong(path, f"`progress.step` in it is {progress['step']}, less than its epochs or losses")
+        raise _wrong(path, f"its `progress.step` is {progress['step']}, less than its number of epochs or losses")
 
 
 def _at(state: Mapping[str, Any], place: str) -> Any:
@@ -160,21 +160,22 @@ def _at(state: Mapping[str, Any], place: str) -> Any:
 
 
 def require_optimizer(saved: Mapping[str, Any], own: Optimizer, path: Path) -> None:
-    """Refuse the state of another optimizer, or of other parameters; `load_state_dict` compares little.
+    """Refuse the state of another optimizer or of other parameters, most of which `load_state_dict` does not check.
 
     Args:
         saved: the entry `optimizer` of a checkpoint.
-        own: the optimizer that it is for.
+        own: the optimizer of the run.
+        path: of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: says where the two differ.
+        CheckpointError: the state does not fit the optimizer.
     """
     groups, theirs = own.param_groups, saved["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in theirs]:
         raise _wrong(path, "its optimizer has other groups of parameters", "weights-mismatch")
     for group, given in zip(groups, theirs, strict=True):
         for name, value in group.items():
-            same = isinstance(value, tuple)  # momentum: the run has its configuration's
+            same = isinstance(value, tuple)  # such as betas, which the configuration sets
             if (
                 name in given
                 and name != "params"
@@ -183,31 +184,31 @@ def require_optimizer(saved: Mapping[str, Any], own: Optimizer, path: Path) -> N
                 raise _wrong(path, f"`{name}` of its optimizer is of another kind")
     indices = [index for group in theirs for index in group["params"]]
     if not all(type(index) is int for index in indices) or indices != list(range(len(indices))):
-        raise _wrong(path, "the parameters of its optimizer are not numbered from 0 on")
+        raise _wrong(path, "the parameters of its optimizer are not numbered from 0")
     expected = _states(own)
     for index, entry in saved["state"].items():
         if index >= len(expected):
             raise _wrong(path, f"its optimizer has no parameter {index}", "weights-mismatch")
         for name, value in expected[index].items():
             if name not in entry:
-                raise _wrong(path, f"`{name}` of parameter {index} is missing in its optimizer")
+                raise _wrong(path, f"its optimizer has no `{name}` of parameter {index}")
             if not _is_alike(value, entry[name]):
                 raise _wrong(path, f"`{name}` of parameter {index} in its optimizer is of another kind or shape")
 
 
 def _is_same(numbers: tuple[Any, ...], given: Any) -> bool:
-    """Are these the same numbers? Tensors among them have no single answer to a comparison."""
+    """Whether the values are equal numbers. Tensors, whose comparison is not a single value, are not."""
     return all(isinstance(number, (int, float)) for number in given) and numbers == tuple(given)
 
 
 def _states(own: Optimizer) -> list[dict[str, Any]]:
-    """What an optimizer keeps for each parameter, found by a step of one like it on tensors without memory."""
+    """The state that an optimizer keeps for each parameter, found by a step of an equal optimizer on meta tensors."""
     groups = [{**group, "params": [_without_memory(item) for item in group["params"]]} for group in own.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
     try:
         other = type(own)(groups)  # type: ignore[call-arg]
         other.step()
-    except Exception:  # some need other arguments, or look at values
+    except Exception:  # some need other arguments, or values
         return [{} for _ in parameters]
     return [dict(other.state[parameter]) for parameter in parameters]
 
@@ -220,7 +221,7 @@ def _without_memory(parameter: Tensor) -> Tensor:
 
 
 def _is_alike(own: Any, given: Any) -> bool:
-    """Can a value be used in place of another, as a number, a tensor of its shape or a switch?"""
+    """Whether a value can replace another: a number, a tensor of the same shape, or a switch."""
     if isinstance(own, (tuple, list)):
         return isinstance(given, (tuple, list)) and len(own) == len(given) and all(map(_is_alike, own, given))
     if isinstance(given, (Tensor, Piece)):

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written in full or not at all, the last ones and the best one kept."""
+"""The checkpoints of a run: written atomically, with retention of the latest and the best."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from vision.errors import CheckpointError as CheckpointError
 from vision.errors import why_not_written
 
 FORMAT = 2
-"""Version of the layout. A reader refuses those that it does not know."""
+"""Version of the layout. A reader refuses other versions."""
 
 _STEP = re.compile(r"step-(\d+)(\.pt)?")
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last `keep` of them as `step-N.pt`, and `best.pt`; folders if in shards.
+    """The checkpoints of one run: the last `keep` as `step-N.pt`, and `best.pt`; directories if sharded.
 
     Args:
-        folder: where they lie.
-        keep: how many of the last stay. The best is a second name for one of them or for one that has gone.
-        sharded: every process writes a file of its own.
+        folder: directory of the checkpoints.
+        keep: number of latest checkpoints to keep. The best one is a hard link, which also outlives its original.
+        sharded: whether every process writes its own file.
         world: the processes of the run.
     """
 
@@ -39,38 +39,41 @@ class Checkpoints:
 
     @property
     def best(self) -> Path:
-        """The best one; of a run that went from whole files to shards or back, the newer of the two."""
+        """The best checkpoint; the newer one if the run has switched between whole and sharded checkpoints."""
         there = [path for path in (self.folder / "best.pt", self.folder / "best") if path.exists()]
         return max(there, key=lambda path: path.stat().st_mtime_ns, default=self.folder / f"best{self.suffix}")
 
     def all(self) -> list[Path]:
-        """The last checkpoints, oldest first.
+        """The latest checkpoints, oldest first.
 
         Raises:
-            CheckpointError: the folder is there, but cannot be listed. It may hold a run.
+            CheckpointError: the directory exists but cannot be listed, so it may contain a run.
         """
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:
             return []
         except OSError as error:
-            problem = f"this folder cannot be listed ({error.strerror})"
+            problem = f"the directory cannot be listed ({error.strerror})"
             raise CheckpointError(self.folder, problem, "Check its permissions", code="unreadable-file") from error
         return sorted((self.folder / name for name in names if _STEP.fullmatch(name)), key=step_of)
 
     def remove_leftovers(self, exclusive: bool = False) -> None:
-        """Delete what killed runs have left half-written; `exclusive` as in `revnets.utils.atomic_files`."""
+        """Delete incomplete files of killed runs; `exclusive` is as in `revnets.utils.atomic_files`."""
         remove_leftovers(self.folder, exclusive=exclusive)
 
     def save(self, state: Mapping[str, Any], best: bool = False) -> Path:
-        """Write a checkpoint, then drop those beyond `keep`. All processes call it together.
+        """Write a checkpoint, then delete those beyond `keep`. All processes must call it.
 
         Args:
-            state: with the keys `vision.checkpoints.layout.KEYS`; `state["progress"]["step"]` gives the name.
-            best: let the best one be this.
+            state: with the keys `vision.checkpoints.layout.KEYS`. `state["progress"]["step"]` is part of the name.
+            best: whether it becomes the best checkpoint.
+
+        Returns:
+            The path of the checkpoint.
 
         Raises:
-            CheckpointError: it could not be written. Those before it are untouched.
+            CheckpointError: the checkpoint could not be written. Earlier ones are unchanged.
         """
         path = self.folder / f"step-{state['progress']['step']:07d}{self.suffix}"
         if self.suffix:
@@ -89,7 +92,7 @@ class Checkpoints:
         return gathered(state, keep=self.world.is_main)
 
     def _save_shards(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Every process fills a folder that is only given its name when all are done."""
+        """Write the shards of all processes into a directory, which is renamed when all are complete."""
         from vision.checkpoints.sharding import SAVE, STATE, divided, new_save_id, shard_name
 
         world = self.world
@@ -132,10 +135,10 @@ class Checkpoints:
             if isinstance(error, CheckpointError):
                 raise
             before = self.all()
-            kept = f"{before[-1]} is intact" if before else "there is none before it"
-            problem = f"cannot be written ({why_not_written(error)}); {kept}"
+            kept = f"{before[-1]} is intact" if before else "there is no earlier checkpoint"
+            problem = f"it cannot be written ({why_not_written(error)}); {kept}"
             raise CheckpointError(
-                path, problem, "Free some space, then go on with resume=auto", code="unwritable-file"
+                path, problem, "Free some space, then resume with resume=auto", code="unwritable-file"
             ) from error
 
     def _tidy(self, path: Path, best: bool) -> None:
@@ -146,7 +149,7 @@ class Checkpoints:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
     def name_best(self, path: Path) -> None:
-        """Let `best.pt`, or the folder `best`, be this checkpoint."""
+        """Make a checkpoint the best one, `best.pt` or the directory `best`."""
         make_folder(self.folder)
         if path.is_dir():
             with replacing_folder(self.folder / "best") as folder:
@@ -157,30 +160,30 @@ class Checkpoints:
 
 
 def save_file(path: Path, content: Mapping[str, Any]) -> None:
-    """One file, whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        OSError, RuntimeError: no space and the like.
+        OSError, RuntimeError: the file cannot be written, for example for lack of space.
     """
     with replacing(path) as file:
         torch.save(dict(content), file)
 
 
 def _plain(tree: Any) -> Any:
-    """A copy of nested mappings, lists and tuples that is made of plain ones: a file names no class but these."""
+    """Copy nested mappings, lists and tuples to plain ones, so that a file names no other classes."""
     if isinstance(tree, Mapping):
         return {key: _plain(item) for key, item in tree.items()}
     return type(tree)(map(_plain, tree)) if isinstance(tree, (list, tuple)) else tree
 
 
 def step_of(path: Path) -> int:
-    """The number of updates that the name of a checkpoint tells; -1 if it tells none."""
+    """The number of updates in the name of a checkpoint; -1 if there is none."""
     match = _STEP.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def sample_counts(data: object) -> dict[str, int]:
-    """Samples of the training and the validation set, which a checkpoint records, as far as they are known."""
+    """Numbers of samples in the training and validation set, if they are known, which a checkpoint records."""
     found = {}
     for part in ("train", "val"):
         with suppress(TypeError, AttributeError):
@@ -189,7 +192,7 @@ def sample_counts(data: object) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint was made with."""
+    """Versions of the packages that a checkpoint is written with."""
     import platform
 
     import numpy
@@ -199,7 +202,7 @@ def versions() -> dict[str, str]:
 
     return {
         "revnets": revnets.__version__,
-        "torch": str(torch.__version__),  # it is a str with a class of its own, which a safe load refuses
+        "torch": str(torch.__version__),  # a subclass of str, which a safe load refuses
         "timm": timm.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Files that a command writes where there was none: checkpoints in another form."""
+"""Exclusive creation of files and directories, for commands that convert checkpoints."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from vision.errors import CheckpointError, why_not_written
 
 @contextmanager
 def new_file(path: Path, note: str = "") -> Iterator[None]:
-    """A file or folder is to be written where none is, by this process alone.
+    """Context in which only this process writes a new file or directory.
 
     Args:
-        note: what to add to what is wrong if it cannot be written.
+        path: of the file or directory.
+        note: added to the message if it cannot be written.
 
     Raises:
-        CheckpointError: it exists, another process is writing it, or it cannot be written.
+        CheckpointError: the path exists, another process is writing it, or it cannot be written.
     """
     try:
         make_folder(path.parent)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if os.path.lexists(path):
-                raise CheckpointError(path, "exists already", "Give a new path", code="file-exists")
+                raise CheckpointError(path, "it already exists", "Give a new path", code="file-exists")
             yield
     except LockedError as error:
         problem = f"{error.owner or 'another process'} is writing it"
@@ -36,5 +37,5 @@ def new_file(path: Path, note: str = "") -> Iterator[None]:
     except CheckpointError:
         raise
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        problem = f"cannot be written ({why_not_written(error)}){note}"
+        problem = f"it cannot be written ({why_not_written(error)}){note}"
         raise CheckpointError(path, problem, "Free some space, or give another path", code="unwritable-file") from error

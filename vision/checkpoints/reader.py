@@ -1,4 +1,4 @@
-"""Reading checkpoints: nothing in them is executed, and all is compared with what should be there."""
+"""Reading of checkpoints. Nothing in them is executed, and every entry is validated."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _HINTS = {
     "wrong-format": "Use a file that `revnets train` wrote",
     "unsafe-file": "Use a file that `revnets train` wrote",
 }
-"""What helps where a checkpoint cannot be read, by the code of the failure."""
+"""Hints for checkpoints that cannot be read, by the code of the error."""
 
 
 def in_run(path: Path) -> Path:
-    """The checkpoint that a path means: of the folder of a run the best one, or the last if none is marked as it.
+    """The checkpoint of a path: for the directory of a run its best one, or the last if none is marked as best.
 
     Raises:
-        CheckpointError: the folder is neither a checkpoint nor a run, or cannot be read.
+        CheckpointError: the directory is neither a checkpoint nor a run, or cannot be read.
     """
     try:
         if not path.is_dir() or (path / STATE).exists():
@@ -37,30 +37,32 @@ def in_run(path: Path) -> Path:
             if candidate.exists():
                 return candidate
     except OSError as error:
-        problem = f"this folder cannot be read ({error.strerror})"
+        problem = f"the directory cannot be read ({error.strerror})"
         raise CheckpointError(path, problem, "Check its permissions", code="unreadable-file") from error
-    raise CheckpointError(path, "this folder holds no checkpoints", "Give a run, or a checkpoint", code="missing-file")
+    problem = "the directory has no checkpoints"
+    raise CheckpointError(path, problem, "Give a run or a checkpoint", code="missing-file")
 
 
 def read(path: Path, world: World | None = None, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """Load a checkpoint into the memory of the CPU. Nothing in it is executed.
+    """Load a checkpoint into CPU memory. Nothing in it is executed.
 
     Args:
-        world: if several processes read it, each reads only what it needs: files are mapped into memory, and from a
-            folder of as many shards each reads its own, as `Piece`s.
+        path: of the checkpoint.
+        world: the processes that read it. Each reads only what it needs: files are memory-mapped, and from a directory
+            with one shard per process each reads its own shard, as `Piece`s.
         needed: entries that may be neither None nor missing, such as `vision.checkpoints.layout.TO_RESUME`.
 
     Raises:
-        CheckpointError: no such file, no access, truncated, not one of ours, it holds more than plain data, or an entry
-            is of another kind than it should be.
+        CheckpointError: the file does not exist, cannot be read, is truncated, is not a checkpoint of a run, holds more
+            than plain data, or has an entry of the wrong kind.
     """
     world = world or World()
     if path.is_dir():
         if not (path / STATE).exists():
             raise CheckpointError(
                 path,
-                f"this folder has no {STATE}",
-                "Give a checkpoint, a .pt file or a step-N folder",
+                f"the directory has no {STATE}",
+                "Give a checkpoint: a .pt file or a step-N directory",
                 code="missing-file",
             )
         try:
@@ -71,17 +73,17 @@ def read(path: Path, world: World | None = None, needed: Iterable[str] = ()) -> 
             raise
         except Exception:  # entries of any other kind
             raise CheckpointError(
-                path, "its shards do not belong together", "Use an older checkpoint", code="damaged-file"
+                path, "its shards do not match each other", "Use an older checkpoint", code="damaged-file"
             ) from None
     else:
         state = _load(path, mmap=world.size > 1)
     missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
     number = state.get("format", FORMAT) if isinstance(state, dict) else FORMAT
     if type(number) is int and number != FORMAT:
-        text = f"layout {number}, but this version reads {FORMAT}"
+        text = f"it has the layout {number}, but this version of revnets reads {FORMAT}"
         raise CheckpointError(path, text, "Use the version of revnets that wrote it", code="version-mismatch")
     if missing:
-        problem = f"not a checkpoint of a training run: {', '.join(missing)} missing"
+        problem = f"not a checkpoint of a training run: it has no {', '.join(missing)}"
         raise CheckpointError(path, problem, "Use a file that `revnets train` wrote")
     require_layout(state, path, needed)
     return state
@@ -95,39 +97,39 @@ def _load(path: Path, mmap: bool) -> Any:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor | Piece], path: Path) -> None:
-    """Put weights into a model.
+    """Load weights into a model.
 
     Raises:
-        CheckpointError: they are those of another model; says where the two part.
+        CheckpointError: the weights are those of another model.
     """
     _fill(model.state_dict(), weights, path)
 
 
 def load_heads(heads: Mapping[str, Tensor], weights: Mapping[str, Tensor | Piece], path: Path) -> None:
-    """Put weights into what trains beside a model (`timm.task.TrainingTask.get_task_state`), such as heads.
+    """Load weights of modules that are trained with a model (`timm.task.TrainingTask.get_task_state`), such as heads.
 
     Raises:
-        CheckpointError: they are those of other heads.
+        CheckpointError: the weights are those of other heads.
     """
     _fill(heads, weights, path)
 
 
 def _fill(own: Mapping[str, Tensor], weights: Mapping[str, Tensor | Piece], path: Path) -> None:
-    remedy = "Use its own configuration, or another output"
+    hint = "Use the configuration of the checkpoint, or another output"
     if not isinstance(weights, Mapping):
-        raise CheckpointError(path, "it holds no weights by name", remedy)
+        raise CheckpointError(path, "it has no weights by name", hint)
     for name, tensor in own.items():
         given = weights.get(name)
         if given is None:
-            raise CheckpointError(path, f"of another model: it lacks {name}", remedy, code="weights-mismatch")
+            raise CheckpointError(path, f"it is of another model: no {name}", hint, code="weights-mismatch")
         if given.shape != tensor.shape:
-            problem = f"of another model: {name} has the shape {tuple(given.shape)}, not {tuple(tensor.shape)}"
-            raise CheckpointError(path, problem, remedy, code="weights-mismatch")
+            problem = f"it is of another model: {name} has the shape {tuple(given.shape)}, not {tuple(tensor.shape)}"
+            raise CheckpointError(path, problem, hint, code="weights-mismatch")
         dtype = given.local.dtype if isinstance(given, Piece) else given.dtype
         if dtype.is_floating_point != tensor.is_floating_point():
-            problem = f"of another model: {name} is of the type {dtype}, not {tensor.dtype}"
-            raise CheckpointError(path, problem, remedy, code="weights-mismatch")
+            problem = f"it is of another model: {name} has the type {dtype}, not {tensor.dtype}"
+            raise CheckpointError(path, problem, hint, code="weights-mismatch")
     if extra := sorted(set(weights) - set(own)):
-        raise CheckpointError(path, f"of another model: it also has {extra[0]}", remedy, code="weights-mismatch")
+        raise CheckpointError(path, f"it is of another model: extra {extra[0]}", hint, code="weights-mismatch")
     for name, tensor in own.items():
         copy_into(tensor, weights[name])

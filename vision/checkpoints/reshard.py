@@ -1,4 +1,4 @@
-"""`revnets reshard`: a checkpoint in one file as a folder of shards, and back."""
+"""The command `revnets reshard`: converts a checkpoint in one file to shards, and back."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from vision.checkpoints.sharding import SAVE, STATE, new_save_id, shard_name, sp
 
 
 def reshard(source: Path, target: Path, count: int) -> None:
-    """Write a checkpoint anew.
+    """Rewrite a checkpoint with another number of shards. The source is not changed.
 
     Args:
         source: a checkpoint, in one file or in shards.
-        target: a new file, or with `count` a new folder.
-        count: how many shards, one for each process that will train; 0 for one whole file.
+        target: a new file, or with `count` a new directory.
+        count: number of shards, one for each process that will train; 0 for one file.
 
     Raises:
-        CheckpointError: the source cannot be read, or the target exists or cannot be written. The source is untouched.
+        CheckpointError: the source cannot be read, or the target exists or cannot be written.
     """
     state = read(source)
-    with new_file(target, f"; {source} is untouched"):
+    with new_file(target, f"; {source} is unchanged"):
         if not count:
             save_file(target, state)
             return

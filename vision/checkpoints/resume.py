@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint that `resume` means, and whether the configuration still fits it."""
+"""Resuming a run: the checkpoint that `resume` selects, and checks of the configuration against it."""
 
 from __future__ import annotations
 
@@ -21,50 +21,49 @@ from vision.distributed.context import World
 from vision.errors import CheckpointError, comparable, run_error
 
 FIXED = ("task", "seed", "data", "heads", "batch_size", "optimizer", "supervision", "pretrained")
-"""Keys that an interrupted run must be resumed with, besides the forward passes of an update of all processes.
+"""Keys that may not change when a run is resumed. The forward passes per update of all processes may not change either.
 
-Of the optimizer the learning rate is free, since the schedule sets it.
+The learning rate of the optimizer may change, because the schedule sets it.
 """
 
 IMPLIED = {"task": "classification"}
-"""Values of keys that older checkpoints do not have."""
+"""Values of keys that older checkpoints lack."""
 
 
 def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that a run goes on from; None for a new run.
+    """The checkpoint from which a run resumes; None for a new run.
 
     Args:
-        world: the processes of the run, for which the main one looks.
-        there: the checkpoints of the folder, oldest first.
-        say: gets a line about each that cannot be read.
+        config: of the run.
+        world: the processes of the run. The main process calls this function.
+        there: the checkpoints in the output directory, oldest first.
+        say: called with a message about a newer checkpoint that cannot be read.
 
     Raises:
-        revnets.SpecError: the folder holds a run that this one would overwrite.
-        CheckpointError: none can be read.
+        revnets.SpecError: the directory has a run that this one would overwrite.
+        CheckpointError: no checkpoint can be read.
     """
     name, resume = "training run", config.resume
     if resume == "auto":
         return _newest(world, there, say)
-    remedy = "Use resume=auto to go on with it, or another output"
+    hint = "Use resume=auto to resume it, or another output"
     if resume == "none":
         if there:
-            raise SpecError(
-                name, "output", f"{config.output} holds a run already ({there[-1].name})", remedy, code="run-exists"
-            )
+            problem = f"{config.output} already has a run ({there[-1].name})"
+            raise SpecError(name, "output", problem, hint, code="run-exists")
         return None
     state = read(Path(resume), world)
     if there and step_of(there[-1]) > state["progress"]["step"]:
-        raise SpecError(
-            name, "output", f"{config.output} holds a later checkpoint, {there[-1].name}", remedy, code="run-exists"
-        )
+        problem = f"{config.output} has a later checkpoint, {there[-1].name}"
+        raise SpecError(name, "output", problem, hint, code="run-exists")
     return Path(resume)
 
 
 def read(path: Path, world: World) -> dict[str, Any]:
-    """A checkpoint that has everything that a run needs to go on.
+    """Read a checkpoint with everything that a run needs to resume.
 
     Raises:
-        CheckpointError: it cannot be read, or lacks something.
+        CheckpointError: it cannot be read, or lacks an entry.
     """
     return reader.read(path, world, TO_RESUME)
 
@@ -81,26 +80,26 @@ def _newest(world: World, there: list[Path], say: Callable[[str], None]) -> Path
             say(str(problems[0]))
         return path
     if len(problems) > 1:
-        problem = f"{problems[0].problem}; none of the {len(problems)} checkpoints here can be read"
-        raise CheckpointError(
-            there[-1], problem, "Give another output, or resume a copy kept elsewhere", code=problems[0].code
-        )
+        problem = f"{problems[0].problem}; none of the {len(problems)} checkpoints in the directory can be read"
+        raise CheckpointError(there[-1], problem, "Give another output, or resume a backup", code=problems[0].code)
     if problems:
         raise problems[0]
     return None
 
 
 def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], path: Path, data: object = None) -> None:
-    """Refuse a configuration with which a run could not be continued bit for bit, or not sensibly.
+    """Refuse a configuration with which a run would not continue as before.
 
     Args:
-        size: processes of this run.
+        config: of this run.
+        size: number of processes of this run.
         state: the checkpoint at `path`.
-        data: of this run. Wherever they lie now, they must have the classes and as many images as before, soft labels
-            of the same teacher and settings, and the same images left out.
+        path: of the checkpoint.
+        data: of this run. Its paths may change, but not its classes, the number of images, the teacher and settings of
+            soft labels, and the excluded images.
 
     Raises:
-        revnets.SpecError: names the key, what it is and what it was.
+        revnets.SpecError: a value differs; names the key, the new and the old value.
     """
     new, old = config.plain(), state["config"]
     for key in FIXED:
@@ -125,7 +124,7 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
         _refuse("grad_accum", ours, theirs, path)
     if config.batch_is_stream and (size, new["workers"]) != (state["world"], old["workers"]):
         ours, theirs = f"{new['workers']} with {size} processes", f"{old['workers']} with {state['world']} processes"
-        _refuse("workers", f"{ours} (they deal out the stream)", theirs, path)
+        _refuse("workers", f"{ours} (which determine the order of a stream)", theirs, path)
     _require_same_data(data, state, path)
 
 
@@ -136,7 +135,7 @@ def _require_same_data(data: object, state: dict[str, Any], path: Path) -> None:
             _refuse("data", f"{len(ours)} classes", len(theirs), path)
         for one, other in zip(map(comparable, ours), map(comparable, theirs), strict=True):
             if one != other:
-                _refuse("data", f"the class {one}", f"{other} in its place", path)
+                _refuse("data", f"the class {one}", f"{other} at this position", path)
     before = state.get("samples")
     for part, count in sample_counts(data).items():
         if isinstance(before, dict) and before.get(part, count) != count:
@@ -151,7 +150,7 @@ def _require_same_data(data: object, state: dict[str, Any], path: Path) -> None:
 
 
 def _without_place(data: dict[str, Any]) -> dict[str, Any]:
-    """The key `data` without where the data lie, and with keys that checkpoints of earlier versions lack."""
+    """The key `data` without paths, and with the defaults of keys that checkpoints of earlier versions lack."""
     with suppress(ValidationError):
         data = TypeAdapter(DataConfig).validate_python(data).model_dump(mode="json")
     kind, _, name = str(data.get("name")).partition("/")
@@ -165,11 +164,11 @@ def _without_place(data: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse(key: str, ours: Any, theirs: Any, path: Path) -> None:
     problem = f"{ours}, but the run of {path} has {theirs}"
-    raise run_error(key, problem, "Resume it with that, or give another output", code="settings-differ")
+    raise run_error(key, problem, "Use the value of that run, or give another output", code="settings-differ")
 
 
 def _first_difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
-    """The path of the first value in which two configurations differ, and the value in each."""
+    """The key path of the first value that differs between two configurations, and both values."""
     while isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
         name = next(name for name in ours if ours[name] != theirs[name])
         key, ours, theirs = f"{key}.{name}", ours[name], theirs[name]

@@ -1,9 +1,9 @@
-"""States whose tensors are divided among processes: as one file for each process, or gathered into one.
+"""States whose tensors are sharded over processes: saved as one file per process, or gathered into one file.
 
-FSDP2 divides a tensor along its first axis, as `torch.chunk` does. A checkpoint in shards is a folder: `state.pt` has
-everything but the divided tensors, and `shard-R-of-N.pt` has the parts of process R. All of them carry the id of the
-save that wrote them. Why this is not the layout of torch.distributed.checkpoint is in
-docs/development/design-decisions.md.
+FSDP2 divides a tensor along its first axis, like `torch.chunk`. A sharded checkpoint is a directory: `state.pt` has
+everything except the sharded tensors, and `shard-R-of-N.pt` has the parts of process R. All files have the id of the
+save that wrote them. docs/development/design-decisions.md explains why this is not the layout of
+torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from torch.distributed.tensor import DTensor
 from vision.errors import CheckpointError
 
 DIVISIBLE = ("model", "ema", "heads", "heads_ema", "optimizer")
-"""Keys of a state below which tensors can be divided."""
+"""Keys of a state whose tensors can be sharded."""
 
 STATE = "state.pt"
 PLACE = "in shards"
-"""Key of the small mapping that stands in `state.pt` for a divided tensor, and says under which name to find it."""
+"""Key of the mapping that replaces a sharded tensor in `state.pt`. Its value is the name of the tensor in shards."""
 
 SAVE = "save"
-"""Key of the id of a save in `state.pt`, and of the id and the number of the shard in a shard. Earlier versions have
-none."""
+"""Key of the id of a save in `state.pt`, and of the id and the number of the shard in a shard.
+
+Files of earlier versions do not have it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,8 @@ class Piece:
     """The part of a tensor that belongs to one process."""
 
     local: Tensor
-    shape: torch.Size  # of the whole
-    whole: Callable[[], Tensor]  # reads the parts of the others as well
+    shape: torch.Size  # of the whole tensor
+    whole: Callable[[], Tensor]  # also reads the parts of other processes
 
 
 def shard_name(rank: int, count: int) -> str:
@@ -46,12 +48,12 @@ def shard_name(rank: int, count: int) -> str:
 
 
 def new_save_id() -> str:
-    """A random text that no other save has."""
+    """A random identifier of a save."""
     return os.urandom(16).hex()
 
 
 def mapped(tree: Any, change: Callable[[str, Any], Any], place: str = "") -> Any:
-    """A copy of nested dicts and lists whose leaves are `change(place, leaf)`."""
+    """Copy nested dicts and lists, and replace each leaf by `change(place, leaf)`."""
     if isinstance(tree, Mapping) and PLACE not in tree:
         return {key: mapped(item, change, f"{place}/{key}") for key, item in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -60,10 +62,11 @@ def mapped(tree: Any, change: Callable[[str, Any], Any], place: str = "") -> Any
 
 
 def gathered(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-    """A state without divided tensors, in the memory of the CPU. All processes call it together.
+    """Gather the sharded tensors of a state into CPU memory. All processes must call it.
 
     Args:
-        keep: does this process need the result? The others get empty tensors, one after the other.
+        state: of a run.
+        keep: whether this process needs the result. The others get empty tensors.
     """
 
     def whole(_: str, leaf: Any) -> Any:
@@ -76,7 +79,7 @@ def gathered(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:
 
 
 def divided(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A state without its divided tensors, and this process's parts of them by name."""
+    """Split a state into a state without its sharded tensors, and the parts of this process by name."""
     parts: dict[str, Tensor] = {}
 
     def part(place: str, leaf: Any) -> Any:
@@ -89,7 +92,7 @@ def divided(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def split(state: Mapping[str, Any], count: int) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
-    """A whole state as `divided` would give it in each of `count` processes."""
+    """Split a whole state as `divided` would in each of `count` processes."""
     parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
 
     def part(place: str, leaf: Any) -> Any:
@@ -103,26 +106,27 @@ def split(state: Mapping[str, Any], count: int) -> tuple[dict[str, Any], list[di
 
 
 def own_part(whole: Tensor, rank: int, count: int) -> Tensor:
-    """The part of a tensor that FSDP2 gives to process `rank`; empty where there are more processes than rows."""
+    """The part of a tensor that FSDP2 assigns to process `rank`; empty if there are fewer rows than processes."""
     parts = whole.chunk(count)
     return parts[rank] if rank < len(parts) else whole[:0]
 
 
 def read_shards(folder: Path, load: Callable[[Path], Any], rank: int = 0, count: int = 0) -> dict[str, Any]:
-    """Read a checkpoint in shards.
+    """Read a sharded checkpoint.
 
     Args:
+        folder: directory of the checkpoint.
         load: reads one file.
-        rank, count: with as many processes as wrote it, divided tensors come as `Piece`s; otherwise whole.
+        rank, count: of this run. If `count` is the number of shards, sharded tensors are `Piece`s, otherwise whole.
 
     Raises:
         CheckpointError: a shard is of another save than `state.pt`, or has the name of another shard.
-        Exception: parts are missing, or do not fit together.
+        Exception: parts are missing, or do not match each other.
     """
     state = load(folder / STATE)
     shards, save = state.pop("shards"), state.pop(SAVE, None)
     if type(shards) is not int or shards < 1:
-        raise ValueError("the number of shards is none")
+        raise ValueError("the number of shards is not a positive number")
     files: dict[int, dict[str, Any]] = {}
 
     def part(number: int, name: str, shape: torch.Size) -> Tensor:
@@ -130,7 +134,7 @@ def read_shards(folder: Path, load: Callable[[Path], Any], rank: int = 0, count:
             file = shard_name(number, shards)
             files[number] = load(folder / file)
             if files[number].get(SAVE) != (None if save is None else (save, number)):
-                problem = f"{file} in it is not the shard {number} of the save that wrote {STATE}"
+                problem = f"its {file} is not shard {number} of the save that wrote {STATE}"
                 raise CheckpointError(folder, problem, "Use an older checkpoint", code="damaged-file")
         tensor = files[number][name]
         if tensor.shape != own_part(torch.empty(shape, device="meta"), number, shards).shape:
@@ -141,8 +145,8 @@ def read_shards(folder: Path, load: Callable[[Path], Any], rank: int = 0, count:
         if not isinstance(found, Mapping):
             return found
         name, shape = found[PLACE], torch.Size(found["shape"])
-        if name != place:  # nor are many tensors made of one
-            raise ValueError(f"{place} is not of this checkpoint")
+        if name != place:  # also prevents that one stored tensor is expanded to many
+            raise ValueError(f"{place} does not belong to this checkpoint")
 
         def whole() -> Tensor:
             return torch.cat([part(number, name, shape) for number in range(shards)])
@@ -153,7 +157,7 @@ def read_shards(folder: Path, load: Callable[[Path], Any], rank: int = 0, count:
 
 
 def copy_into(target: Tensor, source: Tensor | Piece) -> None:
-    """Fill a tensor, divided or not, from one that is whole or in pieces; shapes are those of the whole."""
+    """Copy a whole tensor or a piece into a tensor that may be sharded. Shapes are those of the whole tensors."""
     with torch.no_grad():
         if not isinstance(target, DTensor):
             target.copy_(source.whole() if isinstance(source, Piece) else source)
@@ -163,7 +167,7 @@ def copy_into(target: Tensor, source: Tensor | Piece) -> None:
 
 
 def like(target: Tensor, source: Any) -> Any:
-    """A source as a tensor that is divided as the target is, if it is of the target's shape."""
+    """Shard a source like the target if it has the target's shape."""
     if isinstance(source, Piece):
         if isinstance(target, DTensor) and source.shape == target.shape:
             return _as_dtensor(target, source.local)

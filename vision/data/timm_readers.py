@@ -247,7 +247,7 @@ def split_path(root: Path, split: str, kind: str = "folder") -> Path:
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         there = ", ".join(sorted(item.name for item in root.iterdir())[:8]) or "nothing"
-        problem = f"{root} has no {' or '.join(names)}; it has {there}"
+        problem = f"{root} has none of {', '.join(names)}; it contains {there}"
         raise run_error(
             "data.root", problem, "Use one directory per split, or set train_split and val_split", code="missing-file"
         )

@@ -1,1 +1,1 @@
-"""Processes of a run: ranks, collectives, DDP and FSDP2."""
+"""Distributed context of a run: ranks, collectives, DDP and FSDP2."""

@@ -1,4 +1,4 @@
-"""The processes of a run: ranks, collectives, and the signals that ask them for an orderly end."""
+"""Distributed context of a run: ranks, collectives, and signals that stop all processes in an orderly way."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among those that train together. Every method is to be called by all of them.
+    """The distributed context of this process. Every method must be called by all processes.
 
     Attributes:
-        rank: number of this process, of all machines; 0 prints, logs and saves.
-        size: how many there are.
-        local_rank: number of this process on its machine, and so of its GPU; 0 if srun shows it no other GPU.
+        rank: of this process over all machines. Rank 0 prints, logs and saves.
+        size: number of processes.
+        local_rank: rank of this process on its machine, which is the index of its GPU; 0 if srun exposes only one GPU.
     """
 
     rank: int = 0
@@ -43,7 +43,7 @@ class World:
 
     @property
     def replicas(self) -> World:
-        """This process among those that each train on batches of their own: all of them, but in a pipeline."""
+        """The processes that train on different batches: all of them, except in a pipeline."""
         return self
 
     def mean(self, values: Tensor) -> Tensor:
@@ -58,26 +58,26 @@ class World:
         return self._reduced(number, dist.ReduceOp.SUM)
 
     def max(self, number: int) -> int:
-        """The largest of a number."""
+        """The maximum of a number over all processes."""
         return self._reduced(number, dist.ReduceOp.MAX)
 
     def _reduced(self, number: int, how: Any) -> int:
         if self.size == 1:
             return number
-        value = torch.tensor(number)  # on the CPU, whatever the device: nobody waits for a GPU here
+        value = torch.tensor(number)  # on the CPU, so that no process waits for a GPU
         dist.all_reduce(value, how)
         return int(value)
 
     def collect(self, value: T) -> list[T]:
-        """What every process has to say, by rank."""
+        """The values of all processes, by rank."""
         if self.size == 1:
             return [value]
-        said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, value)
-        return said
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def by_main(self, work: Callable[[], T]) -> T:
-        """Let the main process do something and tell the others what came out; an error is raised in all of them."""
+        """Call a function in the main process and return its result in all processes, or raise its error in all."""
         if self.size == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -92,15 +92,15 @@ class World:
         return outcome[0]
 
     def wait(self) -> None:
-        """Wait until all are here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
 
 class PipelineWorld(World):
-    """The processes of a pipeline: all see the same batches, and each computes a part of the model.
+    """The distributed context of a pipeline: all processes see the same batches, and each computes a part of the model.
 
-    The first one has the images, the last one the outputs and the loss.
+    The first process has the images, the last one the outputs and the loss.
     """
 
     @property
@@ -112,13 +112,13 @@ class PipelineWorld(World):
         return World()
 
     def mean(self, values: Tensor) -> Tensor:
-        """The tensor of the last process; the others have none."""
+        """The tensor of the last process, since the others have no loss."""
         dist.broadcast(values, src=self.size - 1)
         return values
 
 
 def world_for(parallel: str, world: World) -> World:
-    """The processes of a run that shares its work in this way."""
+    """The distributed context for a kind of parallelism."""
     if parallel == "pipeline" and world.size > 1:
         return PipelineWorld(world.rank, world.size, world.local_rank)
     return world
@@ -130,20 +130,20 @@ LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
 )
-"""Environment variables from which a process knows its rank, the number of processes, and its rank on its machine."""
+"""Environment variables of launchers: rank, number of processes, and rank on the machine."""
 
 PATIENCE = 20.0
 """Seconds after which a process reports that it is waiting for the others."""
 
 
 def world_of(variables: Mapping[str, str]) -> World:
-    """The world that a launcher describes; the first one whose variables are set counts. An empty one is not set.
+    """The distributed context from the variables of the first launcher that has set them. Empty variables are ignored.
 
     Args:
         variables: of the environment.
 
     Raises:
-        revnets.SpecError: a variable is missing or cannot be used, or processes could not find one another.
+        revnets.SpecError: a variable is missing or invalid, or the address of the processes cannot be resolved.
     """
     given = {name: value.strip() for name, value in variables.items() if value.strip()}
     names = next((names for names in LAUNCHERS if names[0] in given or names[1] in given), None)
@@ -175,7 +175,7 @@ def _number(given: Mapping[str, str], name: str, least: int) -> int | None:
 
 
 def _require_address(given: Mapping[str, str], reason: str) -> None:
-    """Check the address at which the processes meet. With a wrong one they would wait for a long time."""
+    """Check the rendezvous address, because processes would wait for a long time at a wrong one."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in given:
             raise _launch_error(name, f"is not set, but {reason}")
@@ -185,39 +185,39 @@ def _require_address(given: Mapping[str, str], reason: str) -> None:
     try:
         socket.getaddrinfo(host, port)
     except (OSError, UnicodeError) as error:
-        raise _launch_error("MASTER_ADDR", f"{host!r} cannot be found ({first_line(error)})") from None
+        raise _launch_error("MASTER_ADDR", f"{host!r} cannot be resolved ({first_line(error)})") from None
 
 
 def _launch_error(name: str, problem: str) -> ConfigError:
-    remedy = "Start several processes with torchrun, or unset it for one alone"
-    return ConfigError("environment", name, problem, remedy, code="invalid-environment")
+    hint = "Start several processes with torchrun, or unset the variable for a single process"
+    return ConfigError("environment", name, problem, hint, code="invalid-environment")
 
 
 def _is_task_of_srun(local_rank: int) -> bool:
-    """Has srun started this process itself? With --gpus-per-task=1 it shows each task one GPU, as number 0.
+    """Whether srun started this process directly. With --gpus-per-task=1 it exposes one GPU to each task, as number 0.
 
-    Processes of a torchrun that srun has started have another number than the task.
+    If srun started torchrun, the local rank of a process differs from the one of the task.
     """
     return os.environ.get("SLURM_LOCALID", "").strip() == str(local_rank)
 
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[World]:
-    """The world as torchrun, srun or mpirun describes it; alone without them.
+    """The distributed context that torchrun, srun or mpirun describes; a single process without them.
 
     Args:
-        device: of the run; with GPUs tensors go by NCCL, and gloo carries what stays on the CPU.
+        device: of the run. Tensors on GPUs use NCCL, tensors on the CPU use gloo.
 
     Raises:
-        revnets.SpecError: the launcher's variables cannot be used, or the processes do not meet.
-        TrainingError: another process has ended, so it cannot be reached any more.
+        revnets.SpecError: the launcher's variables are invalid, or the processes cannot connect.
+        TrainingError: the connection to another process is lost.
     """
     world = world_of(os.environ)
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if on_gpu and world.local_rank and torch.cuda.device_count() == 1 and _is_task_of_srun(world.local_rank):
         world = replace(world, local_rank=0)
     if on_gpu and world.local_rank >= (count := torch.cuda.device_count()):
-        problem = f"{world.local_rank} is no GPU of this machine, which shows {count} to this process"
+        problem = f"there is no GPU {world.local_rank}; this process has {count}"
         raise _launch_error("LOCAL_RANK", problem)
     if world.size == 1:
         yield world
@@ -225,15 +225,15 @@ def joined(device: str = "auto") -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    text = f"process {world.rank} of {world.size} waits for the others at {place}"
+    text = f"process {world.rank} of {world.size} is waiting for the others at {place}"
     waiting = threading.Timer(PATIENCE, print, (text,), {"file": sys.stderr, "flush": True})
     waiting.start()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size)
     except (RuntimeError, ValueError) as error:
-        problem = f"process {world.rank} of {world.size} does not meet the others at {place} ({first_line(error)})"
-        remedy = "Give a port that is free, and start all of them"
-        raise ConfigError("environment", "MASTER_PORT", problem, remedy, code="invalid-environment") from error
+        problem = f"process {world.rank} of {world.size} cannot connect to the others at {place} ({first_line(error)})"
+        hint = "Use a free port, and start all processes"
+        raise ConfigError("environment", "MASTER_PORT", problem, hint, code="invalid-environment") from error
     finally:
         waiting.cancel()
     try:
@@ -241,9 +241,9 @@ def joined(device: str = "auto") -> Iterator[World]:
         world.wait()  # other processes may still wait for this one
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
-            problem = f"process {world.rank} has lost another of this run; if that one says no reason, it was killed"
+            problem = f"process {world.rank} lost its connection to another; if that printed no error, it was killed"
             raise TrainingError(
-                f"{problem}. Start the run again: it goes on from its last checkpoint", code="process-lost"
+                f"{problem}. Start the run again to resume its last checkpoint", code="process-lost"
             ) from error
         raise
     finally:
@@ -251,14 +251,14 @@ def joined(device: str = "auto") -> Iterator[World]:
 
 
 Handler = Callable[[int, FrameType | None], object] | int | None
-"""What `signal.signal` takes and gives back."""
+"""Argument and result of `signal.signal`."""
 
 
 class Stopped(Exception):
-    """Raised where the work can be left: the state can be saved now.
+    """Raised at a point where the state of a run can be saved.
 
     Attributes:
-        signal: what has come, to this process or to another.
+        signal: that this or another process has received.
     """
 
     def __init__(self, number: int):
@@ -267,10 +267,10 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While active, the first SIGTERM or SIGINT is only noted; a second one does what it always does.
+    """Context in which the first SIGTERM or SIGINT is only recorded. A second one has its usual effect.
 
-    Of several processes all stop if one is asked to. There a second signal is ignored: torchrun passes on a Ctrl-C
-    that the terminal has given to every process already.
+    If one of several processes receives a signal, all stop. They ignore a second signal, because torchrun forwards a
+    Ctrl-C that the terminal has already sent to every process.
 
     Attributes:
         received: the signal, or None.
@@ -284,10 +284,10 @@ class StopSignals:
         self._before: dict[signal.Signals, Handler] = {}
 
     def check(self) -> None:
-        """To be called where the work can be left, by all processes.
+        """Stop if a signal was received. All processes must call it, at a point where the state can be saved.
 
         Raises:
-            Stopped: a signal has come to one of them.
+            Stopped: a process has received a signal.
         """
         if number := self.world.max(self.received or 0):
             raise Stopped(number)
@@ -303,7 +303,7 @@ class StopSignals:
         self._before = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+        if threading.current_thread() is threading.main_thread():  # only this thread can set handlers
             self._before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
         return self
 
@@ -312,6 +312,6 @@ class StopSignals:
 
 
 def leave_signals_to_parent(_: int) -> None:
-    """For a loader's workers: a Ctrl-C reaches all processes of a terminal, and the parent still wants its batch."""
+    """Ignore Ctrl-C in a loader's worker. It reaches all processes of a terminal, but the parent needs its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

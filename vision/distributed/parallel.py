@@ -1,4 +1,4 @@
-"""Several processes: DDP, or FSDP2 with every cell gathered and released on its own."""
+"""Training with several processes: DDP, or FSDP2 that gathers and releases cell by cell."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from vision.distributed.context import World
 
 
 def distribute(task: TrainingTask, how: str, world: World, device: torch.device) -> None:
-    """Let the processes of the world share the work of a task. Before this all have the same weights.
+    """Distribute a task over processes, all of which have the same weights.
 
     Args:
-        how: `ddp`: each has all weights; or `fsdp`: each has its part of weights, gradients, averages and the state
-            of the optimizer. The tape rebuilds states with the weights gathered again, cell by cell.
+        task: timm's task.
+        how: `ddp`, where each process has all weights; or `fsdp`, which shards weights, gradients, averages and
+            optimizer state. The tape gathers weights again, cell by cell, to rebuild states.
+        world: the processes of the run.
+        device: of this process.
     """
     if how == "ddp":
-        # The gradient of a depthwise kernel has another stride along its axis of length 1, which means nothing.
+        # The gradient of a depthwise kernel has another stride along its axis of length 1, which has no effect.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
         return
@@ -35,18 +38,18 @@ def distribute(task: TrainingTask, how: str, world: World, device: torch.device)
 
 
 def shard(model: nn.Module | None, world: World, device: torch.device) -> None:
-    """`fully_shard` every cell of reversible columns, and what is left of the model as one group."""
+    """Apply `fully_shard` to every cell of reversible columns, and to the rest of the model as one group."""
     assert model is not None
     mesh = init_device_mesh(device.type, (world.size,))
     for module in list(model.modules()):
         if isinstance(module, ReversibleColumns):
             for cell in module.flat():
                 fully_shard(cell, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # also at the top, so that a state has the parts alone
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # so that a state dict only has parts
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Release weights that a forward pass without backward has left gathered."""
+    """Release weights that are still gathered after a forward pass without backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""What a run learns: `Task`, and its implementations."""
+"""Training tasks: the protocol `Task` and its implementations."""
 
 from vision.tasks.base import Batches, Curve, Evaluator, LossTask, Metrics, Task, scalars
 from vision.tasks.builders import create_task

@@ -1,7 +1,7 @@
-"""What a run learns: the protocol between the trainer and classification, regression, detection and the like.
+"""The protocol between the trainer and a task, such as classification, regression or detection.
 
-The trainer, its checkpoints, its log and its progress line know a `Task` alone. The task chooses the data, the model,
-the loss and the metrics, and which metric decides which checkpoint is the best.
+The trainer, checkpoints, log and progress line only use a `Task`. The task chooses data, model, loss and metrics, and
+the metric that determines the best checkpoint.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from vision.errors import run_error
 
 
 class Metrics(Protocol):
-    """Metrics of one set of weights that hold more than numbers."""
+    """Metrics of one set of weights that include more than numbers."""
 
     def scalars(self) -> dict[str, float]:
-        """The numbers, by name: what goes into the log."""
+        """The numbers by name, which are logged."""
         ...
 
 
@@ -35,11 +35,11 @@ class Evaluator(Protocol):
     """Accumulates metrics over a validation set."""
 
     def update(self, output: Any, batch: Any) -> None:
-        """Add a batch, on the device of the run, and what `Task.predict` gave for it."""
+        """Add a batch, on the device of the run, and the result of `Task.predict` for it."""
         ...
 
     def compute(self, world: World) -> Mapping[str, float] | Metrics:
-        """The metrics of the whole set. All processes call it together, each after its own share of the set."""
+        """The metrics of the whole set. All processes must call it, each after its part of the set."""
         ...
 
 
@@ -48,13 +48,13 @@ class Batches(Protocol):
 
     @property
     def updates(self) -> int:
-        """Updates of an epoch; the same number in every process."""
+        """Updates per epoch, the same number in every process."""
         ...
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The `grad_accum` batches of each update of an epoch, from update `start` on.
+        """Yield the `grad_accum` batches of each update of an epoch, from update `start` on.
 
-        A run that is resumed goes on bit for bit if they are a function of the seed, `epoch` and the update.
+        A run resumes bit for bit if they are a function of the seed, `epoch` and the update.
         """
         ...
 
@@ -63,30 +63,29 @@ class Curve(NamedTuple):
     """A metric in the figure of a run."""
 
     metric: str
-    axis: str  # label of its axis
+    axis: str  # label of the axis
     mode: Literal["max", "min"]  # which value is marked as the best
-    text: Callable[[float], str]  # of that value
+    text: Callable[[float], str]  # formats the best value
 
 
 class Task:
-    """Base class of what a run can learn; `task: package.module:Class` in its YAML chooses one.
+    """Base class of tasks. `task: package.module:Class` in the YAML of a run selects one.
 
-    Only `loss` and `evaluator` have to be written. A batch is whatever `collate` returns: tensors in tuples, lists and
-    mappings, nested in any way. The default of `predict` is for tuples and lists whose first item the model takes.
+    A subclass must implement `loss` and `evaluator`. A batch is the result of `collate`: tensors in tuples, lists and
+    mappings with any nesting. The default of `predict` is for tuples and lists whose first item is the model's input.
+    A subclass may have more arguments, which the YAML sets as `task: {type: package.module:Class, name: value}`.
 
     Args:
         config: of the run.
 
-    A subclass may take further arguments, which the YAML gives as `task: {type: package.module:Class, name: value}`.
-
     Attributes:
-        monitor: the metric that decides which checkpoint is the best, of the averaged weights where they are kept.
-        mode: is a higher or a lower value of it better?
-        label: the metric's name on the screen; that of `monitor` if empty.
+        monitor: metric that determines the best checkpoint, of the averaged weights if there are any.
+        mode: `max` if higher values of the metric are better, else `min`.
+        label: displayed name of the metric; that of `monitor` if empty.
         unit: of the metric, such as %.
         digits: decimals that are printed.
-        samples: what a sample is called in the log (as in `images_per_second`), and on the progress bar.
-        uses: keys of the configuration that mean nothing to other tasks: of `OPTIONAL`, those that this one reads.
+        samples: name of the samples in the log (as in `images_per_second`), and in the progress bar.
+        uses: optional keys of the configuration (of `vision.tasks.builders.OPTIONAL`) that this task supports.
     """
 
     monitor: ClassVar[str] = "loss"
@@ -103,48 +102,50 @@ class Task:
     # ------------------------------------------------------------------------------------------------------- data
 
     def load_data(self, notes: Path | None = None, world: World | None = None) -> Any:
-        """The data of the run, by default what the key `data` names.
+        """Open the data of the run, by default that of the key `data`.
 
         Args:
             notes: file for a list of samples that cannot be read.
             world: the processes of the run.
 
         Returns:
-            An object with the attributes of `DataSplits`, which every other method gets.
+            An object with the attributes of `DataSplits`, which is passed to other methods as `data`.
         """
         return load_data(self.config.data, self.config.seed, notes, world)
 
     def collate(self, samples: list[Any]) -> Any:
-        """A batch of samples; by default tensors are stacked. Workers of a loader call it."""
+        """Make a batch of samples. By default tensors are stacked. Called by the workers of a loader."""
         return default_collate(samples)
 
     def padding(self, sample: Any) -> Any:
-        """A sample that the evaluator leaves out, made from one of the validation set.
+        """Change a sample of the validation set into one that the evaluator ignores.
 
-        Several processes need such samples, since their shares of the set must be equally large.
+        Several processes need such samples, because their parts of the set must have the same size.
         """
         raise NotImplementedError
 
     def train_batches(self, data: Any, world: World) -> Batches:
-        """The training batches: by default shuffled, of `batch_size` samples, collated by `collate`."""
+        """The training batches; by default shuffled batches of `batch_size` samples."""
         return TrainBatches(self.config, data, world, self.collate)
 
     def val_batches(self, data: Any, world: World) -> Iterable[Any]:
-        """The validation batches of this process; of as many batches in every process.
+        """The validation batches of this process, the same number in every process.
 
         Raises:
-            revnets.SpecError: the set is shared by several processes, and the task has no `padding`.
+            revnets.SpecError: there are several processes, and the task does not implement `padding`.
         """
         if world.size > 1 and type(self).padding is Task.padding:
-            problem = f"{type(self).__name__} has no padding, which several processes need for validation"
-            raise run_error("task", problem, "Write the method, or train with one process")
+            problem = f"{type(self).__name__} does not implement padding, which several processes need for validation"
+            raise run_error("task", problem, "Implement it, or train with one process")
         return val_loader(self.config, data, world, self.collate, self.padding)
 
     def to_device(self, batch: Any, device: torch.device, layout: torch.memory_format = torch.preserve_format) -> Any:
-        """A batch with all of its tensors on a device.
+        """Move all tensors of a batch to a device.
 
         Args:
-            layout: of tensors (B, C, H, W); `channels_last` if the run asks for it.
+            batch: of the task.
+            device: of the run.
+            layout: of tensors (B, C, H, W), from the key `channels_last` of the run.
         """
         if isinstance(batch, Tensor):
             return batch.to(
@@ -158,67 +159,72 @@ class Task:
         return batch.to(device) if hasattr(batch, "to") else batch
 
     def batch_size(self, batch: Any) -> int:
-        """Samples of a batch: by default the length of its first item, a tensor or a list of samples."""
+        """Number of samples in a batch; by default the length of its first item, a tensor or a list of samples."""
         first = batch[0] if isinstance(batch, (list, tuple)) else batch
         while isinstance(first, Mapping):
             first = next(iter(first.values()))
         return len(first)
 
     def metadata(self, data: Any) -> dict[str, Any]:
-        """What else a checkpoint says about the run, as plain data."""
+        """Additional entries of a checkpoint, as plain data."""
         return {}
 
     # ------------------------------------------------------------------------------------------------------ model
 
     def build_model(self, data: Any) -> nn.Module:
-        """The model, in training mode; by default what the key `model` names.
+        """Build the model in training mode; by default that of the key `model`.
 
         Raises:
-            revnets.SpecError: it cannot be built, or does not fit the data.
+            revnets.SpecError: the model cannot be built, or does not fit the data.
         """
         from vision.tasks.builders import create_model  # which imports this module
 
         return create_model(self.config)
 
     def begin(self, model: nn.Module, data: Any, world: World) -> str:
-        """Put the weights of the key `pretrained` into a new model; a sentence about what was done.
+        """Load the weights of the key `pretrained`, which `uses` must include, into a new model.
 
-        It is called for a run that has the key, which `uses` must name.
+        Returns:
+            A description of the weights.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not read pretrained weights")
+        raise NotImplementedError(f"{type(self).__name__} does not support pretrained weights")
 
     def input_shape(self, data: Any) -> tuple[int, ...] | None:
-        """Shape of one sample of the model's input, for which a memory budget is planned; None if there is not one."""
+        """Shape of one input of the model, for the plan of a memory budget; None if shapes differ."""
         return getattr(data, "shape", None)
 
     def planned(self, model: nn.Module) -> nn.Module:
-        """The module whose training step is simulated for a memory budget, called with a batch of `input_shape`."""
+        """The module whose training step is simulated for a memory budget. Its input is a batch of `input_shape`."""
         return model
 
     def training_task(self, model: nn.Module, data: Any, device: torch.device) -> TrainingTask:
-        """timm's task around the model, which holds what trains: it is averaged, divided and saved."""
+        """timm's task around the model, which contains all trained modules."""
         return LossTask(model, self.loss, device=device, verbose=False)
 
     # ------------------------------------------------------------------------------------------- loss and metrics
 
     def augment(self, data: Any) -> Callable[[Any], Any] | None:
-        """What changes training batches on the device, such as mixup. Its random numbers are those of the pass."""
+        """A function that augments training batches on the device, such as mixup, or None.
+
+        It draws from the generators that are seeded for the forward pass.
+        """
         return None
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor | Mapping[str, Tensor]:
         """The loss of a batch.
 
         Args:
-            model: in training mode; perhaps wrapped for several processes, so it is to be called and not looked into.
+            model: in training mode. It may be wrapped for several processes, so only call it.
+            batch: of the task, on the device.
 
         Returns:
-            A scalar, or several by name: `loss` among them is what is minimized, or without it their sum. Scalars whose
-            names begin with `loss_` are logged.
+            A scalar, or several by name. `loss` is minimized, or without it the sum of all. Scalars whose names begin
+            with `loss_` are logged.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
+        raise NotImplementedError(f"{type(self).__name__} does not implement loss")
 
     def forward(self, training_task: TrainingTask, batch: Any) -> Mapping[str, Tensor]:
-        """A training forward pass; `loss` of the result is what is minimized."""
+        """Make a training forward pass. `loss` of the result is minimized."""
         return training_task(batch)
 
     def predict(self, model: nn.Module, batch: Any) -> Any:
@@ -227,28 +233,28 @@ class Task:
 
     def evaluator(self, model: nn.Module, data: Any, device: torch.device) -> Evaluator:
         """A new evaluator of a model."""
-        raise NotImplementedError(f"{type(self).__name__} has no evaluator")
+        raise NotImplementedError(f"{type(self).__name__} does not implement evaluator")
 
     # ------------------------------------------------------------------------------------------------------ texts
 
     @classmethod
     def name(cls) -> str:
-        """The monitored metric's name on the screen."""
+        """The displayed name of the monitored metric."""
         return cls.label or cls.monitor
 
     @classmethod
     def text(cls, value: float, digits: int | None = None) -> str:
-        """A value of the monitored metric with its unit."""
+        """Format a value of the monitored metric with its unit."""
         return f"{value:.{cls.digits if digits is None else digits}f}{cls.unit and f' {cls.unit}'}"
 
     @classmethod
     def curves(cls) -> list[Curve]:
-        """What the figure of a run plots beside the loss."""
+        """The metrics that the figure of a run plots in addition to the loss."""
         unit = f", {cls.unit}" if cls.unit else ""
         return [Curve(cls.monitor, f"validation {cls.name()}{unit}", cls.mode, cls.text)]
 
     def summary(self, found: Mapping[str, Mapping[str, float]]) -> str:
-        """The metrics of an epoch on one line.
+        """Format the metrics of an epoch as one line.
 
         Args:
             found: metrics of the weights (`raw`), and of their average (`ema`) if there is one.
@@ -259,29 +265,30 @@ class Task:
         return f"{loss}{'val ' * (self.name() == 'loss')}{self.name()} {values}"
 
     def score(self, found: Mapping[str, Mapping[str, float]]) -> float:
-        """The monitored metric of the weights that count: the averaged ones if there are any.
+        """The monitored metric, of the averaged weights if there are any.
 
         Raises:
-            revnets.SpecError: the evaluator does not give it.
+            revnets.SpecError: the evaluator does not return this metric.
         """
         last = list(found.values())[-1]
         if self.monitor not in last:
-            problem = f"{type(self).__name__} monitors {self.monitor}, which its evaluator does not give"
-            raise run_error("task", problem, nearest(self.monitor, list(last), "It gives"), code="unknown-choice")
+            problem = f"{type(self).__name__} monitors {self.monitor}, which its evaluator does not return"
+            raise run_error("task", problem, nearest(self.monitor, list(last), "It returns"), code="unknown-choice")
         return last[self.monitor]
 
     def is_better(self, value: float, best: float) -> bool:
-        """Is a value of the monitored metric better than another?"""
+        """Whether a value of the monitored metric is better than another."""
         return value > best if self.mode == "max" else value < best
 
 
 class LossTask(TrainingTask):
-    """A model whose loss is a function of it and of a batch, as a task of timm.
+    """A timm task whose loss is a function of the model and a batch.
 
     Args:
-        model: what is trained.
-        loss: called as `loss(model, batch)`; the result is that of `Task.loss`.
+        model: to train.
+        loss: called as `loss(model, batch)`, with a result as of `Task.loss`.
         device: of the model.
+        verbose: as in timm.
     """
 
     def __init__(
@@ -301,7 +308,7 @@ class LossTask(TrainingTask):
         return self
 
     def forward(self, batch: Any) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The losses of a batch, `loss` among them."""
+        """The losses of a batch, including `loss`."""
         found = self.loss(self.trainable_module, batch)
         if isinstance(found, Tensor):
             return {"loss": found}
@@ -309,5 +316,5 @@ class LossTask(TrainingTask):
 
 
 def scalars(metrics: Mapping[str, float] | Metrics) -> dict[str, float]:
-    """What an evaluator has computed, as numbers by name."""
+    """The numbers in the metrics of an evaluator, by name."""
     return dict(metrics) if isinstance(metrics, Mapping) else metrics.scalars()

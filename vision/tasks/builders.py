@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: task, model, device, optimizer, schedule, autocast. Most are timm's."""
+"""Builds the components of a run from its configuration: task, model, device, optimizer, schedule and autocast."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from vision.revcol import ARGUMENTS
 from vision.tasks.base import Task
 
 OPTIONAL = ("label_smoothing", "mixup", "supervision", "pretrained", "heads")
-"""Keys of a run that a task must name in `uses`, or else they would be ignored silently."""
+"""Keys of a run that a task must list in `uses`, so that none is ignored silently."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def create_task(config: TrainConfig) -> Task:
-    """The task that a configuration names.
+    """Create the task of a configuration.
 
     Raises:
-        revnets.SpecError: it is no task, does not take its options, or does not use a key that is given.
+        revnets.SpecError: the class is not a task, refuses its options, or does not support a key that is given.
     """
     name, options = config.task_and_options
     if name == "classification" and config.heads is not None:
@@ -58,18 +58,19 @@ def create_task(config: TrainConfig) -> Task:
             kind = resolve_name(TASKS[name])
         except ModuleNotFoundError as error:
             remedy = "pip install 'revnets[dense]'"
-            raise run_error("task", f"{name} needs {error.name}", remedy, code="missing-dependency") from None
+            problem = f"{name} needs {error.name}, which is not installed"
+            raise run_error("task", problem, remedy, code="missing-dependency") from None
     else:
         try:
             kind = imported("task", name)
         except PartError as error:
             raise run_error("task", error.problem, error.remedy, error.code) from None
     if not (inspect.isclass(kind) and issubclass(kind, Task)):
-        raise run_error("task", f"{name} is no task", "Derive it from vision.tasks.Task", code="invalid-component")
+        raise run_error("task", f"{name} is not a task", "Derive it from vision.tasks.Task", code="invalid-component")
     _check_options(kind, name, options)
     for key in (key for key in OPTIONAL if key not in kind.uses):
         if getattr(config, key) != TrainConfig.model_fields[key].default:
-            raise run_error(key, f"the task {name} does not use it", "Remove the key", code="reserved-key")
+            raise run_error(key, f"the task {name} does not support it", "Remove the key", code="reserved-key")
     try:
         return kind(config, **options)
     except (TypeError, ValueError) as error:
@@ -85,23 +86,23 @@ def _check_options(kind: type[Task], name: str, options: Mapping[str, Any]) -> N
     known: Sequence[str] = [item.name for item in parameters if item.kind is not item.VAR_KEYWORD]
     if len(known) == len(parameters):
         for key in (key for key in options if key not in known):
-            remedy = nearest(key, known, "It takes") if known else "Remove it"
-            raise run_error(f"task.{key}", f"{name} has no such option", remedy, code="unknown-key")
+            hint = nearest(key, known, "Known options are") if known else "Remove it"
+            raise run_error(f"task.{key}", f"{name} has no such option", hint, code="unknown-key")
     for item in parameters:
         is_required = item.default is item.empty and item.kind in (item.KEYWORD_ONLY, item.POSITIONAL_OR_KEYWORD)
         if is_required and item.name not in options:
-            raise run_error(f"task.{item.name}", f"{name} needs this option", "Give it", code="missing-key")
+            raise run_error(f"task.{item.name}", f"{name} requires this option", "Add it", code="missing-key")
 
 
 def create_model(config: TrainConfig, **defaults: Any) -> nn.Module:
-    """The model of a run, in its memory mode, in training mode.
+    """Create the model of a run in training mode, with the memory mode of the run.
 
     Args:
-        defaults: arguments of a model of timm or transformers that the configuration may override, such as
-            `num_classes`.
+        config: of the run.
+        defaults: arguments of a timm or transformers model that the configuration may override, such as `num_classes`.
 
     Raises:
-        revnets.SpecError: it cannot be built.
+        revnets.SpecError: the model cannot be built.
     """
     if isinstance(config.model, TimmModel):
         model = _timm_model(config.model, defaults)
@@ -121,25 +122,25 @@ def create_model(config: TrainConfig, **defaults: Any) -> nn.Module:
 
 
 def fake_output(model: nn.Module, shape: Sequence[int]) -> Any:
-    """What a model in evaluation mode returns for one image of this shape (C, H, W): shapes without values.
+    """The output of a model in evaluation mode for one image of this shape (C, H, W), without values.
 
     Raises:
-        revnets.SpecError: it does not take such images.
+        revnets.SpecError: the model does not accept such images.
     """
     was_training, device = model.training, next(model.parameters()).device
     weights = {name: tensor.to("meta") for name, tensor in chain(model.named_parameters(), model.named_buffers())}
-    model.eval()  # dropout would draw random numbers, BatchNorm would take the zeros into its statistics
+    model.eval()  # so that dropout draws no random numbers, and BatchNorm does not update its statistics
     try:
         with torch.no_grad():
             try:
                 return functional_call(model, weights, (torch.zeros(1, *shape, device="meta"),))
-            except Exception:  # it makes tensors on a device by name: fake ones, which are slower, go with them
+            except Exception:  # it creates tensors on a named device, which the slower fake tensors support
                 with FakeTensorMode(allow_non_fake_inputs=True):
                     return model(torch.zeros(1, *shape, device=device))
     except RuntimeError as error:
         sizes = " x ".join(str(size) for size in shape)
-        problem = f"does not take images of {sizes} ({first_line(error)})"
-        raise run_error("model", problem, "Change its stem, or data", code="input-rejected") from error
+        problem = f"the model does not accept images of {sizes} ({first_line(error)})"
+        raise run_error("model", problem, "Change its stem or the data", code="input-rejected") from error
     finally:
         model.train(was_training)
 
@@ -152,7 +153,7 @@ def _timm_model(model: TimmModel, defaults: dict[str, Any]) -> nn.Module:
     except Exception as error:  # models refuse their arguments in many ways
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown and model.timm in timm.list_models(module="revcol"):
-            remedy = nearest(unknown[1], ARGUMENTS, "It has")
+            remedy = nearest(unknown[1], ARGUMENTS, "Known arguments are")
             raise run_error(
                 f"model.{unknown[1]}", f"{model.timm} has no such argument", remedy, code="unknown-key"
             ) from None
@@ -162,7 +163,7 @@ def _timm_model(model: TimmModel, defaults: dict[str, Any]) -> nn.Module:
 
 
 def _transformers_model(model: TransformersModel, defaults: dict[str, Any]) -> nn.Module:
-    """A language model of new weights, without a cache of keys and values, which training does not need."""
+    """A language model with new weights, without a key-value cache, which training does not need."""
     try:
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     except ImportError:
@@ -174,7 +175,7 @@ def _transformers_model(model: TransformersModel, defaults: dict[str, Any]) -> n
     kind = CONFIG_MAPPING[model.hf]
     known = [*(field.name for field in fields(kind)), *kind.attribute_map]
     for key in (key for key in model.options if key not in known):
-        remedy = nearest(key, known, "It has")
+        remedy = nearest(key, known, "Known arguments are")
         raise run_error(f"model.{key}", f"{model.hf} has no such argument", remedy, code="unknown-key")
     try:
         config = kind(**{"use_cache": False, **defaults, **model.options})
@@ -192,10 +193,10 @@ def columns_of(model: nn.Module) -> ReversibleColumns | None:
 
 
 def choose_device(name: str, world: World | None = None) -> torch.device:
-    """The device that a configuration names; of several processes on a machine each takes its own GPU.
+    """The device of a configuration. Each of several processes on a machine uses its own GPU.
 
     Raises:
-        revnets.SpecError: this machine does not have it.
+        revnets.SpecError: the device does not exist or cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,7 +205,7 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
     try:
         torch.empty(0, device=name)
         if torch.device(name).type == "meta":
-            raise RuntimeError("it holds shapes without numbers")
+            raise RuntimeError("it has no values")
     except (RuntimeError, AssertionError, ImportError) as error:
         raise run_error(
             "device", f"{name} cannot be used ({first_line(error)})", "Give auto or cpu", code="unusable-device"
@@ -213,10 +214,10 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
 
 
 def build_model(config: TrainConfig, data: Any) -> nn.Module:
-    """The model of a run as its task builds it, checked against the data.
+    """Build the model of a run by its task, and check it against the data.
 
     Raises:
-        revnets.SpecError: it cannot be built, or does not fit the data.
+        revnets.SpecError: the model cannot be built, or does not fit the data.
     """
     return create_task(config).build_model(data)
 
@@ -224,16 +225,19 @@ def build_model(config: TrainConfig, data: Any) -> nn.Module:
 def build_task(
     config: TrainConfig, model: nn.Module, data: Any, device: torch.device, task: Task | None = None
 ) -> TrainingTask:
-    """timm's task around the model of a run, on the device, and with averaged weights.
+    """timm's task around the model of a run, on the device, and with averaged weights if the run has them.
 
     Args:
-        task: of the run; made from the configuration if None.
+        config, model, data, device: of the run.
+        task: of the run; created from the configuration if None.
 
     Raises:
-        revnets.SpecError: the model does not serve the task.
+        revnets.SpecError: the model does not fit the task.
     """
     model = model.to(device)
-    if config.channels_last and config.parallel != "fsdp":  # which wants kernels in rows; images lead the way anyhow
+    if (
+        config.channels_last and config.parallel != "fsdp"
+    ):  # FSDP2 needs contiguous weights; images in this layout are enough
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     training_task = (task or create_task(config)).training_task(model, data, device)
     if config.ema is not None:
@@ -242,17 +246,17 @@ def build_task(
 
 
 def has_budget(config: TrainConfig, model: nn.Module) -> bool:
-    """Is the memory mode of a run chosen under a budget, the run's or that of its model?"""
+    """Whether the memory mode is planned for a budget of the run or of its model."""
     columns = columns_of(model)
     budget = config.memory if isinstance(config.memory, BudgetSpec) else columns.budget if columns else None
     return columns is not None and isinstance(budget, BudgetSpec)
 
 
 def compile_cells(model: nn.Module, backend: str) -> None:
-    """Compile the cells, or the whole of a model without columns.
+    """Compile the cells, or the whole model if it has no columns.
 
-    Cells share their code, and each compiles it for its own shapes. Were shapes dynamic, a replay could meet another
-    version than its forward did, which saves other tensors.
+    Cells share their code, and each compiles it for its own shapes. With dynamic shapes, a replay could use another
+    compiled version than its forward pass, which saves other tensors.
     """
     columns = columns_of(model)
     dynamo = torch._dynamo.config
@@ -261,12 +265,12 @@ def compile_cells(model: nn.Module, backend: str) -> None:
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
-    """timm's optimizer with timm's groups: no weight decay for 1-D parameters (biases, norms, gains).
+    """Build timm's optimizer with timm's groups: no weight decay for 1-D parameters (biases, norms, gains).
 
-    A model without an order of layers, such as a detector, has that of the RevCol inside of it.
+    A model without an order of layers, such as a detector, uses that of its RevCol backbone.
 
     Raises:
-        revnets.SpecError: it does not take its options, or cannot be made here.
+        revnets.SpecError: the optimizer refuses its options, or cannot be used here.
     """
     given = config.optimizer
     options: dict[str, Any] = {
@@ -296,35 +300,37 @@ def _groups_around_backbone(given: OptimizerConfig, model: nn.Module) -> list[di
     except LookupError:
         key, text = "layer_decay", "this model has no order of layers"
         if given.backbone_lr_scale != 1:
-            key, text = "backbone_lr_scale", "this model is no backbone with heads around it"
-        remedy = "Remove the key" if key == "backbone_lr_scale" else "Take one of timm's"
-        raise run_error(f"optimizer.{key}", text, remedy, code="conflicting-values") from None
+            key, text = "backbone_lr_scale", "this model is not a backbone with heads"
+        hint = "Remove the key" if key == "backbone_lr_scale" else "Use a timm model"
+        raise run_error(f"optimizer.{key}", text, hint, code="conflicting-values") from None
 
 
 def build_schedule(
     config: TrainConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int, images_per_update: int
 ) -> Scheduler:
-    """A schedule that is a function of the number of updates, and so needs no state of its own.
+    """Build the schedule, which is a function of the number of updates and needs no state.
 
     Raises:
-        revnets.SpecError: the warm-up is as long as the run, whose length has another unit.
+        revnets.SpecError: the warm-up is not shorter than the run.
     """
     given, factor = config.schedule, config.optimizer.lr_factor(images_per_update)
     total = config.total_updates(updates_per_epoch)
     warmup = given.warmup_epochs * updates_per_epoch if given.warmup_updates is None else given.warmup_updates
     if warmup >= total:
         key = "epochs" if given.warmup_updates is None else "updates"
-        text = f"a warm-up of {warmup:g} updates leaves nothing of {total}"
+        text = f"a warm-up of {warmup:g} updates is not shorter than the run of {total}"
         raise run_error(f"schedule.warmup_{key}", text, "Give fewer", code="conflicting-values")
     ratio, unit = given.warmup_ratio, updates_per_epoch if config.updates is None else 1
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched="multistep" if given.name == "step" else given.name,
         num_epochs=total,
-        warmup_epochs=cast(int, warmup),  # a part of an update is fine, whatever timm declares
+        warmup_epochs=cast(int, warmup),  # fractions work, despite timm's annotation
         warmup_lr=factor * (given.warmup_lr if ratio is None else ratio * config.optimizer.lr),
         min_lr=given.min_lr * factor,
-        decay_milestones=[round(milestone * unit) + 1 for milestone in given.milestones],  # timm's begin one earlier
+        decay_milestones=[
+            round(milestone * unit) + 1 for milestone in given.milestones
+        ],  # timm's start one update earlier
         decay_rate=given.power if given.name == "poly" else given.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=1,
@@ -334,7 +340,7 @@ def build_schedule(
 
 
 def build_autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """What a forward pass runs in; call it to get the context."""
+    """A function that returns the autocast context of a forward pass."""
     return partial(torch.autocast, device.type, dtype=DTYPES.get(amp), enabled=amp in DTYPES)
 
 

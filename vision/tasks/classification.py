@@ -22,11 +22,11 @@ from vision.tasks.base import Task
 from vision.tasks.builders import create_model, fake_output
 
 CONFUSIBLE = 1000
-"""The most classes for which a confusion matrix is counted; for 21841 it would take 4 GB."""
+"""Most classes for which a confusion matrix is computed. For 21841 classes it would need 4 GB."""
 
 
 class Classification(Task):
-    """Images of one class each. A batch is images (B, C, H, W) and class numbers (B,); -1 does not count."""
+    """Classification of images. A batch is images (B, C, H, W) and class numbers (B,), where -1 does not count."""
 
     monitor, mode, label, unit, digits = "top1", "max", "top-1", "%", 2
     uses = frozenset({"label_smoothing", "mixup", "pretrained"})
@@ -40,40 +40,41 @@ class Classification(Task):
         return {"classes": list(data.classes)}
 
     def build_model(self, data: ImageData) -> nn.Module:
-        """The model, checked against the data that it will see; nothing is computed for that.
+        """Build the model, and check it against the data without computing anything.
 
         Raises:
-            revnets.SpecError: it cannot be built, does not take these images, or has another number of classes.
+            revnets.SpecError: the model cannot be built, does not accept these images, or has another number of
+                classes.
         """
-        if len(data.classes) < 2 or "" in data.classes:  # as if all images lay in one folder, or in none
+        if len(data.classes) < 2 or "" in data.classes:  # all images are in one directory, or in none
             problem = f"the classes of the images are {', '.join(map(repr, data.classes))}"
-            raise run_error("data", problem, "Put the images of each class into a folder", code="class-mismatch")
+            raise run_error("data", problem, "Use one directory per class", code="class-mismatch")
         model = create_model(self.config, num_classes=len(data.classes), in_chans=data.shape[0])
         output = fake_output(model, data.shape)
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise run_error(
-                "model", "does not return class scores alone", "Give it a head and no taps", code="shape-mismatch"
+                "model", "it does not only return class scores", "Give it a head and no taps", code="shape-mismatch"
             )
         if output.shape[1] != len(data.classes):
-            problem = f"gives {output.shape[-1]} scores for {len(data.classes)} classes"
+            problem = f"the model returns {output.shape[-1]} scores for {len(data.classes)} classes"
             key = "model.num_classes" if isinstance(self.config.model, TimmModel) else "model.head"
             raise run_error(key, problem, f"Set num_classes: {len(data.classes)}", code="class-mismatch")
         return model
 
     def begin(self, model: nn.Module, data: ImageData, world: World) -> str:
-        """Put the pretrained weights of the run into a new model; the classifier's if they are for the same classes."""
+        """Load the pretrained weights of the run, including the classifier if it is for the same classes."""
         assert self.config.pretrained is not None
         from vision.weights import finetune  # few runs need it
 
         return finetune.begin(model, self.config.pretrained, data.classes, world)
 
     def training_task(self, model: nn.Module, data: ImageData, device: torch.device) -> TrainingTask:
-        """timm's, with a loss that smooths labels or takes those that mixup gives."""
+        """timm's task, with label smoothing, or a loss for the targets of mixup."""
         return ClassificationTask(model, self.criterion, self.criterion_options, device=device, verbose=False)
 
     @property
     def criterion(self) -> nn.Module | None:
-        """The loss of a head, of its scores and targets; None for timm's."""
+        """The loss of scores and targets; None for timm's."""
         return None
 
     @property
@@ -98,22 +99,22 @@ class Classification(Task):
 
 @dataclass(frozen=True, slots=True)
 class ClassificationMetrics:
-    """Of one set of weights. Accuracies are percentages, as in timm."""
+    """Metrics of one set of weights. Accuracies are percentages, as in timm."""
 
     loss: float
     top1: float
     top5: float
-    images: int  # those that could be read
-    confusion: Tensor | None  # (true class, predicted class), counts
+    images: int  # number of readable images
+    confusion: Tensor | None  # counts (true class, predicted class)
     heads: dict[str, float] = field(default_factory=dict)  # top1_COLUMN and so on, of heads at earlier columns
 
     def scalars(self) -> dict[str, float]:
-        """What goes into logs."""
+        """The metrics that are logged."""
         return {"loss": self.loss, "top1": self.top1, "top5": self.top5, **self.heads}
 
 
 class AccuracyEvaluator:
-    """timm's evaluator without the images that do not count, and the confusion of the classes.
+    """timm's evaluator, which skips images that do not count, and the confusion matrix.
 
     Args:
         num_classes: of the data.
@@ -129,7 +130,7 @@ class AccuracyEvaluator:
         self.seen = torch.zeros((), dtype=torch.long, device=device)
 
     def update(self, output: Any, batch: tuple[Tensor, Tensor]) -> None:
-        """Add scores (B, classes of the model) of a batch."""
+        """Add the scores (B, classes of the model) of a batch."""
         counts = batch[1] >= 0
         labels, output = batch[1][counts], self.counted(output, counts)
         self.evaluator.update(output, labels)
@@ -143,7 +144,7 @@ class AccuracyEvaluator:
         return self.chosen(output[counts])
 
     def chosen(self, scores: Tensor) -> Tensor:
-        """Scores for the classes of the data."""
+        """Select the scores of the classes of the data."""
         return scores if self.subset is None else self.subset(scores)
 
     def final(self, output: Any) -> Tensor:

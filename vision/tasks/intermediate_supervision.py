@@ -1,4 +1,4 @@
-"""Image classification with intermediate supervision: losses and accuracies at some columns (section 2.3, D.1)."""
+"""Image classification with intermediate supervision: losses and accuracies at several columns (section 2.3, D.1)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class SupervisedClassification(Classification):
         """The model with heads at its columns, and the compound loss.
 
         Raises:
-            revnets.SpecError: the model cannot be supervised.
+            revnets.SpecError: the model does not support intermediate supervision.
         """
         if not isinstance(model, RevCol):
             problem = f"{type(model).__name__} has no reversible columns"
             raise run_error(
-                "supervision", problem, "Give one of the family, as in {timm: revcol_tiny}", code="no-columns"
+                "supervision", problem, "Give a RevCol of timm, as in {timm: revcol_tiny}", code="no-columns"
             )
         options = {"device": device, "verbose": False}
         try:
@@ -51,7 +51,7 @@ class SupervisedClassification(Classification):
 
 
 class HeadsAccuracyEvaluator(AccuracyEvaluator):
-    """The accuracy of every head; that of the last one is the model's.
+    """Accuracy of every head. The last one is that of the model.
 
     Args:
         stops: the heads.

@@ -1,8 +1,8 @@
-"""Classification with several sets of classes at once, a head for each (RevCol, appendix C.1).
+"""Classification with several sets of classes, each with its own head (RevCol, appendix C.1).
 
 As in Ghiasi et al., "Multi-Task Self-Training for Learning General Representations" (ICCV 2021), a model trains on the
 labels that an image has: classes of one data set, soft labels of a teacher for others. The heads are slices of one
-classifier, so that every model with a classifier has them, and classifiers at earlier columns are divided likewise.
+classifier, so every model with a classifier supports them, and classifiers at earlier columns are sliced likewise.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from vision.tasks.intermediate_supervision import SupervisedClassification
 
 
 class MultiTarget(Classification):
-    """Images with targets of several heads: `heads: {in1k: 1000, places: 365}` in the run.
+    """Classification with several heads: `heads: {in1k: 1000, places: 365}` in the run.
 
-    A training batch is images (B, C, H, W) and targets (B, classes of all heads), which are zeros where an image has no
-    label of a head; a batch of the validation set has class numbers (B, heads) instead, -1 where there is none.
+    A training batch is images (B, C, H, W) and targets (B, classes of all heads), which are zeros for heads without a
+    label. A validation batch has class numbers (B, heads) instead, which are -1 for heads without a class.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "pretrained", "heads"})
@@ -45,11 +45,14 @@ class MultiTarget(Classification):
 
         images = images_in(self.config.data)
         if images is None:
-            raise run_error("data", "has no heads", "Give images of class folders", code="conflicting-values")
+            problem = "this data set has one set of classes"
+            raise run_error("data", problem, "Give images in class directories", code="conflicting-values")
         targets = HeadTargets(self.heads, self.config.label_smoothing)
         unreadable = Unreadable(notes, images.unreadable)
         config = cast(Any, self.config.data)
-        workers = self.config.workers if world is not None else None  # without a world nothing is trained
+        workers = (
+            self.config.workers if world is not None else None
+        )  # without a distributed context, nothing is trained
         return load_sources(config, targets, self.config.seed, unreadable, world or World(), workers)
 
     @property
@@ -68,7 +71,7 @@ class MultiTarget(Classification):
 
 
 class SupervisedMultiTarget(MultiTarget, SupervisedClassification):
-    """The same with intermediate supervision."""
+    """Classification with several heads and intermediate supervision."""
 
     uses: ClassVar[frozenset[str]] = MultiTarget.uses | {"supervision"}
 
@@ -77,13 +80,13 @@ class SupervisedMultiTarget(MultiTarget, SupervisedClassification):
 
 
 class HeadsCrossEntropy(nn.Module):
-    """The cross entropies of all heads with targets that are distributions, or zeros for no label.
+    """Cross entropies of all heads, with targets that are distributions, or zeros without a label.
 
-    They are summed over heads, and the mean is taken over all images of a batch, with a label or without one: so the
-    gradient of several batches, or processes, is that of all their images together.
+    They are summed over heads, and averaged over all images of a batch, including those without a label. So the
+    gradient of several batches, or processes, equals that of all their images together.
 
     Args:
-        heads: number of classes of each.
+        heads: number of classes of each head.
     """
 
     def __init__(self, heads: Mapping[str, int]):
@@ -91,20 +94,20 @@ class HeadsCrossEntropy(nn.Module):
         self.sizes = list(heads.values())
 
     def forward(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Scores and targets (B, classes of all heads) to the loss."""
+        """The loss of scores and targets (B, classes of all heads)."""
         pairs = zip(scores.split(self.sizes, 1), targets.split(self.sizes, 1), strict=True)
         losses = [-(target * score.float().log_softmax(1)).sum(1) for score, target in pairs]
         return torch.stack(losses).sum(0).mean()
 
 
 class MultiTargetEvaluator:
-    """Top-1 and top-5 accuracy of every head on the images that have a class of it.
+    """Top-1 and top-5 accuracy of every head on the images that have a class of this head.
 
-    `loss`, `top1` and `top5` are those of the first head with such images. Those of other heads are called `top1_NAME`,
-    and those of the first one at an earlier column `top1_COLUMN`.
+    `loss`, `top1` and `top5` are those of the first head with such images. Those of other heads are named `top1_NAME`,
+    and those of the first head at earlier columns `top1_COLUMN`.
 
     Args:
-        heads: number of classes of each.
+        heads: number of classes of each head.
         device: of the model.
     """
 
@@ -115,7 +118,7 @@ class MultiTargetEvaluator:
         )  # by column and head
 
     def update(self, output: Tensor | Outputs, batch: tuple[Tensor, Tensor]) -> None:
-        """Add scores (B, classes of all heads) of a batch."""
+        """Add the scores (B, classes of all heads) of a batch."""
         columns = output.logits if isinstance(output, Outputs) else {0: output}
         for column, scores in columns.items():
             slices = scores.split(list(self.heads.values()), 1)

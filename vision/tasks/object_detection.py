@@ -1,4 +1,4 @@
-"""Detection of objects as a task of the trainer: boxes, and masks if the detector has them, validated by AP."""
+"""Object detection as a task of the trainer: boxes, and masks if the detector has them, validated by AP."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from vision.errors import first_line, run_error
 from vision.tasks.base import Batches, Task
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
-"""Images (3, H, W) and mappings: for training boxes, labels and masks, for validation numbers and sizes of files."""
+"""Images (3, H, W) and targets: boxes, labels and masks for training, ids and file sizes for validation."""
 
 DETECTORS = {"cascade_mask_rcnn": True, "htc": True, "dino": False}
 """Detectors of `vision.detection`, and whether they train on masks."""
 
 MASKS_AT_ONCE = 16
-"""Masks that are resized together; those of a hundred objects of a large image would fill a gigabyte."""
+"""Masks that are resized together. Those of a hundred objects of a large image would need a gigabyte."""
 
 
 class ObjectDetection(Task):
-    """Boxes, classes and perhaps masks of objects. `model: {timm: revcol_tiny, ...}` names the backbone.
+    """Detection of objects with boxes, classes and optionally masks. `model: {timm: revcol_tiny, ...}` is the backbone.
 
     Args:
         config: of the run, whose `data` is `coco`.
         detector: `cascade_mask_rcnn`, `htc` or `dino`.
         options: of the detector; see `vision.detection`.
-        copy_paste: how often objects of another image of the batch are pasted into an image, for masks only.
+        copy_paste: probability that objects of another image of the batch are pasted into an image. Needs masks.
         planned_objects: objects per image in memory plans.
     """
 
@@ -58,40 +58,41 @@ class ObjectDetection(Task):
     ):
         super().__init__(config)
         if not isinstance(config.data, CocoConfig):
-            raise run_error("data", "has no boxes of objects", "Give name: coco", code="conflicting-values")
+            raise run_error("data", "it has no boxes of objects", "Give name: coco", code="conflicting-values")
         if not isinstance(config.model, TimmModel):
-            remedy = "Name a RevCol, as in {timm: revcol_tiny}"
-            raise run_error("model", "is no backbone for a detector", remedy, code="invalid-component")
+            hint = "Name a RevCol, as in {timm: revcol_tiny}"
+            raise run_error("model", "it is not a backbone for a detector", hint, code="invalid-component")
         self.detector, self.options, self.coco = detector, dict(options or {}), config.data
         if self.needs_masks() and not config.data.masks:
             problem = f"{detector} trains on masks"
             raise run_error("data.masks", problem, "Set it to true, or choose dino", code="conflicting-values")
         if not isinstance(copy_paste, (int, float)) or not 0 <= copy_paste <= 1:
-            raise run_error("task.copy_paste", f"{copy_paste!r}", "Give a number from 0 to 1", code="out-of-range")
+            problem = f"{copy_paste!r} is not a probability"
+            raise run_error("task.copy_paste", problem, "Give a number from 0 to 1", code="out-of-range")
         if copy_paste and not config.data.masks:
-            raise run_error("task.copy_paste", "objects are cut out by masks", "Set data.masks", "conflicting-values")
+            raise run_error("task.copy_paste", "it needs masks", "Set data.masks: true", "conflicting-values")
         if type(planned_objects) is not int or planned_objects < 1:
             problem = f"{show(planned_objects)} is not a number of objects"
             raise run_error("task.planned_objects", problem, "Use an integer of at least 1", code="out-of-range")
         self.copy_paste, self.planned_objects = copy_paste, planned_objects
 
     def needs_masks(self) -> bool:
-        """Does the detector train on masks?
+        """Whether the detector trains on masks.
 
         Raises:
             revnets.SpecError: there is no such detector.
         """
         if self.detector not in DETECTORS:
-            problem = f"there is no detector {self.detector!r}"
+            problem = f"unknown detector {self.detector!r}"
             raise run_error("task.detector", problem, nearest(self.detector, DETECTORS, "Give"), "unknown-choice")
         return DETECTORS[self.detector] and bool(self.options.get("masks", True))
 
     def stuff_classes(self) -> int | None:
-        """Number of classes of the semantic maps that the detector trains on; None if it reads none."""
+        """Number of classes of the semantic maps that the detector trains on; None without maps."""
         return self.options.get("stuff_classes") if self.detector == "htc" else None
 
     def create_detector(self, backbone: str, num_classes: int, **options: Any) -> nn.Module:
-        """The detector on a backbone of that name; it is called as those of torchvision."""
+        """Create the detector with a timm backbone. Its interface is that of torchvision's detectors."""
         create: Callable[..., nn.Module] = getattr(vision.detection, self.detector)
         return create(backbone, num_classes, **options)
 
@@ -99,18 +100,19 @@ class ObjectDetection(Task):
         return load_coco(self.coco, self.config.seed, notes, self.stuff_classes())
 
     def train_batches(self, data: DetectionData, world: World) -> Batches:
-        """The training batches, with semantic maps if the detector learns them.
+        """The training batches, with semantic maps if the detector uses them.
 
         Raises:
-            revnets.SpecError: maps are missing, or no detector reads them.
+            revnets.SpecError: maps are missing, or the detector does not use them.
         """
         has_maps, reads_maps = self.coco.stuff_maps is not None, self.stuff_classes() is not None
         if reads_maps and not has_maps:
-            problem = "is missing, and the detector has stuff_classes"
-            raise run_error("data.stuff_maps", problem, "Give the folder of the semantic maps", "conflicting-values")
+            problem = "the detector has stuff_classes, but this key is missing"
+            hint = "Give the directory of the semantic maps"
+            raise run_error("data.stuff_maps", problem, hint, "conflicting-values")
         if has_maps and not reads_maps:
-            remedy = "Remove the key, or choose htc with the option stuff_classes"
-            raise run_error("data.stuff_maps", "the detector reads no semantic maps", remedy, "conflicting-values")
+            hint = "Remove the key, or choose htc with the option stuff_classes"
+            raise run_error("data.stuff_maps", "the detector uses no semantic maps", hint, "conflicting-values")
         return super().train_batches(data, world)
 
     def collate(self, samples: list[Any]) -> Batch:
@@ -118,12 +120,12 @@ class ObjectDetection(Task):
         return list(images), list(targets)
 
     def padding(self, sample: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same image, which counts nowhere."""
+        """The same image with an id that does not count."""
         image, target = sample
         return image, {**target, "image_id": torch.tensor(NOT_COUNTED)}
 
     def metadata(self, data: DetectionData) -> dict[str, Any]:
-        """Names of the classes, and their numbers in files of COCO."""
+        """Names and COCO category ids of the classes."""
         return {"classes": list(data.classes), "category_ids": list(data.category_ids)}
 
     def build_model(self, data: Any) -> nn.Module:
@@ -157,21 +159,21 @@ class ObjectDetection(Task):
             raise run_error("task", first_line(error), hint, code="conflicting-values") from None
 
     def begin(self, model: nn.Module, data: DetectionData, world: World) -> str:
-        """Put pretrained weights into the backbone, or those of a whole DINO into another one."""
+        """Load pretrained weights into the backbone, or those of a DINO detector into another one."""
         assert self.config.pretrained is not None
         from vision.detection.class_transfer import begin_detector
 
         return begin_detector(model, self.config.pretrained, data.classes, world)
 
     def training_task(self, model: nn.Module, data: DetectionData, device: torch.device) -> TrainingTask:
-        """timm's task around the detector, whose BatchNorm counts over all processes where there are several GPUs."""
+        """timm's task around the detector, with synchronized BatchNorm for several GPUs."""
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         if processes > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return super().training_task(model, data, device)
 
     def augment(self, data: DetectionData) -> Callable[[Batch], Batch] | None:
-        """Copy and paste within a batch, if it is asked for."""
+        """Copy-paste augmentation within a batch, if the task has the option."""
         if not self.copy_paste:
             return None
         paste = vision.detection.CopyPaste(self.copy_paste)
@@ -181,7 +183,7 @@ class ObjectDetection(Task):
         return model(*batch)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
-        """What is in every image, in pixels of its file: `boxes` (N, 4), `labels`, `scores`, `masks` (N, H, W)."""
+        """Objects of every image in pixels of its file: `boxes` (N, 4), `labels`, `scores`, `masks` (N, H, W)."""
         images, targets = batch
         found = model(images)
         return [
@@ -196,12 +198,12 @@ class ObjectDetection(Task):
 def in_pixels_of_file(
     output: Mapping[str, Tensor], seen: tuple[int, int] | torch.Size, size: list[int]
 ) -> dict[str, Tensor]:
-    """The output of a detector for a resized image, for the image of the file.
+    """Rescale the output of a detector from a resized image to the image of the file.
 
     Args:
-        output: `boxes`, `labels`, `scores`, and perhaps `masks` (N, 1, H, W), probabilities.
-        seen: height and width of what the detector has seen.
-        size: of the file.
+        output: `boxes`, `labels`, `scores`, and optionally `masks` (N, 1, H, W), probabilities.
+        seen: height and width of the resized image.
+        size: height and width of the image of the file.
     """
     height, width = size
     factors = torch.tensor([width / seen[1], height / seen[0]] * 2, dtype=torch.float64)

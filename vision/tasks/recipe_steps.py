@@ -1,4 +1,4 @@
-"""Training steps of recipes by their names, for `revnets plan`: an entry of the group `revnets.models`."""
+"""Training steps of recipes by name, for `revnets plan`: an entry point of the group `revnets.models`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RecipeStep(nn.Module):
     """The part of a training step that a plan simulates: the model of a task, or the model with its loss.
 
     Attributes:
-        pretrained_cfg: names the shape of one image, as the models of timm do.
+        pretrained_cfg: has the shape of one image, as in timm models.
     """
 
     def __init__(self, step: nn.Module, shape: tuple[int, ...]):
@@ -36,9 +36,10 @@ def names() -> list[str]:
 
 
 def create(name: str, **options: Any) -> RecipeStep:
-    """The step of a recipe, for one training image of its size; no file of data or weights is read.
+    """Create the step of a recipe without reading data or weights.
 
     Args:
+        name: of the recipe.
         options: replace keys of the recipe, such as `model={"kernel_size": 3}`.
 
     Raises:
@@ -50,7 +51,7 @@ def create(name: str, **options: Any) -> RecipeStep:
     config = load_config({"base": str(file), **options}, name=name)
     shape = _shape(config)
     if shape is None:
-        raise SpecError(name, "data", "its samples have no shape", "Plan its model alone", code="missing-shape")
+        raise SpecError(name, "data", "its samples have no common shape", "Plan its model", code="missing-shape")
     count = getattr(config.data, "num_classes", None) or _usual_classes(config)
     classes = tuple(map(str, range(sum(config.heads.values()) if config.heads else count)))
     task = create_task(config)
@@ -60,15 +61,15 @@ def create(name: str, **options: Any) -> RecipeStep:
 
 def _shape(config: TrainConfig) -> tuple[int, ...] | None:
     side = getattr(config.data, "img_size", None)
-    return None if side is None else (1 if _is_grey(config) else 3, side, side)
+    return None if side is None else (1 if _is_gray(config) else 3, side, side)
 
 
 def _usual_classes(config: TrainConfig) -> int:
-    """The number of classes of the data, which are not read."""
+    """Return the usual number of classes of a data set, which is not read."""
     if isinstance(config.data, CocoConfig):
         return 80
-    return 10 if _is_grey(config) else 1000
+    return 10 if _is_gray(config) else 1000
 
 
-def _is_grey(config: TrainConfig) -> bool:
+def _is_gray(config: TrainConfig) -> bool:
     return isinstance(config.data, SmallImagesConfig)

@@ -27,11 +27,11 @@ from vision.segmentation.semantic_maps import SegmentationData, load_semantic_ma
 from vision.tasks.base import Task
 
 Batch = tuple[list[Tensor], list[Tensor]]
-"""Images (C, H, W) and class maps (H, W); those of validation have sizes of their own."""
+"""Images (C, H, W) and semantic maps (H, W), whose sizes may differ in validation."""
 
 
 class SemanticSegmentation(Task):
-    """A class for every pixel. `model: {timm: revcol_tiny, ...}` names the backbone.
+    """Semantic segmentation. `model: {timm: revcol_tiny, ...}` is the backbone.
 
     Args:
         config: of the run, whose `data` is `semantic_maps`.
@@ -52,12 +52,12 @@ class SemanticSegmentation(Task):
     ):
         super().__init__(config)
         if head not in ("upernet", "mask2former"):
-            raise run_error("task.head", f"there is no head {head!r}", "Give upernet or mask2former", "unknown-choice")
+            raise run_error("task.head", f"unknown head {head!r}", "Give upernet or mask2former", "unknown-choice")
         if not isinstance(config.data, SemanticMapsConfig):
-            raise run_error("data", "has no class maps", "Give name: semantic_maps", code="conflicting-values")
+            raise run_error("data", "it has no semantic maps", "Give name: semantic_maps", code="conflicting-values")
         if not isinstance(config.model, TimmModel):
-            remedy = "Name a RevCol, as in {timm: revcol_tiny}"
-            raise run_error("model", "is no backbone for a segmenter", remedy, code="invalid-component")
+            hint = "Name a RevCol, as in {timm: revcol_tiny}"
+            raise run_error("model", "it is not a backbone for a segmenter", hint, code="invalid-component")
         if planned_classes is not None and (type(planned_classes) is not int or planned_classes < 1):
             problem = f"{show(planned_classes)} is not a number of classes"
             raise run_error("task.planned_classes", problem, "Use an integer of at least 1", code="out-of-range")
@@ -72,7 +72,7 @@ class SemanticSegmentation(Task):
         return list(images), list(maps)
 
     def padding(self, sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The same image without a pixel that counts."""
+        """The same image with a map in which no pixel counts."""
         return sample[0], torch.full_like(sample[1], IGNORED)
 
     def metadata(self, data: SegmentationData) -> dict[str, Any]:
@@ -97,27 +97,27 @@ class SemanticSegmentation(Task):
         return model.train()
 
     def planned(self, model: nn.Module) -> nn.Module:
-        """The step with its loss: scores of all classes at the size of the images take more than the backbone."""
+        """The step with its loss, because scores of all classes at image size need more memory than the backbone."""
         return SegmentationStep(cast(RevColSegmenter, model), self.planned_classes)
 
     def begin(self, model: nn.Module, data: SegmentationData, world: World) -> str:
-        """Put pretrained weights into the backbone."""
+        """Load pretrained weights into the backbone."""
         assert self.config.pretrained is not None
         from vision.weights import finetune
 
         return finetune.begin(cast(RevColSegmenter, model).revcol, self.config.pretrained, (), world)
 
     def training_task(self, model: nn.Module, data: SegmentationData, device: torch.device) -> TrainingTask:
-        """timm's task around the segmenter, whose BatchNorm counts over all processes where there are several GPUs.
+        """timm's task around the segmenter, with synchronized BatchNorm for several GPUs.
 
         Raises:
-            revnets.SpecError: BatchNorm would see one image.
+            revnets.SpecError: BatchNorm would see a single image.
         """
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         if processes > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif self.config.batch_size == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
-            problem = "BatchNorm of the pyramid pooling needs more than one image in a process"
+            problem = "BatchNorm of the pyramid pooling needs more than one image per process"
             raise run_error("batch_size", problem, "Give at least 2", code="out-of-range")
         return super().training_task(model, data, device)
 
@@ -126,7 +126,7 @@ class SemanticSegmentation(Task):
         return model(pixel_values=torch.stack(batch[0]), **targets).loss.squeeze()
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Tensor]:
-        """The class of every pixel of every image, at the size of its file."""
+        """The class of every pixel of every image, at the size of its file, (H, W) each."""
         data = self.maps
         return [
             predicted_classes(

@@ -1,4 +1,4 @@
-"""Pictures of what a model finds in an image: boxes and masks of objects, or a class for every pixel."""
+"""Drawings of predictions: boxes and masks of objects, or a class for every pixel."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 FONT = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
 SMALL = 600
-"""Pictures with a shorter side of fewer pixels are enlarged before they are drawn on, so that labels can be read."""
+"""Images whose shorter side has fewer pixels are enlarged before drawing, so that labels can be read."""
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 INK, PAPER = (34, 34, 34), (255, 255, 255)
 
 
 def class_colors(count: int) -> list[tuple[int, int, int]]:
-    """Colors that differ much from one class to the next."""
+    """Colors of classes, which differ clearly between consecutive classes."""
     colors = []
     for number in range(count):
         brightness = (1.0, 0.75)[number % 2]
@@ -35,16 +35,18 @@ def class_colors(count: int) -> list[tuple[int, int, int]]:
 def draw_detections(
     picture: Image.Image, found: Mapping[str, Tensor], classes: Sequence[str], least: float
 ) -> Image.Image:
-    """The picture with the boxes, names and scores of objects, and their masks if there are any.
+    """Draw the boxes, names and scores of objects, and their masks if there are any.
 
     Args:
-        found: `boxes` (N, 4) in pixels of the picture, `labels` (N,) from 1, `scores`, and perhaps `masks` (N, H, W).
-        least: score; objects with less are left out.
+        picture: the image.
+        found: `boxes` (N, 4) in pixels, `labels` (N,) from 1, `scores` (N,), and optionally `masks` (N, H, W).
+        classes: names of the classes.
+        least: minimum score of drawn objects.
     """
     factor = enlargement(picture)
     canvas = TF.pil_to_tensor(enlarged(picture, factor))
     shown = (found["scores"] >= least).nonzero().flatten().cpu()
-    shown = shown[found["scores"].cpu()[shown].argsort()]  # the surest ones are drawn last
+    shown = shown[found["scores"].cpu()[shown].argsort()]  # the most certain ones are drawn last
     if not len(shown):
         return TF.to_pil_image(canvas)
     labels, scores = found["labels"].cpu()[shown].tolist(), found["scores"].cpu()[shown].tolist()
@@ -72,10 +74,12 @@ def draw_detections(
 
 
 def draw_classes(picture: Image.Image, numbers: Tensor, classes: Sequence[str]) -> Image.Image:
-    """The picture under the colors of the classes of its pixels, beside a legend of those that occur.
+    """Draw the colors of the classes over an image, next to a legend of the classes that occur.
 
     Args:
-        numbers: of the classes from 0 (H, W), as large as the picture.
+        picture: the image, H x W.
+        numbers: class of every pixel, from 0, (H, W).
+        classes: names of the classes.
     """
     factor = enlargement(picture)
     canvas = TF.pil_to_tensor(enlarged(picture, factor))
@@ -91,7 +95,7 @@ def draw_classes(picture: Image.Image, numbers: Tensor, classes: Sequence[str]) 
 
 
 def _with_legend(picture: Image.Image, rows: Sequence[tuple[str, tuple[int, int, int], float]]) -> Image.Image:
-    """The picture beside names, colors and shares of classes, as many as there is room for."""
+    """An image next to names, colors and shares of as many classes as fit."""
     size = _font_size(TF.pil_to_tensor(picture))
     font, step = ImageFont.truetype(FONT, size), round(1.6 * size)
     room = max(1, (picture.height - size) // step)
@@ -108,12 +112,12 @@ def _with_legend(picture: Image.Image, rows: Sequence[tuple[str, tuple[int, int,
 
 
 def enlargement(picture: Image.Image) -> int:
-    """The whole number by which both sides of a small picture are multiplied."""
+    """The integer factor by which a small image is enlarged."""
     return max(1, round(SMALL / min(picture.size))) if min(picture.size) * 8 > max(picture.size) else 1
 
 
 def enlarged(picture: Image.Image, factor: int) -> Image.Image:
-    """The picture with both sides multiplied."""
+    """An image enlarged by a factor."""
     if factor == 1:
         return picture
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
@@ -124,7 +128,7 @@ def _font_size(canvas: Tensor) -> int:
 
 
 def _within(boxes: Tensor, width: int, height: int) -> Tensor:
-    """Boxes of at least a pixel, which torchvision asks for."""
+    """Clip boxes to an image, with sides of at least one pixel, which torchvision requires."""
     left, top, right, bottom = boxes.unbind(1)
     left, top = left.clamp(0, width - 2), top.clamp(0, height - 2)
     right, bottom = right.clamp(max=width - 1), bottom.clamp(max=height - 1)

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Figures of a run: training curves and confusion matrix."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from vision.tasks.base import Curve
 
 INK, MUTED, GRID = "#222222", "#8a9099", "#e4e6ea"
-BLUE, GREY = "#0072B2", "#9aa1ab"
+BLUE, GRAY = "#0072B2", "#9aa1ab"
 
 
 def training_figure(log: Sequence[dict[str, Any]], curves: Sequence[Curve]) -> Figure:
-    """The loss of a run and the metrics of its task, from the lines of its log."""
+    """A figure of the loss of a run and the metrics of its task, from the records of its log."""
     figure = Figure(figsize=(4.5 * (1 + len(curves)), 3.6), layout="constrained")
     left, *others = figure.subplots(1, 1 + len(curves), squeeze=False)[0]
     draw_loss(left, log)
@@ -28,11 +28,11 @@ def training_figure(log: Sequence[dict[str, Any]], curves: Sequence[Curve]) -> F
 
 
 def draw_loss(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
-    """Training loss by epoch, and validation loss if the task has one."""
+    """Plot the training loss by epoch, and the validation loss if the task has one."""
     train, val = _of(log, "train"), _of(log, "eval")
     per_epoch = val[-1]["step"] / val[-1]["epoch"] if val else 1
     style(axes, "epoch", "loss")
-    axes.plot([line["step"] / per_epoch for line in train], [line["loss"] for line in train], color=GREY, lw=1.2)
+    axes.plot([line["step"] / per_epoch for line in train], [line["loss"] for line in train], color=GRAY, lw=1.2)
     with_loss = [line for line in val if "raw_loss" in line]
     points = [_counting(line, "loss") for line in with_loss]
     axes.plot([line["epoch"] for line in with_loss], points, color=BLUE, lw=2)
@@ -43,14 +43,14 @@ def draw_loss(axes: Axes, log: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_metric(axes: Axes, log: Sequence[dict[str, Any]], curve: Curve) -> None:
-    """A metric of the validation set by epoch, of the weights and of their average; its best value is marked."""
+    """Plot a validation metric by epoch, of the weights and of their average, with a mark at the best value."""
     val = [line for line in _of(log, "eval") if f"raw_{curve.metric}" in line]
     style(axes, "epoch", curve.axis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    for name, label, color in (("raw", "weights", GREY), ("ema", "averaged weights", BLUE)):
+    for name, label, color in (("raw", "weights", GRAY), ("ema", "averaged weights", BLUE)):
         key = f"{name}_{curve.metric}"
         points = [(line["epoch"], line[key]) for line in val if key in line]
-        if points:  # a run that was resumed with `ema` has averages from there on
+        if points:  # a run that was resumed with `ema` has no averages before
             axes.plot(*zip(*points, strict=True), color=color, lw=2, label=label)
     if val:
         is_max = curve.mode == "max"
@@ -63,7 +63,7 @@ def draw_metric(axes: Axes, log: Sequence[dict[str, Any]], curve: Curve) -> None
         axes.annotate(
             f"best {curve.text(point[1])}",
             point,
-            (5 if late else -5, 8 if is_max else -8),  # above or below, where no curve is
+            (5 if late else -5, 8 if is_max else -8),  # outside of the curve
             textcoords="offset points",
             ha="right" if late else "left",
             va="bottom" if is_max else "top",
@@ -73,10 +73,11 @@ def draw_metric(axes: Axes, log: Sequence[dict[str, Any]], curve: Curve) -> None
 
 
 def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
-    """The confusion matrix. At most 30 classes get their names.
+    """A figure of the confusion matrix, with class names for at most 30 classes.
 
     Args:
-        confusion: (true class, predicted class), counts.
+        confusion: counts (true class, predicted class).
+        classes: names of the classes.
     """
     side = min(12.0, 3 + 0.3 * len(classes))
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -95,7 +96,7 @@ def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
 
 
 def style(axes: Axes, x: str, y: str) -> None:
-    """Quiet axes: no box, light lines, small labels."""
+    """Style axes without a box, with light lines and small labels."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.grid(color=GRID, lw=0.8)
@@ -110,5 +111,5 @@ def _of(log: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def _counting(line: dict[str, Any], key: str) -> float:
-    """Of the averaged weights if there are any."""
+    """The metric of the averaged weights if there are any, else of the weights."""
     return line.get(f"ema_{key}", line[f"raw_{key}"])

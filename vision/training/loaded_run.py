@@ -1,4 +1,4 @@
-"""A trained model in Python: `vision.load_run("runs/mine")` gives it with what it needs to be used."""
+"""A trained model in Python: `vision.load_run("runs/mine")` returns it with its classes, transform and data."""
 
 from __future__ import annotations
 
@@ -33,19 +33,18 @@ from vision.tasks.builders import create_model
 WEIGHTS = ("auto", "raw", "ema")
 
 TIMM_WEIGHTS = ("pretrained", "checkpoint_path")
-"""Arguments of `timm.create_model` that make it look for weights."""
+"""Arguments of `timm.create_model` that make it load weights."""
 
 FREE_ELEMENTS, FREE_BLOCKS = 2**24, 100
-"""How much larger than its checkpoint a model may be; smaller differences are found when the two are compared."""
-
+"""How much larger than its checkpoint a model may be. Smaller differences are found when weights are loaded."""
 
 MAX_BATCH = 2**29
-"""Numbers in a batch of images that the configuration in a checkpoint may ask for: 2 GiB in float32."""
+"""Most numbers in a batch of images that the configuration in a checkpoint may request: 2 GiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint of `revnets train` as it was read, and the configuration that it is used with."""
+    """A checkpoint of `revnets train`, and the configuration that it is used with."""
 
     path: Path
     config: TrainConfig
@@ -53,13 +52,13 @@ class Checkpoint:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes; checkpoints of the first versions have none."""
+        """Names of the classes; None in checkpoints of the first versions."""
         names = self.state.get("classes")
         return tuple(names) if isinstance(names, (list, tuple)) else None
 
     @property
     def category_ids(self) -> tuple[int, ...] | None:
-        """Numbers of the classes in files of COCO, of a detector with one for each."""
+        """COCO category ids of a detector's classes; None for other models."""
         numbers = self.state.get("category_ids")
         if not isinstance(numbers, (list, tuple)) or len(numbers) != len(self.classes or ()):
             return None
@@ -67,7 +66,7 @@ class Checkpoint:
 
     @property
     def weight_sets(self) -> dict[str, tuple[Any, Any]]:
-        """Weights of the model and of heads at its columns, by `raw` and `ema`: those that there are."""
+        """Available weights of the model and of its intermediate heads, by `raw` and `ema`."""
         keys = {"raw": ("model", "heads"), "ema": ("ema", "heads_ema")}
         return {
             name: (self.state[model], self.state[heads] or {})
@@ -78,13 +77,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A model in evaluation mode, and the images that it is made for.
+    """A model in evaluation mode, with its configuration, classes and data.
 
     Attributes:
-        name: the checkpoint, or what else the model is from.
+        name: path of the checkpoint, or another source of the model.
+        model: the network.
+        config: of the run.
         classes: names in the order of the model's scores.
         device: of the model.
-        category_ids: numbers of the classes in files of COCO; None for models that are no detectors.
+        category_ids: COCO category ids of a detector's classes; None for other models.
     """
 
     name: str
@@ -96,10 +97,10 @@ class LoadedRun:
 
     @cached_property
     def data(self) -> ImageData:
-        """Training and validation set of the run, opened when they are first asked for.
+        """Training and validation set of the run, opened on first use.
 
         Raises:
-            revnets.SpecError: they are not there, or have other classes.
+            revnets.SpecError: the data is missing, or has other classes.
         """
         data = load_data(self.config.data, self.config.seed)
         if len(data.classes) != len(self.classes):
@@ -111,7 +112,7 @@ class LoadedRun:
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """From a picture (PIL) to an image (C, H, W) as the validation set has it; the model takes batches of these."""
+        """The transform of the validation set, from a PIL image to a tensor (C, H, W)."""
         if (images := images_in(self.config.data)) is not None:
             from vision.data.transforms import val_transform
 
@@ -121,7 +122,7 @@ class LoadedRun:
 
     @property
     def decoding(self) -> tuple[str, Exif]:
-        """The mode of the images of the run, `RGB` or `L`, and whether their EXIF orientation is applied."""
+        """The mode of the run's images, `RGB` or `L`, and whether their EXIF orientation is applied."""
         images = images_in(self.config.data)
         return ("L", "ignore") if images is None else ("RGB", images.exif)
 
@@ -132,19 +133,19 @@ class LoadedRun:
         return (image.float() / 255 - self.data.mean[0]) / self.data.std[0]
 
     def pixels(self, image: Tensor) -> Tensor:
-        """An image (C, H, W) before its normalisation, (H, W, C) in [0, 1], on the CPU."""
+        """Undo the normalization of an image (C, H, W): pixels (H, W, C) in [0, 1], on the CPU."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.data.mean, self.data.std))
         return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
 
     def val_batches(
         self, size: int, count: int | None = None, shuffled: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of the validation set, on the device; images that cannot be read are left out.
+        """Yield images and labels of the validation set, on the device. Unreadable images are skipped.
 
         Args:
-            size: images in a batch.
-            count: batches; None for all.
-            shuffled: draw images without replacement, by the seed of the configuration. Streams are taken as they come.
+            size: images per batch.
+            count: number of batches; None for all.
+            shuffled: whether to draw images without replacement, by the seed of the run. Streams are never shuffled.
         """
         data, config = self.data, self.config.model_copy(update={"batch_size": size})
         if shuffled and not config.batch_is_stream:
@@ -156,10 +157,10 @@ class LoadedRun:
             yield images[keep].to(self.device), labels[keep].to(self.device)
 
     def val_image(self, index: int) -> tuple[Tensor, int]:
-        """Image number `index` of the validation set, (1, C, H, W), and its class; -1 if it cannot be read.
+        """An image of the validation set, (1, C, H, W), and its class; -1 if it cannot be read.
 
         Raises:
-            IndexError: there is none.
+            IndexError: the index is out of range.
         """
         val = self.data.val
         if self.config.batch_is_stream:
@@ -167,28 +168,28 @@ class LoadedRun:
         else:
             found = val[index] if index < len(val) else None
         if found is None:
-            raise IndexError(f"the validation set has no image {index}; it has {len(val)}, from 0 on")
+            raise IndexError(f"the validation set has no image {index}; its length is {len(val)}")
         return found[0][None].to(self.device), int(found[1])
 
 
 def load_run(
     path: str | Path, weights: str = "auto", overrides: Sequence[str] = (), *, trust: bool = False
 ) -> LoadedRun:
-    """The model of a checkpoint of `revnets train`, with its classes and its transform.
+    """Load the model of a checkpoint of `revnets train`, with its classes and its transform.
+
+    The data of the run is only needed when `LoadedRun.data` is used.
 
     Args:
-        path: a checkpoint, or the folder of a run: then its best one, or the last.
-        weights: `raw`, `ema` (averaged over training), or `auto` for the averaged ones if the run kept them.
-        overrides: of the run's configuration, such as `data.root=/data/imagenet`, `device=cpu` or `memory=store`.
-        trust: may the configuration in the checkpoint name classes of other projects, such as a task or a block of
-            your own? They are imported and run.
-
-    The data of the run need not be there, unless they are asked for.
+        path: a checkpoint, or the directory of a run: then its best checkpoint, or the last one.
+        weights: `raw`, `ema` (averaged over training), or `auto` for the averaged weights if there are any.
+        overrides: of the run configuration, such as `data.root=/data/imagenet`, `device=cpu` or `memory=store`.
+        trust: whether the configuration in the checkpoint may name classes of other projects, such as a custom task or
+            block, which are imported and executed.
 
     Raises:
         vision.errors.CheckpointError: there is no such checkpoint, or it cannot be used.
         revnets.SpecError: an override is wrong, or the configuration names code that is not trusted.
-        ValueError: there are no weights of this kind.
+        ArgumentError: `weights` is none of the choices.
     """
     if weights not in WEIGHTS:
         problem = f"weights {weights!r}: choose among {', '.join(WEIGHTS)}"
@@ -199,8 +200,8 @@ def load_run(
     if name not in sets:
         raise CheckpointError(
             checkpoint.path,
-            "it holds no averaged weights",
-            "Take those of the model: --weights raw",
+            "it has no averaged weights",
+            "Use those of the model: --weights raw",
             code="missing-weights",
         )
     data = None if checkpoint.classes else load_data(config.data, config.seed)
@@ -212,34 +213,35 @@ def load_run(
 
 
 def fresh_run(config: TrainConfig, name: str) -> LoadedRun:
-    """The model of a configuration with the weights of its initialisation, drawn by the seed of the configuration.
+    """Create the model of a configuration with initial weights, drawn by the seed of the configuration.
 
     Raises:
-        revnets.SpecError: the data are not there, or the model cannot be built for them.
+        revnets.SpecError: the data is missing, or the model cannot be built for it.
     """
     torch.manual_seed(config.seed)
     data, device = load_data(config.data, config.seed), builders.choose_device(config.device)
     model = builders.build_model(config, data)
     run = LoadedRun(name, model.to(device).eval(), config, data.classes, device)
-    run.__dict__["data"] = data  # opened already
+    run.__dict__["data"] = data  # the cached property
     return run
 
 
 def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> Checkpoint:
-    """A checkpoint of `revnets train`, and its configuration with overrides.
+    """Read a checkpoint of `revnets train`, and its configuration with overrides.
 
     Args:
-        path: a checkpoint, or the folder of a run: then its best one, or the last if none is marked as it.
-        trust: may the configuration name classes of other projects?
+        path: a checkpoint, or the directory of a run: then its best checkpoint, or the last if none is marked as best.
+        overrides: of the run configuration.
+        trust: whether the configuration may name classes of other projects.
 
     Raises:
-        vision.errors.CheckpointError: there is no such checkpoint, or it holds weights alone.
+        vision.errors.CheckpointError: there is no such checkpoint, or the file only has weights.
         revnets.SpecError: an override is wrong, or the configuration names code that is not trusted.
     """
     path = reader.in_run(Path(path))
     if path.suffix in (".safetensors", ".pth") and path.exists():
-        remedy = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
-        raise CheckpointError(path, "weights alone do not say how they are evaluated", remedy, code="missing-config")
+        hint = "Name a recipe for the model and its data, as in --config revcol_tiny_in1k"
+        raise CheckpointError(path, "a file of weights has no configuration", hint, code="missing-config")
     state = reader.read(path, needed=TO_EVALUATE)
     config = without_unused(_without_weights(state["config"]))
     checkpoint = Checkpoint(path, _bounded(load_config(config, overrides, trust=trust, name=str(path)), path), state)
@@ -248,23 +250,23 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, trust: b
 
 
 def _bounded(config: TrainConfig, path: Path) -> TrainConfig:
-    """The configuration of a checkpoint with no more workers than this machine has processors.
+    """Limit the workers in the configuration of a checkpoint to the processors of this machine.
 
     Raises:
-        revnets.SpecError: its batches of images are too large for an evaluation.
+        revnets.SpecError: its batches of images are too large.
     """
     side = config.data.img_size
     image = (1 if images_in(config.data) is None else 3) * side**2
     if config.batch_size * image > MAX_BATCH:
-        problem = f"{config.batch_size} images of {side} x {side} are more than a batch may have"
+        problem = f"a batch of {config.batch_size} images of {side} x {side} is too large"
         most = MAX_BATCH // image
-        key, remedy = ("batch_size", f"Give batch_size={most}") if most else ("data.img_size", "Give a smaller one")
-        raise SpecError(str(path), key, problem, remedy, code="out-of-range")
+        key, hint = ("batch_size", f"Give batch_size={most}") if most else ("data.img_size", "Give a smaller size")
+        raise SpecError(str(path), key, problem, hint, code="out-of-range")
     return config.model_copy(update={"workers": min(config.workers, os.cpu_count() or 1)})
 
 
 def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a checkpoint, whose weights are all that its model needs: none are fetched or read."""
+    """The configuration of a checkpoint without arguments that load other weights."""
     model = config.get("model")
     if not isinstance(model, Mapping):
         return dict(config)
@@ -272,10 +274,10 @@ def _without_weights(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_size(checkpoint: Checkpoint) -> None:
-    """Refuse a configuration whose model is much larger than the weights beside it, before memory is taken for it.
+    """Refuse a configuration whose model is much larger than the weights of the checkpoint, before it is allocated.
 
     Raises:
-        vision.errors.CheckpointError: it is.
+        vision.errors.CheckpointError: the model is too large.
     """
     weights = checkpoint.state["model"]
     if not isinstance(weights, Mapping):
@@ -284,21 +286,21 @@ def _require_size(checkpoint: Checkpoint) -> None:
     if isinstance(model, NetSpec):
         blocks = model.columns * sum(level.depth for level in model.levels)
         if blocks > len(weights) + FREE_BLOCKS:  # every block has a tensor
-            problem = f"its configuration is of a net with {blocks} blocks, but it holds {len(weights)} tensors"
+            problem = f"its configuration describes a model with {blocks} blocks, but it has {len(weights)} tensors"
             raise CheckpointError(checkpoint.path, problem, "Use another checkpoint", code="weights-mismatch")
     held = sum(math.prod(tensor.shape) for tensor in weights.values())
     try:
         with torch.device("meta"):
             declared = sum(tensor.numel() for tensor in create_model(checkpoint.config).state_dict().values())
-    except Exception:  # it is built again, with an error for the user, or cannot be built without memory
+    except Exception:  # the error is reported when the model is built again, or it cannot be built on meta
         return
     if declared > 2 * held + FREE_ELEMENTS:
-        problem = f"its configuration is of a model with {declared} numbers, but it holds {held}"
+        problem = f"its configuration describes a model with {declared} parameters, but it has {held}"
         raise CheckpointError(checkpoint.path, problem, "Use another checkpoint", code="weights-mismatch")
 
 
 def _without_images(config: TrainConfig, classes: tuple[str, ...]) -> ImageData:
-    """The data of a run as far as its model is built for them."""
+    """The properties of the run's data that its model is built for."""
     channels = 1 if images_in(config.data) is None else 3
     side = config.data.img_size
     return ImageData(None, None, classes, (channels, side, side), (0.0,) * channels, (1.0,) * channels)

@@ -1,4 +1,4 @@
-"""A memory budget for a training run: which cells keep everything, so that all that the run holds stays under it."""
+"""Memory budget of a training run: chooses which cells to store so that the whole run stays within the budget."""
 
 from __future__ import annotations
 
@@ -19,23 +19,28 @@ from vision.tasks.builders import DTYPES, build_optimizer, columns_of
 
 
 def plan_run_memory(config: TrainConfig, model: nn.Module, shape: Sequence[int] | None, world: World) -> str | None:
-    """Choose the memory mode under a budget, if the run has one; returns a sentence about the choice.
+    """Choose the memory mode of a run with a budget.
 
-    It is done before weights are divided, for the shape of the training batch.
+    This must be done before weights are sharded. The plan is for the shape of the training batch.
 
     Args:
-        shape: of one sample; None if they have several.
+        config: of the run.
+        model: of the run.
+        shape: of one sample; None if samples have different shapes.
         world: the processes of the run.
 
+    Returns:
+        A description of the plan; None without a budget.
+
     Raises:
-        revnets.SpecError: nothing fits.
+        revnets.SpecError: no plan fits the budget.
     """
     columns = columns_of(model)
     budget = config.memory if isinstance(config.memory, BudgetSpec) else columns.budget if columns else None
     if not isinstance(budget, BudgetSpec) or columns is None:
         return None
     if shape is None:
-        problem = "samples of this task have no shape for which memory could be planned"
+        problem = "samples of this task have no fixed shape, which a memory plan needs"
         raise run_error("memory.budget", problem, "Give the memory mode of the columns", code="missing-shape")
     own = "optimizer" not in budget.model_fields_set
     states = optimizer_states(config, next(model.parameters()).device) if own else OPTIMIZERS[budget.optimizer]
@@ -56,19 +61,21 @@ def plan_run_memory(config: TrainConfig, model: nn.Module, shape: Sequence[int] 
         )
     except PlanError as error:
         raise run_error(
-            "memory.budget", first_line(error), "Lower batch_size, or give more", code="over-budget"
+            "memory.budget", first_line(error), "Reduce batch_size, or raise the budget", code="over-budget"
         ) from None
     chosen.apply(model)
     return chosen.sentence
 
 
 def optimizer_states(config: TrainConfig, device: torch.device | str = "cpu") -> int:
-    """Tensors of a weight's size that the run's optimizer holds: found by its first step, on a small weight.
+    """Number of weight-sized tensors in the state of the run's optimizer, found by a step on a small weight.
 
-    One that cannot take such a step, because it wants more than a gradient, counts as AdamW.
+    An optimizer whose step needs more than a gradient counts as AdamW.
     """
     small = nn.Linear(61, 67, bias=False, device=device)
-    given = config.optimizer.model_copy(update={"layer_decay": None, "backbone_lr_scale": 1.0})  # for a weight alone
+    given = config.optimizer.model_copy(
+        update={"layer_decay": None, "backbone_lr_scale": 1.0}
+    )  # they need a whole model
     optimizer = build_optimizer(config.model_copy(update={"optimizer": given}), small, 1)
     small.weight.grad = torch.zeros_like(small.weight)
     try:

@@ -1,8 +1,8 @@
-"""A run whose processes have a range of the cells each: updates, clipping, evaluation and state of a pipeline.
+"""Pipeline parallelism of a run, whose processes each have a range of the cells: updates, clipping, evaluation, state.
 
-Every process makes the whole model and its optimizer, so that names and numbers of parameters are those of one process;
-then the weights of other stages go to the meta device, where they take no memory. Micro-batches are the `grad_accum`
-forward passes of an update. The weights are, bit for bit, those that one process trains.
+Every process builds the whole model and its optimizer, so that names and indices of parameters equal those of a single
+process. Then the weights of other stages move to the meta device, where they need no memory. Micro-batches are the
+`grad_accum` forward passes of an update. The weights are bit-identical to those that a single process trains.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from vision.tasks.builders import columns_of, has_budget, unwrapped
 
 SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 NORM_CLIPPED = ("Lamb", "FusedLAMB")
-"""Classes of optimizers that clip by the norm of all gradients, of which a process has a part."""
+"""Optimizer classes that clip by the norm of all gradients, of which a process only has a part."""
 
 RANDOM = ("Kron",)
-"""Classes of optimizers that draw random numbers from parameter to parameter, of which a process has a part."""
+"""Optimizer classes that draw random numbers for each parameter, of which a process only has a part."""
 
 Autocast = Callable[[], AbstractContextManager]
 
 
 class TopLevelHead(nn.Module):
-    """The classifier of a RevCol, for the levels of its last column."""
+    """The classifier of a RevCol, called with the levels of its last column."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
@@ -64,9 +64,9 @@ class Part(nn.Module):
 
 
 class Relay(nn.Module):
-    """A model in evaluation: called on images by all processes, it gives the scores in the last one.
+    """A pipeline for evaluation. All processes call it with images, and the last one returns the scores.
 
-    A runtime for training has buffers for one size of batch; here every batch may have another.
+    A training schedule has buffers for one batch size, but evaluation batches may have different sizes.
     """
 
     def __init__(self, part: Part, world: PipelineWorld, device: torch.device):
@@ -97,11 +97,14 @@ class Pipeline:
 
     Args:
         config: of the run.
-        task: timm's, with the whole model on the device.
+        task: timm's task, with the whole model on the device.
         shape: of an image (C, H, W).
+        autocast: context of a forward pass.
+        world: the processes of the pipeline.
+        device: of this process.
 
     Raises:
-        revnets.SpecError: the model or another choice of the run does not fit a pipeline of so many processes.
+        revnets.SpecError: a pipeline of this many processes does not support the model or a setting of the run.
     """
 
     def __init__(
@@ -121,20 +124,20 @@ class Pipeline:
         self.average: Part | None = None
         average = cast(ModelEmaV3 | None, task.get_trainable_module(ema=True))
         if average is not None:
-            average.foreach = False  # it would take all tensors for ones of a single device
+            average.foreach = False  # foreach needs all tensors on one device
             self.average = self._part(average.module, shape)
         stage = PipelineStage(self.part, world.rank, world.size, device)
         kind = SCHEDULES[(config.pipeline or PipelineConfig()).schedule]
         self.schedule = kind(stage, config.grad_accum, loss_fn=self._loss, scale_grads=False)
 
     def _part(self, model: nn.Module, shape: Sequence[int]) -> Part:
-        """This process's stage of a model, whose other weights go to the meta device."""
+        """The stage of this process. The other weights of the model move to the meta device."""
         columns = columns_of(model)
         if columns is None or not isinstance(model, (Net, RevCol)):
-            problem = f"{type(model).__name__} has no reversible columns that could be divided"
+            problem = f"{type(model).__name__} has no reversible columns to divide into stages"
             raise run_error("parallel", problem, "Use ddp or fsdp", code="no-columns")
         if has_budget(self.config, model):
-            problem = "the model has a memory budget, which is planned for the whole of it"
+            problem = "the model has a memory budget, which a pipeline does not support"
             raise run_error("memory", problem, "Give memory: exact", code="conflicting-values")
         head = TopLevelHead(model.head) if isinstance(model, RevCol) else model.head
         x = torch.empty(1, *shape, device=self.device)
@@ -155,15 +158,18 @@ class Pipeline:
 
     @property
     def sees_batches(self) -> bool:
-        """Does this process need the batches of an update?"""
+        """Whether this process needs the batches of an update."""
         return self.world.is_main or self.world.is_last
 
     def backward(self, batches: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int]) -> Tensor:
-        """The gradients of an update; returns the loss, which is 0 but in the last process.
+        """Compute the gradients of an update.
 
         Args:
             batches: the micro-batches, in the first and the last process.
-            seeds: of the random numbers of each.
+            seeds: of the random numbers of each micro-batch.
+
+        Returns:
+            The loss, which is 0 except in the last process.
         """
         losses: list[Tensor] = []
         inputs: list[Tensor] = []
@@ -179,13 +185,13 @@ class Pipeline:
         return total
 
     def relay(self, is_average: bool = False) -> Relay:
-        """The model, or its average, for an evaluation."""
+        """The model, or its average, for evaluation."""
         part = self.average if is_average else self.part
         assert part is not None
         return Relay(part, self.world, self.device)
 
     def clip(self, parameters: Iterable[nn.Parameter], value: float, mode: str) -> None:
-        """Clip gradients as `timm.utils.clip_grad` does; their norm is that of the whole model."""
+        """Clip gradients like `timm.utils.clip_grad`, with the norm over the whole model."""
         given = [(number, item) for number, item in enumerate(parameters) if item.grad is not None]
         own = [item for _, item in given]
         if mode != "norm":
@@ -197,7 +203,7 @@ class Pipeline:
         nn.utils.clip_grads_with_norm_(own, value, total.to(self.device))
 
     def merged(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state of the whole run in the main process, out of those of all; the others get their own back."""
+        """Merge the states of all processes in the main process. The other processes keep their own."""
         own = own_state(state, optimizer)
         if not self.world.is_main:
             dist.send_object_list([own], dst=0)
@@ -215,7 +221,7 @@ class Pipeline:
 
 
 def own_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The weights, averages and optimizer entries of this process, on the CPU: another may not have its device."""
+    """The weights, averages and optimizer entries of this process, on the CPU, since devices differ by process."""
     parameters = [item for group in optimizer.param_groups for item in group["params"]]
     entries = state["optimizer"]["state"]
     own = {
@@ -227,7 +233,11 @@ def own_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dic
 
 
 def require_possible(config: TrainConfig, world: PipelineWorld) -> None:
-    """Raises a `revnets.SpecError` if the updates of a run cannot be those of one process."""
+    """Refuse settings with which a pipeline would not make the updates of a single process.
+
+    Raises:
+        revnets.SpecError: there are too few micro-batches, or the optimizer needs all parameters.
+    """
     if config.grad_accum < world.size:
         problem = f"{config.grad_accum} micro-batches do not fill the {world.size} stages of a pipeline"
         raise run_error("grad_accum", problem, f"Give at least {world.size}, or start fewer processes", "out-of-range")
@@ -235,16 +245,16 @@ def require_possible(config: TrainConfig, world: PipelineWorld) -> None:
     kind = get_optimizer_info(name.lower()).opt_class  # an optimizer of another package is the path of its class
     kind = kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
     if kind in NORM_CLIPPED and options.get("max_grad_norm", 1.0) is not None:
-        problem = f"{name} clips by the norm of all gradients, and no stage has all of them"
-        remedy = "Give optimizer.options: {max_grad_norm: null} and clip_grad, or another optimizer"
-        raise run_error("optimizer.name", problem, remedy, code="conflicting-values")
+        problem = f"{name} clips by the norm of all gradients, but no stage has all gradients"
+        hint = "Give optimizer.options: {max_grad_norm: null} and clip_grad, or another optimizer"
+        raise run_error("optimizer.name", problem, hint, code="conflicting-values")
     if kind in RANDOM:
-        problem = f"{name} draws random numbers for one parameter after another, and no stage has all of them"
+        problem = f"{name} draws random numbers for each parameter, but no stage has all parameters"
         raise run_error("optimizer.name", problem, "Choose another optimizer", code="conflicting-values")
 
 
 def _drop_others(model: nn.Module, stage: nn.Module) -> None:
-    """Move the weights of other stages to the meta device. Their names, shapes and places stay."""
+    """Move the weights of other stages to the meta device. Names, shapes and order do not change."""
     own = {id(module) for module in stage.modules()}
     for module in model.modules():
         if id(module) not in own:

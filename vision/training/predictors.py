@@ -1,4 +1,4 @@
-"""What a trained model finds in a picture: classes of an image, objects with boxes and masks, or a map of classes."""
+"""Predictions for images by the task of a run: classes, objects with boxes and masks, or a class for every pixel."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from vision.tasks.classification import Classification
 from vision.training.loaded_run import LoadedRun
 
 MOST_PIXELS = 2**23
-"""Larger pictures are reduced before objects are looked for: each of a hundred masks has as many bytes."""
+"""Images with more pixels are reduced before detection: each of a hundred masks has one byte per pixel."""
 
 MOST_SCORES = 2**28
-"""Scores of all classes at all pixels of a picture; larger pictures are reduced before they are segmented."""
+"""Images with more scores (classes times pixels) are reduced before segmentation."""
 
 
 @dataclass(frozen=True)
 class PicturePrediction:
-    """What was found in a picture.
+    """The prediction for one image.
 
     Attributes:
-        height, width: of the picture, after it was reduced if it was too large.
-        text: on one line.
-        picture: with all that was found drawn on it; None for the class of an image.
-        annotations: of objects as files of COCO have them, without numbers of their own and of the image.
-        scores: of the best classes by name, for the class of an image.
+        height, width: of the image, after it was reduced if it was too large.
+        text: one line.
+        picture: drawing of the prediction; None for the class of an image.
+        annotations: of objects in COCO's format, without ids of annotation and image.
+        scores: of the most likely classes by name, for the class of an image.
     """
 
     height: int
@@ -45,11 +45,15 @@ class PicturePrediction:
 
 
 class Predictor:
-    """A run whose model is asked about pictures.
+    """Predicts with the model of a run.
+
+    Args:
+        run: with the model.
+        task: of the run.
 
     Attributes:
-        draws: are there pictures of what is found?
-        decoding: the mode that pictures are read in, and whether their EXIF orientation is applied.
+        draws: whether predictions are drawn.
+        decoding: mode of the images, and whether their EXIF orientation is applied.
     """
 
     draws = True
@@ -60,7 +64,7 @@ class Predictor:
         self.autocast = builders.build_autocast(run.config.amp, run.device)
 
     def __call__(self, picture: Image.Image) -> PicturePrediction:
-        """What is in a picture of the mode that `decoding` names."""
+        """Predict for an image in the mode of `decoding`."""
         with torch.inference_mode(), self.autocast():
             return self.find(picture)
 
@@ -69,7 +73,7 @@ class Predictor:
 
 
 class ImageClasses(Predictor):
-    """The five best classes of an image."""
+    """Predicts the five most likely classes of an image."""
 
     draws = False
 
@@ -86,10 +90,12 @@ class ImageClasses(Predictor):
 
 
 class Objects(Predictor):
-    """Boxes and perhaps masks.
+    """Predicts boxes, and masks if the detector has them.
 
     Args:
-        least: score of objects that are drawn; all that the detector gives are among the annotations.
+        run: with the model.
+        task: of the run.
+        least: minimum score of drawn objects. Annotations include all objects.
     """
 
     def __init__(self, run: LoadedRun, task: Task, least: float):
@@ -131,7 +137,7 @@ class Objects(Predictor):
 
 
 class ClassMap(Predictor):
-    """A class for every pixel."""
+    """Predicts a class for every pixel."""
 
     def find(self, picture: Image.Image) -> PicturePrediction:
         import torchvision.transforms.v2.functional as TF
@@ -151,13 +157,14 @@ class ClassMap(Predictor):
 
 
 def predictor_of(run: LoadedRun, least: float = 0.5) -> Predictor:
-    """What asks the model of a run about pictures.
+    """The predictor for the task of a run.
 
     Args:
-        least: score of objects that are drawn.
+        run: with the model.
+        least: minimum score of drawn objects.
 
     Raises:
-        revnets.SpecError: its task gives nothing that could be shown.
+        revnets.SpecError: the task has no predictor.
     """
     task = builders.create_task(run.config)
     if isinstance(task, Classification):
@@ -168,12 +175,12 @@ def predictor_of(run: LoadedRun, least: float = 0.5) -> Predictor:
     if "SemanticSegmentation" in kinds:
         return ClassMap(run, task)
     name, _ = run.config.task_and_options
-    problem = f"the task {name} has no predictions that could be shown"
+    problem = f"`revnets predict` does not support the task {name}"
     raise run_error("task", problem, "Use vision.load_run in Python", code="conflicting-values")
 
 
 def reduced(picture: Image.Image, most: int) -> Image.Image:
-    """The picture with at most so many pixels."""
+    """Reduce an image to at most this many pixels."""
     if picture.width * picture.height <= most:
         return picture
     factor = (most / (picture.width * picture.height)) ** 0.5

@@ -1,4 +1,4 @@
-"""What a run leaves for its readers: losses, a log in JSON lines, TensorBoard files, a live progress bar."""
+"""Reports of a run: checked losses, a log in JSON lines, TensorBoard files and a live progress bar."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ LOG = "log.jsonl"
 
 KINDS = ("train", "eval")
 LARGEST = 1e100
-"""No number of a log is beyond it; figures would fail."""
+"""Limit of numbers in a log, beyond which figures would fail."""
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without those that are damaged."""
+    """The records of a log without damaged lines."""
     return read_records(path)[0]
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a log, and how many are left out: cut short by a kill, filled with zeros by a power cut, edited.
+    """The records of a log, and the number of damaged lines, such as lines truncated by a kill or a power failure.
 
-    A line is a mapping with `kind`, `epoch` and `step`; all else in it are numbers, and training has a `loss`.
+    A record is a mapping with `kind`, `epoch` and `step`. All other values are numbers, and training has a `loss`.
 
     Raises:
-        OSError: the log cannot be read, or is no regular file.
+        OSError: the log cannot be read, or is not a regular file.
     """
     if not path.exists():
         return [], 0
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would block
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     found = [_record(line) for line in lines]
@@ -74,36 +74,36 @@ class RunLogger:
     """Log and TensorBoard files of one run.
 
     Args:
-        folder: of the run. It may be removed while the run goes on: then its files begin anew.
-        step, epoch: where the run begins: updates, and epochs that are evaluated (None: all that the log has). Whatever
-            a killed run wrote about later ones is dropped, since it comes again.
+        folder: directory of the run. If it is removed during the run, its files are created again.
+        step: number of finished updates. Later records of a killed run are dropped, because they are repeated.
+        epoch: number of evaluated epochs, likewise; None for all in the log.
 
     Attributes:
-        damaged: how many lines of the log were left out because they could not be read.
+        damaged: number of lines of the log that could not be read.
     """
 
     def __init__(self, folder: Path, step: int, epoch: int | None = None):
         self.path = folder / LOG
         lines, self.damaged = read_records(self.path)
         kept = [line for line in lines if line["step"] <= step]
-        if epoch is not None:  # a run may be killed between an evaluation and its checkpoint
+        if epoch is not None:  # the run may have been killed between an evaluation and its checkpoint
             kept = [line for line in kept if line["kind"] != "eval" or line["epoch"] <= epoch]
         with replacing(self.path, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
-        # The evaluation at this step may be missing in TensorBoard or may come again, so what it has there is replaced.
+        # The evaluation at this step may be missing in TensorBoard or be repeated, so its events are replaced.
         self._events = EventFile(folder / "tensorboard", step)
         for line in kept:
             if line["step"] == step:
                 self._add_events(line)
 
     def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
-        """One line: kind (`train` or `eval`), place, values."""
+        """Write a record of the kind `train` or `eval`."""
         line = {"kind": kind, "epoch": epoch, "step": step, **values}
         append(self.path, (json.dumps(line) + "\n").encode())
         self._add_events(line)
 
     def sync(self) -> None:
-        """Flush all files to the disk, before a checkpoint that relies on them."""
+        """Flush all files to the disk, before a checkpoint is saved."""
         for path in (self.path, self._events.path):
             append(path, b"", sync=True)
 
@@ -120,13 +120,14 @@ class RunLogger:
 
 
 class EventFile:
-    """A file of scalars for TensorBoard, written at once and in the calling thread.
+    """A TensorBoard file of scalars, written immediately in the calling thread.
 
-    TensorBoard's own writer has a thread, which dies with a traceback when the folder is removed, and holds back two
-    minutes of events, which a kill loses.
+    TensorBoard's writer uses a thread, which fails with a traceback if the directory is removed, and buffers two
+    minutes of events, which are lost if the process is killed.
 
     Args:
-        step: readers drop what older files of the folder have of this step and later ones.
+        folder: directory of the file.
+        step: readers drop events of this and later steps in older files of the directory.
     """
 
     _numbers = count()
@@ -177,11 +178,11 @@ class ProgressDisplay:
         self._bar = self._progress.add_task("training", total=updates, note="")
 
     def training(self, epoch: int, step: int) -> None:
-        """Show that `step` updates are done, in the epoch of that number (from 0)."""
+        """Show the number of finished updates, and the index of the current epoch."""
         self._progress.update(self._bar, completed=step, description=f"epoch {epoch + 1}/{self.epochs}")
 
     def note(self, loss: float, score: str, lr: float, rate: str) -> None:
-        """Show the newest numbers; `score`, of the last validation, is empty before the first one."""
+        """Show the latest numbers. `score`, of the last validation, is empty before the first one."""
         self._progress.update(self._bar, note=f"loss {loss:.3f}  {score and f'{score}  '}lr {lr:.0e}  {rate}")
 
     def validating(self) -> None:
@@ -216,18 +217,21 @@ class Losses:
         self._pending.append(loss)
 
     def begin(self, checked: Tensor | None = None) -> None:
-        """Begin an epoch, or go on in the middle of one."""
+        """Start an epoch, or continue in the middle of one."""
         self.checked, self._pending = [] if checked is None else checked.tolist(), []
 
     def check(self, epoch: int, step: int, saved: Callable[[], list[Path]]) -> list[float]:
-        """All losses of the epoch so far.
+        """Check the losses since the last check.
 
         Args:
-            epoch, step: where the run is, for messages.
-            saved: gives the checkpoints, which are all good.
+            epoch, step: of the run, for messages.
+            saved: returns the checkpoints, whose losses were finite.
+
+        Returns:
+            All losses of the epoch so far.
 
         Raises:
-            TrainingError: one is not finite.
+            TrainingError: a loss is not finite.
         """
         if self._pending:
             fresh = self.world.mean(torch.stack(self._pending)).tolist()
@@ -236,20 +240,20 @@ class Losses:
             for index, loss in enumerate(fresh):
                 if not math.isfinite(loss):
                     good = saved()
-                    safe = f"The last good state is {good[-1]}" if good else "Nothing was saved before it"
+                    safe = f"The last good state is {good[-1]}" if good else "There is no earlier checkpoint"
                     raise TrainingError(
                         f"the loss is {loss} in epoch {epoch + 1}, step {step - len(fresh) + index + 1}. {safe}. "
-                        "Lower optimizer.lr, set clip_grad, or train with amp: off",
+                        "Reduce optimizer.lr, set clip_grad, or train with amp: off",
                         code="loss-not-finite",
                     )
         return self.checked
 
 
 class Clock:
-    """Samples per second since it was last asked.
+    """Measures samples per second since the last call of `rate`.
 
     Args:
-        samples: how many there have been so far.
+        samples: number of samples so far.
     """
 
     def __init__(self, samples: int = 0) -> None:

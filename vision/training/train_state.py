@@ -1,4 +1,4 @@
-"""One update of the weights, an evaluation of them, and the state of everything that takes part in them."""
+"""The state of a training run, its updates and its evaluations."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class TrainState:
 
     Args:
         config: of the run.
-        data: what it trains on, as its task has loaded it.
+        data: of the run, as loaded by its task.
         updates_per_epoch: for the schedule.
         world: the processes of the run.
         task: of the run; made from the configuration if None.
 
     Attributes:
         training_task: timm's task, the model with its loss.
-        note: what there is to say about the memory mode, if it was planned.
-        beginning: what there is to say about the pretrained weights, if there are any.
-        samples: how many this process has trained on since it started.
-        parts: of the loss of the last forward pass in this process: what the task calls `loss_...`.
+        note: description of the memory plan; None without a budget.
+        beginning: description of the pretrained weights; None without any.
+        samples: number of samples that this process has trained on since it started.
+        parts: terms of the loss in the last forward pass of this process, which the task names `loss_...`.
 
     Raises:
         revnets.SpecError: the configuration does not fit the data or the machine.
-        CheckpointError: there are no such pretrained weights, or they are of another model.
+        CheckpointError: pretrained weights do not exist, or are of another model.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TrainState:
 
     @property
     def model(self) -> nn.Module:
-        """The model itself, without what wraps it and without heads at its columns."""
+        """The model without wrappers and intermediate heads."""
         return unwrapped(self.training_task.get_eval_model())
 
     @property
@@ -102,18 +102,18 @@ class TrainState:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def update(self, batches: Iterator[Any], step: int) -> Tensor:
-        """One step of the optimizer on the next `grad_accum` batches.
+        """Make one step of the optimizer on the next `grad_accum` batches.
 
-        All that is random in it (mixup, dropout, drop path) is a function of the seed and of the number of the
-        forward pass, counted over all processes. So no generator has to be saved, and several processes do what one
-        process with accumulation does.
+        All random numbers (mixup, dropout, drop path) are functions of the seed and of the number of the forward pass,
+        counted over all processes. So no generator state is saved, and several processes train like a single process
+        with gradient accumulation.
 
         Args:
             batches: of the task.
-            step: how many updates there will have been after this one.
+            step: number of updates including this one.
 
         Returns:
-            The loss of this process, still on its device.
+            The loss of this process, on its device.
         """
         config = self.config
         total = self._gradients(batches, step) if self.pipeline is None else self._stage_gradients(batches, step)
@@ -155,7 +155,7 @@ class TrainState:
         return (step - 1) * self.passes + number * replicas.size + replicas.rank
 
     def _prepared(self, batch: Any, step: int, number: int) -> Any:
-        """A batch on the device, augmented; what is random in its forward pass is seeded."""
+        """Move a batch to the device, seed the random numbers of its forward pass, and augment it."""
         batch = self._moved(batch)
         seed_all(self.config.seed, self._pass(step, number))
         return batch if self.augment is None else self.augment(batch)
@@ -166,7 +166,7 @@ class TrainState:
         return self.task.to_device(batch, self.device, layout)
 
     def evaluate(self, batches: Iterable[Any], tick: Callable[[], None]) -> dict[str, Any]:
-        """Metrics of the weights (`raw`), and of their average (`ema`) if there is one: then those count."""
+        """Metrics of the weights (`raw`), and of their average (`ema`) if there is one."""
         found = {}
         for name, is_average in (("raw", False), ("ema", True)):
             if self.training_task.has_ema() or not is_average:
@@ -184,7 +184,7 @@ class TrainState:
         return found
 
     def state(self) -> dict[str, Any]:
-        """Plain data and tensors, divided ones as they are; of a pipeline all of it in the main process."""
+        """The state as plain data and tensors, which may be sharded. For a pipeline, the main process has all of it."""
         state = {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -196,15 +196,16 @@ class TrainState:
         return state if self.pipeline is None else self.pipeline.merged(state, self.optimizer)
 
     def load_state(self, state: dict[str, Any], path: Path) -> None:
-        """Go back to where a state was taken.
+        """Restore a state.
 
         Args:
-            path: where it comes from, for messages.
+            state: of a checkpoint.
+            path: of the checkpoint, for messages.
 
         Raises:
             CheckpointError: it is the state of another model.
         """
-        from vision.checkpoints import reader  # a new run reads nothing
+        from vision.checkpoints import reader  # new runs do not need it
         from vision.checkpoints.layout import require_optimizer
 
         reader.load_weights(self.model, state["model"], path)
@@ -218,13 +219,13 @@ class TrainState:
         self.optimizer.load_state_dict(self._optimizer_state(state["optimizer"]))
         if self.scaler.is_enabled() and state["scaler"]:
             if missing := self.scaler.state_dict().keys() - state["scaler"]:
-                problem = f"`scaler.{min(missing)}` is missing in it"
+                problem = f"it has no `scaler.{min(missing)}`"
                 raise CheckpointError(path, problem, "Use another checkpoint", code="wrong-format")
             self.scaler.load_state_dict(state["scaler"])
         self.schedule.step_update(state["progress"]["step"])
 
     def _optimizer_state(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The saved state with tensors that are divided as the parameters are."""
+        """The saved state with tensors that are sharded like the parameters."""
         from vision.checkpoints.sharding import like, mapped
 
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -246,16 +247,20 @@ def evaluate(
     tick: Callable[[], None] = lambda: None,
     world: World | None = None,
 ) -> Any:
-    """Run the model over a validation set. It is in evaluation mode meanwhile and gets its own mode back.
+    """Evaluate a model on a validation set. The model is in evaluation mode during the call.
 
     Args:
-        task: gives the output of the model.
-        evaluator: gets it, batch by batch.
-        tick: called after every batch; whatever it raises ends the evaluation.
-        world: every process has its share of the set, and all get the metrics of the whole.
+        task: whose `predict` computes the output of the model.
+        model: to evaluate.
+        batches: of the validation set.
+        evaluator: accumulates the metrics.
+        device: of the model.
+        autocast: context of a forward pass.
+        tick: called after every batch. An error that it raises ends the evaluation.
+        world: the processes, each of which has a part of the set. All return the metrics of the whole set.
 
     Returns:
-        What the evaluator has computed.
+        The metrics of the evaluator.
     """
     training = model.training
     model.eval()
@@ -264,7 +269,7 @@ def evaluate(
             batch = task.to_device(batch, device)
             with autocast():
                 output = task.predict(model, batch)
-            if output is not None:  # of a pipeline only the last process has it
+            if output is not None:  # in a pipeline, only the last process has outputs
                 evaluator.update(output, batch)
             tick()
     finally:

@@ -1,4 +1,4 @@
-"""Training: epochs of updates, an evaluation after each, and checkpoints from which a run goes on bit for bit."""
+"""Training: epochs of updates, an evaluation after each, and checkpoints from which a run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ from vision.training.run_log import LOG, Clock, Losses, ProgressDisplay, RunLogg
 from vision.training.train_state import TrainState
 
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
-CONFIG_HEAD = "# Written by `revnets train` whenever this run starts or goes on.\n"
+OWNER = "# Written by `revnets train`"
+CONFIG_HEAD = f"{OWNER} whenever this run starts or resumes.\n"
 
 
 class Trainer:
     """One training run.
 
     Args:
-        config: all about it.
-        console: where lines and the progress bar go.
-        world: the processes of the run; each has a trainer. The first alone prints, logs and saves.
+        config: of the run.
+        console: for messages and the progress bar.
+        world: the processes of the run. Each has a trainer, but only the first prints, logs and saves.
 
     Raises:
-        revnets.SpecError: the configuration does not fit the data or the machine, or the folder holds a run that this
-            one would overwrite.
-        CheckpointError: the checkpoint to go on from, or pretrained weights, cannot be used.
+        revnets.SpecError: the configuration does not fit the data or the machine, or the output directory has a run
+            that this one would overwrite.
+        CheckpointError: the checkpoint to resume, or pretrained weights, cannot be used.
     """
 
     def __init__(self, config: TrainConfig, console: Console | None = None, world: World | None = None):
@@ -61,10 +62,10 @@ class Trainer:
         self.batches = self.task.train_batches(self.data, self.world.replicas)
         self.val_batches = self.task.val_batches(self.data, self.world.replicas)
         self.updates = config.total_updates(self.batches.updates)
-        self.epochs = -(-self.updates // self.batches.updates)  # the last one may be a part
+        self.epochs = -(-self.updates // self.batches.updates)  # the last one may be incomplete
         sharded = config.checkpoint == "sharded" and self.world.size > 1
         self.checkpoints = Checkpoints(self.output / CHECKPOINTS, config.keep, sharded, self.world)
-        # The main process decides from which file the run goes on; then pretrained weights are not needed any more.
+        # The main process chooses the checkpoint to resume. A resumed run does not need pretrained weights.
         self.there = self.world.by_main(self.checkpoints.all)
         self.resumed = self.world.by_main(self._find_checkpoint)
         anew = config if self.resumed is None else config.model_copy(update={"pretrained": None})
@@ -73,13 +74,13 @@ class Trainer:
         self.score: float | None = None  # of the last validation
 
     def fit(self) -> Outcome:
-        """Train to the end, or until SIGTERM or Ctrl-C; either way the state is saved.
+        """Train to the end, or until SIGTERM or Ctrl-C. The state is saved in both cases.
 
         Raises:
             TrainingError: the loss is not finite.
             DataError: images cannot be read.
             CheckpointError: a checkpoint cannot be written, read or used.
-            revnets.SpecError: the folder holds a run that this one does not continue, or another run uses it.
+            revnets.SpecError: the output directory has a run that this one does not continue, or another run uses it.
         """
         try:
             self.world.by_main(self._begin)
@@ -93,7 +94,7 @@ class Trainer:
         self._resume()
         self.world.by_main(self._write_config)
         if self.state.beginning:
-            self._say(f"Begins with {self.state.beginning}")
+            self._say(f"Starts from {self.state.beginning}")
         if self.state.note:
             self._say(f"Memory: {self.state.note}")
         with StopSignals(self.world) as stop, self._reporting() as display:
@@ -104,7 +105,7 @@ class Trainer:
                 path, step = self._save(), self.progress.step
                 where = f"in epoch {self.progress.epoch + 1}, step {step}"
                 display.line(f"Stopped by {stopped.signal.name} {where}; saved {path}")
-                display.line(f"Go on with: revnets train {self.output / 'config.yaml'}")
+                display.line(f"To resume: revnets train {self.output / 'config.yaml'}")
                 return self._outcome(stopped.signal)
         if self.world.is_main:
             save(training_figure(read_log(self.output / LOG), self.task.curves()), self.output / "curves.png")
@@ -118,7 +119,7 @@ class Trainer:
             return
         with RunLogger(self.output, self.progress.step, self.progress.epoch) as self._logger, display:
             if self._logger.damaged:
-                self._warn(f"{self._logger.path}: damaged lines left out: {self._logger.damaged}")
+                self._warn(f"{self._logger.path}: skipped {self._logger.damaged} damaged lines")
             yield display
 
     def _epoch(self, stop: StopSignals, display: ProgressDisplay) -> None:
@@ -146,10 +147,10 @@ class Trainer:
         place = f"{progress.epoch:{len(str(self.epochs))}}/{self.epochs}"
         display.line(f"epoch {place}  loss {loss:.4f}  {self.task.summary(found)}  {seconds:.1f} s")
         if skipped:
-            display.line(f"{skipped} times an image could not be read; see {self.data.unreadable.file}")
+            display.line(f"{skipped} unreadable images, listed in {self.data.unreadable.file}")
 
     def _updates(self, stop: StopSignals, display: ProgressDisplay) -> None:
-        """The updates that this epoch still lacks: all of them, unless the run was resumed in its middle."""
+        """Make the remaining updates of this epoch: all of them, unless the run was resumed within the epoch."""
         config, progress, begun = self.config, self.progress, self.progress.epoch * self.batches.updates
         updates = min(self.batches.updates, self.updates - begun)
         self.state.training_task.train()
@@ -178,7 +179,7 @@ class Trainer:
     # -------------------------------------------------------------- checkpoints
 
     def _save(self, best: bool = False) -> Path:
-        self._checked_losses()  # what follows a loss that is not finite is no state to keep
+        self._checked_losses()  # a state after a loss that is not finite must not be saved
         if self._logger:
             self._logger.sync()
         state = {
@@ -195,15 +196,15 @@ class Trainer:
         return self.checkpoints.save(state, best)
 
     def _find_checkpoint(self) -> Path | None:
-        """The checkpoint from which the run goes on; None for a new run."""
+        """The checkpoint from which the run resumes; None for a new run."""
         if not self.there and self.config.resume in ("auto", "none"):
             return None
-        from vision.checkpoints.resume import find_checkpoint  # a new run reads nothing
+        from vision.checkpoints.resume import find_checkpoint  # new runs do not need it
 
         return find_checkpoint(self.config, self.world, self.there, self._warn)
 
     def _resume(self) -> None:
-        """Load the checkpoint from which the run goes on."""
+        """Load the checkpoint from which the run resumes."""
         path = self.resumed
         if path is None:
             return
@@ -217,7 +218,7 @@ class Trainer:
         self.progress = Progress(**progress)
         if self.progress.step < self.updates:  # a longer run than before finishes an epoch that ended early
             self.progress.epoch = min(self.progress.epoch, self.progress.step // self.batches.updates)
-        if self.progress.best_step == self.progress.step:  # a kill may have come before it got its second name
+        if self.progress.best_step == self.progress.step:  # the run may have been killed before it was linked as best
             self.world.by_main(lambda: self.checkpoints.name_best(path))
         left = self.epochs - self.progress.epoch
         where = f"in epoch {self.progress.epoch + 1}" if left > 0 else "finished"
@@ -226,7 +227,7 @@ class Trainer:
     # ------------------------------------------------------------------- output
 
     def _check_output(self) -> None:
-        """Look at the folder before any work is done."""
+        """Check the output directory before anything is loaded."""
         for folder in (self.output, self.output / CHECKPOINTS):
             _require_folder(folder)
         if self.output.exists():
@@ -234,16 +235,16 @@ class Trainer:
             self._lock.release()
 
     def _begin(self) -> None:
-        """Take the folder for this run."""
+        """Lock the output directory for this run."""
         self._take_lock()
         if not self._lock.is_reliable:
-            self._warn(f"{self.output}: this file system has no locks. Let no other run write there at the same time")
+            self._warn(f"{self.output}: this file system has no locks. Do not start another run with this output")
         exclusive = self._lock.is_reliable
         remove_leftovers(self.output, exclusive=exclusive)
         self.checkpoints.remove_leftovers(exclusive)
         if self.checkpoints.all() != self.there:
             problem = f"another run has written to {self.output} since this one started"
-            raise run_error("output", problem, "Start again, to go on from where it is", code="output-in-use")
+            raise run_error("output", problem, "Start again to resume it", code="output-in-use")
 
     def _take_lock(self) -> None:
         try:
@@ -251,12 +252,12 @@ class Trainer:
             self._lock.acquire()
         except LockedError as error:
             problem = f"{self.output} is in use by {error.owner or 'another process'}"
-            remedy = "Wait until it has ended, or give another output"
-            raise run_error("output", problem, remedy, code="output-in-use") from None
+            hint = "Wait until it ends, or give another output"
+            raise run_error("output", problem, hint, code="output-in-use") from None
         except OSError as error:
             problem = f"{self.output} cannot be written to ({error.strerror})"
             raise run_error(
-                "output", problem, "Check its permissions and the disk, or give another", code="unwritable-file"
+                "output", problem, "Check permissions and disk, or give another output", code="unwritable-file"
             ) from error
 
     def _write_config(self) -> None:
@@ -268,15 +269,15 @@ class Trainer:
             yaml.safe_dump({**self.config.plain(), "resume": "auto"}, file, sort_keys=False)
 
     def _require_no_files_of_others(self, config: Path) -> None:
-        """A run begins in a new folder, or in one where it was killed before its first checkpoint."""
+        """Require that the output directory is new, or of a run that was killed before its first checkpoint."""
         if config.is_file():
             with open(config, encoding="utf-8", errors="replace") as file:
-                if file.readline() == CONFIG_HEAD:
+                if file.readline().startswith(OWNER):
                     return
         for path in (config, self.output / LOG):
             if path.exists():
-                problem = f"{path} is not of a run, which writes a file of this name"
-                raise run_error("output", problem, "Rename it, or give another output", code="name-clash")
+                problem = f"{path} was not written by a run, which would overwrite it"
+                raise run_error("output", problem, "Rename the file, or give another output", code="name-clash")
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -296,42 +297,43 @@ class Trainer:
 
 
 def _require_folder(path: Path) -> None:
-    """A folder is there, or can be made.
+    """Require that a path is a directory or can become one.
 
     Raises:
-        revnets.SpecError: a file or a link to nowhere has the name, or that of a folder above.
+        revnets.SpecError: the path, or one of its parents, is a file or a broken link.
     """
     for folder in (path, *path.parents):
         if os.path.lexists(folder):
             if folder.is_dir():
                 return
             if folder.is_symlink():
-                problem, remedy = f"{folder} is a link to {os.readlink(folder)}, where no folder is", "Make that folder"
+                problem = f"{folder} is a link to {os.readlink(folder)}, which does not exist"
+                hint = "Create that directory"
             else:
-                problem, remedy = f"{folder} is no folder", "Rename it"
-            raise run_error("output", problem, f"{remedy}, or give another output", code="not-a-folder")
+                problem, hint = f"{folder} is not a directory", "Rename it"
+            raise run_error("output", problem, f"{hint}, or give another output", code="not-a-folder")
 
 
 @dataclass
 class Progress:
-    """How far a run has come. Its order of samples and its random numbers are functions of this and of the seed."""
+    """The progress of a run. Its order of samples and its random numbers are functions of the progress and the seed."""
 
-    epoch: int = 0  # epochs that are trained and evaluated
-    step: int = 0  # updates
-    best: float = -1.0  # monitored metric of the best checkpoint, of the averaged weights where they are kept
-    best_step: int = -1  # which checkpoint that is; -1: there is none yet
+    epoch: int = 0  # number of trained and evaluated epochs
+    step: int = 0  # number of updates
+    best: float = -1.0  # monitored metric of the best checkpoint, of the averaged weights if there are any
+    best_step: int = -1  # updates of the best checkpoint; -1 if there is none yet
 
     def plain(self, losses: Losses) -> dict[str, Any]:
-        """As part of a checkpoint."""
+        """The entry `progress` of a checkpoint."""
         return {**asdict(self), "losses": torch.tensor(losses.checked, dtype=torch.float64)}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended."""
+    """The result of a run."""
 
     last: Path | None  # the last checkpoint
-    best: Path | None  # the best one
-    score: float  # its monitored metric; -1 if no epoch was finished
-    text: str  # the same with name and unit
-    signal: int | None = None  # what stopped the run before its end
+    best: Path | None  # the best checkpoint
+    score: float  # monitored metric of the best checkpoint; -1 if no epoch was finished
+    text: str  # the score with name and unit
+    signal: int | None = None  # signal that stopped the run

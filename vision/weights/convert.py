@@ -1,4 +1,4 @@
-"""`revnets convert`: official RevCol checkpoints to ours and back. Every name in a file is accounted for."""
+"""The command `revnets convert`: converts between official RevCol checkpoints and our layout, checking every name."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ from vision.weights.official_names import (
 from vision.weights.recognition import family, recognise, shape_in, spec_of
 
 LAYOUTS = ("classification", "detection", "segmentation")
-"""Official layouts that can be written. The last two are the same: tensors below `backbone.`, in `state_dict`."""
+"""Official layouts that can be written. The last two are equal: tensors below `backbone.`, in `state_dict`."""
 
 SUFFIXES = {".safetensors": "ours", ".pth": "official"}
-"""What kind of file is written."""
+"""Layout of the file to write, by its suffix."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The tensors of a model under new names, and what became of the others.
+    """The tensors of a model under new names, and counts of the omitted tensors.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         tensors: in the order of the model.
         options: of `timm.create_model`.
-        left_out: how many tensors of the source are not among `tensors`, by whose they are.
-        zero_gains: gains of exactly 0, which the official code leaves at 0 and which count as +0.001 here.
+        left_out: number of omitted tensors of the source, by the component that they belong to.
+        zero_gains: number of gains of exactly 0, which the official code keeps and which are used as +0.001 here.
     """
 
     model: str
@@ -76,25 +76,26 @@ def convert(
     """Rename and reshape the tensors of a file.
 
     Args:
-        source: what `vision.weights.files.select` gave.
+        source: of `vision.weights.files.select`.
         layout: `ours`, or one of `LAYOUTS`.
-        model: the name of the model; found out if None.
-        heads: keep the classifiers and decoders of intermediate supervision.
-        allow: names as in the source, or patterns, that may be missing, unexpected or misshapen. They are left out.
+        model: name of the model; recognized by the shapes if None.
+        heads: whether to keep the classifiers and decoders of intermediate supervision.
+        allow: names as in the source, or patterns, that may be missing, unexpected or misshapen. They are omitted.
         path: for messages.
 
     Raises:
-        MismatchError: a name is missing or unexpected, or a shape is another, and is not allowed to be.
+        MismatchError: a name is missing or unexpected, or a shape differs, and is not allowed to.
         CheckpointError: no model has this shape.
         revnets.SpecError: there is no model of that name.
     """
     given = source.tensors
-    if source.layout == "ours" and not heads:  # whatever they are: ours may have any number
+    if source.layout == "ours" and not heads:  # our layout may have any number of heads
         source = source._replace(tensors={key: given[key] for key in given if not key.startswith(HEADS)})
     shape = shape_in(_official(source))
     name = model or recognise(shape, path)
     if name not in family():
-        raise option_error("--model", f"no {name!r}", f"Choose one of {', '.join(family())}", code="unknown-choice")
+        problem = f"unknown model {name!r}"
+        raise option_error("--model", problem, f"Choose one of {', '.join(family())}", code="unknown-choice")
     kernel_size = shape.kernel_size if shape else 3
     net, options = skeleton(source, spec_of(name, kernel_size))
     names = names_in(source, net)
@@ -114,7 +115,7 @@ def convert(
 
 
 def skeleton(source: Weights, spec: NetSpec) -> tuple[RevCol | Supervised, dict[str, int]]:
-    """A model without values for the weights of a file, with as many classes, and heads if the file has them.
+    """Build the model of a file on the meta device, with its number of classes, and its intermediate heads if any.
 
     Returns:
         The model, and its `num_classes` and `in_chans`.
@@ -130,13 +131,13 @@ def skeleton(source: Weights, spec: NetSpec) -> tuple[RevCol | Supervised, dict[
 
 
 def names_in(source: Weights, net: RevCol | Supervised) -> Names:
-    """The names that a file should have."""
+    """The names that a file of this model must have."""
     has_classifier = any(key.startswith(("cls", "head.")) for key in source.tensors)
     return names_of(net, "classification" if has_classifier else "backbone")
 
 
 def _official(source: Weights) -> dict[str, Tensor]:
-    """The tensors of the columns under their official names, in whatever shape they are here."""
+    """The tensors of the columns under their official names, in their shapes in the file."""
     if source.layout != "ours":
         return source.tensors
     found = {key: official_name(key, BACKBONE) for key in source.tensors}
@@ -144,10 +145,10 @@ def _official(source: Weights) -> dict[str, Tensor]:
 
 
 def ours_of(source: Weights, names: Names, allow: Sequence[str], path: Path | str, model: str) -> dict[str, Tensor]:
-    """All tensors of a file that the model has, under our names.
+    """The tensors of a file that belong to the model, under our names.
 
     Raises:
-        MismatchError: a name is missing or unexpected, or a shape is another, and is not allowed to be.
+        MismatchError: a name is missing or unexpected, or a shape differs, and is not allowed to.
     """
     known = (*AROUND_BACKBONE, *allow)
     strange = [key for key in source.around if not any(fnmatchcase(key, pattern) for pattern in known)]
@@ -160,13 +161,13 @@ def ours_of(source: Weights, names: Names, allow: Sequence[str], path: Path | st
 
 
 def _owners(source: Weights, names: Names, kept: Mapping[str, Tensor]) -> Iterator[str]:
-    """For every tensor of the source that is not kept, whose it is."""
+    """Yield the component of every tensor of the source that is omitted."""
     ours = {pair.ours if source.layout == "ours" else pair.official: pair.ours for pair in names.pairs}
     for key in source.around:
         yield key.partition(".")[0]
     for key in source.tensors:
         if key in names.unused:
-            yield "gains of the first column, which scale nothing"
+            yield "gains of the first column, which have no effect"
         elif (mine := ours.get(key)) is None:
             yield "unknown, but allowed"
         elif mine not in kept:
@@ -184,7 +185,7 @@ def convert_file(
     heads: bool = False,
     allow: Sequence[str] = (),
 ) -> Converted:
-    """Convert a file and tell what was done.
+    """Convert a file and report the result.
 
     Args:
         source: an official checkpoint, a checkpoint of `revnets train`, or a .safetensors file.
@@ -194,21 +195,21 @@ def convert_file(
         weights: `raw` or `ema`.
 
     Raises:
-        CheckpointError: the source cannot be used, or the target cannot be written. What was at `target` is untouched.
+        CheckpointError: the source cannot be used, or the target exists or cannot be written.
         revnets.SpecError: an argument is wrong.
     """
     console, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     kind = SUFFIXES.get(target.suffix)
     if kind is None:
-        text = "Let it end in .safetensors (our layout) or .pth (the official one)"
+        text = "Use .safetensors (our layout) or .pth (the official one)"
         raise option_error("TARGET", f"{target} has no known suffix", text, code="unknown-suffix")
     if os.path.lexists(target):
-        raise CheckpointError(target, "exists already", "Give a new path", code="file-exists")
+        raise CheckpointError(target, "it already exists", "Give a new path", code="file-exists")
     with errors.status(f"reading {source}"):
         found = select(read(source), weights, source)
     if kind == "official" and found.layout != "ours":
         raise CheckpointError(
-            source, "is in the official layout already", "Let TARGET end in .safetensors", code="wrong-format"
+            source, "it is already in the official layout", "Use a TARGET with .safetensors", code="wrong-format"
         )
     try:
         done = convert(found, layout if kind == "official" else "ours", model, heads, allow, source)
@@ -221,18 +222,18 @@ def convert_file(
         write(target, done, layout, weights)
     console.print(f"{done.model}: {len(found.tensors) + len(found.around)} tensors read", markup=False)
     for owner, count in done.left_out.items():
-        console.print(f"left out: {count} ({owner})", markup=False)
+        console.print(f"omitted: {count} ({owner})", markup=False)
     if done.zero_gains:
-        console.print(f"{done.zero_gains} gains are exactly 0, which cannot be inverted; here they count as 0.001")
+        console.print(f"{done.zero_gains} gains are exactly 0, which cannot be inverted; they are used as 0.001")
     console.print(f"wrote {target}: {len(done.tensors)} tensors, {size / 2**20:,.1f} MiB", markup=False)
     return done
 
 
 def write(target: Path, done: Converted, layout: str = "classification", weights: str = "raw") -> None:
-    """Write a new file in full or not at all.
+    """Write a new file atomically.
 
     Raises:
-        CheckpointError: it exists, another process is writing it, no space, no permission and the like.
+        CheckpointError: the file exists, another process is writing it, or it cannot be written.
     """
     tensors = {key: _alone(tensor) for key, tensor in done.tensors.items()}
     with new_file(target), replacing(target) as file:
@@ -247,13 +248,13 @@ def write(target: Path, done: Converted, layout: str = "classification", weights
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """A tensor with memory of its own, so that no more than it is written."""
+    """A tensor that does not share its storage, so that nothing else is written."""
     tensor = tensor.detach().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _wrapped(tensors: dict[str, Tensor], layout: str) -> dict[str, Any]:
-    """What the official code expects in a file."""
+    """Wrap tensors in the structure of an official file."""
     if layout == "classification":
         return {"model": tensors}
     return {"meta": {}, "state_dict": {f"backbone.{key}": tensor for key, tensor in tensors.items()}}

@@ -1,4 +1,4 @@
-"""Files of weights, read without running what they hold, in our layout or in the official one."""
+"""Weight files in our or in the official layout, read without executing their content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vision.errors import CheckpointError
 
 
 class Nothing:
-    """Stands where a file names something that weights do not need. It takes any arguments and forgets them."""
+    """Replaces objects in a file that weights do not need. It accepts and ignores any arguments."""
 
     def __new__(cls, *args: Any) -> Nothing:
         return super().__new__(cls)
@@ -27,19 +27,19 @@ class Nothing:
 
 
 STAND_INS: tuple[tuple[Any, str], ...] = (
-    # The official trainer saves its configuration, which an OrderedDict reads as well, and by mistake the function
+    # The official trainer saves its configuration, which an OrderedDict can also read, and by mistake the function
     # `input`.
     (Nothing, "builtins.input"),
     (OrderedDict, "yacs.config.CfgNode"),
-    # Accuracies may have been saved as numbers of NumPy.
+    # Accuracies may have been saved as NumPy scalars.
     (Nothing, "numpy.core.multiarray.scalar"),
     (Nothing, "numpy._core.multiarray.scalar"),
     (Nothing, "numpy.dtype"),
 )
-"""What a pickled checkpoint may name beside plain data and tensors, and what is taken instead."""
+"""Replacements of what a pickled checkpoint may name in addition to plain data and tensors."""
 
-_HINTS = {"not-a-file": "Give a file; revnets reshard makes one of shards", "damaged-file": "Fetch the file again"}
-"""What helps where a file cannot be read, by the code of the failure."""
+_HINTS = {"not-a-file": "Give a file; revnets reshard converts shards", "damaged-file": "Download the file again"}
+"""Hints for files that cannot be read, by the code of the error."""
 
 WEIGHTS = ("raw", "ema")
 
@@ -48,9 +48,9 @@ class Weights(NamedTuple):
     """The tensors of a file.
 
     Attributes:
-        tensors: by name, without what the names of all begin with.
+        tensors: by name, without a common prefix.
         layout: `ours`, `classification`, or `backbone` of a detector or segmenter.
-        around: names of the tensors that stand beside a backbone.
+        around: names of tensors outside of a backbone.
     """
 
     tensors: dict[str, Tensor]
@@ -59,10 +59,10 @@ class Weights(NamedTuple):
 
 
 def read(path: Path | str) -> Any:
-    """What a .safetensors file or a file of `torch.save` holds. Nothing in it is executed.
+    """Read a .safetensors file or a file of `torch.save`. Nothing in it is executed.
 
     Raises:
-        CheckpointError: no such file, no access, damaged, or it names what weights do not need.
+        CheckpointError: the file does not exist, cannot be read, is damaged, or names objects that are not allowed.
     """
     try:
         return read_checkpoint(path, allowed=STAND_INS, mmap=True)
@@ -71,15 +71,15 @@ def read(path: Path | str) -> Any:
 
 
 def select(content: Any, weights: str = "raw", path: Path | str = "weights") -> Weights:
-    """The tensors in what a file holds.
+    """Select the tensors of a RevCol from the content of a file.
 
     Args:
-        content: a dict of tensors; or a checkpoint of the official trainer, of OpenMMLab's, or of `revnets train`.
+        content: a dict of tensors, or a checkpoint of the official trainer, of OpenMMLab or of `revnets train`.
         weights: `raw` or `ema`, the average over training.
         path: for messages.
 
     Raises:
-        CheckpointError: it does not hold them.
+        CheckpointError: the file has no such tensors.
     """
     state = tensors_in(content, weights, path)
     if any(name.startswith("backbone.subnet") for name in state):
@@ -91,21 +91,21 @@ def select(content: Any, weights: str = "raw", path: Path | str = "weights") -> 
         return Weights(state, "backbone" if is_headless else "classification")
     if any(name.startswith("columns.cells.") for name in state):
         return Weights(state, "ours")
-    raise CheckpointError(path, "it holds no columns of RevCol", "Give a checkpoint of RevCol", code="missing-weights")
+    raise CheckpointError(path, "it has no columns of RevCol", "Give a checkpoint of RevCol", code="missing-weights")
 
 
 def tensors_in(content: Any, weights: str = "raw", path: Path | str = "weights") -> dict[str, Tensor]:
-    """The tensors in what a file holds, of RevCol or of any other model; see `select`.
+    """Select the tensors of any model from the content of a file; see `select`.
 
     Raises:
-        CheckpointError: it does not hold them.
+        CheckpointError: the file has no such tensors.
     """
     if not isinstance(content, Mapping):
         raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
     state = dict(_chosen(content, weights, path))
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(path, f"{name!r} is no tensor", "Give a checkpoint of RevCol")
+            raise CheckpointError(path, f"{name!r} is not a tensor", "Give a checkpoint of RevCol")
     for wrapper in ("module.", "_orig_mod."):
         if state and all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): value for name, value in state.items()}
@@ -113,7 +113,7 @@ def tensors_in(content: Any, weights: str = "raw", path: Path | str = "weights")
 
 
 def class_count(tensors: Mapping[str, Tensor]) -> int:
-    """How many classes the weights of a RevCol are for, under our names or the official ones; 0: no classifier."""
+    """Number of classes of the weights of a RevCol, under our or the official names; 0 without a classifier."""
     for key in ("cls.classifier.1.bias", "cls_blocks.3.classifier.1.bias", "head.fc.bias"):
         if key in tensors:
             return tensors[key].numel()
@@ -121,7 +121,7 @@ def class_count(tensors: Mapping[str, Tensor]) -> int:
 
 
 def channels_in(tensors: Mapping[str, Tensor]) -> int:
-    """How many channels the images have that the weights of a RevCol are for; 3 if they do not tell."""
+    """Number of image channels of the weights of a RevCol; 3 if there is no stem."""
     stems = (tensors.get(key) for key in ("stem.0.weight", "stem.conv.weight"))
     return next((stem.shape[1] for stem in stems if stem is not None and stem.dim() == 4), 3)
 
@@ -134,9 +134,7 @@ def _chosen(content: Mapping[str, Any], weights: str, path: Path | str) -> Mappi
         state = content.get("model") if is_run else content.get("model", content.get("state_dict", content))
     is_absent = state is None or (isinstance(state, Mapping) and not state)
     if weights == "ema" and is_absent:
-        raise CheckpointError(
-            path, "it holds no averaged weights", "Take those of the model: raw", code="missing-weights"
-        )
+        raise CheckpointError(path, "it has no averaged weights", "Use those of the model: raw", code="missing-weights")
     heads = content.get("heads_ema" if weights == "ema" else "heads") if is_run else None
     heads = {} if heads is None else heads
     if not isinstance(state, Mapping) or not isinstance(heads, Mapping):

@@ -1,4 +1,4 @@
-"""Weights that a run begins with: of files, of other runs, or fetched by timm; fitted to the model of the run."""
+"""Initial weights of a run, from files, other runs or timm, fitted to the model of the run."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ from vision.weights.pretrained import checkpoint_filter_fn
 
 
 def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], world: World | None = None) -> str:
-    """Put pretrained weights into a new model.
+    """Load pretrained weights into a new model.
 
-    Everything but the classifier must be there and fit. Heads of intermediate supervision are left out. Kernels of a
-    RevCol that are smaller than the model's are padded (`vision.weights.kernel_padding`), the first convolution and
-    position embeddings are adapted as timm does it.
+    All weights except the classifier must be present and fit. Heads of intermediate supervision are ignored. Kernels of
+    a RevCol that are smaller than the model's are padded (`vision.weights.kernel_padding`); the first convolution and
+    position embeddings are adapted as in timm.
 
     Args:
+        model: of the run.
+        config: the key `pretrained` of the run.
         classes: of the data, in the order of the model's scores.
-        world: the processes of the run; the first fetches what has to be fetched.
+        world: the processes of the run. The first one downloads weights.
 
     Returns:
-        A sentence about what was done.
+        A description of the loaded weights.
 
     Raises:
-        CheckpointError: there are no such weights, they are damaged, or of another model.
+        CheckpointError: the weights do not exist, are damaged, or are of another model.
     """
     content, name = find_pretrained(config.source, world or World())
     given = tensors_in(content, config.weights, name)
@@ -61,10 +63,13 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
 
 
 def find_pretrained(source: str, world: World) -> tuple[Mapping[str, Any], str]:
-    """What a file, a checkpoint in shards, the best checkpoint of a run, or a name of timm's stands for; and its name.
+    """Read a file, a sharded checkpoint, the best checkpoint of a run, or the weights of a timm model.
+
+    Returns:
+        The content, and the path or name that it was read from.
 
     Raises:
-        CheckpointError: there is nothing of that name, or it is damaged.
+        CheckpointError: the source does not exist or is damaged.
     """
     path = Path(source)
     if path.is_dir():
@@ -76,34 +81,36 @@ def find_pretrained(source: str, world: World) -> tuple[Mapping[str, Any], str]:
         world.by_main(lambda: None if world.size == 1 else _fetched(source).clear())  # into the cache, once
         return _fetched(source), source
     else:
-        remedy = nearest(source, timm.list_pretrained("revcol*"), "Give a file, the folder of a run, or a name:")
-        raise CheckpointError(source, "there is no such file", remedy, code="missing-file")
+        hint = nearest(
+            source, timm.list_pretrained("revcol*"), "Give a file, the directory of a run, or a model such as"
+        )
+        raise CheckpointError(source, "there is no such file", hint, code="missing-file")
     if not isinstance(content, Mapping):
         raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")
     return content, str(path)
 
 
 def class_names_in(content: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The names of the classes, which checkpoints of `revnets train` have."""
+    """The class names in a checkpoint of `revnets train`; None in other files."""
     names = content.get("classes")
     return tuple(names) if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else None
 
 
 def _fetched(name: str) -> dict[str, Tensor]:
-    """The released weights of a name of timm's registry, under its own names."""
+    """Download the pretrained weights of a timm model."""
     try:
         return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # no network, no room, no such file any more
-        problem = f"cannot be fetched ({first_line(error)})"
-        remedy = "Download the file that docs/guides/pretrained-weights.md names, and give its path"
-        raise CheckpointError(name, problem, remedy, code="download-failed") from None
+    except Exception as error:  # no network, no space on the disk, or the file was removed
+        problem = f"it cannot be downloaded ({first_line(error)})"
+        hint = "Download the file by hand (docs/guides/pretrained-weights.md), and give its path"
+        raise CheckpointError(name, problem, hint, code="download-failed") from None
 
 
 def fitted(given: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:
-    """Weights of a file under the names and in the shapes of a model, but for the classifier, which may be another.
+    """Weights of a file under the names and in the shapes of a model. The classifier may have another shape.
 
     Raises:
-        CheckpointError: they are those of another model.
+        CheckpointError: the weights are those of another model.
     """
     own, heads = model.state_dict(), classifiers(model)
     try:
@@ -121,7 +128,7 @@ def fitted(given: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str
         first, more = error.problems[0], len(error.problems) - 1
         problem = f"not the weights of {name_of(model)}: {first}" + (f", and {more} more" if more else "")
         raise CheckpointError(
-            path, problem, "Give a file of this model, or set `model` to that of the file", code="weights-mismatch"
+            path, problem, "Give a file of this model, or set `model` to the file's model", code="weights-mismatch"
         ) from None
     except CheckpointError as error:
         raise CheckpointError(path, error.problem, error.remedy, error.code) from None
@@ -129,7 +136,7 @@ def fitted(given: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
-    """How the names of a model's classifier begin."""
+    """Prefixes of the names of a model's classifier."""
     if isinstance(model, (RevCol, Net)):
         return ("head.",)
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
@@ -137,12 +144,12 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
 
 
 def name_of(model: nn.Module) -> str:
-    """What a model is called in timm."""
-    return getattr(model, "pretrained_cfg", {}).get("architecture") or "this net"
+    """The name of a model in timm."""
+    return getattr(model, "pretrained_cfg", {}).get("architecture") or "this model"
 
 
 def _with_channels(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The first convolution for images with as many channels as the model's: timm's sums and copies."""
+    """Adapt the first convolution to the model's number of image channels, as in timm."""
     first = getattr(model, "pretrained_cfg", {}).get("first_conv") or "stem.conv"
     name, own = f"{first}.weight", dict(model.named_parameters()).get(f"{first}.weight")
     given = state.get(name)
@@ -168,7 +175,7 @@ def _about_kernels(given: Mapping[str, Tensor], model: nn.Module) -> str:
         return {tensors[key].shape[-1] for key in names if not key.startswith("decoder")}
 
     before, now = sizes(given), sizes(model.state_dict())
-    return "" if before == now else f"; kernels of {_listed(before)} in the middle of {_listed(now)}"
+    return "" if before == now else f"; kernels of {_listed(before)} padded to {_listed(now)}"
 
 
 def _listed(sizes: set[int]) -> str:

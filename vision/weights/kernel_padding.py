@@ -1,4 +1,4 @@
-"""Trained kernels in the middle of larger ones: the kernel padding of appendix D.3.1."""
+"""Kernel padding (appendix D.3.1): trained kernels in the center of larger ones."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from revnets.config.errors import ArgumentError
 from vision.weights.official_names import BACKBONE, official_name
 
 STD = 1e-7
-"""Standard deviation of the values around a trained kernel. The outputs stay what they were, the gradients do not."""
+"""Standard deviation of the values around a trained kernel. They barely change the outputs, but have gradients."""
 
 
 def padded(weight: Tensor, size: int, std: float = STD) -> Tensor:
-    """Kernels (C, 1, k, k) in the middle of kernels (C, 1, size, size), with normal noise around them.
+    """Pad kernels (C, 1, k, k) to (C, 1, size, size) with normal noise.
 
-    The paper trains RevCol-H with kernels of 3 and pads them to 7 for COCO, to 13 for ADE20K.
+    The paper trains RevCol-H with kernels of 3 and pads them to 7 for COCO and to 13 for ADE20K.
 
     Args:
-        size: of an even distance from k.
-        std: of the noise, whose mean is 0. It is drawn from the global generator.
+        weight: the kernels.
+        size: of the result. The difference from k must be even.
+        std: standard deviation of the noise, which has mean 0 and is drawn from the global generator.
 
     Raises:
-        ValueError: kernels cannot be in the middle of kernels of that size.
+        ArgumentError: kernels cannot be centered in kernels of that size.
     """
     margin, odd = divmod(size - weight.shape[-1], 2)
     if margin < 0 or odd:
         raise ArgumentError(
-            f"a kernel of {weight.shape[-1]} has no place in the middle of one of {size}", "size", code="shape-mismatch"
+            f"a kernel of {weight.shape[-1]} cannot be centered in one of {size}", "size", code="shape-mismatch"
         )
     inside = F.pad(torch.ones_like(weight, dtype=torch.bool), [margin] * 4)
     noise = torch.randn(inside.shape, device=weight.device).mul_(std).to(weight.dtype)
@@ -38,11 +39,11 @@ def padded(weight: Tensor, size: int, std: float = STD) -> Tensor:
 
 
 def fit_kernels(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights whose depthwise kernels are as large as the model's; those that are larger already stay so.
+    """Pad depthwise kernels to the size of the model's. Larger kernels are not changed.
 
     Args:
-        state: under our names or the official ones.
-        own: the model's, under ours.
+        state: weights under our or the official names.
+        own: weights of the model, under our names.
     """
     fitted = dict(state)
     for name, tensor in own.items():

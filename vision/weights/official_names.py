@@ -1,8 +1,8 @@
-"""The names of the official RevCol checkpoints: a table, and an account of every name in a file.
+"""Table of the names in official RevCol checkpoints, and checks of every name in a file.
 
-The columns have the same names in all released files. Those for classification have one classifier, or the four
-classifiers and three decoders of intermediate supervision. In those of detectors and segmenters the backbone stands
-below `backbone.`, beside the other parts.
+The columns have the same names in all released files. Files for classification have one classifier, or the four
+classifiers and three decoders of intermediate supervision. Files of detectors and segmenters have the backbone below
+`backbone.`, next to the other components.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ TensorShape = tuple[int, ...]
 
 
 class Row(NamedTuple):
-    """A name here, the same in the official code, and how the official shape is made from ours.
+    """One of our names, the corresponding official name, and the conversion of our shape to the official one.
 
-    `{word}` stands for a number, `*` for `weight` or `bias`.
+    `{word}` matches a number, `*` matches `weight` or `bias`.
     """
 
     ours: str
@@ -82,7 +82,7 @@ DECODERS = {
         Row("decoders.{column}.to_pixels.proj.weight", "decoder_blocks.{head}.projback.0.weight", "conv"),
         Row("decoders.{column}.to_pixels.proj.bias", "decoder_blocks.{head}.projback.0.bias"),
     ),
-    "single": (  # above
+    "single": (  # more than 1000 classes
         Row("decoders.{column}.norm.*", "decoder_blocks.{head}.projback.0.*"),
         Row("decoders.{column}.to_pixels.proj.weight", "decoder_blocks.{head}.projback.1.weight", "conv"),
         Row("decoders.{column}.to_pixels.proj.bias", "decoder_blocks.{head}.projback.1.bias"),
@@ -90,25 +90,25 @@ DECODERS = {
 }
 
 HEADS = ("classifiers.", "decoders.")
-"""How names of the heads of intermediate supervision begin here."""
+"""Prefixes of our names of the heads of intermediate supervision."""
 
 MIN_GAIN = 1e-3
-"""The least magnitude of a gain (section 2.2.2), here as in the official code."""
+"""Smallest magnitude of a gain (section 2.2.2), as in the official code."""
 
 AROUND_BACKBONE = ("neck.*", "rpn_head.*", "roi_head.*", "decode_head.*", "auxiliary_head.*")
-"""Parts of a detector or a segmenter that are no RevCol."""
+"""Components of a detector or a segmenter outside of the backbone."""
 
 
 class MismatchError(CheckpointError):
-    """Names or shapes that do not fit; `problems` has a line for each."""
+    """Names or shapes do not fit. `problems` has a line for each."""
 
     def __init__(self, path: object, model: str, problems: Sequence[str]):
         self.model, self.problems = model, tuple(problems)
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         super().__init__(
             str(path),
-            f"no {model}: {shown}",
-            "Names that may differ can be allowed: revnets convert --allow",
+            f"not the weights of {model}: {shown}",
+            "To allow differences, use revnets convert --allow",
             code="weights-mismatch",
         )
 
@@ -132,8 +132,7 @@ class Names:
 
     Attributes:
         pairs: in the order of the model.
-        unused: official names and shapes without a counterpart: the gains of the first column, where there is nothing
-            that they could scale.
+        unused: official names and shapes without a counterpart: the gains of the first column, which have no effect.
     """
 
     pairs: tuple[Pair, ...]
@@ -149,12 +148,12 @@ def _pattern(template: str) -> re.Pattern[str]:
 def official_name(
     ours: str, rows: Iterable[Row], heads: Mapping[int, int] = MappingProxyType({})
 ) -> tuple[str, str] | None:
-    """The official name of a tensor and how its shape changes, or None if it has no counterpart.
+    """The official name of a tensor and the conversion of its shape, or None if it has no counterpart.
 
     Args:
-        ours: the name here.
-        rows: the part of the table to look at.
-        heads: the column of each head of intermediate supervision, and which of the heads it is.
+        ours: our name.
+        rows: of the table, which are searched.
+        heads: index of each head of intermediate supervision by its column.
     """
     for row in rows:
         if match := _pattern(row.ours).fullmatch(ours):
@@ -170,10 +169,10 @@ def _viewed(shape: TensorShape, view: str) -> TensorShape:
 
 
 def names_of(model: RevCol | Supervised, layout: str = "classification") -> Names:
-    """All names of a model, which may be on the meta device.
+    """All names of a model.
 
     Args:
-        model: with or without heads of intermediate supervision.
+        model: with or without heads of intermediate supervision, possibly on the meta device.
         layout: `classification`, or `backbone`, which has no classifier.
     """
     net = model.model if isinstance(model, Supervised) else model
@@ -205,18 +204,21 @@ def check(
     path: object = "weights",
     model: str = "model",
 ) -> list[str]:
-    """Account for every name; returns those that are there and fit, in the expected order.
+    """Check all names and shapes of a file.
 
     Args:
         expected: names and shapes.
-        given: what a file holds.
-        allow: names, or patterns such as `head.*`, that may be missing, unexpected or misshapen. They are left out.
-        optional: names among `expected` that may be missing.
+        given: tensors of the file.
+        allow: names, or patterns such as `head.*`, that may be missing, unexpected or misshapen. They are omitted.
+        optional: names in `expected` that may be missing.
         path: for the message.
         model: for the message.
 
+    Returns:
+        The names that are present and fit, in the expected order.
+
     Raises:
-        MismatchError: something does not fit.
+        MismatchError: a name or shape does not fit.
     """
     problems: dict[str, str] = {}
     for name, shape in expected.items():
@@ -235,10 +237,10 @@ def check(
 def to_ours(
     given: Mapping[str, Tensor], names: Names, allow: Sequence[str] = (), path: object = "weights", model: str = "model"
 ) -> dict[str, Tensor]:
-    """Tensors under their official names as ours; views of the same memory.
+    """Convert tensors under official names to our names, as views.
 
     Raises:
-        MismatchError: a name is missing or unexpected, or a shape is another, and is not allowed to be.
+        MismatchError: a name is missing or unexpected, or a shape differs, and is not allowed to.
     """
     expected = {pair.official: pair.official_shape for pair in names.pairs} | names.unused
     fitting = set(check(expected, given, allow, names.unused, path, model))
@@ -246,10 +248,10 @@ def to_ours(
 
 
 def to_official(given: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """Tensors under our names as the official code has them; views of the same memory.
+    """Convert tensors under our names to the official names, as views.
 
-    The gains of the first column, which do not exist here, get the value that they begin with, 0.5. A gain of 0 counts
-    as +0.001 here and is written so, for the official code would leave it at 0.
+    The gains of the first column, which do not exist here, get their initial value of 0.5. A gain of 0, which is used
+    as +0.001 here, becomes 0.001, because the official code would use 0.
     """
     state = {name: torch.full(shape, 0.5) for name, shape in names.unused.items()}
     for pair in names.pairs:

@@ -1,4 +1,4 @@
-"""Weights from files and URLs for models of timm: ours and the official ones."""
+"""Loading of weights in our or the official layout, from files and URLs, into timm models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 def load_file(model: RevCol, path: str) -> None:
-    """Load a file into a model; `RevCol.load_pretrained` says how.
+    """Load a file into a model, as documented in `RevCol.load_pretrained`.
 
     Raises:
         vision.errors.CheckpointError: the file cannot be used, or is of another model.
@@ -37,11 +37,10 @@ def load_file(model: RevCol, path: str) -> None:
 
 
 def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str, Tensor]:
-    """What timm calls with the content of a file, and gets weights for `model` from.
+    """Convert the content of a file to weights for `model`; called by timm.
 
-    The official names become ours, heads of intermediate supervision are left out, a classifier that is not in the file
-    stays as it is in the model, kernels are padded to the model's size, and position embeddings are interpolated to its
-    size of image.
+    Official names become ours, heads of intermediate supervision are omitted, a missing classifier is taken from the
+    model, kernels are padded to the model's size, and position embeddings are interpolated to its image size.
 
     Raises:
         vision.errors.CheckpointError: the file is of another model.
@@ -55,7 +54,7 @@ def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str,
     own = model.state_dict()
     state = {key: tensor for key, tensor in state.items() if not key.startswith(HEADS)}
     if not any(key.startswith("head.") for key in state):
-        _logger.warning("The file has no classifier; the model keeps its own.")
+        _logger.warning("The file has no classifier; the model's classifier is not changed.")
         state |= {key: tensor for key, tensor in own.items() if key.startswith("head.")}
     state = fit_positions(state, model)
     adapted = ("head.fc.*", "stem.conv.weight")  # by timm, to the model's number of classes and of channels
@@ -64,4 +63,4 @@ def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str,
 
 
 def _cfg(model: RevCol) -> dict[str, Any]:
-    return getattr(model, "pretrained_cfg", {})  # timm gives it to every model that it makes
+    return getattr(model, "pretrained_cfg", {})  # timm sets it on every model

@@ -1,4 +1,4 @@
-"""The models that have YAMLs, and which of them the weights in a file are of."""
+"""The built-in models, and recognition of the model of a weight file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"subnet(\d+)\.level(\d+)\.blocks\.(\d+)\.dwconv\.weight")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What tells a convolutional model from the others, and the kernels, which may be any."""
+    """The sizes that identify a convolutional model, and its kernel size, which may vary."""
 
     columns: int
     dims: tuple[int, ...]
@@ -30,25 +30,25 @@ class Shape:
 
 @cache
 def family() -> dict[str, NetSpec]:
-    """The convolutional models by name; the official code has them too."""
+    """The convolutional models by name, which also exist in the official code."""
     specs = {path.stem: load_spec(path) for path in sorted(MODELS.glob("*.yaml"))}
     return {name: spec for name, spec in specs.items() if all(level.block == "convnext" for level in spec.levels)}
 
 
 def spec_of(name: str, kernel_size: int = 3) -> NetSpec:
-    """A model of the family, with kernels of that size."""
+    """The specification of a model with kernels of this size."""
     path = MODELS / f"{name}.yaml"
     return load_spec(path, [f"levels.{index}.kernel_size={kernel_size}" for index in range(len(family()[name].levels))])
 
 
 def shape_of(spec: NetSpec, kernel_size: int = 3) -> Shape:
-    """The shape of a model."""
+    """The shape of a specification."""
     dims, depths = tuple(level.dim for level in spec.levels), tuple(level.depth for level in spec.levels)
     return Shape(spec.columns, dims, depths, any("top" in (level.reads or ()) for level in spec.levels), kernel_size)
 
 
 def shape_in(tensors: Mapping[str, Tensor]) -> Shape | None:
-    """The shape that official names tell, or None if they tell none. If columns differ, most of them are believed."""
+    """The shape of a model by its tensors under official names, by majority if columns differ; None if unknown."""
     columns, depths = 0, Counter[int]()
     dims, kernels = Counter[tuple[int, int]](), Counter[int]()
     for name, tensor in tensors.items():
@@ -69,14 +69,14 @@ def recognise(found: Shape | None, path: object = "weights") -> str:
     """The name of the model that has a shape.
 
     Raises:
-        CheckpointError: none has it.
+        CheckpointError: no model has this shape.
     """
     if found is None:
-        problem = "it has no ConvNeXt blocks at every level, which all official models have"
+        problem = "it does not have ConvNeXt blocks at every level, unlike all official models"
         raise CheckpointError(str(path), problem, "Give weights of a convolutional RevCol", code="unknown-model")
     for name, spec in family().items():
         if shape_of(spec, found.kernel_size) == found:
             return name
     text = f"{found.columns} columns of widths {found.dims} and depths {found.depths}"
-    remedy = "Say which it should be, as in --model revcol_tiny; other shapes are for Python (docs/guides/training.md)"
-    raise CheckpointError(str(path), f"no model of the family has {text}", remedy, code="unknown-model")
+    hint = "Name the model, as in --model revcol_tiny; other shapes need Python (docs/guides/training.md)"
+    raise CheckpointError(str(path), f"no model of the family has {text}", hint, code="unknown-model")

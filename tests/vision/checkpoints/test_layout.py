@@ -61,7 +61,7 @@ def test_an_entry_that_is_missing(key):
         require_layout(checkpoint(**{key: None}), PATH, TO_EVALUATE)
 
 
-def test_progress_that_cannot_be():
+def test_impossible_progress():
     state = checkpoint()
     state["progress"]["epoch"] = 3
     with raises_error(CheckpointError, code="wrong-format", source=PATH, names="progress.step"):

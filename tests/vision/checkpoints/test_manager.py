@@ -33,7 +33,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_the_last_ones_stay_and_the_best_outlives_them(tmp_path):
+def test_the_latest_and_the_best_checkpoint_are_kept(tmp_path):
     run = Checkpoints(tmp_path, keep=2)
     states = [state(step) for step in (9, 10, 11, 100)]
     for index, item in enumerate(states):
@@ -133,7 +133,7 @@ def test_files_of_other_kinds(tmp_path, content, code, names):
         reader.read(tmp_path / "x.pt")
 
 
-def test_paths_that_are_no_files(tmp_path):
+def test_paths_that_are_not_files(tmp_path):
     (tmp_path / "text.pt").write_text("columns: 4\n")
     for path, code in (
         (tmp_path / "no.pt", "missing-file"),
@@ -160,13 +160,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert torch.equal(reader.read(run.best)["model"], before["model"])
 
 
-def test_a_file_left_by_a_killed_process_goes(tmp_path):
+def test_a_file_of_a_killed_process_is_removed(tmp_path):
     (tmp_path / ".step-0000001.pt.77.partial").write_bytes(b"half")
     Checkpoints(tmp_path, keep=1).save(state(2))
     assert os.listdir(tmp_path) == ["step-0000002.pt"]
 
 
-def test_weights_of_another_model_are_refused_untouched():
+def test_weights_of_another_model_change_nothing():
     model = nn.Linear(3, 5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     extra = nn.ModuleDict({"extra": nn.Linear(1, 1)})

@@ -55,7 +55,7 @@ def copied(finished, tmp_path):
     return tmp_path / "job"
 
 
-def test_a_run_goes_on_wherever_its_data_lie(copied, tmp_path, monkeypatch):
+def test_a_run_resumes_with_moved_data(copied, tmp_path, monkeypatch):
     """As a relative path, through a link and moved: with the bits of the run that stays where it was."""
     states = []
     (tmp_path / "link").symlink_to(copied / "data")
@@ -87,7 +87,7 @@ def test_another_number_of_images_is_refused(copied, part):
         fit(copied / "run", copied / "data", epochs=2)
 
 
-def test_a_checkpoint_without_numbers_and_without_new_keys_goes_on(copied):
+def test_a_checkpoint_of_an_earlier_version_resumes(copied):
     """As earlier versions wrote it."""
     for path in (copied / "run" / "checkpoints").iterdir():
         state = torch.load(path, weights_only=True)
@@ -115,18 +115,18 @@ def test_data_sets_of_hugging_face_are_compared_by_their_last_name():
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_classes_of_either_kind_are_compared(kind):
+def test_lists_and_tuples_of_classes_are_compared(kind):
     """A checkpoint may hold them as a list or as a tuple."""
     config, path = load_config(settings(Path("x"), "cache")), Path("x.pt")
     state = {"config": config.plain(), "world": 1, "classes": kind(["a", "c"])}
     data = ImageData([], [], ("a", "b"), (3, 32, 32), (0.0,), (1.0,))
-    with raises_error(code="settings-differ", key="data", names=["class b", "c in its place"]):
+    with raises_error(code="settings-differ", key="data", names=["class b", "c at this position"]):
         resume.require_same_course(config, 1, state, path, data)
     assert Checkpoint(path, config, state).classes == ("a", "c")
     assert class_names_in(state) == ("a", "c")
 
 
-def test_other_images_that_are_left_out_are_refused(finished, tmp_path):
+def test_other_excluded_images_are_refused(finished, tmp_path):
     """Their numbers are equal."""
     found = []
     for name in ("ant/1.jpg", "ant/2.jpg"):
@@ -153,7 +153,7 @@ def test_classes_in_another_order_are_matched_by_name(finished, tmp_path):
     assert torch.equal(turned.confusion, whole.confusion.flip(0, 1))
 
 
-def test_names_are_compared_where_there_are_some():
+def test_class_names_are_compared_if_present():
     assert class_difference(("ant", "bee"), ("ant", "bee")) == ""
     assert class_difference(("ant", "bee"), ("0", "1")) == ""  # of a stream
     assert class_difference(("0", "1"), ("ant", "bee")) == ""
@@ -171,7 +171,7 @@ def test_a_new_head_for_other_classes_of_equal_number(finished, tmp_path):
         assert ("its classifier" in found) == kept
 
 
-def test_training_and_evaluation_print_what_is_not_as_expected(tmp_path, capsys):
+def test_training_and_evaluation_print_warnings_about_data(tmp_path, capsys):
     root = images.folder(tmp_path / "data")
     shutil.rmtree(root / "val" / "cat")
     console = Console(file=io.StringIO(), width=200)

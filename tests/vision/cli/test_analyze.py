@@ -135,7 +135,7 @@ def test_a_name_of_timm(tmp_path: Path) -> None:
     assert load_source("digits")[1].graph.columns == 4  # a recipe
 
 
-def test_mistakes(run: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "empty").mkdir()
     for words, code, key, names in (
@@ -150,7 +150,7 @@ def test_mistakes(run: Path, tmp_path: Path) -> None:
             ("layercam", run, "--image", tmp_path / "text.jpg"),
             "unreadable-file",
             "--image",
-            ["text.jpg", "cannot identify"],
+            ["text.jpg", "not an image"],
         ),
     ):
         with raises_error(code=code, key=key, names=names):
@@ -197,7 +197,7 @@ def test_layercam_figure_shows_no_rounding() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bomb", "small bomb", "numbers", "pipe", "folder"])
-def test_pictures_that_cannot_be_shown_are_one_line(run: Path, tmp_path: Path, kind: str) -> None:
+def test_images_that_cannot_be_shown_are_reported_on_one_line(run: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "odd.png"
     if "bomb" in kind:
         path.write_bytes(bomb(10_000 if kind == "small bomb" else 20_000))

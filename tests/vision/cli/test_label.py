@@ -33,7 +33,7 @@ def test_files_and_throughput(teacher, images, labels, tmp_path):  # noqa: F811
     code, out, err = call(teacher, images, "-o", tmp_path / "labels", *OPTIONS)
     assert (code, err) == (0, "")
     assert "23 images in 5 shards, 0 of them labeled; heads: insects (3 classes), eyes (2 classes)" in out
-    assert "part-00001.parquet: ant/6.jpg cannot be read and has no label" in out
+    assert "part-00001.parquet: no label for unreadable images: ant/6.jpg" in out
     assert re.search(
         r"labeled 23 images in \d+\.\d s: \d+\.\d images/s; days for 168 million images .* on 8, .* on 64", out
     )

@@ -47,7 +47,7 @@ def predict(run, images, output, **options):
     return predict_files(run, images, output, device="cpu", trust=True, **options)
 
 
-def test_detections_are_a_file_of_coco_and_pictures(root, detector, tmp_path):
+def test_detections_are_written_as_coco_json_and_drawings(root, detector, tmp_path):
     files = [root / "val2017/0.png", root / "val2017/1.png"]
     found = predict(detector, files, tmp_path / "out")
     annotations = read_coco(tmp_path / "out/predictions.json")
@@ -62,7 +62,7 @@ def test_detections_are_a_file_of_coco_and_pictures(root, detector, tmp_path):
         assert drawn.size == tuple(side * enlargement(original) for side in original.size)
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_named(root, detector, tmp_path, capsys):
+def test_unreadable_images_are_skipped_and_named(root, detector, tmp_path, capsys):
     (tmp_path / "empty.jpg").write_bytes(b"")
     files = [tmp_path / "empty.jpg", root / "val2017/0.png", tmp_path / "missing.jpg"]
     with pytest.raises(typer.Exit) as caught:
@@ -83,17 +83,17 @@ def test_no_file_is_replaced(root, detector, tmp_path):
         predict(detector, [folder / "0.png"], folder)
 
 
-def test_pictures_of_one_name_are_refused(root, detector, tmp_path):
+def test_images_of_the_same_name_are_refused(root, detector, tmp_path):
     with raises_error(code="name-clash", key="--output", names="0.png"):
         predict(detector, [root / "val2017/0.png", root / "train2017/0.png"], tmp_path / "out")
 
 
-def test_a_detector_needs_a_folder(root, detector):
+def test_a_detector_needs_an_output_directory(root, detector):
     with raises_error(code="missing-key", key="--output"):
         predict(detector, [root / "val2017/0.png"], None)
 
 
-def test_a_file_is_no_folder_for_pictures(root, detector):
+def test_the_output_must_be_a_directory(root, detector):
     with raises_error(code="not-a-folder", key="--output"):
         predict(detector, [root / "val2017/0.png"], root / "val2017/1.png")
 
@@ -120,7 +120,7 @@ def segmenter(tmp_path):
     return tmp_path / "run"
 
 
-def test_maps_of_classes_are_drawn_beside_a_legend(tmp_path):
+def test_semantic_maps_are_drawn_next_to_a_legend(tmp_path):
     pytest.importorskip("transformers")
     run = segmenter(tmp_path)
     predict(run, [tmp_path / "images/validation/1.png"], tmp_path / "out")
@@ -130,7 +130,7 @@ def test_maps_of_classes_are_drawn_beside_a_legend(tmp_path):
         assert drawn.width > 64 * factor
 
 
-def test_objects_below_the_least_score_are_not_drawn():
+def test_objects_below_the_minimum_score_are_not_drawn():
     picture = Image.new("RGB", (640, 610), (128, 128, 128))
     found = {"boxes": torch.tensor([[10.0, 10, 300, 200]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.4])}
     assert np.array_equal(draw_detections(picture, found, ["a"], 0.5), picture)

@@ -63,12 +63,12 @@ def test_eval_shows_both_sets_of_weights(run, tmp_path):
     assert "step-0000005.pt, 360 images" in out
 
 
-def test_eval_refuses_what_is_no_picture_before_it_works(run, tmp_path):
+def test_eval_checks_the_suffix_of_a_figure_first(run, tmp_path):
     with raises_error(code="unknown-suffix", source="command line", key="--png", names=["x.jpg", ".png, .svg, .pdf"]):
         call("eval", run, "--png", tmp_path / "x.jpg")
 
 
-def test_mistakes_are_one_line_and_exit_code_1(run, tmp_path):
+def test_errors_are_one_line_with_exit_code_1(run, tmp_path):
     cut = tmp_path / "cut.pt"
     cut.write_bytes((run / "checkpoints" / "best.pt").read_bytes()[:1000])
     for words, named in (
@@ -86,7 +86,7 @@ def test_mistakes_are_one_line_and_exit_code_1(run, tmp_path):
         assert "Traceback" not in out + err
 
 
-def test_mistakes_in_a_configuration_go_to_the_main_program(run, tmp_path):
+def test_configuration_errors_reach_the_main_program(run, tmp_path):
     (tmp_path / "file").touch()
     with raises_error(code="not-a-folder", key="output", names=str(tmp_path / "file")):
         call("train", run / "config.yaml", f"output={tmp_path / 'file' / 'run'}")
@@ -96,7 +96,7 @@ def test_mistakes_in_a_configuration_go_to_the_main_program(run, tmp_path):
         call("eval", run, "batch_sise=3")
 
 
-def test_help_explains_overrides_and_what_is_left_behind():
+def test_help_explains_overrides_and_output_files():
     code, out, _ = call("train", "--help")
     assert code == 0
     for words in ("key.path=value", "checkpoints/", "bit for bit", "torchrun"):

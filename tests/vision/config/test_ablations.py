@@ -56,7 +56,7 @@ def test_sizes(name: str) -> None:
     assert measured(name) == pytest.approx(SIZES[name][:2], abs=0.0051)
 
 
-def test_the_page_lists_every_net_beside_the_paper() -> None:
+def test_the_page_lists_every_model_next_to_the_paper() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", PAGE, flags=re.MULTILINE))
     files = {file.stem for file in FOLDER.glob("*.yaml") if not file.stem.startswith("fashion_")}
     assert rows.keys() == files == SIZES.keys()
@@ -67,7 +67,7 @@ def test_the_page_lists_every_net_beside_the_paper() -> None:
 
 
 @pytest.mark.parametrize("name", ["multi_branch", "revnet"])
-def test_the_trainer_takes_them(name: str) -> None:
+def test_the_trainer_accepts_them(name: str) -> None:
     config = load_config("revcol_tiny_in1k", [f"model={FOLDER / name}.yaml", "supervision=null"])
     data = ImageData(None, None, tuple(map(str, range(1000))), (3, 224, 224), (0.5,) * 3, (0.5,) * 3)
     with torch.device("meta"):
@@ -89,7 +89,7 @@ def test_kernels_and_columns() -> None:
 
 
 @pytest.mark.parametrize("name", ["fashion_multi_branch", "fashion_revnet"])
-def test_the_small_ones_are_wired_like_the_large_ones(name: str) -> None:
+def test_small_models_have_the_connections_of_large_ones(name: str) -> None:
     small, large = (revnets.load_spec(FOLDER / f"{stem}.yaml") for stem in (name, name.removeprefix("fashion_")))
     assert small.graph() == large.graph()
     assert (small.fusion, small.gain, small.reductions()) == (large.fusion, large.gain, large.reductions())
@@ -106,6 +106,6 @@ def test_the_small_ones_are_wired_like_the_large_ones(name: str) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_supervision_asks_for_a_model_of_the_registry() -> None:
+def test_supervision_needs_a_timm_model() -> None:
     with raises_error(code="conflicting-values", key="supervision", names="timm"):
         load_config("revcol_tiny_in1k", [f"model={FOLDER / 'columns_8.yaml'}"])

@@ -79,7 +79,7 @@ def test_has_the_numbers_of_the_paper(recipe):
         assert [stop.beta for stop in stops] == pytest.approx([0.175, 0.35, 0.525, 1])
 
 
-def test_every_recipe_of_the_paper_is_here():
+def test_every_recipe_of_the_paper_exists():
     assert set(TABLE) | {"digits", "fashion"} == set(RECIPES)
 
 
@@ -104,7 +104,7 @@ def test_every_recipe_of_the_paper_is_here():
         (["parallel=fsdp", "clip_mode=agc"], "conflicting-values", "clip_mode", "agc"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(overrides, code, key, names):
+def test_a_wrong_key_is_reported_on_one_line(overrides, code, key, names):
     def build():
         config = load_config("revcol_tiny_in1k", overrides)
         data = data_of(config)
@@ -128,7 +128,7 @@ def test_learning_rates_scale_with_the_images_of_an_update():
     assert seen[2] == pytest.approx(2e-6, rel=0.01)
 
 
-def test_fine_tuning_has_smaller_rates_below():
+def test_fine_tuning_has_smaller_rates_at_lower_layers():
     config = load_config("revcol_tiny_in1k", ["supervision=null", "optimizer.layer_decay=0.5", "data.img_size=32"])
     with torch.device("meta"):
         model = builders.build_model(config, data_of(config))

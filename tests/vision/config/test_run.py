@@ -59,7 +59,7 @@ def test_memory_of_the_run_wins_over_that_of_the_net():
     assert load_config({**RUN, "model": {**NET, "memory": "invert"}, "memory": "store"}).net.memory == "store"
 
 
-def test_off_is_a_word():
+def test_amp_accepts_off():
     assert load_config(RUN, ["amp=off"]).amp == "off"
     assert load_config(RUN, ["amp=bfloat16"]).amp == "bfloat16"
 
@@ -89,12 +89,12 @@ def test_off_is_a_word():
         ("keep=0", "out-of-range", "keep", "at least 1"),
     ],
 )
-def test_a_wrong_value_is_told_in_one_line(override, code, key, names):
+def test_a_wrong_value_is_reported_on_one_line(override, code, key, names):
     with raises_error(code=code, key=key, source="command line", names=names):
         load_config(RUN, [override])
 
 
-def test_an_odd_batch_cannot_be_mixed():
+def test_mixup_refuses_an_odd_batch():
     with raises_error(code="conflicting-values", key="batch_size", names=["7", "even"]):
         load_config(RUN, ["batch_size=7", "mixup.mixup_alpha=0.8"])
     load_config(RUN, ["batch_size=7"])
@@ -123,15 +123,15 @@ def test_every_file_is_read_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", ["ema", "mixup", "compile", "supervision", "pretrained", "clip_grad", "save_every"])
 @pytest.mark.parametrize("word", ["off", "no", "false", "null"])
-def test_what_is_off_by_default_can_be_switched_off_in_words(key, word):
+def test_keys_that_are_off_by_default_accept_off(key, word):
     assert getattr(load_config("digits", ["output=x", f"{key}={word}"]), key) is None
 
 
-def test_no_resumption_in_words():
+def test_resume_accepts_no():
     assert load_config("digits", ["output=x", "resume=no"]).resume == "none"
 
 
-def test_the_home_folder_in_every_path(tmp_path, monkeypatch):
+def test_every_path_expands_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "net.yaml").write_text(
         "columns: 2\nstem: {type: patchify, patch: 4}\nlevels: [&level {dim: 8, depth: 1, block: convnext}, *level]"
@@ -152,18 +152,18 @@ def test_the_home_folder_in_every_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "override", ["epochs=0x" + "f" * 20, "seed=0x" + "f" * 17, "workers=2000", "batch_size=10000000000"]
 )
-def test_numbers_that_nothing_can_hold(override):
+def test_too_large_numbers_are_refused(override):
     with raises_error(code="out-of-range", key=override.partition("=")[0]):
         load_config("digits", ["output=x", override])
 
 
-def test_a_number_of_classes_without_bound_is_refused():
+def test_too_many_classes_are_refused():
     data = {"name": "folder", "root": "data", "num_classes": 10**15}
     with raises_error(code="out-of-range", key="data.num_classes"):
         load_config({"model": {"timm": "revcol_tiny"}, "output": "run", "data": data})
 
 
-def test_a_folder_does_not_hide_the_recipe_of_its_name(tmp_path, monkeypatch):
+def test_a_directory_does_not_hide_a_recipe_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
     assert load_config("digits", ["output=x"]).epochs > 0

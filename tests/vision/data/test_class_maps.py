@@ -24,21 +24,21 @@ def test_a_pickled_dict_of_every_protocol_is_a_class_map(tmp_path, protocol):
     assert read_class_map("map.pkl", str(tmp_path)) == numbers
 
 
-def test_a_text_is_a_class_map(tmp_path):
+def test_a_text_file_is_a_class_map(tmp_path):
     (tmp_path / "map.txt").write_text("cat\ndog\n\n")
     assert read_class_map(str(tmp_path / "map.txt")) == NAMES
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("name", ["map.txt", "map.pkl"])
-def test_a_pipe_is_no_class_map(tmp_path, name):
+def test_a_pipe_is_not_a_class_map(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with raises_error(code="missing-file", key="data.class_map", names="not a regular file"):
         read_class_map(str(tmp_path / name))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs devices")
-def test_a_link_to_a_device_is_no_class_map(tmp_path):
+def test_a_link_to_a_device_is_not_a_class_map(tmp_path):
     (tmp_path / "map.txt").symlink_to("/dev/zero")
     with raises_error(code="missing-file", key="data.class_map", names="not a regular file"):
         read_class_map(str(tmp_path / "map.txt"))
@@ -53,7 +53,7 @@ def test_a_link_to_a_device_is_no_class_map(tmp_path):
         pickle.PROTO + b"\x04B" + struct.pack("<I", 2**28) + b".",
     ],
 )
-def test_a_class_map_takes_no_more_memory_than_it_has_bytes_for(tmp_path, data):
+def test_memory_of_a_class_map_is_bounded_by_its_size(tmp_path, data):
     (tmp_path / "map.pkl").write_bytes(data)
     tracemalloc.start()
     try:
@@ -75,7 +75,7 @@ def test_a_class_map_with_nested_tuples_is_refused_before_they_are_hashed(tmp_pa
     ("name", "data"),
     [("map.pkl", b"\x80\x04cos\nsystem\n."), ("map.pkl", b"no pickle"), ("map.pkl", b""), ("map.csv", b"cat,dog\n")],
 )
-def test_a_file_that_is_no_class_map(tmp_path, name, data):
+def test_other_files_are_not_class_maps(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with raises_error(code="wrong-format", key="data.class_map", names=name):
         read_class_map(str(tmp_path / name))
@@ -108,7 +108,7 @@ def test_more_shards_than_any_data_set_has_are_refused(tmp_path, split):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("name", ["info.json", "_info.json"])
-def test_a_pipe_describes_no_shards(tmp_path, name):
+def test_a_pipe_is_refused_as_a_description_of_shards(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with raises_error(code="not-a-file", key="data.root", names=name):
         check_shards(tmp_path, "train")
@@ -118,6 +118,6 @@ def test_a_pipe_describes_no_shards(tmp_path, name):
     ("name", "code"),
     [("hfds/pandas", "unsafe-file"), ("hfids/pandas/", "unsafe-file"), (["digits"], "wrong-type"), ({}, "wrong-type")],
 )
-def test_a_name_of_data_is_text_and_unpickles_nothing(name, code):
+def test_data_names_never_unpickle_files(name, code):
     with raises_error(code=code, key="data.name"):
         load_config({"model": {"timm": "revcol_tiny"}, "output": "run", "data": {"name": name}})

@@ -130,19 +130,19 @@ def test_command(released):
     root, *_ = released
     code, out, _ = call("eval", root / "22k.pth", "--config", root / "recipe.yaml", "--subset")
     assert code == 0
-    assert f"2 of 21841 classes; 1 of the data ({TEDDY}) are unknown to the model, their images count as wrong" in out
+    assert f"2 of 21841 classes; the model does not have 1 of the data ({TEDDY}), whose images count as wrong" in out
     assert "9 images" in out
     assert "ema" in out
 
 
-def test_forgetting_an_option_is_told(released):
+def test_a_missing_subset_option_is_reported(released):
     root, *_ = released
     recipe = root / "recipe.yaml"
     with raises_error(
         CheckpointError, code="missing-config", source=root / "22k.pth", names="--config revcol_tiny_in1k"
     ):
         evaluate_checkpoint(root / "22k.pth")
-    with raises_error(code="class-mismatch", key="--subset", names=["21841 classes", "have 3", "add --subset"]):
+    with raises_error(code="class-mismatch", key="--subset", names=["21841 classes", "has 3", "add --subset"]):
         evaluate_checkpoint(root / "22k.pth", ["data.num_classes=null"], recipe=str(recipe))
     with raises_error(CheckpointError, code="missing-file", source=root / "no.pth"):
         evaluate_checkpoint(root / "no.pth", recipe=str(recipe))

@@ -41,7 +41,7 @@ def test_a_ramp_of_16_bits_keeps_its_256_levels(kind, mode, exif):
     assert np.array_equal(found, np.stack([RAMP] * 3, 2) if mode == "RGB" else RAMP)
 
 
-def test_big_endian_and_twelve_bits():
+def test_big_endian_and_12_bit_images():
     found = converted(Image.fromarray((RAMP * 256).astype(">u2")), "L")
     assert np.array_equal(np.asarray(found), RAMP)
     assert np.array_equal(read(saved(Image.fromarray(RAMP * 16)), "L"), RAMP // 16)
@@ -49,7 +49,7 @@ def test_big_endian_and_twelve_bits():
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 @pytest.mark.parametrize("reader", ["folder", "wds"])
-def test_numbers_without_a_scale_are_noted(tmp_path, mode, reader):
+def test_pixels_without_a_scale_are_unreadable(tmp_path, mode, reader):
     """A folder replaces such an image by the next; of a stream it is left out."""
     content = saved(Image.fromarray(RAMP.astype(np.int32 if mode == "I" else np.float32), mode), "TIFF")
     if reader == "folder":
@@ -92,7 +92,7 @@ def test_a_palette_with_transparency_keeps_its_colors_without_a_warning():
     assert np.array_equal(found, np.asarray(picture.convert("RGB")))
 
 
-def test_of_an_animation_the_first_picture_is_read():
+def test_the_first_frame_of_an_animation_is_read():
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (10, 200)]
     assert (read(saved(frames[0], "GIF", save_all=True, append_images=frames[1:])) == 10).all()
 
@@ -109,7 +109,7 @@ def test_exif_orientation(orientation):
     assert np.array_equal(read(content), read(content, exif="apply")) == (orientation == 1)
 
 
-def test_damaged_exif_data_turn_nothing():
+def test_damaged_exif_data_is_ignored():
     content = saved(images.image(1, 0), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
     assert np.array_equal(read(content, exif="apply"), read(content))
 
@@ -165,7 +165,7 @@ def crowded() -> bytes:
 
 
 @pytest.mark.parametrize("hazard", ["bomb", "small bomb", "texts", "truncated", "Ghostscript", "empty"])
-def test_hazards_are_noted(tmp_path, hazard):
+def test_dangerous_files_are_unreadable(tmp_path, hazard):
     root = images.folder(tmp_path / "data", 2, 1)
     (root / "val" / "ant" / "0.jpg").write_bytes({
         "bomb": lambda: images.bomb(20_000),
@@ -187,7 +187,7 @@ def test_devices_are_not_opened():
         open_regular(Path("/dev/zero"))
 
 
-def test_pixels_of_a_run_of_today(tmp_path):
+def test_pixels_of_a_default_run(tmp_path):
     """The images of a folder are bit for bit those of Pillow's conversion and timm's transform."""
     root = images.folder(tmp_path, 2, 1)
     images.image(1, 0).convert("RGBA").save(root / "val" / "bee" / "0.png")
@@ -200,6 +200,6 @@ def test_pixels_of_a_run_of_today(tmp_path):
         assert torch.equal(data.val[index][0], transform(Image.open(path).convert("RGB")))
 
 
-def test_a_format_for_which_another_program_runs_is_not_opened():
-    with pytest.raises(OSError, match="cannot identify"):
+def test_formats_that_run_other_programs_are_not_opened():
+    with pytest.raises(OSError, match="not an image"):
         read_image(io.BytesIO(saved(images.image(1, 0), "EPS")))

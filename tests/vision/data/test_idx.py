@@ -93,7 +93,7 @@ def test_small_images_are_shrunk_and_limited(fashion):
         ),
     ],
 )
-def test_idx_files_that_are_not_right(fashion, damage, code, names):
+def test_wrong_idx_files_are_refused(fashion, damage, code, names):
     damage(fashion)
     with raises_error(code=code, key="data.root", source="training run", names=names):
         open_data(idx_run(fashion))
@@ -143,12 +143,12 @@ def test_a_gzip_bomb_is_not_unpacked(fashion):
 
 
 @pytest.mark.parametrize(("root", "code"), [("x" * 5000, "missing-file"), ("a\0b", "invalid-encoding")])
-def test_a_path_that_no_file_can_have(root, code):
+def test_an_impossible_path(root, code):
     with raises_error(code=code, key="data.root"):
         open_data(idx_run(root))
 
 
-def test_classes_that_are_never_trained_are_remarked(fashion):
+def test_classes_without_training_images_cause_a_warning(fashion):
     for count, remarks in ((2, 1), (5, 0)):
         config = load_config(idx_run(fashion, train_samples=count, classes=["ant", "bee", "cat"]))
         found = load_data(config.data, 0).remarks

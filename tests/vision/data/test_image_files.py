@@ -85,7 +85,7 @@ LEFT_BEHIND = [
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_what_programs_leave_behind_is_neither_image_nor_class(tmp_path, kind):
+def test_leftover_files_of_programs_are_ignored(tmp_path, kind):
     root = tree(tmp_path / "data", *LEFT_BEHIND)
     if kind != "tars":
         for name in ("train/.cache/x.jpg", "val/.cache/x.jpg", "train/lost+found/x.jpg", "train/__MACOSX/ant/._0.jpg"):
@@ -101,7 +101,7 @@ def test_what_programs_leave_behind_is_neither_image_nor_class(tmp_path, kind):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("kind", CASES)
-def test_images_beside_class_folders_are_refused(tmp_path, split, kind):
+def test_images_next_to_class_directories_are_refused(tmp_path, split, kind):
     name = f"{split}/ant/more/preview.jpg" if kind == "tars" else f"{split}/preview.jpg"
     root = packed(tree(tmp_path / "data", name), kind)
     with raises_error(code="class-mismatch", key="data.root", names="ant" if kind == "tars" else "preview.jpg"):
@@ -109,7 +109,7 @@ def test_images_beside_class_folders_are_refused(tmp_path, split, kind):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_folders_of_one_name_are_not_one_class(tmp_path, kind):
+def test_directories_of_the_same_name_are_refused(tmp_path, kind):
     """As in Tiny ImageNet, where every class folder has a folder `images`."""
     root = tmp_path / "data"
     for split in ("train", "val"):
@@ -125,7 +125,7 @@ def test_folders_of_one_name_are_not_one_class(tmp_path, kind):
         build_model(config, load_data(config.data, 0))
 
 
-def test_a_flat_folder_has_no_classes(tmp_path):
+def test_a_flat_directory_has_no_classes(tmp_path):
     for split in ("train", "val"):
         put(tmp_path / split / "0.jpg", images.jpeg(0, 0))
     data = opened(tmp_path)  # a task that is no classification may do without
@@ -168,7 +168,7 @@ def test_order_of_classes_does_not_depend_on_the_hash_seed(orders, kind):
 # ---------------------------------------------------------------------------------------------------------- links
 
 
-def test_class_folders_may_be_links(tmp_path):
+def test_class_directories_may_be_links(tmp_path):
     store, root = tree(tmp_path / "store"), tmp_path / "data"
     for split in ("train", "val"):
         (root / split).mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_class_folders_may_be_links(tmp_path):
     assert (data.classes, len(data.train), labels(data)) == (images.CLASSES, 12, labels(opened(store)))
 
 
-def test_links_in_circles_end(tmp_path):
+def test_cyclic_links_are_not_followed(tmp_path):
     root = tree(tmp_path)
     for place in (root / "train", root / "train" / "ant"):
         for number in range(3):
@@ -194,7 +194,7 @@ def test_links_in_circles_end(tmp_path):
         opened(root)
 
 
-def test_a_link_that_leads_nowhere_is_a_missing_class_or_an_unreadable_image(tmp_path):
+def test_a_broken_link_is_a_missing_class_or_an_unreadable_image(tmp_path):
     root = tree(tmp_path / "data")
     (root / "val" / "ant" / "0.jpg").unlink()
     (root / "val" / "ant" / "0.jpg").symlink_to(tmp_path / "gone.jpg")
@@ -206,7 +206,7 @@ def test_a_link_that_leads_nowhere_is_a_missing_class_or_an_unreadable_image(tmp
         opened(root)
 
 
-def test_a_pipe_is_no_image(tmp_path):
+def test_a_pipe_is_not_an_image(tmp_path):
     root = tree(tmp_path / "data")
     (root / "val" / "ant" / "0.jpg").unlink()
     os.mkfifo(root / "val" / "ant" / "0.jpg")
@@ -228,7 +228,7 @@ def test_a_class_without_images_is_refused(tmp_path, kind, ending):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_other_endings_can_be_read(tmp_path, kind):
+def test_other_suffixes_can_be_read(tmp_path, kind):
     root = tree(tmp_path / "data")
     for split in ("train", "val"):
         for path in (root / split / "bee").iterdir():
@@ -238,14 +238,14 @@ def test_other_endings_can_be_read(tmp_path, kind):
     assert (data.classes, len(data.train), labels(data)) == (images.CLASSES, 12, [0, 0, 1, 1, 2, 2])
 
 
-def test_single_images_that_are_not_read_are_remarked(tmp_path):
+def test_images_with_other_suffixes_cause_a_warning(tmp_path):
     root = tree(tmp_path, "train/ant/7.gif", "train/bee/8.webp", "train/bee/notes.txt")
     (remark,) = opened(root).remarks
-    assert remark.startswith("train: 2 pictures are not read, such as ant/7.gif. ")
+    assert remark.startswith("train: 2 images are not read, such as ant/7.gif. ")
     assert '".gif;.jpeg;.jpg;.png;.webp"' in remark
 
 
-def test_upper_case_and_all_of_another_ending(tmp_path):
+def test_upper_case_and_other_suffixes(tmp_path):
     root = tree(tmp_path / "data")
     for path in root.rglob("*.jpg"):
         path.rename(path.with_suffix(".JPEG"))
@@ -283,17 +283,17 @@ def test_class_map(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["ant\nbee\ncat\n", "\ufeffant\r\nbee\r\ncat", " ant\rbee \rcat\r\r"])
-def test_a_class_map_of_any_editor_is_read(tmp_path, content):
+def test_class_maps_with_any_line_endings_are_read(tmp_path, content):
     (tmp_path / "map.txt").write_bytes(content.encode())
     data = opened(tree(tmp_path / "data"), class_map=str(tmp_path / "map.txt"))
     assert (data.classes, labels(data), data.remarks) == (images.CLASSES, [0, 0, 1, 1, 2, 2], ())
 
 
-def test_a_class_map_of_other_classes_is_remarked(tmp_path):
+def test_classes_outside_of_the_class_map_cause_a_warning(tmp_path):
     (tmp_path / "map.txt").write_text("ant\nbee\nyak\n")
     assert opened(tree(tmp_path / "data"), class_map=str(tmp_path / "map.txt")).remarks == (
-        "train: data.class_map leaves out the images of cat",
-        "validation: data.class_map leaves out the images of cat",
+        "train: data.class_map omits the images of cat",
+        "validation: data.class_map omits the images of cat",
         "train has no images of yak",
         "validation has no images of yak",
     )
@@ -335,7 +335,7 @@ def two_tars(root: Path) -> Path:
     return root
 
 
-def test_of_members_of_one_name_the_last_counts(tmp_path):
+def test_the_last_of_several_members_with_one_name_counts(tmp_path):
     root = two_tars(tmp_path)
     with tarfile.open(root / "val.tar", "a") as tar:
         add(tar, "./ant/0.jpg", images.jpeg(2, 5))
@@ -351,7 +351,7 @@ def test_of_members_of_one_name_the_last_counts(tmp_path):
     assert pictures[0].mean() > pictures[1].mean()  # brightness is that of class 2
 
 
-def test_tars_in_a_tar(tmp_path):
+def test_nested_tars(tmp_path):
     """The images are those of the folder, bit for bit."""
     root = tree(tmp_path / "data")
     tars = packed(root, "tars")
@@ -370,7 +370,7 @@ def test_tars_in_a_tar(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut in an image", "cut before the end mark", "a header of noise", "gzip", "empty"])
-def test_a_damaged_tar_loses_no_class_unnoticed(tmp_path, damage):
+def test_a_damaged_tar_is_refused(tmp_path, damage):
     root = two_tars(tmp_path)
     content = (root / "train.tar").read_bytes()
     second = content.index(b"bee/0.jpg")
@@ -409,14 +409,14 @@ def test_sizes_in_a_tar_are_those_of_its_bytes(tmp_path):
     "stray",
     ["train/preview.jpg", "train/dog/0.jpg", "train/more/dog.tar", "train/dog.tar.gz", "train/dog.TGZ", "val/dog.zip"],
 )
-def test_nothing_lies_beside_tars(tmp_path, stray):
+def test_other_data_next_to_tars_is_refused(tmp_path, stray):
     root = packed(tree(tmp_path / "data"), "tars")
     put(root / stray, images.jpeg(0, 0))
     with raises_error(code="class-mismatch", key="data.root", names=stray.split("/")[1]):
         opened(root, "tar")
 
 
-def test_an_archive_in_a_tar_is_no_missing_class(tmp_path):
+def test_an_archive_in_a_tar_is_refused(tmp_path):
     with tarfile.open(two_tars(tmp_path) / "train.tar", "a") as tar:
         add(tar, "cat.tar.gz", b"packed")
     with raises_error(code="damaged-file", key="data.root", names="cat.tar.gz"):
@@ -456,7 +456,7 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path):
         opened(root)
 
 
-def test_names_that_are_not_text(tmp_path):
+def test_names_that_are_not_utf_8(tmp_path):
     """Bytes that are not UTF-8 and line feeds: one line each, counted once."""
     root = tree(tmp_path / "data")
     for name in (b"h\xf6he.jpg", b"two\nlines.jpg"):
@@ -478,5 +478,5 @@ def test_ten_unreadable_images_name_the_first(tmp_path):
     root = tree(tmp_path)
     for path in root.rglob("train/*/*.jpg"):
         path.write_bytes(b"x")
-    with raises_error(DataError, code="unreadable-data", names="number 0 on (ant/0.jpg)"):
+    with raises_error(DataError, code="unreadable-data", names="number 0 (ant/0.jpg)"):
         _ = opened(root).train[Key(0, 0)]

@@ -20,7 +20,7 @@ def pool():
     pa.set_memory_pool(before)
 
 
-def test_a_key_that_a_dictionary_repeats_takes_memory_once(tmp_path, pool):
+def test_repeated_keys_are_stored_once(tmp_path, pool):
     path, key, rows = tmp_path / "list.parquet", "a" * MAX_KEY, 30_011
     column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([key]))
     pq.write_table(pa.table({"key": column}), path, store_schema=False)

@@ -63,7 +63,7 @@ def test_batches_of_an_epoch(length, batch_size, accum, world_size, epoch, data)
     assert batches(start=start) == ranks[0][start * accum :]
 
 
-def test_epochs_have_orders_of_their_own():
+def test_each_epoch_has_its_own_order():
     sampler = EpochBatches(97, 97, 1, seed=0)
     orders = []
     for epoch in range(3):
@@ -74,7 +74,7 @@ def test_epochs_have_orders_of_their_own():
     assert tuple(key.index for key in next(iter(other))) != orders[0]
 
 
-def test_workers_and_resumption_change_no_image(tmp_path):
+def test_workers_and_resuming_do_not_change_images(tmp_path):
     def epoch(workers, start):
         config = load_config(tiny(tmp_path, workers=workers, batch_size=239, grad_accum=1, mixup=None))
         return list(TrainBatches(config, load_data(config.data, config.seed)).epoch(4, start))
@@ -99,7 +99,7 @@ def test_augmentation_differs_by_epoch_and_seed_and_not_by_batch():
     assert torch.equal(still(images, keys), images)
 
 
-def test_augmentation_moves_turns_and_scales_as_far_as_it_says():
+def test_augmentation_has_the_configured_range():
     side, count = 64, 50
     axis = (torch.arange(side) + 0.5) / side - 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -127,7 +127,7 @@ def test_augmentation_moves_turns_and_scales_as_far_as_it_says():
     spread(moments(scale=0.2)[2].sqrt() - 1, 0.2)
 
 
-def test_loaders_leave_the_global_generator_alone(tmp_path):
+def test_loaders_do_not_use_the_global_generator(tmp_path):
     config = load_config(tiny(tmp_path))
     data = load_data(config.data, config.seed)
     before = torch.get_rng_state()

@@ -91,7 +91,7 @@ def test_htc_reads_maps_of_stuff():
     assert config.data.short_sides == tuple(range(400, 1401, 40))
 
 
-def test_every_recipe_is_here_and_comes_back_from_plain_data():
+def test_every_recipe_round_trips_through_plain_data():
     found = sorted(path.stem for path in (CONFIGS / "detection").glob("*.yaml"))
     assert found == sorted([*HUGE, *(f"coco_cascade_revcol_{size}_3x" for size in CASCADE)])
     for recipe in found:

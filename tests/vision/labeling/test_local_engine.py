@@ -27,7 +27,7 @@ from vision.pseudo_labels.label_files import part_path, read_labels
 from vision.pseudo_labels.targets import listing_digest
 
 
-def test_rows_are_the_mean_of_both_views_without_what_is_improbable(teacher, images, labels):  # noqa: F811
+def test_rows_are_the_mean_of_both_views_without_improbable_classes(teacher, images, labels):  # noqa: F811
     run = load_run(teacher, overrides=["device=cpu"])
     found = read_labels(labels)
     assert found.heads == {"insects": 3, "eyes": 2}
@@ -46,7 +46,7 @@ def test_rows_are_the_mean_of_both_views_without_what_is_improbable(teacher, ima
             assert_close(batch.heads[head].row(row, len(wanted)), wanted, atol=1e-3, rtol=1e-3)
 
 
-def test_a_minimum_leaves_out_classes_and_keeps_their_sum(teacher, images, tmp_path):  # noqa: F811
+def test_a_minimum_drops_classes_and_keeps_their_sum(teacher, images, tmp_path):  # noqa: F811
     label(teacher, images, tmp_path, LabelSettings(0.34, 4, 50))
     sparse = next(read_labels(tmp_path).batches(50)).heads["insects"]
     assert 0 < len(sparse.classes) < 3 * len(sparse)
@@ -69,7 +69,7 @@ def test_a_second_call_has_nothing_to_do(teacher, images, labels):  # noqa: F811
 
 
 @pytest.mark.parametrize("kill_at", [2, 5, 13])
-def test_it_is_killed_at_a_file_operation_and_started_again(teacher, images, labels, tmp_path, kill_at):  # noqa: F811
+def test_labeling_killed_at_a_file_operation_is_resumed(teacher, images, labels, tmp_path, kill_at):  # noqa: F811
     folder = tmp_path / "labels"
     folder.mkdir()
     assert ended(start(teacher, images, folder, kill_at)) == -signal.SIGKILL
@@ -89,7 +89,7 @@ def test_several_processes_share_the_work_and_one_of_them_is_killed(teacher, ima
     assert contents(folder) == contents(labels)
 
 
-def test_a_claim_of_a_process_that_lives_is_left_alone(teacher, images, labels, tmp_path, monkeypatch):  # noqa: F811
+def test_a_claim_of_a_live_process_is_respected(teacher, images, labels, tmp_path, monkeypatch):  # noqa: F811
     """While it sleeps, the other process finishes its shard."""
     folder = tmp_path / "labels"
     found = list_shards(images, SETTINGS.shard_size)
@@ -112,7 +112,7 @@ def test_a_claim_of_a_process_that_lives_is_left_alone(teacher, images, labels, 
     assert contents(folder) == contents(labels)
 
 
-def test_a_lock_that_does_not_name_its_owner_is_waited_for(images, labels, tmp_path, monkeypatch):  # noqa: F811
+def test_a_lock_without_an_owner_is_waited_for(images, labels, tmp_path, monkeypatch):  # noqa: F811
     """As that of a process which has just made the file."""
     found = list_shards(images, SETTINGS.shard_size)
     queue = work_queue.WorkQueue(tmp_path, found.shards, read_labels(labels).provenance)
@@ -131,7 +131,7 @@ def test_a_lock_that_does_not_name_its_owner_is_waited_for(images, labels, tmp_p
     assert (waited, owners) == ([work_queue.PAUSE], ["another process"])
 
 
-def test_what_is_left_takes_one_look_at_the_folder(images, labels, tmp_path, monkeypatch):  # noqa: F811
+def test_remaining_shards_need_one_listing(images, labels, tmp_path, monkeypatch):  # noqa: F811
     shards = tuple(Shard(number, (number,)) for number in range(503))
     queue = work_queue.WorkQueue(tmp_path, shards, replace(read_labels(labels).provenance, parts=503))
     looks, listdir, exists = [], os.listdir, Path.exists
@@ -168,7 +168,7 @@ def test_tars_are_shards_with_keys_of_their_own(teacher, tmp_path):  # noqa: F81
     assert keys == [f"train-{shard}.tar/{shard}_{number}.jpg" for shard in range(3) for number in range(4)]
 
 
-def test_labels_of_something_else_are_refused(teacher, images, labels, tmp_path):  # noqa: F811
+def test_labels_of_other_settings_or_data_are_refused(teacher, images, labels, tmp_path):  # noqa: F811
     before = contents(labels)
     for changed, name in (
         (LabelSettings(batch_size=8, shard_size=5), "batch_size"),
@@ -200,7 +200,7 @@ def test_an_exchanged_file_of_the_right_shape_is_named(teacher, images, labels, 
         label(teacher, images, tmp_path)
 
 
-def test_without_space_finished_files_stay(teacher, images, labels, tmp_path, monkeypatch):  # noqa: F811
+def test_without_space_finished_files_are_kept(teacher, images, labels, tmp_path, monkeypatch):  # noqa: F811
     """The third file cannot be written to the disk; the next call goes on with it."""
     syncs, original = iter(range(1, 100)), os.fsync
 
@@ -219,7 +219,7 @@ def test_without_space_finished_files_stay(teacher, images, labels, tmp_path, mo
     assert contents(tmp_path) == contents(labels)
 
 
-def test_bad_data_and_teachers_end_in_one_line(teacher, images, tmp_path):  # noqa: F811
+def test_bad_data_and_teachers_are_reported_on_one_line(teacher, images, tmp_path):  # noqa: F811
     (tmp_path / "empty").mkdir()
     (tmp_path / "twice").mkdir()
     image_folders.tars(tmp_path / "tars")

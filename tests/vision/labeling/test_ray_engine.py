@@ -23,7 +23,7 @@ def test_files_are_those_of_the_local_engine(teacher, images, labels, tmp_path):
     assert contents(tmp_path) == contents(labels)
 
 
-def test_without_ray_one_line_says_what_to_install(teacher, images, tmp_path, monkeypatch):  # noqa: F811
+def test_a_missing_ray_is_reported_on_one_line(teacher, images, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "ray", None)
     with raises_error(code="missing-dependency", key="--engine", names="revnets[ray]"):
         label(teacher, images, tmp_path, engine="ray")

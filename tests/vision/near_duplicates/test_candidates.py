@@ -56,7 +56,7 @@ def truncated(dense, minimum):
     return {name: torch.cat([kept, 1 - kept.sum(1, keepdim=True)], 1) for name, kept in stored.items()}
 
 
-def test_what_is_not_stored_counts_as_one_class():
+def test_the_rest_counts_as_one_class():
     one, other = probabilities(13, 2), probabilities(11, 3)
     row, column = (index.ravel() for index in np.indices((13, 11)))
     found = label_distances(rows_of(one, 0.05), rows_of(other, 0.05), row, column).reshape(13, 11)
@@ -65,7 +65,7 @@ def test_what_is_not_stored_counts_as_one_class():
     assert (wanted - hellinger(one, other)).abs().max() > 0.02
 
 
-def test_an_image_has_the_distance_0_to_itself():
+def test_an_image_has_distance_0_to_itself():
     rows = rows_of(probabilities(7, 4), 0.05)
     same = np.arange(7)
     assert_close(torch.from_numpy(label_distances(rows, rows, same, same)), torch.zeros(7), atol=0.03, rtol=0)

@@ -33,14 +33,14 @@ def correlation(copy: Image.Image, original: Image.Image) -> float:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_people_make_of_a_picture_is_near_to_it(change):
+def test_edited_copies_of_an_image_are_similar_to_it(change):
     original = picture(0)
     copy = CHANGES[change](original)
     assert bits(copy, original) <= 60
     assert correlation(copy, original) >= 0.95
 
 
-def test_other_pictures_are_far():
+def test_other_images_are_dissimilar():
     apart = [bits(picture(1), picture(seed)) for seed in range(2, 7)]
     assert min(apart) > 75
     assert max(correlation(picture(1), picture(seed)) for seed in range(2, 5)) < 0.8

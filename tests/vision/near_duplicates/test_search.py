@@ -121,7 +121,7 @@ def test_duplicates_inside_of_a_set_count_once(place, tmp_path):
         (place / "val" / name).unlink()
 
 
-def test_labels_alone_are_compared_where_the_images_are_not(place, tmp_path):
+def test_only_labels_are_compared_without_images(place, tmp_path):
     for name in ("web-labels", "val-labels"):
         shutil.copytree(place / name, tmp_path / name, ignore=shutil.ignore_patterns("sources.json"))
     found, text = search(tmp_path, tmp_path / "suspects.parquet", limits=Limits(distance=0.9, nearest=3))
@@ -140,7 +140,7 @@ def test_no_suspects_make_empty_files(place, tmp_path):
     assert read_keys(str(tmp_path / "suspects.txt")) == set()
 
 
-def test_unreadable_images_are_reported_and_left_out(place, tmp_path):
+def test_unreadable_images_are_reported_and_skipped(place, tmp_path):
     shutil.copytree(place / "web", tmp_path / "web")
     (tmp_path / "web" / "copy-1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     found, text = search(place, tmp_path / "suspects.parquet", images=tmp_path / "web")
@@ -167,7 +167,7 @@ def test_another_teacher_is_refused(place, tmp_path):
         search(place, tmp_path / "suspects.parquet", against=tmp_path / "labels")
 
 
-def test_what_to_compare_with_must_be_there(place, tmp_path):
+def test_images_to_compare_with_must_exist(place, tmp_path):
     (tmp_path / "empty").mkdir()
     with raises_error(code="missing-file", key="--against"):
         search(place, tmp_path / "suspects.parquet", against=tmp_path / "nothing")
@@ -218,7 +218,7 @@ def test_an_origin_holds_absolute_paths(place):
         ("--output", "", "unknown-suffix"),
     ],
 )
-def test_places_for_files_are_checked_first(tmp_path, option, path, code):
+def test_output_paths_are_checked_first(tmp_path, option, path, code):
     app = typer.Typer()
     app.command()(duplicates)
     words = [str(tmp_path / "nothing"), "--against", str(tmp_path), option, path]
@@ -256,7 +256,7 @@ def test_the_nearest_features(monkeypatch, with_faiss):
     assert_close(torch.from_numpy(values).view(11, 3), wanted.values[:, :3])
 
 
-def test_features_are_those_before_the_classifier_and_know_no_left_and_right(place):
+def test_features_are_the_mirror_invariant_input_of_the_classifier(place):
     teacher = load_teacher(str(place / "teacher"), "cpu")
     features = TeacherFeatures(teacher)
     one = picture(3).convert("RGB")

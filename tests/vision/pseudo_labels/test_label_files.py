@@ -49,7 +49,7 @@ def rewritten(path, change) -> None:
     pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
 
 
-def test_rows_come_back_in_order(folder):
+def test_rows_are_read_in_order(folder):
     found = read_labels(folder)
     assert (found.heads, found.rows, found.provenance) == (HEADS, 3 * ROWS, SET)
     assert found.unreadable == {f"{part}/broken.jpg" for part in range(3)}
@@ -88,7 +88,7 @@ def test_a_missing_part_is_named(folder):
         read_labels(folder)
 
 
-def test_a_part_that_is_there_twice_is_named(folder):
+def test_a_duplicate_part_is_named(folder):
     write(folder, 0, name=2)
     with raises_error(code="name-clash", source=part_path(folder, 2), names="part-00000.parquet"):
         read_labels(folder)
@@ -124,7 +124,7 @@ def test_damaged_pages_are_noticed(folder):
         list(read_labels(folder).batches())
 
 
-def test_a_file_of_others_is_no_label_file(folder):
+def test_another_parquet_file_is_not_a_label_file(folder):
     pq.write_table(pa.table({"key": ["a"]}), part_path(folder, 1))
     with raises_error(code="wrong-format", source=part_path(folder, 1)):
         read_labels(folder)
@@ -175,7 +175,7 @@ def with_values(table: pa.Table, name: str, change) -> pa.Table:
         ("places.probabilities", lambda values: values + np.float16(np.nan)),
     ],
 )
-def test_rows_that_are_no_predictions_are_refused(folder, name, change):
+def test_rows_that_are_not_predictions_are_refused(folder, name, change):
     path = part_path(folder, 1)
     rewritten(path, lambda table: with_values(table, name, change))
     with raises_error(code="damaged-file", source=path, names="places"):
@@ -244,7 +244,7 @@ def test_a_row_that_would_fill_the_memory_is_refused(tmp_path):
         read_labels(tmp_path)
 
 
-def test_folders_without_labels_are_named(tmp_path):
+def test_directories_without_labels_are_named(tmp_path):
     with raises_error(code="missing-file", source=tmp_path):
         read_labels(tmp_path)
     with raises_error(code="missing-file", source=tmp_path / "no"):
@@ -260,6 +260,6 @@ def test_the_rest_is_spread_over_the_other_classes():
     assert_close(sparse.row(0, 5), torch.tensor([0.5, 0.25, 0.25 / 3, 0.25 / 3, 0.25 / 3]))
 
 
-def test_of_equal_probabilities_the_lower_class_is_first():
+def test_equal_probabilities_are_ordered_by_class():
     sparse = largest(torch.tensor([[0.1, 0.3, 0.3, 0.3]]), 0.01)
     assert sparse.classes.tolist() == [1, 2, 3, 0]

@@ -48,7 +48,7 @@ def test_shares_of_huge_and_tiny_weights_are_finite(scale):
 
 
 @pytest.mark.parametrize("size", [1, 2, 6, 11, 89, 360])
-def test_a_set_is_seen_as_a_whole_before_it_is_seen_again(size):
+def test_every_sample_is_used_once_before_any_is_repeated(size):
     """Also where epochs end in its middle; a repeated sample has another key, and so another augmentation."""
     mixture = Mixture([Numbers("a", size), Numbers("b", 40)], [1.0, 2.0])
     seen = [key for number in range(60) for name, key in epoch(mixture, number) if name == "a"]
@@ -57,7 +57,7 @@ def test_a_set_is_seen_as_a_whole_before_it_is_seen_again(size):
         assert {key.index for key in seen[turn * size : (turn + 1) * size]} == set(range(size))
 
 
-def test_a_part_of_a_sorted_set_has_samples_from_everywhere():
+def test_a_part_of_an_epoch_covers_a_sorted_set_evenly():
     mixture = Mixture([Numbers("a", 1000), Numbers("b", 10)], [1.0, 9.0])
     tenths = Counter(key.index // 100 for name, key in epoch(mixture, 0) if name == "a")
     assert set(tenths) == set(range(10))

@@ -102,14 +102,14 @@ def test_the_whole_set_has_the_classes_of_both_heads(tmp_path):
     assert classes[9:].tolist() == [[-1, 0], [-1, 0], [-1, 1], [-1, 1]]
 
 
-def test_images_that_the_teacher_could_not_read_are_left_out(tmp_path, web):
+def test_images_that_the_teacher_could_not_read_are_omitted(tmp_path, web):
     folder = labeled(tmp_path / "labels", keys_of(web), missing=["ant/1.jpg", "z.jpg"])
     data = data_of(tmp_path / "run", *two_sources(tmp_path), source(web, labels=str(folder)))
     assert len(data.train.sets[2]) == 11
     assert "2 images" in data.remarks[-1]
 
 
-def test_excluded_images_are_left_out(tmp_path, web):
+def test_excluded_images_are_omitted(tmp_path, web):
     folder = labeled(tmp_path / "labels", keys_of(web))
     (tmp_path / "list.txt").write_text("ant/1.jpg\r\nbee/0.jpg\n\nno/such.jpg\n")
     pq.write_table(pa.table({"key": ["cat/3.jpg"], "score": [0.5]}), tmp_path / "list.parquet")
@@ -143,7 +143,7 @@ def test_lists_that_cannot_be_used_are_named(tmp_path, content, code):
         create_task(load_config(config)).load_data()
 
 
-def test_a_run_does_not_go_on_with_labels_of_another_teacher(tmp_path, web):
+def test_a_run_does_not_resume_with_labels_of_another_teacher(tmp_path, web):
     sources = two_sources(tmp_path)
     own, others = (labeled(tmp_path / teacher, keys_of(web), teacher=teacher) for teacher in ("own", "others"))
     moved = shutil.copytree(own, tmp_path / "moved")
@@ -183,7 +183,7 @@ def test_a_source_without_an_image_is_named(tmp_path, web):
         data_of(tmp_path / "run", *sources, source(web, labels=str(folder), weight=1.0))
 
 
-def test_a_source_that_no_epoch_would_show_is_named(tmp_path):
+def test_a_source_without_a_share_of_an_epoch_is_named(tmp_path):
     sources = [one | {"weight": weight} for one, weight in zip(two_sources(tmp_path), (1.0, 1e-6), strict=True)]
     with raises_error(code="out-of-range", key="data.1.weight"):
         training_data(tmp_path / "run", *sources)
@@ -353,7 +353,7 @@ def test_a_reader_without_keys_is_refused_in_a_run_with_heads():
         load_config(run_of("run", {"name": "hfds/x", "head": "insects"}))
 
 
-def test_labels_of_two_images_of_a_sample_are_refused(tmp_path):
+def test_two_labeled_images_of_a_sample_are_refused(tmp_path):
     folder = labeled(tmp_path / "labels", ["a.tar/x.jpg", "a.tar/x.seg.png"], cuts=1)
     lookup = LabelLookup(read_labels(folder), ["eyes"])
     with pytest.raises(DataError, match=r"part-00000.parquet: .* a\.tar/x\."):
@@ -363,5 +363,5 @@ def test_labels_of_two_images_of_a_sample_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("key", "sample"), [("a.tar/x.jpg", "a.tar/x"), ("a.b.tar/c.d/x.seg.png", "a.b.tar/c.d/x"), ("a.tar/x", "a.tar/x")]
 )
-def test_keys_of_samples_have_no_endings(key, sample):
+def test_keys_of_samples_have_no_suffixes(key, sample):
     assert sample_key(key) == sample

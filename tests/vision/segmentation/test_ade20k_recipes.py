@@ -101,7 +101,7 @@ def test_mask2former_has_a_backbone_at_a_tenth_of_the_rate():
     assert {of_each[name][1] for name in free} == {0.0}
 
 
-def test_every_recipe_is_here_and_comes_back_from_plain_data():
+def test_every_recipe_round_trips_through_plain_data():
     found = sorted(path.stem for path in (CONFIGS / "segmentation").glob("*.yaml"))
     assert found == sorted([MASK2FORMER, *(f"ade20k_upernet_revcol_{size}" for size in UPERNET)])
     for recipe in found:

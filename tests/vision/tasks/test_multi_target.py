@@ -119,7 +119,7 @@ def test_two_processes_train_and_count_as_one(tmp_path, whole):
     assert mine == pytest.approx(other, rel=1e-3)
 
 
-def test_a_run_with_other_heads_does_not_go_on(whole):
+def test_a_run_does_not_resume_with_other_heads(whole):
     output, sources = whole
     config = run_of(output, *sources, epochs=3)
     with raises_error(code="settings-differ", key="data.1.input_key"):
@@ -160,7 +160,7 @@ def test_heads_at_earlier_columns_have_losses_of_all_heads(tmp_path):
         ({"mixup": {"mixup_alpha": 0.8}}, "reserved-key", "mixup"),
     ],
 )
-def test_mistakes_are_named(tmp_path, changes, code, key):
+def test_wrong_settings_are_named(tmp_path, changes, code, key):
     with raises_error(code=code, key=key):
         create_task(load_config(run_of(tmp_path / "run", *two_sources(tmp_path), **changes)))
 
@@ -177,7 +177,7 @@ def test_mistakes_are_named(tmp_path, changes, code, key):
         ({}, {"weight": 0.0}, "out-of-range", "data.1.weight"),
     ],
 )
-def test_mistakes_in_sources_are_named(tmp_path, first, second, code, key):
+def test_wrong_settings_of_sources_are_named(tmp_path, first, second, code, key):
     sources = [one | changes for one, changes in zip(two_sources(tmp_path), (first, second), strict=True)]
     with raises_error(code=code, key=key):
         load_config(run_of(tmp_path / "run", *sources))

@@ -82,7 +82,7 @@ def test_every_detector_trains_and_is_evaluated(tmp_path, detector):
     assert 0 <= evaluated["raw_box_ap"] <= 100
 
 
-def test_a_dino_begins_with_the_weights_of_another_one(root, tmp_path):
+def test_a_dino_starts_from_the_weights_of_another(root, tmp_path):
     task = {"type": "object_detection", "detector": "dino", **DETECTORS["dino"]}
     data = coco_files.values(root) | {"masks": False}
     config = run(root, tmp_path / "run", task=task, data=data, pretrained={"source": str(tmp_path / "given.pt")})
@@ -140,7 +140,7 @@ def test_several_processes_evaluate_as_one(root, trained):
     assert sorted(found) == [-1, 0, 1, 2]
 
 
-def test_detections_are_given_in_pixels_of_the_file():
+def test_detections_are_in_pixels_of_the_file():
     output = {
         "boxes": torch.tensor([[2.0, 4.0, 12.0, 20.0], [-4.0, 0.0, 99.0, 50.0]]),
         "labels": torch.tensor([1, 2]),
@@ -175,7 +175,7 @@ def test_the_model_is_built_without_the_data(root, tmp_path):
         ({"model": {"timm": "test_revcol", "kernel": 7}}, "component-failed", "model"),
     ],
 )
-def test_runs_that_cannot_be_are_refused(root, tmp_path, changes, code, key):
+def test_invalid_runs_are_refused(root, tmp_path, changes, code, key):
     def begin():
         task = create_task(load_config({**run(root, tmp_path / "run").plain(), **changes}))
         task.build_model(task.load_data())

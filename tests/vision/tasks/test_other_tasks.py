@@ -68,7 +68,7 @@ def test_regression_is_killed_and_resumed_bit_for_bit(tmp_path, whole, moment, c
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_the_best_checkpoint_has_the_least_error(tmp_path):
+def test_the_best_checkpoint_has_the_smallest_error(tmp_path):
     """Three epochs that learn, and one whose learning rate spoils the weights: the highest error is the last one."""
     settings = {"schedule": {"name": "constant"}, "ema": None, "keep": 1}
     trained(brightness(tmp_path, epochs=3, **settings, optimizer={"name": "adamw", "lr": 0.001}))
@@ -186,18 +186,18 @@ def test_options_reach_the_task_and_survive_plain_data():
         ({"supervision": {"heads": 2}, "model": {"timm": "test_revcol"}}, "supervision", "reserved-key", []),
     ],
 )
-def test_mistakes_are_one_line_with_the_key(changes, key, code, names):
+def test_errors_are_one_line_with_the_key(changes, key, code, names):
     with raises_error(code=code, key=key, names=names):
         create_task(load_config(brightness(Path("x"), **changes)))
 
 
-def test_a_metric_that_the_evaluator_does_not_give(tmp_path, monkeypatch):
+def test_a_metric_that_the_evaluator_does_not_return(tmp_path, monkeypatch):
     monkeypatch.setattr(Brightness, "monitor", "rmse")
     with raises_error(code="unknown-choice", key="task", names=["rmse", "mae"]):
         trained(brightness(tmp_path, epochs=1))
 
 
-def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
+def test_a_nan_metric_is_never_the_best(tmp_path, monkeypatch):
     scores = iter([math.nan, 3.0, math.nan])
     monkeypatch.setattr(Brightness, "score", lambda *_: next(scores))
     _, outcome, _ = trained(brightness(tmp_path, epochs=3))

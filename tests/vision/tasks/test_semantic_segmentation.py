@@ -96,7 +96,7 @@ def begin(values):
         ({"task": "classification"}, "data.name"),
     ],
 )
-def test_runs_that_cannot_be_are_refused(root, tmp_path, changes, key):
+def test_invalid_runs_are_refused(root, tmp_path, changes, key):
     with pytest.raises(SpecError) as caught:
         begin({**run(root, tmp_path / "run").plain(), **changes})
     assert caught.value.key == key

@@ -23,7 +23,7 @@ Pair = namedtuple("Pair", "images targets")
 
 
 class Movable:
-    """An object that is no tensor and can be moved."""
+    """An object that is not a tensor and can be moved."""
 
     def __init__(self, device: Any = "cpu"):
         self.device = device
@@ -37,7 +37,7 @@ def task() -> Task:
     return Task(load_config(tiny(Path("x"))))
 
 
-def test_all_tensors_of_a_batch_are_moved_in_whatever_they_are_nested(task):
+def test_all_tensors_of_a_nested_batch_are_moved(task):
     image, movable = torch.rand(2, 3, 4, 5), Movable()
     meta = torch.device("meta")
     batch = {"pair": Pair(image, [torch.zeros(2), ("name", torch.ones(1))]), "other": movable, "count": 3}
@@ -48,7 +48,7 @@ def test_all_tensors_of_a_batch_are_moved_in_whatever_they_are_nested(task):
     assert type(moved["pair"].targets) is list
 
 
-def test_only_images_are_laid_out_by_channels(task):
+def test_only_images_use_channels_last(task):
     images, others = task.to_device(
         (torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4)), torch.device("cpu"), torch.channels_last
     )
@@ -78,14 +78,14 @@ def test_the_direction_of_a_metric(task):
     assert not classification.is_better(1.0, 2.0)
 
 
-def test_what_is_printed(task):
+def test_summary_lines(task):
     assert task.summary({"raw": {"loss": 0.5}, "ema": {"loss": 0.25}}) == "val loss raw 0.5000  ema 0.2500"
     found = {"raw": {"loss": 0.5, "top1": 12.345, "top5": 50.0}}
     assert Classification(task.config).summary(found) == "val loss 0.5000  top-1 raw 12.35 %"
     assert [curve[:3] for curve in Classification.curves()] == [("top1", "validation top-1, %", "max")]
 
 
-def test_the_key_supervision_chooses_its_task():
+def test_the_key_supervision_selects_its_task():
     config = load_config(tiny(Path("x"), model={"timm": "test_revcol"}, supervision={"heads": 2}))
     assert type(create_task(config)) is SupervisedClassification
     assert type(create_task(config.model_copy(update={"supervision": None}))) is Classification

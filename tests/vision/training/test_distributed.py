@@ -52,7 +52,7 @@ def losses(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "shards"])
-def test_a_loss_that_is_no_number_in_one_process_stops_both(tmp_path, kind):
+def test_a_nan_loss_in_one_process_stops_both(tmp_path, kind):
     """The fourth update is bad; it follows the checkpoint of the second and comes before that of the fourth."""
     config = pair(tmp_path / "run", kind)
     assert together(config, "images that are no numbers", 4, victim=1) == [3, 3]
@@ -65,7 +65,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_follow_the_course_of_one_with_accumulation(whole, kind):
+def test_two_processes_train_like_one_with_accumulation(whole, kind):
     """Mixup, drop path, clipping, averaged weights and validation included; only sums are rounded otherwise."""
     torch.testing.assert_close(losses(whole, kind), losses(whole, "one"), rtol=1e-4, atol=1e-4)
     ours, theirs = final(whole, kind), final(whole)
@@ -95,7 +95,7 @@ def test_only_the_first_process_prints_and_saves(whole):
         ("shards", "before a file gets its name", 7, 0),
     ],
 )
-def test_killed_and_resumed_is_never_stopped(tmp_path, whole, kind, moment, count, victim):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, kind, moment, count, victim):
     config = pair(tmp_path / "run", kind)
     codes = together(config, moment, count, victim=victim)
     assert codes[victim] == -signal.SIGKILL
@@ -126,7 +126,7 @@ def test_a_full_disk_of_one_process_stops_both_and_leaves_the_checkpoint_before(
     assert_same(ended["model"], final(whole, "shards")["model"], "model")
 
 
-def test_shards_and_whole_files_become_one_another(tmp_path, whole):
+def test_shards_and_whole_files_are_converted(tmp_path, whole):
     """Checkpoints of one step written by two processes in shards, and gathered, hold the same; so do conversions."""
     shards, file = whole / "shards" / "checkpoints" / "step-0000010", whole / "fsdp" / "checkpoints" / "step-0000010.pt"
     assert_same(reader.read(shards)["model"], reader.read(file)["model"], "model")
@@ -145,7 +145,7 @@ def test_shards_and_whole_files_become_one_another(tmp_path, whole):
         reshard(shards, tmp_path / "whole.pt", 0)
 
 
-def test_parts_are_those_of_fsdp():
+def test_parts_equal_those_of_fsdp():
     tensor = torch.arange(5)
     assert [own_part(tensor, rank, 4).tolist() for rank in range(4)] == [[0, 1], [2, 3], [4], []]
 
@@ -153,7 +153,7 @@ def test_parts_are_those_of_fsdp():
 @pytest.mark.parametrize(
     ("kind", "source"), [("ddp", "shards"), ("shards", "fsdp"), ("fsdp", "converted"), ("one", "shards")]
 )
-def test_a_run_goes_on_in_another_way_than_it_was_begun(tmp_path, whole, kind, source):
+def test_a_run_resumes_with_another_parallelism(tmp_path, whole, kind, source):
     """From the middle of an epoch to its end, with other processes, other wrappers and other checkpoints."""
     if source == "converted":
         reshard(whole / "shards" / "checkpoints" / "step-0000008", tmp_path / "three", 3)

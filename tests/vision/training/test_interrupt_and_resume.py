@@ -47,14 +47,14 @@ def whole(tmp_path_factory):
         ("before the best gets its name", 2),  # the end of the last epoch: nothing is left to train
     ],
 )
-def test_killed_and_resumed_is_never_stopped(tmp_path, whole, moment, count):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, moment, count):
     config = tiny(tmp_path / "run")
     assert process(config, moment, count) == -signal.SIGKILL
     assert process(config) == 0
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_killed_again_and_again(tmp_path, whole):
+def test_a_run_killed_repeatedly(tmp_path, whole):
     config, codes = tiny(tmp_path / "run", save_every=1), []
     while not codes or codes[-1] != 0:
         codes.append(process(config, "before an update", 4))
@@ -66,13 +66,13 @@ def test_killed_again_and_again(tmp_path, whole):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 @pytest.mark.parametrize(("moment", "count", "step"), [("before an update", 7, 7), ("before an evaluation", 1, 5)])
-def test_stopped_by_a_signal(tmp_path, whole, number, moment, count, step):
+def test_a_signal_stops_a_run_after_saving(tmp_path, whole, number, moment, count, step):
     output = tmp_path / "run"
     assert process(tiny(output, save_every=None, keep=3), moment, count, number) == 128 + number
     assert manager.step_of(manager.Checkpoints(output / "checkpoints", 3).all()[-1]) == step
     text = said({"output": output})
     assert f"Stopped by {signal.Signals(number).name} in epoch" in text
-    command = text.splitlines()[-1].removeprefix("Go on with: revnets train ")
+    command = text.splitlines()[-1].removeprefix("To resume: revnets train ")
     config = load_config(command)
     assert process({**config.plain(), "save_every": 2, "keep": 2}) == 0
     assert f"Resumed {output}/checkpoints/step-000000{step}.pt: in epoch" in said({"output": output})
@@ -89,7 +89,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whole)
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_run_without_a_readable_checkpoint_does_not_begin_anew(tmp_path, whole):
+def test_a_run_without_a_readable_checkpoint_does_not_start_again(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "run")
     there = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     for path in there:
@@ -103,7 +103,7 @@ def trainer(output: Path, **changes) -> Trainer:
     return Trainer(load_config(tiny(output, **changes)), Console(quiet=True))
 
 
-def test_a_finished_run_stays_and_can_be_made_longer(tmp_path):
+def test_a_finished_run_can_be_extended(tmp_path):
     first = trainer(tmp_path).fit()
     assert first.last.name == "step-0000010.pt"
     written = first.last.stat().st_mtime_ns
@@ -126,7 +126,7 @@ def test_a_file_of_the_user_is_not_overwritten(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_a_run_is_not_overwritten_nor_continued_as_another(tmp_path):
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path):
     saved = trainer(tmp_path / "run", epochs=1, schedule={"name": "constant"}).fit().last
     before = saved.read_bytes()
     with raises_error(code="run-exists", key="output", names="resume=auto"):
@@ -166,7 +166,7 @@ def test_progress_bar_is_live_on_a_terminal_only(tmp_path):
     assert "img/s" not in shown[False]
 
 
-def test_memory_mode_changes_no_bit(tmp_path):
+def test_memory_modes_train_bit_identical_weights(tmp_path):
     runs = [trainer(tmp_path / mode, memory=mode, epochs=1) for mode in ("store", "recompute", "exact")]
     finals = [reader.read(run.fit().last)["model"] for run in runs]
     assert_same(finals[1], finals[0], "recompute")
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     assert trainer(tmp_path, epochs=1).fit().last.name == "step-0000005.pt"
 
 
-def test_log_drops_what_comes_again_and_what_was_cut_short(tmp_path):
+def test_the_log_drops_repeated_and_truncated_lines(tmp_path):
     with RunLogger(tmp_path, 0) as logger:
         for step in (3, 6, 9):
             logger.write("train", 1, step, {"loss": float(step)})
@@ -230,7 +230,7 @@ def test_tensorboard_has_the_values_of_the_log(tmp_path):
             assert values[line["step"]] == pytest.approx(line[name], rel=1e-6)
 
 
-def test_a_second_signal_does_what_it_always_does():
+def test_a_second_signal_has_its_usual_effect():
     from vision.distributed.context import Stopped, StopSignals
 
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C

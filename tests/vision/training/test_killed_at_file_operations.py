@@ -85,14 +85,14 @@ def killed_at(output: Path, kind: str, counts, whole: Path) -> bool:
 
 
 @pytest.mark.parametrize("counts", [(9, 3), (47, 20), (69, 31)])
-def test_killed_here_and_there(tmp_path, whole, counts):
+def test_a_run_killed_at_some_file_operations(tmp_path, whole, counts):
     """Killed twice each time, so that what the second start does with leftovers is interrupted as well."""
     killed_at(tmp_path / "run", "plain", counts, whole("plain"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_from_the_first_file_operation_to_the_last(tmp_path, whole, kind):
+def test_a_run_killed_at_every_file_operation(tmp_path, whole, kind):
     if kind == "shards" and not dist.is_gloo_available():
         pytest.skip("needs gloo")
     for count in itertools.count(1, STRIDES[kind]):

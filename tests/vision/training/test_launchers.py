@@ -43,7 +43,7 @@ PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", **PLACE}, World(1, 2, 1)),
     ],
 )
-def test_worlds(variables, world):
+def test_distributed_contexts_of_launchers(variables, world):
     assert world_of(variables) == world
 
 
@@ -75,7 +75,7 @@ def test_worlds(variables, world):
         ({"PMI_RANK": "0", "PMI_SIZE": "4"}, "MASTER_ADDR"),
     ],
 )
-def test_variables_that_cannot_be_used(variables, key):
+def test_invalid_launcher_variables_are_refused(variables, key):
     with raises_error(code="invalid-environment", key=key, source="environment"):
         world_of(variables)
 
@@ -113,7 +113,7 @@ def gpus(monkeypatch):
 
 @pytest.mark.parametrize("variables", [SRUN, {**SRUN, **BY_HAND}])
 @pytest.mark.parametrize(("count", "device"), [(1, 0), (4, 3)])
-def test_a_task_of_srun_takes_the_only_gpu_that_it_sees(gpus, variables, count, device):
+def test_a_task_of_srun_uses_its_only_visible_gpu(gpus, variables, count, device):
     chosen = gpus(count, **variables)
     with joined("cuda") as world:
         assert (world.rank, world.size, world.local_rank) == (3, 4, device)
@@ -124,7 +124,7 @@ def test_a_task_of_srun_takes_the_only_gpu_that_it_sees(gpus, variables, count, 
     ("count", "variables"),
     [(2, SRUN), (1, {**BY_HAND, **PLACE}), (1, {**SRUN, **BY_HAND, "SLURM_LOCALID": "0"})],
 )
-def test_a_process_that_lacks_a_gpu_of_its_own(gpus, count, variables):
+def test_a_process_without_its_own_gpu_is_refused(gpus, count, variables):
     """Too few for the tasks of srun; torchrun alone; a torchrun that is the only task of srun on its machine."""
     gpus(count, **variables)
     with raises_error(code="invalid-environment", key="LOCAL_RANK", names=["3", str(count)]), joined("cuda"):
@@ -137,7 +137,7 @@ def train(tmp_path, **variables: str) -> subprocess.CompletedProcess[str]:
     return forked_programs.run(command, env={**os.environ, **variables})
 
 
-def test_a_port_that_is_taken_is_one_line(tmp_path):
+def test_a_port_in_use_is_reported_on_one_line(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -146,5 +146,6 @@ def test_a_port_that_is_taken_is_one_line(tmp_path):
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert (
-        f"error: environment: MASTER_PORT: process 0 of 2 does not meet the others at 127.0.0.1:{port}" in done.stderr
+        f"error: environment: MASTER_PORT: process 0 of 2 cannot connect to the others at 127.0.0.1:{port}"
+        in done.stderr
     )

@@ -66,7 +66,7 @@ def folder_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ({"workers": 10**9}, "workers"),
     ],
 )
-def test_a_checkpoint_that_asks_for_too_much(run, tmp_path, changes, key):
+def test_a_checkpoint_with_too_large_sizes_is_refused(run, tmp_path, changes, key):
     state = torch.load(run / "checkpoints/best.pt", weights_only=True)
     path = tmp_path / "a.pt"
     torch.save({**state, "config": {**state["config"], "mixup": None, **changes}}, path)
@@ -74,13 +74,13 @@ def test_a_checkpoint_that_asks_for_too_much(run, tmp_path, changes, key):
         load_checkpoint(path)
 
 
-def test_a_smaller_batch_than_that_of_a_checkpoint(run, tmp_path):
+def test_an_override_reduces_the_batch_of_a_checkpoint(run, tmp_path):
     state = torch.load(run / "checkpoints/best.pt", weights_only=True)
     torch.save({**state, "config": {**state["config"], "batch_size": 2**30}}, tmp_path / "a.pt")
     assert load_checkpoint(tmp_path / "a.pt", ["batch_size=14"]).config.batch_size == 14
 
 
-def test_a_checkpoint_starts_no_more_workers_than_there_are_processors(run, tmp_path):
+def test_workers_of_a_checkpoint_are_limited_to_the_processors(run, tmp_path):
     state = torch.load(run / "checkpoints/best.pt", weights_only=True)
     torch.save({**state, "config": {**state["config"], "workers": 1024}}, tmp_path / "a.pt")
     assert 1 <= load_checkpoint(tmp_path / "a.pt").config.workers <= os.cpu_count()
@@ -101,7 +101,7 @@ def test_weights_are_those_of_the_file(run: Path, weights: str, key: str) -> Non
     assert not loaded.model.training
 
 
-def test_scores_are_those_of_a_net_built_by_hand(run: Path) -> None:
+def test_scores_are_those_of_a_model_built_by_hand(run: Path) -> None:
     state = torch.load(run / "checkpoints/best.pt", weights_only=True)
     net = revnets.build(state["config"]["model"]).eval()
     net.load_state_dict(state["ema"])
@@ -119,7 +119,7 @@ def test_classes_and_configuration(run: Path) -> None:
     assert loaded.model.columns.memory == ("store", "store")
 
 
-def test_transform_gives_the_images_of_the_validation_set(folder_run: tuple[Path, Path]) -> None:
+def test_the_transform_is_that_of_the_validation_set(folder_run: tuple[Path, Path]) -> None:
     run, root = folder_run
     loaded = vision.load_run(run)
     picture = Image.open(root / "validation/cat/0.png").convert("RGBA")
@@ -151,7 +151,7 @@ def test_data_of_other_classes_are_refused(folder_run: tuple[Path, Path], tmp_pa
         _ = loaded.data
 
 
-def test_mistakes(run: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(run: Path, tmp_path: Path) -> None:
     with raises_error(ValueError, code="unknown-choice", names=["auto", "raw", "ema"]):
         vision.load_run(run, "averaged")
     with raises_error(CheckpointError, code="missing-file", source=tmp_path):
@@ -162,14 +162,14 @@ def test_mistakes(run: Path, tmp_path: Path) -> None:
         vision.load_run(run).val_image(360)
 
 
-def test_weights_alone_are_no_run(tmp_path: Path) -> None:
+def test_a_file_of_weights_is_not_a_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({}, path)
     with raises_error(CheckpointError, code="missing-config", source=path):
         load_checkpoint(path)
 
 
-def test_averages_that_a_run_did_not_keep(folder_run: tuple[Path, Path]) -> None:
+def test_missing_averages_are_reported(folder_run: tuple[Path, Path]) -> None:
     with raises_error(CheckpointError, code="missing-weights"):
         vision.load_run(folder_run[0], "ema")
     loaded = vision.load_run(folder_run[0])

@@ -40,7 +40,7 @@ def test_a_run_whose_output_is_in_use_is_refused_before_it_reads_data(tmp_path):
     assert os.listdir(output) == []
 
 
-def test_a_run_that_another_has_overtaken_is_refused(tmp_path):
+def test_a_run_is_refused_if_another_has_written_checkpoints(tmp_path):
     late = trainer(tmp_path)
     trainer(tmp_path).fit()
     with raises_error(code="output-in-use", key="output"):
@@ -63,7 +63,7 @@ def test_a_run_holds_the_lock_until_it_ends(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_leftovers_of_killed_runs_go_at_the_next_start(tmp_path):
+def test_leftovers_of_killed_runs_are_removed_at_the_next_start(tmp_path):
     trainer(tmp_path).fit()
     expected = sorted(path.name for path in tmp_path.rglob("*") if "tfevents" not in path.name)
     for left in (".curves.png", ".config.yaml", ".log.jsonl", "checkpoints/.best.pt", "checkpoints/.step-0000002.pt"):
@@ -75,7 +75,7 @@ def test_leftovers_of_killed_runs_go_at_the_next_start(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*") if "tfevents" not in path.name) == expected
 
 
-def test_an_evaluation_without_its_checkpoint_is_not_kept(tmp_path):
+def test_an_evaluation_without_its_checkpoint_is_dropped(tmp_path):
     """A run was killed between the two; a checkpoint of the same step was written before the evaluation."""
     with RunLogger(tmp_path, 0) as logger:
         logger.write("eval", 1, 5, {"raw_loss": 1.0})
@@ -117,12 +117,12 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("line", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_lines_are_left_out_and_counted(tmp_path, line):
+def test_damaged_lines_are_skipped_and_counted(tmp_path, line):
     (tmp_path / LOG).write_bytes(GOOD + line)
     assert read_records(tmp_path / LOG) == ([{"kind": "train", "epoch": 1, "step": 1, "loss": 0.5}], 1)
 
 
-def test_a_run_goes_on_with_a_damaged_log_and_says_how_many_lines_are_lost(tmp_path):
+def test_a_run_resumes_with_a_damaged_log_and_counts_lost_lines(tmp_path):
     trainer(tmp_path / "run").fit()
     log = tmp_path / "run" / LOG
     good = log.read_bytes()
@@ -130,19 +130,19 @@ def test_a_run_goes_on_with_a_damaged_log_and_says_how_many_lines_are_lost(tmp_p
     log.write_bytes(evaluation + b"".join(line.rstrip(b"\n") + b"\n" for line in DAMAGE.values()) + good)
     with open(tmp_path / "said", "w") as file:
         trainer(tmp_path / "run", Console(file=file, width=400), epochs=2).fit()
-    assert f"{log}: damaged lines left out: {len(DAMAGE)}" in (tmp_path / "said").read_text().splitlines()
+    assert f"{log}: skipped {len(DAMAGE)} damaged lines" in (tmp_path / "said").read_text().splitlines()
     assert log.read_bytes().startswith(evaluation + good)
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_log_that_is_a_pipe_is_not_waited_for(tmp_path):
+def test_a_log_that_is_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / LOG)
     with pytest.raises(OSError, match="not a regular file"):
         read_log(tmp_path / LOG)
 
 
 @pytest.mark.parametrize("folder", ["", "tensorboard", LOG, "checkpoints"])
-def test_a_run_goes_on_when_its_folder_is_removed(tmp_path, capfd, folder):
+def test_a_run_continues_if_its_directory_is_removed(tmp_path, capfd, folder):
     run = trainer(tmp_path / "run", save_every=1)
     evaluate = run.state.evaluate
 
@@ -159,7 +159,7 @@ def test_a_run_goes_on_when_its_folder_is_removed(tmp_path, capfd, folder):
     assert capfd.readouterr().err == ""
 
 
-def test_an_output_that_is_no_folder(tmp_path):
+def test_an_output_that_is_not_a_directory(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "circular").symlink_to(tmp_path / "circular")
@@ -192,7 +192,7 @@ main()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs capset")
-def test_folders_without_permission_are_one_line(tmp_path):
+def test_missing_permissions_are_reported_on_one_line(tmp_path):
     run = tmp_path / "run"
     last = trainer(run).fit().last
     command = ("digits", "device=cpu", f"output={run}")
@@ -212,7 +212,7 @@ def test_folders_without_permission_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_reshard_refuses_a_target_that_another_process_writes(tmp_path, count):
+def test_reshard_refuses_a_target_in_use(tmp_path, count):
     source = trainer(tmp_path / "run").fit().last
     target = tmp_path / "target"
     with (
@@ -224,7 +224,7 @@ def test_reshard_refuses_a_target_that_another_process_writes(tmp_path, count):
     assert sorted(os.listdir(tmp_path)) == ["run", "target"]
 
 
-def test_the_second_of_two_runs_says_who_holds_the_output(tmp_path):
+def test_the_second_of_two_runs_names_the_owner_of_the_output(tmp_path):
     config = tiny(tmp_path / "run", **SHORT)
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):

@@ -53,7 +53,7 @@ def test_torchrun_with_two_stages_trains_as_one_process(tmp_path, whole):
 
 
 @gloo
-def test_a_killed_pipeline_goes_on_in_one_process(tmp_path, whole):
+def test_a_killed_pipeline_resumes_in_one_process(tmp_path, whole):
     config = tiny(tmp_path / "run", **PIPELINE)
     assert together(config, "before an update", 7, victim=1) == [3, -signal.SIGKILL]
     assert said(config).splitlines()[-1].startswith("error: process 0 has lost another of this run")
@@ -63,7 +63,7 @@ def test_a_killed_pipeline_goes_on_in_one_process(tmp_path, whole):
 
 
 @gloo
-def test_one_process_goes_on_as_a_pipeline_of_another_kind(tmp_path, whole):
+def test_a_single_process_run_resumes_as_a_pipeline(tmp_path, whole):
     changes = {"pipeline": {"schedule": "gpipe", "balance": "cells"}, "memory": "recompute"}
     path = whole / "checkpoints" / "step-0000008.pt"
     config = tiny(tmp_path / "run", **PIPELINE, **changes, resume=str(path))
@@ -74,14 +74,14 @@ def test_one_process_goes_on_as_a_pipeline_of_another_kind(tmp_path, whole):
 
 
 @gloo
-def test_a_loss_that_is_no_number_stops_all_stages(tmp_path):
+def test_a_loss_that_is_nan_stops_all_stages(tmp_path):
     config = tiny(tmp_path / "run", **PIPELINE, epochs=1, ema=None)
     assert together(config, "images that are no numbers", 1) == [3, 3]
     for name in ("run.txt", "run.1.txt"):
         assert "error: the loss is nan in epoch 1, step 1." in (tmp_path / name).read_text()
 
 
-def test_stages_of_a_timm_model_give_its_scores():
+def test_stages_of_a_timm_model_return_its_scores():
     model = timm.create_model("test_revcol", num_classes=7, in_chans=1).eval()
     parts = model.columns.split(3, stem=model.stem, head=TopLevelHead(model.head))
     x = found = torch.randn(2, 1, 64, 64)
@@ -116,7 +116,7 @@ def test_the_state_of_a_stage_is_on_the_cpu():
         ({"pipeline": {"schedule": "zero-bubble"}}, "unknown-choice", "pipeline.schedule"),
     ],
 )
-def test_what_a_pipeline_cannot_be_combined_with(changes, code, key):
+def test_settings_that_a_pipeline_does_not_support(changes, code, key):
     with raises_error(code=code, key=key):
         load_config(tiny(Path("unused"), **{**PIPELINE, **changes}))
 
@@ -140,7 +140,7 @@ def test_optimizers_that_need_all_parameters_are_refused(name):
         ({"model": {**tiny(Path())["model"], "memory": {"budget": "1GiB"}}}, 2, "conflicting-values", "memory"),
     ],
 )
-def test_what_does_not_fit_so_many_processes(changes, size, code, key):
+def test_too_many_processes_are_refused(changes, size, code, key):
     config = load_config(tiny(Path("unused"), **{**PIPELINE, "ema": None, **changes}))
     task = create_task(config)
     with raises_error(code=code, key=key):

@@ -37,7 +37,7 @@ def test_poly_after_a_warm_up_in_updates():
     assert found == pytest.approx(expected)
 
 
-def test_a_warm_up_from_a_part_of_the_rate():
+def test_a_warm_up_from_a_fraction_of_the_rate():
     found = rates({"name": "constant", "warmup_updates": 4, "warmup_ratio": 0.25}, lr_base_size=32)
     assert found[:6] == pytest.approx([0.25, 0.4375, 0.625, 0.8125, 1.0, 1.0])  # twice the images, twice the rate
 
@@ -86,7 +86,7 @@ def test_a_cosine_over_updates():
         (["updates=9", "schedule={name: step, milestones: [9]}"], "conflicting-values", "schedule.milestones"),
     ],
 )
-def test_contradictions_are_refused(words, code, key):
+def test_conflicting_keys_are_refused(words, code, key):
     with raises_error(code=code, key=key):
         load_config({"model": TINY["model"], "output": "x"}, words)
 
@@ -153,7 +153,7 @@ def test_a_run_ends_after_its_updates_with_an_evaluation(whole):
     assert reader.read(whole / "checkpoints" / "step-0000008.pt")["progress"]["epoch"] == 2
 
 
-def test_a_longer_run_finishes_the_epoch_that_ended_early(whole, tmp_path):
+def test_a_longer_run_finishes_an_incomplete_epoch(whole, tmp_path):
     Trainer(load_config(values(tmp_path / "run", 7))).fit()
     Trainer(load_config(values(tmp_path / "run", 8))).fit()
     ours, theirs = (reader.read(folder / "checkpoints" / "step-0000008.pt") for folder in (tmp_path / "run", whole))

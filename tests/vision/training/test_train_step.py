@@ -178,7 +178,7 @@ def test_compiled_cells_and_channels_last_compute_the_same(engine, batches):
     torch.testing.assert_close(weights(other), weights(plain), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_random_is_a_function_of_the_seed_and_of_the_pass(engine, batches):
+def test_random_numbers_are_functions_of_seed_and_forward_pass(engine, batches):
     """Whatever happens to the generators of the process, and whatever other passes there were."""
     changes = {"model": TINY["model"], "mixup": TINY["mixup"]}
     (batch,) = batches(1, 24)
@@ -210,7 +210,7 @@ def test_a_budget_is_planned_before_training(engine, batches):
         engine(memory={"budget": "1kB"}, batch_size=24)
 
 
-def test_all_that_a_run_holds_has_room_in_its_budget(data, monkeypatch):
+def test_a_run_stays_within_its_budget(data, monkeypatch):
     """Its own optimizer and the averaged weights by their sizes, gradients all along where they are accumulated."""
     asked, model = [], builders.build_model(load_config(tiny("x", **PLAIN)), data)
 
@@ -279,6 +279,6 @@ def test_evaluation_is_that_of_the_weights_and_of_their_average(engine, batches,
         ({"device": "hpu"}, "unusable-device", "device", ["hpu", "auto"]),
     ],
 )
-def test_what_does_not_fit_the_data_or_the_machine(engine, changes, code, key, names):
+def test_settings_that_do_not_fit_data_or_machine_are_refused(engine, changes, code, key, names):
     with raises_error(code=code, key=key, source="training run", names=names):
         engine(**changes)

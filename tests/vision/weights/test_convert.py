@@ -131,7 +131,7 @@ def test_outputs_are_the_official_ones(net: Net, dtype: torch.dtype, tolerance: 
 
 @torch.no_grad()
 @pytest.mark.parametrize("columns", [8, 12])
-def test_heads_stand_at_the_official_columns(columns: int) -> None:
+def test_heads_are_at_the_official_columns(columns: int) -> None:
     net = replace(TEST, columns=columns, supervised=True)
     state = official.random_state(net, dtype=torch.float64)
     model = timm.create_model("test_revcol", columns=columns, num_classes=11, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_heads_stand_at_the_official_columns(columns: int) -> None:
 
 
 @torch.no_grad()
-def test_gain_of_zero_is_told_and_comes_back_as_the_bound(tmp_path, capsys) -> None:
+def test_a_gain_of_zero_is_reported_and_converted_to_the_bound(tmp_path, capsys) -> None:
     state = official.random_state(TEST)
     state["subnet2.alpha1"][0, 5] = 0
     done = convert_file(official.save_classification(tmp_path / "official.pth", state), tmp_path / "ours.safetensors")
@@ -167,7 +167,7 @@ def test_gain_of_zero_is_told_and_comes_back_as_the_bound(tmp_path, capsys) -> N
 
 
 @small_nets
-def test_values_come_back_bit_for_bit(net: Net, tmp_path) -> None:
+def test_values_are_converted_bit_for_bit(net: Net, tmp_path) -> None:
     state = with_edge_gains(official.random_state(net))
     source = official.save_classification(tmp_path / "official.pth", state)
     convert_file(source, tmp_path / "ours.safetensors", heads=True)
@@ -186,12 +186,12 @@ def test_without_heads_the_rest_is_a_plain_classifier(tmp_path, capsys) -> None:
     source = official.save_classification(tmp_path / "official.pth", official.random_state(net))
     done = convert_file(source, tmp_path / "ours.safetensors")
     assert done.left_out == {
-        "gains of the first column, which scale nothing": 4,
+        "gains of the first column, which have no effect": 4,
         "intermediate supervision": 3 * 4 + 3 * (3 * (9 + 4) + 2),
     }
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"test_revcol: {len(official.shapes(net))} tensors read"
-    assert lines[1:3] == [f"left out: {count} ({owner})" for owner, count in done.left_out.items()]
+    assert lines[1:3] == [f"omitted: {count} ({owner})" for owner, count in done.left_out.items()]
     assert lines[3].startswith(f"wrote {tmp_path / 'ours.safetensors'}: {len(done.tensors)} tensors, ")
     plain = timm.create_model("test_revcol", num_classes=11)
     assert set(done.tensors) == set(plain.state_dict())
@@ -203,7 +203,7 @@ def test_without_heads_the_rest_is_a_plain_classifier(tmp_path, capsys) -> None:
     assert again.left_out == {"intermediate supervision": done.left_out["intermediate supervision"]}
 
 
-def test_file_says_what_it_is(tmp_path) -> None:
+def test_file_metadata(tmp_path) -> None:
     source = official.save_classification(tmp_path / "a.pth", official.random_state(replace(TEST, kernel=7)))
     done = convert_file(source, tmp_path / "ours.safetensors")
     assert done.options == {"num_classes": 11, "in_chans": 3, "kernel_size": 7}
@@ -266,7 +266,7 @@ def test_isotropic_models_have_no_official_names(tmp_path) -> None:
         convert_file(tmp_path / "vit.safetensors", tmp_path / "vit.pth")
 
 
-def test_official_trainer_finds_no_average_where_there_is_none(tmp_path) -> None:
+def test_missing_average_of_the_official_trainer(tmp_path) -> None:
     """It would load whatever has the key of the average."""
     save_file(timm.create_model("test_revcol").state_dict(), tmp_path / "ours.safetensors")
     convert_file(tmp_path / "ours.safetensors", tmp_path / "official.pth")

@@ -69,7 +69,7 @@ def test_each_name_of_ours_that_does_not_fit_is_listed(tmp_path) -> None:
     assert set(official.shapes(TEST)) - set(done.tensors) == {"subnet3.alpha3", "cls.classifier.0.weight"}
 
 
-def test_decoder_that_is_cut_short() -> None:
+def test_incomplete_decoder() -> None:
     state = official.random_state(replace(TEST, supervised=True))
     del state["decoder_blocks.1.normal_layers.2.0.gamma"]
     with pytest.raises(MismatchError) as caught:
@@ -102,7 +102,7 @@ def test_unknown_shape_needs_a_model(tmp_path) -> None:
         ({"model": {"subnet0.alpha0": torch.ones(1)}}, "unknown-model", "ConvNeXt"),
     ],
 )
-def test_files_of_something_else(content, code: str, names, tmp_path) -> None:
+def test_other_files_are_refused(content, code: str, names, tmp_path) -> None:
     torch.save(content, tmp_path / "a.pth")
     with raises_error(CheckpointError, code=code, source=tmp_path / "a.pth", names=names):
         convert_file(tmp_path / "a.pth", tmp_path / "ours.safetensors")

@@ -87,7 +87,7 @@ def test_what_the_official_trainer_saves_is_read(is_zip: bool, tmp_path) -> None
         torch.load(tmp_path / "a.pth")
 
 
-def test_what_others_allow_is_neither_used_nor_lost(tmp_path) -> None:
+def test_the_global_allow_list_is_neither_used_nor_changed(tmp_path) -> None:
     """The package nlp, for one, allows numbers of NumPy, for which there is a stand-in here."""
     number = np.float64(82.2)
     others = [np.dtype, type(number.dtype), number.__reduce__()[0]]
@@ -200,7 +200,7 @@ def test_command_lists_what_does_not_fit(tmp_path) -> None:
     assert call(source, tmp_path / "x.safetensors", "--model", "test_revcol_huge", "--allow", "*")[0] == 0
 
 
-def test_command_knows_what_it_can_write(tmp_path) -> None:
+def test_command_refuses_unknown_suffixes(tmp_path) -> None:
     with raises_error(code="unknown-suffix", key="TARGET", names=["x.bin", ".safetensors"]):
         call(tmp_path / "official.pth", tmp_path / "x.bin")
 

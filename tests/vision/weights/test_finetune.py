@@ -63,7 +63,7 @@ def test_recipe_has_the_numbers_of_the_paper(recipe):
     assert (config.pretrained.head, config.pretrained.head_init_scale) == ("new", 1e-3)
 
 
-def test_every_recipe_is_here_and_comes_back_from_plain_data():
+def test_every_recipe_round_trips_through_plain_data():
     assert set(RECIPES) == {*TABLE, "digits_ft"}
     for recipe in RECIPES:
         config = load_config(recipe)
@@ -143,7 +143,7 @@ def begun(source, classes: int = 3, **options):
 @torch.no_grad()
 @pytest.mark.parametrize("supervised", [True, False])
 @pytest.mark.parametrize("ours", [True, False])
-def test_begins_with_official_weights_and_a_small_new_classifier(tmp_path, supervised, ours):
+def test_starts_from_official_weights_with_a_small_new_classifier(tmp_path, supervised, ours):
     net = Net(4, (8, 16, 32, 64), (1, 1, 2, 1), supervised=supervised)
     state, average = official.random_state(net, 1), official.random_state(net, 2)
     path = official.save_classification(tmp_path / "official.pth", state, average)
@@ -163,7 +163,7 @@ def test_begins_with_official_weights_and_a_small_new_classifier(tmp_path, super
 
 
 @torch.no_grad()
-def test_classifier_of_as_many_classes_is_kept_unless_a_new_one_is_wanted(tmp_path):
+def test_classifier_of_equal_classes_is_kept_unless_new(tmp_path):
     state = official.random_state(TEST)
     path = official.save_classification(tmp_path / "official.pth", state)
     model, _, said = begun(path, classes=11)
@@ -184,7 +184,7 @@ def test_backbone_and_images_with_one_channel(tmp_path):
     assert_close(model.head.fc.weight.data, fresh["head.fc.weight"] * 1e-3)
 
 
-def test_what_cannot_be_begun_with_is_told_in_one_line(tmp_path, monkeypatch):
+def test_unusable_weights_are_reported_on_one_line(tmp_path, monkeypatch):
     path = official.save_classification(tmp_path / "official.pth", official.random_state(TEST))
     cut = tmp_path / "cut.pth"
     cut.write_bytes(path.read_bytes()[:-9000])
@@ -223,7 +223,7 @@ def test_what_cannot_be_begun_with_is_told_in_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_begins_with_what_timm_fetches(tmp_path, monkeypatch):
+def test_starts_from_weights_downloaded_by_timm(tmp_path, monkeypatch):
     net = Net(4, (64, 128, 256, 512), (2, 2, 4, 2), classes=1000, supervised=True)
     state = official.random_state(net)
 
@@ -260,7 +260,7 @@ def engine(source, **changes) -> TrainState:
     return TrainState(load_config(tiny(Path("x"), **start)), data, 5)
 
 
-def test_a_run_begins_with_another(first):
+def test_a_run_starts_from_another(first):
     """With its folder or its file, its weights or their average; averages begin there too, and heads are fresh."""
     best = first / "checkpoints" / "best.pt"
     saved = reader.read(best)
@@ -283,7 +283,7 @@ def load_renamed():
     return replace(data, classes=tuple("abcdefghij"))
 
 
-def test_nets_of_the_engine_begin_with_nets(tmp_path):
+def test_networks_of_the_engine_start_from_networks(tmp_path):
     saved = Trainer(load_config(tiny(tmp_path / "run", epochs=1))).fit().last
     mine = engine(saved, model=tiny(Path("x"))["model"])
     assert_close(dict(mine.model.state_dict()), dict(reader.read(saved)["model"]), rtol=0, atol=0)
@@ -295,7 +295,7 @@ def test_nets_of_the_engine_begin_with_nets(tmp_path):
         engine(saved, model=deeper)
 
 
-def test_another_model_of_timm_begins_with_its_own(tmp_path):
+def test_another_timm_model_starts_from_its_own_weights(tmp_path):
     source = timm.create_model("test_resnet", num_classes=7)
     save_file(source.state_dict(), tmp_path / "resnet.safetensors")
     model, fresh, said = begun(tmp_path / "resnet.safetensors", model="test_resnet", in_chans=1)
@@ -308,7 +308,7 @@ def test_a_resumed_run_needs_no_pretrained_weights(tmp_path, first, capsys):
     changes = {"model": MODEL, "epochs": 1, "save_every": None}
     config = tiny(tmp_path / "run", **changes, pretrained={"source": str(first)})
     before = Trainer(load_config(config)).fit().last
-    assert "Begins with raw weights of" in capsys.readouterr().out
+    assert "Starts from raw weights of" in capsys.readouterr().out
     moved = first.rename(tmp_path / "moved")
     try:
         longer = Trainer(load_config({**config, "epochs": 2}))
@@ -330,6 +330,6 @@ def test_a_resumed_run_needs_no_pretrained_weights(tmp_path, first, capsys):
         ("pretrained.path=x", "unknown-key", "pretrained.path", "x"),
     ],
 )
-def test_a_mistake_in_the_keys_is_told_in_one_line(override, code, key, names):
+def test_wrong_keys_are_reported_on_one_line(override, code, key, names):
     with raises_error(code=code, key=key, names=names):
         load_config("revcol_base_ft_224_in1k", [override])

@@ -23,7 +23,7 @@ from vision.weights.official_names import MismatchError
 
 
 @pytest.mark.parametrize(("size", "target"), [(3, 7), (3, 13), (1, 3), (5, 5)])
-def test_the_middle_is_bit_for_bit_and_around_it_is_noise(size, target):
+def test_the_center_is_bit_identical_and_surrounded_by_noise(size, target):
     weight = torch.randn(400, 1, size, size)
     result = padded(weight, target)
     margin = (target - size) // 2
@@ -41,7 +41,7 @@ def test_the_middle_is_bit_for_bit_and_around_it_is_noise(size, target):
 
 
 @pytest.mark.parametrize(("size", "target"), [(7, 3), (3, 4)])
-def test_kernels_that_have_no_place_in_the_middle(size, target):
+def test_kernels_that_cannot_be_centered(size, target):
     with raises_error(ValueError, code="shape-mismatch", key="size", names=[f"kernel of {size}", f"of {target}"]):
         padded(torch.zeros(2, 1, size, size), target)
 
@@ -72,7 +72,7 @@ def test_outputs_are_those_of_the_small_kernels(released, kernel_size):
                 assert (parameter.grad[..., 0, 0] != 0).all(), name
 
 
-def test_a_run_begins_with_padded_kernels(tmp_path):
+def test_a_run_starts_from_padded_kernels(tmp_path):
     """By `model.kernel_size`; two runs of one seed have the same noise."""
     state = official.random_state(official.Net(4, (8, 16, 32, 64), (1, 1, 2, 1)))
     path = official.save_classification(tmp_path / "official.pth", state)

@@ -85,7 +85,7 @@ def test_pretrained_from_a_state_dict(checkpoint) -> None:
 
 
 @torch.no_grad()
-def test_the_file_says_what_it_is_for(checkpoint, tmp_path) -> None:
+def test_the_file_determines_classes_and_channels(checkpoint, tmp_path) -> None:
     """A classifier for as many classes as the model's stays, though `pretrained_cfg` speaks of 1000 of them."""
     path, net, state = checkpoint
     image = torch.randn(2, 3, 64, 64)
@@ -102,7 +102,7 @@ def test_the_file_says_what_it_is_for(checkpoint, tmp_path) -> None:
     assert_close(colour(image[:, :1].expand(-1, 3, -1, -1))[-1], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_pretrained_of_another_model_is_refused_in_any_case(checkpoint) -> None:
+def test_pretrained_of_another_model_is_refused(checkpoint) -> None:
     """Also with another number of classes, where timm itself would load what fits."""
     path, _, _ = checkpoint
     for overlay in ({"file": str(path), "num_classes": 11}, {"file": str(path)}):
@@ -152,7 +152,7 @@ def test_page_lists_the_releases() -> None:
     assert listed == found
 
 
-def test_model_without_release_says_so() -> None:
+def test_a_model_without_a_release_is_reported() -> None:
     assert not timm.is_model_pretrained("revcol_xlarge")
     with pytest.raises(RuntimeError, match="No pretrained weights exist for test_revcol"):
         timm.create_model("test_revcol", pretrained=True)
