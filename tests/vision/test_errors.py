@@ -1,4 +1,4 @@
-"""Errors of the package keep what they are about when they go to another process."""
+"""Errors of the package keep their attributes when they are sent to another process."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def _require_labels(source: ImagesConfig, heads: Mapping[str, int] | None, place
         hint = nearest(source.head, heads, "Known heads are")
         raise problem(f"unknown head {source.head!r}", hint, *place, "head", code="unknown-choice")
     elif source.head is None and source.labels is None:
-        hint = "Name the head that its class folders belong to, or give labels"
+        hint = "Name the head that its class directories belong to, or give labels"
         raise problem("these images have no labels", hint, *place, "head", code="missing-key")
 
 

@@ -21,14 +21,14 @@ HeadName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$", max_length
 Heads = Annotated[dict[HeadName, Annotated[int, Field(ge=2, le=10**6)]], Field(min_length=1, max_length=1000)]
 """Sets of classes of one model: number of classes by name."""
 
-FALLS: dict[str, Callable[[float], float]] = {
+DECAY: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     "constant": lambda x: 1.0,
 }
 """Decay of the weight of reconstruction along the heads, from x = 0 at the first to 1 at the last."""
 
-RISES: dict[str, Callable[[float], float]] = {
+GROWTH: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
     "constant": lambda x: 1.0,
@@ -247,9 +247,9 @@ class SupervisionConfig(Strict):
         heads = min(self.heads, columns)
         alphas, betas = self.alpha, self.beta
         if not isinstance(alphas, tuple):
-            alphas = *(alphas * FALLS[self.schedule](head / (heads - 1)) for head in range(heads - 1)), 0.0
+            alphas = *(alphas * DECAY[self.schedule](head / (heads - 1)) for head in range(heads - 1)), 0.0
         if not isinstance(betas, tuple):
-            betas = *(betas * RISES[self.schedule]((head + 1) / heads) for head in range(heads - 1)), 1.0
+            betas = *(betas * GROWTH[self.schedule]((head + 1) / heads) for head in range(heads - 1)), 1.0
         if not len(alphas) == len(betas) == heads:
             raise ArgumentError(
                 f"weights for {self.heads} heads, but the model has {columns} columns. Give one number",

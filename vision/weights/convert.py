@@ -37,7 +37,7 @@ from vision.weights.official_names import (
     to_official,
     to_ours,
 )
-from vision.weights.recognition import family, recognise, shape_in, spec_of
+from vision.weights.recognition import family, recognize, shape_in, spec_of
 
 LAYOUTS = ("classification", "detection", "segmentation")
 """Official layouts that can be written. The last two are equal: tensors below `backbone.`, in `state_dict`."""
@@ -92,7 +92,7 @@ def convert(
     if source.layout == "ours" and not heads:  # our layout may have any number of heads
         source = source._replace(tensors={key: given[key] for key in given if not key.startswith(HEADS)})
     shape = shape_in(_official(source))
-    name = model or recognise(shape, path)
+    name = model or recognize(shape, path)
     if name not in family():
         problem = f"unknown model {name!r}"
         raise option_error("--model", problem, f"Choose one of {', '.join(family())}", code="unknown-choice")

@@ -65,7 +65,7 @@ def shape_in(tensors: Mapping[str, Tensor]) -> Shape | None:
     return Shape(columns, widths, tuple(depths[level] for level in sorted(depths)), is_huge, kernel_size)
 
 
-def recognise(found: Shape | None, path: object = "weights") -> str:
+def recognize(found: Shape | None, path: object = "weights") -> str:
     """The name of the model that has a shape.
 
     Raises:

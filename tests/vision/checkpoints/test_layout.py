@@ -1,4 +1,4 @@
-"""Entries of a checkpoint that are of another kind than they should be are named before they are used."""
+"""Checkpoint entries of the wrong kind are named before they are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole, safe to load, and those of the model at hand; or one line says what is wrong."""
+"""Checkpoints are complete, safe to load and of the same model, or a one-line error reports the reason."""
 
 from __future__ import annotations
 

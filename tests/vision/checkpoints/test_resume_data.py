@@ -1,4 +1,4 @@
-"""A run goes on, and is evaluated, wherever its data lie, if classes and numbers of images are the same."""
+"""A run with moved data is resumed and evaluated if classes and numbers of images are the same."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_other_excluded_images_are_refused(finished, tmp_path):
 
 
 def test_classes_in_another_order_are_matched_by_name(finished, tmp_path):
-    """A class map turns the numbers of the data around; the metrics stay."""
+    """A class map reverses the numbers of the data; the metrics do not change."""
     (tmp_path / "map.txt").write_text("cat\nbee\nant\n")
     root = f"data.root={finished / 'data'}"
     whole = evaluate_checkpoint(finished / "run", [root])["raw"]

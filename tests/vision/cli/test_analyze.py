@@ -1,4 +1,4 @@
-"""The commands `revnets analyze cka` and `layercam` on a run and on names: files, options and mistakes."""
+"""The commands `revnets analyze cka` and `layercam` on a run and on models: files, options and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of a finished run."""
+    """The directory of a finished run."""
     folder = tmp_path_factory.mktemp("analyze") / "run"
     Trainer(load_config(tiny(folder, epochs=1))).fit()
     return folder
@@ -106,7 +106,7 @@ def test_layercam_of_a_run_in_every_memory_mode(run: Path, tmp_path: Path) -> No
 
 
 def test_layercam_of_another_picture_and_another_class(run: Path, tmp_path: Path) -> None:
-    """The picture of a digit gives what the digit itself gives."""
+    """The image file of a digit has the result of the digit."""
     subject, _ = load_source(str(run))
     pixels = subject.pixels(subject.data.val[3][0])[..., 0]
     Image.fromarray((pixels * 255).round().byte().numpy()).save(tmp_path / "digit.png")
@@ -173,7 +173,7 @@ def test_figures_of_many_columns_and_of_what_is_not_defined() -> None:
 
 
 def test_layercam_figure_shows_map_and_image() -> None:
-    """Where a map is high its colour prevails, where it is low the image; a map of zeros changes nothing."""
+    """Where a map is high its color dominates, where it is low the image; a map of zeros changes nothing."""
     pixels = torch.full((8, 8, 1), 0.5)
     peak = torch.zeros(4, 4)
     peak[0, 0] = 2.0
@@ -187,7 +187,7 @@ def test_layercam_figure_shows_map_and_image() -> None:
 
 
 def test_layercam_figure_shows_no_rounding() -> None:
-    """A map of one value, as a top level of 1 x 1 has, tells of no place; enlarging it rounds here and there."""
+    """A map of one value, as of a top level of 1 x 1, has no maximum; enlarging it rounds some values."""
     pixels, value = torch.full((32, 32, 1), 0.5), torch.full((1, 1), 0.0123)
     enlarged = torch.nn.functional.interpolate(value[None, None], (32, 32), mode="bilinear")
     assert len(enlarged.unique()) > 1

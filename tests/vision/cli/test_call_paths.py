@@ -1,4 +1,4 @@
-"""How many files of the project a command enters: what a reader meets who follows it."""
+"""Number of project files that a command enters, as a measure of how hard it is to follow."""
 
 from __future__ import annotations
 

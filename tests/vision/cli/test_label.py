@@ -1,4 +1,4 @@
-"""The command `revnets label`: what it prints and how it ends."""
+"""Output and exit codes of the command `revnets label`."""
 
 from __future__ import annotations
 

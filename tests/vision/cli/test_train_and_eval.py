@@ -1,4 +1,4 @@
-"""The commands `revnets train` and `revnets eval`: what they print, and how they end."""
+"""Output and exit codes of the commands `revnets train` and `revnets eval`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def call(*words) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a finished run."""
+    """The directory of a finished run."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "run.yaml").write_text(yaml.safe_dump(tiny(folder / "run", epochs=1)))
     code, out, _ = call("train", folder / "run.yaml", "keep=1")
@@ -105,7 +105,7 @@ def test_help_explains_overrides_and_output_files():
 
 @pytest.mark.slow
 def test_torchrun_and_reshard(tmp_path):
-    """The command as it is typed on a machine with two GPUs, and what is left behind as one file."""
+    """The command for a machine with two GPUs, and its checkpoint as one file."""
     settings = tiny(tmp_path / "run", epochs=1, grad_accum=1, parallel="fsdp", checkpoint="sharded", device="cpu")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2"]

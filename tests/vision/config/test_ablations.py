@@ -1,4 +1,4 @@
-"""The nets of the paper's ablations: their sizes, the page that lists them, and that they train."""
+"""The models of the paper's ablations: their sizes, the page that lists them, and their training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the YAML of a run may say, and what is said about one that is wrong."""
+"""The YAML of a run, and the errors for wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class maps and names of shards that are pipes, endless, or stand for more than fits into memory."""
+"""Class maps and shard names that are pipes, endless, or expand to more than fits into memory."""
 
 from __future__ import annotations
 

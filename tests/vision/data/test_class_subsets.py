@@ -1,4 +1,4 @@
-"""A model of ImageNet-22K on ImageNet-1K: classes are matched by WordNet id, whatever their order."""
+"""A model of ImageNet-22K on ImageNet-1K: classes are matched by WordNet id in any order."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_official_weights_of_22k_on_images_of_1k(released, ours, tmp_path):
         assert metrics.images == 9
         assert metrics.loss == pytest.approx(F.cross_entropy(three, labels).item(), rel=1e-4)
         assert metrics.top1 == pytest.approx(100 * (three.argmax(1) == labels).float().mean().item())
-        assert metrics.confusion[:, 2].sum() == 0  # nobody takes anything for a class that the model does not know
+        assert metrics.confusion[:, 2].sum() == 0  # no image is predicted as a class that the model does not have
 
 
 app = typer.Typer()
@@ -126,7 +126,7 @@ def call(*words) -> tuple[int, str, str]:
 
 
 def test_command(released):
-    """As in the help; the number of classes in the recipe is that of the model."""
+    """The command of the help, with the number of classes of the model in the recipe."""
     root, *_ = released
     code, out, _ = call("eval", root / "22k.pth", "--config", root / "recipe.yaml", "--subset")
     assert code == 0
@@ -150,11 +150,11 @@ def test_a_missing_subset_option_is_reported(released):
         evaluate_checkpoint(root / "22k.pth", ["model={timm: test_revcol_huge}"], recipe=str(recipe), by_name=True)
     code, out, _ = call("eval", root / "22k.pth", "--config", recipe)
     assert code == 0
-    assert "data.num_classes is 21841, but the data name 3 classes" in out  # their numbers are not the model's
+    assert "data.num_classes is 21841, but the data names 3 classes" in out  # their numbers are not the model's
 
 
 def test_a_run_is_evaluated_on_some_of_its_classes(tmp_path):
-    """Its checkpoint has the names of its classes; and a class that it lacks is always wrong."""
+    """The checkpoint has class names. A class that the model lacks is always wrong."""
     data = {"name": "folder", "root": str(images(tmp_path / "all", "ant", "bee", "cat")), "img_size": 32}
     model = {"timm": "test_revcol", "columns": 2}
     run = {"output": str(tmp_path / "run"), "model": model, "data": data, "epochs": 1, "batch_size": 6}

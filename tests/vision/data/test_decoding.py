@@ -1,4 +1,4 @@
-"""Pictures of every mode: their pixels are those that viewers show, or they are noted as unreadable."""
+"""Images of every mode have the pixels that viewers show, or are noted as unreadable."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_big_endian_and_12_bit_images():
 @pytest.mark.parametrize("mode", ["I", "F"])
 @pytest.mark.parametrize("reader", ["folder", "wds"])
 def test_pixels_without_a_scale_are_unreadable(tmp_path, mode, reader):
-    """A folder replaces such an image by the next; of a stream it is left out."""
+    """A directory replaces such an image by the next one; a stream skips it."""
     content = saved(Image.fromarray(RAMP.astype(np.int32 if mode == "I" else np.float32), mode), "TIFF")
     if reader == "folder":
         root = images.folder(tmp_path / "data", 2, 1)
@@ -76,7 +76,7 @@ def test_pixels_without_a_scale_are_unreadable(tmp_path, mode, reader):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"])
 def test_colors_are_those_of_pillow(mode):
-    """Transparency is dropped: the colors below it stay."""
+    """Transparency is dropped, and the colors below it are kept."""
     picture = images.image(2, 0).convert(mode)
     kind = {"CMYK": "JPEG", "YCbCr": "JPEG"}.get(mode, "PNG")
     content = saved(picture, kind)
@@ -116,7 +116,7 @@ def test_damaged_exif_data_is_ignored():
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "wds"])
 def test_the_key_exif_reaches_every_reader(tmp_path, kind):
-    """Images are turned in training and in validation, and only if the key says so."""
+    """Images are rotated in training and validation only if the key is set."""
     if kind == "wds":
         pytest.importorskip("webdataset")
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Files in MNIST's idx format, which Fashion-MNIST has as well, and what is said about those that are not right."""
+"""Files in MNIST's idx format, and the errors for wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class folders and tars: what is an image, what is a class, and in which order; the rest is left out or refused."""
+"""Class directories and tars: images, classes and their order; other content is ignored or refused."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_images_next_to_class_directories_are_refused(tmp_path, split, kind):
 
 @pytest.mark.parametrize("kind", CASES)
 def test_directories_of_the_same_name_are_refused(tmp_path, kind):
-    """As in Tiny ImageNet, where every class folder has a folder `images`."""
+    """As in Tiny ImageNet, where every class directory has a directory `images`."""
     root = tmp_path / "data"
     for split in ("train", "val"):
         for label, name in enumerate(images.CLASSES):
@@ -128,7 +128,7 @@ def test_directories_of_the_same_name_are_refused(tmp_path, kind):
 def test_a_flat_directory_has_no_classes(tmp_path):
     for split in ("train", "val"):
         put(tmp_path / split / "0.jpg", images.jpeg(0, 0))
-    data = opened(tmp_path)  # a task that is no classification may do without
+    data = opened(tmp_path)  # other tasks than classification need no classes
     assert (data.classes, len(data.train)) == (("",), 1)
 
 
@@ -269,7 +269,7 @@ def test_classes_of_the_validation_set(tmp_path):
 
 
 def test_class_map(tmp_path):
-    """It says which folders count; what else lies there does no harm."""
+    """It lists the directories to read; others are ignored."""
     root = tree(tmp_path / "data", "train/preview.jpg", "train/ant/more/x.jpg")
     (tmp_path / "map.txt").write_text("cat\nant\n\n")
     data = opened(root, class_map=str(tmp_path / "map.txt"))

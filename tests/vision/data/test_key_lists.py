@@ -1,4 +1,4 @@
-"""Lists of keys: what they hold is read, and a key that few bytes repeat takes memory once."""
+"""Lists of keys, and bounds of the memory that they need."""
 
 from __future__ import annotations
 

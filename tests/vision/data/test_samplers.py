@@ -1,4 +1,4 @@
-"""Order and augmentation depend on (seed, epoch, index), and on nothing else."""
+"""Order and augmentation only depend on (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_batches_of_an_epoch(length, batch_size, accum, world_size, epoch, data)
     keys = [key for rank in ranks for batch in rank for key in batch]
     assert len({key.index for key in keys}) == len(keys) == updates * batch_size * accum * world_size
     assert {key.epoch for key in keys} == {epoch}
-    assert batches() == ranks[0]  # asked again, it says the same
+    assert batches() == ranks[0]  # iterating again returns the same
     # Several processes see together, update by update, what one process with accumulation sees.
     one = batches(world_size=1, accum=accum * world_size)
     assert one == [batch for same in zip(*ranks, strict=True) for batch in same]
@@ -103,7 +103,7 @@ def test_augmentation_has_the_configured_range():
     side, count = 64, 50
     axis = (torch.arange(side) + 0.5) / side - 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    blob = torch.exp(-((x / 0.12) ** 2 + (y / 0.05) ** 2) / 2)  # wide and low, in the centre
+    blob = torch.exp(-((x / 0.12) ** 2 + (y / 0.05) ** 2) / 2)  # wide and low, in the center
     images, keys = blob.expand(count, 1, side, side), [Key(0, index) for index in range(count)]
 
     def moments(**limits):

@@ -1,4 +1,4 @@
-"""Folders, tars, Hugging Face data sets and webdataset; and what is said about data that are not right."""
+"""Directories, tars, Hugging Face data sets and webdataset, and the errors for wrong data."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_missing_class_of_the_validation_set_moves_no_label(tmp_path):
 @pytest.mark.parametrize("name", ["hfds", "hfids"])
 def test_hugging_face_data_set(root, tmp_path, name):
     pytest.importorskip("datasets")
-    counts = {"train_samples": 24, "val_samples": 9, "num_classes": 3} if name == "hfids" else {}  # nobody knows yet
+    counts = {"train_samples": 24, "val_samples": 9, "num_classes": 3} if name == "hfids" else {}  # not known yet
     run = settings(f"{name}/{root}", tmp_path / "cache", data=counts)
     data, train, val = open_data(run)
     assert data.classes == (("0", "1", "2") if counts else images.CLASSES)
@@ -293,7 +293,7 @@ def test_a_reader_without_images(root, name, data, code, key, names):
 
 @pytest.mark.parametrize("name", ["hfds", "hfids"])
 def test_an_unresolvable_hub_is_not_retried(tmp_path, monkeypatch, name):
-    """Its client looks the address up for every attempt."""
+    """Its client resolves the host name for every attempt."""
     constants = pytest.importorskip("datasets").config, pytest.importorskip("huggingface_hub").constants
     before, looked_up = [module.HF_HUB_OFFLINE for module in constants], []
 

@@ -113,7 +113,7 @@ def test_a_claim_of_a_live_process_is_respected(teacher, images, labels, tmp_pat
 
 
 def test_a_lock_without_an_owner_is_waited_for(images, labels, tmp_path, monkeypatch):  # noqa: F811
-    """As that of a process which has just made the file."""
+    """Like the lock of a process that has just created the file."""
     found = list_shards(images, SETTINGS.shard_size)
     queue = work_queue.WorkQueue(tmp_path, found.shards, read_labels(labels).provenance)
     for name, content in list(contents(labels).items())[1:]:
@@ -201,7 +201,7 @@ def test_an_exchanged_file_of_the_right_shape_is_named(teacher, images, labels, 
 
 
 def test_without_space_finished_files_are_kept(teacher, images, labels, tmp_path, monkeypatch):  # noqa: F811
-    """The third file cannot be written to the disk; the next call goes on with it."""
+    """The third file cannot be written to the disk; the next call resumes with it."""
     syncs, original = iter(range(1, 100)), os.fsync
 
     def full(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""Pairs with near labels, against distances from dense probabilities."""
+"""Pairs with similar labels, compared with distances of dense probabilities."""
 
 from __future__ import annotations
 

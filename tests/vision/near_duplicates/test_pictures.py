@@ -1,4 +1,4 @@
-"""Hashes and aligned pixels of a picture and of what people make of it."""
+"""Hashes and aligned pixels of images and their edited copies."""
 
 from __future__ import annotations
 

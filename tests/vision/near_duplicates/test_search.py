@@ -1,4 +1,4 @@
-"""`revnets duplicates` on planted near-duplicates, and on input that does not fit together."""
+"""`revnets duplicates` on planted near-duplicates, and on inputs that do not match."""
 
 from __future__ import annotations
 

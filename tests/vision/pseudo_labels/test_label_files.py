@@ -1,4 +1,4 @@
-"""Parquet files of soft labels: what is written is read, and everything else ends in one line."""
+"""Parquet files of soft labels: round trips, and one-line errors for damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several training sets as one: shares by weights, and every sample once before any is seen again."""
+"""Mixtures of training sets: shares by weights, and every sample once before any is repeated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vision.pseudo_labels.mixture import Mixture
 
 
 class Numbers:
-    """A set that gives the keys that it is asked for."""
+    """A set that returns the keys that it is indexed by."""
 
     def __init__(self, name: str, size: int):
         self.name, self.size = name, size

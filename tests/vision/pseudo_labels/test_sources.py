@@ -61,7 +61,7 @@ def training_data(output, *sources, **changes):
 
 @pytest.fixture
 def web(tmp_path):
-    """Images without classes, in folders and outside of them."""
+    """Images without classes, inside and outside of directories."""
     root = image_folders.folder(tmp_path / "all", train=4) / "train"
     (root / "z.jpg").write_bytes(image_folders.jpeg(1, 9))
     return root
@@ -226,7 +226,7 @@ def test_streams_find_their_labels(tmp_path, shards):
     assert len(targets) == len(data.train) == 12
     wanted = torch.stack([probabilities(number, 2) for number in range(12) if number != 2])
     soft = (wanted.max(1, keepdim=True).values == wanted) | (wanted > 0.2)
-    assert soft.all()  # nothing of two classes is left out
+    assert soft.all()  # no probability of two classes is omitted
     near = (targets[:, None, 3:] - wanted).abs().amax(2) < 2e-3
     assert near.any(1).all()
     assert near.any(0).all()

@@ -1,4 +1,4 @@
-"""Two processes over gloo: they do what one process with accumulation does, and survive what a single one survives."""
+"""Two processes over gloo train like one process with accumulation, and recover from the same failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pair(output, kind, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Runs that nothing interrupted: one process, and two of each kind."""
+    """Uninterrupted runs: one process, and two of each kind."""
     folder = tmp_path_factory.mktemp("whole")
     assert process(tiny(folder / "one")) == 0
     for kind in KINDS:

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or damaged goes on to the same bits; one that cannot go on says so."""
+"""A killed, stopped or damaged run resumes to the same bits, or reports why it cannot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vision.training.trainer import Trainer, TrainingError
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     output = tmp_path_factory.mktemp("whole") / "run"
     assert process(tiny(output)) == 0
     return output

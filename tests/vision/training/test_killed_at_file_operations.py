@@ -24,7 +24,7 @@ KINDS = {
 
 
 STRIDES = {"plain": 13, "rare checkpoints": 17, "shards": 53}
-"""Every so many file operations are tried. They are prime, so that a kill hits other operations in every epoch."""
+"""Steps between tried file operations. They are prime, so that a kill hits other operations in every epoch."""
 
 
 def run(output: Path, kind: str, count: int = 0) -> int:
@@ -38,7 +38,7 @@ def run(output: Path, kind: str, count: int = 0) -> int:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Runs that nothing interrupted, by kind, made when they are first asked for."""
+    """Uninterrupted runs by kind, made on first use."""
     made = {}
 
     def get(kind: str) -> Path:

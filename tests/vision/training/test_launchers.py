@@ -1,4 +1,4 @@
-"""The variables of launchers give the right world, or one line that names the one that is wrong."""
+"""Launcher variables determine the distributed context, or a one-line error names the wrong variable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     [
         ({}, World()),
         ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": " "}, World()),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, World()),  # without an address: nobody is to be met
+        ({"RANK": "0", "WORLD_SIZE": "1"}, World()),  # a single process needs no address
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}, World(0, 1, 3)),
         ({"RANK": "0"}, World()),
         ({"WORLD_SIZE": "1"}, World()),
@@ -34,7 +34,7 @@ PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, World()),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, World()),
         ({"SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2", **PLACE}, World(6, 8, 2)),
-        ({"WORLD_SIZE": "1", "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8"}, World()),  # asked to be alone
+        ({"WORLD_SIZE": "1", "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8"}, World()),  # explicitly a single process
         (
             {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", **PLACE},
             World(1, 2, 1),

@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run on pictures in folders, and the folder of the pictures."""
+    """A run on images in directories, and the directory of the images."""
     root = tmp_path_factory.mktemp("pictures")
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "validation"):

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, nothing half-written, and one line about a folder that cannot be used."""
+"""The output directory of a run: one run at a time, atomic files, and one-line errors for unusable directories."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ REVNETS = [sys.executable, "-c", "from revnets.cli.main import main; main()"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of one process that nothing interrupted."""
+    """An uninterrupted run of one process."""
     folder = tmp_path_factory.mktemp("whole")
     assert process(tiny(folder / "one")) == 0
     return folder / "one"
@@ -91,7 +91,7 @@ def test_stages_of_a_timm_model_return_its_scores():
 
 
 def test_the_state_of_a_stage_is_on_the_cpu():
-    """Fake tensors of a GPU, for they need none; lists of tensors as of the optimizer Kron."""
+    """Fake tensors of a GPU, which need none; lists of tensors as in the optimizer Kron."""
     with FakeTensorMode():
         weights = {name: torch.empty(3, device=name) for name in ("cuda", "meta")}
         optimizer = torch.optim.SGD([nn.Parameter(weight) for weight in weights.values()])

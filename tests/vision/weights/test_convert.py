@@ -1,4 +1,4 @@
-"""Official checkpoints become ours and back: every name, every value, every output."""
+"""Conversion of official checkpoints to ours and back: every name, every value, every output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vision.supervision.supervised import Supervised
 from vision.weights.convert import convert, convert_file, skeleton
 from vision.weights.files import Weights, read, select
 from vision.weights.official_names import MismatchError, names_of, to_ours
-from vision.weights.recognition import family, recognise, shape_in, spec_of
+from vision.weights.recognition import family, recognize, shape_in, spec_of
 
 SIZES = {
     "revcol_tiny": Net(4, (64, 128, 256, 512), (2, 2, 4, 2)),
@@ -75,7 +75,7 @@ def model_of(net: Net, tensors: dict[str, Tensor], dtype: torch.dtype = torch.fl
     ],
 )
 def test_every_name_and_shape_of_every_size(name: str, supervised: bool, classes: int) -> None:
-    """The official code hangs heads on nets of 4, 8, ... columns alone."""
+    """The official code only supports heads on models of 4, 8, ... columns."""
     expected = official.shapes(replace(SIZES[name], classes=classes, supervised=supervised))
     model = RevCol(spec_of(name), classes, device="meta")
     if supervised:
@@ -85,7 +85,7 @@ def test_every_name_and_shape_of_every_size(name: str, supervised: bool, classes
     assert {pair.official: pair.official_shape for pair in names.pairs} | names.unused == expected
     assert len({pair.ours for pair in names.pairs}) == len(names.pairs)
     tensors = {key: torch.empty(shape, device="meta") for key, shape in expected.items()}
-    assert recognise(shape_in(tensors)) == name
+    assert recognize(shape_in(tensors)) == name
 
 
 def test_the_released_tiny_has_603_tensors() -> None:
@@ -241,7 +241,7 @@ def test_names_of_wrapped_models(tmp_path) -> None:
 
 
 def test_checkpoint_of_a_training_run(tmp_path) -> None:
-    """With its average, and with heads at places that the official code does not know."""
+    """With its average, and with heads at columns that the official code does not support."""
     models = [timm.create_model("test_revcol", num_classes=11) for _ in range(2)]
     heads = Supervised(models[0], SupervisionConfig(heads=2)).state_dict()
     heads = {key: tensor for key, tensor in heads.items() if not key.startswith("model.")}

@@ -1,4 +1,4 @@
-"""What does not fit is told, name by name: official files and ours, and files of something else."""
+"""Names that do not fit are listed, in official files, in ours and in other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of weights: nothing in them is run, none is left half-written, and errors are one line."""
+"""Weight files: nothing in them is executed, writing is atomic, and errors are one line."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_the_official_trainer_saves_is_read(is_zip: bool, tmp_path) -> None
     assert torch.equal(found["model"]["a"], torch.arange(3.0))
     assert found["config"] == {"MODEL": {"NAME": "tiny"}, "AUG": [0.8, None]}
     assert found["input"] is not input
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):  # what was allowed is so no longer
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):  # the allow-list is restored
         torch.load(tmp_path / "a.pth")
 
 

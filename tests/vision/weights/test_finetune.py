@@ -1,4 +1,4 @@
-"""Fine-tuning: recipes by Table 12, weights that a run begins with, and learning rates by depth."""
+"""Fine-tuning: recipes of Table 12, initial weights of a run, and learning rates by depth."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_learning_rates_by_depth_when_supervised():
 
 
 def begun(source, classes: int = 3, **options):
-    """A fresh model with the weights of a file, and the sentence about it."""
+    """A new model with the weights of a file, and the description of them."""
     kwargs = {key: options.pop(key) for key in ("in_chans", "kernel_size", "columns") if key in options}
     model = timm.create_model(options.pop("model", "test_revcol"), num_classes=classes, **kwargs).eval()
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -244,7 +244,7 @@ def test_starts_from_weights_downloaded_by_timm(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory) -> Path:
-    """A run on digits to begin others with."""
+    """A run on digits, from which others start."""
     output = tmp_path_factory.mktemp("first")
     Trainer(load_config(tiny(output, epochs=1, model=MODEL, ema={"decay": 0.9, "warmup": False}))).fit()
     return output
@@ -261,7 +261,7 @@ def engine(source, **changes) -> TrainState:
 
 
 def test_a_run_starts_from_another(first):
-    """With its folder or its file, its weights or their average; averages begin there too, and heads are fresh."""
+    """From its directory or file, its weights or their average. Averages start from them, and heads are new."""
     best = first / "checkpoints" / "best.pt"
     saved = reader.read(best)
     assert saved["classes"] == [str(digit) for digit in range(10)]

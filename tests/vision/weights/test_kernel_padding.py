@@ -1,4 +1,4 @@
-"""Kernel padding: a model with larger kernels around the trained ones gives the same outputs."""
+"""Kernel padding: a model with larger kernels around the trained ones has the same outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pretrained=True` finds official files and ours as timm finds those of its own models."""
+"""`pretrained=True` loads official files and ours, as for other timm models."""
 
 from __future__ import annotations
 
@@ -86,20 +86,20 @@ def test_pretrained_from_a_state_dict(checkpoint) -> None:
 
 @torch.no_grad()
 def test_the_file_determines_classes_and_channels(checkpoint, tmp_path) -> None:
-    """A classifier for as many classes as the model's stays, though `pretrained_cfg` speaks of 1000 of them."""
+    """A classifier with the model's number of classes is kept, although `pretrained_cfg` has 1000 classes."""
     path, net, state = checkpoint
     image = torch.randn(2, 3, 64, 64)
     model = timm.create_model("test_revcol", True, num_classes=11, pretrained_cfg_overlay={"file": str(path)}).eval()
     assert_close(model(image), logits(state, net, image), atol=1e-5, rtol=1e-5)
 
-    grey = timm.create_model("test_revcol", in_chans=1, num_classes=11).eval()
-    torch.save(grey.state_dict(), tmp_path / "grey.pt")
-    overlay = {"file": str(tmp_path / "grey.pt")}
+    gray = timm.create_model("test_revcol", in_chans=1, num_classes=11).eval()
+    torch.save(gray.state_dict(), tmp_path / "gray.pt")
+    overlay = {"file": str(tmp_path / "gray.pt")}
     again = timm.create_model("test_revcol", True, in_chans=1, num_classes=11, pretrained_cfg_overlay=overlay).eval()
-    assert torch.equal(again(image[:, :1]), grey(image[:, :1]))
-    colour = timm.create_model("test_revcol", True, features_only=True, pretrained_cfg_overlay=overlay).eval()
-    expected = grey.forward_features(image[:, :1])  # every channel gets a third of the kernel
-    assert_close(colour(image[:, :1].expand(-1, 3, -1, -1))[-1], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(again(image[:, :1]), gray(image[:, :1]))
+    color = timm.create_model("test_revcol", True, features_only=True, pretrained_cfg_overlay=overlay).eval()
+    expected = gray.forward_features(image[:, :1])  # every channel gets a third of the kernel
+    assert_close(color(image[:, :1].expand(-1, 3, -1, -1))[-1], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_pretrained_of_another_model_is_refused(checkpoint) -> None:
@@ -161,7 +161,7 @@ def test_a_model_without_a_release_is_reported() -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_revcol_tiny_itself(tmp_path) -> None:
-    """`create_model` by name alone, with the file that timm would have fetched."""
+    """`create_model` by name, with the file that timm would have downloaded."""
     net = Net(4, (64, 128, 256, 512), (2, 2, 4, 2), classes=1000, supervised=True)
     state = official.random_state(net)
     official.save_classification(tmp_path / "revcol_tiny_1k.pth", state)
