@@ -30,15 +30,18 @@ from vision.config.learning import (
     CLEARABLE,
     EmaConfig,
     Heads,
+    LibraryModel,
     MixupConfig,
     OptimizerConfig,
     PipelineConfig,
     PretrainedConfig,
     ScheduleConfig,
     SupervisionConfig,
+    TimmModel,
+    TransformersModel,
+    read_model,
     unused_keys,
 )
-from vision.config.library_models import LibraryModel, TimmModel, TransformersModel, read_model
 from vision.paths import FOLDERS
 
 MAX_COUNT = 2**31 - 1

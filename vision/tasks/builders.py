@@ -27,8 +27,7 @@ from revnets import ReversibleColumns, SpecError, build
 from revnets.config.errors import PartError, nearest
 from revnets.config.imports import imported
 from revnets.config.memory_budget import BudgetSpec
-from vision.config.learning import OptimizerConfig
-from vision.config.library_models import TimmModel, TransformersModel
+from vision.config.learning import OptimizerConfig, TimmModel, TransformersModel
 from vision.config.run import TASKS, TrainConfig
 from vision.distributed.context import World
 from vision.errors import first_line, run_error

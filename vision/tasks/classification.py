@@ -13,7 +13,7 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 
-from vision.config.library_models import TimmModel
+from vision.config.learning import TimmModel
 from vision.data.dataset import ImageData
 from vision.data.samplers import without_class
 from vision.distributed.context import World

@@ -15,7 +15,7 @@ import vision.detection
 from revnets.config.errors import nearest, show
 from revnets.config.memory_budget import BudgetSpec
 from vision.config.data import CocoConfig
-from vision.config.library_models import TimmModel
+from vision.config.learning import TimmModel
 from vision.config.run import TrainConfig
 from vision.detection.average_precision import AveragePrecisionEvaluator, DetectionMetrics
 from vision.detection.coco_data import NOT_COUNTED, DetectionData, load_coco

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from revnets.config.errors import show
 from revnets.config.memory_budget import BudgetSpec
 from vision.config.data import SemanticMapsConfig
-from vision.config.library_models import TimmModel
+from vision.config.learning import TimmModel
 from vision.config.run import TrainConfig
 from vision.distributed.context import World
 from vision.errors import run_error

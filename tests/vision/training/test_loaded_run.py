@@ -158,7 +158,7 @@ def test_wrong_arguments_are_refused(run: Path, tmp_path: Path) -> None:
         vision.load_run(tmp_path)
     with raises_error(CheckpointError, code="weights-mismatch"):
         vision.load_run(run, overrides=["model.columns=3"])
-    with pytest.raises(IndexError, match="no image 360; it has 360"):
+    with pytest.raises(IndexError, match="no image 360; its length is 360"):
         vision.load_run(run).val_image(360)
 
 

@@ -229,5 +229,5 @@ def test_the_second_of_two_runs_names_the_owner_of_the_output(tmp_path):
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):
         assert process(config) == 4  # a ConfigError
-    assert f"is in use by {Owner.current()}. Wait until it has ended" in said(config)
+    assert f"is in use by {Owner.current()}. Wait until it ends" in said(config)
     assert process(config) == 0
