@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoBackbone, AutoModelForImageClassification, TimmBackboneConfig
 
 from revnets.config.errors import ConfigError
+from revnets.models.saved_folder import require_config
 from tests.support.errors import raises_error
 from vision.huggingface import RevColBackbone, RevColBackboneConfig, RevColForImageClassification
 from vision.segmentation import upernet
@@ -85,6 +86,12 @@ def test_a_quantized_configuration_object_is_refused(folder):
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     with raises_error(code="reserved-key", key="quantization_config"):
         RevColBackbone.from_pretrained(folder, config=config)
+
+
+def test_quantized_weights_are_refused_by_their_configuration(folder):
+    change(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with raises_error(code="reserved-key", key="quantization_config", source=folder / "config.json"):
+        require_config(folder)
 
 
 @pytest.mark.parametrize("kind", [RevColBackbone, RevColForImageClassification])
