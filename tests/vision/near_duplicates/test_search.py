@@ -145,7 +145,7 @@ def test_unreadable_images_are_reported_and_skipped(place, tmp_path):
     (tmp_path / "web" / "copy-1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     found, text = search(place, tmp_path / "suspects.parquet", images=tmp_path / "web")
     assert set(pairs(found)) == set(COPIES) - {"copy-1.png"}
-    assert "1 images cannot be read" in text
+    assert "1 unreadable images" in text
     assert "copy-1.png" in text
 
 

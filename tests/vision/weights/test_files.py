@@ -196,7 +196,7 @@ def test_command_lists_what_does_not_fit(tmp_path) -> None:
     assert (code, out) == (1, "")
     lines = err.splitlines()
     assert "missing subnet1.level0.fusion.up2.channel_reschedule.0.weight" in lines
-    assert lines[-1].startswith(f"error: {source}: no test_revcol_huge: ")
+    assert lines[-1].startswith(f"error: {source}: not the weights of test_revcol_huge: ")
     assert call(source, tmp_path / "x.safetensors", "--model", "test_revcol_huge", "--allow", "*")[0] == 0
 
 

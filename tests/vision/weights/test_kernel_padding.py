@@ -80,7 +80,7 @@ def test_a_run_starts_from_padded_kernels(tmp_path):
     model = {"timm": "test_revcol", "kernel_size": 7}
     config = load_config(tiny(tmp_path, model=model, pretrained={"source": str(path)}, ema=None, mixup=None))
     engines = [TrainState(config, data, 5) for _ in range(2)]
-    assert "kernels of 3 in the middle of 7" in engines[0].beginning
+    assert "kernels of 3 padded to 7" in engines[0].beginning
     found, again = (
         engine.model.state_dict()["columns.cells.1.2.function.blocks.1.dwconv.weight"] for engine in engines
     )
