@@ -43,11 +43,13 @@ PLUGINS = {
     ),
     "cka": Plugin("vision", "How similar every level of every column is to the images and to their labels (figure 9)."),
     "layercam": Plugin("vision", "Where every level of every column sees a class: LayerCAM over an image (figure 8)."),
-    "user-dir": Plugin("nlp", 'Print the folder to give to fairseq: --user-dir "$(revnets user-dir)".'),
-    "prepare-mt": Plugin("nlp", "Make a fairseq data set from raw parallel text."),
-    "average-checkpoints": Plugin("nlp", "Average the weights of several checkpoints of one run into a new one."),
-    "train-lm": Plugin("nlp", "Train a language model, or go on with an interrupted run."),
-    "score-mt": Plugin("nlp", "BLEU of a translation: tokenised, with compounds split, and sacreBLEU."),
+    "user-dir": Plugin(
+        "nlp", 'Print the directory for fairseq\'s option --user-dir: --user-dir "$(revnets user-dir)".'
+    ),
+    "prepare-mt": Plugin("nlp", "Prepare a fairseq data set from raw parallel text."),
+    "average-checkpoints": Plugin("nlp", "Average the weights of several checkpoints of one run."),
+    "train-lm": Plugin("nlp", "Train a language model, or resume an interrupted run."),
+    "score-mt": Plugin("nlp", "Compute BLEU of a translation: tokenized, compound split, and sacreBLEU."),
 }
 """The commands of vision/ and nlp/. Help pages use these descriptions, so they import neither package."""
 
