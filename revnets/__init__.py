@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from revnets.pretrained.blend_schedule import BlendSchedule
     from revnets.pretrained.rewiring import make_reversible, undo_reversible
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Audit",
