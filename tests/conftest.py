@@ -18,7 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for child processes, be
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.support.components"]
+pytest_plugins = ["tests.support.components", "tests.support.optional_packages"]
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton, so that its kernels run on the CPU

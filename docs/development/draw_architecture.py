@@ -201,7 +201,7 @@ def draw_package(figure: Figure, package: str, rows: list[list[Box]]) -> None:
 
 def main() -> None:
     """Three packages side by side; vision and nlp import revnets between them."""
-    margin, head, between = 0.45, 0.95, 1.5
+    margin, head, between = 1.0, 0.95, 1.6
     order = ("vision", "revnets", "nlp")
     columns = {name: boxes(name, margin + index * (WIDTH + between), head) for index, name in enumerate(order)}
     bottom = max(rows[-1][0].top + rows[-1][0].height for rows in columns.values())

@@ -6,6 +6,7 @@ The texts come from the commands themselves, those of other packages included, s
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -50,9 +51,10 @@ def section(name: str, command: Any, parent: Any) -> str:
     """The help of a command as Markdown."""
     prefix, _, last = name.rpartition(" ")
     context = type(parent)(command, info_name=last, parent=parent)
-    usage = " ".join(piece for piece in command.collect_usage_pieces(context))
+    usage = " ".join(command.collect_usage_pieces(context))
     heading = "#" * len(name.split())  # a command of a group is below its group
-    lines = [f"{heading} {name}", "", paragraphs(command.help or ""), "", "```console", f"$ {name} {usage}", "```", ""]
+    summary, _, details = paragraphs(command.help or "").partition("\n\n")
+    lines = [f"{heading} {name}", "", summary, "", "```console", f"$ {name} {usage}", "```", "", details, ""]
     rows = [row(parameter, context) for parameter in command.get_params(context) if parameter.name != "help"]
     if rows:
         lines += ["| argument or option | meaning |", "| --- | --- |", *rows, ""]
@@ -67,12 +69,12 @@ def section(name: str, command: Any, parent: Any) -> str:
 def row(parameter: Any, context: Any) -> str:
     """One line of a table: the names of an argument or option, its help and its default."""
     names, meaning = parameter.get_help_record(context)
-    return f"| {escaped(f'`{names}`')} | {escaped(meaning)} |"
+    return f"| <code>{cell(html.escape(names))}</code> | {cell(meaning)} |"
 
 
-def escaped(text: str) -> str:
-    """Text for a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
+def cell(text: str) -> str:
+    """Text for a cell of a table, on one line and without its separator."""
+    return " ".join(text.split()).replace("|", "&#124;")
 
 
 def paragraphs(text: str) -> str:
