@@ -228,7 +228,7 @@ def main() -> None:
         "An arrow is an import.",
         "Imports that others imply are omitted.",
         "Rows are layers, checked by make lint.",
-        "Red: the one exception."
+        "Red: the one exception.",
     )
     for index, line in enumerate(legend):
         y = 1 - (lowest.top + lowest.height + 0.6 + 0.22 * index) / size[1]

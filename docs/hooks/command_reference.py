@@ -49,7 +49,7 @@ def commands(group: Any, context: Any, prefix: str) -> Iterator[tuple[str, Any, 
 
 def section(name: str, command: Any, parent: Any) -> str:
     """The help of a command as Markdown."""
-    prefix, _, last = name.rpartition(" ")
+    last = name.rpartition(" ")[2]
     context = type(parent)(command, info_name=last, parent=parent)
     usage = " ".join(command.collect_usage_pieces(context))
     heading = "#" * len(name.split())  # a command of a group is below its group

@@ -64,4 +64,4 @@ def shown(output: Any) -> str:
         return f"![Figure](data:image/png;base64,{encoded})"
     else:
         text = output.get("data", {}).get("text/plain", "")
-    return f"```text title=\"Output\"\n{text.rstrip()}\n```" if text.strip() else ""
+    return f'```text title="Output"\n{text.rstrip()}\n```' if text.strip() else ""

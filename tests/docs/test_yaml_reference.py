@@ -51,7 +51,7 @@ def plain(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("title", "model", "others"),
     [
-        ("Keys of the net", NetSpec, {"base"}),
+        ("Keys of the network", NetSpec, {"base"}),
         ("Keys of a level", LevelSpec, set()),
         ("Gain", GainSpec, set()),
         ("Constant", ConstantSpec, set()),
@@ -94,9 +94,9 @@ def float_or(text: str) -> Any:
 
 
 def test_reads_modes_and_arguments() -> None:
-    assert [row[0] for row in rows(section("Wires"))] == [*READS, "1 to m - 1"]
+    assert [row[0] for row in rows(section("Connections"))] == [*READS, "1 to m - 1"]
     assert [row[0] for row in rows(section("Memory"))] == list(revnets.Memory)
-    given = {row[0]: re.findall(r"\w+", row[1].split(" of ")[0]) for row in rows(section("Parts of your own"))}
+    given = {row[0]: re.findall(r"\w+", row[1].split(" of ")[0]) for row in rows(section("Custom components"))}
     assert given == {kind: list(arguments) for kind, arguments in PROVIDED.items()}
 
 
@@ -146,7 +146,7 @@ def test_overrides_of_page_work(page: Path) -> None:
         revnets.load_spec("net.yaml", [override])
 
 
-@pytest.mark.parametrize("row", rows(section("When something is wrong")), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", rows(section("Errors")), ids=lambda row: row[0])
 def test_errors_of_page_are_raised(page: Path, row: list[str]) -> None:
     with pytest.raises(revnets.SpecError) as caught:
         revnets.build("net.yaml", [row[0]])

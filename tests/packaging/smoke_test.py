@@ -1,6 +1,6 @@
 """Run every command of an installed `revnets` once: `python smoke_test.py`, outside of a checkout.
 
-The script uses nothing but the installed packages. Commands run in forks of one process, so that torch is imported once.
+The script uses only installed packages. Commands run in forks of one process, so that torch is imported once.
 """
 
 from __future__ import annotations
