@@ -48,7 +48,9 @@ def page(path: Path, root: Path) -> Iterator[str]:
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
             yield f"```python\n{cell.source}\n```"
-            yield from filter(None, map(shown, cell.outputs))
+            if text := "".join(each.text for each in cell.outputs if each.get("name") == "stdout"):
+                yield _block(text)
+            yield from (shown(each) for each in cell.outputs if "data" in each)
         else:
             yield cell.source
         if number == 0:
@@ -56,12 +58,12 @@ def page(path: Path, root: Path) -> Iterator[str]:
 
 
 def shown(output: Any) -> str:
-    """An output of a cell as Markdown; empty if it has nothing to show."""
-    if output.output_type == "stream":
-        text = output.text if output.name == "stdout" else ""
-    elif "image/png" in output.get("data", {}):
+    """A result or a figure as Markdown."""
+    if "image/png" in output.data:
         encoded = re.sub(r"\s", "", output.data["image/png"])
         return f"![Figure](data:image/png;base64,{encoded})"
-    else:
-        text = output.get("data", {}).get("text/plain", "")
-    return f'```text title="Output"\n{text.rstrip()}\n```' if text.strip() else ""
+    return _block(output.data["text/plain"])
+
+
+def _block(text: str) -> str:
+    return f'```text title="Output"\n{text.rstrip()}\n```'
