@@ -68,7 +68,7 @@ class PlainUnpickler(pickle._Unpickler):
     Args:
         file: File at the position of the pickle.
         allowance: Memory that the file may still allocate.
-        allowed: Objects that the pickle may reference besides tensors and plain data, by name in the pickle.
+        allowed: Objects that the pickle may reference in addition to tensors and plain data, by name in the pickle.
         storage: Function that returns the memory of a persistent id.
     """
 

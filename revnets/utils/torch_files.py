@@ -28,7 +28,7 @@ def read_zip(path: Path, allowed: Mapping[str, Any], mmap: bool) -> Any:
 
     Args:
         path: Path of the file.
-        allowed: Objects that the pickle may reference besides tensors and plain data, by name.
+        allowed: Objects that the pickle may reference in addition to tensors and plain data, by name.
         mmap: Whether to leave storages in the file and read them on first use. If False, they are read at once and
             their checksums are verified.
 
@@ -145,7 +145,7 @@ def read_legacy(path: Path, allowed: Mapping[str, Any]) -> Any:
 
     Args:
         path: Path of the file.
-        allowed: Objects that its pickles may reference besides tensors and plain data, by name.
+        allowed: Objects that its pickles may reference in addition to tensors and plain data, by name.
 
     Raises:
         RejectedError: If the file contains more than plain data, or declares more data than it contains.

@@ -52,7 +52,16 @@ def test_lists_and_tables_follow_a_blank_line():
 
 
 @pytest.mark.parametrize(
-    "package", ["revnets", "vision", "vision.tasks", "vision.supervision", "vision.huggingface", "vision.segmentation"]
+    "package",
+    [
+        "revnets",
+        "vision",
+        "vision.tasks",
+        "vision.supervision",
+        "vision.huggingface",
+        "vision.segmentation",
+        "vision.detection",
+    ],
 )
 def test_reference_has_every_public_name(package):
     source = (ROOT / Path(*package.split(".")) / "__init__.py").read_text(encoding="utf-8")

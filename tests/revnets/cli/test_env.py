@@ -136,14 +136,14 @@ def test_an_extra_lists_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_entry_points")
 def test_secrets_and_the_home_directory_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    monkeypatch.setenv("TORCH_HOME", "/home/somebody/cache")
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("TORCH_HOME", "/home/someone/cache")
     monkeypatch.setenv("TORCH_HUB_TOKEN", "abc123")
     monkeypatch.setenv("NCCL_SERVER", "https://user:abc123@host")
     monkeypatch.setenv("HF_TOKEN", "abc123")
     text = printed("--json")
     assert "abc123" not in text
-    assert "somebody" not in text
+    assert "someone" not in text
     variables = json.loads(text)["variables"]
     assert variables["TORCH_HOME"] == "~/cache"
     assert variables["TORCH_HUB_TOKEN"] == variables["NCCL_SERVER"] == "(set)"

@@ -48,7 +48,7 @@ class Picky(nn.Module):
 
 class Broken(nn.Module):
     def __init__(self, dim: int):
-        {}["colour"]
+        {}["color"]
 
 def nothing(dim):
     return None

@@ -76,7 +76,7 @@ def test_checkpointed_heads_keep_neither_activations_nor_scores():
     states, loss = 2 * torch.get_rng_state().nbytes, 4  # of dropout, for each head
     assert kept[True] <= backbone + maps.nbytes + states + 4 * loss
     scores = 2 * 5 * SIZE[0] * SIZE[1] * 4
-    assert kept[False] - kept[True] > 2 * scores  # the logarithms of those of both heads, besides activations
+    assert kept[False] - kept[True] > 2 * scores  # the logarithms of those of both heads, in addition to activations
 
 
 def test_checkpointed_decoders_keep_neither_activations_nor_points():

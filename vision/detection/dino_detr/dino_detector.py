@@ -205,14 +205,14 @@ def dino(
 ) -> DINO:
     """Build a DINO on a RevCol with newly initialized weights.
 
+    Arguments that are not listed are those of `DINO`.
+
     Args:
         backbone: a RevCol model name such as `revcol_huge`.
         num_classes: number of classes without background, 80 for COCO.
         kernel_size: kernel size of the backbone's convolutions.
         memory: memory mode of the backbone.
         scales: number of feature levels: 4 for strides 8 to 64, 5 for strides 4 to 64.
-        width, feedforward, heads, encoder_layers, decoder_layers, queries, denoising, label_noise, box_noise,
-            shared_heads, detections, checkpoint_heads: as for `DINO`.
         backbone_options: options of `timm.create_model`, such as `drop_path_rate`.
 
     Raises:
