@@ -33,7 +33,7 @@ RECORDS: tuple[Allowed, ...] = (
     *("numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"),
     *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"),
 )
-"""What checkpoints of fairseq contain in addition to tensors: options in a Namespace, and numbers and arrays of NumPy."""
+"""What fairseq checkpoints contain in addition to tensors: options in a Namespace, numbers and arrays of NumPy."""
 
 
 class CheckpointReadError(RuntimeError):

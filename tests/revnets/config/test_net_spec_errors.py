@@ -69,7 +69,7 @@ def nothing(dim):
         ("levels.0.block", "unparsable:Block", "import-failed", ["SyntaxError", "unparsable.py, line 1"]),
         ("levels.0.block", "lacking:Block", "import-failed", ["nothing_of_that_name"]),
         ("levels.0", "own_blocks:Picky", "component-failed", ['"own_blocks:Picky": no 8 for me']),
-        ("levels.0", "own_blocks:Broken", "component-failed", ["KeyError: 'colour'"]),
+        ("levels.0", "own_blocks:Broken", "component-failed", ["KeyError: 'color'"]),
         ("levels.0.block", "own_blocks:nothing", "invalid-component", ["own_blocks:nothing", "torch.nn.Module"]),
     ],
 )
