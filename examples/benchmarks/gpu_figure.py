@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from revnets.plotting.style import INK, MODE_COLOURS
+from revnets.plotting.style import INK, MODE_COLORS
 from revnets.utils.format import size
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {
-    **MODE_COLOURS,
+    **MODE_COLORS,
     "budget: exact": "#0072B2",
     "official scheme": "#CC79A7",
     "checkpoint columns": "#E69F00",

@@ -26,7 +26,7 @@ from revnets import DriftWarning, SpecError, build
 from revnets.analysis.audit import audit
 from revnets.analysis.audit_report import Audit
 from revnets.memory.tracker import kept_bytes
-from revnets.plotting.style import MODE_COLOURS, save
+from revnets.plotting.style import MODE_COLORS, save
 from revnets.utils.format import size
 from vision.checkpoints.manager import CheckpointError
 from vision.config.run import TrainConfig, load_config
@@ -93,7 +93,7 @@ def kept_by_columns(config: TrainConfig, images: Tensor) -> dict[str, list[int]]
             kept_bytes(build(config.net.model_copy(update={"columns": columns, "memory": mode})), images)
             for columns in COLUMNS
         ]
-        for mode in MODE_COLOURS
+        for mode in MODE_COLORS
     }
 
 
@@ -132,14 +132,14 @@ def draw_memory(axes: Axes, by_columns: dict[str, list[int]], batch: int) -> Non
     axes.set_yscale("log")
     for mode, kept in by_columns.items():
         mebibytes = [count / 2**20 for count in kept]
-        axes.plot(COLUMNS, mebibytes, "o-", color=MODE_COLOURS[mode], lw=2, markersize=4)
+        axes.plot(COLUMNS, mebibytes, "o-", color=MODE_COLORS[mode], lw=2, markersize=4)
         axes.annotate(
             f"{mode}: {size(kept[-1])}",
             (COLUMNS[-1], mebibytes[-1]),
             (8, 0),
             textcoords="offset points",
             va="center",
-            color=MODE_COLOURS[mode],
+            color=MODE_COLORS[mode],
             fontsize=9.5,
             fontweight="bold",
         )

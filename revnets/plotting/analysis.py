@@ -11,7 +11,7 @@ import torch
 
 from revnets.analysis.gains import Bits, CellGains
 from revnets.analysis.memory_scaling import Point
-from revnets.plotting.style import INK, MODE_COLOURS, unit_of, whole_numbers
+from revnets.plotting.style import INK, MODE_COLORS, unit_of, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def memory_figure(large: Sequence[Point], small: Sequence[Point], measured: Sequ
     left.set_title(f"(a) predicted: {large[0].words}", fontsize=9, loc="left", color=INK)
     right.set_title(f"(b) measured (markers): {small[0].words}", fontsize=9, loc="left", color=INK)
     modes = dict.fromkeys(point.mode for point in large)
-    colors = [Line2D([], [], color=MODE_COLOURS[mode], marker=MARKERS[mode], label=WORDS[mode]) for mode in modes]
+    colors = [Line2D([], [], color=MODE_COLORS[mode], marker=MARKERS[mode], label=WORDS[mode]) for mode in modes]
     words: dict[str, Any] = {"peak": "-", "saved for backward": "--", "weights and gradients": ":"}
     lines = [Line2D([], [], color=INK, linestyle=style, label=word) for word, style in words.items()]
     nothing = Line2D([], [], linestyle="", label=" ")
@@ -58,8 +58,8 @@ def _draw_memory(axes: Axes, lines: Sequence[Point], markers: Sequence[Point]) -
     """Draw predictions as lines and measurements as markers."""
     unit, name = unit_of(max(point.peak for point in [*lines, *markers]))
     for mode in dict.fromkeys(point.mode for point in lines):
-        for field, style, face in (("peak", "-", MODE_COLOURS[mode]), ("kept", "--", "white")):
-            look = {"color": MODE_COLOURS[mode], "markerfacecolor": face, "markersize": 5}
+        for field, style, face in (("peak", "-", MODE_COLORS[mode]), ("kept", "--", "white")):
+            look = {"color": MODE_COLORS[mode], "markerfacecolor": face, "markersize": 5}
             for points, marker, line in ((lines, "", style), (markers, MARKERS[mode], "")):
                 of_mode = [point for point in points if point.mode == mode]
                 values = [getattr(point, field) / unit for point in of_mode]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from revnets.analysis.audit_report import Audit, ModeAudit
 from revnets.engine.drift import INVERT_LIMIT
 from revnets.plotting.graph import graph_figure as graph_figure
-from revnets.plotting.style import INK, MODE_COLOURS, unit_of, whole_numbers
+from revnets.plotting.style import INK, MODE_COLORS, unit_of, whole_numbers
 from revnets.utils.format import duration, size
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _draw_states(axes: Axes, audit: Audit) -> None:
     if not audit.columns:
         _nothing(axes, audit.nothing_rebuilt)
         return
-    color, columns = MODE_COLOURS["invert"], [column.column for column in audit.columns]
+    color, columns = MODE_COLORS["invert"], [column.column for column in audit.columns]
     errors = [column.invert_error for column in audit.columns]
     top = _logarithmic(axes, "y", [*errors, *(error for column in audit.columns for error in column.invert_levels)])
     for level in range(audit.m):
@@ -56,7 +56,7 @@ def _draw_states(axes: Axes, audit: Audit) -> None:
     shown = [_shown(error, top) for error in errors]
     axes.plot(columns, shown, "o-", color=color, markersize=4, label="invert (thin: each level)", clip_on=False)
     for exact, marker, shade, label in (
-        (True, "s", MODE_COLOURS["exact"], "exact: equal bit for bit"),
+        (True, "s", MODE_COLORS["exact"], "exact: equal bit for bit"),
         (False, "X", "black", "exact: DIFFERS"),
     ):
         at = [column.column for column in audit.columns if column.exact is exact]
@@ -100,7 +100,7 @@ def _draw_growth(axes: Axes, audit: Audit) -> None:
     for mode in audit.modes:
         alive = [total / unit for total in accumulate(mode.column_bytes)]
         slope = "" if math.isnan(mode.bytes_per_column) else f": {size(mode.bytes_per_column)}"
-        style = {"color": MODE_COLOURS[mode.mode], "markersize": 3.5, "label": mode.mode + slope}
+        style = {"color": MODE_COLORS[mode.mode], "markersize": 3.5, "label": mode.mode + slope}
         axes.plot(range(len(alive)), alive, "o-", **style)
     most = max(sum(mode.column_bytes) for mode in audit.modes) / unit
     last = max(len(mode.column_bytes) for mode in audit.modes) - 1
@@ -128,7 +128,7 @@ def _draw_bytes(axes: Axes, audit: Audit) -> None:
 
 
 def _bars(axes: Axes, modes: list[str], lengths: list[float], alpha: float = 1.0) -> None:
-    axes.barh(range(len(modes)), lengths, height=0.36, color=[MODE_COLOURS[mode] for mode in modes], alpha=alpha)
+    axes.barh(range(len(modes)), lengths, height=0.36, color=[MODE_COLORS[mode] for mode in modes], alpha=alpha)
     axes.set_yticks(range(len(modes)), modes)
     axes.set_ylim(len(modes) - 0.6, -0.6)  # the first on top
 

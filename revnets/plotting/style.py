@@ -17,7 +17,7 @@ FORMATS = ("png", "svg", "pdf")
 
 INK = "#222222"
 
-MODE_COLOURS = {"store": "#767676", "recompute": "#56B4E9", "invert": "#D55E00", "exact": "#009E73"}
+MODE_COLORS = {"store": "#767676", "recompute": "#56B4E9", "invert": "#D55E00", "exact": "#009E73"}
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -180,10 +180,10 @@ def test_steps_are_timed_without_counters(monkeypatch):
 
 
 def test_only_requested_modes_are_measured_and_reported():
-    told: list[str] = []
-    result = audit(conv_columns(2), stem_output(), modes=["exact"], progress=told.append)
+    messages: list[str] = []
+    result = audit(conv_columns(2), stem_output(), modes=["exact"], progress=messages.append)
     assert [mode.mode for mode in result.modes] == ["exact"]
-    assert told == ["store", "store, second run", "exact", "time", "reconstruction"]
+    assert messages == ["store", "store, second run", "exact", "time", "reconstruction"]
     assert audit(conv_columns(2), stem_output(), modes="invert").modes[0].mode == "invert"
     assert "exact" in render(result)
 

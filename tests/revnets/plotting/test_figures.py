@@ -19,7 +19,7 @@ from revnets.engine.errors import ArgumentError
 from revnets.engine.graph import STEM, Graph, wire
 from revnets.plotting.audit import audit_figure
 from revnets.plotting.graph import HEAD, MOST_COLUMNS, MOST_LABELED, TAIL, WIRES, graph_figure
-from revnets.plotting.style import FORMATS, MODE_COLOURS, save
+from revnets.plotting.style import FORMATS, MODE_COLORS, save
 from revnets.utils.format import size
 from tests.support.errors import raises_error
 
@@ -305,7 +305,7 @@ def test_figure_shows_the_numbers_of_the_audit():
     assert [bar.get_width() for bar in gradients.patches] == pytest.approx([0, 1e-3, 0])
     for line, mode in zip(growth.lines, audit.modes, strict=True):
         assert line.get_ydata() == pytest.approx(np.cumsum(mode.column_bytes) / 2**20)
-        assert to_hex(line.get_color()).upper() == MODE_COLOURS[mode.mode].upper()
+        assert to_hex(line.get_color()).upper() == MODE_COLORS[mode.mode].upper()
     widths = [bar.get_width() * 2**20 for bar in memory.patches]
     assert widths == pytest.approx([*(m.peak_bytes for m in audit.modes), *(m.kept_bytes for m in audit.modes)])
     text = words(figure)

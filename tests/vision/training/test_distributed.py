@@ -172,7 +172,7 @@ def test_a_run_resumes_with_another_parallelism(tmp_path, whole, kind, source):
 
 
 def test_float16_in_shards_skips_the_same_updates_as_one_process(tmp_path):
-    """The scale begins so high that gradients overflow; all processes must see it, whoever's part overflows.
+    """The scale begins so high that gradients overflow in some processes, and all processes must skip the update.
 
     Gradients are clipped element by element, as the recipes for large data do.
     """
