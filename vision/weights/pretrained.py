@@ -40,7 +40,8 @@ def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str,
     """Convert the content of a file to weights for `model`; called by timm.
 
     Official names become ours, heads of intermediate supervision are omitted, a missing classifier is taken from the
-    model, kernels are padded to the model's size, and position embeddings are interpolated to its image size.
+    model, and a classifier that the model does not have is omitted. Kernels are padded to the model's size, and position
+    embeddings are interpolated to its image size.
 
     Raises:
         vision.errors.CheckpointError: the file is of another model.
@@ -53,7 +54,9 @@ def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str,
         state = ours_of(found, names_in(found, net), (), "weights", name)
     own = model.state_dict()
     state = {key: tensor for key, tensor in state.items() if not key.startswith(HEADS)}
-    if not any(key.startswith("head.") for key in state):
+    if not any(key.startswith("head.") for key in own):  # the backbone of a detector or a segmenter
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+    elif not any(key.startswith("head.") for key in state):
         _logger.warning("The file has no classifier; the model's classifier is not changed.")
         state |= {key: tensor for key, tensor in own.items() if key.startswith("head.")}
     state = fit_positions(state, model)

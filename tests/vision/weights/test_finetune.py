@@ -20,7 +20,9 @@ from vision.checkpoints import reader
 from vision.config.learning import PretrainedConfig
 from vision.config.run import load_config
 from vision.data.dataset import ImageData, load_data
+from vision.detection.feature_pyramid import revcol_levels
 from vision.errors import CheckpointError
+from vision.models.architecture import RevCol
 from vision.paths import CONFIGS
 from vision.tasks import builders
 from vision.training.train_state import TrainState
@@ -333,3 +335,14 @@ def test_a_resumed_run_needs_no_pretrained_weights(tmp_path, first, capsys):
 def test_wrong_keys_are_reported_on_one_line(override, code, key, names):
     with raises_error(code=code, key=key, names=names):
         load_config("revcol_base_ft_224_in1k", [override])
+
+
+def test_the_backbone_of_a_detector_takes_the_weights_of_a_classifier(tmp_path):
+    classifier = timm.create_model("test_revcol", num_classes=3)
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pt")
+    backbone = revcol_levels("test_revcol")
+    revcol = next(module for module in backbone.modules() if isinstance(module, RevCol))
+    finetune.begin(revcol, PretrainedConfig(source=str(tmp_path / "classifier.pt")), ())
+    assert revcol.state_dict()
+    for name, tensor in revcol.state_dict().items():
+        assert torch.equal(tensor, classifier.state_dict()[name]), name
