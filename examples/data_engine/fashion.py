@@ -1,15 +1,14 @@
-"""The data engine on Fashion-MNIST: does a student profit from pseudo-labels, and are planted duplicates found?
+"""The data engine on Fashion-MNIST: whether a student gains from pseudo-labels, and whether duplicates are found.
 
-    apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any folder with the four idx files: --root
-    python examples/data_engine/fashion.py                        # a tenth of 12,000 images has labels
-    python examples/data_engine/fashion.py --images 60000         # of all images; five times as long
+    apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any directory with the four idx files: --root
+    python examples/data_engine/fashion.py        # 500 of 10,000 images have labels
 
-1. A teacher learns from the labeled tenth and labels the other images. A student learns from both in as many updates as
-   the teacher. Three seeds.
-2. Labels that 1, 2 and 4 processes write, and those of a process that is killed 20 times, are compared byte by byte.
+1. A teacher learns from the labeled images and labels all others. One student learns from the labeled images alone, one
+   also from the teacher's labels. Both are the same model and have the same number of updates. Three seeds.
+2. The labels that 1, 2 and 4 processes write are compared byte by byte with those of a process that is killed 20 times.
 3. Near-duplicates of test images are planted among other images and searched by `revnets duplicates`.
 
-Everything is in runs/data_engine. Finished runs are not trained again.
+All output is in runs/data_engine. Finished runs are not trained again.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from revnets import SpecError
+from vision.cli.evaluate import evaluate_checkpoint
 from vision.config.run import load_config
 from vision.data.in_memory import IDX
 from vision.errors import EXPECTED, DataError
@@ -39,27 +39,38 @@ from vision.labeling.command import label_data
 from vision.labeling.local_engine import LabelSettings
 from vision.near_duplicates.search import search_duplicates
 from vision.near_duplicates.suspects import Limits
-from vision.training.run_log import LOG, read_log
 from vision.training.trainer import Trainer
 
 REPO = Path(__file__).resolve().parents[2]
 OUTPUT = Path(os.path.relpath(REPO / "runs" / "data_engine"))
 
-IMAGES = {"name": "folder", "img_size": 32, "crop_pct": 1.0, "augment": {"scale": [0.6, 1.0], "color_jitter": None}}
+IMAGES: dict[str, Any] = {"name": "folder", "img_size": 32, "crop_pct": 1.0}
+TEACHER_CROPS = {"scale": [0.7, 1.0], "color_jitter": None}
+STUDENT_CROPS = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "color_jitter": None}
+"""Random crops by area. Students only flip images: in few updates, a student does not fit pseudo-labels of crops."""
+
+MODEL = {"timm": "test_revcol", "dims": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "init": "fast", "memory": "store"}
 RUN: dict[str, Any] = {
-    "model": {"timm": "test_revcol", "columns": 2, "patch_size": 4, "dims": [16, 32, 64, 128], "num_classes": 10},
-    "heads": {"classes": 10},
-    "batch_size": 32,
     "optimizer": {"name": "adamw", "lr": 4.0e-3, "weight_decay": 0.05},
-    "schedule": {"name": "cosine", "warmup_epochs": 0.5, "warmup_lr": 1.0e-5, "min_lr": 1.0e-5},
+    "schedule": {"name": "cosine", "warmup_updates": 60, "warmup_lr": 1.0e-5, "min_lr": 1.0e-5},
     "clip_grad": 5.0,
+    "label_smoothing": 0.1,
+    "ema": {"decay": 0.99},
     "device": "cpu",
     "log_every": 100,
 }
+TEACHER: dict[str, Any] = {**RUN, "model": {**MODEL, "columns": 4, "patch_size": 2}, "batch_size": 32}
+TEACHER |= {"mixup": {"mixup_alpha": 0.4}, "label_smoothing": 0.0}
+STUDENT: dict[str, Any] = {**RUN, "model": {**MODEL, "columns": 2, "patch_size": 4, "num_classes": 10}}
+STUDENT |= {"heads": {"classes": 10}, "batch_size": 64}
+
+LABELED_SHARE = 0.1
+"""Share of labeled images in the batches of a student with pseudo-labels."""
+
 SETTINGS = LabelSettings(min_probability=0.01, batch_size=64, shard_size=500)
 
 LIMITS = Limits(distance=0.7, cosine=0.0)
-"""Ten classes tell few images apart, so that labels may be further apart than by default."""
+"""Ten classes distinguish few images, so the limit of the label distance is larger than the default."""
 
 LABEL = """
 import sys
@@ -74,63 +85,89 @@ label_data(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), settings, device="
 """
 
 KILLS, WORKERS = 20, (1, 2, 4)
+SEARCHED_TESTS = 1000  # test images that duplicates are searched for
 
 
 def main(
-    root: Annotated[Path, typer.Option(help="Folder with the four idx files.")] = Path(
+    root: Annotated[Path, typer.Option(help="Directory with the four idx files.")] = Path(
         "/usr/share/datasets/fashion-mnist"
     ),
-    output: Annotated[Path, typer.Option(help="Folder of everything.")] = OUTPUT,
-    images: Annotated[int, typer.Option(min=100, max=60000, help="Training images; a tenth keeps its labels.")] = 12000,
-    test: Annotated[int, typer.Option(min=100, max=10000, help="Test images.")] = 2000,
-    epochs: Annotated[int, typer.Option(min=1, help="Of the student; the teacher has as many updates.")] = 3,
-    seeds: Annotated[int, typer.Option(min=1, help="How many teachers and students.")] = 3,
-    searched: Annotated[int, typer.Option(min=1, max=60000, help="Images in which duplicates are planted.")] = 2000,
+    output: Annotated[Path, typer.Option(help="Directory of all output.")] = OUTPUT,
+    images: Annotated[int, typer.Option(min=200, max=60000, help="Training images.")] = 10000,
+    labels: Annotated[int, typer.Option(min=20, help="Training images that keep their labels.")] = 500,
+    test: Annotated[int, typer.Option(min=50, max=10000, help="Test images.")] = 10000,
+    updates: Annotated[int, typer.Option(min=61, help="Updates of each student.")] = 1250,
+    teacher_updates: Annotated[int, typer.Option(min=61, help="Updates of the teacher.")] = 1200,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of teachers, with two students each.")] = 3,
+    searched: Annotated[int, typer.Option(min=1, max=60000, help="Images among which duplicates are planted.")] = 2000,
     planted: Annotated[int, typer.Option(min=5, help="Duplicates of test images.")] = 200,
-    killed: Annotated[int, typer.Option(min=10, help="Images that killed processes label.")] = 1000,
+    killed: Annotated[int, typer.Option(min=10, help="Images that interrupted processes label.")] = 1000,
 ) -> None:
-    """Run the data engine on Fashion-MNIST, from raw images to a student, and check what it claims."""
+    """Run the data engine on Fashion-MNIST, from raw images to a student, and check its claims."""
     if not any((root / f"{IDX['train'][0]}{ending}").exists() for ending in ("", ".gz")):
-        raise DataError(f"{root} has no {IDX['train'][0]}. Install dataset-fashion-mnist, or give --root")
+        raise DataError(f"{root} has no {IDX['train'][0]}. Install dataset-fashion-mnist, or set --root")
+    begun = cpu_seconds()
     torch.set_num_threads(1)
     console = Console()
     if not (output / "data").exists():
-        write_images(root, output, images // 10, images - images // 10, test)
-    accuracy = [students(output, seed, epochs, console) for seed in range(seeds)]
+        write_images(root, output, images, labels, test)
+    accuracy = [students(output, seed, updates, teacher_updates, console) for seed in range(seeds)]
     robustness = robust_labels(output, killed, console)
-    found = duplicates(root, output, searched, test, planted, console)
-    console.print(accuracy_table(accuracy, images, epochs))
-    results = {"accuracy": accuracy, "robustness": robustness, "duplicates": found}
+    found = duplicates(root, output, searched, min(test, SEARCHED_TESTS), planted, console)
+    console.print(accuracy_table(accuracy, images, labels, updates))
+    minutes = (cpu_seconds() - begun) / 60
+    console.print(f"{minutes:.1f} CPU minutes")
+    results = {"accuracy": accuracy, "robustness": robustness, "duplicates": found, "cpu_minutes": minutes}
     (output / "results.json").write_text(json.dumps(results, indent=1))
 
 
-def students(output: Path, seed: int, epochs: int, console: Console) -> tuple[float, float]:
-    """Test accuracies, in percent, of a teacher that learned from labels alone and of its student."""
-    teacher, student, labels = (output / f"{name}-{seed}" for name in ("teacher", "student", "labels"))
-    labeled = {**IMAGES, "root": str(output / "data"), "head": "classes"}
-    first = trained(teacher, [labeled], 10 * epochs, seed, console)
+def cpu_seconds() -> float:
+    """CPU time of this process and of the processes that it has started."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def students(output: Path, seed: int, updates: int, teacher_updates: int, console: Console) -> dict[str, float]:
+    """Test accuracies, in percent: of a teacher, a student with labels alone, and one with pseudo-labels."""
+    teacher, alone, student, labels = (output / f"{name}-{seed}" for name in ("teacher", "alone", "student", "labels"))
+    classes = {**IMAGES, "root": str(output / "data")}
+    accuracy = trained(teacher, {**TEACHER, "data": {**classes, "augment": TEACHER_CROPS}}, teacher_updates, seed)
+    found = {"teacher": accuracy}
     label_data(str(teacher), output / "web", labels, SETTINGS, device="cpu", console=console)
-    web = {**IMAGES, "root": str(output / "web"), "labels": str(labels)}
-    return first, trained(student, [labeled, web], epochs, seed, console)
+    labeled = {**classes, "augment": STUDENT_CROPS, "head": "classes"}
+    web = {**IMAGES, "augment": STUDENT_CROPS, "root": str(output / "web"), "labels": str(labels)}
+    weighted = [{**labeled, "weight": LABELED_SHARE}, {**web, "weight": 1 - LABELED_SHARE}]
+    repeated = [labeled] * 10  # longer epochs, so that fewer checkpoints are written
+    found["labels alone"] = trained(alone, {**STUDENT, "data": repeated}, updates, seed)
+    found["with pseudo-labels"] = trained(student, {**STUDENT, "data": weighted}, updates, seed)
+    console.print(f"seed {seed}: " + ", ".join(f"{name} {value:.2f} %" for name, value in found.items()))
+    return found
 
 
-def trained(folder: Path, data: list[dict[str, Any]], epochs: int, seed: int, console: Console) -> float:
-    """The accuracy of a run after its last epoch, in percent; a finished run is read from its log."""
-    config = load_config({**RUN, "data": data, "epochs": epochs, "seed": seed, "output": str(folder)})
-    if not (folder / "finished").exists():
-        Trainer(config, console).fit()
-        (folder / "finished").touch()
-    return [line for line in read_log(folder / LOG) if line["kind"] == "eval"][-1]["raw_top1"]
+def trained(folder: Path, config: dict[str, Any], updates: int, seed: int) -> float:
+    """Test accuracy of the averaged weights after the last update, in percent; a finished run is not trained again."""
+    file = folder / "accuracy.json"
+    if not file.exists():
+        run = load_config({**config, "updates": updates, "seed": seed, "output": str(folder)})
+        last = Trainer(run, Console()).fit().last
+        first = config["data"][0] if isinstance(config["data"], list) else config["data"]
+        test = {key: value for key, value in first.items() if key != "weight"} | {"val_split": "test"}
+        data = [test] if "heads" in config else test
+        metrics = evaluate_checkpoint(last or folder, [f"data={json.dumps(data)}", "batch_size=256"])
+        file.write_text(json.dumps(metrics["ema"].top1))
+    return json.loads(file.read_text())
 
 
-def accuracy_table(found: list[tuple[float, float]], images: int, epochs: int) -> Table:
-    """A row a seed, and the means."""
-    table = Table(title=f"Test accuracy, {images // 10:,} labels, {images:,} images x {epochs}", title_justify="left")
-    for heading in ("seed", "labels alone", "and pseudo-labels", "gain"):
+def accuracy_table(found: list[dict[str, float]], images: int, labels: int, updates: int) -> Table:
+    """Test accuracies: one row per seed, and the means."""
+    title = f"Test accuracy in %: {labels:,} labels, {images:,} images, {updates:,} updates of each student"
+    table = Table(title=title, title_justify="left")
+    for heading in ("seed", *found[0], "gain"):
         table.add_column(heading, justify="right")
-    rows = [(str(seed), *pair) for seed, pair in enumerate(found)]
-    for name, first, second in (*rows, ("mean", *(statistics.mean(values) for values in zip(*found, strict=True)))):
-        table.add_row(name, f"{first:.2f}", f"{second:.2f}", f"{second - first:+.2f}")
+    mean = {name: statistics.mean(one[name] for one in found) for name in found[0]}
+    for name, row in (*((str(seed), one) for seed, one in enumerate(found)), ("mean", mean)):
+        gain = row["with pseudo-labels"] - row["labels alone"]
+        table.add_row(name, *(f"{value:.2f}" for value in row.values()), f"{gain:+.2f}")
     return table
 
 

@@ -1,7 +1,7 @@
-"""Fashion-MNIST as folders of PNG files: a labeled tenth, images without labels, test images, and planted duplicates.
+"""Fashion-MNIST as PNG files: images with and without labels, test images, and planted duplicates.
 
-For the search for duplicates, images are enlarged four times, to 112 x 112 pixels: recompressed or resampled at 28 x
-28, a picture loses what tells it from the many that look like it.
+For the search for duplicates, images are enlarged four times, to 112 x 112 pixels. Recompressing or resampling at
+28 x 28 removes the details that distinguish similar images.
 """
 
 from __future__ import annotations
@@ -50,34 +50,46 @@ CHANGES: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = 
     "brightness": _brightened,
     "border": _bordered,
 }
-"""What is done to test images before they are planted; the names of the files begin with it."""
+"""Changes of test images before they are planted. File names begin with the name of the change."""
 
 
-def write_images(root: Path, folder: Path, labeled: int, unlabeled: int, test: int) -> None:
-    """Write `data/train/CLASS`, `data/validation/CLASS` and `web` below a folder, without classes in the last one.
+VALIDATION = 50
+"""Training images that are evaluated during a run; no choice depends on them."""
+
+
+def write_images(root: Path, folder: Path, images: int, labeled: int, test: int) -> None:
+    """Write `data/train/CLASS`, `data/validation/CLASS`, `data/test/CLASS`, and `web`, which has no classes.
 
     Args:
-        root: folder with the four idx files.
-        labeled, unlabeled, test: numbers of images.
+        root: directory with the four idx files.
+        folder: where to write.
+        images: training images, the last `VALIDATION` of them for validation.
+        labeled: training images that keep their labels.
+        test: test images.
     """
-    images, classes = (read_idx(root, name, axes).numpy() for name, axes in zip(IDX["train"], (3, 1), strict=True))
+    pixels, classes = (read_idx(root, name, axes).numpy() for name, axes in zip(IDX["train"], (3, 1), strict=True))
     tests, test_classes = (read_idx(root, name, axes).numpy() for name, axes in zip(IDX["val"], (3, 1), strict=True))
-    for number in range(labeled + unlabeled):
-        place = f"data/train/{classes[number]}" if number < labeled else f"web/{number // 1000:02d}"
-        _save(Image.fromarray(images[number]), folder / place / f"{number:05d}.png")
+    for number in range(images):
+        split = "train" if number < labeled else "validation"
+        in_web = labeled <= number < images - VALIDATION
+        place = f"web/{number // 1000:02d}" if in_web else f"data/{split}/{classes[number]}"
+        _save(Image.fromarray(pixels[number]), folder / place / f"{number:05d}.png")
     for number in range(test):
-        _save(Image.fromarray(tests[number]), folder / f"data/validation/{test_classes[number]}/{number:05d}.png")
+        _save(Image.fromarray(tests[number]), folder / f"data/test/{test_classes[number]}/{number:05d}.png")
 
 
 def write_planted(root: Path, folder: Path, searched: int, against: int, planted: int) -> dict[str, str]:
-    """Write `searched`, enlarged training images and changed test images among them, and `against`, test images.
+    """Write `searched`, enlarged training images with changed test images among them, and `against`, test images.
 
     Args:
-        searched: training images, the last ones.
-        against: test images, of which `planted` are changed, by each of `CHANGES` in turn.
+        root: directory with the four idx files.
+        folder: where to write.
+        searched: number of training images, the last ones of the set.
+        against: number of test images.
+        planted: number of test images that are changed, by each of `CHANGES` in turn.
 
     Returns:
-        the key of the test image by that of its planted duplicate.
+        Keys of test images by the keys of their planted duplicates.
     """
     random = np.random.default_rng(1)
     images, tests = (read_idx(root, IDX[split][0], 3).numpy() for split in ("train", "val"))

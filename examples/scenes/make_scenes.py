@@ -1,13 +1,14 @@
-"""Scenes with exact boxes, masks and maps of classes: clothes in front of textures, for detectors and segmenters.
+"""Make scenes with exact boxes, masks and class maps: clothes in front of textures, for detectors and segmenters.
 
     apt install dataset-fashion-mnist && pip install scikit-image
-    python examples/scenes/make_scenes.py data/scenes                        # 1,500 and 200 scenes of 128 x 160
+    python examples/scenes/make_scenes.py data/scenes                        # 3,000 and 300 scenes of 128 x 160
     python examples/scenes/make_scenes.py data/few --train 100 --val 20      # a quick look
 
-Two to six clothes of Fashion-MNIST, tinted and 24 to 72 pixels large, are in front of one or two textures of
-scikit-image and hide one another. Validation has clothes of the test set and parts of the textures that training never
-shows. The folder is read by `data: {name: coco}` and by `data: {name: semantic_maps}`; the same seed gives the same
-files.
+A scene shows one to three clothes of Fashion-MNIST in front of one or two textures of scikit-image. The clothes are
+tinted, 36 to 72 pixels large, and may occlude each other. Validation scenes show clothes of the test set and parts of
+the textures that no training scene shows. The directory can be read by `data: {name: coco}` and
+`data: {name: semantic_maps}`. `objects` has a crop of each object in one directory per class, for
+`data: {name: folder}`. The same seed makes the same files.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ from vision.detection.instance_masks import packed_mask
 THINGS = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 STUFF = ("grass", "gravel", "brick", "coffee", "hubble_deep_field")
 HEIGHT, WIDTH = 128, 160
-COUNT, SIDE = (2, 6), (24, 72)  # least and most clothes of a scene; pixels along a side of one
+COUNT, SIDE = (1, 3), (36, 72)  # least and most clothes of a scene; pixels along a side of one
 LEAST_PIXELS = 40
-"""Clothes of which fewer are visible are no objects."""
+"""Clothes with fewer visible pixels are not annotated."""
+
+CROP = 64
+"""Side of the crops of objects."""
 
 TRAINED_PART = 0.6
-"""The left part of each texture that training scenes are cut from; validation scenes are cut from the rest."""
+"""Share of each texture, from the left, that training scenes are cut from. Validation scenes are cut from the rest."""
 
 
 class Scene(NamedTuple):
@@ -117,8 +121,21 @@ def annotations_of(found: Scene, image: int) -> list[dict[str, Any]]:
     return rows
 
 
+def write_crops(folder: Path, name: str, found: Scene) -> None:
+    """Write a square crop around each object, a fifth larger than the object, below a directory of its class."""
+    for number, (mask, kind) in enumerate(zip(found.masks, found.classes, strict=True)):
+        lines, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        side = int(1.2 * (max(np.ptp(lines), np.ptp(columns)) + 1))
+        top, left = (int(ends[0] + ends[-1] + 1 - side) // 2 + side for ends in (lines, columns))
+        around = np.pad(found.pixels, ((side, side), (side, side), (0, 0)), mode="edge")
+        crop = Image.fromarray(around[top : top + side, left : left + side])
+        place = folder / THINGS[kind] / f"{name}-{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        crop.resize((CROP, CROP), Image.Resampling.BILINEAR).save(place)
+
+
 def write_split(root: Path, split: str, count: int, fashion: Path, seed: int) -> None:
-    """Write the images, maps and annotations of `training` or `validation`."""
+    """Write the images, maps, annotations and crops of `training` or `validation`."""
     items, labels = clothes(fashion, "train" if split == "training" else "t10k")
     behind = textures(split)
     for folder in ("images", "annotations"):
@@ -131,6 +148,7 @@ def write_split(root: Path, split: str, count: int, fashion: Path, seed: int) ->
         Image.fromarray(found.numbers).save(root / "annotations" / split / name)
         images.append({"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH})
         annotations += annotations_of(found, number)
+        write_crops(root / "objects" / split, f"{number:05}", found)
     numbered = [{"id": number, **row} for number, row in enumerate(annotations)]
     categories = [{"id": number, "name": name} for number, name in enumerate(THINGS, 1)]
     content = {"images": images, "annotations": numbered, "categories": categories}
@@ -139,8 +157,8 @@ def write_split(root: Path, split: str, count: int, fashion: Path, seed: int) ->
 
 def make(
     root: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
-    train: Annotated[int, typer.Option(min=1, max=99_999, help="Scenes to train on.")] = 1500,
-    val: Annotated[int, typer.Option(min=1, max=99_999, help="Scenes for validation.")] = 200,
+    train: Annotated[int, typer.Option(min=1, max=99_999, help="Scenes to train on.")] = 3000,
+    val: Annotated[int, typer.Option(min=1, max=99_999, help="Scenes for validation.")] = 300,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     fashion: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = Path("/usr/share/datasets/fashion-mnist"),
 ) -> None:
