@@ -43,12 +43,26 @@ def test_every_change_is_planted_and_changes_pixels(proof: ModuleType, files: Pa
 def test_the_data_engine_runs_from_images_to_a_student(
     proof: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(proof.RUN, "batch_size", 16)
+    monkeypatch.setitem(proof.TEACHER, "batch_size", 16)
+    monkeypatch.setitem(proof.STUDENT, "batch_size", 16)
+    monkeypatch.setitem(proof.RUN["schedule"], "warmup_updates", 10)
     monkeypatch.setattr(proof, "KILLS", 1)
     monkeypatch.setattr(proof, "WORKERS", (1,))
-    proof.main(files, tmp_path, images=320, test=50, epochs=2, seeds=1, searched=30, planted=10, killed=200)
+    proof.main(
+        files,
+        tmp_path,
+        images=320,
+        labels=40,
+        test=50,
+        updates=40,
+        teacher_updates=40,
+        seeds=1,
+        searched=30,
+        planted=10,
+        killed=200,
+    )
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["accuracy"][0][1] > 20  # of ten classes
+    assert results["accuracy"][0]["with pseudo-labels"] > 20  # of ten classes
     assert list(results["robustness"]["seconds"]) == ["1"]
     assert results["duplicates"]["recall"]["flip"] == results["duplicates"]["recall"]["jpeg"] == 1
     with Image.open(tmp_path / "sheet.png") as sheet:

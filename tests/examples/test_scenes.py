@@ -19,6 +19,7 @@ from vision.data.samplers import Key
 from vision.detection.coco_data import load_coco
 from vision.detection.coco_json import read_coco
 from vision.detection.instance_masks import dense_mask
+from vision.tasks.builders import create_task
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_the_same_seed_gives_the_same_files(scenes, root):
     module, fashion, folder = scenes
     module.make(folder / "again", train=3, val=2, seed=5, fashion=fashion)
     files = sorted(path.relative_to(root) for path in root.rglob("*.*"))
-    assert len(files) == 13
+    assert len([file for file in files if file.parts[0] != "objects"]) == 13
     assert all((root / file).read_bytes() == (folder / "again" / file).read_bytes() for file in files)
 
 
@@ -60,6 +61,16 @@ def test_masks_boxes_and_maps_agree(root):
                 assert mask[top:bottom, left:right].sum() == mask.sum()
 
 
+def test_every_object_has_a_crop_below_its_class(scenes, root):
+    module, _, _ = scenes
+    for split in ("training", "validation"):
+        annotations = read_coco(root / f"instances_{split}.json")
+        names = [annotations.classes[item.label - 1] for image in annotations.images for item in image.objects]
+        crops = list((root / "objects" / split).rglob("*.png"))
+        assert sorted(path.parent.name for path in crops) == sorted(names)
+        assert {Image.open(path).size for path in crops} == {(module.CROP, module.CROP)}
+
+
 def test_validation_shows_other_parts_of_textures(scenes):
     module, _, _ = scenes
     for ours, theirs in zip(module.textures("training"), module.textures("validation"), strict=True):
@@ -74,6 +85,20 @@ def test_configurations_of_detection_read_the_scenes(root, name):
     assert data.classes[-1] == "ankle boot"
     _, target = data.train[Key(0, 0)]
     assert ("masks" in target) == (name == "detection")
+
+
+def test_the_small_cascade_has_fewer_boxes(root):
+    config = load_config(str(ROOT / "examples/scenes/detection.yaml"), [f"data.root={root}"])
+    task = create_task(config)
+    detector = task.build_model(task.load_data())
+    assert detector.rpn.post_nms_top_n() == 200
+    images = torch.randn(1, 3, 128, 160)
+    target = {"boxes": torch.tensor([[20.0, 20, 60, 60]]), "labels": torch.tensor([1])}
+    target["masks"] = torch.ones(1, 128, 160, dtype=torch.uint8)
+    proposals = [torch.cat([target["boxes"] + shift for shift in torch.linspace(-15, 15, 100)])]
+    assert len(detector.roi_heads.stages()[0].sample(proposals, [target]).boxes[0]) <= 64
+    losses = detector(list(images), [target])
+    assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_the_configuration_of_segmentation_reads_the_scenes(root):
