@@ -36,7 +36,9 @@ def drawn_objects(root: Path, names: list[str]) -> list[Image.Image]:
             "labels": torch.tensor([item.label for item in image.objects]),
             "scores": torch.ones(len(image.objects)),
         }
-        masks = [dense_mask(item.segmentation, image.height, image.width) for item in image.objects]
+        masks = [
+            dense_mask(item.segmentation, image.height, image.width) for item in image.objects if item.segmentation
+        ]
         found["masks"] = torch.from_numpy(np.stack(masks))
         scene = Image.open(root / "images" / SPLIT / name).convert("RGB")
         pictures.append(draw_detections(scene, found, classes_of(root)[:10], 0.5))
