@@ -40,7 +40,7 @@ def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str,
     """Convert the content of a file to weights for `model`; called by timm.
 
     Official names become ours, heads of intermediate supervision are omitted, a missing classifier is taken from the
-    model, and a classifier that the model does not have is omitted. Kernels are padded to the model's size, and position
+    model, and one that the model does not have is omitted. Kernels are padded to the model's size, and position
     embeddings are interpolated to its image size.
 
     Raises:
