@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from revnets import NetSpec, SpecError
 from revnets.config.errors import ArgumentError
 from revnets.config.loader import read_layers
+from revnets.config.overrides import apply_overrides
 from vision.paths import MODELS as MODELS
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def load_variant(
             )
         values |= {f"levels.{index}.{key}": value for index, value in enumerate(of_levels or ())}
     values |= {f"levels.{index}.kernel_size": kernel_size for index in range(m)}
-    layers.apply({key: value for key, value in values.items() if value is not None})
+    apply_overrides(layers, {key: value for key, value in values.items() if value is not None})
     return layers.check(NetSpec)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from revnets import SpecError
 from revnets.config.errors import what
 from revnets.config.loader import Source, Strict, read_layers
+from revnets.config.overrides import apply_overrides, set_value
 from revnets.utils.atomic_files import replacing_folder
 from vision.checkpoints import reader
 from vision.config.run import TrainConfig, TransformersModel
@@ -271,12 +272,12 @@ def load_language_run(source: Source, overrides: Sequence[str] = ()) -> TrainCon
         revnets.SpecError: If the configuration is invalid. The error names the file, key, value and hint.
     """
     layers = read_layers(source)
-    layers.apply(overrides)
+    apply_overrides(layers, overrides)
     if "text" in layers.data:
         text = layers.data.pop("text")
         if not isinstance(text, dict):
             raise SpecError(layers.name, "text", what(text), "Use a mapping, as in {train: texts}", code="wrong-type")
-        layers.set("task", {"type": f"{__name__}:{LanguageModeling.__name__}", **text})
+        set_value(layers, "task", {"type": f"{__name__}:{LanguageModeling.__name__}", **text})
     elif "task" not in layers.data:
         remedy = "Add it, as in `text: {train: texts}`"
         raise SpecError(layers.name, "text", "this key is missing", remedy, code="missing-key")

@@ -20,7 +20,7 @@ from revnets.config.errors import ArgumentError, problem
 from revnets.config.imports import foreign_file
 from revnets.config.loader import Layers, read_layers
 from revnets.config.net_spec import INITIALIZATIONS, dump
-from revnets.config.overrides import parse_value
+from revnets.config.overrides import apply_overrides, parse_value
 from revnets.models.net import Level
 from revnets.nn.blocks import MLPBlock
 
@@ -124,7 +124,7 @@ def read_spec(path: Path, options: Mapping[str, Any], trust: bool) -> str:
         revnets.SpecError: If the file or an option is invalid.
     """
     layers = read_layers(path)
-    layers.apply(_overrides({key: value for key, value in options.items() if value is not None}))
+    apply_overrides(layers, _overrides({key: value for key, value in options.items() if value is not None}))
     return json.dumps(dump(layers.check(EncoderSpec, trust=trust)))
 
 
@@ -197,7 +197,7 @@ def _layers(given: Mapping[str, Any], trust: bool) -> Layers:
     ]
     layers = read_layers(data, "options")
     if not given.get("revcol_net"):
-        layers.apply(_overrides(given))
+        apply_overrides(layers, _overrides(given))
     elif given.get("revcol_spec") and trust:  # blocks may be in the directory of the file
         layers.folders = [Path(given["revcol_spec"]).parent, *layers.folders]
     return layers

@@ -1,4 +1,4 @@
-"""YAML loader: base files, overrides and validation as a frozen pydantic model, with one-line errors."""
+"""Bounded YAML loader: base files and validation as a frozen pydantic model, with one-line errors."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from revnets.config import load_errors as errors
-from revnets.config.bounded_yaml import Loader, check_bounds
 from revnets.config.errors import ArgumentError, Keys, SpecError, explain, path, problem, show, what
 
 M = TypeVar("M", bound=BaseModel)
@@ -27,6 +27,10 @@ MAX_BYTES, MAX_BASES = 1_000_000, 32
 """Largest size of a file, and largest number of chained base files."""
 
 
+MAX_NODES, MAX_DEPTH = 100_000, 64
+"""Largest number of values in a file (each use of an alias counts), and largest nesting."""
+
+
 class Strict(BaseModel):
     """Base class of configuration models: frozen, without unknown keys, implicit conversions or infinite numbers."""
 
@@ -37,7 +41,7 @@ class Layer(dict[str, Any]):
     """The keys of one file or mapping, and its name in errors."""
 
     def __init__(self, name: str, data: Any):
-        super().__init__(_plain(name, (), data))
+        super().__init__(checked_value(name, (), data))
         self.name = name
 
 
@@ -68,9 +72,10 @@ class Layers:
             if isinstance(old, dict) and isinstance(value, dict) and value.get("type") in (None, old.get("type")):
                 self._merge(old, value, (*place, key), name)
             else:
-                self._set(data, key, value, (*place, key), name)
+                self.put(data, key, value, (*place, key), name)
 
-    def _set(self, place: Any, key: Any, value: Any, keys: Keys, name: str) -> None:
+    def put(self, place: Any, key: Any, value: Any, keys: Keys, name: str) -> None:
+        """Set an item of a mapping or list of `data`, which is at `keys`, and record the file that sets it."""
         place[key] = value
         branch = self._origins
         for outer in keys[:-1]:
@@ -81,42 +86,6 @@ class Layers:
         """Return a deep copy."""
         return copy.deepcopy(self)
 
-    def apply(self, overrides: Overrides) -> None:
-        """Apply overrides in order.
-
-        Raises:
-            SpecError: If an override is invalid.
-        """
-        if isinstance(overrides, Mapping):
-            for place, value in overrides.items():
-                self.set(place, value)
-        else:
-            for text in overrides:
-                self.override(text)
-
-    def override(self, text: str) -> None:
-        """Apply one override `key.path=value`."""
-        from revnets.config.overrides import parse_override  # imports this module
-
-        self.set(*parse_override(text))
-
-    def set(self, key_path: str, value: Any) -> None:
-        """Set the value at a key path such as `levels.2.depth`, and add missing keys."""
-        from revnets.config.overrides import index_of, split_keys
-
-        name, keys = "command line", split_keys(key_path)
-        value = _plain(name, keys, value)
-        place: Any = self.data
-        found: Keys = ()
-        for key in keys[:-1]:
-            index = index_of(place, key, found)
-            found = (*found, index)
-            if isinstance(place, dict) and index not in place:
-                self._set(place, index, {}, found, name)
-            place = place[index]
-        index = index_of(place, keys[-1], found)
-        self._set(place, index, value, (*found, index), name)
-
     def origin(self, keys: Keys) -> str:
         """Return the name of the file that sets a value, or of the file in which it is missing."""
         branch, found = self._origins, self.name
@@ -126,14 +95,11 @@ class Layers:
         return found
 
     def check(self, model: type[M], **context: Any) -> M:
-        """Validate the merged data.
+        """Validate the merged data and return an instance of the model.
 
         Args:
             model: Pydantic model.
             context: Context of its validators, in addition to `folders`.
-
-        Returns:
-            An instance of the model.
 
         Raises:
             SpecError: If a value is invalid. Its `source` is the file that sets the value.
@@ -141,8 +107,8 @@ class Layers:
         try:
             return validate(TypeAdapter(model), self.data, {"folders": (*self.folders, Path.cwd()), **context})
         except ValidationError as error:
-            keys, problem, remedy, code = explain(error, self.data, model)
-            raise SpecError(self.origin(keys), path(keys), problem, remedy, code) from None
+            keys, text, hint, code = explain(error, self.data, model)
+            raise SpecError(self.origin(keys), path(keys), text, hint, code) from None
 
 
 def load(model: type[M], source: Source, overrides: Overrides = ()) -> M:
@@ -159,20 +125,19 @@ def load(model: type[M], source: Source, overrides: Overrides = ()) -> M:
     Raises:
         SpecError: If the file, a base file, an override or a value is invalid.
     """
-    config = read_layers(source)
-    config.apply(overrides)
-    return config.check(model)
+    from revnets.config.overrides import apply_overrides  # imports this module
+
+    layers = read_layers(source)
+    apply_overrides(layers, overrides)
+    return layers.check(model)
 
 
 def read_layers(source: Source, name: str = "dict") -> Layers:
-    """Read a YAML file and its base files without validating the values.
+    """Return the merged content of a YAML file and its base files, without validating the values.
 
     Args:
         source: Path of a YAML file, or a mapping of the same form.
         name: Name of a mapping in errors.
-
-    Returns:
-        The merged files.
 
     Raises:
         SpecError: If a file is missing or is not valid YAML.
@@ -260,7 +225,7 @@ _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 """Characters that neither a path nor a UTF-8 file can contain."""
 
 
-def _plain(name: str, keys: Keys, value: Any) -> Any:
+def checked_value(name: str, keys: Keys, value: Any) -> Any:
     """Return a copy of new dicts and lists. Reject values that no configuration can contain, and too many of them."""
     count = 0
 
@@ -270,7 +235,7 @@ def _plain(name: str, keys: Keys, value: Any) -> Any:
         if id(value) in around:
             raise SpecError(name, path(keys), "the value contains itself", "Remove the cycle", "circular-reference")
         try:
-            check_bounds(count, len(around) + 1)
+            _check_bounds(count, len(around) + 1)
         except ArgumentError as error:
             raise errors.too_large(name, path(keys[:1]), str(error)) from None
         if isinstance(value, float) and not math.isfinite(value):
@@ -293,3 +258,91 @@ def _plain(name: str, keys: Keys, value: Any) -> Any:
         return value
 
     return copied(keys, value, ())
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML loader with bounds: keys must be text and unique, and numbers decimal or hexadecimal."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._nodes = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._nodes, self._depth = self._nodes + 1, self._depth + 1
+        if self._depth > MAX_DEPTH:
+            text = f"brackets are nested too deeply, in more than {MAX_DEPTH} levels"
+            raise yaml.MarkedYAMLError(None, None, text, self.peek_event().start_mark)
+        _check_bounds(self._nodes, self._depth)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _measure(node, (), {})
+        return super().construct_document(node)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Construct a scalar. Reject text that does not match its explicit tag, as in `!!int 1:30`."""
+        text, kind = super().construct_scalar(node), node.tag.rpartition(":")[2]
+        if kind in ("bool", "int", "float", "null"):
+            plain = self.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
+            if plain != kind and (plain, kind) != ("int", "float"):
+                raise yaml.constructor.ConstructorError(None, None, f"{show(text)} is not !!{kind}", node.start_mark)
+        return text
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            key = self.construct_object(key_node, deep=True)
+            is_text = isinstance(key, str)
+            if not is_text or key in seen:
+                wrong = f"{key} is given twice" if is_text else f"{what(key)}, not text; put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, f"the key {wrong}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _check_bounds(nodes: int, depth: int) -> None:
+    """Check the number of values and the depth of their nesting.
+
+    Raises:
+        ArgumentError: If there are too many values, or they are nested too deeply.
+    """
+    if depth > MAX_DEPTH:
+        raise ArgumentError(f"values are nested in more than {MAX_DEPTH} levels", code="too-large")
+    if nodes > MAX_NODES:
+        raise ArgumentError(f"more than {MAX_NODES:,} values, with aliases expanded", code="too-large")
+
+
+def _measure(node: yaml.Node, keys: Keys, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Return the number of values and the depth of a node with aliases expanded, without expanding them."""
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise ArgumentError("the value contains itself", path(keys), "circular-reference")
+        return found
+    known[id(node)] = None
+    parts: list[tuple[int, int]] = []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+            parts += [_measure(key, keys, known), _measure(value, (*keys, name), known)]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = [_measure(item, (*keys, index), known) for index, item in enumerate(node.value)]
+    known[id(node)] = found = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
+    _check_bounds(*found)
+    return found
+
+
+# Dates are text, and types with an explicit tag (!!binary, !!set, ...) are rejected. Numbers with a surprising value in
+# YAML 1.1 are text as well: 010 is 8 there, 1:30 is 90, 0b11 is 3 and 1_0 is 10.
+_REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float"))
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_INT = r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)$"
+_FLOAT = r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+for _tag, _pattern in (("int", _INT), ("float", _FLOAT)):
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789"))
+for _tag in ("timestamp", "binary", "set", "omap", "pairs"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)

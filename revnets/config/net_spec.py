@@ -13,6 +13,7 @@ from revnets.config.column_order import MAX_COUNT, ConstantSpec, Directions, cou
 from revnets.config.errors import nearest, problem, what
 from revnets.config.loader import Overrides, Source, Strict, read_layers
 from revnets.config.memory_budget import BudgetSpec
+from revnets.config.overrides import apply_overrides
 from revnets.config.registry import PartSpec, find_component, name_and_options, options, part
 from revnets.engine.graph import READS, Graph, ReadError, ReadToken, wire
 from revnets.engine.memory_mode import Memory
@@ -301,7 +302,8 @@ def load_spec(source: Source | NetSpec, overrides: Overrides = (), *, trust: boo
             return source
         source = dump(source)  # to validate it again
     layers = read_layers(source)
-    layers.apply(overrides)
+    if overrides:
+        apply_overrides(layers, overrides)
     return layers.check(NetSpec, trust=trust)
 
 

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from revnets.config import load_errors as errors
-from revnets.config.bounded_yaml import MAX_DEPTH, Loader
 from revnets.config.errors import EXPONENT, ArgumentError, Keys, option_error, path, what
+from revnets.config.loader import MAX_DEPTH, Layers, Loader, Overrides, checked_value
 
 MAX_DIGITS = 20
 """Largest number of digits of a list index. Python refuses to parse several thousand digits."""
+
+
+def apply_overrides(layers: Layers, overrides: Overrides) -> None:
+    """Apply overrides in order.
+
+    Args:
+        layers: The data, changed in place.
+        overrides: Texts `key.path=value`, or values by key path.
+
+    Raises:
+        SpecError: If an override is invalid.
+    """
+    changes = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
+    for key_path, value in changes:
+        set_value(layers, key_path, value)
+
+
+def set_value(layers: Layers, key_path: str, value: Any) -> None:
+    """Set the value at a key path such as `levels.2.depth`, and add missing keys."""
+    name, keys = "command line", split_keys(key_path)
+    place: Any = layers.data
+    found: Keys = ()
+    for key in keys[:-1]:
+        index = index_of(place, key, found)
+        found = (*found, index)
+        if isinstance(place, dict) and index not in place:
+            layers.put(place, index, {}, found, name)
+        place = place[index]
+    index = index_of(place, keys[-1], found)
+    layers.put(place, index, checked_value(name, keys, value), (*found, index), name)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

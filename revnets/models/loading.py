@@ -21,6 +21,7 @@ from revnets.config.errors import PartError, SpecError
 from revnets.config.imports import importable, imported
 from revnets.config.loader import Layer, Layers, Source
 from revnets.config.net_spec import NetSpec
+from revnets.config.overrides import apply_overrides
 from revnets.models.net import build
 
 GROUP = "revnets.models"
@@ -102,8 +103,7 @@ def _providers() -> tuple[list[ModelProvider], list[str]]:
 
 def _options(overrides: Sequence[str]) -> dict[str, Any]:
     layers = Layers([Layer("command line", {})])
-    for text in overrides:
-        layers.override(text)
+    apply_overrides(layers, overrides)
     return layers.data
 
 

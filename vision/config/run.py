@@ -24,6 +24,7 @@ from revnets.config.imports import foreign_file, imported
 from revnets.config.loader import Source, Strict, UserPath, read_layers
 from revnets.config.memory_budget import BudgetSpec
 from revnets.config.net_spec import Modes, NetSpec, dump, load_spec
+from revnets.config.overrides import apply_overrides
 from vision.config.data import DataConfig, DigitsConfig, ImagesConfig, SourcesConfig
 from vision.config.heads import require_heads
 from vision.config.learning import (
@@ -289,10 +290,10 @@ def load_config(
     outer = [text for text in overrides if text not in inner]
     layers = read_layers(source, name)
     config = layers.copy()
-    config.apply(outer)
+    apply_overrides(config, outer)
     model = config.data.get("model")
     if not isinstance(model, str):
-        layers.apply(overrides)
+        apply_overrides(layers, overrides)
         _drop_nulls(layers.data)
         return layers.check(TrainConfig, trust=trust)
     _drop_nulls(config.data)

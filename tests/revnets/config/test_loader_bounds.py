@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from revnets import SpecError, load_spec
-from revnets.config.bounded_yaml import MAX_DEPTH, MAX_NODES
-from revnets.config.loader import MAX_BASES, MAX_BYTES, Layer, Layers, read_layers
-from revnets.config.overrides import parse_value
+from revnets.config.loader import MAX_BASES, MAX_BYTES, MAX_DEPTH, MAX_NODES, Layer, Layers, read_layers
+from revnets.config.overrides import apply_overrides, parse_value, set_value
 from tests.support.errors import raises_error
 
 LEVEL = {"dim": 8, "depth": 1, "block": "convnext"}
@@ -81,7 +80,7 @@ def test_data_that_are_too_large(value: Any) -> None:
     with raises_error(code="too-large", source="dict"):
         read_layers({"x": {"y": value}})
     with raises_error(code="too-large", source="command line"):
-        read_layers({}).set("x.y", value)
+        set_value(read_layers({}), "x.y", value)
 
 
 @pytest.mark.parametrize("text", ["a." * 5000 + "b=1", "." * 5000 + "=1"])
@@ -96,7 +95,7 @@ def test_origins_are_found_key_by_key() -> None:
     assert [layers.origin(keys) for keys in [("a", "b"), ("a", "c", "d"), ("a", "x"), ("x",)]] == [
         *("low", "high", "low", "high")
     ]
-    layers.set("a", {"b": 5})
+    set_value(layers, "a", {"b": 5})
     assert layers.origin(("a", "c", "d")) == "command line"
     assert layers.origin(("e",)) == "low"
 
@@ -196,7 +195,7 @@ def test_values_that_cannot_be_constructed(file: Path, text: str, code: str) -> 
         read_layers(file)
     if text.startswith("x: "):
         with pytest.raises(SpecError):
-            read_layers({}).override(text.replace(": ", "=", 1))
+            apply_overrides(read_layers({}), [text.replace(": ", "=", 1)])
 
 
 def test_valid_explicit_tag() -> None:
