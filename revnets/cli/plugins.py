@@ -26,23 +26,25 @@ class Plugin(NamedTuple):
 
 
 PLUGINS = {
-    "train": Plugin("vision", "Train a model, by default for image classification, or go on with an interrupted run."),
+    "train": Plugin("vision", "Train a model, by default for image classification, or resume an interrupted run."),
     "eval": Plugin(
         "vision",
-        "Evaluate a checkpoint on the validation set of its run: its weights, and their average if there is one.",
+        "Evaluate the weights of a checkpoint, and their average if there is one, on the validation set of the run.",
     ),
-    "predict": Plugin("vision", "Show what a trained model finds in pictures."),
-    "reshard": Plugin("vision", "Rewrite a checkpoint of `checkpoint: sharded` as one file, or one file as shards."),
-    "convert": Plugin("vision", "Convert official RevCol checkpoints to ours, and ours to the official layout."),
-    "label": Plugin("labels", "Write what a teacher predicts for the images of a folder: soft labels to train on."),
+    "predict": Plugin("vision", "Predict with a trained model on image files."),
+    "reshard": Plugin("vision", "Convert a sharded checkpoint to one file, or one file to shards."),
+    "convert": Plugin("vision", "Convert official RevCol checkpoints to our layout, and ours to the official one."),
+    "label": Plugin("labels", "Label images with the predictions of a teacher: soft labels for training."),
     "duplicates": Plugin(
-        "duplicates", "Find images that are near-duplicates of those of a validation set, by their pseudo-labels."
+        "duplicates", "Find near-duplicates of the images of a validation set by their pseudo-labels."
     ),
     "analyze": Plugin(
         None, "Reproduce analyses of the paper. Each command draws a figure and writes its numbers as CSV."
     ),
-    "cka": Plugin("vision", "How similar every level of every column is to the images and to their labels (figure 9)."),
-    "layercam": Plugin("vision", "Where every level of every column sees a class: LayerCAM over an image (figure 8)."),
+    "cka": Plugin("vision", "Measure the similarity of every level of every column to images and labels (figure 9)."),
+    "layercam": Plugin(
+        "vision", "Show where every level of every column responds to a class: LayerCAM over an image (figure 8)."
+    ),
     "user-dir": Plugin(
         "nlp", 'Print the directory for fairseq\'s option --user-dir: --user-dir "$(revnets user-dir)".'
     ),

@@ -346,7 +346,7 @@ def prepared(unpacked) -> Path:
 @needs_fairseq
 def test_data_prepared_by_version_0_1_0_are_reused(prepared):
     before = {path: path.stat().st_mtime_ns for path in (prepared / "bin").iterdir()}
-    assert "is there already" in command(*PREPARE)
+    assert "already exists" in command(*PREPARE)
     assert {path: path.stat().st_mtime_ns for path in (prepared / "bin").iterdir()} == before
 
 

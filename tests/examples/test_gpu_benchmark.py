@@ -109,7 +109,7 @@ def test_a_run_writes_numbers_and_a_picture(gpu, monkeypatch, tmp_path):
     ("options", "message"),
     [
         (["--device", "abacus"], "'abacus': give cpu, cuda or cuda:1"),
-        (["--device", "cpu", "--only", "checks,speed"], "'speed': give checks or plan or figure4 or steps"),
+        (["--device", "cpu", "--only", "checks,speed"], "'speed': use checks or plan or figure4 or steps"),
     ],
 )
 def test_bad_options_end_before_the_work(gpu, options, message):

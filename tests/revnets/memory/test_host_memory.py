@@ -220,7 +220,7 @@ WRONG = [
     ({"host": "1GiB", "flops": "300T"}, "flops", "invalid-value"),
     ({"host": "1GiB", "flops": 0}, "flops", "invalid-value"),
     ({"host": "1GiB", "flops": [1]}, "flops", "wrong-type"),
-    ({"link": "25GB/s"}, "link", "conflicting-values"),
+    ({"link": "24GB/s"}, "link", "conflicting-values"),
     ({"flops": "1TFLOP/s"}, "flops", "conflicting-values"),
 ]
 

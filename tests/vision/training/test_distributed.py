@@ -99,9 +99,9 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, k
     config = pair(tmp_path / "run", kind)
     codes = together(config, moment, count, victim=victim)
     assert codes[victim] == -signal.SIGKILL
-    assert codes[1 - victim] == 3  # it lost its partner, and says so in one line
+    assert codes[1 - victim] == 3  # one line reports the lost partner
     text = (tmp_path / f"run{'' if victim else '.1'}.txt").read_text()
-    assert text.splitlines()[-1].startswith(f"error: process {1 - victim} has lost another of this run")
+    assert text.splitlines()[-1].startswith(f"error: process {1 - victim} lost its connection to another")
     assert together(config) == [0, 0], said(config)
     assert_same_run(tmp_path / "run", whole / kind, SUFFIX[kind])
 

@@ -56,7 +56,7 @@ def test_torchrun_with_two_stages_trains_as_one_process(tmp_path, whole):
 def test_a_killed_pipeline_resumes_in_one_process(tmp_path, whole):
     config = tiny(tmp_path / "run", **PIPELINE)
     assert together(config, "before an update", 7, victim=1) == [3, -signal.SIGKILL]
-    assert said(config).splitlines()[-1].startswith("error: process 0 has lost another of this run")
+    assert said(config).splitlines()[-1].startswith("error: process 0 lost its connection to another")
     assert process(config) == 0, said(config)
     assert "in epoch 2, step 6" in said(config)
     assert_same_run(tmp_path / "run", whole)
