@@ -1,8 +1,8 @@
-"""Options shared by several benchmarks. Invalid values are reported before anything runs."""
+"""Options and statistics shared by several benchmarks. Invalid options are reported before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +41,8 @@ def picture(path: Path | None) -> Path | None:
     if path is not None and path.suffix.lower().removeprefix(".") not in FORMATS:
         raise typer.BadParameter(f"{path}: use a file name that ends in .{', .'.join(FORMATS)}")
     return path
+
+
+def ratios_by_round(seconds: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Return the sorted ratios of times measured in the same rounds."""
+    return sorted(mine / other for mine, other in zip(seconds, base, strict=True))

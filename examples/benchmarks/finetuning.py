@@ -23,7 +23,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from _cli import listed, picture
+from _cli import listed, picture, ratios_by_round
 from finetuning_ways import CASES, REWIRED, STORE, WAYS, Case, Way
 from rich.console import Console
 from rich.progress import Progress
@@ -176,7 +176,7 @@ COLUMNS = ("", "CPU s", "range", "x store", "kept MB", "peak MB", "gradient erro
 
 def relative_time(result: Result, base: Result) -> float:
     """Return the median ratio to the times of `base` in the same rounds."""
-    return statistics.median(one / other for one, other in zip(result.seconds, base.seconds, strict=True))
+    return statistics.median(ratios_by_round(result.seconds, base.seconds))
 
 
 def row(name: str, result: Result, base: Result) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from typing import Annotated, NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
-from _cli import counts, listed, picture
+from _cli import counts, listed, picture, ratios_by_round
 from reversible_adapters import CASES, REFERENCE, WAYS, Case, Net, Trained, installed
 from rich.console import Console
 from rich.progress import Progress
@@ -43,10 +43,6 @@ class Result(NamedTuple):
     kept: int
     peak: int
     error: float
-
-    def ratios(self, base: Result) -> list[float]:
-        """Return the sorted ratios to the times of `base` in the same rounds."""
-        return sorted(mine / other for mine, other in zip(self.seconds, base.seconds, strict=True))
 
 
 class Contender:
@@ -169,7 +165,7 @@ COLUMNS = ("", "CPU s", "x plain", "range", "kept MB", "peak MB", "gradient erro
 
 def row(name: str, result: Result, base: Result) -> tuple[str, ...]:
     verdict = "bit for bit" if result.error == 0 else f"{result.error:.1e}"
-    ratios = result.ratios(base)
+    ratios = ratios_by_round(result.seconds, base.seconds)
     return (
         name,
         f"{statistics.median(result.seconds):.2f}",
@@ -229,7 +225,7 @@ def draw(results: dict[tuple[str, int], dict[str, Result]], path: Path) -> None:
             color, marker = STYLES[name]
             axis.plot(
                 one.peak / 1e6,
-                statistics.median(one.ratios(result[REFERENCE])),
+                statistics.median(ratios_by_round(one.seconds, result[REFERENCE].seconds)),
                 linestyle="none",
                 marker=marker,
                 markersize=9,

@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
-from _cli import counts, picture
+from _cli import counts, picture, ratios_by_round
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -155,10 +155,6 @@ class Result(NamedTuple):
     peak: int
     error: float
 
-    def ratios(self, base: Result) -> list[float]:
-        """Return the sorted ratios to the times of `base` in the same rounds."""
-        return sorted(mine / other for mine, other in zip(self.seconds, base.seconds, strict=True))
-
 
 def measure(shape: str, count: int, size: int, batch: int, rounds: int) -> dict[str, Result]:
     torch.manual_seed(0)
@@ -185,7 +181,7 @@ COLUMNS = ("mode", "CPU s", "x store", "range", "kept MB", "peak MB", "gradient 
 
 
 def row(name: str, result: Result, base: Result) -> tuple[str, ...]:
-    ratios = result.ratios(base)
+    ratios = ratios_by_round(result.seconds, base.seconds)
     return (
         name,
         f"{statistics.median(result.seconds):.2f}",

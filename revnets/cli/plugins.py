@@ -57,7 +57,7 @@ PLUGINS = {
 
 
 class LazyCommand(TyperCommand):
-    """Stands for the command of an entry point, which is imported when it is called."""
+    """Command of an entry point, which is imported when the command is called."""
 
     def __init__(self, entry: EntryPoint):
         package = entry.dist.name if entry.dist else entry.module
