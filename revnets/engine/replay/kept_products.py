@@ -130,8 +130,9 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not is_product(func, args, kwargs):
-            for storage in _written_storages(func, args, kwargs):
-                self.written(storage)
+            if _written_arguments(func) != ():  # most operators write nothing, and a call has hundreds
+                for storage in _written_storages(func, args, kwargs):
+                    self.written(storage)
             return func(*args, **kwargs)
         self._next += 1
         return self.product(self._next - 1, func, args, kwargs)
