@@ -5,10 +5,10 @@
     python examples/scenes/make_scenes.py data/few --train 100 --val 20      # a quick look
 
 A scene shows one to three clothes of Fashion-MNIST in front of one or two textures of scikit-image. The clothes are
-tinted, 36 to 72 pixels large, and may occlude each other. Validation scenes show clothes of the test set and parts of
-the textures that no training scene shows. The directory can be read by `data: {name: coco}` and
-`data: {name: semantic_maps}`. `objects` has a crop of each object in one directory per class, for
-`data: {name: folder}`. The same seed makes the same files.
+tinted, 36 to 71 pixels wide, and may occlude each other. Validation scenes show clothes of the test set and parts of
+the textures that are in no training scene. `data: {name: coco}` and `data: {name: semantic_maps}` read the directory.
+`objects` has a crop of each object in one directory per class, for `data: {name: folder}`. The same seed makes the
+same files.
 """
 
 from __future__ import annotations
@@ -31,19 +31,28 @@ from vision.detection.instance_masks import packed_mask
 THINGS = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 STUFF = ("grass", "gravel", "brick", "coffee", "hubble_deep_field")
 HEIGHT, WIDTH = 128, 160
-COUNT, SIDE = (1, 3), (36, 72)  # least and most clothes of a scene; pixels along a side of one
+COUNT, SIDE = (1, 3), (36, 72)
+"""Range of the number of clothes in a scene (inclusive), and of their size in pixels (the end is exclusive)."""
+
 LEAST_PIXELS = 40
 """Clothes with fewer visible pixels are not annotated."""
 
 CROP = 64
-"""Side of the crops of objects."""
+"""Size of the object crops, in pixels."""
 
 TRAINED_PART = 0.6
-"""Share of each texture, from the left, that training scenes are cut from. Validation scenes are cut from the rest."""
+"""Fraction of each texture, from the left, for training scenes. Validation scenes use the rest."""
 
 
 class Scene(NamedTuple):
-    """An image (H, W, 3), masks (N, H, W) of its objects with classes (N,), and a map (H, W): things, then stuff."""
+    """An image with its annotations.
+
+    Attributes:
+        pixels: uint8 image (H, W, 3).
+        masks: visible pixels (H, W) of each object.
+        classes: class of each object, an index into `THINGS`.
+        numbers: class map (H, W); the classes of `STUFF` follow those of `THINGS`.
+    """
 
     pixels: np.ndarray
     masks: list[np.ndarray]
@@ -52,7 +61,7 @@ class Scene(NamedTuple):
 
 
 def clothes(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 28, 28) and classes (N,) of a set of Fashion-MNIST, `train` or `t10k`."""
+    """Return images (N, 28, 28) and classes (N,) of a split of Fashion-MNIST, `train` or `t10k`."""
     images, labels = (
         read_idx(folder, f"{split}-{name}-ubyte", axes) for name, axes in (("images-idx3", 3), ("labels-idx1", 1))
     )
@@ -60,7 +69,7 @@ def clothes(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def textures(part: str) -> list[np.ndarray]:
-    """The pictures of `STUFF` (H, W, 3), the part for `training` or for `validation`."""
+    """Return the part of each image of `STUFF` (H, W, 3) for a split, `training` or `validation`."""
     import skimage
 
     found = []
@@ -73,7 +82,7 @@ def textures(part: str) -> list[np.ndarray]:
 
 
 def scene(generator: np.random.Generator, items: np.ndarray, labels: np.ndarray, behind: Sequence[np.ndarray]) -> Scene:
-    """A scene out of images (N, 28, 28) of clothes with their classes, and textures (H, W, 3)."""
+    """Compose a scene from images (N, 28, 28) of clothes, their classes (N,), and textures (H, W, 3)."""
     pixels, numbers = background(generator, behind)
     masks: list[np.ndarray] = []
     classes: list[int] = []
@@ -81,7 +90,7 @@ def scene(generator: np.random.Generator, items: np.ndarray, labels: np.ndarray,
         index, side = generator.integers(len(items)), int(generator.integers(*SIDE))
         item = np.asarray(Image.fromarray(items[index]).resize((side, side), Image.Resampling.BILINEAR))
         top, left = (int(generator.integers(-side // 4, length - 3 * side // 4)) for length in (HEIGHT, WIDTH))
-        whole = np.zeros((HEIGHT + 2 * side, WIDTH + 2 * side), np.uint8)  # with room around the scene
+        whole = np.zeros((HEIGHT + 2 * side, WIDTH + 2 * side), np.uint8)  # with a margin of one item
         whole[top + side : top + 2 * side, left + side : left + 2 * side] = item
         whole = whole[side:-side, side:-side]
         mask = whole > 24
@@ -95,7 +104,7 @@ def scene(generator: np.random.Generator, items: np.ndarray, labels: np.ndarray,
 
 
 def background(generator: np.random.Generator, behind: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (H, W, 3) of one texture, or of two above one another, and their classes (H, W)."""
+    """Return pixels (H, W, 3) of one texture, or of one above another, and their classes (H, W)."""
     pixels, numbers = np.zeros((HEIGHT, WIDTH, 3), np.uint8), np.zeros((HEIGHT, WIDTH), np.uint8)
     line = int(generator.integers(HEIGHT // 3, 2 * HEIGHT // 3)) if generator.random() < 0.7 else HEIGHT
     for rows in (slice(0, line), slice(line, HEIGHT)):
@@ -110,7 +119,7 @@ def background(generator: np.random.Generator, behind: Sequence[np.ndarray]) -> 
 
 
 def annotations_of(found: Scene, image: int) -> list[dict[str, Any]]:
-    """The objects of a scene as files of COCO have them, without numbers of their own."""
+    """Return the COCO annotations of a scene, without ids."""
     rows = []
     for mask, kind in zip(found.masks, found.classes, strict=True):
         lines, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -122,7 +131,7 @@ def annotations_of(found: Scene, image: int) -> list[dict[str, Any]]:
 
 
 def write_crops(folder: Path, name: str, found: Scene) -> None:
-    """Write a square crop around each object, a fifth larger than the object, below a directory of its class."""
+    """Write a square crop around each object, a fifth larger than the object, into the directory of its class."""
     for number, (mask, kind) in enumerate(zip(found.masks, found.classes, strict=True)):
         lines, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         side = int(1.2 * (max(np.ptp(lines), np.ptp(columns)) + 1))
@@ -135,7 +144,7 @@ def write_crops(folder: Path, name: str, found: Scene) -> None:
 
 
 def write_split(root: Path, split: str, count: int, fashion: Path, seed: int) -> None:
-    """Write the images, maps, annotations and crops of `training` or `validation`."""
+    """Write images, class maps, annotations and object crops of `training` or `validation`."""
     items, labels = clothes(fashion, "train" if split == "training" else "t10k")
     behind = textures(split)
     for folder in ("images", "annotations"):
@@ -156,15 +165,17 @@ def write_split(root: Path, split: str, count: int, fashion: Path, seed: int) ->
 
 
 def make(
-    root: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
-    train: Annotated[int, typer.Option(min=1, max=99_999, help="Scenes to train on.")] = 3000,
-    val: Annotated[int, typer.Option(min=1, max=99_999, help="Scenes for validation.")] = 300,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    fashion: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = Path("/usr/share/datasets/fashion-mnist"),
+    root: Annotated[Path, typer.Argument(help="New directory.", show_default=False)],
+    train: Annotated[int, typer.Option(min=1, max=99_999, help="Number of training scenes.")] = 3000,
+    val: Annotated[int, typer.Option(min=1, max=99_999, help="Number of validation scenes.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the generator.")] = 0,
+    fashion: Annotated[Path, typer.Option(help="Directory with the four idx files of Fashion-MNIST.")] = Path(
+        "/usr/share/datasets/fashion-mnist"
+    ),
 ) -> None:
     """Make scenes for detection and segmentation."""
     if root.exists():
-        raise typer.BadParameter(f"{root} is there already; give another folder", param_hint="ROOT")
+        raise typer.BadParameter(f"{root} already exists. Choose a new directory", param_hint="ROOT")
     try:
         with replacing_folder(root) as folder:
             write_split(folder, "training", train, fashion, seed)
