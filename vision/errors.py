@@ -39,9 +39,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or used. The message names the file, the reason and a hint.
 
     Attributes:
-        path: the file; also `source`.
+        path: The file; also `source`.
         message, hint: what is wrong and what to do; also `problem` and `remedy`.
-        code: the kind of error, one of `revnets.config.error_codes.CODES`.
+        code: The kind of error, one of `revnets.config.error_codes.CODES`.
     """
 
     def __init__(self, path: Path | str, message: str, hint: str, code: str = "wrong-format"):

@@ -101,8 +101,8 @@ def load_variant(
     """Return the spec of a model with changed options, which have timm's names. None keeps a value.
 
     Raises:
-        revnets.SpecError: a value is invalid, or the components of this network do not have the option.
-        ValueError: a list does not have one value per level.
+        revnets.SpecError: If a value is invalid, or the components of this network do not have the option.
+        ValueError: If a list does not have one value per level.
     """
     layers = read_layers(MODELS / f"{name}.yaml")
     m = len(layers.data["levels"])
@@ -155,7 +155,7 @@ def _require_stride(variant: str, spec: NetSpec, stride: int | None) -> None:
     """Require `output_stride` to be that of the coarsest level, because fusions need each level at half the size.
 
     Raises:
-        revnets.SpecError: it is a different stride.
+        revnets.SpecError: If the stride is another one.
     """
     own = spec.stem.options.get("patch", 4) * spec.reductions()[-1]
     if stride not in (None, own):

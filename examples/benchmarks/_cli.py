@@ -15,13 +15,13 @@ def listed(text: str, option: str, allowed: Mapping[str, Any], words: str) -> li
     """Map comma-separated names to their values.
 
     Args:
-        text: the names.
-        option: the option, for the error.
-        allowed: value of each allowed name.
-        words: description of the allowed names, for the error.
+        text: The names.
+        option: The option, for the error.
+        allowed: Value of each allowed name.
+        words: Description of the allowed names, for the error.
 
     Raises:
-        typer.BadParameter: a name is not allowed.
+        typer.BadParameter: If a name is not allowed.
     """
     for word in text.split(","):
         if word.strip() not in allowed:

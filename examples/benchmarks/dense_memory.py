@@ -72,7 +72,7 @@ def step_of(name: str, backbone: str, memory: str, recomputes: bool, classes: in
     """Build the training step of a model as a function of images.
 
     Args:
-        objects: objects per image; for Mask2Former, classes per image.
+        objects: Objects per image; for Mask2Former, classes per image.
     """
     build, options = MODELS[name]
     options = options | ({} if backbone.startswith("revcol_") else SMALL[name])

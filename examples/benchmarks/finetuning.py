@@ -111,9 +111,9 @@ def measure(
     """Measure all methods on one network.
 
     Args:
-        ways: the methods; default: `WAYS`.
-        rounds: timed steps of each method. The order is reversed after every round.
-        tick: called after each step.
+        ways: The methods; default: `WAYS`.
+        rounds: Timed steps of each method. The order is reversed after every round.
+        tick: Called after each step.
 
     Returns:
         The results by name, without methods whose budget is below the peak of `exact`.

@@ -27,9 +27,9 @@ class Network(nn.Module):
     """A model with a stack of residual blocks, a batch for it, and its loss.
 
     Attributes:
-        stack: name of the container of the blocks.
-        batch: input of the forward, which returns the loss.
-        rewires: whether making the blocks reversible changes the function that is trained.
+        stack: Name of the container of the blocks.
+        batch: Input of the forward, which returns the loss.
+        rewires: Whether making the blocks reversible changes the function that is trained.
     """
 
     stack: str
@@ -59,10 +59,10 @@ class Classifier(Network):
     """A ViT-S of timm with fewer channels.
 
     Args:
-        depth: number of blocks.
-        width: channels, a multiple of 64.
-        size: side of the images; patches have 16 x 16 pixels.
-        count: images per batch.
+        depth: Number of blocks.
+        width: Channels, a multiple of 64.
+        size: Side of the images; patches have 16 x 16 pixels.
+        count: Images per batch.
     """
 
     stack = "model.blocks"
@@ -87,10 +87,10 @@ class LanguageModel(Network):
     memory than everything else.
 
     Args:
-        depth: number of blocks.
-        width: channels, a multiple of 64.
-        size: tokens per text.
-        count: texts per batch.
+        depth: Number of blocks.
+        width: Channels, a multiple of 64.
+        size: Tokens per text.
+        count: Texts per batch.
     """
 
     stack = "model.transformer.h"
@@ -262,12 +262,12 @@ class Way(NamedTuple):
     """One method to train a network.
 
     Args:
-        wrap: returns the modules that replace the blocks.
-        hooks: context of the forward.
-        memory: make the blocks reversible, in this memory mode.
-        budget: a memory mode or another method, whose peak is the budget of the reversible network.
-        is_timed: whether its time on a CPU is meaningful.
-        function: name of the computed function, if it is neither the original network nor the reversible one. Gradients
+        wrap: Returns the modules that replace the blocks.
+        hooks: Context of the forward.
+        memory: Make the blocks reversible, in this memory mode.
+        budget: A memory mode or another method, whose peak is the budget of the reversible network.
+        is_timed: Whether its time on a CPU is meaningful.
+        function: Name of the computed function, if it is neither the original network nor the reversible one. Gradients
             are compared with those of the first method with the same function.
     """
 

@@ -93,7 +93,7 @@ class Run:
     """What has been measured so far, and how long there is left.
 
     Attributes:
-        rows: of each section, one row a measurement: its `status` is `ok`, `out of memory`, `failed`, `dropped` (no
+        rows: Of each section, one row a measurement: its `status` is `ok`, `out of memory`, `failed`, `dropped` (no
             time was left) or `not here` (something is not installed, or the device lacks it).
     """
 

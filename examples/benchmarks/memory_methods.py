@@ -41,10 +41,10 @@ class ColumnsClassifier(Network):
     """RevCol-T-shaped columns; the blocks are the functions of the cells.
 
     Args:
-        depth: number of columns.
-        width: unused, since the shape defines it.
-        size: side of the images.
-        count: images per batch.
+        depth: Number of columns.
+        width: Unused, since the shape defines it.
+        size: Side of the images.
+        count: Images per batch.
     """
 
     rewires = False

@@ -98,7 +98,7 @@ def measure(names: Sequence[str], case: Case, depth: int, rounds: int, tick: Cal
     """Measure all methods.
 
     Raises:
-        SystemExit: two methods do not compute the same function.
+        SystemExit: If two methods do not compute the same function.
     """
     field = contenders(names, case, depth)
     outputs = field[0].logits().detach()

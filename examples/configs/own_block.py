@@ -13,10 +13,10 @@ class GatedConvBlock(nn.Module):
     States are (B, H, W, C), channels last. PyTorch's convolutions need (B, C, H, W); both permutations are views.
 
     Args:
-        dim: channels, passed to every block.
-        kernel_size: odd. Options with annotations are checked when the YAML is read.
-        expand: width of the branches in units of `dim`.
-        drop_path: set from the network's `drop_path`, because of its name.
+        dim: Channels, passed to every block.
+        kernel_size: Odd. Options with annotations are checked when the YAML is read.
+        expand: Width of the branches in units of `dim`.
+        drop_path: Set from the network's `drop_path`, because of its name.
     """
 
     def __init__(self, dim: int, kernel_size: int = 7, expand: int = 2, drop_path: float = 0.0):

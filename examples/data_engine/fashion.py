@@ -216,7 +216,7 @@ def ended(processes: list[subprocess.Popen[bytes]]) -> None:
     """Wait for processes.
 
     Raises:
-        DataError: one has failed.
+        DataError: If one has failed.
     """
     if any([process.wait() for process in processes]):
         raise DataError("a process that labels images has failed")

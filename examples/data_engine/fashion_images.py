@@ -61,11 +61,11 @@ def write_images(root: Path, folder: Path, images: int, labeled: int, test: int)
     """Write `data/train/CLASS`, `data/validation/CLASS`, `data/test/CLASS`, and `web`, which has no classes.
 
     Args:
-        root: directory with the four idx files.
-        folder: where to write.
-        images: training images, the last `VALIDATION` of them for validation.
-        labeled: training images that keep their labels.
-        test: test images.
+        root: Directory with the four idx files.
+        folder: Where to write.
+        images: Training images, the last `VALIDATION` of them for validation.
+        labeled: Training images that keep their labels.
+        test: Test images.
     """
     pixels, classes = (read_idx(root, name, axes).numpy() for name, axes in zip(IDX["train"], (3, 1), strict=True))
     tests, test_classes = (read_idx(root, name, axes).numpy() for name, axes in zip(IDX["val"], (3, 1), strict=True))
@@ -82,11 +82,11 @@ def write_planted(root: Path, folder: Path, searched: int, against: int, planted
     """Write `searched`, enlarged training images with changed test images among them, and `against`, test images.
 
     Args:
-        root: directory with the four idx files.
-        folder: where to write.
-        searched: number of training images, the last ones of the set.
-        against: number of test images.
-        planted: number of test images that are changed, by each of `CHANGES` in turn.
+        root: Directory with the four idx files.
+        folder: Where to write.
+        searched: Number of training images, the last ones of the set.
+        against: Number of test images.
+        planted: Number of test images that are changed, by each of `CHANGES` in turn.
 
     Returns:
         Keys of test images by the keys of their planted duplicates.

@@ -75,7 +75,7 @@ def launched(name: str, workloads: Sequence[str], steps: int) -> dict[str, Any]:
     """Run the script of an engine in the number of processes that it needs, and return its result.
 
     Raises:
-        typer.Exit: the script failed; its output is printed.
+        typer.Exit: If the script failed; its output is printed.
     """
     engine = ENGINES[name]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(engine.processes)]
@@ -94,7 +94,7 @@ def assert_equal_curves(results: Sequence[Mapping[str, Any]]) -> None:
     """Check that all engines have the losses of the first one, bit for bit.
 
     Raises:
-        AssertionError: a loss differs.
+        AssertionError: If a loss differs.
     """
     reference = {}
     for result in results:

@@ -156,7 +156,7 @@ def compared(train: Train, name: str, steps: int) -> dict[str, Any]:
         Losses, and the bytes that each mode saves for the backward of a micro-batch.
 
     Raises:
-        AssertionError: a weight or a loss differs in one bit.
+        AssertionError: If a weight or a loss differs in one bit.
     """
     workload = WORKLOADS[name]
     samples = Samples(workload.data(), steps)

@@ -123,7 +123,7 @@ def choose(tables: str) -> dict[str, Ablation]:
     """Return the tables with the given numbers, such as `5,7`.
 
     Raises:
-        TrainingError: there is no such table.
+        TrainingError: If there is no such table.
     """
     numbers = [number.strip() for number in tables.split(",") if number.strip()]
     unknown = [number for number in numbers if number not in TABLES]

@@ -129,7 +129,7 @@ def planned(
     """Yield all runs, seed by seed, so that an early stop leaves complete pairs. A ConvNeXt is never supervised.
 
     Raises:
-        TrainingError: a model or number of columns is unknown, or the updates are not whole epochs.
+        TrainingError: If a model or number of columns is unknown, or the updates are not whole epochs.
     """
     names = chosen("--models", models, ["convnext", "revcol", "revcol_vit"])
     counts = [int(count) for count in chosen("--columns", columns, [str(count) for count in SHAPES])]
@@ -146,7 +146,7 @@ def chosen(option: str, text: str, known: Sequence[str]) -> list[str]:
     """Split the value of an option, such as `a,b`, and remove repetitions.
 
     Raises:
-        TrainingError: a value is unknown, or there is none.
+        TrainingError: If a value is unknown, or there is none.
     """
     words = list(dict.fromkeys(word.strip() for word in text.split(",")))
     if set(words) <= set(known):
@@ -180,7 +180,7 @@ def finished(trial: Trial, output: Path, root: Path, console: Console) -> TrialR
 
     Raises:
         typer.Exit: SIGTERM or Ctrl-C stopped the run; its state is saved.
-        TrainingError: the data has fewer images than the updates need, or the loss is not finite.
+        TrainingError: If the data has fewer images than the updates need, or the loss is not finite.
     """
     words = (trial.model, trial.columns, trial.init, trial.updates, trial.supervision, trial.drop_path, trial.seed)
     folder = output.with_suffix(".runs") / "-".join(str(word).lower() for word in words)
@@ -205,8 +205,8 @@ def read_results(path: Path, console: Console) -> dict[Trial, TrialResult]:
     """Read the results of a file by trial. Damaged lines are skipped and counted on the console.
 
     Raises:
-        TrainingError: the file is too large for a results file.
-        OSError: the file cannot be read.
+        TrainingError: If the file is too large for a results file.
+        OSError: If the file cannot be read.
     """
     if not path.is_file():
         return {}

@@ -70,7 +70,7 @@ def text_files(kind: str) -> list[Path]:
     """Return the documents: plays and poems in modern spelling, or modules of the standard library without its tests.
 
     Raises:
-        typer.BadParameter: the package with the text is not installed.
+        typer.BadParameter: If the package with the text is not installed.
     """
     if kind == "python":
         root = Path(sysconfig.get_path("stdlib"))
@@ -124,7 +124,7 @@ def trained(config: TrainConfig) -> Measured:
     """Train, or read the results of an earlier call.
 
     Raises:
-        SpecError: the earlier call had another configuration, such as another text.
+        SpecError: If the earlier call had another configuration, such as another text.
     """
     file, settings = Path(config.output) / "measured.json", json.loads(json.dumps(config.plain()))
     if not file.exists():
@@ -163,7 +163,7 @@ def require_equal(sizes: Mapping[str, Sequence[int]]) -> None:
     """Check that all models have equal parameters and FLOPs within `EQUAL`.
 
     Raises:
-        SpecError: they differ by more.
+        SpecError: If they differ by more.
     """
     for kind, values in zip(("parameters", "FLOPs"), zip(*sizes.values(), strict=True), strict=False):
         if max(values) > (1 + EQUAL) * min(values):

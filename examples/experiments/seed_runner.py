@@ -99,7 +99,7 @@ class Run:
         """Return True if the process has ended, and record its CPU time.
 
         Raises:
-            TrainingError: the process failed.
+            TrainingError: If the process failed.
         """
         assert self.process is not None
         pid, status, usage = os.wait4(self.process.pid, 0 if wait else os.WNOHANG)
@@ -130,7 +130,7 @@ def require_files(root: Path) -> None:
     """Check that the data set exists.
 
     Raises:
-        DataError: a file is missing; the message describes how to get it.
+        DataError: If a file is missing; the message describes how to get it.
     """
     for name in (name for names in IDX.values() for name in names):
         if not any((root / file).is_file() for file in (name, f"{name}.gz")):
@@ -144,8 +144,8 @@ def planned(models: Models, model: str, seed: int, overrides: Sequence[str], out
     """Create a run with its configuration.
 
     Raises:
-        TrainingError: its directory contains a run with other settings.
-        revnets.SpecError: the configuration is invalid.
+        TrainingError: If its directory contains a run with other settings.
+        revnets.SpecError: If the configuration is invalid.
     """
     folder = output / re.sub(r"\W+", "-", f"{model} {seed}".lower())
     words = (*models[model], *overrides, f"seed={seed}", f"output={folder}")
@@ -172,7 +172,7 @@ def require_equal(sizes: Mapping[str, Size], parameters: float, macs: float) -> 
     """Check that all models have equal parameters and multiply-accumulates within these relative differences.
 
     Raises:
-        TrainingError: they differ by more.
+        TrainingError: If they differ by more.
     """
     for kind, share in (("parameters", parameters), ("macs", macs)):
         values = [getattr(size, kind) for size in sizes.values()]
@@ -199,7 +199,7 @@ def locked(output: Path) -> Iterator[int]:
     """Hold a lock on the directory, which child processes inherit.
 
     Raises:
-        TrainingError: another call, or a process of one, is still running there.
+        TrainingError: If another call, or a process of one, is still running there.
     """
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w") as file:

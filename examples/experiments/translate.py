@@ -81,7 +81,7 @@ class Run:
         """Return True if the command has finished.
 
         Raises:
-            TranslationError: the command failed.
+            TranslationError: If the command failed.
         """
         if self.seconds is None:
             pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
@@ -157,7 +157,7 @@ def clear(output: Path) -> None:
     """Delete the output of an earlier call.
 
     Raises:
-        TranslationError: the directory was not made by this script, or contains other files.
+        TranslationError: If the directory was not made by this script, or contains other files.
     """
     if not output.exists():
         return

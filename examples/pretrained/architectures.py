@@ -123,7 +123,7 @@ def tried(create: Callable[[], tuple[nn.Module, dict[str, Tensor]]], blend: floa
     """Make a network reversible, compare it, and undo the conversion.
 
     Raises:
-        ArgumentError: the network is refused.
+        ArgumentError: If the network is refused.
     """
     torch.manual_seed(0)
     plain, batch = create()

@@ -96,7 +96,7 @@ def new_gpt2(layers: int, width: int) -> nn.Module:
     """Build a byte-level GPT-2 of transformers, without dropout.
 
     Raises:
-        ImportError: transformers is missing.
+        ImportError: If transformers is missing.
     """
     try:
         from transformers import GPT2Config, GPT2LMHeadModel

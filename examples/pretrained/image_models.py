@@ -100,7 +100,7 @@ def trained_run(
     """Train a network with the recipe `fashion`, or load it from an earlier call.
 
     Raises:
-        revnets.SpecError: the data is missing, or the directory contains a run with other settings.
+        revnets.SpecError: If the data is missing, or the directory contains a run with other settings.
     """
     folder = output / f"{model.lower()}-{seed}"
     words = [f"model={MODELS[model]}", *TRAINING, f"data.root={root.resolve()}", f"seed={seed}", f"output={folder}"]

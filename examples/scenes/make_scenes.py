@@ -49,9 +49,9 @@ class Scene(NamedTuple):
 
     Attributes:
         pixels: uint8 image (H, W, 3).
-        masks: visible pixels (H, W) of each object.
-        classes: class of each object, an index into `THINGS`.
-        numbers: class map (H, W); the classes of `STUFF` follow those of `THINGS`.
+        masks: Visible pixels (H, W) of each object.
+        classes: Class of each object, an index into `THINGS`.
+        numbers: Class map (H, W); the classes of `STUFF` follow those of `THINGS`.
     """
 
     pixels: np.ndarray

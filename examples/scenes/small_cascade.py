@@ -12,10 +12,10 @@ class SmallCascade(ObjectDetection):
     """Train and evaluate Cascade Mask R-CNN on fewer boxes than its constants for COCO. It needs a fifth of the time.
 
     Args:
-        config: run configuration.
-        proposals: region proposals per image.
-        samples: boxes per image that a stage trains on.
-        options: options of the detector and of the task.
+        config: Run configuration.
+        proposals: Region proposals per image.
+        samples: Boxes per image that a stage trains on.
+        options: Options of the detector and of the task.
     """
 
     def __init__(self, config: Any, proposals: int = 200, samples: int = 64, **options: Any):

@@ -194,7 +194,7 @@ class Recipe(Strict):
         """Find the files of a split; none if the split is drawn from the training text.
 
         Args:
-            split: train, valid or test.
+            split: Train, valid or test.
             folders: Directories to search: those of the archives, then that of the recipe.
 
         Raises:

@@ -21,7 +21,7 @@ class SentencePair(NamedTuple):
     """A pair in the current step of the pipeline.
 
     Attributes:
-        split: train, valid or test.
+        split: Train, valid or test.
         pair: Source and target as processed so far.
         raw: Source and target as read.
     """

@@ -59,8 +59,8 @@ def print_environment(json: bool, imports: bool) -> None:
     """Print the environment as Markdown tables, or as JSON.
 
     Args:
-        json: print one JSON object.
-        imports: also import every package, each in its own process, and report the failures.
+        json: Print one JSON object.
+        imports: Also import every package, each in its own process, and report the failures.
     """
     found = environment()
     if imports:

@@ -128,7 +128,7 @@ def find_component(kind: str, name: str, folders: Sequence[Path] = (), trust: bo
     """Return the class or function that builds a component, without calling it.
 
     Args:
-        kind: block, fusion, stem or head.
+        kind: Block, fusion, stem or head.
         name: Registered name, or `package.module:Class` of a subclass of `nn.Module`.
         folders: Directories searched for the module before `sys.path`.
         trust: Whether modules of other projects may be imported, which runs their code.
@@ -166,7 +166,7 @@ def options(kind: str, name: str, folders: Sequence[Path] = (), trust: bool = Tr
     """Return the options of a component by name. A component that accepts `**kwargs` has the entry `**`.
 
     Args:
-        kind: block, fusion, stem or head.
+        kind: Block, fusion, stem or head.
         name: Registered name, or `package.module:Class`.
         folders: Directories searched for the module before `sys.path`.
         trust: Whether modules of other projects may be imported.
@@ -236,7 +236,7 @@ def name_and_options(
     """Return the name of a component and its options, checked against its signature.
 
     Args:
-        kind: block, fusion, stem or head.
+        kind: Block, fusion, stem or head.
         given: Mapping with the name and the options.
         key: Key of the name.
         reserved: Keys that are not options.

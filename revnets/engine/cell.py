@@ -21,12 +21,12 @@ class Gain(nn.Module):
     gradient passes straight through, so a weight inside the bound can leave it.
 
     Args:
-        dim: number of channels, the last axis of every state.
-        init: initial value of every weight.
-        min_abs: lower bound of |gamma|.
+        dim: Number of channels, the last axis of every state.
+        init: Initial value of every weight.
+        min_abs: Lower bound of |gamma|.
 
     Attributes:
-        weight: parameter of shape (dim,).
+        weight: Parameter of shape (dim,).
 
     Raises:
         ArgumentError: `min_abs` is not positive.
@@ -83,8 +83,8 @@ class Cell(nn.Module):
     inverse. All of them go through `__call__`, so the hooks of FSDP2, DDP and other tools run in each.
 
     Args:
-        function: module F_t; returns a tensor of the shape of x_{t-m}.
-        gain: module that returns gamma_t; None in the first column, which has no x_{t-m}.
+        function: Module F_t; returns a tensor of the shape of x_{t-m}.
+        gain: Module that returns gamma_t; None in the first column, which has no x_{t-m}.
 
     Example:
         >>> cell = revnets.Cell(nn.Linear(8, 8), revnets.Gain(8))
@@ -100,9 +100,9 @@ class Cell(nn.Module):
         """Return x_t.
 
         Args:
-            reads: input states of F_t, in order.
-            couple: computes x_t from F_t and gamma_t; None in the first column.
-            context: keyword arguments of `function`.
+            reads: Input states of F_t, in order.
+            couple: Computes x_t from F_t and gamma_t; None in the first column.
+            context: Keyword arguments of `function`.
 
         Raises:
             ArgumentError: `couple` is given, but the cell has no gain.
@@ -123,8 +123,8 @@ class Cell(nn.Module):
         """Compile `function`. The coupling changes between calls and stays eager.
 
         Args:
-            args: positional arguments of `torch.compile`.
-            kwargs: keyword arguments of `torch.compile`.
+            args: Positional arguments of `torch.compile`.
+            kwargs: Keyword arguments of `torch.compile`.
         """
         self.function.compile(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 

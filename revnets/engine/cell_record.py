@@ -186,13 +186,13 @@ def check_replay(record: CellRecord, saved: Sequence[Held], name: str, cell: str
     """Check that a replay saved the same tensors as the forward pass (Rule 5).
 
     Args:
-        record: of the replayed cell.
-        saved: tensors that the replay saved.
-        name: description of the cell for the message.
-        cell: name of the cell for the error's attribute `cell`.
+        record: Of the replayed cell.
+        saved: Tensors that the replay saved.
+        name: Description of the cell for the message.
+        cell: Name of the cell for the error's attribute `cell`.
 
     Raises:
-        ReplayError: the number, a shape, strides or a dtype differ, or a tensor was changed since.
+        ReplayError: If the number, a shape, strides or a dtype differ, or a tensor was changed since.
     """
     causes = (
         "Usual causes: the cell takes another code path in its replay (it depends on a call counter, the clock, random "

@@ -28,18 +28,18 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
     kept. They can be changed at any time and are not part of the state dict.
 
     Args:
-        graph: inputs and residual of each cell, see `revnets.wire`.
-        cells: one `Cell` per node, in order.
-        memory: memory mode `store`, `recompute`, `invert` or `exact`, for all columns or one per column.
-        verify: compare a checksum of every state with the state that backward rebuilds, which raises a
+        graph: Inputs and residual of each cell, see `revnets.wire`.
+        cells: One `Cell` per node, in order.
+        memory: Memory mode `store`, `recompute`, `invert` or `exact`, for all columns or one per column.
+        verify: Compare a checksum of every state with the state that backward rebuilds, which raises a
             `ReconstructionError` if they differ. For debugging: on a GPU, backward then waits for every cell.
 
     Attributes:
-        graph: the graph of the cells.
-        cells: the cell of column c, level l is `cells[c][l]`, in either direction of the column.
+        graph: The graph of the cells.
+        cells: The cell of column c, level l is `cells[c][l]`, in either direction of the column.
 
     Raises:
-        ArgumentError: the number of cells is not the number of nodes, a cell has a gain without a residual or a
+        ArgumentError: If the number of cells is not the number of nodes, a cell has a gain without a residual or a
             residual without a gain, or `memory` is invalid.
 
     Example:
@@ -99,10 +99,10 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
         plans the budget, so the columns run in their current memory modes.
 
         Args:
-            x: the stem's output, shape (B, ..., C).
-            taps: columns whose top-level state is also returned. It stays alive as long as the caller holds it.
-            stop: index of the first cell that does not run, nor do the cells after it; by default all cells run.
-            context: keyword arguments for the function of every cell, such as a padding mask.
+            x: The stem's output, shape (B, ..., C).
+            taps: Columns whose top-level state is also returned. It stays alive as long as the caller holds it.
+            stop: Index of the first cell that does not run, nor do the cells after it; by default all cells run.
+            context: Keyword arguments for the function of every cell, such as a padding mask.
 
         Returns:
             A list of m states, level 0 first in either direction. States that a level of the same column replaced are
@@ -110,7 +110,7 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
             a pair of that list and the list of intermediate outputs.
 
         Raises:
-            ArgumentError: a column of `taps` or the cell `stop` does not exist.
+            ArgumentError: If a column of `taps` or the cell `stop` does not exist.
         """
         policy, graph, cells = self._policy, self.graph, self.flat()
         if stop is not None:
@@ -132,7 +132,7 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
         The policy of omitted cells is dropped; a pending budget stays pending.
 
         Args:
-            length: number of cells, at least 1.
+            length: Number of cells, at least 1.
 
         Raises:
             ArgumentError: `length` is below 1 or above the number of cells.
@@ -162,18 +162,18 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
         """Divide the columns into pipeline stages that share the cells, as for `torch.distributed.pipelining`.
 
         Args:
-            stages: number of stages.
-            stem: runs in the first stage, before its cells.
-            head: runs in the last stage, on the list of states that the columns return.
-            balance: what to distribute evenly: `bytes` of weights, `flops` of a forward pass for `x`, number of
+            stages: Number of stages.
+            stem: Runs in the first stage, before its cells.
+            head: Runs in the last stage, on the list of states that the columns return.
+            balance: What to distribute evenly: `bytes` of weights, `flops` of a forward pass for `x`, number of
                 `cells`, or custom costs, one per cell.
-            x: input of the stem, or of the columns if there is no stem. Its values do not matter.
+            x: Input of the stem, or of the columns if there is no stem. Its values do not matter.
 
         Returns:
             One module per stage.
 
         Raises:
-            ArgumentError: there are fewer cells than stages, `balance` is unknown, the memory mode is `invert`, or a
+            ArgumentError: If there are fewer cells than stages, `balance` is unknown, the memory mode is `invert`, or a
                 budget is pending.
         """
         from revnets.engine.pipeline.stage import stages_of  # rarely needed
@@ -187,15 +187,15 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
         that draws random numbers cannot be inverted, so call `eval()` first.
 
         Args:
-            levels: the states that `forward` returned.
-            x: the stem's output, as passed to `forward`.
-            context: keyword arguments that were passed to `forward`.
+            levels: The states that `forward` returned.
+            x: The stem's output, as passed to `forward`.
+            context: Keyword arguments that were passed to `forward`.
 
         Returns:
             A list of states per column, last column first; within a column, level 0 first.
 
         Raises:
-            ArgumentError: the number of states is wrong, or cells without residuals make the inverse impossible.
+            ArgumentError: If the number of states is wrong, or cells without residuals make the inverse impossible.
         """
         if not self.graph.is_invertible:
             text = "some cells have no residual, so earlier states cannot be rebuilt from the last ones"
@@ -212,10 +212,10 @@ class ReversibleColumns(PolicyAttributes, nn.Module):
         Use this method for training: `torch.compile` of the whole module does not compile cells outside mode `store`.
 
         Args:
-            args: positional arguments of `torch.compile`.
-            dynamic: as in `torch.compile`, but static by default: with dynamic shapes, Dynamo may recompile a cell
+            args: Positional arguments of `torch.compile`.
+            dynamic: As in `torch.compile`, but static by default: with dynamic shapes, Dynamo may recompile a cell
                 between its forward pass and its replay, which may then save other tensors.
-            kwargs: other arguments of `torch.compile`.
+            kwargs: Other arguments of `torch.compile`.
         """
         cells = self.flat()
         raise_compile_limits(_VERSIONS * len(cells))
@@ -234,13 +234,13 @@ class ReversibleSequence(ReversibleColumns):
     `nn.Identity()` for the first two modules.
 
     Args:
-        functions: modules F_t, called with their inputs in order; a `Cell` is used unchanged.
-        m: offset of the residual; RevNet, RevViT and Reformer use m = 2.
-        reads: inputs of each F_t: offsets k (for x_{t-k}) from 1 to m - 1, or names from
+        functions: Modules F_t, called with their inputs in order; a `Cell` is used unchanged.
+        m: Offset of the residual; RevNet, RevViT and Reformer use m = 2.
+        reads: Inputs of each F_t: offsets k (for x_{t-k}) from 1 to m - 1, or names from
             `revnets.engine.graph.READS`. A cell without inputs reads `x`.
-        gain: constant gamma of every residual. For learned gains, pass cells.
-        memory: as in `ReversibleColumns`.
-        verify: as in `ReversibleColumns`.
+        gain: Constant gamma of every residual. For learned gains, pass cells.
+        memory: As in `ReversibleColumns`.
+        verify: As in `ReversibleColumns`.
 
     Raises:
         ArgumentError: `gain` is 0, or `memory` is invalid.

@@ -36,7 +36,7 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
     Columns and cells are numbered continuously: those of the second member follow those of the first.
 
     Args:
-        members: columns in the order in which the model runs them.
+        members: Columns in the order in which the model runs them.
 
     Example:
         >>> group = revnets.find_columns(model)
@@ -122,19 +122,19 @@ class ColumnsGroup(Sequence[ReversibleColumns]):
         """Use another policy for all members in a `with` block, and restore the current ones at its end.
 
         Args:
-            policy: replaces the current policies before the changes below; by default the current policies.
-            modes: assigned to `memory`. A pending budget is not planned inside the block.
-            stored: assigned to `stored`.
-            kept: assigned to `kept`.
-            verify: assigned to `verify`.
-            offloaded: assigned to `offloaded`.
-            products: assigned to `products`.
+            policy: Replaces the current policies before the changes below; by default the current policies.
+            modes: Assigned to `memory`. A pending budget is not planned inside the block.
+            stored: Assigned to `stored`.
+            kept: Assigned to `kept`.
+            verify: Assigned to `verify`.
+            offloaded: Assigned to `offloaded`.
+            products: Assigned to `products`.
 
         Yields:
             The policy in effect.
 
         Raises:
-            ArgumentError: a value is invalid for its attribute.
+            ArgumentError: If a value is invalid for its attribute.
         """
         changes = {"policy": policy, "memory": modes, "stored": stored, "kept": kept, "verify": verify}
         changes |= {"offloaded": offloaded, "products": products}
@@ -265,13 +265,13 @@ def find_columns(model: nn.Module) -> ColumnsGroup:
     Columns inside a cell of other columns are omitted. Networks rewired by `revnets.make_reversible` are supported.
 
     Args:
-        model: a model with reversible columns.
+        model: A model with reversible columns.
 
     Returns:
         The columns in the order in which the model lists its submodules.
 
     Raises:
-        ArgumentError: the model has no reversible columns.
+        ArgumentError: If the model has no reversible columns.
     """
     for candidate in (model, getattr(model, "columns", None)):
         if isinstance(candidate, ColumnsGroup):

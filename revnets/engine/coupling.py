@@ -50,9 +50,9 @@ class PlainCoupling:
     """Computes x_t from x_{t-m} and keeps nothing for backward.
 
     Args:
-        cell: short name of the cell, such as "c1.l0".
+        cell: Short name of the cell, such as "c1.l0".
         past: x_{t-m}.
-        name: name of the cell in error messages; by default the short name.
+        name: Name of the cell in error messages; by default the short name.
     """
 
     def __init__(self, cell: str, past: Tensor, name: str = ""):
@@ -78,10 +78,10 @@ class RecordingCoupling(PlainCoupling):
     if gamma is 0, and so does `exact` if the lost bits are no smaller.
 
     Args:
-        cell: short name of the cell, such as "c1.l0".
+        cell: Short name of the cell, such as "c1.l0".
         past: x_{t-m}.
-        name: name of the cell in error messages.
-        record: of this call of the cell.
+        name: Name of the cell in error messages.
+        record: Of this call of the cell.
     """
 
     def __init__(self, cell: str, past: Tensor, name: str, record: CellRecord):
@@ -109,10 +109,10 @@ class RecordingCoupling(PlainCoupling):
         """Check that the cell returned x_t unchanged.
 
         Args:
-            state: the tensor that the cell returned.
+            state: The tensor that the cell returned.
 
         Raises:
-            ReplayError: the cell returned something else, or never called its coupling.
+            ReplayError: If the cell returned something else, or never called its coupling.
         """
         if self._made is None:
             raise ReplayError(
@@ -136,8 +136,8 @@ class ReplayCoupling:
     With a learned gamma, x_t is recomputed so that autograd saves the operands of the product again.
 
     Args:
-        tape: of the pass.
-        record: of the cell that is replayed.
+        tape: Of the pass.
+        record: Of the cell that is replayed.
     """
 
     def __init__(self, tape: Tape, record: CellRecord):

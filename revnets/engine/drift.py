@@ -58,9 +58,9 @@ def predict_drift(
     """Predict the error of the gradients that the rounding errors of `invert` cause.
 
     Args:
-        modes: memory mode of each column. `store` and `recompute` keep the states of the previous column, so the
+        modes: Memory mode of each column. `store` and `recompute` keep the states of the previous column, so the
             error restarts at 0 there. `exact` adds no error, but magnifies the error of later columns.
-        magnification: mean of gamma^-2 of each column. The value of the first column, which has no gain, is ignored.
+        magnification: Mean of gamma^-2 of each column. The value of the first column, which has no gain, is ignored.
         dtype: dtype of the states.
         autocast: dtype of the cells' computation under autocast, or None without autocast.
 

@@ -7,11 +7,11 @@ class ArgumentError(ValueError):
     """An argument of a Python call, such as an option of a component, is invalid.
 
     Args:
-        message: text of the error.
+        message: Text of the error.
 
     Attributes:
-        key: name of the argument. In a forward pass, name of the cell, such as "c1.l0", or of a module's class.
-        code: kind of the error, see `ReplayError`.
+        key: Name of the argument. In a forward pass, name of the cell, such as "c1.l0", or of a module's class.
+        code: Kind of the error, see `ReplayError`.
     """
 
     def __init__(self, message: str, key: str = "", code: str = "invalid-value"):
@@ -23,11 +23,11 @@ class ReplayError(RuntimeError):
     """A replay cannot reproduce the forward pass, or did not reproduce it.
 
     Args:
-        message: text of the error.
+        message: Text of the error.
 
     Attributes:
-        code: kind of the error, a short name that stays the same when the message changes.
-        cell: name of the cell, such as "c1.l0", or None if the error concerns no single cell.
+        code: Kind of the error, a short name that stays the same when the message changes.
+        cell: Name of the cell, such as "c1.l0", or None if the error concerns no single cell.
     """
 
     def __init__(self, message: str = "", *, code: str = "replay-mismatch", cell: str | None = None):

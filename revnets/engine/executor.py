@@ -43,17 +43,17 @@ def run(
     There is no tape if no gradient is recorded or hooks on saved tensors do not work (export, `torch.func`).
 
     Args:
-        graph: nodes in order, one per cell.
-        cells: modules with the signature of `revnets.engine.cell.Cell.forward`.
-        stem: output of the stem, shape (B, ..., C).
-        modes: memory mode of each column.
-        context: keyword arguments for every cell, such as a padding mask.
-        taps: indices of states to return as intermediate outputs.
-        stored: indices of cells that run in `store`, regardless of the mode of their column.
-        verify: compare what backward rebuilds with checksums (`revnets/engine/replay/checksums.py`).
-        kept: cells that keep their state instead of lost bits, in any mode but `store`.
-        offloaded: indices of cells that hold in host memory what they keep.
-        products: matrix products whose results cells keep, in any mode but `store`.
+        graph: Nodes in order, one per cell.
+        cells: Modules with the signature of `revnets.engine.cell.Cell.forward`.
+        stem: Output of the stem, shape (B, ..., C).
+        modes: Memory mode of each column.
+        context: Keyword arguments for every cell, such as a padding mask.
+        taps: Indices of states to return as intermediate outputs.
+        stored: Indices of cells that run in `store`, regardless of the mode of their column.
+        verify: Compare what backward rebuilds with checksums (`revnets/engine/replay/checksums.py`).
+        kept: Cells that keep their state instead of lost bits, in any mode but `store`.
+        offloaded: Indices of cells that hold in host memory what they keep.
+        products: Matrix products whose results cells keep, in any mode but `store`.
 
     Returns:
         The states `graph.last` and the intermediate outputs.
@@ -87,15 +87,15 @@ class PlainPass:
     """One pass over the cells without a tape.
 
     Args:
-        graph: as in `run`.
-        cells: as in `run`.
-        stem: as in `run`.
-        taps: as in `run`.
+        graph: As in `run`.
+        cells: As in `run`.
+        stem: As in `run`.
+        taps: As in `run`.
 
     Attributes:
-        context: keyword arguments that all cells share.
-        states: states that later cells still need, by index.
-        tapped: intermediate outputs, by index.
+        context: Keyword arguments that all cells share.
+        states: States that later cells still need, by index.
+        tapped: Intermediate outputs, by index.
     """
 
     def __init__(self, graph: Graph, cells: Sequence[nn.Module], stem: Tensor, taps: Sequence[int] = ()):
@@ -146,19 +146,19 @@ class TapedPass(PlainPass):
     """One pass recorded on a tape, starting at the first cell that needs a gradient.
 
     Args:
-        graph: as in `run`.
-        cells: as in `run`.
-        stem: as in `run`.
-        modes: memory mode of each cell.
-        context: keyword arguments that all cells share; `step` accepts others.
-        taps: as in `run`.
-        verify: as in `run`.
-        kept: as in `run`.
-        offloaded: as in `run`.
-        products: as in `run`.
+        graph: As in `run`.
+        cells: As in `run`.
+        stem: As in `run`.
+        modes: Memory mode of each cell.
+        context: Keyword arguments that all cells share; `step` accepts others.
+        taps: As in `run`.
+        verify: As in `run`.
+        kept: As in `run`.
+        offloaded: As in `run`.
+        products: As in `run`.
 
     Raises:
-        ArgumentError: the stem is an inference tensor, which autograd does not support.
+        ArgumentError: If the stem is an inference tensor, which autograd does not support.
     """
 
     def __init__(
@@ -239,11 +239,11 @@ def invert(
     """Rebuild all states from the last ones, without recording gradients.
 
     Args:
-        graph: as in `run`.
-        cells: as in `run`.
-        last: the states `graph.last`.
-        stem: as in `run`.
-        context: as in `run`.
+        graph: As in `run`.
+        cells: As in `run`.
+        last: The states `graph.last`.
+        stem: As in `run`.
+        context: As in `run`.
 
     Returns:
         A list of states per column, last column first; within a column, level 0 first.
@@ -285,7 +285,7 @@ def tap_index(graph: Graph, column: int) -> int:
     """Return the index of a column's top-level state, which is the first one in a column that runs down.
 
     Raises:
-        ArgumentError: the column does not exist.
+        ArgumentError: If the column does not exist.
     """
     if isinstance(column, bool) or not 0 <= column < graph.columns:
         raise ArgumentError(

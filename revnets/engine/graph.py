@@ -40,12 +40,12 @@ class Node:
     """One cell: its position, its inputs, and the state that it replaces.
 
     Attributes:
-        index: position t in the sequence.
+        index: Position t in the sequence.
         column: t // m.
         level: 0 is closest to the image; t % m in a column that runs up.
-        reads: indices of the input states, or `STEM` (-1) for the stem's output.
-        residual: index of the state that it replaces, t - m in RevCol; None if there is none, and then no gain.
-        constant: whether a learned constant is added here. It is a weight of F_t, not a state.
+        reads: Indices of the input states, or `STEM` (-1) for the stem's output.
+        residual: Index of the state that it replaces, t - m in RevCol; None if there is none, and then no gain.
+        constant: Whether a learned constant is added here. It is a weight of F_t, not a state.
     """
 
     index: int
@@ -65,10 +65,10 @@ class Graph:
     """All nodes of a sequence, in the order in which they run. `revnets.wire` creates it.
 
     Attributes:
-        m: levels per column.
-        nodes: one node per cell.
-        window: number of latest states that cells need, in addition to the stem.
-        last: indices of the states that remain at the end, at most one per level, level 0 first.
+        m: Levels per column.
+        nodes: One node per cell.
+        window: Number of latest states that cells need, in addition to the stem.
+        last: Indices of the states that remain at the end, at most one per level, level 0 first.
     """
 
     m: int
@@ -105,7 +105,7 @@ class Graph:
         """Return True if a column runs from its top level down.
 
         Args:
-            column: index of the column.
+            column: Index of the column.
         """
         return self.nodes[column * self.m].level > 0
 
@@ -113,7 +113,7 @@ class Graph:
         """Return the indices of a column's states, level 0 first in either direction.
 
         Args:
-            column: index of the column.
+            column: Index of the column.
         """
         states = range(column * self.m, min((column + 1) * self.m, len(self.nodes)))
         return states[::-1] if self.is_down(column) else states
@@ -122,8 +122,8 @@ class Graph:
         """Return where an input comes from: `stem`, `below` (same column) or `above` (an earlier column).
 
         Args:
-            node: the cell that reads it.
-            read: index of the input state, or `STEM`.
+            node: The cell that reads it.
+            read: Index of the input state, or `STEM`.
         """
         if read == STEM:
             return "stem"
@@ -133,7 +133,7 @@ class Graph:
         """Return the name of a state: "c1.l0" for column 1, level 0, or "stem".
 
         Args:
-            index: index of the state, or `STEM`.
+            index: Index of the state, or `STEM`.
         """
         return "stem" if index == STEM else f"c{self.nodes[index].column}.l{self.nodes[index].level}"
 
@@ -155,8 +155,8 @@ class ReadError(ValueError):
     Not an `ArgumentError`, because importing that class imports torch.
 
     Attributes:
-        key: name of the argument.
-        code: kind of the error, as in `revnets.engine.errors.ArgumentError`.
+        key: Name of the argument.
+        code: Kind of the error, as in `revnets.engine.errors.ArgumentError`.
     """
 
     def __init__(self, message: str, key: str = "reads", code: str = "invalid-value"):
@@ -178,21 +178,21 @@ def wire(
     is the level that runs next, in the previous column. A cell can read the latest state of every level but its own.
 
     Args:
-        length: number of cells T; the last column may be shorter than m.
-        m: levels per column, at least 2.
-        reads: inputs of each level: names from `revnets.engine.graph.READS`, or offsets k for the level k positions
+        length: Number of cells T; the last column may be shorter than m.
+        m: Levels per column, at least 2.
+        reads: Inputs of each level: names from `revnets.engine.graph.READS`, or offsets k for the level k positions
             earlier in the order of the column.
-        residuals: residual of each level as an offset k, 1 <= k <= m; m is the same level of the previous column, and
+        residuals: Residual of each level as an offset k, 1 <= k <= m; m is the same level of the previous column, and
             0 means no residual. By default m for all levels.
         directions: `up` or `down` for each column; the first column runs up. By default all columns do.
-        constant: column whose first cell adds a learned constant, such as mask tokens.
+        constant: Column whose first cell adds a learned constant, such as mask tokens.
 
     Returns:
         The graph of all cells.
 
     Raises:
-        ReadError: there are too few levels or cells; an input has an unknown name, an offset outside the window, or is
-            a replaced state; or the directions or the constant do not match the columns.
+        ReadError: If there are too few levels or cells; an input has an unknown name, an offset outside the window, or
+            is a replaced state; or the directions or the constant do not match the columns.
 
     Example:
         >>> graph = revnets.wire(8, 4, [["below", "above"]] * 4)

@@ -22,10 +22,10 @@ class Memory(StrEnum):
     """How backward recovers x_{t-m}, the state that cell t replaces.
 
     Attributes:
-        STORE: autograd keeps it and everything the cell saves; there is no replay.
-        RECOMPUTE: the tape keeps it and replays the cell.
-        INVERT: the inverse alone rebuilds it; rounding errors accumulate.
-        EXACT: the inverse and the lost bits (the rounding residual of the coupling) rebuild it bit for bit.
+        STORE: Autograd keeps it and everything the cell saves; there is no replay.
+        RECOMPUTE: The tape keeps it and replays the cell.
+        INVERT: The inverse alone rebuilds it; rounding errors accumulate.
+        EXACT: The inverse and the lost bits (the rounding residual of the coupling) rebuild it bit for bit.
     """
 
     STORE = "store"
@@ -47,16 +47,16 @@ class MemoryPolicy:
     """What reversible columns keep for backward. Immutable; `dataclasses.replace` returns a changed copy.
 
     Attributes:
-        modes: memory mode of each column.
-        stored: indices of cells that keep everything autograd saves, regardless of the mode of their column.
-        verify: compare what backward rebuilds with checksums of the forward pass.
-        budget: pending until the first training forward pass of the model, see `revnets.keep_budget`.
-        kept: items of a `Kept`, sorted by cell.
-        offloaded: indices of cells that hold in host memory what they keep.
-        products: items of a `Products`, sorted by cell.
+        modes: Memory mode of each column.
+        stored: Indices of cells that keep everything autograd saves, regardless of the mode of their column.
+        verify: Compare what backward rebuilds with checksums of the forward pass.
+        budget: Pending until the first training forward pass of the model, see `revnets.keep_budget`.
+        kept: Items of a `Kept`, sorted by cell.
+        offloaded: Indices of cells that hold in host memory what they keep.
+        products: Items of a `Products`, sorted by cell.
 
     Raises:
-        ArgumentError: a memory mode is unknown, or a field has the wrong type.
+        ArgumentError: If a memory mode is unknown, or a field has the wrong type.
     """
 
     modes: tuple[Memory, ...]
@@ -147,19 +147,19 @@ class PolicyAttributes:
         """Use another policy in a `with` block, and restore the current one at its end.
 
         Args:
-            policy: replaces the current policy before the changes below; by default the current policy.
-            modes: assigned to `memory`. A pending budget is not planned inside the block.
-            stored: assigned to `stored`.
-            kept: assigned to `kept`.
-            verify: assigned to `verify`.
-            offloaded: assigned to `offloaded`.
-            products: assigned to `products`.
+            policy: Replaces the current policy before the changes below; by default the current policy.
+            modes: Assigned to `memory`. A pending budget is not planned inside the block.
+            stored: Assigned to `stored`.
+            kept: Assigned to `kept`.
+            verify: Assigned to `verify`.
+            offloaded: Assigned to `offloaded`.
+            products: Assigned to `products`.
 
         Yields:
             The policy in effect.
 
         Raises:
-            ArgumentError: a value is invalid for its attribute.
+            ArgumentError: If a value is invalid for its attribute.
 
         Example:
             >>> with model.columns.using(modes="store"):
@@ -266,7 +266,7 @@ def memory_modes(value: str | Sequence[str], columns: int) -> tuple[Memory, ...]
     """Return one memory mode per column, from one mode for all columns or a list.
 
     Raises:
-        ArgumentError: a mode is unknown, or the list has the wrong length.
+        ArgumentError: If a mode is unknown, or the list has the wrong length.
     """
     values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value] * columns
     for item in values:
@@ -284,7 +284,7 @@ def stored_cells(value: int | Iterable[int], cells: int) -> frozenset[int]:
     """Return the indices of stored cells, from indices or a number of cells counted from the end.
 
     Raises:
-        ArgumentError: there are too few cells, an index does not exist, or the value has the wrong type.
+        ArgumentError: If there are too few cells, an index does not exist, or the value has the wrong type.
     """
     if isinstance(value, int):
         if not 0 <= value <= cells:
@@ -298,7 +298,7 @@ def kept_cells(value: Kept | Iterable[int], cells: int) -> dict[int, int | None]
     """Return the cells that keep their state, from a mapping or the indices of cells that keep only the state.
 
     Raises:
-        ArgumentError: an index does not exist, a number of tensors is negative, or a value has the wrong type.
+        ArgumentError: If an index does not exist, a number of tensors is negative, or a value has the wrong type.
     """
     is_mapping = isinstance(value, Mapping)
     kept: dict[Any, Any] = dict(cast(Any, value)) if is_mapping else dict.fromkeys(_cells(value, cells, "kept"))
@@ -316,7 +316,7 @@ def products_of_cells(value: Products, cells: int) -> dict[int, tuple[int, ...]]
     """Return the sorted positions of the products that cells keep.
 
     Raises:
-        ArgumentError: an index does not exist, a position is negative, or a value has the wrong type.
+        ArgumentError: If an index does not exist, a position is negative, or a value has the wrong type.
     """
     try:
         found = {cell: tuple(sorted({index(number) for number in numbers})) for cell, numbers in dict(value).items()}

@@ -121,8 +121,8 @@ class Tape:
         """Run a cell so that the graph holds handles instead of its saved tensors.
 
         Args:
-            context: keyword arguments of the cell.
-            is_common: whether these are the arguments of the tape, which all cells share.
+            context: Keyword arguments of the cell.
+            is_common: Whether these are the arguments of the tape, which all cells share.
         """
         if past is not None and mode is not Memory.STORE and is_same_memory(past, self.stem.tensor):
             mode = Memory.RECOMPUTE  # a stream that starts as the stem, as in RevNet: the tape holds it anyway

@@ -160,8 +160,8 @@ def intercepted_draws(key: Any, draw: _Draw) -> Generator[None]:
     that only this thread includes.
 
     Args:
-        key: from `draw_key`.
-        draw: called with the operation, which takes the generator to use.
+        key: From `draw_key`.
+        draw: Called with the operation, which takes the generator to use.
     """
     before = getattr(_draws, "draw", None)
     with torch._C._IncludeDispatchKeyGuard(key):

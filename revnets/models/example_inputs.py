@@ -43,8 +43,8 @@ def example_input(model: nn.Module, shape: Sequence[int], *, device: str | None 
     """Return a random input for a model: normal values or token indices.
 
     Args:
-        model: the model.
-        shape: shape of the input, batch first.
+        model: The model.
+        shape: Shape of the input, batch first.
         device: "meta" for an input without values; by default the default device.
     """
     if not takes_tokens(model):

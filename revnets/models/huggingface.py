@@ -34,14 +34,14 @@ def create(name: str, **options: Any) -> nn.Module:
     meta device no weights are loaded. The cache of keys and values is off (`use_cache`), as training requires.
 
     Args:
-        name: directory with a `config.json`, or a name on the hub, whose configuration is downloaded.
-        options: values that replace those of the configuration.
+        name: Directory with a `config.json`, or a name on the hub, whose configuration is downloaded.
+        options: Values that replace those of the configuration.
 
     Returns:
         The model.
 
     Raises:
-        SpecError: transformers is not installed, or the configuration refers to code outside transformers, is not a
+        SpecError: If transformers is not installed, or the configuration refers to code outside transformers, is not a
             regular file, or has too many layers.
     """
     try:

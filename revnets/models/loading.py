@@ -43,18 +43,18 @@ def load_model(source: Source | NetSpec, overrides: Sequence[str] = (), *, trust
     """Build a model from a file, a dict, a spec or a name.
 
     Args:
-        source: a YAML file, a dict or a `NetSpec`; the name of a model, such as timm's `revcol_tiny`; an import path
+        source: A YAML file, a dict or a `NetSpec`; the name of a model, such as timm's `revcol_tiny`; an import path
             `package.module:function`, which is called; or `timm:NAME`, `hf:NAME`.
-        overrides: items `key=value`: for a specification as in `revnets.build`, otherwise keyword arguments of the
+        overrides: Items `key=value`: for a specification as in `revnets.build`, otherwise keyword arguments of the
             model.
-        trust: whether a YAML file, dict or spec may name classes of other projects. An import path in `source` is
+        trust: Whether a YAML file, dict or spec may name classes of other projects. An import path in `source` is
             always called.
 
     Returns:
         The model.
 
     Raises:
-        revnets.SpecError: the file or model does not exist, is not trusted, or rejects its options.
+        revnets.SpecError: If the file or model does not exist, is not trusted, or rejects its options.
     """
     if isinstance(source, (Mapping, NetSpec)):
         return build(source, overrides, trust=trust)

@@ -30,10 +30,10 @@ class Level(nn.Module):
     """The function F_t of a cell: a fusion of its inputs, then blocks.
 
     Args:
-        fusion: combines the inputs into one state with `dim` channels.
-        blocks: modules that keep the shape of the state.
-        dim: number of channels.
-        name: name of the cell in error messages.
+        fusion: Combines the inputs into one state with `dim` channels.
+        blocks: Modules that keep the shape of the state.
+        dim: Number of channels.
+        name: Name of the cell in error messages.
     """
 
     def __init__(self, fusion: nn.Module, blocks: Sequence[nn.Module], dim: int, name: str):
@@ -47,7 +47,7 @@ class Level(nn.Module):
         """Map input states (B, ..., C) to (B, ..., dim).
 
         Raises:
-            ArgumentError: the fusion or a block returns an invalid shape.
+            ArgumentError: If the fusion or a block returns an invalid shape.
         """
         x = self.fusion(*reads)
         if x.shape[-1] != self.dim:
@@ -75,16 +75,16 @@ class Net(nn.Module):
     """Stem, reversible columns and head as one module. `revnets.build` creates it from a specification.
 
     Args:
-        spec: the specification.
-        stem: maps the input of the network to the input of the columns.
-        columns: the reversible columns.
-        head: maps the list of the last column's states to the output; optional.
+        spec: The specification.
+        stem: Maps the input of the network to the input of the columns.
+        columns: The reversible columns.
+        head: Maps the list of the last column's states to the output; optional.
 
     Attributes:
-        spec: the specification.
-        stem: the stem.
-        columns: the columns, whose attribute `memory` sets the memory mode.
-        head: the head, or None.
+        spec: The specification.
+        stem: The stem.
+        columns: The columns, whose attribute `memory` sets the memory mode.
+        head: The head, or None.
     """
 
     def __init__(self, spec: NetSpec, stem: nn.Module, columns: ReversibleColumns, head: nn.Module | None):
@@ -102,7 +102,7 @@ class Net(nn.Module):
         """Run the network.
 
         Args:
-            x: input of the stem, batch first.
+            x: Input of the stem, batch first.
 
         Returns:
             The output of the head, or without a head the list of the last column's states, level 0 first. If the
@@ -129,16 +129,16 @@ def build(source: ConfigSource | NetSpec, overrides: Sequence[str] = (), *, trus
     """Build a network from a specification.
 
     Args:
-        source: a YAML file, a dict or a `NetSpec`.
-        overrides: items `key=value` that replace values, such as `columns=8`.
-        trust: whether the specification may name classes of other projects. Their modules are imported and their
+        source: A YAML file, a dict or a `NetSpec`.
+        overrides: Items `key=value` that replace values, such as `columns=8`.
+        trust: Whether the specification may name classes of other projects. Their modules are imported and their
             constructors are called.
 
     Returns:
         The network, with initialized weights.
 
     Raises:
-        revnets.SpecError: the specification is invalid or not trusted, or a component rejects its options.
+        revnets.SpecError: If the specification is invalid or not trusted, or a component rejects its options.
 
     Example:
         >>> level = {"dim": 8, "depth": 1, "block": "mlp"}
@@ -159,12 +159,12 @@ def build_stem(spec: NetSpec, name: str = "spec", **options: Any) -> nn.Module:
     """Build the stem of a network.
 
     Args:
-        spec: the specification.
-        name: name of the specification in error messages.
-        options: options that replace those of the specification.
+        spec: The specification.
+        name: Name of the specification in error messages.
+        options: Options that replace those of the specification.
 
     Raises:
-        revnets.SpecError: the stem rejects its options.
+        revnets.SpecError: If the stem rejects its options.
     """
     return _component(name, "stem", "stem", spec.stem.type, dim=spec.levels[0].dim, **{**spec.stem.options, **options})
 
@@ -176,14 +176,14 @@ def build_columns(spec: ColumnsSpec, name: str = "spec") -> ReversibleColumns:
     and warn in training that the budget is pending.
 
     Args:
-        spec: the specification.
-        name: name of the specification in error messages.
+        spec: The specification.
+        name: Name of the specification in error messages.
 
     Returns:
         The columns. Their input has the channels of level 0.
 
     Raises:
-        revnets.SpecError: a component rejects its options.
+        revnets.SpecError: If a component rejects its options.
     """
     graph, reductions, rates = spec.graph(), spec.reductions(), spec.drop_path_rates()
     cells = []

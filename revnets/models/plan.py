@@ -39,30 +39,31 @@ def plan(
     """Estimate the memory of a training step in each memory mode, and choose the fastest plan under a budget.
 
     Args:
-        model_or_spec: a module with reversible columns (also on the meta device), a YAML file, dict or
+        model_or_spec: A module with reversible columns (also on the meta device), a YAML file, dict or
             spec, or the name of a model such as timm's `revcol_tiny` (`revnets.models.loading.load_model`).
-        input_shape: shape of the input of one rank, batch first; or an example, of which only shape and dtype matter.
+        input_shape: Shape of the input of one rank, batch first; or an example, of which only shape and dtype matter.
         dtype: float32; bfloat16 or float16 mean autocast with float32 weights.
-        optimizer: optimizer whose states are counted, one of `revnets.config.memory_budget.OPTIMIZERS`, or the number
+        optimizer: Optimizer whose states are counted, one of `revnets.config.memory_budget.OPTIMIZERS`, or the number
             of state tensors per weight.
-        ranks: number of processes. With more than one, communication buffers of `sharding` are counted.
+        ranks: Number of processes. With more than one, communication buffers of `sharding` are counted.
         sharding: `ddp` (replicas), or `fsdp` (`fully_shard` on every cell).
-        grad_accum: forward passes per update. With several, gradients stay allocated throughout the step.
-        budget: number of bytes, text such as `24GiB`, or a memory mode, which stands for its peak. `Plan.chosen` is
+        grad_accum: Forward passes per update. With several, gradients stay allocated throughout the step.
+        budget: Number of bytes, text such as `24GiB`, or a memory mode, which stands for its peak. `Plan.chosen` is
             the chosen plan.
-        host: additional host memory for cells in bytes, or text such as `64GiB`; requires a budget.
-        link: bandwidth between device and host in bytes per second, or text such as `25GB/s`.
+        host: Additional host memory for cells in bytes, or text such as `64GiB`; requires a budget.
+        link: Bandwidth between device and host in bytes per second, or text such as `25GB/s`.
         flops: FLOPs per second of the device, or text such as `300TFLOP/s`. By default measured in a matrix product, on
             a device of this machine if the model is on the meta device.
-        modes: memory modes to estimate.
-        trust: whether a YAML file, dict or spec may name classes of other projects, which are imported and called.
-        progress: called with a description of each step of the computation.
+        modes: Memory modes to estimate.
+        trust: Whether a YAML file, dict or spec may name classes of other projects, which are imported and called.
+        progress: Called with a description of each step of the computation.
 
     Returns:
         The estimates of all modes and, under a budget, the chosen plan.
 
     Raises:
-        PlanError: no plan fits the budget (the message states the minimum and what to change), or a value is invalid.
+        PlanError: If no plan fits the budget (the message states the minimum and what to change), or a value is
+            invalid.
 
     Example:
         >>> plan = revnets.plan(net, (32, 16), budget="exact")

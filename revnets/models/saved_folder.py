@@ -26,7 +26,7 @@ def require_config(folder: Path) -> None:
     """Check that a directory has the configuration of a whole model, in a regular file of acceptable size.
 
     Raises:
-        revnets.SpecError: the configuration is not a regular file or too large, its weights are quantized, or the
+        revnets.SpecError: If the configuration is not a regular file or too large, its weights are quantized, or the
             directory has an adapter of peft.
     """
     path, adapter = folder / "config.json", folder / "adapter_config.json"
@@ -52,7 +52,7 @@ def require_unquantized(path: Path, values: Any) -> None:
     """Check that a configuration describes weights that are not quantized.
 
     Raises:
-        revnets.SpecError: it has the key `quantization_config`.
+        revnets.SpecError: If it has the key `quantization_config`.
     """
     if isinstance(values, Mapping) and values.get("quantization_config") is not None:
         problem = "quantized weights are not supported"
@@ -66,10 +66,10 @@ def configuration_errors(source: Path) -> Iterator[None]:
     transformers validates few values, so an invalid one may raise any exception.
 
     Args:
-        source: file or directory of the configuration.
+        source: File or directory of the configuration.
 
     Raises:
-        revnets.SpecError: with the key and code of an `ArgumentError`, without a key for other exceptions.
+        revnets.SpecError: With the key and code of an `ArgumentError`; other exceptions have no key.
     """
     try:
         yield
@@ -88,14 +88,15 @@ def require_room(
     """Check that a model is no larger than the weights in its directory.
 
     Args:
-        folder: directory of the configuration and the weights.
-        build: builds the model; called on the meta device.
-        blocks: number of modules in the configuration, by key; each module has at least one tensor.
-        size: key of the channels, for error messages; empty if several keys determine them.
-        free: number of elements that the model may have in addition to those in its files.
+        folder: Directory of the configuration and the weights.
+        build: Builds the model; called on the meta device.
+        blocks: Number of modules in the configuration, by key; each module has at least one tensor.
+        size: Key of the channels, for error messages; empty if several keys determine them.
+        free: Number of elements that the model may have in addition to those in its files.
 
     Raises:
-        revnets.SpecError: the configuration is invalid or describes a larger model, or weights are missing or damaged.
+        revnets.SpecError: If the configuration is invalid or describes a larger model, or weights are missing or
+            damaged.
     """
     sizes = _sizes(folder)
     if not sizes:
@@ -121,11 +122,11 @@ def require_all(folder: str, info: dict[str, Any]) -> None:
     """Check that a model loaded all weights of its files and needs no others.
 
     Args:
-        folder: directory of the files.
-        info: loading information from transformers.
+        folder: Directory of the files.
+        info: Loading information from transformers.
 
     Raises:
-        revnets.SpecError: a weight is missing, has another shape or belongs to no layer; the message names it.
+        revnets.SpecError: If a weight is missing, has another shape or belongs to no layer; the message names it.
     """
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     kinds = {"missing": missing, "of another shape": mismatched, "unexpected": sorted(info["unexpected_keys"])}

@@ -41,10 +41,10 @@ class DropPath(nn.Module):
     """Stochastic depth: drops the residual branch of a sample with probability `rate` (Huang et al., 2016).
 
     Args:
-        rate: in [0, 1).
+        rate: In [0, 1).
 
     Raises:
-        ArgumentError: the rate is out of range.
+        ArgumentError: If the rate is out of range.
     """
 
     def __init__(self, rate: float = 0.0):
@@ -57,7 +57,7 @@ class DropPath(nn.Module):
         """Scale the branch of each sample by 0 or 1 / (1 - rate); in evaluation, return it unchanged.
 
         Args:
-            x: output of the branch, shape (B, ...).
+            x: Output of the branch, shape (B, ...).
         """
         if self.rate == 0 or not self.training:
             return x
@@ -73,8 +73,8 @@ class LayerScale(nn.Module):
     """Learnable scale per channel at the end of a residual branch (Touvron et al., 2021).
 
     Args:
-        dim: number of channels.
-        init: initial value of every scale.
+        dim: Number of channels.
+        init: Initial value of every scale.
     """
 
     def __init__(self, dim: int, init: float):
@@ -90,9 +90,9 @@ class MLP(nn.Module):
     """Linear, GELU and Linear over the channels, with dropout after GELU and at the end.
 
     Args:
-        dim: number of channels.
-        hidden: number of hidden channels.
-        dropout: rate of both dropouts.
+        dim: Number of channels.
+        hidden: Number of hidden channels.
+        dropout: Rate of both dropouts.
     """
 
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
@@ -116,15 +116,15 @@ class ConvNeXtBlock(nn.Module):
     """ConvNeXt block (Liu et al., 2022), by default with RevCol's 3x3 kernel (section 2.2.2).
 
     Args:
-        dim: number of channels.
-        kernel_size: of the depthwise convolution, odd.
-        expand: ratio of hidden channels to channels in the MLP.
-        layer_scale: initial scale of the branch.
-        drop_path: rate of stochastic depth.
-        shortcut: add the input to the branch. Without it, the block is F of a RevNet, whose residual replaces it.
+        dim: Number of channels.
+        kernel_size: Of the depthwise convolution, odd.
+        expand: Ratio of hidden channels to channels in the MLP.
+        layer_scale: Initial scale of the branch.
+        drop_path: Rate of stochastic depth.
+        shortcut: Add the input to the branch. Without it, the block is F of a RevNet, whose residual replaces it.
 
     Raises:
-        ArgumentError: the kernel size is even.
+        ArgumentError: If the kernel size is even.
     """
 
     def __init__(
@@ -159,9 +159,9 @@ class Attention(nn.Module):
     """Multi-head self-attention over all positions.
 
     Args:
-        dim: number of channels, a multiple of `heads`.
-        heads: number of heads.
-        dropout: rate on the attention weights.
+        dim: Number of channels, a multiple of `heads`.
+        heads: Number of heads.
+        dropout: Rate on the attention weights.
 
     Raises:
         ArgumentError: `dim` is not a multiple of `heads`.
@@ -193,11 +193,11 @@ class ViTBlock(nn.Module):
     """Pre-norm transformer block (Dosovitskiy et al., 2021).
 
     Args:
-        dim: number of channels, a multiple of `heads`.
-        heads: number of attention heads.
-        mlp_ratio: ratio of hidden channels to channels in the MLP.
-        dropout: rate on the attention weights and in the MLP.
-        drop_path: rate of stochastic depth.
+        dim: Number of channels, a multiple of `heads`.
+        heads: Number of attention heads.
+        mlp_ratio: Ratio of hidden channels to channels in the MLP.
+        dropout: Rate on the attention weights and in the MLP.
+        drop_path: Rate of stochastic depth.
 
     Raises:
         ArgumentError: `dim` is not a multiple of `heads`.
@@ -216,7 +216,7 @@ class ViTBlock(nn.Module):
         """Map (B, N, C), or (B, H, W, C) with each pixel as a token, to the same shape.
 
         Raises:
-            ArgumentError: the input has no axis of positions.
+            ArgumentError: If the input has no axis of positions.
         """
         if x.dim() < 3:
             raise ArgumentError(
@@ -235,10 +235,10 @@ class MLPBlock(nn.Module):
     """Residual MLP, applied to each position independently.
 
     Args:
-        dim: number of channels.
-        expand: ratio of hidden channels to channels.
-        dropout: rate in the MLP.
-        drop_path: rate of stochastic depth.
+        dim: Number of channels.
+        expand: Ratio of hidden channels to channels.
+        dropout: Rate in the MLP.
+        drop_path: Rate of stochastic depth.
     """
 
     def __init__(self, dim: int, expand: Count = 4, dropout: Rate = 0.0, drop_path: Rate = 0.0):

@@ -23,8 +23,8 @@ class Source(NamedTuple):
 
     Attributes:
         kind: `stem`, `below` or `above`.
-        dim: number of channels.
-        reduction: of height and width, relative to the stem's output.
+        dim: Number of channels.
+        reduction: Of height and width, relative to the stem's output.
     """
 
     kind: str
@@ -36,9 +36,9 @@ class Down(nn.Module):
     """Strided convolution, then LayerNorm (ConvNeXt has the reverse order). Incomplete windows are padded with zeros.
 
     Args:
-        dim_in: channels of the input.
-        dim: channels of the output.
-        ratio: kernel size and stride.
+        dim_in: Channels of the input.
+        dim: Channels of the output.
+        ratio: Kernel size and stride.
     """
 
     def __init__(self, dim_in: int, dim: int, ratio: int):
@@ -59,9 +59,9 @@ class Up(nn.Module):
     """Linear and LayerNorm at the low resolution, then nearest-neighbor upsampling.
 
     Args:
-        dim_in: channels of the input.
-        dim: channels of the output.
-        ratio: factor of height and width.
+        dim_in: Channels of the input.
+        dim: Channels of the output.
+        ratio: Factor of height and width.
     """
 
     def __init__(self, dim_in: int, dim: int, ratio: int):
@@ -81,9 +81,9 @@ class Project(nn.Module):
     """Linear and LayerNorm over the channels.
 
     Args:
-        dim_in: channels of the input.
-        dim: channels of the output.
-        norm: whether to apply LayerNorm.
+        dim_in: Channels of the input.
+        dim: Channels of the output.
+        norm: Whether to apply LayerNorm.
     """
 
     def __init__(self, dim_in: int, dim: int, norm: bool = True):
@@ -104,10 +104,10 @@ class ConvNeXtFusion(nn.Module):
     rounds odd sizes up, and upsampled inputs are cropped to the smallest size.
 
     Args:
-        dim: channels of the level.
-        reduction: of the level's resolution, relative to the stem's output.
-        sources: the inputs, in order.
-        stepwise: downsample in several steps of 2, as in HRNet (Wang et al., 2019).
+        dim: Channels of the level.
+        reduction: Of the level's resolution, relative to the stem's output.
+        sources: The inputs, in order.
+        stepwise: Downsample in several steps of 2, as in HRNet (Wang et al., 2019).
     """
 
     default_stride = 2
@@ -135,7 +135,7 @@ class ConvNeXtFusion(nn.Module):
         """Map inputs (B, H', W', C') to their sum (B, H, W, dim).
 
         Raises:
-            ArgumentError: the inputs need resampling, but are not images.
+            ArgumentError: If the inputs need resampling, but are not images.
         """
         if not self.resamples:
             return sum_up(path(read) for path, read in zip(self.paths, reads, strict=True))
@@ -158,14 +158,14 @@ class LinearFusion(nn.Module):
     """Isotropic fusion: the sum of projected inputs (Linear and LayerNorm) and unchanged inputs.
 
     Args:
-        dim: channels of the level.
-        reduction: of the level's resolution, relative to the stem's output.
-        sources: the inputs, in order.
-        project: kinds of inputs to project. Inputs with another number of channels are always projected.
-        norm: whether projections include LayerNorm.
+        dim: Channels of the level.
+        reduction: Of the level's resolution, relative to the stem's output.
+        sources: The inputs, in order.
+        project: Kinds of inputs to project. Inputs with another number of channels are always projected.
+        norm: Whether projections include LayerNorm.
 
     Raises:
-        ArgumentError: the inputs have another resolution than the level.
+        ArgumentError: If the inputs have another resolution than the level.
     """
 
     default_stride = 1
@@ -196,12 +196,12 @@ class IdentityFusion(nn.Module):
     """Parameter-free sum of inputs of equal shape (RevNet, RevViT).
 
     Args:
-        dim: channels of the level.
-        reduction: of the level's resolution, relative to the stem's output.
-        sources: the inputs, in order.
+        dim: Channels of the level.
+        reduction: Of the level's resolution, relative to the stem's output.
+        sources: The inputs, in order.
 
     Raises:
-        ArgumentError: the inputs have another resolution or number of channels than the level.
+        ArgumentError: If the inputs have another resolution or number of channels than the level.
     """
 
     default_stride = 1
@@ -227,8 +227,8 @@ class WithConstant(nn.Module):
     """A fusion whose result is added to a learned constant, such as the mask tokens of a decoder.
 
     Args:
-        fusion: fusion of the inputs.
-        shape: shape of the constant: (dim,) for one vector at all positions, or (*positions, dim).
+        fusion: Fusion of the inputs.
+        shape: Shape of the constant: (dim,) for one vector at all positions, or (*positions, dim).
     """
 
     def __init__(self, fusion: nn.Module, shape: tuple[int, ...]):
@@ -241,7 +241,7 @@ class WithConstant(nn.Module):
         """Map the inputs of the fusion to (B, *positions, dim).
 
         Raises:
-            ArgumentError: the constant has other positions than the level.
+            ArgumentError: If the constant has other positions than the level.
         """
         x, shape = self.fusion(*reads), self.constant.shape
         if len(shape) > 1 and shape != x.shape[1:]:

@@ -17,12 +17,12 @@ class PatchifyStem(nn.Module):
     """Non-overlapping patches: strided convolution, then LayerNorm (RevCol, section 2.2.1).
 
     Args:
-        dim: channels of the output.
-        in_chans: channels of the images.
-        patch: kernel size and stride.
+        dim: Channels of the output.
+        in_chans: Channels of the images.
+        patch: Kernel size and stride.
 
     Attributes:
-        example_shape: shape of one sample, without the batch axis.
+        example_shape: Shape of one sample, without the batch axis.
     """
 
     def __init__(self, dim: int, in_chans: Count = 3, patch: Count = 4):
@@ -43,13 +43,13 @@ class TokenStem(nn.Module):
     """A sequence of patches with learned position embeddings (Dosovitskiy et al., 2021).
 
     Args:
-        dim: channels of the output.
-        img_size: height and width of the images, a multiple of `patch`.
-        in_chans: channels of the images.
-        patch: kernel size and stride.
+        dim: Channels of the output.
+        img_size: Height and width of the images, a multiple of `patch`.
+        in_chans: Channels of the images.
+        patch: Kernel size and stride.
 
     Attributes:
-        example_shape: shape of one sample, without the batch axis.
+        example_shape: Shape of one sample, without the batch axis.
 
     Raises:
         ArgumentError: `img_size` is not a multiple of `patch`.
@@ -74,7 +74,7 @@ class TokenStem(nn.Module):
         """Map (B, in_chans, img_size, img_size) to (B, N, dim), N = (img_size / patch)^2.
 
         Raises:
-            ArgumentError: the images have another size.
+            ArgumentError: If the images have another size.
         """
         if x.shape[-2:] != (self.img_size, self.img_size):
             height, width = x.shape[-2:]
@@ -91,11 +91,11 @@ class LinearStem(nn.Module):
     """Linear layer for vectors or sequences of vectors.
 
     Args:
-        dim: channels of the output.
-        in_dim: channels of the input.
+        dim: Channels of the output.
+        in_dim: Channels of the input.
 
     Attributes:
-        example_shape: shape of one sample, without the batch axis.
+        example_shape: Shape of one sample, without the batch axis.
     """
 
     def __init__(self, dim: int, in_dim: Count):
@@ -114,9 +114,9 @@ class ClassifierHead(nn.Module):
     """Classifier on the top level: mean over all positions, LayerNorm, Linear.
 
     Args:
-        dims: channels of all levels.
-        num_classes: number of classes.
-        dropout: rate before the linear layer.
+        dims: Channels of all levels.
+        num_classes: Number of classes.
+        dropout: Rate before the linear layer.
     """
 
     def __init__(self, dims: Sequence[int], num_classes: Count, dropout: Rate = 0.0):

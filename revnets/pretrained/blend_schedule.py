@@ -18,14 +18,14 @@ class BlendSchedule:
     exact at every value, so the schedule may stop early.
 
     Args:
-        model: network made reversible with the rule `blend` and a constant blend.
-        updates: number of updates until the target.
-        blend: the target; by default the current blend.
+        model: Network made reversible with the rule `blend` and a constant blend.
+        updates: Number of updates until the target.
+        blend: The target; by default the current blend.
 
     Attributes:
-        update: number of updates so far.
-        updates: number of updates until the target.
-        blend: the target.
+        update: Number of updates so far.
+        updates: Number of updates until the target.
+        blend: The target.
 
     Example:
         >>> schedule = revnets.BlendSchedule(model, updates=500)
@@ -35,7 +35,7 @@ class BlendSchedule:
         ...     schedule.step()
 
     Raises:
-        ArgumentError: the model is not rewired, has another rule or a learned blend, or a number is out of range.
+        ArgumentError: If the model is not rewired, has another rule or a learned blend, or a number is out of range.
     """
 
     def __init__(self, model: nn.Module, updates: int, blend: float | None = None):
@@ -69,10 +69,10 @@ class BlendSchedule:
         """Restore the state of the schedule, and set its blend.
 
         Args:
-            state: from `state_dict`.
+            state: From `state_dict`.
 
         Raises:
-            ArgumentError: this is not the state of a `BlendSchedule`.
+            ArgumentError: If this is not the state of a `BlendSchedule`.
         """
         is_ours = isinstance(state, dict) and set(state) == {"update", "updates", "blend"}
         if not is_ours or not _is_count(state["update"], 0) or not _is_count(state["updates"], 1):

@@ -26,9 +26,9 @@ class BlockStack:
     """Consecutive blocks of equal shape.
 
     Attributes:
-        name: name of their container.
-        names: names of the blocks.
-        blocks: the blocks.
+        name: Name of their container.
+        names: Names of the blocks.
+        blocks: The blocks.
     """
 
     name: str
@@ -40,13 +40,13 @@ def find_stacks(model: nn.Module, names: str | Sequence[str] | None = None) -> l
     """Return the stacks of a network, in the order of its modules.
 
     Args:
-        model: the network.
-        names: containers (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`) of which all blocks are used. By default,
+        model: The network.
+        names: Containers (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`) of which all blocks are used. By default,
             a stack is at least two consecutive blocks of one class with equal parameter shapes, in a container with a
             name that timm, transformers or torchvision use.
 
     Raises:
-        ArgumentError: a container or a stack does not exist, blocks of a named container differ in shape, or a block
+        ArgumentError: If a container or a stack does not exist, blocks of a named container differ in shape, or a block
             cannot be replayed.
     """
     stacks = list(_found(model)) if names is None else [_named(model, name) for name in _as_list(names)]

@@ -39,9 +39,9 @@ class BlockCell(Cell):
     """A cell that updates x_t with a trained block.
 
     Args:
-        block: shape-preserving module G(x) = x + f(x); its first argument is the state.
-        blend: rule that combines G(x_{t-1}) with x_{t-1} and x_{t-2}.
-        is_first: whether this is the first block, for which x_{t-2} = x_{t-1}.
+        block: Shape-preserving module G(x) = x + f(x); its first argument is the state.
+        blend: Rule that combines G(x_{t-1}) with x_{t-1} and x_{t-2}.
+        is_first: Whether this is the first block, for which x_{t-2} = x_{t-1}.
     """
 
     function: nn.Module
@@ -68,14 +68,14 @@ class BlockCell(Cell):
 
         Args:
             reads: x_{t-1}.
-            couple: computes x_t from F_t and gamma_t.
-            arguments: other arguments of the block.
-            extras: list to which the block's other outputs are appended, or None if it returns only the state.
-            number: parameter of the update rule in the forward pass, which a schedule may change before a replay.
-            context: keyword arguments of the block.
+            couple: Computes x_t from F_t and gamma_t.
+            arguments: Other arguments of the block.
+            extras: List to which the block's other outputs are appended, or None if it returns only the state.
+            number: Parameter of the update rule in the forward pass, which a schedule may change before a replay.
+            context: Keyword arguments of the block.
 
         Raises:
-            ArgumentError: the block returns neither a state nor a tuple that starts with one, or changes the shape.
+            ArgumentError: If the block returns neither a state nor a tuple that starts with one, or changes the shape.
         """
         (x,) = reads
         positional, keywords = arguments
@@ -130,10 +130,10 @@ class RewiredSequence(ReversibleSequence):
     State 0 is the input of the first block, and state t is the output of block t - 1.
 
     Args:
-        names: names of the blocks in error messages.
-        blocks: modules of equal shape; their current `forward` becomes the function of the cells.
-        blends: update rule of each block.
-        memory: as in `ReversibleColumns`.
+        names: Names of the blocks in error messages.
+        blocks: Modules of equal shape; their current `forward` becomes the function of the cells.
+        blends: Update rule of each block.
+        memory: As in `ReversibleColumns`.
     """
 
     def __init__(
@@ -162,15 +162,15 @@ class RewiredSequence(ReversibleSequence):
         """Run one block when the network calls it.
 
         Args:
-            position: position of the block, from 0.
+            position: Position of the block, from 0.
             x: x_{t-1} (B, ..., C), the tensor that the previous block returned.
-            arguments: other arguments of the block.
+            arguments: Other arguments of the block.
 
         Returns:
             The state x_t, and a tuple of the block's other outputs, or None if the block returns only the state.
 
         Raises:
-            ArgumentError: blocks are skipped or called in another order, the network changes the state between two
+            ArgumentError: If blocks are skipped or called in another order, the network changes the state between two
                 blocks, or a cache of keys and values is filled while gradients are recorded.
         """
         modes = modes_of_cells(self.graph, self.memory, self.stored, self.kept)
@@ -255,9 +255,9 @@ class BlockCall:
     """The call of a rewired block: one step of its sequence.
 
     Args:
-        sequence: sequence of the block.
-        position: position of the block in the sequence, from 0.
-        state_name: name of the block's first argument, which may be passed as a keyword.
+        sequence: Sequence of the block.
+        position: Position of the block in the sequence, from 0.
+        state_name: Name of the block's first argument, which may be passed as a keyword.
     """
 
     def __init__(self, sequence: RewiredSequence, position: int, state_name: str):

@@ -45,18 +45,18 @@ def make_reversible(
     0.05, 0.6 at 0.1, 0.5 at 0.5.
 
     Args:
-        model: a network with stacks of shape-preserving blocks, such as those of timm and transformers.
+        model: A network with stacks of shape-preserving blocks, such as those of timm and transformers.
         blend: b, in (0, 1]. Networks that normalize after the sum (BERT) need a small value.
-        blocks: name of a container of blocks, or a list of names; by default all stacks are found.
-        memory: memory mode, or a budget as in YAML: `{"budget": "8GiB"}`.
-        learn_blend: whether b is a trained parameter of every block but the first, `blend.weight` in the block.
-        rule: update rule: `blend`, or another published rule, see `revnets.pretrained.update_rules.RULES`.
+        blocks: Name of a container of blocks, or a list of names; by default all stacks are found.
+        memory: Memory mode, or a budget as in YAML: `{"budget": "8GiB"}`.
+        learn_blend: Whether b is a trained parameter of every block but the first, `blend.weight` in the block.
+        rule: Update rule: `blend`, or another published rule, see `revnets.pretrained.update_rules.RULES`.
 
     Returns:
         The same module.
 
     Raises:
-        ArgumentError: an argument is invalid, or a block cannot be rewired; the model is unchanged.
+        ArgumentError: If an argument is invalid, or a block cannot be rewired; the model is unchanged.
 
     Example:
         >>> model = timm.create_model("vit_tiny_patch16_224", pretrained=True)
@@ -95,13 +95,13 @@ def undo_reversible(model: Model) -> Model:
     """Restore the original blocks of a rewired network. Trained weights are kept, learned blends are removed.
 
     Args:
-        model: a network from `make_reversible`.
+        model: A network from `make_reversible`.
 
     Returns:
         The same module.
 
     Raises:
-        ArgumentError: the model is not rewired.
+        ArgumentError: If the model is not rewired.
     """
     for block in _rewired_blocks(model):
         call = block.__dict__.pop(CALL)
@@ -124,7 +124,7 @@ def original_blocks(model: nn.Module) -> Generator[None]:
     """Restore the computation of the original network in a `with` block.
 
     Raises:
-        ArgumentError: the model is not rewired.
+        ArgumentError: If the model is not rewired.
     """
     blocks = _rewired_blocks(model)
     rewired = [block.__dict__.pop("forward") for block in blocks]

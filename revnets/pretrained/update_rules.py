@@ -44,12 +44,12 @@ class Blend(nn.Module):
     """An update rule with its parameter.
 
     Args:
-        value: parameter of the rule, in (0, 1].
-        rule: one of `RULES`.
-        learned: trained parameter that replaces `value`; each block needs its own.
+        value: Parameter of the rule, in (0, 1].
+        rule: One of `RULES`.
+        learned: Trained parameter that replaces `value`; each block needs its own.
 
     Raises:
-        ArgumentError: the rule is unknown, the value is outside (0, 1], or the rule does not support learning.
+        ArgumentError: If the rule is unknown, the value is outside (0, 1], or the rule does not support learning.
     """
 
     def __init__(self, value: float, rule: str = "blend", learned: Gain | None = None):
@@ -71,9 +71,9 @@ class Blend(nn.Module):
         original network.
 
         Args:
-            x: the state (B, ..., C).
-            is_training: whether the block is in training mode.
-            number: replaces `value`, but not a learned parameter.
+            x: The state (B, ..., C).
+            is_training: Whether the block is in training mode.
+            number: Replaces `value`, but not a learned parameter.
         """
         value: Scalar = self.value if number is None else number
         if self.learned is not None:
@@ -100,11 +100,11 @@ def checked_blend(value: float, least: float = 0.0) -> float:
     """Return a valid blend as a float.
 
     Args:
-        value: the blend.
-        least: exclusive lower bound.
+        value: The blend.
+        least: Exclusive lower bound.
 
     Raises:
-        ArgumentError: the value is not a number in (least, 1].
+        ArgumentError: If the value is not a number in (least, 1].
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= 1:
         text = f"blend = {value!r}: give a number above {least:g} and at most 1"
@@ -118,7 +118,7 @@ def update_of(output: Tensor, x: Tensor, coefficients: Coefficients) -> Tensor:
     Args:
         output: G(x) = x + f(x), shape (B, ..., C).
         x: x_{t-1}, of the same shape.
-        coefficients: of the update rule.
+        coefficients: Of the update rule.
     """
     keep, scale, _ = coefficients
     output = output.to(torch.promote_types(output.dtype, x.dtype))

@@ -38,7 +38,7 @@ class Similarity(NamedTuple):
     Attributes:
         images: (columns, levels), float64.
         labels: (columns, levels), float64.
-        samples: number of samples.
+        samples: Number of samples.
     """
 
     images: Tensor
@@ -49,7 +49,7 @@ class Similarity(NamedTuple):
         """Require a defined result.
 
         Raises:
-            revnets.SpecError: there were too few images, or all of them have one class.
+            revnets.SpecError: If there were too few images, or all of them have one class.
         """
         if self.samples < LEAST:
             problem = f"the batches contain {self.samples} readable images, but HSIC needs {LEAST}"
@@ -72,11 +72,11 @@ def similarity(
     the forward pass itself needs.
 
     Args:
-        model: the model in evaluation mode.
-        columns: the columns of the model.
-        batches: images (n, C, H, W) and class indices (n,), on the model's device. Batches with fewer than `LEAST`
+        model: The model in evaluation mode.
+        columns: The columns of the model.
+        batches: Images (n, C, H, W) and class indices (n,), on the model's device. Batches with fewer than `LEAST`
             images are omitted.
-        tick: called after every batch.
+        tick: Called after every batch.
     """
     total = len(columns.graph.nodes)
     of_states = torch.zeros(total, 3, dtype=torch.float64)  # HSIC with itself, with images, with labels

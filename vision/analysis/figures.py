@@ -64,9 +64,9 @@ def layercam_figure(pixels: Tensor, maps: Sequence[Sequence[Tensor]], caption: s
     """Draw an image and the map of each level of each column over it (figure 8), with levels from bottom to top.
 
     Args:
-        pixels: the image (H, W, C) in [0, 1].
-        maps: map (h, w) of each column and level. Each one is scaled to its own range.
-        caption: text below the image.
+        pixels: The image (H, W, C) in [0, 1].
+        maps: Map (h, w) of each column and level. Each one is scaled to its own range.
+        caption: Text below the image.
     """
     columns, levels = len(maps), max(len(column) for column in maps)
     figure = Figure(figsize=(2.0 + 0.8 * columns, 0.3 + 0.8 * levels), layout="constrained")

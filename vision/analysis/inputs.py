@@ -26,15 +26,15 @@ def load_source(
     """Load a model with its data, and return them with its reversible columns.
 
     Args:
-        source: a checkpoint of `revnets train`; the directory of a run, for its best or last checkpoint; or a timm
+        source: A checkpoint of `revnets train`; the directory of a run, for its best or last checkpoint; or a timm
             model name or a run configuration, which are newly initialized (or loaded with `model.pretrained=true`).
-        overrides: overrides of the run configuration, such as `data.root=/data/imagenet` or `memory=store`.
-        weights: weights of a checkpoint: `raw`, `ema` (averaged over training), or `auto` for `ema` if available.
-        trust: whether the configuration may name classes of other projects.
+        overrides: Overrides of the run configuration, such as `data.root=/data/imagenet` or `memory=store`.
+        weights: Weights of a checkpoint: `raw`, `ema` (averaged over training), or `auto` for `ema` if available.
+        trust: Whether the configuration may name classes of other projects.
 
     Raises:
-        vision.errors.CheckpointError: the checkpoint is unusable.
-        revnets.SpecError: the source does not exist, an override is invalid, or the model has no reversible columns.
+        vision.errors.CheckpointError: If the checkpoint is unusable.
+        revnets.SpecError: If the source does not exist, an override is invalid, or the model has no reversible columns.
     """
     path = Path(source)
     if path.suffix.lower() not in (".yaml", ".yml") and path.exists():
@@ -64,9 +64,9 @@ def batch_plan(run: LoadedRun, size: int, count: int) -> tuple[int, int | None]:
     """Return the size and number of batches of the validation set; the number is None if a stream has no length.
 
     Args:
-        run: the model with its data.
-        size: requested batch size.
-        count: requested number of batches; 0 for the whole validation set.
+        run: The model with its data.
+        size: Requested batch size.
+        count: Requested number of batches; 0 for the whole validation set.
     """
     if run.config.batch_is_stream:
         return size, count or None
@@ -79,7 +79,7 @@ def class_number(classes: Sequence[str], name: str) -> int:
     """Return the index of a class from its name or index.
 
     Raises:
-        revnets.SpecError: the class does not exist.
+        revnets.SpecError: If the class does not exist.
     """
     if name in classes:
         return classes.index(name)
@@ -104,7 +104,7 @@ def image_at(run: LoadedRun, index: int) -> tuple[Tensor, int]:
     """Return image `index` of the validation set, (1, C, H, W), and its class.
 
     Raises:
-        revnets.SpecError: the image does not exist or cannot be read.
+        revnets.SpecError: If the image does not exist or cannot be read.
     """
     try:
         image, label = run.val_image(index)
@@ -119,7 +119,7 @@ def image_from(run: LoadedRun, path: Path) -> Tensor:
     """Read an image file and transform it like the validation set, (1, C, H, W).
 
     Raises:
-        revnets.SpecError: the file cannot be read.
+        revnets.SpecError: If the file cannot be read.
     """
     mode, exif = run.decoding
     try:

@@ -23,7 +23,7 @@ class LayerCam(NamedTuple):
     Attributes:
         scores: (B, num_classes).
         classes: (B,), the classes of the maps.
-        maps: non-negative maps (B, H, W) of each state x_t.
+        maps: Non-negative maps (B, H, W) of each state x_t.
     """
 
     scores: Tensor
@@ -42,13 +42,13 @@ def layercam(model: nn.Module, columns: ReversibleColumns, images: Tensor, class
     All states are stored, because their values are multiplied by their gradients. No parameter gradients are computed.
 
     Args:
-        model: the model in evaluation mode, which returns scores (B, num_classes).
-        columns: the columns of the model.
+        model: The model in evaluation mode, which returns scores (B, num_classes).
+        columns: The columns of the model.
         images: (B, C, H, W).
         classes: (B,), classes of the maps; by default the predicted ones.
 
     Raises:
-        revnets.SpecError: states are not images (B, H, W, C).
+        revnets.SpecError: If states are not images (B, H, W, C).
     """
     states: list[Tensor] = []
     with torch.enable_grad():

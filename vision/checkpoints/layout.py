@@ -130,12 +130,12 @@ def require_layout(state: Mapping[str, Any], path: Path, needed: Iterable[str] =
     """Refuse a checkpoint with a missing entry or one of the wrong kind.
 
     Args:
-        state: the checkpoint.
-        path: of the checkpoint, for the message.
-        needed: entries that may be neither None nor missing.
+        state: The checkpoint.
+        path: Of the checkpoint, for the message.
+        needed: Entries that may be neither None nor missing.
 
     Raises:
-        CheckpointError: an entry is missing or of the wrong kind.
+        CheckpointError: If an entry is missing or of the wrong kind.
     """
     for place, (kind, fits) in KINDS.items():
         value = _at(state, place)
@@ -163,12 +163,12 @@ def require_optimizer(saved: Mapping[str, Any], own: Optimizer, path: Path) -> N
     """Refuse the state of another optimizer or of other parameters, most of which `load_state_dict` does not check.
 
     Args:
-        saved: the entry `optimizer` of a checkpoint.
-        own: the optimizer of the run.
-        path: of the checkpoint, for the message.
+        saved: The entry `optimizer` of a checkpoint.
+        own: The optimizer of the run.
+        path: Of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: the state does not fit the optimizer.
+        CheckpointError: If the state does not fit the optimizer.
     """
     groups, theirs = own.param_groups, saved["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in theirs]:

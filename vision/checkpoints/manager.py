@@ -27,10 +27,10 @@ class Checkpoints:
     """The checkpoints of one run: the last `keep` as `step-N.pt`, and `best.pt`; directories if sharded.
 
     Args:
-        folder: directory of the checkpoints.
-        keep: number of latest checkpoints to keep. The best one is a hard link, which also outlives its original.
-        sharded: whether every process writes its own file.
-        world: the processes of the run.
+        folder: Directory of the checkpoints.
+        keep: Number of latest checkpoints to keep. The best one is a hard link, which also outlives its original.
+        sharded: Whether every process writes its own file.
+        world: The processes of the run.
     """
 
     def __init__(self, folder: Path, keep: int, sharded: bool = False, world: World | None = None):
@@ -47,7 +47,7 @@ class Checkpoints:
         """The latest checkpoints, oldest first.
 
         Raises:
-            CheckpointError: the directory exists but cannot be listed, so it may contain a run.
+            CheckpointError: If the directory exists but cannot be listed, so it may contain a run.
         """
         try:
             names = os.listdir(self.folder)
@@ -66,14 +66,14 @@ class Checkpoints:
         """Write a checkpoint, then delete those beyond `keep`. All processes must call it.
 
         Args:
-            state: with the keys `vision.checkpoints.layout.KEYS`. `state["progress"]["step"]` is part of the name.
-            best: whether it becomes the best checkpoint.
+            state: With the keys `vision.checkpoints.layout.KEYS`. `state["progress"]["step"]` is part of the name.
+            best: Whether it becomes the best checkpoint.
 
         Returns:
             The path of the checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint could not be written. Earlier ones are unchanged.
+            CheckpointError: If the checkpoint could not be written. Earlier ones are unchanged.
         """
         path = self.folder / f"step-{state['progress']['step']:07d}{self.suffix}"
         if self.suffix:

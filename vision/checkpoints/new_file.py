@@ -17,11 +17,11 @@ def new_file(path: Path, note: str = "") -> Iterator[None]:
     """Context in which only this process writes a new file or directory.
 
     Args:
-        path: of the file or directory.
-        note: added to the message if it cannot be written.
+        path: Of the file or directory.
+        note: Added to the message if it cannot be written.
 
     Raises:
-        CheckpointError: the path exists, another process is writing it, or it cannot be written.
+        CheckpointError: If the path exists, another process is writing it, or it cannot be written.
     """
     try:
         make_folder(path.parent)

@@ -27,7 +27,7 @@ def in_run(path: Path) -> Path:
     """The checkpoint of a path: for the directory of a run its best one, or the last if none is marked as best.
 
     Raises:
-        CheckpointError: the directory is neither a checkpoint nor a run, or cannot be read.
+        CheckpointError: If the directory is neither a checkpoint nor a run, or cannot be read.
     """
     try:
         if not path.is_dir() or (path / STATE).exists():
@@ -47,14 +47,14 @@ def read(path: Path, world: World | None = None, needed: Iterable[str] = ()) -> 
     """Load a checkpoint into CPU memory. Nothing in it is executed.
 
     Args:
-        path: of the checkpoint.
-        world: the processes that read it. Each reads only what it needs: files are memory-mapped, and from a directory
+        path: Of the checkpoint.
+        world: The processes that read it. Each reads only what it needs: files are memory-mapped, and from a directory
             with one shard per process each reads its own shard, as `Piece`s.
-        needed: entries that may be neither None nor missing, such as `vision.checkpoints.layout.TO_RESUME`.
+        needed: Entries that may be neither None nor missing, such as `vision.checkpoints.layout.TO_RESUME`.
 
     Raises:
-        CheckpointError: the file does not exist, cannot be read, is truncated, is not a checkpoint of a run, holds more
-            than plain data, or has an entry of the wrong kind.
+        CheckpointError: If the file does not exist, cannot be read, is truncated, is not a checkpoint of a run, holds
+            more than plain data, or has an entry of the wrong kind.
     """
     world = world or World()
     if path.is_dir():
@@ -100,7 +100,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor | Piece], path: 
     """Load weights into a model.
 
     Raises:
-        CheckpointError: the weights are those of another model.
+        CheckpointError: If the weights are those of another model.
     """
     _fill(model.state_dict(), weights, path)
 
@@ -109,7 +109,7 @@ def load_heads(heads: Mapping[str, Tensor], weights: Mapping[str, Tensor | Piece
     """Load weights of modules that are trained with a model (`timm.task.TrainingTask.get_task_state`), such as heads.
 
     Raises:
-        CheckpointError: the weights are those of other heads.
+        CheckpointError: If the weights are those of other heads.
     """
     _fill(heads, weights, path)
 

@@ -15,12 +15,12 @@ def reshard(source: Path, target: Path, count: int) -> None:
     """Rewrite a checkpoint with another number of shards. The source is not changed.
 
     Args:
-        source: a checkpoint, in one file or in shards.
-        target: a new file, or with `count` a new directory.
-        count: number of shards, one for each process that will train; 0 for one file.
+        source: A checkpoint, in one file or in shards.
+        target: A new file, or with `count` a new directory.
+        count: Number of shards, one for each process that will train; 0 for one file.
 
     Raises:
-        CheckpointError: the source cannot be read, or the target exists or cannot be written.
+        CheckpointError: If the source cannot be read, or the target exists or cannot be written.
     """
     state = read(source)
     with new_file(target, f"; {source} is unchanged"):

@@ -34,14 +34,14 @@ def find_checkpoint(config: TrainConfig, world: World, there: list[Path], say: C
     """The checkpoint from which a run resumes; None for a new run.
 
     Args:
-        config: of the run.
-        world: the processes of the run. The main process calls this function.
-        there: the checkpoints in the output directory, oldest first.
-        say: called with a message about a newer checkpoint that cannot be read.
+        config: Of the run.
+        world: The processes of the run. The main process calls this function.
+        there: The checkpoints in the output directory, oldest first.
+        say: Called with a message about a newer checkpoint that cannot be read.
 
     Raises:
-        revnets.SpecError: the directory has a run that this one would overwrite.
-        CheckpointError: no checkpoint can be read.
+        revnets.SpecError: If the directory has a run that this one would overwrite.
+        CheckpointError: If no checkpoint can be read.
     """
     name, resume = "training run", config.resume
     if resume == "auto":
@@ -63,7 +63,7 @@ def read(path: Path, world: World) -> dict[str, Any]:
     """Read a checkpoint with everything that a run needs to resume.
 
     Raises:
-        CheckpointError: it cannot be read, or lacks an entry.
+        CheckpointError: If it cannot be read, or lacks an entry.
     """
     return reader.read(path, world, TO_RESUME)
 
@@ -91,15 +91,15 @@ def require_same_course(config: TrainConfig, size: int, state: dict[str, Any], p
     """Refuse a configuration with which a run would not continue as before.
 
     Args:
-        config: of this run.
-        size: number of processes of this run.
-        state: the checkpoint at `path`.
-        path: of the checkpoint.
-        data: of this run. Its paths may change, but not its classes, the number of images, the teacher and settings of
+        config: Of this run.
+        size: Number of processes of this run.
+        state: The checkpoint at `path`.
+        path: Of the checkpoint.
+        data: Of this run. Its paths may change, but not its classes, the number of images, the teacher and settings of
             soft labels, and the excluded images.
 
     Raises:
-        revnets.SpecError: a value differs; names the key, the new and the old value.
+        revnets.SpecError: If a value differs; names the key, the new and the old value.
     """
     new, old = config.plain(), state["config"]
     for key in FIXED:

@@ -65,8 +65,8 @@ def gathered(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:
     """Gather the sharded tensors of a state into CPU memory. All processes must call it.
 
     Args:
-        state: of a run.
-        keep: whether this process needs the result. The others get empty tensors.
+        state: Of a run.
+        keep: Whether this process needs the result. The others get empty tensors.
     """
 
     def whole(_: str, leaf: Any) -> Any:
@@ -115,13 +115,13 @@ def read_shards(folder: Path, load: Callable[[Path], Any], rank: int = 0, count:
     """Read a sharded checkpoint.
 
     Args:
-        folder: directory of the checkpoint.
-        load: reads one file.
+        folder: Directory of the checkpoint.
+        load: Reads one file.
         rank, count: of this run. If `count` is the number of shards, sharded tensors are `Piece`s, otherwise whole.
 
     Raises:
-        CheckpointError: a shard is of another save than `state.pt`, or has the name of another shard.
-        Exception: parts are missing, or do not match each other.
+        CheckpointError: If a shard is of another save than `state.pt`, or has the name of another shard.
+        Exception: If parts are missing, or do not match each other.
     """
     state = load(folder / STATE)
     shards, save = state.pop("shards"), state.pop(SAVE, None)

@@ -38,11 +38,11 @@ class Candidate:
     """Sets of weights to evaluate, and the configuration of the evaluation.
 
     Attributes:
-        path: of the checkpoint.
-        config: of the run.
-        sets: tensors of the model and of intermediate heads, by `raw` and `ema`.
-        classes: names of the model's classes, if the file has them.
-        is_run: whether it is a checkpoint of `revnets train`. Other files have only weights, under any names.
+        path: Of the checkpoint.
+        config: Of the run.
+        sets: Tensors of the model and of intermediate heads, by `raw` and `ema`.
+        classes: Names of the model's classes, if the file has them.
+        is_run: Whether it is a checkpoint of `revnets train`. Other files have only weights, under any names.
         category_ids: COCO category ids of a detector's classes.
     """
 
@@ -65,20 +65,20 @@ def evaluate_checkpoint(
     """Print the metrics of every set of weights in a checkpoint.
 
     Args:
-        path: a checkpoint, or the directory of a run: then its best checkpoint, or the last if none is marked as best.
+        path: A checkpoint, or the directory of a run: then its best checkpoint, or the last if none is marked as best.
             With `recipe`, a file with only weights, in our or in the official layout.
-        overrides: of the run configuration, such as `batch_size=256`.
-        png: path of a figure of the confusion matrix, of the averaged weights if there are any.
-        recipe: the YAML of a run, or the name of a recipe, with the model and the data of the weights.
-        by_name: whether the data has a subset of the model's classes, matched by name (`vision.data.class_subsets`).
-        trust: whether the configuration, in the checkpoint or of `recipe`, may name classes of other projects.
+        overrides: Of the run configuration, such as `batch_size=256`.
+        png: Path of a figure of the confusion matrix, of the averaged weights if there are any.
+        recipe: The YAML of a run, or the name of a recipe, with the model and the data of the weights.
+        by_name: Whether the data has a subset of the model's classes, matched by name (`vision.data.class_subsets`).
+        trust: Whether the configuration, in the checkpoint or of `recipe`, may name classes of other projects.
 
     Returns:
         The metrics by the names of the sets of weights.
 
     Raises:
-        vision.errors.CheckpointError: there is no such checkpoint, or it cannot be used.
-        revnets.SpecError: an override or the suffix of `png` is wrong, or the classes do not match.
+        vision.errors.CheckpointError: If there is no such checkpoint, or it cannot be used.
+        revnets.SpecError: If an override or the suffix of `png` is wrong, or the classes do not match.
     """
     if png is not None and png.suffix.lower().removeprefix(".") not in FORMATS:
         raise option_error(

@@ -40,21 +40,21 @@ def predict_files(
     cannot be read are reported and skipped.
 
     Args:
-        path: a checkpoint, or the directory of a run.
-        images: image files.
-        output: a directory, in which no file is replaced; None to only print the classes of a classifier.
-        least: minimum score of drawn objects.
+        path: A checkpoint, or the directory of a run.
+        images: Image files.
+        output: A directory, in which no file is replaced; None to only print the classes of a classifier.
+        least: Minimum score of drawn objects.
         weights: `raw`, `ema` or `auto`.
-        device: of the model.
-        trust: whether the configuration of the run may name classes of other projects.
+        device: Of the model.
+        trust: Whether the configuration of the run may name classes of other projects.
 
     Returns:
         The predictions for the readable images.
 
     Raises:
-        vision.errors.CheckpointError: the checkpoint cannot be used.
-        revnets.SpecError: an option is wrong, or output files already exist.
-        typer.Exit: some images could not be read.
+        vision.errors.CheckpointError: If the checkpoint cannot be used.
+        revnets.SpecError: If an option is wrong, or output files already exist.
+        typer.Exit: If some images could not be read.
     """
     console = Console()
     run = load_run(path, weights, [f"device={device}"], trust=trust)
@@ -94,7 +94,7 @@ def _targets(images: Sequence[Path], output: Path, draws: bool) -> list[Path | N
     """The output file of each image.
 
     Raises:
-        revnets.SpecError: an output file already exists, or two images have the same output file.
+        revnets.SpecError: If an output file already exists, or two images have the same output file.
     """
     folder = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not folder.is_dir():

@@ -15,11 +15,11 @@ def require_heads(data: Any, heads: Mapping[str, int] | None) -> None:
     """Check the keys of each source of images that depend on the heads of a run.
 
     Args:
-        data: the key `data` of the run.
-        heads: of the run; None if it has a single set of classes.
+        data: The key `data` of the run.
+        heads: Of the run; None if it has a single set of classes.
 
     Raises:
-        PydanticCustomError: a source has no labels of any head or of an unknown one, its reader has no keys to find
+        PydanticCustomError: If a source has no labels of any head or of an unknown one, its reader has no keys to find
             `labels` and `exclude` by, or a weight has no effect.
     """
     is_list = isinstance(data, SourcesConfig)

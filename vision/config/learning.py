@@ -143,11 +143,11 @@ class ScheduleConfig(Strict):
         """Require that the warm-up and the milestones end before the run does.
 
         Args:
-            epochs: length of the run where `updates` is None.
-            updates: length of the run.
+            epochs: Length of the run where `updates` is None.
+            updates: Length of the run.
 
         Raises:
-            PydanticCustomError: the warm-up or a milestone is not within the run.
+            PydanticCustomError: If the warm-up or a milestone is not within the run.
         """
         length, unit = (epochs, "epochs") if updates is None else (updates, "updates")
         key = f"warmup_{unit}"
@@ -250,7 +250,7 @@ class SupervisionConfig(Strict):
         head per column.
 
         Raises:
-            ArgumentError: there is a weight for each head, but the model has fewer columns.
+            ArgumentError: If there is a weight for each head, but the model has fewer columns.
         """
         heads = min(self.heads, columns)
         alphas, betas = self.alpha, self.beta

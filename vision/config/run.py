@@ -228,7 +228,7 @@ class TrainConfig(Strict):
         """The specification of the model, with the memory mode of the run.
 
         Raises:
-            TypeError: the model is of another library, or still a path.
+            TypeError: If the model is of another library, or still a path.
         """
         if not isinstance(self.model, NetSpec):
             raise TypeError(f"model {self.model!r} is not a specification. Use load_config, which reads paths")
@@ -251,7 +251,7 @@ class TrainConfig(Strict):
         """Updates of the whole run.
 
         Args:
-            of_epoch: updates per epoch.
+            of_epoch: Updates per epoch.
         """
         return self.epochs * of_epoch if self.updates is None else self.updates
 
@@ -269,16 +269,16 @@ def load_config(
     """Read and validate a run configuration.
 
     Args:
-        source: path of a YAML file, name of a recipe of this package, or a mapping of the same form. A path in `model`
+        source: Path of a YAML file, name of a recipe of this package, or a mapping of the same form. A path in `model`
             is relative to the file.
         overrides: `key.path=value` pairs, such as `epochs=5` or `model.columns=8`. A path in `model=` is relative to
             the working directory.
-        trust: whether the configuration may name classes of other projects, whose modules are imported and so
+        trust: Whether the configuration may name classes of other projects, whose modules are imported and so
             executed. An untrusted mapping cannot name files either.
-        name: of a mapping, for error messages.
+        name: Of a mapping, for error messages.
 
     Raises:
-        revnets.SpecError: a value is missing or wrong; names the file, the key, the value and a hint.
+        revnets.SpecError: If a value is missing or wrong; names the file, the key, the value and a hint.
     """
     if isinstance(source, Mapping) and not trust:
         for key in ("base", "model"):
@@ -331,7 +331,7 @@ def _file_of(path: Path) -> Path:
     """The path itself, or the file of the recipe of that name.
 
     Raises:
-        revnets.SpecError: there is no such file or recipe.
+        revnets.SpecError: If there is no such file or recipe.
     """
     recipes = {file.stem: file for folder in FOLDERS for file in folder.glob("*.yaml")}
     if path.suffix or path.parent != Path(".") or (os.path.exists(path) and not os.path.isdir(path)):

@@ -27,11 +27,11 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
     """Read the numbers of the classes by name.
 
     Args:
-        file: a `.txt` with one class name per line, numbered from 0, or a pickle as timm reads it.
-        root: directory that is searched if the file is not in the working directory.
+        file: A `.txt` with one class name per line, numbered from 0, or a pickle as timm reads it.
+        root: Directory that is searched if the file is not in the working directory.
 
     Raises:
-        revnets.SpecError: the file does not exist, is too large, or is not a class map.
+        revnets.SpecError: If the file does not exist, is too large, or is not a class map.
     """
     place = file if os.path.exists(file) else os.path.join(root, file)
     try:

@@ -18,8 +18,8 @@ class Subset:
     """Selects the scores of some classes from the scores of all classes of a model.
 
     Attributes:
-        index: for each class its index among the classes of the model, -1 if the model does not have it.
-        unknown: names of the classes that the model does not have.
+        index: For each class its index among the classes of the model, -1 if the model does not have it.
+        unknown: Names of the classes that the model does not have.
     """
 
     index: Tensor
@@ -52,11 +52,11 @@ def subset(known: Sequence[str], classes: Sequence[str]) -> Subset:
     """Match classes by name.
 
     Args:
-        known: all classes of a model, in the order of its scores.
-        classes: of the data. A thousand classes without names are assumed to be ImageNet-1K in its usual order.
+        known: All classes of a model, in the order of its scores.
+        classes: Of the data. A thousand classes without names are assumed to be ImageNet-1K in its usual order.
 
     Raises:
-        revnets.SpecError: the model has none of them.
+        revnets.SpecError: If the model has none of them.
     """
     if len(classes) == 1000 and are_numbers(classes):
         classes = ImageNetInfo("imagenet-1k").label_names()
@@ -79,10 +79,10 @@ def imagenet_classes(count: int) -> tuple[str, ...]:
     (Microsoft); 21843 (Google); 11221 (MIIL); 11821 (timm's 12K); 1000.
 
     Args:
-        count: number of classes, which identifies the variant.
+        count: Number of classes, which identifies the variant.
 
     Raises:
-        revnets.SpecError: no variant has this number of classes.
+        revnets.SpecError: If no variant has this number of classes.
     """
     name = infer_imagenet_subset({"num_classes": count})
     if name is None:

@@ -23,7 +23,7 @@ class Unreadable:
     """The policy for images that cannot be read, and the log of them.
 
     Attributes:
-        file: receives a line for each image; every process of a run has its own file, to which its workers append.
+        file: Receives a line for each image; every process of a run has its own file, to which its workers append.
         policy: `skip` or `stop`.
 
     Raises:
@@ -45,7 +45,7 @@ class Unreadable:
         """Log an image.
 
         Raises:
-            DataError: the policy is `stop`.
+            DataError: If the policy is `stop`.
         """
         what = printable(what)
         reason = printable(" ".join(str(error).split())) or type(error).__name__
@@ -100,13 +100,13 @@ def load_data(config: DataConfig, seed: int, notes: Path | None = None, world: W
     """Open the data that a configuration names.
 
     Args:
-        config: the key `data` of a run.
-        seed: of the augmentations. The split into training and validation set does not depend on it.
-        notes: file that lists images that could not be read.
-        world: the processes that share a stream.
+        config: The key `data` of a run.
+        seed: Of the augmentations. The split into training and validation set does not depend on it.
+        notes: File that lists images that could not be read.
+        world: The processes that share a stream.
 
     Raises:
-        revnets.SpecError: the data is missing, damaged, or not for classification.
+        revnets.SpecError: If the data is missing, damaged, or not for classification.
     """
     if isinstance(config, DigitsConfig):
         from vision.data.in_memory import load_digits

@@ -29,11 +29,11 @@ def read_image(file: IO[bytes], mode: str = "RGB", exif: Exif = "ignore") -> Ima
     """Decode the first image of a file. The format is recognized by the content.
 
     Args:
-        file: an open file, which is not needed afterwards.
+        file: An open file, which is not needed afterwards.
         mode, exif: as for `converted`.
 
     Raises:
-        Exception: the image cannot be decoded. Decoders raise errors of many types, such as OSError, SyntaxError,
+        Exception: If the image cannot be decoded. Decoders raise errors of many types, such as OSError, SyntaxError,
             ValueError and DecompressionBombError.
     """
     picture = _opened(file)
@@ -45,13 +45,13 @@ def read_semantic_map(file: IO[bytes]) -> np.ndarray:
     """Decode a semantic map: the class number of every pixel is its gray value or the index in its palette.
 
     Args:
-        file: an open file, which is not needed afterwards.
+        file: An open file, which is not needed afterwards.
 
     Returns:
         Integers (H, W).
 
     Raises:
-        Exception: the map cannot be decoded, or its pixels are colors.
+        Exception: If the map cannot be decoded, or its pixels are colors.
     """
     picture = _opened(file)
     tiles: Any = getattr(picture, "tile", ())  # (decoder, box, offset, layout of the bits)
@@ -82,7 +82,7 @@ def converted(picture: Image.Image, mode: str = "RGB", exif: Exif = "ignore") ->
         exif: `apply` rotates and mirrors the image by its EXIF orientation; `ignore` keeps it as stored.
 
     Raises:
-        ValueError: the pixels are 32-bit integers or floats, which have no defined scale.
+        ValueError: If the pixels are 32-bit integers or floats, which have no defined scale.
     """
     has_16_bits = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in SIXTEEN_BITS)
     if exif == "apply":

@@ -21,21 +21,21 @@ class ImageFiles:
     """A reader with timm's interface: `reader[index]` is (file, class number). Images are in natural order of names.
 
     Args:
-        root: a directory with class directories; with `tars`, a tar with class directories, or a directory of tars.
-        name: of the split, for messages.
-        tars: whether `root` is a tar or a directory of tars.
-        endings: suffixes of the files that are read, such as `.webp;.tif`; by default `ENDINGS`.
-        numbers: classes to read. By default all classes are read, numbered in the natural order of their names.
-        may_lack: whether classes may have no images, as in a validation set.
-        has_classes: whether directories are classes. Otherwise images may be in any directory and have the class -1.
+        root: A directory with class directories; with `tars`, a tar with class directories, or a directory of tars.
+        name: Of the split, for messages.
+        tars: Whether `root` is a tar or a directory of tars.
+        endings: Suffixes of the files that are read, such as `.webp;.tif`; by default `ENDINGS`.
+        numbers: Classes to read. By default all classes are read, numbered in the natural order of their names.
+        may_lack: Whether classes may have no images, as in a validation set.
+        has_classes: Whether directories are classes. Otherwise images may be in any directory and have the class -1.
 
     Attributes:
-        class_to_idx: numbers of the classes by name.
-        left_out: keys of the images that `leave_out` has removed.
-        remarks: warnings, one line each.
+        class_to_idx: Numbers of the classes by name.
+        left_out: Keys of the images that `leave_out` has removed.
+        remarks: Warnings, one line each.
 
     Raises:
-        revnets.SpecError: there are no images, or the directories do not name classes unambiguously.
+        revnets.SpecError: If there are no images, or the directories do not name classes unambiguously.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ImageFiles:
         """Remove the images with these keys.
 
         Raises:
-            revnets.SpecError: no image remains.
+            revnets.SpecError: If no image remains.
         """
         names = [self.filename(index) for index in range(len(self))]
         kept = [index for index, name in enumerate(names) if name not in keys]
@@ -105,10 +105,10 @@ def open_listed(root: str, file: ImageFile) -> IO[bytes]:
     """Open an image.
 
     Args:
-        root: the directory that was listed.
+        root: The directory that was listed.
 
     Raises:
-        OSError: the file does not exist, or its tar does not contain its bytes.
+        OSError: If the file does not exist, or its tar does not contain its bytes.
     """
     if not file.archive:
         return open_regular(os.path.join(root, file.name))

@@ -40,8 +40,8 @@ def load_digits(config: DigitsConfig, seed: int) -> ImageData:
     """Load the digits: 1437 for training and 360 for validation.
 
     Args:
-        config: of the data.
-        seed: of the augmentations.
+        config: Of the data.
+        seed: Of the augmentations.
     """
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
@@ -60,11 +60,11 @@ def load_idx(config: IdxConfig, seed: int) -> ImageData:
     """Load the four files in `config.root`, gzipped or not. Images are padded or shrunk to `img_size`.
 
     Args:
-        config: of the data.
-        seed: of the augmentations.
+        config: Of the data.
+        seed: Of the augmentations.
 
     Raises:
-        revnets.SpecError: a file is missing, damaged or not in idx format, or the files do not match each other.
+        revnets.SpecError: If a file is missing, damaged or not in idx format, or the files do not match each other.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     side = config.img_size
@@ -97,12 +97,12 @@ def read_idx(folder: Path, name: str, axes: int) -> Tensor:
     """Read an idx file of bytes (yann.lecun.com/exdb/mnist).
 
     Args:
-        folder: directory of the file.
-        name: of the file, without .gz.
-        axes: number of axes of the tensor.
+        folder: Directory of the file.
+        name: Of the file, without .gz.
+        axes: Number of axes of the tensor.
 
     Raises:
-        revnets.SpecError: the file is missing, damaged, or of another type or shape.
+        revnets.SpecError: If the file is missing, damaged, or of another type or shape.
     """
     path = next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
     if path is None:

@@ -30,7 +30,7 @@ def read_keys(file: str) -> frozenset[str]:
     """Read a list of keys: the column `key` of a `.parquet` file, or the lines of any other file.
 
     Raises:
-        revnets.SpecError: the file does not exist, or is not a list of keys.
+        revnets.SpecError: If the file does not exist, or is not a list of keys.
     """
     path = Path(file)
     if path.suffix.lower() == ".parquet":
@@ -73,7 +73,7 @@ def key_texts(column: pyarrow.DictionaryArray) -> list[str]:
     """The keys of a column that is read as a dictionary, without nulls. Equal keys are one object.
 
     Raises:
-        ValueError: a key is too long or not UTF-8.
+        ValueError: If a key is too long or not UTF-8.
     """
     numbers = column.indices.drop_null().dictionary_encode()
     keys = column.dictionary.take(numbers.dictionary).to_pylist()
@@ -87,10 +87,10 @@ def open_parquet(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pyarr
     """Open a Parquet file whose declared columns are not much larger than the file.
 
     Args:
-        dictionaries: string columns to read as dictionaries, which store a repeated string once.
+        dictionaries: String columns to read as dictionaries, which store a repeated string once.
 
     Raises:
-        revnets.SpecError: the file cannot be read, also within the `with` block, or pyarrow is not installed.
+        revnets.SpecError: If the file cannot be read, also within the `with` block, or pyarrow is not installed.
     """
     try:
         import pyarrow as pa

@@ -44,9 +44,9 @@ class ImageFile(NamedTuple):
     """The location of an image.
 
     Attributes:
-        name: path relative to the listed directory, or in the tar.
-        folder: the class directory and its parents, as in `animals/ant`; for one of several tars, below the tar's name.
-        archive: path of the tar; empty for an image outside of a tar.
+        name: Path relative to the listed directory, or in the tar.
+        folder: The class directory and its parents, as in `animals/ant`; for one of several tars, below the tar's name.
+        archive: Path of the tar; empty for an image outside of a tar.
         start, size: range of bytes in the tar; a start of -1 if the tar does not contain them.
     """
 
@@ -62,11 +62,11 @@ class Listing:
     """The result of a listing.
 
     Attributes:
-        endings: suffixes of the files that are read.
-        files: images.
-        folders: all directories, including empty ones, and broken links.
-        unread: images with other suffixes.
-        tars: whether the name of every directory begins with that of its tar.
+        endings: Suffixes of the files that are read.
+        files: Images.
+        folders: All directories, including empty ones, and broken links.
+        unread: Images with other suffixes.
+        tars: Whether the name of every directory begins with that of its tar.
     """
 
     endings: frozenset[str]
@@ -93,8 +93,8 @@ def list_folder(root: str, endings: frozenset[str]) -> Listing:
     """List the images below a directory, following links.
 
     Raises:
-        revnets.SpecError: links lead to one directory more than `VISITS` times.
-        OSError: a directory cannot be read.
+        revnets.SpecError: If links lead to one directory more than `VISITS` times.
+        OSError: If a directory cannot be read.
     """
     found, visits = Listing(endings), Counter()
     waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
@@ -129,8 +129,8 @@ def list_tars(root: str, endings: frozenset[str]) -> Listing:
     """List the images of a tar, or of all tars in a directory. Tars inside of a tar are read as directories.
 
     Raises:
-        revnets.SpecError: a tar is damaged, or other data is next to the tars.
-        OSError: a directory cannot be read.
+        revnets.SpecError: If a tar is damaged, or other data is next to the tars.
+        OSError: If a directory cannot be read.
     """
     found = Listing(endings, tars=os.path.isdir(root))
     if not found.tars:

@@ -38,14 +38,14 @@ class EpochBatches(Sampler[list[Key]]):
     Samples that do not fill an update of all processes are dropped; they differ from epoch to epoch.
 
     Args:
-        length: number of samples in the set.
-        batch_size: samples per process and forward pass.
-        accum: forward passes per update.
-        seed: of the order.
+        length: Number of samples in the set.
+        batch_size: Samples per process and forward pass.
+        accum: Forward passes per update.
+        seed: Of the order.
         rank, world_size: this process takes every `world_size`-th batch.
 
     Raises:
-        ArgumentError: the set has too few samples for one update.
+        ArgumentError: If the set has too few samples for one update.
     """
 
     def __init__(self, length: int, batch_size: int, accum: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -104,13 +104,13 @@ class TrainBatches:
     """The training batches of a process, epoch by epoch.
 
     Args:
-        config: of the run.
-        data: of the run.
-        world: the processes of the run.
-        collate: makes a batch of samples; torch's by default.
+        config: Of the run.
+        data: Of the run.
+        world: The processes of the run.
+        collate: Makes a batch of samples; torch's by default.
 
     Raises:
-        revnets.SpecError: the set has too few samples for one update.
+        revnets.SpecError: If the set has too few samples for one update.
     """
 
     def __init__(
@@ -158,11 +158,11 @@ def val_loader(
     """A loader of the part of the validation set that this process evaluates, padded to equal length.
 
     Args:
-        config: of the run.
-        data: of the run.
-        world: the processes of the run.
-        collate: makes a batch of samples; torch's by default.
-        padding: changes a sample into one that no evaluation counts; by default it sets the class to -1.
+        config: Of the run.
+        data: Of the run.
+        world: The processes of the run.
+        collate: Makes a batch of samples; torch's by default.
+        padding: Changes a sample into one that no evaluation counts; by default it sets the class to -1.
     """
     val = data.val if config.batch_is_stream else Share(data.val, world or World(), padding)
     return _loader(val, config, collate, batch_size=config.batch_size)

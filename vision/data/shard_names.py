@@ -24,7 +24,7 @@ def check_shards(root: Path, split: str) -> None:
     """Check a split and the description files, which webdataset does not check.
 
     Raises:
-        revnets.SpecError: the braces of a split expand to too many names, or a description is a pipe or a device.
+        revnets.SpecError: If the braces of a split expand to too many names, or a description is a pipe or a device.
     """
     if count_names(split) > MAX_SHARDS:
         problem = f"{split:.80} expands to more than {MAX_SHARDS:,} shards"
@@ -36,7 +36,7 @@ def check_files(root: Path, names: Iterable[str]) -> None:
     """Require regular files, because webdataset would wait for a pipe and read a device without end.
 
     Raises:
-        revnets.SpecError: a file is a directory, a pipe or a device.
+        revnets.SpecError: If a file is a directory, a pipe or a device.
     """
     for name in names:
         try:

@@ -26,15 +26,15 @@ class Stream(IterableDataset[tuple[Tensor, Any]]):
     """One of timm's streaming readers.
 
     Args:
-        make: creates the reader.
-        transform: from a PIL image to a tensor.
-        unreadable: policy for images that cannot be read.
-        world: the processes that share a validation set. (For training, the reader queries torch.distributed.)
-        seed: of the augmentations; None for validation.
-        exif: whether the EXIF orientation is applied. Streamed data sets of Hugging Face always apply it.
+        make: Creates the reader.
+        transform: From a PIL image to a tensor.
+        unreadable: Policy for images that cannot be read.
+        world: The processes that share a validation set. (For training, the reader queries torch.distributed.)
+        seed: Of the augmentations; None for validation.
+        exif: Whether the EXIF orientation is applied. Streamed data sets of Hugging Face always apply it.
 
     Attributes:
-        count: number of classes; None if labels are not compared with it.
+        count: Number of classes; None if labels are not compared with it.
     """
 
     def __init__(
@@ -127,13 +127,13 @@ def class_of(label: int, count: int | None, name: str, is_training: bool) -> int
     """Check a class number and return it.
 
     Args:
-        label: the class number.
-        count: number of classes; None if it is unknown.
-        name: of the sample.
-        is_training: whether -1, a sample of a validation set that does not count, is refused.
+        label: The class number.
+        count: Number of classes; None if it is unknown.
+        name: Of the sample.
+        is_training: Whether -1, a sample of a validation set that does not count, is refused.
 
     Raises:
-        DataError: the class number is out of range.
+        DataError: If the class number is out of range.
     """
     if count is not None and (label >= count or label < (0 if is_training else -1)):
         raise DataError(f"{printable(name)}: its class is {label}, not from 0 to {count - 1}. Check the labels")

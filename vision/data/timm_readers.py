@@ -42,7 +42,7 @@ def load_images(config: ImagesConfig, seed: int, unreadable: Unreadable, world: 
     """Open the training and validation set of one of timm's readers.
 
     Raises:
-        revnets.SpecError: the data is missing or empty, or the classes of both sets differ.
+        revnets.SpecError: If the data is missing or empty, or the classes of both sets differ.
     """
     if config.is_stream:
         val_steps = val_transform(config)
@@ -93,7 +93,7 @@ def leave_out(reader: Any, config: ImagesConfig) -> tuple[str, ...]:
         A remark that counts removed images, and keys of the list that match no image; empty without a list.
 
     Raises:
-        revnets.SpecError: the list cannot be read, or no image remains.
+        revnets.SpecError: If the list cannot be read, or no image remains.
     """
     if config.exclude is None:
         return ()
@@ -123,12 +123,12 @@ class Images(Dataset[tuple[Tensor, int]]):
     indexed by number, and an unreadable image is black with the class -1, which no evaluation counts.
 
     Args:
-        reader: with timm's interface: `reader[index]` is (file, class number).
-        transform: from a PIL image to a tensor.
-        unreadable: policy for images that cannot be read.
-        seed: of the augmentations; None for validation.
-        exif: whether the EXIF orientation is applied.
-        count: number of classes; None if labels are not compared with it.
+        reader: With timm's interface: `reader[index]` is (file, class number).
+        transform: From a PIL image to a tensor.
+        unreadable: Policy for images that cannot be read.
+        seed: Of the augmentations; None for validation.
+        exif: Whether the EXIF orientation is applied.
+        count: Number of classes; None if labels are not compared with it.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Read an image as RGB, and its class. The image is None, with a note, if it cannot be read.
 
         Raises:
-            DataError: the class is out of range, or the policy for unreadable images is `stop`.
+            DataError: If the class is out of range, or the policy for unreadable images is `stop`.
         """
         try:
             file, label = self.reader[index]
@@ -239,7 +239,7 @@ def split_path(root: Path, split: str, kind: str = "folder") -> Path:
     """The directory (or the tar, or the directory of tars) of a split.
 
     Raises:
-        revnets.SpecError: it does not exist, or contains no tars.
+        revnets.SpecError: If it does not exist, or contains no tars.
     """
     _require_folder(root)
     names = dict.fromkeys((split, *SYNONYMS.get(split, ())))

@@ -23,9 +23,9 @@ class DetectionMetrics:
     """Average precision of one set of weights, in percent. A metric is NaN if no object has its area.
 
     Attributes:
-        box: average precision of boxes, with the keys of `NAMES`.
-        mask: average precision of masks; None without masks.
-        images: number of evaluated images.
+        box: Average precision of boxes, with the keys of `NAMES`.
+        mask: Average precision of masks; None without masks.
+        images: Number of evaluated images.
     """
 
     box: Mapping[str, float]
@@ -44,7 +44,7 @@ class ImageDetections:
     """The detections in one image.
 
     Attributes:
-        image: index of the image in the annotations.
+        image: Index of the image in the annotations.
         boxes: (N, 4), left, top, width, height in pixels of the file.
         masks: COCO run lengths of each mask; None for detectors without masks.
     """
@@ -61,8 +61,8 @@ class ImageDetections:
         COCO computes the area of an object from the one that is present.
 
         Args:
-            category_ids: id of each class in the file.
-            image_id: id of the image in the results.
+            category_ids: Id of each class in the file.
+            image_id: Id of the image in the results.
             kind: `bbox` or `segm`.
         """
         values = [box.tolist() for box in self.boxes] if kind == "bbox" else self.masks or ()
@@ -78,7 +78,7 @@ def detections_of(image: int, output: Mapping[str, Tensor]) -> ImageDetections:
     """Convert the output of a detector, in pixels of the file. Objects with non-finite values are omitted.
 
     Args:
-        image: index of the image in the annotations.
+        image: Index of the image in the annotations.
         output: `boxes` (N, 4) as left, top, right, bottom, `labels` (N,) from 1, `scores` (N,), and optional `masks`
             (N, H, W) of zeros and ones.
     """
@@ -96,11 +96,11 @@ class AveragePrecisionEvaluator:
     """Accumulates detections and computes their average precision.
 
     Args:
-        annotations: the ground truth. Images that are never added do not count.
-        with_masks: whether the annotations have masks. If so, masks of the detector are evaluated as well.
+        annotations: The ground truth. Images that are never added do not count.
+        with_masks: Whether the annotations have masks. If so, masks of the detector are evaluated as well.
 
     Raises:
-        revnets.SpecError: faster-coco-eval is not installed.
+        revnets.SpecError: If faster-coco-eval is not installed.
     """
 
     def __init__(self, annotations: CocoAnnotations, with_masks: bool):
@@ -112,8 +112,8 @@ class AveragePrecisionEvaluator:
         """Add the outputs of a detector.
 
         Args:
-            output: one mapping for each image, as for `detections_of`.
-            images: index of each image in the annotations. Negative ones do not count.
+            output: One mapping for each image, as for `detections_of`.
+            images: Index of each image in the annotations. Negative ones do not count.
         """
         self.found += [
             detections_of(image, detections) for detections, image in zip(output, images, strict=True) if image >= 0
@@ -138,12 +138,12 @@ def average_precision(
     """Return the average precision in percent over the images of `found`, with the keys of `NAMES`.
 
     Args:
-        annotations: the ground truth.
-        found: the detections of each image.
+        annotations: The ground truth.
+        found: The detections of each image.
         kind: `bbox`, or `segm` for masks.
 
     Raises:
-        revnets.SpecError: faster-coco-eval is not installed.
+        revnets.SpecError: If faster-coco-eval is not installed.
     """
     require_library()
     from faster_coco_eval import COCO, COCOeval_faster

@@ -17,7 +17,7 @@ def giou_losses(boxes: Tensor, goals: Tensor) -> Tensor:
 
     Args:
         boxes: (..., 4) as left, top, right, bottom.
-        goals: of the same shape.
+        goals: Of the same shape.
 
     Returns:
         (...), in float32 at least.

@@ -57,9 +57,9 @@ def class_rows(given: Sequence[str] | int, wanted: Sequence[str]) -> list[int | 
     """Return the index of each class among the classes of a file; None for classes that the file does not have.
 
     Args:
-        given: names of the classes of the file, or their number if it has no names. If the number equals that of
+        given: Names of the classes of the file, or their number if it has no names. If the number equals that of
             `wanted`, the classes are the same; 365 classes are those of Objects365; all others are unknown.
-        wanted: names of the classes to find. Case does not matter, and `SAME_CLASSES` lists synonyms.
+        wanted: Names of the classes to find. Case does not matter, and `SAME_CLASSES` lists synonyms.
     """
     if isinstance(given, int):
         if given == len(wanted):
@@ -79,16 +79,16 @@ def begin_detector(
     keep their initialization. All other weights must exist and have the same shapes.
 
     Args:
-        model: the detector.
-        config: names the weights. With `head: new`, all classes keep their initialization.
-        classes: names of the classes of the data, in the order of their labels.
-        world: distributed context of the run. The first process downloads the weights.
+        model: The detector.
+        config: Names the weights. With `head: new`, all classes keep their initialization.
+        classes: Names of the classes of the data, in the order of their labels.
+        world: Distributed context of the run. The first process downloads the weights.
 
     Returns:
         A sentence that describes the loaded weights.
 
     Raises:
-        CheckpointError: the weights do not exist, are damaged, or belong to another model.
+        CheckpointError: If the weights do not exist, are damaged, or belong to another model.
     """
     content, name = finetune.find_pretrained(config.source, world or World())
     given = tensors_in(content, config.weights, name)

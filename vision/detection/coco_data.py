@@ -39,11 +39,11 @@ class DetectionData:
     """A training and a validation set of images (3, H, W) of different sizes, each with a mapping of its objects.
 
     Attributes:
-        classes: names of the classes; label 1 is the first.
-        category_ids: id of each class in the files.
-        annotations: annotations of the validation set, for the evaluation.
-        shape: shape of the largest batch, per image.
-        remarks: sentences about annotations that were omitted.
+        classes: Names of the classes; label 1 is the first.
+        category_ids: Id of each class in the files.
+        annotations: Annotations of the validation set, for the evaluation.
+        shape: Shape of the largest batch, per image.
+        remarks: Sentences about annotations that were omitted.
     """
 
     train: Any
@@ -62,13 +62,14 @@ def load_coco(
     """Load the data of a configuration.
 
     Args:
-        config: names the files.
-        seed: seed of the augmentation.
-        notes: file to which unusable images are written.
-        stuff_classes: number of classes of the semantic maps; None for any number.
+        config: Names the files.
+        seed: Seed of the augmentation.
+        notes: File to which unusable images are written.
+        stuff_classes: Number of classes of the semantic maps; None for any number.
 
     Raises:
-        revnets.SpecError: files or directories are missing or damaged, have different classes, or contain no objects.
+        revnets.SpecError: If files or directories are missing or damaged, have different classes, or contain no
+            objects.
     """
     require_library()  # fail here, not in the first validation
     unreadable = Unreadable(notes, config.unreadable)
@@ -127,13 +128,13 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
     of the file. Unusable images do not count.
 
     Args:
-        config: configuration of the data.
-        folder: directory of the images.
-        images: the images with their objects.
-        unreadable: handles unusable images.
-        seed: seed of the augmentation; None for validation.
-        maps: directory of the semantic maps, if there are any.
-        stuff_classes: number of classes of the maps; None for any number.
+        config: Configuration of the data.
+        folder: Directory of the images.
+        images: The images with their objects.
+        unreadable: Handles unusable images.
+        seed: Seed of the augmentation; None for validation.
+        maps: Directory of the semantic maps, if there are any.
+        stuff_classes: Number of classes of the maps; None for any number.
     """
 
     def __init__(

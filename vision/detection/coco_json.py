@@ -29,12 +29,12 @@ class CocoObject:
     """An object in an image.
 
     Attributes:
-        label: number of the class, from 1.
-        box: left, top, right, bottom in pixels, clipped to the image.
-        written_box: left, top, width, height as in the file, for the evaluation.
-        area: area of the mask, which decides whether the evaluation counts it as small, medium or large.
-        is_crowd: whether it is a group, which is not trained on and never counts as missed.
-        segmentation: the mask; None if there is none or masks are not read.
+        label: Number of the class, from 1.
+        box: Left, top, right, bottom in pixels, clipped to the image.
+        written_box: Left, top, width, height as in the file, for the evaluation.
+        area: Area of the mask, which decides whether the evaluation counts it as small, medium or large.
+        is_crowd: Whether it is a group, which is not trained on and never counts as missed.
+        segmentation: The mask; None if there is none or masks are not read.
     """
 
     label: int
@@ -50,7 +50,7 @@ class CocoImage:
     """An image with its objects.
 
     Attributes:
-        number: its `id` in the file.
+        number: Its `id` in the file.
     """
 
     number: int
@@ -65,10 +65,10 @@ class CocoAnnotations:
     """The content of a file.
 
     Attributes:
-        images: in the order of the file.
-        classes: names, ordered by id; label 1 is the first.
-        category_ids: the `id` of every class. They need not be consecutive.
-        remark: how many annotations were omitted, and why; empty if none were.
+        images: In the order of the file.
+        classes: Names, ordered by id; label 1 is the first.
+        category_ids: The `id` of every class. They need not be consecutive.
+        remark: How many annotations were omitted, and why; empty if none were.
     """
 
     images: list[CocoImage]
@@ -84,12 +84,12 @@ def read_coco(path: Path, key: str = "data.root", with_masks: bool = True) -> Co
     have no area in the image, with damaged masks or masks of another size, or without a mask if masks are read.
 
     Args:
-        path: the file.
-        key: configuration key for error messages.
-        with_masks: whether to read masks and omit objects without one.
+        path: The file.
+        key: Configuration key for error messages.
+        with_masks: Whether to read masks and omit objects without one.
 
     Raises:
-        revnets.SpecError: the file cannot be read, is not in COCO format, or has values of wrong types.
+        revnets.SpecError: If the file cannot be read, is not in COCO format, or has values of wrong types.
     """
     content = _Content(path, key)
     data = content.load()

@@ -24,8 +24,8 @@ class CopyPaste:
     objects get new masks and boxes, and are dropped if too few of their pixels stay visible.
 
     Args:
-        probability: probability that an image gets objects.
-        least_pixels: objects with fewer visible pixels are dropped.
+        probability: Probability that an image gets objects.
+        least_pixels: Objects with fewer visible pixels are dropped.
     """
 
     def __init__(self, probability: float = 0.5, least_pixels: int = 16):
@@ -38,9 +38,9 @@ class CopyPaste:
 
         Args:
             images: (C, H, W) each, of any sizes. Objects are cut off at the border of the other image.
-            targets: with `boxes`, `labels`, `masks` (N, H, W), and optional `semantic_map` (H, W), `area` and
+            targets: With `boxes`, `labels`, `masks` (N, H, W), and optional `semantic_map` (H, W), `area` and
                 `iscrowd` (N,).
-            generator: random number generator.
+            generator: Random number generator.
         """
         pasted = []
         for index, (image, target) in enumerate(zip(images, targets, strict=True)):
@@ -58,15 +58,15 @@ def paste_objects(
     """Paste the chosen objects of one image in front of those of another.
 
     Args:
-        image: image (C, H, W) to paste into.
-        target: its objects.
-        source: image (C, H', W') to paste from.
-        source_target: its objects.
-        chosen: booleans, one for each object of `source_target`.
-        least_pixels: objects with fewer visible pixels are dropped.
+        image: Image (C, H, W) to paste into.
+        target: Its objects.
+        source: Image (C, H', W') to paste from.
+        source_target: Its objects.
+        chosen: Booleans, one for each object of `source_target`.
+        least_pixels: Objects with fewer visible pixels are dropped.
 
     Raises:
-        ValueError: only one target has `area` or `iscrowd`, or a target has tensors under unknown keys.
+        ValueError: If only one target has `area` or `iscrowd`, or a target has tensors under unknown keys.
     """
     others = _others_of_objects(target, source_target)
     rows = chosen.nonzero().squeeze(1).to(source_target["labels"].device)
@@ -111,7 +111,7 @@ def _others_of_objects(target: Target, source_target: Target) -> list[str]:
     """Return the optional keys of both targets that have one item for each object.
 
     Raises:
-        ValueError: only one target has such a key, or a target has a tensor under an unknown key.
+        ValueError: If only one target has such a key, or a target has a tensor under an unknown key.
     """
     for part in (target, source_target):
         for name, value in part.items():

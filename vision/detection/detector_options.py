@@ -12,7 +12,7 @@ def require_counts(least: int, /, **options: Any) -> None:
     """Require options to be integers of at least `least`.
 
     Raises:
-        ValueError: an option is not; the error names it.
+        ValueError: If an option is invalid; the error names it.
     """
     for name, value in options.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
@@ -25,7 +25,7 @@ def require_numbers(below: float, /, **options: Any) -> None:
     """Require options to be numbers of at least 0 and less than `below`; NaN is refused.
 
     Raises:
-        ValueError: an option is not; the error names it.
+        ValueError: If an option is invalid; the error names it.
     """
     for name, value in options.items():
         if not isinstance(value, Real) or isinstance(value, bool):

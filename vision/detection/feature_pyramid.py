@@ -21,12 +21,12 @@ def revcol_levels(backbone: str, finest: int = 0, **options: Any) -> nn.Module:
     """Build a RevCol whose forward pass returns a list of the levels of its last column.
 
     Args:
-        backbone: a name of timm's registry, such as `revcol_tiny`.
-        finest: index of the finest level to return.
-        options: options of `timm.create_model`.
+        backbone: A name of timm's registry, such as `revcol_tiny`.
+        finest: Index of the finest level to return.
+        options: Options of `timm.create_model`.
 
     Raises:
-        ValueError: the backbone does not exist, has other strides, has a memory budget, or rejects an option.
+        ValueError: If the backbone does not exist, has other strides, has a memory budget, or rejects an option.
     """
     indices = tuple(range(finest, len(STRIDES)))
     try:
@@ -53,13 +53,13 @@ class RevColPyramid(nn.Module):
     """A feature pyramid (Lin et al., "Feature Pyramid Networks", 2017) on the levels of a RevCol's last column.
 
     Args:
-        backbone: a name of timm's registry, such as `revcol_tiny`.
-        channels: channels of each level of the pyramid.
-        recompute: recompute the activations of the pyramid in backward instead of storing them.
-        options: options of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
+        backbone: A name of timm's registry, such as `revcol_tiny`.
+        channels: Channels of each level of the pyramid.
+        recompute: Recompute the activations of the pyramid in backward instead of storing them.
+        options: Options of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Raises:
-        ValueError: the backbone does not exist, has other strides, has a memory budget, or rejects an option.
+        ValueError: If the backbone does not exist, has other strides, has a memory budget, or rejects an option.
     """
 
     def __init__(self, backbone: str, channels: int = 256, *, recompute: bool = False, **options: Any):

@@ -41,12 +41,12 @@ def parse_segmentation(value: Any, height: int, width: int) -> Segmentation | No
     """Parse the value of `segmentation` in a file; return None if it is empty.
 
     Args:
-        value: the value in the file.
-        height: height of the image.
-        width: width of the image.
+        value: The value in the file.
+        height: Height of the image.
+        width: Width of the image.
 
     Raises:
-        MaskError: the mask is damaged, belongs to an image of another size, or takes too long to draw.
+        MaskError: If the mask is damaged, belongs to an image of another size, or takes too long to draw.
     """
     if isinstance(value, Mapping):
         return _parse_run_lengths(value, height, width)
@@ -112,7 +112,7 @@ def dense_mask(segmentation: Segmentation, height: int, width: int) -> np.ndarra
     """Return the mask as an array (height, width) of uint8 with values 0 and 1.
 
     Raises:
-        revnets.SpecError: the mask consists of polygons, and faster-coco-eval is not installed.
+        revnets.SpecError: If the mask consists of polygons, and faster-coco-eval is not installed.
     """
     if isinstance(segmentation, RunLengths):
         inside = np.arange(len(segmentation.counts)) % 2 == 1
@@ -134,7 +134,7 @@ def packed_mask(mask: np.ndarray) -> dict[str, Any]:
     """Encode a mask (H, W) of zeros and ones as COCO's compressed run lengths: `size`, and `counts` as text.
 
     Raises:
-        ValueError: the mask does not have two axes.
+        ValueError: If the mask does not have two axes.
     """
     if mask.ndim != 2:
         raise ArgumentError(f"the mask has {mask.ndim} axes instead of two", "mask", code="shape-mismatch")
@@ -151,7 +151,7 @@ def mask_api() -> Any:
     """Return the C++ mask functions of faster-coco-eval.
 
     Raises:
-        revnets.SpecError: faster-coco-eval is not installed.
+        revnets.SpecError: If faster-coco-eval is not installed.
     """
     try:
         import faster_coco_eval.core.mask as api

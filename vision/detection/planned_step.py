@@ -24,11 +24,11 @@ class DetectionStep(nn.Module):
     batches with at most that many objects per image.
 
     Args:
-        detector: a model of `cascade_mask_rcnn`, `htc` or `dino`.
-        objects: number of objects of each image.
+        detector: A model of `cascade_mask_rcnn`, `htc` or `dino`.
+        objects: Number of objects of each image.
 
     Raises:
-        ValueError: the detector is another model, or `objects` is not an integer of at least 1.
+        ValueError: If the detector is another model, or `objects` is not an integer of at least 1.
     """
 
     def __init__(self, detector: nn.Module, objects: int = OBJECTS):

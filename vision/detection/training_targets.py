@@ -22,13 +22,13 @@ def padded_batch(images: Sequence[Tensor], channels: int = 3, multiple: int = 32
     """Batch images (C, H, W) of different sizes, padded with zeros on the right and at the bottom.
 
     Args:
-        images: at least one image.
-        channels: expected number of channels C.
-        multiple: both sides of the batch are multiples of it.
-        least: minimum length of both sides.
+        images: At least one image.
+        channels: Expected number of channels C.
+        multiple: Both sides of the batch are multiples of it.
+        least: Minimum length of both sides.
 
     Raises:
-        ValueError: there are no images, or an image has another shape or an integer dtype.
+        ValueError: If there are no images, or an image has another shape or an integer dtype.
     """
     if not all(isinstance(image, Tensor) for image in images):
         raise ArgumentError("images must be a list of tensors (C, H, W)", "images", code="wrong-type")
@@ -55,12 +55,12 @@ def checked_targets(
 
     Args:
         images: (C, H, W) each.
-        targets: one for each image.
-        num_classes: labels are 1 to this number.
-        masks: whether objects need masks.
+        targets: One for each image.
+        num_classes: Labels are 1 to this number.
+        masks: Whether objects need masks.
 
     Raises:
-        ValueError: a target is missing or does not match its image; the error names it.
+        ValueError: If a target is missing or does not match its image; the error names it.
     """
     if targets is None or len(targets) != len(images):
         count = "no" if targets is None else len(targets)
@@ -117,13 +117,13 @@ def semantic_maps(targets: Sequence[Target], num_classes: int, size: tuple[int, 
     """Return the semantic maps of a batch at every `stride`-th pixel, (B, *size), with 255 outside the images.
 
     Args:
-        targets: with `semantic_map` and `image_size`.
-        num_classes: number of classes of the maps.
-        size: height and width of the result.
-        stride: distance of the pixels that are used.
+        targets: With `semantic_map` and `image_size`.
+        num_classes: Number of classes of the maps.
+        size: Height and width of the result.
+        stride: Distance of the pixels that are used.
 
     Raises:
-        ValueError: a map is missing, its size differs from that of its image, or a class is out of range.
+        ValueError: If a map is missing, its size differs from that of its image, or a class is out of range.
     """
     goals = []
     for number, target in enumerate(targets):

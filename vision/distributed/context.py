@@ -28,9 +28,9 @@ class World:
     """The distributed context of this process. Every method must be called by all processes.
 
     Attributes:
-        rank: of this process over all machines. Rank 0 prints, logs and saves.
-        size: number of processes.
-        local_rank: rank of this process on its machine, which is the index of its GPU; 0 if srun exposes only one GPU.
+        rank: Of this process over all machines. Rank 0 prints, logs and saves.
+        size: Number of processes.
+        local_rank: Rank of this process on its machine, which is the index of its GPU; 0 if srun exposes only one GPU.
     """
 
     rank: int = 0
@@ -140,10 +140,10 @@ def world_of(variables: Mapping[str, str]) -> World:
     """The distributed context from the variables of the first launcher that has set them. Empty variables are ignored.
 
     Args:
-        variables: of the environment.
+        variables: Of the environment.
 
     Raises:
-        revnets.SpecError: a variable is missing or invalid, or the address of the processes cannot be resolved.
+        revnets.SpecError: If a variable is missing or invalid, or the address of the processes cannot be resolved.
     """
     given = {name: value.strip() for name, value in variables.items() if value.strip()}
     names = next((names for names in LAUNCHERS if names[0] in given or names[1] in given), None)
@@ -206,11 +206,11 @@ def joined(device: str = "auto") -> Iterator[World]:
     """The distributed context that torchrun, srun or mpirun describes; a single process without them.
 
     Args:
-        device: of the run. Tensors on GPUs use NCCL, tensors on the CPU use gloo.
+        device: Of the run. Tensors on GPUs use NCCL, tensors on the CPU use gloo.
 
     Raises:
-        revnets.SpecError: the launcher's variables are invalid, or the processes cannot connect.
-        TrainingError: the connection to another process is lost.
+        revnets.SpecError: If the launcher's variables are invalid, or the processes cannot connect.
+        TrainingError: If the connection to another process is lost.
     """
     world = world_of(os.environ)
     on_gpu = torch.cuda.is_available() and device != "cpu"
@@ -258,7 +258,7 @@ class Stopped(Exception):
     """Raised at a point where the state of a run can be saved.
 
     Attributes:
-        signal: that this or another process has received.
+        signal: That this or another process has received.
     """
 
     def __init__(self, number: int):
@@ -273,7 +273,7 @@ class StopSignals:
     Ctrl-C that the terminal has already sent to every process.
 
     Attributes:
-        received: the signal, or None.
+        received: The signal, or None.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -287,7 +287,7 @@ class StopSignals:
         """Stop if a signal was received. All processes must call it, at a point where the state can be saved.
 
         Raises:
-            Stopped: a process has received a signal.
+            Stopped: If a process has received a signal.
         """
         if number := self.world.max(self.received or 0):
             raise Stopped(number)

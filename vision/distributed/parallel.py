@@ -23,8 +23,8 @@ def distribute(task: TrainingTask, how: str, world: World, device: torch.device)
         task: timm's task.
         how: `ddp`, where each process has all weights; or `fsdp`, which shards weights, gradients, averages and
             optimizer state. The tape gathers weights again, cell by cell, to rebuild states.
-        world: the processes of the run.
-        device: of this process.
+        world: The processes of the run.
+        device: Of this process.
     """
     if how == "ddp":
         # The gradient of a depthwise kernel has another stride along its axis of length 1, which has no effect.

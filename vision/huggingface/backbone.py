@@ -43,8 +43,8 @@ class RevColPreTrainedModel(PreTrainedModel):
         Weights are read from safetensors. Only those of the classifier may be missing.
 
         Raises:
-            revnets.SpecError: the configuration in a directory describes a larger model than its weights.
-            vision.errors.CheckpointError: weights are missing or have other shapes.
+            revnets.SpecError: If the configuration in a directory describes a larger model than its weights.
+            vision.errors.CheckpointError: If weights are missing or have other shapes.
         """
         kwargs.setdefault("use_safetensors", True)
         require_fitting(cls, args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
@@ -64,10 +64,10 @@ class RevColBackbone(BackboneMixin, RevColPreTrainedModel):
     Levels above the highest one of `config.out_features` are removed, as in timm's `features_only`.
 
     Args:
-        config: with `out_features` or `out_indices`; the coarsest level if both are missing.
+        config: With `out_features` or `out_indices`; the coarsest level if both are missing.
 
     Attributes:
-        revcol: the timm model, for example for `revcol.load_pretrained(path)`.
+        revcol: The timm model, for example for `revcol.load_pretrained(path)`.
     """
 
     has_attentions = False
@@ -91,9 +91,9 @@ class RevColBackbone(BackboneMixin, RevColPreTrainedModel):
         """Return the levels of images that the configuration names.
 
         Args:
-            pixel_values: images (B, num_channels, H, W).
-            output_hidden_states: also return all computed levels.
-            output_attentions: ignored.
+            pixel_values: Images (B, num_channels, H, W).
+            output_hidden_states: Also return all computed levels.
+            output_attentions: Ignored.
             return_dict: False for a tuple.
 
         Returns:

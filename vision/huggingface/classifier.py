@@ -20,7 +20,7 @@ class RevColForImageClassification(RevColPreTrainedModel):
     """An image classifier with `config.num_labels` classes, for `pipeline("image-classification")` and `Trainer`.
 
     Attributes:
-        revcol: the timm model.
+        revcol: The timm model.
     """
 
     def __init__(self, config: RevColBackboneConfig):
@@ -34,11 +34,12 @@ class RevColForImageClassification(RevColPreTrainedModel):
         """Wrap a RevCol of timm. Both models share their parameters.
 
         Args:
-            model: a RevCol, for example from `timm.create_model("revcol_tiny", pretrained=True)`.
-            classes: names of its classes, in order.
+            model: A RevCol, for example from `timm.create_model("revcol_tiny", pretrained=True)`.
+            classes: Names of its classes, in order.
 
         Raises:
-            ValueError: the number of names differs from that of the classes, or no configuration describes the model.
+            ValueError: If the number of names differs from that of the classes, or no configuration describes the
+                model.
         """
         with torch.device("meta"):
             classifier = cls(configuration_of(model, classes))
@@ -59,8 +60,8 @@ class RevColForImageClassification(RevColPreTrainedModel):
         """Return the logits of images, and the loss if labels are given.
 
         Args:
-            pixel_values: images (B, num_channels, H, W).
-            labels: classes (B,), or targets (B, num_labels) for several labels per image or for regression.
+            pixel_values: Images (B, num_channels, H, W).
+            labels: Classes (B,), or targets (B, num_labels) for several labels per image or for regression.
             return_dict: False for a tuple.
 
         Returns:

@@ -29,25 +29,25 @@ class RevColBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
     Options that are None are those of the named model.
 
     Attributes:
-        name: name of a RevCol model, such as `revcol_tiny`.
-        num_channels: channels of the images.
-        columns: number of columns.
-        dims: channels of each level.
-        depths: number of blocks of each level.
-        kernel_size: kernel size of the depthwise convolutions. Weights that were trained with 3 are padded to 7 or 13
+        name: Name of a RevCol model, such as `revcol_tiny`.
+        num_channels: Channels of the images.
+        columns: Number of columns.
+        dims: Channels of each level.
+        depths: Number of blocks of each level.
+        kernel_size: Kernel size of the depthwise convolutions. Weights that were trained with 3 are padded to 7 or 13
             (appendix D.3.1).
-        drop_path_rate: stochastic depth rate of the last block.
-        init: initialization of new weights, `paper` or `fast`.
-        memory: memory mode such as `exact`, one for each column, or `{"budget": "2GiB"}`.
-        img_size: side of the images in pixels (RevCol-ViT).
-        patch_size: patch size of the stem.
-        drop_rate: dropout rate before the classifier.
-        head_init_scale: scale of the initial weights of the classifier (0.001 for fine-tuning, appendix D.2).
-        stage_names: names for `out_features`, from `stage1` for the finest level to `stage4` for the coarsest.
+        drop_path_rate: Stochastic depth rate of the last block.
+        init: Initialization of new weights, `paper` or `fast`.
+        memory: Memory mode such as `exact`, one for each column, or `{"budget": "2GiB"}`.
+        img_size: Side of the images in pixels (RevCol-ViT).
+        patch_size: Patch size of the stem.
+        drop_rate: Dropout rate before the classifier.
+        head_init_scale: Scale of the initial weights of the classifier (0.001 for fine-tuning, appendix D.2).
+        stage_names: Names for `out_features`, from `stage1` for the finest level to `stage4` for the coarsest.
 
     Raises:
-        revnets.SpecError: a value is invalid, or the components of this model do not have the option.
-        ValueError: the model does not exist, or a list does not have one value for each level.
+        revnets.SpecError: If a value is invalid, or the components of this model do not have the option.
+        ValueError: If the model does not exist, or a list does not have one value for each level.
     """
 
     model_type = "revcol"
@@ -107,11 +107,11 @@ def configuration_of(model: RevCol, classes: Sequence[str] | None = None) -> Rev
     """Return the configuration of a RevCol of timm.
 
     Args:
-        model: the model.
-        classes: names of its classes, in order.
+        model: The model.
+        classes: Names of its classes, in order.
 
     Raises:
-        ValueError: the number of names differs from that of the classes, or no configuration describes the model,
+        ValueError: If the number of names differs from that of the classes, or no configuration describes the model,
             because levels were removed or its spec was modified.
     """
     spec, levels = model.spec, model.spec.levels

@@ -35,12 +35,12 @@ def require_fitting(kind: Any, source: Any, options: Mapping[str, Any]) -> None:
     """Require that `config.json` does not describe a larger model than the weights, before memory is allocated.
 
     Args:
-        kind: class of the model.
-        source: directory, or a name of the hub, which is not checked.
-        options: options of `from_pretrained`. `config` may be a configuration, or its file or directory.
+        kind: Class of the model.
+        source: Directory, or a name of the hub, which is not checked.
+        options: Options of `from_pretrained`. `config` may be a configuration, or its file or directory.
 
     Raises:
-        revnets.SpecError: the model is larger than its weights, its backbone is not a RevCol, or a file is unusable.
+        revnets.SpecError: If the model is larger than its weights, its backbone is not a RevCol, or a file is unusable.
     """
     subfolder = options.get("subfolder") or ""
     folder = Path(source or "") / subfolder

@@ -39,21 +39,21 @@ def label_data(
     """Write the label files that do not exist yet.
 
     Args:
-        source: the teacher, as for `load_teacher`.
-        data: as for `list_shards`.
-        folder: directory of the label files.
-        settings: of the predictions.
+        source: The teacher, as for `load_teacher`.
+        data: As for `list_shards`.
+        folder: Directory of the label files.
+        settings: Of the predictions.
         engine: `local`, or `ray` for Ray Data.
         workers, device, weights, trust: as for `label_images` and `load_teacher`.
-        console: for progress and results.
+        console: For progress and results.
 
     Returns:
         Number of images that this process has labeled.
 
     Raises:
-        revnets.SpecError: teacher or data cannot be used, or the directory has labels that were made otherwise.
-        vision.errors.CheckpointError: the checkpoint of the teacher cannot be used.
-        OSError: a file cannot be written. Finished files remain.
+        revnets.SpecError: If teacher or data cannot be used, or the directory has labels that were made otherwise.
+        vision.errors.CheckpointError: If the checkpoint of the teacher cannot be used.
+        OSError: If a file cannot be written. Finished files remain.
     """
     world = world_of(os.environ)
     console = (console or Console()) if world.is_main else Console(quiet=True)

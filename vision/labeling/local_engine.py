@@ -25,11 +25,11 @@ class LabelSettings:
     """Settings of predictions.
 
     Attributes:
-        min_probability: probabilities above it are stored; the sum of the others is stored as the rest.
-        batch_size: images per forward pass. A batch has images of one shard.
-        shard_size: images per shard of a directory.
-        input_key: suffixes of the files that are read, as in `data.input_key` of a run.
-        round: round of pseudo-labeling.
+        min_probability: Probabilities above it are stored; the sum of the others is stored as the rest.
+        batch_size: Images per forward pass. A batch has images of one shard.
+        shard_size: Images per shard of a directory.
+        input_key: Suffixes of the files that are read, as in `data.input_key` of a run.
+        round: Round of pseudo-labeling.
     """
 
     min_probability: float = 0.01
@@ -53,10 +53,10 @@ def provenance_of(
     """The provenance of the labels of these images.
 
     Args:
-        teacher: of the labels.
-        images: that are labeled.
-        settings: of the predictions.
-        precision: of the forward pass; the teacher's if None.
+        teacher: Of the labels.
+        images: That are labeled.
+        settings: Of the predictions.
+        precision: Of the forward pass; the teacher's if None.
     """
     plain = {
         "min_probability": settings.min_probability,
@@ -83,21 +83,21 @@ def label_images(
     """Label shards until all have a file.
 
     Args:
-        teacher: that predicts the labels.
-        images: to label.
-        queue: of the shards.
-        settings: of the predictions.
-        workers: processes that decode images.
-        world: the processes that were started together.
-        advance: called with the number of images of each labeled batch.
-        remain: called before each shard with the number of images without a file; other processes label some.
-        say: called with messages about unreadable images and about waiting.
+        teacher: That predicts the labels.
+        images: To label.
+        queue: Of the shards.
+        settings: Of the predictions.
+        workers: Processes that decode images.
+        world: The processes that were started together.
+        advance: Called with the number of images of each labeled batch.
+        remain: Called before each shard with the number of images without a file; other processes label some.
+        say: Called with messages about unreadable images and about waiting.
 
     Returns:
         Number of images that this process has labeled.
 
     Raises:
-        OSError: a file cannot be written. Finished files remain.
+        OSError: If a file cannot be written. Finished files remain.
     """
     world, count = world or World(), 0
     pixels = decoded_images(teacher, images)
@@ -152,11 +152,11 @@ def label_batch(
     """Predict the labels of a batch.
 
     Args:
-        teacher: that predicts the labels.
+        teacher: That predicts the labels.
         images: (B, C, H, W), with any pixels for unreadable images.
-        keys: of the images.
-        is_readable: whether each image could be read.
-        minimum: probabilities above it are stored.
+        keys: Of the images.
+        is_readable: Whether each image could be read.
+        minimum: Probabilities above it are stored.
     """
     kept = [row for row, is_there in enumerate(is_readable) if is_there]
     heads = {name: chosen_rows(largest(one, minimum), kept) for name, one in teacher.probabilities(images).items()}

@@ -21,9 +21,9 @@ class Origin(NamedTuple):
     """Where a set of labels came from.
 
     Attributes:
-        teacher: path of a run, or name of a model.
-        data: the directory or the tar that was labeled.
-        input_key: suffixes of the files that were read.
+        teacher: Path of a run, or name of a model.
+        data: The directory or the tar that was labeled.
+        input_key: Suffixes of the files that were read.
     """
 
     teacher: str
@@ -35,7 +35,7 @@ def write_origin(folder: Path, teacher: str, data: Path, input_key: str | None) 
     """Write the origin, with absolute paths, into the directory of the labels.
 
     Raises:
-        OSError: the file cannot be written, for lack of space or permission. Its `filename` is the path.
+        OSError: If the file cannot be written, for lack of space or permission. Its `filename` is the path.
     """
     place = str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
     with replacing(folder / NAME, "w") as file:
@@ -46,7 +46,7 @@ def read_origin(folder: Path) -> Origin | None:
     """Read the origin that `revnets label` has written; None if there is no such file, as in copied labels.
 
     Raises:
-        revnets.SpecError: the file is damaged or has other content.
+        revnets.SpecError: If the file is damaged or has other content.
     """
     path = folder / NAME
     try:

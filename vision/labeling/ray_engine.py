@@ -45,7 +45,7 @@ def require_ray() -> bool:
         Whether it has GPUs.
 
     Raises:
-        revnets.SpecError: ray is not installed.
+        revnets.SpecError: If ray is not installed.
     """
     try:
         import ray
@@ -72,17 +72,17 @@ def label_with_ray(
     """Label the shards that have no file.
 
     Args:
-        load: loads the teacher on a device.
-        teacher: provides the transform.
+        load: Loads the teacher on a device.
+        teacher: Provides the transform.
         images, queue, settings, advance, say: as for `label_images`.
 
     Returns:
         Number of labeled images.
 
     Raises:
-        revnets.SpecError: the teacher cannot be used.
-        vision.errors.TrainingError: an actor has failed.
-        OSError: a file cannot be written. Finished files remain.
+        revnets.SpecError: If the teacher cannot be used.
+        vision.errors.TrainingError: If an actor has failed.
+        OSError: If a file cannot be written. Finished files remain.
     """
     import ray
 

@@ -19,8 +19,8 @@ class Shard:
     """Images that are labeled together.
 
     Attributes:
-        number: index of the shard.
-        images: indices in the reader, sorted by key.
+        number: Index of the shard.
+        images: Indices in the reader, sorted by key.
     """
 
     number: int
@@ -32,8 +32,8 @@ class ShardedImages:
     """All images below a directory or in tars, divided into shards in the order of keys.
 
     Attributes:
-        reader: of the images.
-        shards: all shards.
+        reader: Of the images.
+        shards: All shards.
         digest: sha256 of the keys.
     """
 
@@ -50,12 +50,12 @@ def list_shards(data: Path, size: int, endings: str | None = None) -> ShardedIma
     """List the shards of a tar, a directory of tars, or a directory with images at any depth.
 
     Args:
-        data: path of the images.
-        size: images per shard of a directory. A tar is one shard.
-        endings: suffixes of the files that are read, such as `.webp;.tif`; by default those of PNG and JPEG.
+        data: Path of the images.
+        size: Images per shard of a directory. A tar is one shard.
+        endings: Suffixes of the files that are read, such as `.webp;.tif`; by default those of PNG and JPEG.
 
     Raises:
-        revnets.SpecError: there are no images, a tar or an image in a tar is duplicated, a key is too long, or there
+        revnets.SpecError: If there are no images, a tar or an image in a tar is duplicated, a key is too long, or there
             are too many shards.
     """
     if not data.exists():

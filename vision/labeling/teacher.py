@@ -31,14 +31,14 @@ class Teacher:
     """A model in evaluation mode, and the transform of its inputs.
 
     Attributes:
-        name: of the run or the model.
-        model: the network.
-        heads: number of classes by name, in the order of the model's scores.
-        transform: from a PIL image to a tensor (C, H, W).
-        exif: whether the EXIF orientation is applied.
-        device: of the model.
+        name: Of the run or the model.
+        model: The network.
+        heads: Number of classes by name, in the order of the model's scores.
+        transform: From a PIL image to a tensor (C, H, W).
+        exif: Whether the EXIF orientation is applied.
+        device: Of the model.
         digest: sha256 of the weights.
-        preparation: settings of the transform, as plain data.
+        preparation: Settings of the transform, as plain data.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Teacher:
             images: (B, C, H, W), on any device.
 
         Raises:
-            revnets.SpecError: the model does not return one score per class, or a score is not finite.
+            revnets.SpecError: If the model does not return one score per class, or a score is not finite.
         """
         images = images.to(self.device, non_blocking=True)
         count = sum(self.heads.values())
@@ -87,15 +87,15 @@ def load_teacher(
     """Load the model of a run, or a pretrained timm model.
 
     Args:
-        source: a checkpoint of `revnets train`, the directory of a run, or a name such as `vit_huge_patch14_clip_224`.
-        device: of the model; `auto` for the GPU if there is one.
-        weights: of a checkpoint: `raw`, `ema`, or `auto` for the averaged weights if there are any.
-        trust: whether the configuration in a checkpoint may name classes of other projects.
-        world: the processes, of which each uses its own GPU.
+        source: A checkpoint of `revnets train`, the directory of a run, or a name such as `vit_huge_patch14_clip_224`.
+        device: Of the model; `auto` for the GPU if there is one.
+        weights: Of a checkpoint: `raw`, `ema`, or `auto` for the averaged weights if there are any.
+        trust: Whether the configuration in a checkpoint may name classes of other projects.
+        world: The processes, of which each uses its own GPU.
 
     Raises:
-        vision.errors.CheckpointError: the checkpoint cannot be used, or weights cannot be downloaded.
-        revnets.SpecError: there is no such model.
+        vision.errors.CheckpointError: If the checkpoint cannot be used, or weights cannot be downloaded.
+        revnets.SpecError: If there is no such model.
     """
     place = choose_device(device, world)
     if Path(source).exists():

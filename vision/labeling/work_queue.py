@@ -27,12 +27,12 @@ class WorkQueue:
     """The shards of a set of labels.
 
     Args:
-        folder: directory of the label files.
-        shards: all shards of the set.
-        provenance: of the labels.
+        folder: Directory of the label files.
+        shards: All shards of the set.
+        provenance: Of the labels.
 
     Raises:
-        revnets.SpecError: the directory has label files of another teacher, data set or settings, or damaged ones.
+        revnets.SpecError: If the directory has label files of another teacher, data set or settings, or damaged ones.
     """
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...], provenance: Provenance):
@@ -57,7 +57,7 @@ class WorkQueue:
 
         Args:
             rank, size: of the processes that start together. Each starts at another shard.
-            wait: called with the owner of a claim while all remaining shards are claimed by other processes.
+            wait: Called with the owner of a claim while all remaining shards are claimed by other processes.
         """
         while waiting := self.waiting():
             start, has_claimed, locked = rank * len(waiting) // size, False, None

@@ -28,17 +28,17 @@ class RevCol(nn.Module):
     levels of the last column.
 
     Args:
-        spec: specification of stem and columns. The head is timm's, and `forward_intermediates` replaces `taps`.
-        num_classes: number of classes; 0 for no classifier.
-        in_chans: channels of the images.
+        spec: Specification of stem and columns. The head is timm's, and `forward_intermediates` replaces `taps`.
+        num_classes: Number of classes; 0 for no classifier.
+        in_chans: Channels of the images.
         global_pool: `avg`, `max`, or empty for none.
-        drop_rate: dropout rate before the classifier.
-        head_init_scale: scale of the initial weights of the classifier (0.001 for fine-tuning, appendix D.2).
-        device: device of the parameters; `meta` allocates no memory.
+        drop_rate: Dropout rate before the classifier.
+        head_init_scale: Scale of the initial weights of the classifier (0.001 for fine-tuning, appendix D.2).
+        device: Device of the parameters; `meta` allocates no memory.
         dtype: dtype of the parameters.
 
     Raises:
-        revnets.SpecError: a component rejects an option.
+        revnets.SpecError: If a component rejects an option.
     """
 
     pretrained_cfg: Any  # a mapping set by timm
@@ -134,13 +134,13 @@ class RevCol(nn.Module):
         """Return the top level of the last column, and a list of levels of the last column.
 
         Args:
-            x: images (B, in_chans, H, W).
-            indices: indices of the levels; an integer n for the last n levels, None for all.
-            norm: ignored, because RevCol has no norm before its pooling.
-            stop_early: do not compute the levels of the last column after the last requested one: those above the
+            x: Images (B, in_chans, H, W).
+            indices: Indices of the levels; an integer n for the last n levels, None for all.
+            norm: Ignored, because RevCol has no norm before its pooling.
+            stop_early: Do not compute the levels of the last column after the last requested one: those above the
                 highest, or below the lowest if the column runs down.
             output_fmt: `NCHW` or `NHWC`.
-            intermediates_only: return only the list of levels.
+            intermediates_only: Return only the list of levels.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             problem = f"output_fmt is {output_fmt!r}, but must be NCHW or NHWC"
@@ -189,7 +189,7 @@ class RevCol(nn.Module):
         as in timm. Their sizes are read from the file, not from `pretrained_cfg`.
 
         Raises:
-            vision.errors.CheckpointError: the file is unusable or belongs to another model.
+            vision.errors.CheckpointError: If the file is unusable or belongs to another model.
         """
         from vision.weights.pretrained import load_file  # imports this class, and training does not need it
 
@@ -265,9 +265,9 @@ def freeze_idle(columns: ReversibleColumns, levels: int, last: int | None = None
     """Freeze the cells that the first `levels` of the last `last` states do not depend on.
 
     Args:
-        columns: the columns, which are modified.
-        levels: number of needed states.
-        last: number of states from which to count; `levels` by default.
+        columns: The columns, which are modified.
+        levels: Number of needed states.
+        last: Number of states from which to count; `levels` by default.
     """
     nodes = columns.graph.nodes
     start = len(nodes) - (last or levels)

@@ -38,13 +38,13 @@ def parameter_groups(
     gains) and parameters in `no_weight_decay` of the model or the backbone have no weight decay.
 
     Args:
-        model: a model with a RevCol backbone.
-        weight_decay: weight decay of all other parameters.
-        layer_decay: factor of the learning rate from layer to layer; None for 1.
-        backbone_lr_scale: learning rate of the backbone relative to that of the heads.
+        model: A model with a RevCol backbone.
+        weight_decay: Weight decay of all other parameters.
+        layer_decay: Factor of the learning rate from layer to layer; None for 1.
+        backbone_lr_scale: Learning rate of the backbone relative to that of the heads.
 
     Raises:
-        LookupError: the model has no RevCol backbone.
+        LookupError: If the model has no RevCol backbone.
     """
     found = find_backbone(model)
     if found is None:

@@ -18,10 +18,10 @@ def recomputed(module: nn.Module | Callable[..., Any], *args: Any, draws: bool =
     Running statistics of BatchNorm are updated only once, in the forward pass.
 
     Args:
-        module: a module, or a method of one.
-        args: positional arguments.
-        draws: whether it draws random numbers, as dropout does. Backward then draws the same numbers.
-        kwargs: keyword arguments.
+        module: A module, or a method of one.
+        args: Positional arguments.
+        draws: Whether it draws random numbers, as dropout does. Backward then draws the same numbers.
+        kwargs: Keyword arguments.
     """
     owner = module if isinstance(module, nn.Module) else cast(nn.Module, cast(Any, module).__self__)
 

@@ -20,8 +20,8 @@ def rows_where(mask: Tensor, most: int) -> Tensor:
     """Return the indices (K,) where a mask (N,) is true.
 
     Args:
-        mask: booleans.
-        most: the largest possible K. In a simulated step, K is the smaller one of this and N.
+        mask: Booleans.
+        most: The largest possible K. In a simulated step, K is the smaller one of this and N.
     """
     if is_simulated(mask):
         return torch.arange(min(most, len(mask)), device=mask.device)

@@ -89,8 +89,8 @@ class _Search:
         """Try the transforms that are one step away in each direction, for one step after the other.
 
         Args:
-            steps: of scale and shift.
-            pooled: factor by which images are downsampled.
+            steps: Of scale and shift.
+            pooled: Factor by which images are downsampled.
         """
         if not len(self.best):
             return

@@ -53,8 +53,8 @@ def label_rows(labels: Mapping[str, SparseProbabilities], heads: Mapping[str, in
     """Convert labels to rows whose products are sums of sqrt(p q), averaged over the heads.
 
     Args:
-        labels: by the names of the heads.
-        heads: numbers of classes by the names of the heads.
+        labels: By the names of the heads.
+        heads: Numbers of classes by the names of the heads.
     """
     from scipy.sparse import csr_array, hstack
 
@@ -81,9 +81,9 @@ def similar_labels(rows: LabelRows, others: LabelRows, maximum: float) -> Iterat
     """Yield pairs of rows within a distance, grouped by row. The rows of a pair share at least one stored class.
 
     Args:
-        rows: labels of the first set.
-        others: labels of the second set.
-        maximum: largest distance, from 0 to 1.
+        rows: Labels of the first set.
+        others: Labels of the second set.
+        maximum: Largest distance, from 0 to 1.
 
     Yields:
         Pairs of some rows, at most `PRODUCT`, sorted by row and column.

@@ -33,9 +33,9 @@ def contact_sheet(suspects: Sequence[Suspect], copies: Pictures, originals: Pict
     """Draw each pair side by side, with the suspect on the left and the scores below.
 
     Args:
-        suspects: the most certain first; `shown` selects those that are drawn.
-        copies: images of the suspects.
-        originals: images that they resemble.
+        suspects: The most certain first; `shown` selects those that are drawn.
+        copies: Images of the suspects.
+        originals: Images that they resemble.
     """
     chosen = shown(suspects)
     rows = -(-len(chosen) // ACROSS)
@@ -63,7 +63,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Write a sheet as PNG atomically.
 
     Raises:
-        OSError: the file cannot be written, for lack of space or permission. Its `filename` is the path.
+        OSError: If the file cannot be written, for lack of space or permission. Its `filename` is the path.
     """
     with replacing(path) as file:
         sheet.save(file, "PNG")

@@ -63,7 +63,7 @@ def similar_features(
 
     Args:
         features, others: (N, channels) and (M, channels), float32, of length 1.
-        count: neighbors of each image.
+        count: Neighbors of each image.
 
     Yields:
         Indices of images, indices of neighbors and cosines, each (pairs,), block by block.

@@ -83,8 +83,8 @@ def section(picture: Image.Image, size: float, x: float, y: float) -> Image.Imag
     """A section of an image, resized to the size of the image.
 
     Args:
-        picture: the image.
-        size: of the section, as a fraction of the sides.
+        picture: The image.
+        size: Of the section, as a fraction of the sides.
         x, y: position, from 0 (left, top) to 1 (right, bottom).
     """
     if size == 1:

@@ -21,11 +21,11 @@ class Pictures:
     """Images of a directory or of tars that belong to a set of labels.
 
     Args:
-        images: all images.
-        exif: whether their EXIF orientation is applied.
+        images: All images.
+        exif: Whether their EXIF orientation is applied.
 
     Attributes:
-        unreadable: keys of images that could not be read, with the reasons, at most `MOST_NOTED`.
+        unreadable: Keys of images that could not be read, with the reasons, at most `MOST_NOTED`.
     """
 
     def __init__(self, images: ShardedImages, exif: Exif = "ignore"):
@@ -54,14 +54,14 @@ def pictures_of(
     """Open the images of a set of labels.
 
     Args:
-        labels: of the images.
-        place: the directory, the tar or the directory of tars that was labeled.
-        option: of the command, for messages.
-        endings: suffixes of the files that were labeled, as for `list_shards`.
-        exif: whether the EXIF orientation is applied.
+        labels: Of the images.
+        place: The directory, the tar or the directory of tars that was labeled.
+        option: Of the command, for messages.
+        endings: Suffixes of the files that were labeled, as for `list_shards`.
+        exif: Whether the EXIF orientation is applied.
 
     Raises:
-        revnets.SpecError: the images do not exist, or are not those that were labeled.
+        revnets.SpecError: If the images do not exist, or are not those that were labeled.
     """
     if not place.exists():
         problem = f"there is no file or directory {place}"

@@ -38,7 +38,7 @@ def write_suspects(suspects: Sequence[Suspect], path: Path) -> Path:
         The path of the list of keys, which can be edited by hand.
 
     Raises:
-        OSError: a file cannot be written, for lack of space or permission. Its `filename` is the path.
+        OSError: If a file cannot be written, for lack of space or permission. Its `filename` is the path.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

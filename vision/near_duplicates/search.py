@@ -42,23 +42,23 @@ def search_duplicates(
     """Find near-duplicates and report them. Nothing is deleted.
 
     Args:
-        folder: labels of the images that may be duplicates.
-        against: labels of the other images, or images, which the teacher labels first. The same directory as `folder`
+        folder: Labels of the images that may be duplicates.
+        against: Labels of the other images, or images, which the teacher labels first. The same directory as `folder`
             finds duplicates within the set.
         output: Parquet file of the suspects. A list of keys is written next to it.
-        png: contact sheet.
+        png: Contact sheet.
         images, against_images: the labeled images; by default at their path when they were labeled.
-        teacher: of the labels; by default at its path when it labeled. It is loaded if its labels or features are
+        teacher: Of the labels; by default at its path when it labeled. It is loaded if its labels or features are
             needed.
-        limits: how similar the images of a pair must be.
-        by: whether candidates are pairs with similar labels, or with similar features.
-        device: of the teacher.
-        trust: whether the configuration in a checkpoint may name classes of other projects.
-        console: for progress and results.
+        limits: How similar the images of a pair must be.
+        by: Whether candidates are pairs with similar labels, or with similar features.
+        device: Of the teacher.
+        trust: Whether the configuration in a checkpoint may name classes of other projects.
+        console: For progress and results.
 
     Raises:
-        revnets.SpecError: labels, images or teacher cannot be used or do not match.
-        OSError: a file cannot be written.
+        revnets.SpecError: If labels, images or teacher cannot be used or do not match.
+        OSError: If a file cannot be written.
     """
     console = console or Console()
     labels = read_labels(folder)

@@ -48,11 +48,11 @@ class Limits:
     """How similar the images of a pair must be by each measure.
 
     Attributes:
-        distance: largest distance of labels, from 0 to 1.
-        bits: most bits, of 256, in which perceptual hashes differ.
-        correlation: smallest correlation of aligned pixels.
-        cosine: smallest cosine of the teacher's features.
-        nearest: pairs per image that are compared further, those with the nearest hashes (or labels, without images).
+        distance: Largest distance of labels, from 0 to 1.
+        bits: Most bits, of 256, in which perceptual hashes differ.
+        correlation: Smallest correlation of aligned pixels.
+        cosine: Smallest cosine of the teacher's features.
+        nearest: Pairs per image that are compared further, those with the nearest hashes (or labels, without images).
     """
 
     distance: float = 0.5
@@ -95,15 +95,16 @@ def find_suspects(
     labels, each pair of its images counts once.
 
     Args:
-        images: the set that is searched.
-        against: the set that it is compared with.
-        limits: how similar the images of a pair must be.
-        features: of the teacher, which need images.
-        by: whether candidates are pairs with similar labels, or with similar features.
-        advance: called with the number of images of each finished block.
+        images: The set that is searched.
+        against: The set that it is compared with.
+        limits: How similar the images of a pair must be.
+        features: Of the teacher, which need images.
+        by: Whether candidates are pairs with similar labels, or with similar features.
+        advance: Called with the number of images of each finished block.
 
     Raises:
-        revnets.SpecError: the heads of both sets differ, labels are damaged, or there are too many images or suspects.
+        revnets.SpecError: If the heads of both sets differ, labels are damaged, or there are too many images or
+            suspects.
     """
     keys, rows = _rows_of(against.labels, images.labels.heads)
     opinions = None
@@ -167,7 +168,7 @@ class _FeatureSpace:
     """The features of all images of the other set.
 
     Args:
-        keys: of the images in the other set.
+        keys: Of the images in the other set.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class _Opinions:
     """Compares pairs by hashes, features and pixels. Hashes of the other set stay in memory.
 
     Args:
-        keys: of the images of the other set.
+        keys: Of the images of the other set.
     """
 
     def __init__(
@@ -211,8 +212,8 @@ class _Opinions:
         """Yield the pairs that are similar by every measure.
 
         Args:
-            keys: of the images, by the rows of the pairs.
-            pairs: candidates.
+            keys: Of the images, by the rows of the pairs.
+            pairs: Candidates.
         """
         pairs, bits = self._near_by_hash(keys, pairs)
         order = nearest_pairs(pairs, bits, self.limits.nearest)

@@ -38,10 +38,10 @@ class Provenance:
     Attributes:
         teacher: sha256 of its weights.
         data: sha256 of the list of images.
-        settings: everything else that a prediction depends on.
-        heads: number of classes by the name of the head.
-        parts: number of files in the set.
-        round: round of pseudo-labeling, from 1. The student of a round is the teacher of the next.
+        settings: Everything else that a prediction depends on.
+        heads: Number of classes by the name of the head.
+        parts: Number of files in the set.
+        round: Round of pseudo-labeling, from 1. The student of a round is the teacher of the next.
     """
 
     teacher: str
@@ -80,11 +80,11 @@ class LabelFile:
     """A file whose metadata and columns have been checked. `batches` checks the rows.
 
     Attributes:
-        path: of the file.
-        provenance: of the labels.
-        part: index of the file in the set.
-        rows: number of images.
-        unreadable: keys of images that could not be read and have no row.
+        path: Of the file.
+        provenance: Of the labels.
+        part: Index of the file in the set.
+        rows: Number of images.
+        unreadable: Keys of images that could not be read and have no row.
         digest: sha256 of metadata and rows; None in files of earlier versions.
     """
 
@@ -99,10 +99,10 @@ class LabelFile:
         """Yield the rows in order.
 
         Args:
-            rows: most rows of a batch.
+            rows: Most rows of a batch.
 
         Raises:
-            revnets.SpecError: a row is not a valid prediction, the keys are not sorted, a key is also among the
+            revnets.SpecError: If a row is not a valid prediction, the keys are not sorted, a key is also among the
                 unreadable images, or, after the last row, the digest does not match.
         """
         last, seen, unreadable = "", 0, set(self.unreadable)
@@ -127,7 +127,7 @@ class LabelFile:
         """Read and check all rows.
 
         Raises:
-            revnets.SpecError: as for `batches`.
+            revnets.SpecError: As for `batches`.
         """
         for _ in self.batches(2**16):
             pass
@@ -178,10 +178,10 @@ class LabelFolder:
         """Yield all rows, sorted by key.
 
         Args:
-            rows: most rows of a batch.
+            rows: Most rows of a batch.
 
         Raises:
-            revnets.SpecError: a row is not a valid prediction, or two files have the same key.
+            revnets.SpecError: If a row is not a valid prediction, or two files have the same key.
         """
         last: tuple[str, Path] | None = None
         for file in self.files:
@@ -209,15 +209,15 @@ def write_part(
     """Write a label file atomically. Equal arguments give equal bytes.
 
     Args:
-        path: of the file.
-        provenance: of the labels.
-        part: index of the file in the set.
-        keys: of the images, sorted.
-        heads: probabilities by the names of the heads.
-        unreadable: keys of the images that have no row.
+        path: Of the file.
+        provenance: Of the labels.
+        part: Index of the file in the set.
+        keys: Of the images, sorted.
+        heads: Probabilities by the names of the heads.
+        unreadable: Keys of the images that have no row.
 
     Raises:
-        OSError: the file cannot be written, for lack of space or permission. Its `filename` is the path.
+        OSError: If the file cannot be written, for lack of space or permission. Its `filename` is the path.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -244,7 +244,8 @@ def read_labels(folder: Path | str) -> LabelFolder:
     """Open a complete set of label files.
 
     Raises:
-        revnets.SpecError: there are no files, a part is missing, damaged or duplicated, or parts are of different sets.
+        revnets.SpecError: If there are no files, a part is missing, damaged or duplicated, or parts are of different
+            sets.
     """
     folder = Path(folder)
     files = read_parts(folder)
@@ -263,7 +264,7 @@ def read_parts(folder: Path) -> list[LabelFile]:
     """Open the label files in a directory, which need not be complete.
 
     Raises:
-        revnets.SpecError: a file is damaged or duplicated, or two files are of different sets.
+        revnets.SpecError: If a file is damaged or duplicated, or two files are of different sets.
     """
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".parquet") and not name.startswith("."))
@@ -287,7 +288,7 @@ def read_part(path: Path) -> LabelFile:
     """Open a label file and check its metadata and columns.
 
     Raises:
-        revnets.SpecError: it is not a label file, or has the name of another part.
+        revnets.SpecError: If it is not a label file, or has the name of another part.
     """
     with open_parquet(path) as file:
         schema = file.schema_arrow

@@ -29,8 +29,8 @@ class LabelLookup:
     """Labels of samples in tars.
 
     Args:
-        folder: the labels, one file per tar.
-        shared: heads whose labels are returned.
+        folder: The labels, one file per tar.
+        shared: Heads whose labels are returned.
     """
 
     def __init__(self, folder: LabelFolder, shared: Sequence[str]):
@@ -60,10 +60,10 @@ class LabelLookup:
         """Labels by head, and the row of a sample in them; -1 if the teacher could not read it.
 
         Args:
-            key: of `sample_key`.
+            key: Of `sample_key`.
 
         Raises:
-            vision.errors.DataError: there is no label, or the label file is damaged.
+            vision.errors.DataError: If there is no label, or the label file is damaged.
         """
         try:
             rows, labels = self._rows(key.partition("/")[0])

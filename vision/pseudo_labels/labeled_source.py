@@ -38,11 +38,11 @@ class HeadImages(Dataset[tuple[Tensor, Tensor]]):
     """Images with targets of all heads, indexed by `Key`.
 
     Args:
-        images: returns an image and its number.
-        targets: makes targets.
-        head: whose classes `labels` are; None for images without classes.
-        labels: class numbers, by the number of the image.
-        soft: labels by head, whose rows are `rows[number]`.
+        images: Returns an image and its number.
+        targets: Makes targets.
+        head: Whose classes `labels` are; None for images without classes.
+        labels: Class numbers, by the number of the image.
+        soft: Labels by head, whose rows are `rows[number]`.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class LabeledSource:
     """One source of a run with heads. `images` or `stream` makes its training set.
 
     Attributes:
-        config: of the source.
-        place: key path of the source, such as `data.1`, for messages.
-        targets: makes the targets of all heads.
-        seed: of the augmentations.
-        unreadable: what happens to images that cannot be read.
-        world: the processes of the run.
-        data: images with classes, of a source with a `head`; otherwise None.
-        remarks: filled with warnings about the source.
-        provenance: filled with what identifies labels and excluded images.
+        config: Of the source.
+        place: Key path of the source, such as `data.1`, for messages.
+        targets: Makes the targets of all heads.
+        seed: Of the augmentations.
+        unreadable: What happens to images that cannot be read.
+        world: The processes of the run.
+        data: Images with classes, of a source with a `head`; otherwise None.
+        remarks: Filled with warnings about the source.
+        provenance: Filled with what identifies labels and excluded images.
     """
 
     config: ImagesConfig
@@ -100,7 +100,7 @@ class LabeledSource:
         """The images of files, joined with their labels.
 
         Raises:
-            revnets.SpecError: images, labels or the list of excluded keys are missing, or do not fit together.
+            revnets.SpecError: If images, labels or the list of excluded keys are missing, or do not fit together.
         """
         source, reader = self.config, self._reader()
         keys = [reader.filename(index) for index in range(len(reader))]
@@ -130,7 +130,7 @@ class LabeledSource:
         """The samples of webdataset's shards. Each is joined with its labels when it is read.
 
         Raises:
-            revnets.SpecError: shards, labels or the list of excluded keys are missing, or do not fit together.
+            revnets.SpecError: If shards, labels or the list of excluded keys are missing, or do not fit together.
         """
         source, stream = self.config, self.data.train if self.data is not None else self._stream()
         tars = {os.path.basename(name): name for name in stream.reader.split_info.filenames}
@@ -197,8 +197,8 @@ def keys_without_sample(keys: Iterable[str], tars: Mapping[str, Path]) -> set[st
     """Keys of images that match no member of their tar.
 
     Args:
-        keys: of images in tars. Those in other tars than `tars` are ignored.
-        tars: paths by name. One that cannot be read is ignored, because reading its samples reports the reason.
+        keys: Of images in tars. Those in other tars than `tars` are ignored.
+        tars: Paths by name. One that cannot be read is ignored, because reading its samples reports the reason.
     """
     unmatched: set[str] = set()
     by_tar: dict[str, defaultdict[str, set[str]]] = {name: defaultdict(set) for name in tars}

@@ -24,11 +24,11 @@ class LabeledStream(Stream):
     """A training stream with targets instead of classes.
 
     Args:
-        stream: of images, with or without classes. Reader, transform and epoch are shared with it.
-        targets: makes targets.
-        head: whose classes the shards have (`.cls`); None if they have no classes.
-        lookup: soft labels; None without soft labels.
-        excluded: keys of `sample_key` that are skipped.
+        stream: Of images, with or without classes. Reader, transform and epoch are shared with it.
+        targets: Makes targets.
+        head: Whose classes the shards have (`.cls`); None if they have no classes.
+        lookup: Soft labels; None without soft labels.
+        excluded: Keys of `sample_key` that are skipped.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class MixedStreams(IterableDataset[tuple[Tensor, Tensor]]):
     sample of a stream, this worker draws from the other streams.
 
     Args:
-        streams: at least one.
-        weights: positive; None for the numbers of samples.
-        seed: of the draws.
+        streams: At least one.
+        weights: Positive; None for the numbers of samples.
+        seed: Of the draws.
 
     Raises:
-        DataError: while iterating, if the shards of a worker have no usable sample of any stream.
+        DataError: While iterating, if the shards of a worker have no usable sample of any stream.
     """
 
     def __init__(self, streams: Sequence[LabeledStream], weights: Sequence[float] | None, seed: int):
@@ -155,8 +155,8 @@ class ClassStreams(IterableDataset[tuple[Tensor, Tensor]]):
     """Validation streams one after another, with class numbers (heads,) that are -1 except for one head.
 
     Args:
-        streams: pairs of the index of the head and the stream.
-        heads: number of heads.
+        streams: Pairs of the index of the head and the stream.
+        heads: Number of heads.
     """
 
     def __init__(self, streams: Sequence[tuple[int, Stream]], heads: int):

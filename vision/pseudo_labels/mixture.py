@@ -21,11 +21,11 @@ class Mixture(Dataset[Any]):
     sets together.
 
     Args:
-        sets: indexed by `Key`.
-        weights: positive; None for the numbers of samples.
+        sets: Indexed by `Key`.
+        weights: Positive; None for the numbers of samples.
 
     Attributes:
-        counts: samples of each set in an epoch.
+        counts: Samples of each set in an epoch.
     """
 
     def __init__(self, sets: Sequence[Any], weights: Sequence[float] | None = None):

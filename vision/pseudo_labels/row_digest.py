@@ -18,8 +18,8 @@ class RowDigest:
     Each column has its own hash, so the result does not depend on the sizes of the batches.
 
     Args:
-        metadata: of the file, as plain data.
-        heads: names of the heads, in the order of the columns.
+        metadata: Of the file, as plain data.
+        heads: Names of the heads, in the order of the columns.
     """
 
     def __init__(self, metadata: Mapping[str, Any], heads: Iterable[str]):

@@ -37,16 +37,16 @@ def load_sources(
     where it has no class. Sources with a `head` have a validation set; others are for training only.
 
     Args:
-        config: the key `data` of the run.
-        targets: makes the targets of all heads.
-        seed: of the augmentations.
-        unreadable: policy for images that cannot be read.
-        world: the processes of the run.
-        workers: processes per rank that load images. Each needs a shard of each stream. None if nothing is trained;
+        config: The key `data` of the run.
+        targets: Makes the targets of all heads.
+        seed: Of the augmentations.
+        unreadable: Policy for images that cannot be read.
+        world: The processes of the run.
+        workers: Processes per rank that load images. Each needs a shard of each stream. None if nothing is trained;
             then heads without labels, streams of few shards and tiny weights are accepted.
 
     Raises:
-        revnets.SpecError: data or labels are missing or do not fit the heads, or a source has no images to train on.
+        revnets.SpecError: If data or labels are missing or do not fit the heads, or a source has no images to train on.
     """
     is_list = isinstance(config, SourcesConfig)
     sources, heads = config.sources if is_list else (config,), list(targets.heads)

@@ -53,8 +53,8 @@ class SparseProbabilities:
         """Describe the first error in these probabilities over `count` classes; empty if they are valid.
 
         Args:
-            count: number of classes.
-            start: number of the first row, for the text.
+            count: Number of classes.
+            start: Number of the first row, for the text.
         """
         lengths, rows = np.diff(self.offsets), np.repeat(np.arange(len(self)), np.diff(self.offsets))
         values, rest = self.probabilities.astype(np.float32), self.rest.astype(np.float32)
@@ -84,7 +84,7 @@ def largest(probabilities: Tensor, minimum: float) -> SparseProbabilities:
 
     Args:
         probabilities: (N, classes), float32, whose rows sum to 1.
-        minimum: at least 0.
+        minimum: At least 0.
     """
     values, classes = probabilities.sort(dim=1, descending=True, stable=True)
     stored = values.half()

@@ -23,8 +23,8 @@ class HeadTargets:
     """Makes the targets of images.
 
     Args:
-        heads: number of classes of each head of the model, in order.
-        smoothing: label smoothing of classes. Soft labels are not changed.
+        heads: Number of classes of each head of the model, in order.
+        smoothing: Label smoothing of classes. Soft labels are not changed.
     """
 
     def __init__(self, heads: Mapping[str, int], smoothing: float = 0.0):
@@ -39,10 +39,10 @@ class HeadTargets:
         """The target of an image, (classes of all heads,), float32.
 
         Args:
-            head: whose class `label` is; None if the image has no class.
-            label: the class, which replaces the soft label of this head.
-            soft: soft labels by head.
-            row: of the image in `soft`; -1 for none.
+            head: Whose class `label` is; None if the image has no class.
+            label: The class, which replaces the soft label of this head.
+            soft: Soft labels by head.
+            row: Of the image in `soft`; -1 for none.
         """
         target = torch.zeros(self.width)
         if row >= 0:
@@ -59,12 +59,12 @@ def require_heads_of(folder: LabelFolder, heads: Mapping[str, int], key: str) ->
     """The heads of a run that have labels in a directory.
 
     Args:
-        folder: the labels.
-        heads: of the run.
-        key: of the configuration, for messages.
+        folder: The labels.
+        heads: Of the run.
+        key: Of the configuration, for messages.
 
     Raises:
-        revnets.SpecError: no head has labels, or the labels of one have another number of classes.
+        revnets.SpecError: If no head has labels, or the labels of one have another number of classes.
     """
     shared = [name for name in heads if name in folder.heads]
     if not shared:
@@ -83,16 +83,16 @@ def join_labels(
     """Read the labels of some images.
 
     Args:
-        folder: the labels.
-        keys: of the images.
-        shared: heads whose labels are returned.
-        key: of the configuration, for messages.
+        folder: The labels.
+        keys: Of the images.
+        shared: Heads whose labels are returned.
+        key: Of the configuration, for messages.
 
     Returns:
         Labels by head, and the row of each image in them; -1 for images that the teacher could not read.
 
     Raises:
-        revnets.SpecError: an image has no label.
+        revnets.SpecError: If an image has no label.
     """
     batches: list[LabelBatch] = list(folder.batches(2**16))
     numbers = {name: row for row, name in enumerate(name for batch in batches for name in batch.keys)}

@@ -20,10 +20,10 @@ def sliding_window(logits: Logits, image: Tensor, window: int, stride: int) -> T
     The last window of each axis ends at the border. An image that is smaller than a window is one window.
 
     Args:
-        logits: the model.
+        logits: The model.
         image: (1, C, H, W).
-        window: side of a window in pixels.
-        stride: distance between windows in pixels (two thirds of the window in the release).
+        window: Side of a window in pixels.
+        stride: Distance between windows in pixels (two thirds of the window in the release).
 
     Returns:
         (1, classes, H, W).
@@ -57,12 +57,12 @@ def semantic_probabilities(
     """Return the class probabilities of an image, averaged over scales and mirrored images.
 
     Args:
-        logits: the model.
+        logits: The model.
         image: (C, H, W), normalized, at its original size.
         short_side, long_side: the image is resized to the largest size within both (512 and 2048).
         window, stride: sliding windows as in `sliding_window`; None for the whole image at once.
-        scales: factors of both sides; 0.5, 0.75, ... 1.75 in the paper's multi-scale evaluation.
-        flip: also evaluate the mirrored image.
+        scales: Factors of both sides; 0.5, 0.75, ... 1.75 in the paper's multi-scale evaluation.
+        flip: Also evaluate the mirrored image.
 
     Returns:
         (classes, H, W).

@@ -16,7 +16,7 @@ class PixelLayer(original.Mask2FormerPixelDecoderEncoderLayer):
     """A layer of the pixel decoder.
 
     Attributes:
-        recomputes: whether activations are recomputed in backward instead of being stored.
+        recomputes: Whether activations are recomputed in backward instead of being stored.
     """
 
     recomputes = False
@@ -92,8 +92,8 @@ def adapt_parts(model: nn.Module, recompute: bool) -> None:
     """Replace the classes of the modules of a Mask2Former. Weights and their names do not change.
 
     Args:
-        model: the model, which is modified.
-        recompute: whether layers and mask losses recompute activations in backward.
+        model: The model, which is modified.
+        recompute: Whether layers and mask losses recompute activations in backward.
     """
     for module in model.modules():
         if type(module) in PARTS:

@@ -17,11 +17,11 @@ class SegmentationMetrics:
     """Metrics of one set of weights, in percent.
 
     Attributes:
-        miou: mean IoU of the classes that occur in maps or predictions.
-        all_accuracy: accuracy of all pixels (aAcc).
-        mean_accuracy: mean accuracy of the classes that occur in maps (mAcc).
+        miou: Mean IoU of the classes that occur in maps or predictions.
+        all_accuracy: Accuracy of all pixels (aAcc).
+        mean_accuracy: Mean accuracy of the classes that occur in maps (mAcc).
         iou: IoU of every class (classes,); NaN for classes that do not occur.
-        pixels: number of evaluated pixels.
+        pixels: Number of evaluated pixels.
     """
 
     miou: float
@@ -39,8 +39,8 @@ class IoUEvaluator:
     """Accumulates the confusion matrix of pixels.
 
     Args:
-        num_classes: number of classes. Pixels of other classes, such as 255, do not count.
-        device: device of the model.
+        num_classes: Number of classes. Pixels of other classes, such as 255, do not count.
+        device: Device of the model.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):

@@ -45,7 +45,7 @@ class RevColSegmenter(nn.Module):
         With `output_loading_info`, differences are returned instead of raising an error.
 
         Raises:
-            revnets.SpecError: the directory contains a different model than its configuration describes.
+            revnets.SpecError: If the directory contains a different model than its configuration describes.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         ignores_shapes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -63,8 +63,8 @@ class RevColSegmenter(nn.Module):
         """Return the arguments of `forward` for class maps (B, H, W), in which `IGNORED` does not count.
 
         Args:
-            maps: the class maps.
-            most: classes per image in the simulated step of a memory plan, by default all.
+            maps: The class maps.
+            most: Classes per image in the simulated step of a memory plan, by default all.
         """
         raise NotImplementedError
 
@@ -106,7 +106,7 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
     This is transformers' module with dropout of whole channels before both classifiers, as in mmsegmentation.
 
     Args:
-        config: configuration of transformers. Its attribute `head_dropout` is the dropout rate (default 0.1). With its
+        config: Configuration of transformers. Its attribute `head_dropout` is the dropout rate (default 0.1). With its
             attribute `checkpoint_heads`, activations of the heads, scores and losses are recomputed in backward.
     """
 
@@ -168,11 +168,11 @@ class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
     """Mask2Former (Cheng et al., CVPR 2022) for semantic classes, with one mask for each class in an image.
 
     Args:
-        config: configuration of transformers. With its attribute `checkpoint_heads`, activations of the layers of both
+        config: Configuration of transformers. With its attribute `checkpoint_heads`, activations of the layers of both
             decoders and the sampled points of mask losses are recomputed in backward.
 
     Raises:
-        ValueError: the backbone has a memory budget.
+        ValueError: If the backbone has a memory budget.
     """
 
     def __init__(self, config: Mask2FormerConfig):
@@ -226,20 +226,20 @@ def upernet(
     """Build a UperNet on a RevCol with newly initialized weights.
 
     Args:
-        backbone: a RevCol model name such as `revcol_tiny`, or a configuration of transformers.
-        num_classes: number of classes, 150 for ADE20K.
-        channels: width of the decoder (1440 for RevCol-H, Table 14).
-        auxiliary_channels: width of the auxiliary head, which uses the third level.
-        pool_scales: scales of the pyramid pooling module.
-        dropout: dropout rate before the classifiers.
-        checkpoint_heads: recompute activations and scores of the heads in backward instead of storing them.
-        backbone_options: options of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
+        backbone: A RevCol model name such as `revcol_tiny`, or a configuration of transformers.
+        num_classes: Number of classes, 150 for ADE20K.
+        channels: Width of the decoder (1440 for RevCol-H, Table 14).
+        auxiliary_channels: Width of the auxiliary head, which uses the third level.
+        pool_scales: Scales of the pyramid pooling module.
+        dropout: Dropout rate before the classifiers.
+        checkpoint_heads: Recompute activations and scores of the heads in backward instead of storing them.
+        backbone_options: Options of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
         A segmenter of transformers: `model(pixel_values=images, labels=maps)` returns `loss` and `logits`.
 
     Raises:
-        ValueError: the backbone does not exist or rejects an option.
+        ValueError: If the backbone does not exist or rejects an option.
     """
     # options that are not fields of the configuration class
     others: dict[str, Any] = {"num_labels": num_classes, "head_dropout": dropout, "checkpoint_heads": checkpoint_heads}
@@ -272,25 +272,25 @@ def mask2former(
     """Build a Mask2Former on a RevCol with newly initialized weights.
 
     Args:
-        backbone: a RevCol model name such as `revcol_huge`, or a configuration of transformers.
-        num_classes: number of classes, 150 for ADE20K.
-        width: channels of the pixel decoder and the queries.
-        feedforward: hidden channels of the transformer decoder. The pixel decoder has half as many.
-        queries: number of queries, the maximum number of masks in an image.
-        encoder_layers: number of layers of the pixel decoder.
-        decoder_layers: number of layers of the transformer decoder.
-        heads: number of attention heads.
-        points: number of points at which mask losses are sampled.
-        checkpoint_heads: recompute the layers of both decoders and the sampled points in backward instead of storing
+        backbone: A RevCol model name such as `revcol_huge`, or a configuration of transformers.
+        num_classes: Number of classes, 150 for ADE20K.
+        width: Channels of the pixel decoder and the queries.
+        feedforward: Hidden channels of the transformer decoder. The pixel decoder has half as many.
+        queries: Number of queries, the maximum number of masks in an image.
+        encoder_layers: Number of layers of the pixel decoder.
+        decoder_layers: Number of layers of the transformer decoder.
+        heads: Number of attention heads.
+        points: Number of points at which mask losses are sampled.
+        checkpoint_heads: Recompute the layers of both decoders and the sampled points in backward instead of storing
             their activations.
-        backbone_options: options of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
+        backbone_options: Options of `RevColBackboneConfig`, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
         A segmenter of transformers, called as `model(pixel_values, mask_labels, class_labels)`. Its methods
         `semantic_loss` and `semantic_logits` work with class maps.
 
     Raises:
-        ValueError: the backbone does not exist, has a memory budget, or rejects an option.
+        ValueError: If the backbone does not exist, has a memory budget, or rejects an option.
     """
     others: dict[str, Any] = {"num_labels": num_classes, "checkpoint_heads": checkpoint_heads}
     return Mask2Former(

@@ -44,12 +44,12 @@ def load_semantic_maps(config: SemanticMapsConfig, seed: int, notes: Path | None
     """Load the data of a configuration.
 
     Args:
-        config: names the files.
-        seed: seed of the augmentation.
-        notes: file to which unusable samples are written.
+        config: Names the files.
+        seed: Seed of the augmentation.
+        notes: File to which unusable samples are written.
 
     Raises:
-        revnets.SpecError: directories are missing or empty, or images and annotations do not match.
+        revnets.SpecError: If directories are missing or empty, or images and annotations do not match.
     """
     unreadable = Unreadable(notes, config.unreadable)
     train = SemanticMaps(config, config.train_split, unreadable, seed)
@@ -71,13 +71,13 @@ class SemanticMaps(Dataset[tuple[Tensor, Tensor]]):
     indexed by number and keeps the size of its file; an unusable one does not count.
 
     Args:
-        config: names the files.
-        split: directory name of the split.
-        unreadable: handles unusable pairs.
-        seed: seed of the augmentation; None for validation.
+        config: Names the files.
+        split: Directory name of the split.
+        unreadable: Handles unusable pairs.
+        seed: Seed of the augmentation; None for validation.
 
     Raises:
-        revnets.SpecError: directories are missing or empty, or images and annotations do not match.
+        revnets.SpecError: If directories are missing or empty, or images and annotations do not match.
     """
 
     def __init__(self, config: SemanticMapsConfig, split: str, unreadable: Unreadable, seed: int | None = None):

@@ -16,9 +16,9 @@ class StagedDecoder(nn.Module):
     """The decoder for ImageNet-1K: one stage per level, then a projection to pixels.
 
     Args:
-        dims: channels of the levels, level 0 first.
-        reductions: ratio of the image's sides to those of each level.
-        channels: channels of the image.
+        dims: Channels of the levels, level 0 first.
+        reductions: Ratio of the image's sides to those of each level.
+        channels: Channels of the image.
     """
 
     def __init__(self, dims: Sequence[int], reductions: Sequence[int], channels: int = 3):
@@ -56,9 +56,9 @@ class SingleDecoder(nn.Module):
     """The decoder for ImageNet-22K and larger data: LayerNorm and one linear layer to pixels.
 
     Args:
-        dim: channels of the top level.
-        reduction: ratio of the image's sides to those of the top level.
-        channels: channels of the image.
+        dim: Channels of the top level.
+        reduction: Ratio of the image's sides to those of the top level.
+        channels: Channels of the image.
     """
 
     def __init__(self, dim: int, reduction: int, channels: int = 3):

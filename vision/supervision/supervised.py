@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
 
     Attributes:
         logits: (B, num_classes). Those of the last column are the model's own.
-        pixels: logits of reconstructed images, (B, in_chans, H', W').
+        pixels: Logits of reconstructed images, (B, in_chans, H', W').
     """
 
     logits: dict[int, Tensor]
@@ -43,11 +43,11 @@ class Supervised(nn.Module):
     `model` is not modified and can be evaluated, saved and deployed alone. Heads whose loss has weight 0 are not built.
 
     Args:
-        model: the model to train.
-        config: positions and weights of the heads.
+        model: The model to train.
+        config: Positions and weights of the heads.
 
     Raises:
-        ValueError: the model has no classifier, or the number of weights does not match its columns.
+        ValueError: If the model has no classifier, or the number of weights does not match its columns.
     """
 
     def __init__(self, model: RevCol, config: SupervisionConfig):
@@ -118,7 +118,7 @@ def reconstruction_loss(pixels: Tensor, image: Tensor) -> Tensor:
     """Return the binary cross entropy of reconstructed pixels, averaged over all pixels.
 
     Args:
-        pixels: logits (B, C, H', W'). If a side of the image is not a multiple of the reduction, the sizes differ
+        pixels: Logits (B, C, H', W'). If a side of the image is not a multiple of the reduction, the sizes differ
             slightly, and only the common region is compared.
         image: (B, C, H, W), values between 0 and 1.
     """
@@ -130,8 +130,8 @@ class HeadsEvaluator:
     """Evaluates the accuracy of every head. `update` takes the outputs of `Supervised` instead of logits.
 
     Args:
-        stops: positions and weights of the heads.
-        options: options of `timm.task.evaluator.ClassificationEvaluator`.
+        stops: Positions and weights of the heads.
+        options: Options of `timm.task.evaluator.ClassificationEvaluator`.
     """
 
     def __init__(self, stops: Sequence[Stop], **options: Any):

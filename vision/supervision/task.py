@@ -23,14 +23,14 @@ class SupervisionTask(ClassificationTask):
     `get_eval_model` and checkpoints contain only the model. The heads are the state of the task.
 
     Args:
-        model: the model to train.
-        config: positions and weights of the heads.
-        criterion: loss of every classifier; created from `criterion_kwargs` if None.
-        criterion_kwargs: options of `timm.loss.create_classification_loss`.
-        mean: mean of the image normalization, which is undone for decoders; by default from `pretrained_cfg`.
-        std: standard deviation of the normalization, as `mean`.
-        device: device of the task.
-        verbose: whether timm's logger reports the task.
+        model: The model to train.
+        config: Positions and weights of the heads.
+        criterion: Loss of every classifier; created from `criterion_kwargs` if None.
+        criterion_kwargs: Options of `timm.loss.create_classification_loss`.
+        mean: Mean of the image normalization, which is undone for decoders; by default from `pretrained_cfg`.
+        std: Standard deviation of the normalization, as `mean`.
+        device: Device of the task.
+        verbose: Whether timm's logger reports the task.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class SupervisionTask(ClassificationTask):
         """The compound loss of a batch.
 
         Args:
-            input: normalized images (B, C, H, W), after mixup and all other augmentation.
-            target: class indices (B,), or their mixture (B, num_classes).
+            input: Normalized images (B, C, H, W), after mixup and all other augmentation.
+            target: Class indices (B,), or their mixture (B, num_classes).
 
         Returns:
             `loss`; `output`, the model's logits; and the unweighted terms `ce_<column>` and `bce_<column>` without

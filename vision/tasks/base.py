@@ -76,16 +76,16 @@ class Task:
     A subclass may have more arguments, which the YAML sets as `task: {type: package.module:Class, name: value}`.
 
     Args:
-        config: of the run.
+        config: Of the run.
 
     Attributes:
-        monitor: metric that determines the best checkpoint, of the averaged weights if there are any.
+        monitor: Metric that determines the best checkpoint, of the averaged weights if there are any.
         mode: `max` if higher values of the metric are better, else `min`.
-        label: displayed name of the metric; that of `monitor` if empty.
-        unit: of the metric, such as %.
-        digits: decimals that are printed.
-        samples: name of the samples in the log (as in `images_per_second`), and in the progress bar.
-        uses: optional keys of the configuration (of `vision.tasks.builders.OPTIONAL`) that this task supports.
+        label: Displayed name of the metric; that of `monitor` if empty.
+        unit: Of the metric, such as %.
+        digits: Decimals that are printed.
+        samples: Name of the samples in the log (as in `images_per_second`), and in the progress bar.
+        uses: Optional keys of the configuration (of `vision.tasks.builders.OPTIONAL`) that this task supports.
     """
 
     monitor: ClassVar[str] = "loss"
@@ -105,8 +105,8 @@ class Task:
         """Open the data of the run, by default that of the key `data`.
 
         Args:
-            notes: file for a list of samples that cannot be read.
-            world: the processes of the run.
+            notes: File for a list of samples that cannot be read.
+            world: The processes of the run.
 
         Returns:
             An object with the attributes of `DataSplits`, which is passed to other methods as `data`.
@@ -132,7 +132,7 @@ class Task:
         """The validation batches of this process, the same number in every process.
 
         Raises:
-            revnets.SpecError: there are several processes, and the task does not implement `padding`.
+            revnets.SpecError: If there are several processes, and the task does not implement `padding`.
         """
         if world.size > 1 and type(self).padding is Task.padding:
             problem = f"{type(self).__name__} does not implement padding, which several processes need for validation"
@@ -143,9 +143,9 @@ class Task:
         """Move all tensors of a batch to a device.
 
         Args:
-            batch: of the task.
-            device: of the run.
-            layout: of tensors (B, C, H, W), from the key `channels_last` of the run.
+            batch: Of the task.
+            device: Of the run.
+            layout: Of tensors (B, C, H, W), from the key `channels_last` of the run.
         """
         if isinstance(batch, Tensor):
             return batch.to(
@@ -175,7 +175,7 @@ class Task:
         """Build the model in training mode; by default that of the key `model`.
 
         Raises:
-            revnets.SpecError: the model cannot be built, or does not fit the data.
+            revnets.SpecError: If the model cannot be built, or does not fit the data.
         """
         from vision.tasks.builders import create_model  # which imports this module
 
@@ -214,8 +214,8 @@ class Task:
         """The loss of a batch.
 
         Args:
-            model: in training mode. It may be wrapped for several processes, so only call it.
-            batch: of the task, on the device.
+            model: In training mode. It may be wrapped for several processes, so only call it.
+            batch: Of the task, on the device.
 
         Returns:
             A scalar, or several by name. `loss` is minimized, or without it the sum of all. Scalars whose names begin
@@ -257,7 +257,7 @@ class Task:
         """Format the metrics of an epoch as one line.
 
         Args:
-            found: metrics of the weights (`raw`), and of their average (`ema`) if there is one.
+            found: Metrics of the weights (`raw`), and of their average (`ema`) if there is one.
         """
         last = list(found.values())[-1]
         loss = f"val loss {last['loss']:.4f}  " if "loss" in last and self.monitor != "loss" else ""
@@ -268,7 +268,7 @@ class Task:
         """The monitored metric, of the averaged weights if there are any.
 
         Raises:
-            revnets.SpecError: the evaluator does not return this metric.
+            revnets.SpecError: If the evaluator does not return this metric.
         """
         last = list(found.values())[-1]
         if self.monitor not in last:
@@ -285,10 +285,10 @@ class LossTask(TrainingTask):
     """A timm task whose loss is a function of the model and a batch.
 
     Args:
-        model: to train.
-        loss: called as `loss(model, batch)`, with a result as of `Task.loss`.
-        device: of the model.
-        verbose: as in timm.
+        model: To train.
+        loss: Called as `loss(model, batch)`, with a result as of `Task.loss`.
+        device: Of the model.
+        verbose: As in timm.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ def create_task(config: TrainConfig) -> Task:
     """Create the task of a configuration.
 
     Raises:
-        revnets.SpecError: the class is not a task, refuses its options, or does not support a key that is given.
+        revnets.SpecError: If the class is not a task, refuses its options, or does not support a key that is given.
     """
     name, options = config.task_and_options
     if name == "classification" and config.heads is not None:
@@ -97,11 +97,11 @@ def create_model(config: TrainConfig, **defaults: Any) -> nn.Module:
     """Create the model of a run in training mode, with the memory mode of the run.
 
     Args:
-        config: of the run.
-        defaults: arguments of a timm or transformers model that the configuration may override, such as `num_classes`.
+        config: Of the run.
+        defaults: Arguments of a timm or transformers model that the configuration may override, such as `num_classes`.
 
     Raises:
-        revnets.SpecError: the model cannot be built.
+        revnets.SpecError: If the model cannot be built.
     """
     if isinstance(config.model, TimmModel):
         model = _timm_model(config.model, defaults)
@@ -124,7 +124,7 @@ def fake_output(model: nn.Module, shape: Sequence[int]) -> Any:
     """The output of a model in evaluation mode for one image of this shape (C, H, W), without values.
 
     Raises:
-        revnets.SpecError: the model does not accept such images.
+        revnets.SpecError: If the model does not accept such images.
     """
     was_training, device = model.training, next(model.parameters()).device
     weights = {name: tensor.to("meta") for name, tensor in chain(model.named_parameters(), model.named_buffers())}
@@ -195,7 +195,7 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
     """The device of a configuration. Each of several processes on a machine uses its own GPU.
 
     Raises:
-        revnets.SpecError: the device does not exist or cannot be used.
+        revnets.SpecError: If the device does not exist or cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -216,7 +216,7 @@ def build_model(config: TrainConfig, data: Any) -> nn.Module:
     """Build the model of a run by its task, and check it against the data.
 
     Raises:
-        revnets.SpecError: the model cannot be built, or does not fit the data.
+        revnets.SpecError: If the model cannot be built, or does not fit the data.
     """
     return create_task(config).build_model(data)
 
@@ -228,10 +228,10 @@ def build_task(
 
     Args:
         config, model, data, device: of the run.
-        task: of the run; created from the configuration if None.
+        task: Of the run; created from the configuration if None.
 
     Raises:
-        revnets.SpecError: the model does not fit the task.
+        revnets.SpecError: If the model does not fit the task.
     """
     model = model.to(device)
     if (
@@ -269,7 +269,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, images_per_update: in
     A model without an order of layers, such as a detector, uses that of its RevCol backbone.
 
     Raises:
-        revnets.SpecError: the optimizer refuses its options, or cannot be used here.
+        revnets.SpecError: If the optimizer refuses its options, or cannot be used here.
     """
     given = config.optimizer
     options: dict[str, Any] = {
@@ -310,7 +310,7 @@ def build_schedule(
     """Build the schedule, which is a function of the number of updates and needs no state.
 
     Raises:
-        revnets.SpecError: the warm-up is not shorter than the run.
+        revnets.SpecError: If the warm-up is not shorter than the run.
     """
     given, factor = config.schedule, config.optimizer.lr_factor(images_per_update)
     total = config.total_updates(updates_per_epoch)

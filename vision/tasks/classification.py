@@ -43,7 +43,7 @@ class Classification(Task):
         """Build the model, and check it against the data without computing anything.
 
         Raises:
-            revnets.SpecError: the model cannot be built, does not accept these images, or has another number of
+            revnets.SpecError: If the model cannot be built, does not accept these images, or has another number of
                 classes.
         """
         if len(data.classes) < 2 or "" in data.classes:  # all images are in one directory, or in none
@@ -117,9 +117,9 @@ class AccuracyEvaluator:
     """timm's evaluator, which skips images that do not count, and the confusion matrix.
 
     Args:
-        num_classes: of the data.
-        device: of the model.
-        subset: maps the scores of the model to the classes of the data (`vision.data.class_subsets.Subset`).
+        num_classes: Of the data.
+        device: Of the model.
+        subset: Maps the scores of the model to the classes of the data (`vision.data.class_subsets.Subset`).
     """
 
     def __init__(self, num_classes: int, device: torch.device, subset: Callable[[Tensor], Tensor] | None = None):

@@ -27,7 +27,7 @@ class SupervisedClassification(Classification):
         """The model with heads at its columns, and the compound loss.
 
         Raises:
-            revnets.SpecError: the model does not support intermediate supervision.
+            revnets.SpecError: If the model does not support intermediate supervision.
         """
         if not isinstance(model, RevCol):
             problem = f"{type(model).__name__} has no reversible columns"
@@ -54,7 +54,7 @@ class HeadsAccuracyEvaluator(AccuracyEvaluator):
     """Accuracy of every head. The last one is that of the model.
 
     Args:
-        stops: the heads.
+        stops: The heads.
         num_classes, device, subset: as for `AccuracyEvaluator`.
     """
 

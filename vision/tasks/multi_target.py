@@ -86,7 +86,7 @@ class HeadsCrossEntropy(nn.Module):
     gradient of several batches, or processes, equals that of all their images together.
 
     Args:
-        heads: number of classes of each head.
+        heads: Number of classes of each head.
     """
 
     def __init__(self, heads: Mapping[str, int]):
@@ -107,8 +107,8 @@ class MultiTargetEvaluator:
     and those of the first head at earlier columns `top1_COLUMN`.
 
     Args:
-        heads: number of classes of each head.
-        device: of the model.
+        heads: Number of classes of each head.
+        device: Of the model.
     """
 
     def __init__(self, heads: Mapping[str, int], device: torch.device):

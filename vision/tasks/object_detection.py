@@ -38,11 +38,11 @@ class ObjectDetection(Task):
     """Detection of objects with boxes, classes and optionally masks. `model: {timm: revcol_tiny, ...}` is the backbone.
 
     Args:
-        config: of the run, whose `data` is `coco`.
+        config: Of the run, whose `data` is `coco`.
         detector: `cascade_mask_rcnn`, `htc` or `dino`.
-        options: of the detector; see `vision.detection`.
-        copy_paste: probability that objects of another image of the batch are pasted into an image. Needs masks.
-        planned_objects: objects per image in memory plans.
+        options: Of the detector; see `vision.detection`.
+        copy_paste: Probability that objects of another image of the batch are pasted into an image. Needs masks.
+        planned_objects: Objects per image in memory plans.
     """
 
     monitor, mode, label, unit, digits = "box_ap", "max", "box AP", "%", 2
@@ -80,7 +80,7 @@ class ObjectDetection(Task):
         """Whether the detector trains on masks.
 
         Raises:
-            revnets.SpecError: there is no such detector.
+            revnets.SpecError: If there is no such detector.
         """
         if self.detector not in DETECTORS:
             problem = f"unknown detector {self.detector!r}"
@@ -103,7 +103,7 @@ class ObjectDetection(Task):
         """The training batches, with semantic maps if the detector uses them.
 
         Raises:
-            revnets.SpecError: maps are missing, or the detector does not use them.
+            revnets.SpecError: If maps are missing, or the detector does not use them.
         """
         has_maps, reads_maps = self.coco.stuff_maps is not None, self.stuff_classes() is not None
         if reads_maps and not has_maps:
@@ -132,7 +132,7 @@ class ObjectDetection(Task):
         """The detector in training mode.
 
         Raises:
-            revnets.SpecError: it cannot be built.
+            revnets.SpecError: If it cannot be built.
         """
         backbone = cast(TimmModel, self.config.model)
         options = {**backbone.options, **self.options}
@@ -149,7 +149,7 @@ class ObjectDetection(Task):
         """Return the step with its losses, for images with `planned_objects` objects each.
 
         Raises:
-            revnets.SpecError: the detector is not one of `vision.detection`.
+            revnets.SpecError: If the detector is not one of `vision.detection`.
         """
         try:
             return DetectionStep(model, self.planned_objects)
@@ -202,8 +202,8 @@ def in_pixels_of_file(
 
     Args:
         output: `boxes`, `labels`, `scores`, and optionally `masks` (N, 1, H, W), probabilities.
-        seen: height and width of the resized image.
-        size: height and width of the image of the file.
+        seen: Height and width of the resized image.
+        size: Height and width of the image of the file.
     """
     height, width = size
     factors = torch.tensor([width / seen[1], height / seen[0]] * 2, dtype=torch.float64)

@@ -19,7 +19,7 @@ class RecipeStep(nn.Module):
     """The part of a training step that a plan simulates: the model of a task, or the model with its loss.
 
     Attributes:
-        pretrained_cfg: has the shape of one image, as in timm models.
+        pretrained_cfg: Has the shape of one image, as in timm models.
     """
 
     def __init__(self, step: nn.Module, shape: tuple[int, ...]):
@@ -39,11 +39,11 @@ def create(name: str, **options: Any) -> RecipeStep:
     """Create the step of a recipe without reading data or weights.
 
     Args:
-        name: of the recipe.
-        options: replace keys of the recipe, such as `model={"kernel_size": 3}`.
+        name: Of the recipe.
+        options: Replace keys of the recipe, such as `model={"kernel_size": 3}`.
 
     Raises:
-        SpecError: there is no such recipe, its model cannot be built, or its images have no common size.
+        SpecError: If there is no such recipe, its model cannot be built, or its images have no common size.
     """
     file = next((file for folder in FOLDERS for file in folder.glob("*.yaml") if file.stem == name), None)
     if file is None:

@@ -34,10 +34,10 @@ class SemanticSegmentation(Task):
     """Semantic segmentation. `model: {timm: revcol_tiny, ...}` is the backbone.
 
     Args:
-        config: of the run, whose `data` is `semantic_maps`.
+        config: Of the run, whose `data` is `semantic_maps`.
         head: `upernet` or `mask2former`.
-        options: of the head, such as `channels: 512`; see `vision.segmentation`.
-        planned_classes: classes per image in memory plans, by default all. Mask2Former has a mask for each.
+        options: Of the head, such as `channels: 512`; see `vision.segmentation`.
+        planned_classes: Classes per image in memory plans, by default all. Mask2Former has a mask for each.
     """
 
     monitor, mode, label, unit, digits = "miou", "max", "mIoU", "%", 2
@@ -83,7 +83,7 @@ class SemanticSegmentation(Task):
         """The segmenter in training mode.
 
         Raises:
-            revnets.SpecError: it cannot be built.
+            revnets.SpecError: If it cannot be built.
         """
         backbone = cast(TimmModel, self.config.model)
         options = {**backbone.options, **self.options}
@@ -151,7 +151,7 @@ class SegmentationStep(nn.Module):
 
     Args:
         segmenter: UperNet or Mask2Former.
-        classes: classes per image, by default all. Mask2Former has a mask for each.
+        classes: Classes per image, by default all. Mask2Former has a mask for each.
     """
 
     def __init__(self, segmenter: RevColSegmenter, classes: int | None = None):

@@ -38,10 +38,10 @@ def draw_detections(
     """Draw the boxes, names and scores of objects, and their masks if there are any.
 
     Args:
-        picture: the image.
+        picture: The image.
         found: `boxes` (N, 4) in pixels, `labels` (N,) from 1, `scores` (N,), and optionally `masks` (N, H, W).
-        classes: names of the classes.
-        least: minimum score of drawn objects.
+        classes: Names of the classes.
+        least: Minimum score of drawn objects.
     """
     factor = enlargement(picture)
     canvas = TF.pil_to_tensor(enlarged(picture, factor))
@@ -77,9 +77,9 @@ def draw_classes(picture: Image.Image, numbers: Tensor, classes: Sequence[str]) 
     """Draw the colors of the classes over an image, next to a legend of the classes that occur.
 
     Args:
-        picture: the image, H x W.
-        numbers: class of every pixel, from 0, (H, W).
-        classes: names of the classes.
+        picture: The image, H x W.
+        numbers: Class of every pixel, from 0, (H, W).
+        classes: Names of the classes.
     """
     factor = enlargement(picture)
     canvas = TF.pil_to_tensor(enlarged(picture, factor))

@@ -76,8 +76,8 @@ def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
     """A figure of the confusion matrix, with class names for at most 30 classes.
 
     Args:
-        confusion: counts (true class, predicted class).
-        classes: names of the classes.
+        confusion: Counts (true class, predicted class).
+        classes: Names of the classes.
     """
     side = min(12.0, 3 + 0.3 * len(classes))
     figure = Figure(figsize=(side, side), layout="constrained")

@@ -80,11 +80,11 @@ class LoadedRun:
     """A model in evaluation mode, with its configuration, classes and data.
 
     Attributes:
-        name: path of the checkpoint, or another source of the model.
-        model: the network.
-        config: of the run.
-        classes: names in the order of the model's scores.
-        device: of the model.
+        name: Path of the checkpoint, or another source of the model.
+        model: The network.
+        config: Of the run.
+        classes: Names in the order of the model's scores.
+        device: Of the model.
         category_ids: COCO category ids of a detector's classes; None for other models.
     """
 
@@ -100,7 +100,7 @@ class LoadedRun:
         """Training and validation set of the run, opened on first use.
 
         Raises:
-            revnets.SpecError: the data is missing, or has other classes.
+            revnets.SpecError: If the data is missing, or has other classes.
         """
         data = load_data(self.config.data, self.config.seed)
         if len(data.classes) != len(self.classes):
@@ -143,9 +143,9 @@ class LoadedRun:
         """Yield images and labels of the validation set, on the device. Unreadable images are skipped.
 
         Args:
-            size: images per batch.
-            count: number of batches; None for all.
-            shuffled: whether to draw images without replacement, by the seed of the run. Streams are never shuffled.
+            size: Images per batch.
+            count: Number of batches; None for all.
+            shuffled: Whether to draw images without replacement, by the seed of the run. Streams are never shuffled.
         """
         data, config = self.data, self.config.model_copy(update={"batch_size": size})
         if shuffled and not config.batch_is_stream:
@@ -160,7 +160,7 @@ class LoadedRun:
         """An image of the validation set, (1, C, H, W), and its class; -1 if it cannot be read.
 
         Raises:
-            IndexError: the index is out of range.
+            IndexError: If the index is out of range.
         """
         val = self.data.val
         if self.config.batch_is_stream:
@@ -180,15 +180,15 @@ def load_run(
     The data of the run is only needed when `LoadedRun.data` is used.
 
     Args:
-        path: a checkpoint, or the directory of a run: then its best checkpoint, or the last one.
+        path: A checkpoint, or the directory of a run: then its best checkpoint, or the last one.
         weights: `raw`, `ema` (averaged over training), or `auto` for the averaged weights if there are any.
-        overrides: of the run configuration, such as `data.root=/data/imagenet`, `device=cpu` or `memory=store`.
-        trust: whether the configuration in the checkpoint may name classes of other projects, such as a custom task or
+        overrides: Of the run configuration, such as `data.root=/data/imagenet`, `device=cpu` or `memory=store`.
+        trust: Whether the configuration in the checkpoint may name classes of other projects, such as a custom task or
             block, which are imported and executed.
 
     Raises:
-        vision.errors.CheckpointError: there is no such checkpoint, or it cannot be used.
-        revnets.SpecError: an override is wrong, or the configuration names code that is not trusted.
+        vision.errors.CheckpointError: If there is no such checkpoint, or it cannot be used.
+        revnets.SpecError: If an override is wrong, or the configuration names code that is not trusted.
         ArgumentError: `weights` is none of the choices.
     """
     if weights not in WEIGHTS:
@@ -216,7 +216,7 @@ def fresh_run(config: TrainConfig, name: str) -> LoadedRun:
     """Create the model of a configuration with initial weights, drawn by the seed of the configuration.
 
     Raises:
-        revnets.SpecError: the data is missing, or the model cannot be built for it.
+        revnets.SpecError: If the data is missing, or the model cannot be built for it.
     """
     torch.manual_seed(config.seed)
     data, device = load_data(config.data, config.seed), builders.choose_device(config.device)
@@ -230,13 +230,13 @@ def load_checkpoint(path: str | Path, overrides: Sequence[str] = (), *, trust: b
     """Read a checkpoint of `revnets train`, and its configuration with overrides.
 
     Args:
-        path: a checkpoint, or the directory of a run: then its best checkpoint, or the last if none is marked as best.
-        overrides: of the run configuration.
-        trust: whether the configuration may name classes of other projects.
+        path: A checkpoint, or the directory of a run: then its best checkpoint, or the last if none is marked as best.
+        overrides: Of the run configuration.
+        trust: Whether the configuration may name classes of other projects.
 
     Raises:
-        vision.errors.CheckpointError: there is no such checkpoint, or the file only has weights.
-        revnets.SpecError: an override is wrong, or the configuration names code that is not trusted.
+        vision.errors.CheckpointError: If there is no such checkpoint, or the file only has weights.
+        revnets.SpecError: If an override is wrong, or the configuration names code that is not trusted.
     """
     path = reader.in_run(Path(path))
     if path.suffix in (".safetensors", ".pth") and path.exists():
@@ -253,7 +253,7 @@ def _bounded(config: TrainConfig, path: Path) -> TrainConfig:
     """Limit the workers in the configuration of a checkpoint to the processors of this machine.
 
     Raises:
-        revnets.SpecError: its batches of images are too large.
+        revnets.SpecError: If its batches of images are too large.
     """
     side = config.data.img_size
     image = (1 if images_in(config.data) is None else 3) * side**2
@@ -277,7 +277,7 @@ def _require_size(checkpoint: Checkpoint) -> None:
     """Refuse a configuration whose model is much larger than the weights of the checkpoint, before it is allocated.
 
     Raises:
-        vision.errors.CheckpointError: the model is too large.
+        vision.errors.CheckpointError: If the model is too large.
     """
     weights = checkpoint.state["model"]
     if not isinstance(weights, Mapping):

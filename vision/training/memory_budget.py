@@ -24,16 +24,16 @@ def plan_run_memory(config: TrainConfig, model: nn.Module, shape: Sequence[int] 
     This must be done before weights are sharded. The plan is for the shape of the training batch.
 
     Args:
-        config: of the run.
-        model: of the run.
-        shape: of one sample; None if samples have different shapes.
-        world: the processes of the run.
+        config: Of the run.
+        model: Of the run.
+        shape: Of one sample; None if samples have different shapes.
+        world: The processes of the run.
 
     Returns:
         A description of the plan; None without a budget.
 
     Raises:
-        revnets.SpecError: no plan fits the budget.
+        revnets.SpecError: If no plan fits the budget.
     """
     columns = columns_of(model)
     budget = config.memory if isinstance(config.memory, BudgetSpec) else columns.budget if columns else None

@@ -96,15 +96,15 @@ class Pipeline:
     """The stage of this process, for the model of a run and for its average.
 
     Args:
-        config: of the run.
+        config: Of the run.
         task: timm's task, with the whole model on the device.
-        shape: of an image (C, H, W).
-        autocast: context of a forward pass.
-        world: the processes of the pipeline.
-        device: of this process.
+        shape: Of an image (C, H, W).
+        autocast: Context of a forward pass.
+        world: The processes of the pipeline.
+        device: Of this process.
 
     Raises:
-        revnets.SpecError: a pipeline of this many processes does not support the model or a setting of the run.
+        revnets.SpecError: If a pipeline of this many processes does not support the model or a setting of the run.
     """
 
     def __init__(
@@ -165,8 +165,8 @@ class Pipeline:
         """Compute the gradients of an update.
 
         Args:
-            batches: the micro-batches, in the first and the last process.
-            seeds: of the random numbers of each micro-batch.
+            batches: The micro-batches, in the first and the last process.
+            seeds: Of the random numbers of each micro-batch.
 
         Returns:
             The loss, which is 0 except in the last process.
@@ -236,7 +236,7 @@ def require_possible(config: TrainConfig, world: PipelineWorld) -> None:
     """Refuse settings with which a pipeline would not make the updates of a single process.
 
     Raises:
-        revnets.SpecError: there are too few micro-batches, or the optimizer needs all parameters.
+        revnets.SpecError: If there are too few micro-batches, or the optimizer needs all parameters.
     """
     if config.grad_accum < world.size:
         problem = f"{config.grad_accum} micro-batches do not fill the {world.size} stages of a pipeline"

@@ -30,10 +30,10 @@ class PicturePrediction:
 
     Attributes:
         height, width: of the image, after it was reduced if it was too large.
-        text: one line.
-        picture: drawing of the prediction; None for the class of an image.
-        annotations: of objects in COCO's format, without ids of annotation and image.
-        scores: of the most likely classes by name, for the class of an image.
+        text: One line.
+        picture: Drawing of the prediction; None for the class of an image.
+        annotations: Of objects in COCO's format, without ids of annotation and image.
+        scores: Of the most likely classes by name, for the class of an image.
     """
 
     height: int
@@ -48,12 +48,12 @@ class Predictor:
     """Predicts with the model of a run.
 
     Args:
-        run: with the model.
-        task: of the run.
+        run: With the model.
+        task: Of the run.
 
     Attributes:
-        draws: whether predictions are drawn.
-        decoding: mode of the images, and whether their EXIF orientation is applied.
+        draws: Whether predictions are drawn.
+        decoding: Mode of the images, and whether their EXIF orientation is applied.
     """
 
     draws = True
@@ -93,9 +93,9 @@ class Objects(Predictor):
     """Predicts boxes, and masks if the detector has them.
 
     Args:
-        run: with the model.
-        task: of the run.
-        least: minimum score of drawn objects. Annotations include all objects.
+        run: With the model.
+        task: Of the run.
+        least: Minimum score of drawn objects. Annotations include all objects.
     """
 
     def __init__(self, run: LoadedRun, task: Task, least: float):
@@ -160,11 +160,11 @@ def predictor_of(run: LoadedRun, least: float = 0.5) -> Predictor:
     """The predictor for the task of a run.
 
     Args:
-        run: with the model.
-        least: minimum score of drawn objects.
+        run: With the model.
+        least: Minimum score of drawn objects.
 
     Raises:
-        revnets.SpecError: the task has no predictor.
+        revnets.SpecError: If the task has no predictor.
     """
     task = builders.create_task(run.config)
     if isinstance(task, Classification):

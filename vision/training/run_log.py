@@ -43,7 +43,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     A record is a mapping with `kind`, `epoch` and `step`. All other values are numbers, and training has a `loss`.
 
     Raises:
-        OSError: the log cannot be read, or is not a regular file.
+        OSError: If the log cannot be read, or is not a regular file.
     """
     if not path.exists():
         return [], 0
@@ -74,12 +74,12 @@ class RunLogger:
     """Log and TensorBoard files of one run.
 
     Args:
-        folder: directory of the run. If it is removed during the run, its files are created again.
-        step: number of finished updates. Later records of a killed run are dropped, because they are repeated.
-        epoch: number of evaluated epochs, likewise; None for all in the log.
+        folder: Directory of the run. If it is removed during the run, its files are created again.
+        step: Number of finished updates. Later records of a killed run are dropped, because they are repeated.
+        epoch: Number of evaluated epochs, likewise; None for all in the log.
 
     Attributes:
-        damaged: number of lines of the log that could not be read.
+        damaged: Number of lines of the log that could not be read.
     """
 
     def __init__(self, folder: Path, step: int, epoch: int | None = None):
@@ -126,8 +126,8 @@ class EventFile:
     minutes of events, which are lost if the process is killed.
 
     Args:
-        folder: directory of the file.
-        step: readers drop events of this and later steps in older files of the directory.
+        folder: Directory of the file.
+        step: Readers drop events of this and later steps in older files of the directory.
     """
 
     _numbers = count()
@@ -225,13 +225,13 @@ class Losses:
 
         Args:
             epoch, step: of the run, for messages.
-            saved: returns the checkpoints, whose losses were finite.
+            saved: Returns the checkpoints, whose losses were finite.
 
         Returns:
             All losses of the epoch so far.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: If a loss is not finite.
         """
         if self._pending:
             fresh = self.world.mean(torch.stack(self._pending)).tolist()
@@ -253,7 +253,7 @@ class Clock:
     """Measures samples per second since the last call of `rate`.
 
     Args:
-        samples: number of samples so far.
+        samples: Number of samples so far.
     """
 
     def __init__(self, samples: int = 0) -> None:

@@ -27,22 +27,22 @@ class TrainState:
     """Model, loss, optimizer, schedule, loss scaling and averaged weights of a run.
 
     Args:
-        config: of the run.
-        data: of the run, as loaded by its task.
-        updates_per_epoch: for the schedule.
-        world: the processes of the run.
-        task: of the run; made from the configuration if None.
+        config: Of the run.
+        data: Of the run, as loaded by its task.
+        updates_per_epoch: For the schedule.
+        world: The processes of the run.
+        task: Of the run; made from the configuration if None.
 
     Attributes:
         training_task: timm's task, the model with its loss.
-        note: description of the memory plan; None without a budget.
-        beginning: description of the pretrained weights; None without any.
-        samples: number of samples that this process has trained on since it started.
-        parts: terms of the loss in the last forward pass of this process, which the task names `loss_...`.
+        note: Description of the memory plan; None without a budget.
+        beginning: Description of the pretrained weights; None without any.
+        samples: Number of samples that this process has trained on since it started.
+        parts: Terms of the loss in the last forward pass of this process, which the task names `loss_...`.
 
     Raises:
-        revnets.SpecError: the configuration does not fit the data or the machine.
-        CheckpointError: pretrained weights do not exist, or are of another model.
+        revnets.SpecError: If the configuration does not fit the data or the machine.
+        CheckpointError: If pretrained weights do not exist, or are of another model.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class TrainState:
         with gradient accumulation.
 
         Args:
-            batches: of the task.
-            step: number of updates including this one.
+            batches: Of the task.
+            step: Number of updates including this one.
 
         Returns:
             The loss of this process, on its device.
@@ -199,11 +199,11 @@ class TrainState:
         """Restore a state.
 
         Args:
-            state: of a checkpoint.
-            path: of the checkpoint, for messages.
+            state: Of a checkpoint.
+            path: Of the checkpoint, for messages.
 
         Raises:
-            CheckpointError: it is the state of another model.
+            CheckpointError: If it is the state of another model.
         """
         from vision.checkpoints import reader  # new runs do not need it
         from vision.checkpoints.layout import require_optimizer
@@ -250,14 +250,14 @@ def evaluate(
     """Evaluate a model on a validation set. The model is in evaluation mode during the call.
 
     Args:
-        task: whose `predict` computes the output of the model.
-        model: to evaluate.
-        batches: of the validation set.
-        evaluator: accumulates the metrics.
-        device: of the model.
-        autocast: context of a forward pass.
-        tick: called after every batch. An error that it raises ends the evaluation.
-        world: the processes, each of which has a part of the set. All return the metrics of the whole set.
+        task: Whose `predict` computes the output of the model.
+        model: To evaluate.
+        batches: Of the validation set.
+        evaluator: Accumulates the metrics.
+        device: Of the model.
+        autocast: Context of a forward pass.
+        tick: Called after every batch. An error that it raises ends the evaluation.
+        world: The processes, each of which has a part of the set. All return the metrics of the whole set.
 
     Returns:
         The metrics of the evaluator.

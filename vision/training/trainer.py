@@ -39,14 +39,14 @@ class Trainer:
     """One training run.
 
     Args:
-        config: of the run.
-        console: for messages and the progress bar.
-        world: the processes of the run. Each has a trainer, but only the first prints, logs and saves.
+        config: Of the run.
+        console: For messages and the progress bar.
+        world: The processes of the run. Each has a trainer, but only the first prints, logs and saves.
 
     Raises:
-        revnets.SpecError: the configuration does not fit the data or the machine, or the output directory has a run
+        revnets.SpecError: If the configuration does not fit the data or the machine, or the output directory has a run
             that this one would overwrite.
-        CheckpointError: the checkpoint to resume, or pretrained weights, cannot be used.
+        CheckpointError: If the checkpoint to resume, or pretrained weights, cannot be used.
     """
 
     def __init__(self, config: TrainConfig, console: Console | None = None, world: World | None = None):
@@ -77,10 +77,11 @@ class Trainer:
         """Train to the end, or until SIGTERM or Ctrl-C. The state is saved in both cases.
 
         Raises:
-            TrainingError: the loss is not finite.
-            DataError: images cannot be read.
-            CheckpointError: a checkpoint cannot be written, read or used.
-            revnets.SpecError: the output directory has a run that this one does not continue, or another run uses it.
+            TrainingError: If the loss is not finite.
+            DataError: If images cannot be read.
+            CheckpointError: If a checkpoint cannot be written, read or used.
+            revnets.SpecError: If the output directory has a run that this one does not continue, or another run uses
+                it.
         """
         try:
             self.world.by_main(self._begin)
@@ -300,7 +301,7 @@ def _require_folder(path: Path) -> None:
     """Require that a path is a directory or can become one.
 
     Raises:
-        revnets.SpecError: the path, or one of its parents, is a file or a broken link.
+        revnets.SpecError: If the path, or one of its parents, is a file or a broken link.
     """
     for folder in (path, *path.parents):
         if os.path.lexists(folder):

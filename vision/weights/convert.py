@@ -51,11 +51,11 @@ class Converted:
     """The tensors of a model under new names, and counts of the omitted tensors.
 
     Attributes:
-        model: name of the model.
-        tensors: in the order of the model.
-        options: of `timm.create_model`.
-        left_out: number of omitted tensors of the source, by the component that they belong to.
-        zero_gains: number of gains of exactly 0, which the official code keeps and which are used as +0.001 here.
+        model: Name of the model.
+        tensors: In the order of the model.
+        options: Of `timm.create_model`.
+        left_out: Number of omitted tensors of the source, by the component that they belong to.
+        zero_gains: Number of gains of exactly 0, which the official code keeps and which are used as +0.001 here.
     """
 
     model: str
@@ -76,17 +76,17 @@ def convert(
     """Rename and reshape the tensors of a file.
 
     Args:
-        source: of `vision.weights.files.select`.
+        source: Of `vision.weights.files.select`.
         layout: `ours`, or one of `LAYOUTS`.
-        model: name of the model; recognized by the shapes if None.
-        heads: whether to keep the classifiers and decoders of intermediate supervision.
-        allow: names as in the source, or patterns, that may be missing, unexpected or misshapen. They are omitted.
-        path: for messages.
+        model: Name of the model; recognized by the shapes if None.
+        heads: Whether to keep the classifiers and decoders of intermediate supervision.
+        allow: Names as in the source, or patterns, that may be missing, unexpected or misshapen. They are omitted.
+        path: For messages.
 
     Raises:
-        MismatchError: a name is missing or unexpected, or a shape differs, and is not allowed to.
-        CheckpointError: no model has this shape.
-        revnets.SpecError: there is no model of that name.
+        MismatchError: If a name is missing or unexpected, or a shape differs, and is not allowed to.
+        CheckpointError: If no model has this shape.
+        revnets.SpecError: If there is no model of that name.
     """
     given = source.tensors
     if source.layout == "ours" and not heads:  # our layout may have any number of heads
@@ -148,7 +148,7 @@ def ours_of(source: Weights, names: Names, allow: Sequence[str], path: Path | st
     """The tensors of a file that belong to the model, under our names.
 
     Raises:
-        MismatchError: a name is missing or unexpected, or a shape differs, and is not allowed to.
+        MismatchError: If a name is missing or unexpected, or a shape differs, and is not allowed to.
     """
     known = (*AROUND_BACKBONE, *allow)
     strange = [key for key in source.around if not any(fnmatchcase(key, pattern) for pattern in known)]
@@ -188,15 +188,15 @@ def convert_file(
     """Convert a file and report the result.
 
     Args:
-        source: an official checkpoint, a checkpoint of `revnets train`, or a .safetensors file.
-        target: a new file: .safetensors for our layout, .pth for the official one.
-        layout: of a .pth file.
+        source: An official checkpoint, a checkpoint of `revnets train`, or a .safetensors file.
+        target: A new file: .safetensors for our layout, .pth for the official one.
+        layout: Of a .pth file.
         model, heads, allow: as in `convert`.
         weights: `raw` or `ema`.
 
     Raises:
-        CheckpointError: the source cannot be used, or the target exists or cannot be written.
-        revnets.SpecError: an argument is wrong.
+        CheckpointError: If the source cannot be used, or the target exists or cannot be written.
+        revnets.SpecError: If an argument is wrong.
     """
     console, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     kind = SUFFIXES.get(target.suffix)
@@ -233,7 +233,7 @@ def write(target: Path, done: Converted, layout: str = "classification", weights
     """Write a new file atomically.
 
     Raises:
-        CheckpointError: the file exists, another process is writing it, or it cannot be written.
+        CheckpointError: If the file exists, another process is writing it, or it cannot be written.
     """
     tensors = {key: _alone(tensor) for key, tensor in done.tensors.items()}
     with new_file(target), replacing(target) as file:

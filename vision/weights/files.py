@@ -48,9 +48,9 @@ class Weights(NamedTuple):
     """The tensors of a file.
 
     Attributes:
-        tensors: by name, without a common prefix.
+        tensors: By name, without a common prefix.
         layout: `ours`, `classification`, or `backbone` of a detector or segmenter.
-        around: names of tensors outside of a backbone.
+        around: Names of tensors outside of a backbone.
     """
 
     tensors: dict[str, Tensor]
@@ -62,7 +62,7 @@ def read(path: Path | str) -> Any:
     """Read a .safetensors file or a file of `torch.save`. Nothing in it is executed.
 
     Raises:
-        CheckpointError: the file does not exist, cannot be read, is damaged, or names objects that are not allowed.
+        CheckpointError: If the file does not exist, cannot be read, is damaged, or names objects that are not allowed.
     """
     try:
         return read_checkpoint(path, allowed=STAND_INS, mmap=True)
@@ -74,12 +74,12 @@ def select(content: Any, weights: str = "raw", path: Path | str = "weights") -> 
     """Select the tensors of a RevCol from the content of a file.
 
     Args:
-        content: a dict of tensors, or a checkpoint of the official trainer, of OpenMMLab or of `revnets train`.
+        content: A dict of tensors, or a checkpoint of the official trainer, of OpenMMLab or of `revnets train`.
         weights: `raw` or `ema`, the average over training.
-        path: for messages.
+        path: For messages.
 
     Raises:
-        CheckpointError: the file has no such tensors.
+        CheckpointError: If the file has no such tensors.
     """
     state = tensors_in(content, weights, path)
     if any(name.startswith("backbone.subnet") for name in state):
@@ -98,7 +98,7 @@ def tensors_in(content: Any, weights: str = "raw", path: Path | str = "weights")
     """Select the tensors of any model from the content of a file; see `select`.
 
     Raises:
-        CheckpointError: the file has no such tensors.
+        CheckpointError: If the file has no such tensors.
     """
     if not isinstance(content, Mapping):
         raise CheckpointError(path, "not a dict of weights", "Give a checkpoint of RevCol")

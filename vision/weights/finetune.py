@@ -32,16 +32,16 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
     position embeddings are adapted as in timm.
 
     Args:
-        model: of the run.
-        config: the key `pretrained` of the run.
-        classes: of the data, in the order of the model's scores.
-        world: the processes of the run. The first one downloads weights.
+        model: Of the run.
+        config: The key `pretrained` of the run.
+        classes: Of the data, in the order of the model's scores.
+        world: The processes of the run. The first one downloads weights.
 
     Returns:
         A description of the loaded weights.
 
     Raises:
-        CheckpointError: the weights do not exist, are damaged, or are of another model.
+        CheckpointError: If the weights do not exist, are damaged, or are of another model.
     """
     content, name = find_pretrained(config.source, world or World())
     given = tensors_in(content, config.weights, name)
@@ -69,7 +69,7 @@ def find_pretrained(source: str, world: World) -> tuple[Mapping[str, Any], str]:
         The content, and the path or name that it was read from.
 
     Raises:
-        CheckpointError: the source does not exist or is damaged.
+        CheckpointError: If the source does not exist or is damaged.
     """
     path = Path(source)
     if path.is_dir():
@@ -110,7 +110,7 @@ def fitted(given: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str
     """Weights of a file under the names and in the shapes of a model. The classifier may have another shape.
 
     Raises:
-        CheckpointError: the weights are those of another model.
+        CheckpointError: If the weights are those of another model.
     """
     own, heads = model.state_dict(), classifiers(model)
     try:

@@ -21,12 +21,12 @@ def padded(weight: Tensor, size: int, std: float = STD) -> Tensor:
     The paper trains RevCol-H with kernels of 3 and pads them to 7 for COCO and to 13 for ADE20K.
 
     Args:
-        weight: the kernels.
-        size: of the result. The difference from k must be even.
-        std: standard deviation of the noise, which has mean 0 and is drawn from the global generator.
+        weight: The kernels.
+        size: Of the result. The difference from k must be even.
+        std: Standard deviation of the noise, which has mean 0 and is drawn from the global generator.
 
     Raises:
-        ArgumentError: kernels cannot be centered in kernels of that size.
+        ArgumentError: If kernels cannot be centered in kernels of that size.
     """
     margin, odd = divmod(size - weight.shape[-1], 2)
     if margin < 0 or odd:
@@ -42,8 +42,8 @@ def fit_kernels(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
     """Pad depthwise kernels to the size of the model's. Larger kernels are not changed.
 
     Args:
-        state: weights under our or the official names.
-        own: weights of the model, under our names.
+        state: Weights under our or the official names.
+        own: Weights of the model, under our names.
     """
     fitted = dict(state)
     for name, tensor in own.items():

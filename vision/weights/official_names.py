@@ -131,8 +131,8 @@ class Names:
     """All tensors of a model under both names.
 
     Attributes:
-        pairs: in the order of the model.
-        unused: official names and shapes without a counterpart: the gains of the first column, which have no effect.
+        pairs: In the order of the model.
+        unused: Official names and shapes without a counterpart: the gains of the first column, which have no effect.
     """
 
     pairs: tuple[Pair, ...]
@@ -151,9 +151,9 @@ def official_name(
     """The official name of a tensor and the conversion of its shape, or None if it has no counterpart.
 
     Args:
-        ours: our name.
-        rows: of the table, which are searched.
-        heads: index of each head of intermediate supervision by its column.
+        ours: Our name.
+        rows: Of the table, which are searched.
+        heads: Index of each head of intermediate supervision by its column.
     """
     for row in rows:
         if match := _pattern(row.ours).fullmatch(ours):
@@ -172,7 +172,7 @@ def names_of(model: RevCol | Supervised, layout: str = "classification") -> Name
     """All names of a model.
 
     Args:
-        model: with or without heads of intermediate supervision, possibly on the meta device.
+        model: With or without heads of intermediate supervision, possibly on the meta device.
         layout: `classification`, or `backbone`, which has no classifier.
     """
     net = model.model if isinstance(model, Supervised) else model
@@ -207,18 +207,18 @@ def check(
     """Check all names and shapes of a file.
 
     Args:
-        expected: names and shapes.
-        given: tensors of the file.
-        allow: names, or patterns such as `head.*`, that may be missing, unexpected or misshapen. They are omitted.
-        optional: names in `expected` that may be missing.
-        path: for the message.
-        model: for the message.
+        expected: Names and shapes.
+        given: Tensors of the file.
+        allow: Names, or patterns such as `head.*`, that may be missing, unexpected or misshapen. They are omitted.
+        optional: Names in `expected` that may be missing.
+        path: For the message.
+        model: For the message.
 
     Returns:
         The names that are present and fit, in the expected order.
 
     Raises:
-        MismatchError: a name or shape does not fit.
+        MismatchError: If a name or shape does not fit.
     """
     problems: dict[str, str] = {}
     for name, shape in expected.items():
@@ -240,7 +240,7 @@ def to_ours(
     """Convert tensors under official names to our names, as views.
 
     Raises:
-        MismatchError: a name is missing or unexpected, or a shape differs, and is not allowed to.
+        MismatchError: If a name is missing or unexpected, or a shape differs, and is not allowed to.
     """
     expected = {pair.official: pair.official_shape for pair in names.pairs} | names.unused
     fitting = set(check(expected, given, allow, names.unused, path, model))

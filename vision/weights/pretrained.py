@@ -23,7 +23,7 @@ def load_file(model: RevCol, path: str) -> None:
     """Load a file into a model, as documented in `RevCol.load_pretrained`.
 
     Raises:
-        vision.errors.CheckpointError: the file cannot be used, or is of another model.
+        vision.errors.CheckpointError: If the file cannot be used, or is of another model.
     """
     content = read(path)
     tensors = select(content, path=path).tensors
@@ -44,7 +44,7 @@ def checkpoint_filter_fn(content: Mapping[str, Any], model: RevCol) -> dict[str,
     embeddings are interpolated to its image size.
 
     Raises:
-        vision.errors.CheckpointError: the file is of another model.
+        vision.errors.CheckpointError: If the file is of another model.
     """
     found, name = select(content), _cfg(model).get("architecture", "this model")
     found = found._replace(tensors=fit_kernels(found.tensors, model.state_dict()))

@@ -69,7 +69,7 @@ def recognize(found: Shape | None, path: object = "weights") -> str:
     """The name of the model that has a shape.
 
     Raises:
-        CheckpointError: no model has this shape.
+        CheckpointError: If no model has this shape.
     """
     if found is None:
         problem = "it does not have ConvNeXt blocks at every level, unlike all official models"

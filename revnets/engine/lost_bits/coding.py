@@ -56,10 +56,10 @@ def encode(
 
     Args:
         past: x_{t-m}.
-        rebuilt: its reconstruction, of the same shape, dtype and strides.
+        rebuilt: Its reconstruction, of the same shape, dtype and strides.
         state: x_t, of the same shape, dtype and strides.
-        gamma: a number, or a tensor whose shape broadcasts to that of the state.
-        defer: do not wait for the device, and leave the truncation to `compact`; by default on all devices but the CPU.
+        gamma: A number, or a tensor whose shape broadcasts to that of the state.
+        defer: Do not wait for the device, and leave the truncation to `compact`; by default on all devices but the CPU.
 
     Returns:
         The lost bits, or None if they are no smaller than the state.

@@ -107,11 +107,11 @@ def widths(
     """Return the field width of every element in bits; more than `widest` where d has no bound.
 
     Args:
-        state: bit patterns of x_t.
-        rebuilt: bit patterns of the reconstruction.
-        magnification: bits that the division by gamma adds.
-        exact: whether every gamma is a power of two.
-        layout: of the dtype.
+        state: Bit patterns of x_t.
+        rebuilt: Bit patterns of the reconstruction.
+        magnification: Bits that the division by gamma adds.
+        exact: Whether every gamma is a power of two.
+        layout: Of the dtype.
     """
     exponents = state & layout.exponent_mask
     exponents -= rebuilt & layout.exponent_mask
@@ -133,8 +133,8 @@ def expected_bytes(gamma: ArrayLike, size: int = 4) -> NDArray[np.float64]:
     """Return the expected bytes of lost bits per element, for normal F_t and x_{t-m} of equal standard deviation.
 
     Args:
-        gamma: one or several gains.
-        size: bytes per element: 2 (treated as bfloat16), 4 or 8.
+        gamma: One or several gains.
+        size: Bytes per element: 2 (treated as bfloat16), 4 or 8.
     """
     layout = Layout(size, {2: 7, 4: 23, 8: 52}[size], 0)
     absolute = np.clip(np.abs(gamma), 1e-30, 1e30)

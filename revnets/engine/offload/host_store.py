@@ -51,8 +51,8 @@ class HostStore:
     """Host memory of one pass.
 
     Args:
-        cells: indices of the cells that use it.
-        stem: stays on the device, because any cell may read it.
+        cells: Indices of the cells that use it.
+        stem: Stays on the device, because any cell may read it.
     """
 
     def __init__(self, cells: Collection[int], stem: Tensor):
@@ -79,9 +79,9 @@ class HostStore:
         """Start to copy what a cell keeps, after its call, and free what the previous cell kept on the device.
 
         Args:
-            record: of the call.
-            cell: the called module.
-            name: name of the cell in error messages.
+            record: Of the call.
+            cell: The called module.
+            name: Name of the cell in error messages.
             state: x_t.
         """
         index = record.node.index
@@ -172,9 +172,9 @@ class OutgoingCopies:
     """Copies to the host of what one cell keeps.
 
     Args:
-        name: description of what is copied, for error messages.
-        resident: keys of storages that stay on the device.
-        lock: of the store; autograd runs one thread per device.
+        name: Description of what is copied, for error messages.
+        resident: Keys of storages that stay on the device.
+        lock: Of the store; autograd runs one thread per device.
     """
 
     def __init__(self, name: str, resident: Collection[int], lock: threading.RLock):

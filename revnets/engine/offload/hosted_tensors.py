@@ -19,14 +19,14 @@ class HostedStorage:
     """Host memory for the bytes of a storage on a device.
 
     Args:
-        source: any tensor with this storage. The constructor does not copy its bytes.
-        name: description of the content, for error messages.
-        lock: of the store; autograd runs one thread per device.
+        source: Any tensor with this storage. The constructor does not copy its bytes.
+        name: Description of the content, for error messages.
+        lock: Of the store; autograd runs one thread per device.
 
     Attributes:
-        buffer: the bytes (uint8) in host memory.
-        fetched: the bytes on the device, or None; the copy may not have finished.
-        is_changed: whether the source was changed in place before its copy finished.
+        buffer: The bytes (uint8) in host memory.
+        fetched: The bytes on the device, or None; the copy may not have finished.
+        is_changed: Whether the source was changed in place before its copy finished.
     """
 
     __slots__ = ("__weakref__", "_arriving", "_lock", "buffer", "device", "fetched", "is_changed", "name")

@@ -70,7 +70,7 @@ class Transfer:
     """Copies in progress.
 
     Args:
-        device: the device of either the source or the destination of each copy.
+        device: The device of either the source or the destination of each copy.
         pairs: (destination, source) of equal size; tensors on the device belong to the current stream.
     """
 

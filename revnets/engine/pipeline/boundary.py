@@ -44,10 +44,10 @@ def header(tensors: Sequence[Tensor | None], axes: Sequence[int], rest: Tensor, 
     """Return the header of tensors.
 
     Args:
-        tensors: states or their gradients.
-        axes: number of axes of each tensor.
+        tensors: States or their gradients.
+        axes: Number of axes of each tensor.
         rest: float64 vector to append.
-        device: of the header.
+        device: Of the header.
     """
     values = [float(_MARK)]
     for tensor, count in zip(tensors, axes, strict=True):
@@ -113,8 +113,8 @@ class Enter(torch.autograd.Function):
     """Restores the states that `Leave` of the previous stage sent; gradients leave as contiguous tensors.
 
     Args:
-        found: strides of the states; None to keep those of the received tensors.
-        first: the header.
+        found: Strides of the states; None to keep those of the received tensors.
+        first: The header.
     """
 
     @staticmethod

@@ -28,11 +28,11 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
     Ties are broken by the sum of squares, which balances the other stages as well.
 
     Args:
-        costs: cost of each cell.
-        stages: number of stages.
+        costs: Cost of each cell.
+        stages: Number of stages.
 
     Raises:
-        ArgumentError: there are fewer cells than stages, or no stage.
+        ArgumentError: If there are fewer cells than stages, or no stage.
     """
     total = len(costs)
     if not 1 <= stages <= total:
@@ -69,11 +69,11 @@ def cell_costs(
     """Return the cost of each cell. The first cell includes the stem, the last one the head.
 
     Args:
-        columns: columns of the cells.
-        balance: one of `BALANCES`, or the costs themselves.
-        x: input of the stem, or of the columns if there is no stem; required by `flops`. Its values do not matter.
-        stem: runs before the first cell.
-        head: runs after the last cell.
+        columns: Columns of the cells.
+        balance: One of `BALANCES`, or the costs themselves.
+        x: Input of the stem, or of the columns if there is no stem; required by `flops`. Its values do not matter.
+        stem: Runs before the first cell.
+        head: Runs after the last cell.
 
     Raises:
         ArgumentError: `balance` is unknown, the number of costs is not that of the cells, or `x` is missing.

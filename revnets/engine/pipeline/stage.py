@@ -39,15 +39,15 @@ class ColumnsStage(nn.Module):
     pass.
 
     Args:
-        columns: columns of the cells.
-        cells: indices of the cells.
-        stem: used by the first stage, before its cells.
-        head: used by the last stage; receives the list of states that the columns return.
+        columns: Columns of the cells.
+        cells: Indices of the cells.
+        stem: Used by the first stage, before its cells.
+        head: Used by the last stage; receives the list of states that the columns return.
 
     Attributes:
-        policy: what the cells keep for backward, a copy of the policy of all columns.
-        incoming: indices of the states that the stage receives, `STEM` for the stem's output.
-        outgoing: indices of the states that the stage sends.
+        policy: What the cells keep for backward, a copy of the policy of all columns.
+        incoming: Indices of the states that the stage receives, `STEM` for the stem's output.
+        outgoing: Indices of the states that the stage sends.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class ColumnsStage(nn.Module):
         """Run the stage on the model's input or on the output of the previous stage.
 
         Args:
-            inputs: one tensor for the first stage; a header and the states `incoming` for later stages.
-            seed: seed of this micro-batch's random numbers, as in `torch.manual_seed`, or a tensor with one element.
+            inputs: One tensor for the first stage; a header and the states `incoming` for later stages.
+            seed: Seed of this micro-batch's random numbers, as in `torch.manual_seed`, or a tensor with one element.
                 Only the first stage uses it. By default it draws a seed in training, and none in evaluation.
-            context: keyword arguments for the function of every cell, such as a padding mask.
+            context: Keyword arguments for the function of every cell, such as a padding mask.
 
         Returns:
             A header and the states `outgoing`. The last stage returns the output of its head, or without a head the
             tuple of states that the columns return.
 
         Raises:
-            ArgumentError: the number of inputs is wrong.
+            ArgumentError: If the number of inputs is wrong.
         """
         expected = 1 if self.is_first else 1 + len(self.incoming)
         if len(inputs) != expected:

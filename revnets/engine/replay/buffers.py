@@ -81,8 +81,8 @@ class CellBuffers:
     """The buffers of one cell in one pass.
 
     Args:
-        modules: all modules of the cell.
-        overwritten: buffers that cells of this pass have written, for earlier cells that read them.
+        modules: All modules of the cell.
+        overwritten: Buffers that cells of this pass have written, for earlier cells that read them.
     """
 
     def __init__(self, modules: Sequence[nn.Module], overwritten: Overwritten):
@@ -134,7 +134,7 @@ class CellBuffers:
         """Check that the values of the forward pass are still available.
 
         Raises:
-            ReplayError: a buffer was changed in place after the forward pass, or in it for the first time.
+            ReplayError: If a buffer was changed in place after the forward pass, or in it for the first time.
         """
         for (index, name), buffer in self.lost.items():
             raise ReplayError(
@@ -158,7 +158,7 @@ class CellBuffers:
         """Give the cell the buffers of the forward pass, also those of functional_call. Shared buffers stay shared.
 
         Raises:
-            ReplayError: the body wrote a buffer that the forward pass only read.
+            ReplayError: If the body wrote a buffer that the forward pass only read.
         """
         present = list(self._present())
         seen: dict[int, Tensor] = {}

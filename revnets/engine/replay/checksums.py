@@ -39,13 +39,13 @@ class Verifier:
         """Compare x_{t-m} as rebuilt by the replay of cell t.
 
         Args:
-            node: cell t.
-            name: description of the cell for the message.
-            mode: memory mode of the cell.
-            past: the rebuilt state.
+            node: Cell t.
+            name: Description of the cell for the message.
+            mode: Memory mode of the cell.
+            past: The rebuilt state.
 
         Raises:
-            ReconstructionError: the state differs from the forward pass.
+            ReconstructionError: If the state differs from the forward pass.
         """
         assert node.residual is not None
         if mode is Memory.INVERT or self._has_drifted(node):
@@ -61,12 +61,12 @@ class Verifier:
         """Compare x_t as recomputed by the replay of cell t.
 
         Args:
-            node: cell t.
-            name: description of the cell for the message.
-            state: the recomputed state.
+            node: Cell t.
+            name: Description of the cell for the message.
+            state: The recomputed state.
 
         Raises:
-            ReconstructionError: the state differs from the forward pass.
+            ReconstructionError: If the state differs from the forward pass.
         """
         if node.residual not in self.drifted and not self._has_drifted(node) and self._differs(node.index, state):
             raise ReconstructionError(

@@ -93,8 +93,8 @@ class KeptProducts:
     Results that the cell changes in place are recomputed in the replay, and so are sparse and distributed tensors.
 
     Args:
-        cell: the called module.
-        numbers: positions of the products, from 0 in the order of the call.
+        cell: The called module.
+        numbers: Positions of the products, from 0 in the order of the call.
     """
 
     def __init__(self, cell: nn.Module, numbers: Collection[int]):
@@ -110,8 +110,8 @@ class KeptProducts:
         """Return a context for the replay that returns the recorded results instead of computing the products.
 
         Args:
-            name: description of the cell for error messages.
-            cell: name of the cell for the error's attribute `cell`.
+            name: Description of the cell for error messages.
+            cell: Name of the cell for the error's attribute `cell`.
 
         Raises:
             ReplayError: (from the body) the replay calls another product than the forward pass did.

@@ -34,14 +34,14 @@ class RandomNumbers:
     """What one call of a cell drew from the default generators.
 
     Args:
-        devices: accelerators whose generators the cell may use.
-        always: intercept draws even without other threads. Dynamo compiles intercepted code separately, so this must
+        devices: Accelerators whose generators the cell may use.
+        always: Intercept draws even without other threads. Dynamo compiles intercepted code separately, so this must
             not depend on a thread that starts between a forward pass and its replay.
 
     Attributes:
         states: CPU generator states before the draws. Draw k starts at `states[k]`, or without that entry where draw
             k - 1 ended.
-        accelerators: generator state of each accelerator before the call, if the call drew from it.
+        accelerators: Generator state of each accelerator before the call, if the call drew from it.
     """
 
     def __init__(self, devices: frozenset[torch.device], always: bool = False):

@@ -75,9 +75,9 @@ class ReplayContext:
         Generator states are kept only if the cell draws random numbers, buffers only if it writes them.
 
         Args:
-            cell: called in the body.
-            devices: devices of its inputs.
-            overwritten: buffers that cells of this pass have written, for earlier cells that read them.
+            cell: Called in the body.
+            devices: Devices of its inputs.
+            overwritten: Buffers that cells of this pass have written, for earlier cells that read them.
         """
         modules = _modules_of(cell)
         with exclusive(modules, _accelerators(devices)):
@@ -91,7 +91,7 @@ class ReplayContext:
         """Run the body in the context that the forward pass started with.
 
         Raises:
-            ReplayError: a parameter or buffer was changed in place between the forward pass and its backward.
+            ReplayError: If a parameter or buffer was changed in place between the forward pass and its backward.
         """
         with ExitStack() as stack:
             stack.enter_context(exclusive(self._modules, _accelerators(self._devices)))

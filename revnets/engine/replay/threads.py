@@ -76,8 +76,8 @@ def exclusive(modules: Sequence[nn.Module], devices: Iterable[torch.device]) -> 
     """Hold the locks of a cell, of its modules with buffers, which other cells may share, and of generators.
 
     Args:
-        modules: modules of the cell, which is the first one.
-        devices: accelerators whose generators the cell may use.
+        modules: Modules of the cell, which is the first one.
+        devices: Accelerators whose generators the cell may use.
     """
     if is_alone():
         yield

@@ -18,10 +18,10 @@ class DeformableAttention(nn.Module):
     Their offsets and weights are linear functions of the query.
 
     Args:
-        dim: channels C of queries and feature maps.
-        heads: number of attention heads.
-        levels: number L of feature maps.
-        points: number of locations that a head samples in each level.
+        dim: Channels C of queries and feature maps.
+        heads: Number of attention heads.
+        levels: Number L of feature maps.
+        points: Number of locations that a head samples in each level.
     """
 
     def __init__(self, dim: int, heads: int, levels: int, points: int = 4):
@@ -61,10 +61,10 @@ class DeformableAttention(nn.Module):
 
         Args:
             queries: (B, Q, C).
-            references: points (B, Q, L, 2) as x and y, or boxes (B, Q, L, 4) as center, width and height, as fractions
+            references: Points (B, Q, L, 2) as x and y, or boxes (B, Q, L, 4) as center, width and height, as fractions
                 of each level's sides.
             features: (B, S, C), the positions of all levels, row by row, level by level.
-            sizes: height and width of each level.
+            sizes: Height and width of each level.
             padded: (B, S), true at padding, where values are 0; None without padding.
 
         Returns:

@@ -21,7 +21,7 @@ class ScoredBoxes(NamedTuple):
     """Predictions for queries.
 
     Attributes:
-        scores: logits (B, Q, classes).
+        scores: Logits (B, Q, classes).
         boxes: (B, Q, 4), center, width and height as fractions of the image.
     """
 
@@ -33,8 +33,8 @@ class DetectionHead(nn.Module):
     """Predicts class logits, and the offset of a box to its reference in logit space.
 
     Args:
-        dim: channels of the queries.
-        num_classes: number of classes without background.
+        dim: Channels of the queries.
+        num_classes: Number of classes without background.
     """
 
     def __init__(self, dim: int, num_classes: int):
@@ -105,12 +105,12 @@ class DeformableEncoder(nn.Module):
     """Encoder layers over the positions of all levels.
 
     Args:
-        dim: channels C.
-        hidden: hidden channels of the feed-forward networks.
-        heads: number of attention heads.
-        levels: number of feature maps.
-        depth: number of layers.
-        checkpointed: recompute layers in backward instead of storing their activations.
+        dim: Channels C.
+        hidden: Hidden channels of the feed-forward networks.
+        heads: Number of attention heads.
+        levels: Number of feature maps.
+        depth: Number of layers.
+        checkpointed: Recompute layers in backward instead of storing their activations.
     """
 
     def __init__(self, dim: int, hidden: int, heads: int, levels: int, depth: int, checkpointed: bool = False):
@@ -155,9 +155,9 @@ class DeformableDecoder(nn.Module):
 
         Args:
             queries: (B, Q, C).
-            references: boxes (B, Q, 4) without gradient, as fractions of the image.
-            sequence: output of the encoder.
-            heads: detection head of each layer.
+            references: Boxes (B, Q, 4) without gradient, as fractions of the image.
+            sequence: Output of the encoder.
+            heads: Detection head of each layer.
             blocked: (Q, Q), true where a query must not attend to another.
         """
         predictions: list[ScoredBoxes] = []

@@ -22,8 +22,8 @@ class DenoisingQueries(NamedTuple):
         references: (B, D, 4), noisy boxes.
         blocked: (D + Q, D + Q), true where a query must not attend to another: ordinary queries do not attend to noisy
             copies, and groups do not attend to each other.
-        pairs: the positive queries and their objects, for each image.
-        groups: number G of groups.
+        pairs: The positive queries and their objects, for each image.
+        groups: Number G of groups.
     """
 
     contents: Tensor
@@ -40,12 +40,12 @@ class ContrastiveDenoising(nn.Module):
     whole side (times `box_noise`). The number of groups is chosen so that there are about `copies` positive copies.
 
     Args:
-        num_classes: number of classes without background.
-        dim: channels C.
-        queries: maximum number of ordinary queries. Only that many objects of an image are copied.
-        copies: positive copies per image, 100 in the paper.
-        label_noise: twice the probability that a copy gets a random label.
-        box_noise: scale of the shift of corners.
+        num_classes: Number of classes without background.
+        dim: Channels C.
+        queries: Maximum number of ordinary queries. Only that many objects of an image are copied.
+        copies: Positive copies per image, 100 in the paper.
+        label_noise: Twice the probability that a copy gets a random label.
+        box_noise: Scale of the shift of corners.
     """
 
     def __init__(

@@ -35,23 +35,23 @@ class DINO(nn.Module):
     """A detector without anchors and without non-maximum suppression (Zhang et al., ICLR 2023).
 
     Args:
-        backbone: a timm model with `features_only`. The detector uses the levels that it returns and a coarser one.
-        num_classes: number of classes without background.
-        width: channels of the transformer, a multiple of 32 and of `heads`.
-        feedforward: hidden channels of the feed-forward networks.
-        heads: number of attention heads.
-        encoder_layers: number of encoder layers.
-        decoder_layers: number of decoder layers.
-        queries: number of queries, the maximum number of objects in an image.
-        denoising: approximate number of positive noisy copies of the objects of a training image; 0 for none.
-        label_noise: twice the probability that a copy gets a random label.
-        box_noise: scale of the shift of a copy's corners, relative to half a side.
-        shared_heads: use one head for all decoder layers, as the paper's code, instead of one per layer, as OpenMMLab.
-        detections: maximum number of detections per image.
-        checkpoint_heads: recompute the layers of the transformer in backward instead of storing their activations.
+        backbone: A timm model with `features_only`. The detector uses the levels that it returns and a coarser one.
+        num_classes: Number of classes without background.
+        width: Channels of the transformer, a multiple of 32 and of `heads`.
+        feedforward: Hidden channels of the feed-forward networks.
+        heads: Number of attention heads.
+        encoder_layers: Number of encoder layers.
+        decoder_layers: Number of decoder layers.
+        queries: Number of queries, the maximum number of objects in an image.
+        denoising: Approximate number of positive noisy copies of the objects of a training image; 0 for none.
+        label_noise: Twice the probability that a copy gets a random label.
+        box_noise: Scale of the shift of a copy's corners, relative to half a side.
+        shared_heads: Use one head for all decoder layers, as the paper's code, instead of one per layer, as OpenMMLab.
+        detections: Maximum number of detections per image.
+        checkpoint_heads: Recompute the layers of the transformer in backward instead of storing their activations.
 
     Raises:
-        ValueError: an option has a wrong type or is out of range, or `width` is not a multiple of 32 and of `heads`.
+        ValueError: If an option has a wrong type or is out of range, or `width` is not a multiple of 32 and of `heads`.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class DINO(nn.Module):
 
         Args:
             images: (3, H, W) each, normalized. Their sizes may differ.
-            targets: for each image, `boxes` (N, 4) as x1, y1, x2, y2 in pixels, and `labels` (N,) from 1 to
+            targets: For each image, `boxes` (N, 4) as x1, y1, x2, y2 in pixels, and `labels` (N,) from 1 to
                 `num_classes`.
 
         Returns:
@@ -124,7 +124,7 @@ class DINO(nn.Module):
             `scores` (D,), best first.
 
         Raises:
-            ValueError: images or targets have wrong shapes or values out of range.
+            ValueError: If images or targets have wrong shapes or values out of range.
         """
         batch = padded_batch(images, self.revcol.in_chans, multiple=1, least=STRIDES[-1])
         padded = _padding(batch)
@@ -208,15 +208,16 @@ def dino(
     Arguments that are not listed are those of `DINO`.
 
     Args:
-        backbone: a RevCol model name such as `revcol_huge`.
-        num_classes: number of classes without background, 80 for COCO.
-        kernel_size: kernel size of the backbone's convolutions.
-        memory: memory mode of the backbone.
-        scales: number of feature levels: 4 for strides 8 to 64, 5 for strides 4 to 64.
-        backbone_options: options of `timm.create_model`, such as `drop_path_rate`.
+        backbone: A RevCol model name such as `revcol_huge`.
+        num_classes: Number of classes without background, 80 for COCO.
+        kernel_size: Kernel size of the backbone's convolutions.
+        memory: Memory mode of the backbone.
+        scales: Number of feature levels: 4 for strides 8 to 64, 5 for strides 4 to 64.
+        backbone_options: Options of `timm.create_model`, such as `drop_path_rate`.
 
     Raises:
-        ValueError: the backbone does not exist, has a memory budget, or rejects an option, or another option is wrong.
+        ValueError: If the backbone does not exist, has a memory budget, or rejects an option, or another option is
+            wrong.
     """
     if scales not in (4, 5):
         raise ArgumentError(f"scales is {scales}, but must be 4 or 5", "scales", code="unknown-choice")

@@ -23,7 +23,7 @@ class FeatureSequence(NamedTuple):
         encoding: (B, S, C), sines and cosines of the positions plus the embedding of the level.
         centers: (B, S, 2), x and y of every position as fractions of its image.
         visible: (B, L, 2), the fractions of the width and height of each level that the image covers.
-        sizes: height and width of each of the L levels.
+        sizes: Height and width of each of the L levels.
         padded: (B, S), true at padding; None without padding.
     """
 
@@ -44,8 +44,8 @@ class FeatureProjection(nn.Module):
     """Projects the backbone's feature maps to C channels and adds a level of half the size of the last one.
 
     Args:
-        channels: channels of the maps, finest first.
-        dim: output channels C.
+        channels: Channels of the maps, finest first.
+        dim: Output channels C.
     """
 
     def __init__(self, channels: Sequence[int], dim: int):
@@ -59,7 +59,7 @@ class FeatureProjection(nn.Module):
         """Return the sequence of maps (B, channels, H, W).
 
         Args:
-            maps: levels of the backbone, finest first.
+            maps: Levels of the backbone, finest first.
             padded: (B, height, width) of the images, true at padding; None without padding.
         """
         levels = [project(x) for project, x in zip(self.maps, maps, strict=True)]

@@ -17,9 +17,9 @@ class ProposalSelection(nn.Module):
     used as references only; the contents of queries are embeddings that do not depend on the image.
 
     Args:
-        dim: channels C.
-        num_classes: number of classes without background.
-        queries: maximum number of selected positions.
+        dim: Channels C.
+        num_classes: Number of classes without background.
+        queries: Maximum number of selected positions.
     """
 
     def __init__(self, dim: int, num_classes: int, queries: int):

@@ -24,10 +24,10 @@ def set_losses(
     """Return the losses of one set of predictions, divided by the mean number of pairs over all processes.
 
     Args:
-        predicted: predictions for Q queries.
-        objects: objects of each image.
-        pairs: matched queries and objects of each image. All other queries are background.
-        suffix: suffix of the names of the losses.
+        predicted: Predictions for Q queries.
+        objects: Objects of each image.
+        pairs: Matched queries and objects of each image. All other queries are background.
+        suffix: Suffix of the names of the losses.
 
     Returns:
         `loss_class`, the sigmoid focal loss, `loss_box`, 5 times the L1 distance of boxes as fractions of the image,

@@ -48,13 +48,13 @@ class BoxStage(nn.Module):
     """Four convolutions and a linear layer that predict class scores and a box for each class.
 
     Args:
-        channels: channels of the pyramid.
-        num_classes: number of classes without background.
-        overlap: minimum intersection over union of a box with its object.
-        stds: standard deviations of the codes of center and size.
-        width: width of the linear layer.
-        norm: class of the normalization layers.
-        low_quality: whether objects are also matched with the boxes that overlap them most (see `OverlapMatcher`).
+        channels: Channels of the pyramid.
+        num_classes: Number of classes without background.
+        overlap: Minimum intersection over union of a box with its object.
+        stds: Standard deviations of the codes of center and size.
+        width: Width of the linear layer.
+        norm: Class of the normalization layers.
+        low_quality: Whether objects are also matched with the boxes that overlap them most (see `OverlapMatcher`).
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class BoxStage(nn.Module):
             scores: (boxes, classes + 1).
             codes: (boxes, 4 (classes + 1)).
             boxes: (n, 4) of each image.
-            sizes: heights and widths of the images.
-            labels: class of each box. Where it is 0 or missing, the class with the highest score is used.
+            sizes: Heights and widths of the images.
+            labels: Class of each box. Where it is 0 or missing, the class with the highest score is used.
         """
         classes = scores[:, 1:].argmax(1) + 1
         if labels is not None:

@@ -33,16 +33,16 @@ class CascadeHeads(nn.Module):
     """Three stages of box and mask heads. Each stage trains on the boxes that the previous one has refined.
 
     Args:
-        channels: channels of the pyramid.
-        num_classes: number of classes without background.
-        masks: whether there are mask heads.
-        width: width of the linear layers for boxes.
-        mask_width: channels of the convolutions for masks.
-        norm: class of the normalization layers of the convolutions for boxes.
-        low_quality: whether objects are also matched with the boxes that overlap them most.
-        flow: whether a mask head passes its features to the next one.
-        recompute: recompute the activations of the heads in backward instead of storing them.
-        detection_options: options of `best_detections`.
+        channels: Channels of the pyramid.
+        num_classes: Number of classes without background.
+        masks: Whether there are mask heads.
+        width: Width of the linear layers for boxes.
+        mask_width: Channels of the convolutions for masks.
+        norm: Class of the normalization layers of the convolutions for boxes.
+        low_quality: Whether objects are also matched with the boxes that overlap them most.
+        flow: Whether a mask head passes its features to the next one.
+        recompute: Recompute the activations of the heads in backward instead of storing them.
+        detection_options: Options of `best_detections`.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class CascadeHeads(nn.Module):
         """Return the weighted losses of all stages.
 
         Args:
-            features: maps of the pyramid, finest first.
-            boxes: proposals (n, 4) of each image, at least one in the batch.
-            sizes: heights and widths of the images.
-            targets: targets of the images, from `checked_targets`.
+            features: Maps of the pyramid, finest first.
+            boxes: Proposals (n, 4) of each image, at least one in the batch.
+            sizes: Heights and widths of the images.
+            targets: Targets of the images, from `checked_targets`.
         """
         levels, losses, semantic = self.inputs(features, targets)
         for number, (stage, weight) in enumerate(zip(self.stages(), LOSS_WEIGHTS, strict=True), 1):
@@ -162,10 +162,10 @@ class RegionDetector(nn.Module):
     dictionary of losses; in evaluation mode it takes images and returns a list of dictionaries.
 
     Args:
-        pyramid: the backbone.
-        proposals: the first stage.
-        heads: the second stage.
-        num_classes: labels are 1 to this number.
+        pyramid: The backbone.
+        proposals: The first stage.
+        heads: The second stage.
+        num_classes: Labels are 1 to this number.
     """
 
     def __init__(self, pyramid: RevColPyramid, proposals: RegionProposals, heads: CascadeHeads, num_classes: int):
@@ -184,7 +184,7 @@ class RegionDetector(nn.Module):
 
         Args:
             images: (3, H, W) each, normalized. Their sizes may differ.
-            targets: for each image, `boxes` (N, 4) as (left, top, right, bottom) in pixels, `labels` (N,) from 1, and
+            targets: For each image, `boxes` (N, 4) as (left, top, right, bottom) in pixels, `labels` (N,) from 1, and
                 `masks` (N, H, W) of 0 and 1. N may be 0. Boxes are clipped to the image; boxes without an area do not
                 count.
 
@@ -193,7 +193,7 @@ class RegionDetector(nn.Module):
             `boxes` (N, 4), `labels` (N,), `scores` (N,) in descending order and `masks` (N, 1, H, W), probabilities.
 
         Raises:
-            ValueError: images or targets have wrong shapes, or labels are out of range.
+            ValueError: If images or targets have wrong shapes, or labels are out of range.
         """
         images = list(images)
         batch = padded_batch(images, self.revcol.in_chans)
@@ -227,23 +227,24 @@ def cascade_mask_rcnn(
     """Build a Cascade Mask R-CNN on a RevCol with newly initialized weights.
 
     Args:
-        backbone: a RevCol model name such as `revcol_tiny`.
-        num_classes: number of classes without background, 80 for COCO. Labels are 1 to this number.
-        masks: whether to predict masks. False for Cascade R-CNN, whose targets need no masks.
-        channels: channels of the feature pyramid.
-        width: width of the linear layers for boxes.
-        mask_width: channels of the convolutions for masks.
-        score_threshold: minimum score of detections.
-        soft_nms: lower the scores of overlapping detections instead of removing them.
-        checkpoint_heads: recompute the activations of pyramid and heads in backward instead of storing them.
-        backbone_options: options of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
+        backbone: A RevCol model name such as `revcol_tiny`.
+        num_classes: Number of classes without background, 80 for COCO. Labels are 1 to this number.
+        masks: Whether to predict masks. False for Cascade R-CNN, whose targets need no masks.
+        channels: Channels of the feature pyramid.
+        width: Width of the linear layers for boxes.
+        mask_width: Channels of the convolutions for masks.
+        score_threshold: Minimum score of detections.
+        soft_nms: Lower the scores of overlapping detections instead of removing them.
+        checkpoint_heads: Recompute the activations of pyramid and heads in backward instead of storing them.
+        backbone_options: Options of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
         A `RegionDetector`. If several processes train on GPUs when this is called, BatchNorm of the box heads is
         synchronized across them.
 
     Raises:
-        ValueError: the backbone does not exist, has a memory budget, or rejects an option, or another option is wrong.
+        ValueError: If the backbone does not exist, has a memory budget, or rejects an option, or another option is
+            wrong.
     """
     heads = {"masks": masks, "width": width, "mask_width": mask_width}
     heads |= {"threshold": score_threshold, "soft": soft_nms}

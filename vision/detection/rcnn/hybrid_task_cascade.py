@@ -25,10 +25,10 @@ class HybridTaskHeads(CascadeHeads):
     """A cascade whose mask heads train on refined boxes and pass on their features, with a semantic branch.
 
     Args:
-        channels: channels of the pyramid.
-        num_classes: number of classes without background.
-        stuff_classes: number of classes of the semantic maps; None for no semantic branch.
-        options: options of `CascadeHeads`.
+        channels: Channels of the pyramid.
+        num_classes: Number of classes without background.
+        stuff_classes: Number of classes of the semantic maps; None for no semantic branch.
+        options: Options of `CascadeHeads`.
     """
 
     def __init__(self, channels: int, num_classes: int, *, stuff_classes: int | None = None, **options: Any):
@@ -75,8 +75,8 @@ class SemanticBranch(nn.Module):
     """Sums the pyramid levels at stride 8 and predicts class scores and an embedding after four convolutions.
 
     Args:
-        channels: channels of the pyramid and of the branch.
-        num_classes: number of classes of the semantic maps.
+        channels: Channels of the pyramid and of the branch.
+        num_classes: Number of classes of the semantic maps.
     """
 
     def __init__(self, channels: int, num_classes: int):
@@ -121,24 +121,25 @@ def htc(
     """Build a Hybrid Task Cascade on a RevCol with newly initialized weights.
 
     Args:
-        backbone: a RevCol model name such as `revcol_huge`.
-        num_classes: number of classes without background, 80 for COCO. Labels are 1 to this number.
-        stuff_classes: number of classes of the semantic maps, 183 for COCO-Stuff; None for no semantic branch.
-        masks: whether to predict masks.
-        channels: channels of the feature pyramid.
-        width: width of the linear layers for boxes.
-        mask_width: channels of the convolutions for masks.
-        score_threshold: minimum score of detections.
-        soft_nms: lower the scores of overlapping detections instead of removing them.
-        checkpoint_heads: recompute the activations of pyramid and heads in backward instead of storing them.
-        backbone_options: options of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
+        backbone: A RevCol model name such as `revcol_huge`.
+        num_classes: Number of classes without background, 80 for COCO. Labels are 1 to this number.
+        stuff_classes: Number of classes of the semantic maps, 183 for COCO-Stuff; None for no semantic branch.
+        masks: Whether to predict masks.
+        channels: Channels of the feature pyramid.
+        width: Width of the linear layers for boxes.
+        mask_width: Channels of the convolutions for masks.
+        score_threshold: Minimum score of detections.
+        soft_nms: Lower the scores of overlapping detections instead of removing them.
+        checkpoint_heads: Recompute the activations of pyramid and heads in backward instead of storing them.
+        backbone_options: Options of the backbone, such as `kernel_size`, `drop_path_rate` and `memory`.
 
     Returns:
         A `RegionDetector`. With `stuff_classes`, targets also need a `semantic_map` (H, W) of classes from 0, where 255
         is ignored.
 
     Raises:
-        ValueError: the backbone does not exist, has a memory budget, or rejects an option, or another option is wrong.
+        ValueError: If the backbone does not exist, has a memory budget, or rejects an option, or another option is
+            wrong.
     """
     if stuff_classes is not None:
         require_counts(1, stuff_classes=stuff_classes)

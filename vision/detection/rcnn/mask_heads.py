@@ -18,10 +18,10 @@ class MaskHead(nn.Module):
     """Four convolutions and a transposed one that predict a mask of twice the pooled size for each class.
 
     Args:
-        channels: channels of the pooled features.
-        num_classes: number of classes without background.
-        width: channels of the convolutions.
-        flow: whether to add the features of the previous mask head after a 1 x 1 convolution and a ReLU (HTC).
+        channels: Channels of the pooled features.
+        num_classes: Number of classes without background.
+        width: Channels of the convolutions.
+        flow: Whether to add the features of the previous mask head after a 1 x 1 convolution and a ReLU (HTC).
     """
 
     def __init__(self, channels: int, num_classes: int, width: int = 256, *, flow: bool = False):
@@ -46,8 +46,8 @@ def mask_loss(logits: Tensor, samples: SampledBoxes, targets: Sequence[Target]) 
 
     Args:
         logits: (boxes, classes + 1, S, S).
-        samples: the boxes, each of which has an object.
-        targets: targets of the images, with `masks` (N, H, W).
+        samples: The boxes, each of which has an object.
+        targets: Targets of the images, with `masks` (N, H, W).
     """
     if not len(logits):
         return logits.sum()

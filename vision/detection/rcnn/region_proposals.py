@@ -28,8 +28,8 @@ class RegionProposals(RegionProposalNetwork):
     Constants are those of mmdetection's Cascade Mask R-CNN. Anchors that cross the border of an image do not count.
 
     Args:
-        channels: channels of the pyramid.
-        recompute: recompute the activations of the convolutions in backward instead of storing them.
+        channels: Channels of the pyramid.
+        recompute: Recompute the activations of the convolutions in backward instead of storing them.
     """
 
     def __init__(self, channels: int, *, recompute: bool = False):
@@ -154,8 +154,8 @@ class BoxSampler(BalancedPositiveNegativeSampler):
         """Sample at most `batch_size_per_image` of N boxes, at most a fraction `positive_fraction` of them positive.
 
         Args:
-            positive: whether each box (N,) is positive.
-            negative: whether each box (N,) is negative.
+            positive: Whether each box (N,) is positive.
+            negative: Whether each box (N,) is negative.
         """
         found = _drawn(positive, self.most_positive, self.most_positive)
         count = self.batch_size_per_image - len(found)
@@ -172,9 +172,9 @@ class OverlapMatcher:
     """Matches boxes with objects by intersection over union, as mmdetection's `MaxIoUAssigner` does.
 
     Args:
-        positive: minimum overlap at which a box is matched with the object that it overlaps most.
-        negative: overlap below which a box is background. Boxes between both thresholds do not count.
-        low_quality: minimum overlap at which an object is also matched with the boxes that overlap it most. If several
+        positive: Minimum overlap at which a box is matched with the object that it overlaps most.
+        negative: Overlap below which a box is background. Boxes between both thresholds do not count.
+        low_quality: Minimum overlap at which an object is also matched with the boxes that overlap it most. If several
             objects claim a box, the last one gets it.
     """
 

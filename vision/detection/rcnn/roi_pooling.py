@@ -21,7 +21,7 @@ class RoIPool(nn.Module):
     """RoIAlign with half-pixel centers, each box from the level of its size, as in mmdetection's `SingleRoIExtractor`.
 
     Args:
-        size: side of the pooled maps.
+        size: Side of the pooled maps.
     """
 
     def __init__(self, size: int):
@@ -32,9 +32,9 @@ class RoIPool(nn.Module):
         """Pool the features of boxes to (sum of n, channels, size, size).
 
         Args:
-            levels: maps (B, channels, H / stride, W / stride) of strides 4 to 32.
+            levels: Maps (B, channels, H / stride, W / stride) of strides 4 to 32.
             boxes: (n, 4) of each image, in pixels.
-            semantic: map of stride 8 whose pooled values are added.
+            semantic: Map of stride 8 whose pooled values are added.
         """
         rois = indexed_boxes(boxes)
         side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()

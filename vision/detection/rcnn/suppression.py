@@ -22,13 +22,13 @@ def best_detections(
     """Return the best boxes of an image in the format of torchvision's detectors, best first.
 
     Args:
-        scores: probabilities (n, classes + 1), background first.
+        scores: Probabilities (n, classes + 1), background first.
         boxes: (n, classes + 1, 4).
-        size: height and width of the image.
-        threshold: scores must be higher than this.
-        overlap: intersection over union above which a box suppresses others of its class.
-        limit: maximum number of boxes.
-        soft: lower the scores of overlapping boxes (`soft_nms`) instead of removing them.
+        size: Height and width of the image.
+        threshold: Scores must be higher than this.
+        overlap: Intersection over union above which a box suppresses others of its class.
+        limit: Maximum number of boxes.
+        soft: Lower the scores of overlapping boxes (`soft_nms`) instead of removing them.
     """
     row, label = (scores[:, 1:] > threshold).nonzero(as_tuple=True)
     label = label + 1
@@ -50,9 +50,9 @@ def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float, limi
     Args:
         boxes: (n, 4).
         scores: (n,).
-        labels: classes (n,).
-        overlap: intersection over union above which scores are lowered.
-        limit: maximum number of boxes.
+        labels: Classes (n,).
+        overlap: Intersection over union above which scores are lowered.
+        limit: Maximum number of boxes.
 
     Returns:
         Indices of the selected boxes and their lowered scores, best first. Scores below 0.001 are omitted.
