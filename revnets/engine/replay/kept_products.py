@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from revnets.engine.errors import ReplayError
-from revnets.engine.torch_internals import is_compiled, shared_version, storage_key, tree_leaves, tree_map
+from revnets.engine.torch_internals import is_compiled, modules_of, shared_version, storage_key, tree_leaves, tree_map
 
 _PRODUCTS = frozenset(
     getattr(torch.ops.aten, name).default
@@ -63,6 +63,12 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...] | None:
     return tuple((place, each.name) for place, each in arguments if each.alias_info and each.alias_info.is_write)
 
 
+@cache
+def _is_irrelevant(func: Any) -> bool:
+    """Whether an operator neither multiplies matrices nor writes to an argument, as most do."""
+    return func not in _PRODUCTS and _written_arguments(func) == ()
+
+
 def _written_storages(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     """Return the storages that an operator changes. Version counters miss some, as with `.data` and in `nn.GRU`."""
     names = _written_arguments(func)
@@ -99,7 +105,7 @@ class KeptProducts:
 
     def __init__(self, cell: nn.Module, numbers: Collection[int]):
         # Under a dispatch mode, Dynamo would run a compiled module eagerly.
-        self._numbers = () if any(map(is_compiled, cell.modules())) else numbers
+        self._numbers = () if any(map(is_compiled, modules_of(cell))) else numbers
         self._results: dict[int, _Result] = {}
 
     def recorded(self) -> AbstractContextManager[Any]:
@@ -127,12 +133,18 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self._next = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """The tape already runs without Dynamo, so PyTorch need not disable it again for every operator."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_irrelevant(func):
+            return func(*args, **kwargs)
         if not is_product(func, args, kwargs):
-            if _written_arguments(func) != ():  # most operators write nothing, and a call has hundreds
-                for storage in _written_storages(func, args, kwargs):
-                    self.written(storage)
+            for storage in _written_storages(func, args, kwargs):
+                self.written(storage)
             return func(*args, **kwargs)
         self._next += 1
         return self.product(self._next - 1, func, args, kwargs)

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from revnets.engine.errors import ArgumentError, ReplayError
 from revnets.engine.replay.random_numbers import RandomNumbers
 from revnets.engine.replay.threads import exclusive, process_lock
-from revnets.engine.torch_internals import buffers_of, children_of, is_compiled, parameters_of
+from revnets.engine.torch_internals import buffers_of, is_compiled, modules_of, parameters_of
 
 if TYPE_CHECKING:
     from revnets.engine.replay.buffers import CellBuffers, Overwritten
@@ -79,7 +79,7 @@ class ReplayContext:
             devices: Devices of its inputs.
             overwritten: Buffers that cells of this pass have written, for earlier cells that read them.
         """
-        modules = _modules_of(cell)
+        modules = modules_of(cell)
         with exclusive(modules, _accelerators(devices)):
             self = cls(modules, devices, overwritten)
             buffers = nullcontext() if self._buffers is None else self._buffers.recorded(cell, self._training)
@@ -164,17 +164,6 @@ class ReplayContext:
         finally:
             for parameters, name, now in held:
                 parameters[name] = now
-
-
-def _modules_of(cell: nn.Module) -> list[nn.Module]:
-    """Like `cell.modules()`, but faster, without names. Not cached, because modules may change between passes."""
-    seen = {cell: None}
-    for module in (modules := [cell]):
-        for child in children_of(module).values():
-            if child is not None and child not in seen:
-                seen[child] = None
-                modules.append(child)
-    return modules
 
 
 def _accelerators(devices: Iterable[torch.device]) -> frozenset[torch.device]:
