@@ -296,9 +296,8 @@ def _attempts(
     """Yield policies one after the other, each corrected by the errors of the previous ones."""
     if host is not None:
         host.limit = host.host.bytes
-    spare = 0
     for _ in range(ATTEMPTS):
-        found = predictor.search(budget - needs(tried) + tried.peak - spare, corrections, host)
+        found = predictor.search(budget - needs(tried) + tried.peak, corrections, host)
         if found is None:
             return
         policy, errors = found
@@ -308,8 +307,9 @@ def _attempts(
         fits = is_within and needs(tried) <= budget
         if fits and (is_known or tried.extra <= 1.0 or budget - needs(tried) < CLOSE * budget):
             return
-        if is_known and is_within:  # the search rounds to units, so it can exceed the budget by less than one unit
-            spare += max(needs(tried) - budget, int(CLOSE * budget))
+        if is_known and is_within:  # the search rounds every cell to units, so it can exceed the budget by a few
+            spare = max(needs(tried) - budget, int(CLOSE * budget))
+            corrections = [known + spare for known in corrections or [0] * len(errors)]
             continue
         # Correct the expected peaks by what cells share.
         found = [known + error for known, error in zip(corrections or [0] * len(errors), errors, strict=True)]
