@@ -34,7 +34,7 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
     Args:
         model: Of the run.
         config: The key `pretrained` of the run.
-        classes: Of the data, in the order of the model's scores.
+        classes: Of the data, in the order of the model's scores. Empty if the model is a backbone.
         world: The processes of the run. The first one downloads weights.
 
     Returns:
@@ -59,7 +59,8 @@ def begin(model: nn.Module, config: PretrainedConfig, classes: Sequence[str], wo
         _scale_classifier(model, config.head_init_scale)
     model.load_state_dict(state, strict=False)
     head = "its classifier" if is_kept else f"a new classifier for {len(classes)} classes"
-    return f"{config.weights} weights of {name} and {head}{_about_kernels(given, model)}"
+    end = f" and {head}" if classes else ""
+    return f"{config.weights} weights of {name}{end}{_about_kernels(given, model)}"
 
 
 def find_pretrained(source: str, world: World) -> tuple[Mapping[str, Any], str]:

@@ -306,6 +306,13 @@ def test_another_timm_model_starts_from_its_own_weights(tmp_path):
     assert "new classifier" in said
 
 
+def test_the_message_about_a_backbone_does_not_mention_a_classifier(tmp_path):
+    source = timm.create_model("test_resnet", num_classes=7)
+    save_file(source.state_dict(), tmp_path / "resnet.safetensors")
+    _, _, message = begun(tmp_path / "resnet.safetensors", model="test_resnet", in_chans=1, classes=0)
+    assert "classifier" not in message
+
+
 def test_a_resumed_run_needs_no_pretrained_weights(tmp_path, first, capsys):
     changes = {"model": MODEL, "epochs": 1, "save_every": None}
     config = tiny(tmp_path / "run", **changes, pretrained={"source": str(first)})
