@@ -164,6 +164,12 @@ class UperNet(RevColSegmenter, UperNetForSemanticSegmentation):
         return cast(Tensor, self(pixel_values=images).logits)
 
 
+class RevColMask2FormerConfig(Mask2FormerConfig):
+    """Configuration of `Mask2Former`, which accepts a RevCol backbone without the warning of transformers."""
+
+    backbones_supported = (*Mask2FormerConfig.backbones_supported, RevColBackboneConfig.model_type)
+
+
 class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
     """Mask2Former (Cheng et al., CVPR 2022) for semantic classes, with one mask for each class in an image.
 
@@ -174,6 +180,8 @@ class Mask2Former(RevColSegmenter, Mask2FormerForUniversalSegmentation):
     Raises:
         ValueError: If the backbone has a memory budget.
     """
+
+    config_class = RevColMask2FormerConfig
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__(config)
@@ -294,7 +302,7 @@ def mask2former(
     """
     others: dict[str, Any] = {"num_labels": num_classes, "checkpoint_heads": checkpoint_heads}
     return Mask2Former(
-        Mask2FormerConfig(
+        RevColMask2FormerConfig(
             backbone_config=_backbone(backbone, backbone_options),
             feature_size=width,
             mask_feature_size=width,
