@@ -1,7 +1,7 @@
 """The data engine on Fashion-MNIST: whether a student gains from pseudo-labels, and whether duplicates are found.
 
     apt-get install dataset-fashion-mnist         # Debian and Ubuntu; or any directory with the four idx files: --root
-    python examples/data_engine/fashion.py        # 1,000 of 10,000 images have labels
+    python examples/data_engine/fashion.py        # 500 of 5,000 images have labels
 
 1. A teacher learns from the labeled images and labels all others. One student learns from the labeled images alone, one
    also from the teacher's labels. Both are the same model and have the same number of updates. Three seeds.
@@ -93,8 +93,8 @@ def main(
         "/usr/share/datasets/fashion-mnist"
     ),
     output: Annotated[Path, typer.Option(help="Directory of all output.")] = OUTPUT,
-    images: Annotated[int, typer.Option(min=200, max=60000, help="Training images.")] = 10000,
-    labels: Annotated[int, typer.Option(min=20, help="Training images that keep their labels.")] = 1000,
+    images: Annotated[int, typer.Option(min=200, max=60000, help="Training images.")] = 5000,
+    labels: Annotated[int, typer.Option(min=20, help="Training images that keep their labels.")] = 500,
     test: Annotated[int, typer.Option(min=50, max=10000, help="Test images.")] = 10000,
     updates: Annotated[int, typer.Option(min=61, help="Updates of each student.")] = 1250,
     teacher_updates: Annotated[int, typer.Option(min=61, help="Updates of the teacher.")] = 1200,

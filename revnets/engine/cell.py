@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.engine.errors import ArgumentError
+from revnets.engine.torch_internals import has_autocast
 
 Couple = Callable[[Tensor, "Tensor | float"], Tensor]
 """A coupling (F_t(inputs), gamma_t) -> x_t. The caller of a cell supplies it, and it holds x_{t-m}."""
@@ -135,8 +136,8 @@ def first_state(update: Tensor) -> Tensor:
     Under autocast, F_t may be in half precision. It is converted to float32, the dtype that gamma and x_{t-m} give
     states in later columns. A slice or an expanded tensor is copied, because a rebuilt state needs dense strides.
     """
-    kind = update.device.type  # some, such as "meta", have no autocast
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    kind = update.device.type
+    if has_autocast(kind) and torch.is_autocast_enabled(kind):
         update = update.to(torch.promote_types(update.dtype, torch.float32))
     return update if torch.compiler.is_compiling() or _is_dense(update) else update.contiguous()
 

@@ -21,12 +21,14 @@ __all__ = [
     "buffers_of",
     "children_of",
     "draw_key",
+    "has_autocast",
     "has_values",
     "intercepted_draws",
     "is_compiled",
     "is_graph_kept",
     "is_transformed",
     "may_read_again",
+    "modules_of",
     "parameters_of",
     "raise_compile_limits",
     "running_node",
@@ -106,9 +108,24 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def saving_hook() -> object:
-    """Return the pack hook for saved tensors that is active now, or None."""
-    hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)
+    """Return the pack hook for saved tensors that is active now, or None.
+
+    PyTorch 2.7 cannot tell. The result then differs from all others, as if a hook had been added since.
+    """
+    query = getattr(cast(Any, torch._C)._autograd, "_top_saved_tensors_default_hooks", None)
+    if query is None:
+        return object()
+    hooks = query(True)
     return None if hooks is None else hooks[0]
+
+
+_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta")}
+"""Whether the most common device types have autocast. Dynamo cannot trace the question in PyTorch 2.7."""
+
+
+def has_autocast(kind: str) -> bool:
+    """Whether a device type has autocast; some, such as "meta", have none."""
+    return _AUTOCAST[kind] if kind in _AUTOCAST else torch.amp.is_autocast_available(kind)
 
 
 @contextmanager
