@@ -56,7 +56,7 @@ def drawn_maps(root: Path, names: list[str]) -> list[Image.Image]:
 
 
 def classes_of(root: Path) -> list[str]:
-    """Names of the classes of scenes."""
+    """Return the class names of the scenes."""
     return (root / "classes.txt").read_text().splitlines()
 
 
@@ -69,6 +69,8 @@ def draw(
 ) -> None:
     """Draw ground truth above predictions, a column per scene."""
     names = sorted(path.name for path in predictions.glob("*.png"))
+    if not names:
+        raise typer.BadParameter(f"{predictions} has no PNG files", param_hint="PREDICTIONS")
     rows = [(drawn_maps if maps else drawn_objects)(root, names), [Image.open(predictions / name) for name in names]]
     sizes = [[(round(height * one.width / one.height), height) for one in row] for row in rows]
     widths = [max(width for width, _ in column) for column in zip(*sizes, strict=True)]
