@@ -172,7 +172,9 @@ def _devices() -> list[Any]:
     if torch.cuda.is_available():
         return [probed(_gpu, index) for index in range(torch.cuda.device_count())]
     accelerator = torch.accelerator.current_accelerator()
-    return [] if accelerator is None else [accelerator.type] * torch.accelerator.device_count()
+    if accelerator is None or not torch.accelerator.is_available():
+        return []
+    return [accelerator.type] * torch.accelerator.device_count()
 
 
 def _gpu(index: int) -> dict[str, Any]:
