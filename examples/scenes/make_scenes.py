@@ -1,7 +1,7 @@
 """Make scenes with exact boxes, masks and class maps: clothes in front of textures, for detectors and segmenters.
 
     apt install dataset-fashion-mnist && pip install scikit-image
-    python examples/scenes/make_scenes.py data/scenes                        # 3,000 and 300 scenes of 128 x 160
+    python examples/scenes/make_scenes.py data/scenes                        # 6,000 and 300 scenes of 128 x 160
     python examples/scenes/make_scenes.py data/few --train 100 --val 20      # a quick look
 
 A scene shows one to three clothes of Fashion-MNIST in front of one or two textures of scikit-image. The clothes are
@@ -166,7 +166,7 @@ def write_split(root: Path, split: str, count: int, fashion: Path, seed: int) ->
 
 def make(
     root: Annotated[Path, typer.Argument(help="New directory.", show_default=False)],
-    train: Annotated[int, typer.Option(min=1, max=99_999, help="Number of training scenes.")] = 3000,
+    train: Annotated[int, typer.Option(min=1, max=99_999, help="Number of training scenes.")] = 6000,
     val: Annotated[int, typer.Option(min=1, max=99_999, help="Number of validation scenes.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the generator.")] = 0,
     fashion: Annotated[Path, typer.Option(help="Directory with the four idx files of Fashion-MNIST.")] = Path(

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from revnets import ReversibleColumns
 from tests.support.gradients import assert_near, assert_same, loss_of, step
 from tests.support.networks import cells_net, image_net, stem_of, token_net, tokens
-
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+from tests.support.versions import TORCH
 
 TAPED = ("recompute", "exact")
 

@@ -20,6 +20,7 @@ from tests.support.gradients import loss_of
 from tests.support.networks import token_net
 from tests.support.simulated_steps import simulated_once
 from tests.support.two_processes import PROCESSES, in_two_processes
+from tests.support.versions import FSDP_AVERAGES
 
 TAPED = ("recompute", "exact")
 
@@ -195,7 +196,8 @@ def fsdp_per_cell(rank: int) -> None:
         fsdp(rank, "cell", reshard_after_forward=reshard)
     fsdp(rank, "cells alone")
     fsdp(rank, "cell", tap=0)
-    fsdp_averages(rank)
+    if FSDP_AVERAGES:
+        fsdp_averages(rank)
 
 
 def fsdp_per_column(rank: int) -> None:

@@ -19,6 +19,7 @@ from revnets.engine.errors import ArgumentError
 from revnets.pretrained.rewired_sequence import rewired_sequences
 from tests.support.errors import raises_error
 from tests.support.two_processes import PROCESSES, in_two_processes
+from tests.support.versions import FSDP_AVERAGES
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -145,7 +146,7 @@ def ddp_and_fsdp_agree(rank: int) -> None:
 
 
 @needs_gloo
-@pytest.mark.parametrize("work", [ddp, fsdp, ddp_and_fsdp_agree])
+@pytest.mark.parametrize("work", [ddp, fsdp, *([ddp_and_fsdp_agree] if FSDP_AVERAGES else [])])
 def test_two_processes(work, tmp_path):
     in_two_processes(work, tmp_path)
 
