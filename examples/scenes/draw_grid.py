@@ -25,8 +25,11 @@ COLORS = 96
 
 
 def drawn_objects(root: Path, names: list[str]) -> list[Image.Image]:
-    """Draw the annotated boxes and masks on the scenes of these file names."""
-    annotations = read_coco(root / f"instances_{SPLIT}.json")
+    """Draw the annotated boxes, and masks if there are any, on the images of these file names."""
+    path = root / f"instances_{SPLIT}.json"
+    annotations = read_coco(path)
+    if not any(image.objects for image in annotations.images):  # objects without a mask were omitted
+        annotations = read_coco(path, with_masks=False)
     images = {image.file_name: image for image in annotations.images}
     pictures = []
     for name in names:
@@ -39,9 +42,10 @@ def drawn_objects(root: Path, names: list[str]) -> list[Image.Image]:
         masks = [
             dense_mask(item.segmentation, image.height, image.width) for item in image.objects if item.segmentation
         ]
-        found["masks"] = torch.from_numpy(np.stack(masks))
+        if masks:
+            found["masks"] = torch.from_numpy(np.stack(masks))
         scene = Image.open(root / "images" / SPLIT / name).convert("RGB")
-        pictures.append(draw_detections(scene, found, classes_of(root)[:10], 0.5))
+        pictures.append(draw_detections(scene, found, annotations.classes, 0.5))
     return pictures
 
 
