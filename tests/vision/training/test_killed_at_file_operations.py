@@ -33,7 +33,7 @@ def run(output: Path, kind: str, count: int = 0) -> int:
     config = tiny(output, **changes)
     if size == 1:
         return process(config, FILE_OPERATION if count else "", count)
-    return together(config, FILE_OPERATION if count else "", count, size=size, patience=60)[0]
+    return together(config, FILE_OPERATION if count else "", count, size=size, patience=10)[0]
 
 
 @pytest.fixture(scope="module")
