@@ -18,6 +18,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for child processes, be
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.support.list_slow_tests import read_list
+
 pytest_plugins = ["tests.support.components", "tests.support.optional_packages"]
 
 if not torch.cuda.is_available():
@@ -53,6 +55,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return file if shares(file) else nodeid
 
     return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests in `slow_tests.txt`."""
+    slow = read_list()
+    for item in items:
+        if item.nodeid.split("[")[0] in slow:
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:

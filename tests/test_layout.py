@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import revnets
+from tests.support.list_slow_tests import read_list
 from tests.support.paths import ROOT
 
 PACKAGES = ("revnets", "vision", "nlp")
@@ -141,3 +142,13 @@ def test_paths_in_the_documentation_exist():
     assert len(found) > 50
     missing = {(page, path) for page, path in found if path not in made_by_the_reader and not (ROOT / path).exists()}
     assert missing == set()
+
+
+def test_listed_slow_tests_exist() -> None:
+    names: dict[str, set[str]] = defaultdict(set)
+    for test in read_list():
+        file, name = test.split("::")
+        names[file].add(name)
+    for file, expected in names.items():
+        tree = ast.parse((ROOT / file).read_bytes())
+        assert expected <= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, file

@@ -184,7 +184,6 @@ def test_resumes_a_run_of_version_0_1_0(unpacked, exact, name):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_resume_a_run_in_shards(unpacked, exact):
     folder = unpacked("shards")
@@ -350,7 +349,6 @@ def test_data_prepared_by_version_0_1_0_are_reused(prepared):
     assert {path: path.stat().st_mtime_ns for path in (prepared / "bin").iterdir()} == before
 
 
-@pytest.mark.slow
 @needs_fairseq
 @pytest.mark.parametrize("step", ["tokens", "units"])
 def test_resumes_data_preparation_of_version_0_1_0(prepared, monkeypatch, step):
@@ -396,7 +394,6 @@ def translation(unpacked) -> Path:
     return unpacked("translation")
 
 
-@pytest.mark.slow
 @needs_fairseq
 def test_fairseq_resumes_a_checkpoint_of_version_0_1_0(translation, exact):
     where = ("--user-dir", user_dir(), "--save-dir", "saved")
@@ -407,7 +404,6 @@ def test_fairseq_resumes_a_checkpoint_of_version_0_1_0(translation, exact):
         assert_alike(dict(ours[part]), dict(theirs[part]), exact, **TRAINED, at=part)
 
 
-@pytest.mark.slow
 @needs_fairseq
 def test_fairseq_translates_with_a_checkpoint_of_version_0_1_0(translation, exact):
     """The YAML file of its network no longer exists."""

@@ -26,7 +26,6 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script(monkeypatch, "seed_runner")
 
 
-@pytest.mark.slow
 def test_tables_share_models_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     root = make_files(tmp_path)
     words = ("--root", root, "--output", tmp_path / "run", "--tables", "7,6", "--seeds", 1, "--epochs", 2, *QUICK)

@@ -39,7 +39,6 @@ def test_every_change_is_planted_and_changes_pixels(proof: ModuleType, files: Pa
         assert not np.array_equal(*pixels)
 
 
-@pytest.mark.slow
 def test_the_data_engine_runs_from_images_to_a_student(
     proof: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,6 @@ from tests.support.paths import ROOT
 SCRIPT = ROOT / "examples/quickstart/demo.py"
 
 
-@pytest.mark.slow
 def test_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     demo = runpy.run_path(str(SCRIPT))["main"]

@@ -41,7 +41,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("fashion-mnist"))
 
 
-@pytest.mark.slow
 def test_stopped_experiment_resumes(fashion: ModuleType, runner: ModuleType, files: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     words = ("--root", files, "--output", output, *ARGUMENTS)
@@ -76,7 +75,6 @@ def test_stopped_experiment_resumes(fashion: ModuleType, runner: ModuleType, fil
         runner.planned(fashion.MODELS, "ConvNeXt", 0, ["epochs=6"], output)
 
 
-@pytest.mark.slow
 def test_failed_run_is_a_one_line_error(files: Path, tmp_path: Path) -> None:
     words = ("--root", files, "--output", tmp_path, *ARGUMENTS, "optimizer.lr=1e30")
     text = said(started("fashion_mnist", *words, forks=False), 1)

@@ -61,7 +61,6 @@ class StopsAfterSaving(Trainer):
         return path
 
 
-@pytest.mark.slow
 def test_stopped_study_resumes_and_repeats_nothing(
     study: ModuleType, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,7 +102,6 @@ def test_bits_per_byte_of_uniform_prediction(gpt2):
     assert gpt2.held_out_bits(model, torch.randint(0, 256, (3, 17))) == pytest.approx(8.0)
 
 
-@pytest.mark.slow
 def test_image_models_are_trained_converted_and_fine_tuned(scripts, tmp_path, capsys):
     pytest.importorskip("timm")
     pytest.importorskip("sklearn")

@@ -30,7 +30,6 @@ translate.main(updates=4, points=2, output=Path(sys.argv[2]))
 """
 
 
-@pytest.mark.slow
 def test_translate(tmp_path):
     """Run on every twentieth verse of the corpus, with forked fairseq commands."""
     corpus = ROOT / "examples/data/kjv-elberfelder-short.en-de.tsv.gz"

@@ -11,8 +11,6 @@ from tests.support.paths import ROOT
 
 pytest.importorskip("fairseq", reason="fairseq is not installed (extra nlp)")
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def benchmark():

@@ -21,8 +21,6 @@ from tests.support.timeouts import HANG
 pytest.importorskip("build", reason="build is not installed (extra dev)")
 pytest.importorskip("twine", reason="twine is not installed (extra dev)")
 
-pytestmark = pytest.mark.slow
-
 
 def run(*command: object, cwd: Path = ROOT) -> str:
     """What a command prints.

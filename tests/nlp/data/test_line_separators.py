@@ -74,7 +74,7 @@ def test_every_reader_sees_as_many_lines_on_both_sides(tmp_path, kind, side):
             )
 
 
-@pytest.mark.parametrize("kind", ["untouched", pytest.param("tokenized", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["untouched", "tokenized"])
 def test_fairseq_reads_the_pairs_that_were_written(tmp_path, kind):
     train, test = texts(tmp_path, 0)
     facts = prepare(recipe_for(train, test=tuple(test), **KINDS[kind]), tmp_path / "bin", console=QUIET)

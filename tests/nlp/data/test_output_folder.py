@@ -150,7 +150,6 @@ def test_two_processes_do_not_write_one_directory(folder):
     assert contents(folder) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("output", ["data-bin/mine", "data-bin/mine/", "to-mine", "empty"])
 def test_a_data_set_and_an_empty_directory_are_replaced(folder, output):
     """A link is followed. Other directories, and other files in `.work`, do not change."""

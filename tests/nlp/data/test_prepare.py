@@ -218,7 +218,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("forked_preprocess")
 @pytest.mark.parametrize("stage", ["tokenize", "binarize"])
 def test_a_killed_run_resumes(made, table, tmp_path, monkeypatch, stage):

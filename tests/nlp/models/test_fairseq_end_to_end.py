@@ -15,8 +15,6 @@ from fairseq.models.transformer import TransformerModel
 
 from tests.support.fairseq import USER_DIR, fairseq, load, preprocess, train
 
-pytestmark = pytest.mark.slow
-
 
 class Trained(NamedTuple):
     data: Path

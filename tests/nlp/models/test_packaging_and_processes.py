@@ -21,8 +21,6 @@ from tests.support.fairseq import QUICK, TINY, USER_DIR, load, preprocess, train
 from tests.support.forked_programs import Program
 from tests.support.timeouts import HANG
 
-pytestmark = pytest.mark.slow
-
 ROOT = USER_DIR.parent
 BIN = Path(sys.executable).parent
 SHORT = ("--max-tokens", "300", "--disable-validation", "--dropout", "0.0", "--max-update", "3")

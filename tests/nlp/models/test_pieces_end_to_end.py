@@ -19,8 +19,6 @@ from tests.nlp.test_cli import call
 from tests.support.fairseq import USER_DIR, fairseq, train
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.slow
-
 CORPUS = ROOT / "examples" / "data" / "kjv-elberfelder-short.en-de.tsv.gz"
 
 

@@ -125,7 +125,6 @@ def test_cells_compiled_individually():
         assert_same(step(net, stem_of(net), memory, train), expected)
 
 
-@pytest.mark.slow
 def test_cells_compiled_with_inductor():
     net = token_net(m=2, columns=3, dims=(6, 6), halve=False, blocks=("mlp", "attention"))
     x = stem_of(net)

@@ -90,7 +90,6 @@ def test_lost_bits_at_random_initialization(gamma: float, limit: float, half: bo
     assert 0.15 <= bytes_per_element(digits_net(gamma), digits()[0][:64], half) <= limit
 
 
-@pytest.mark.slow
 @LIMITS
 @HALF
 @pytest.mark.filterwarnings("ignore::revnets.DriftWarning")

@@ -128,7 +128,6 @@ def test_spec_is_planned_without_building_it():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: a gigabyte
 
 
-@pytest.mark.slow
 def test_ten_budgets_are_respected_and_more_memory_means_less_compute():
     levels = "levels=[{dim: 16, depth: 1, block: mlp}, {dim: 24, depth: 1, block: mlp}]"
     net, shape = built("vectors.yaml", ["columns=3", levels], (601, 64))

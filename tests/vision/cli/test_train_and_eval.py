@@ -103,7 +103,6 @@ def test_help_explains_overrides_and_output_files():
         assert words in out
 
 
-@pytest.mark.slow
 def test_torchrun_and_reshard(tmp_path):
     """The command for a machine with two GPUs, and its checkpoint as one file."""
     settings = tiny(tmp_path / "run", epochs=1, grad_accum=1, parallel="fsdp", checkpoint="sharded", device="cpu")

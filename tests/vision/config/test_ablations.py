@@ -48,10 +48,7 @@ def measured(name: str) -> tuple[float, float]:
     return sum(parameter.numel() for parameter in net.parameters()) / 1e6, counter.get_total_flops() / 2e9
 
 
-LONG = ("columns_12", "columns_20", "vit_base_columns_8")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in SIZES])
+@pytest.mark.parametrize("name", SIZES)
 def test_sizes(name: str) -> None:
     assert measured(name) == pytest.approx(SIZES[name][:2], abs=0.0051)
 

@@ -78,7 +78,6 @@ def test_labeling_killed_at_a_file_operation_is_resumed(teacher, images, labels,
     assert contents(folder) == contents(labels)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_share_the_work_and_one_of_them_is_killed(teacher, images, labels, tmp_path, size):  # noqa: F811
     folder = tmp_path / "labels"

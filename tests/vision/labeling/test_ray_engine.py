@@ -11,7 +11,6 @@ from tests.support.labeled_images import images, labels, teacher  # noqa: F401  
 from tests.support.labeling import contents, label
 
 
-@pytest.mark.slow
 def test_files_are_those_of_the_local_engine(teacher, images, labels, tmp_path):  # noqa: F811
     ray = pytest.importorskip("ray")
     kept = "part-00001.parquet"

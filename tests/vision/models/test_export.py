@@ -79,7 +79,6 @@ def test_an_example_of_the_native_size_exports_a_program_for_any_size() -> None:
         assert_close(other(x), model(x))
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_for_any_batch_and_sides(model: vision.RevCol, program: torch.export.ExportedProgram) -> None:
     from onnx.reference import ReferenceEvaluator

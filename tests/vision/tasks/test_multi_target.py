@@ -82,7 +82,6 @@ def test_a_killed_run_is_resumed_bit_for_bit(tmp_path, whole):
         assert_same(ours[part], theirs[part], part)
 
 
-@pytest.mark.slow
 def test_a_model_learns_both_sets_of_classes(tmp_path):
     config = run_of(tmp_path / "run", *two_sources(tmp_path), epochs=12, grad_accum=1, ema=None, label_smoothing=0.0)
     train(config | {"optimizer": {"name": "adamw", "lr": 0.05}})
@@ -107,7 +106,6 @@ def test_the_classes_of_a_run_are_named_by_their_heads(whole):
     assert run.model(torch.zeros(1, 3, 16, 16)).shape == (1, 5)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_train_and_count_as_one(tmp_path, whole):
     output, sources = whole

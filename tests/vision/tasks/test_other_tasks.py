@@ -114,7 +114,6 @@ def test_commands_train_and_evaluate_it(tmp_path):
         assert result.exception.key == key
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_evaluate_every_image_once(tmp_path, whole, parallel):

@@ -245,7 +245,6 @@ def test_a_second_signal_has_its_usual_effect():
     assert signal.signal(signal.SIGINT, inherited) is signal.default_int_handler
 
 
-@pytest.mark.slow
 def test_the_digits_recipe_reads_digits(tmp_path):
     outcome = Trainer(load_config("digits", [f"output={tmp_path / 'run'}", "epochs=5"])).fit()
     assert outcome.score >= 90  # 98 to 99 after its 20 epochs

@@ -90,7 +90,6 @@ def test_a_run_killed_at_some_file_operations(tmp_path, whole, counts):
     killed_at(tmp_path / "run", "plain", counts, whole("plain"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_at_every_file_operation(tmp_path, whole, kind):
     if kind == "shards" and not dist.is_gloo_available():

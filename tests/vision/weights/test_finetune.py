@@ -223,7 +223,6 @@ def test_unusable_weights_are_reported_on_one_line(tmp_path, monkeypatch):
         assert len(str(error.value)) < 500
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_starts_from_weights_downloaded_by_timm(tmp_path, monkeypatch):
     net = Net(4, (64, 128, 256, 512), (2, 2, 4, 2), classes=1000, supervised=True)

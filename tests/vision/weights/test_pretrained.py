@@ -158,7 +158,6 @@ def test_a_model_without_a_release_is_reported() -> None:
         timm.create_model("test_revcol", pretrained=True)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_revcol_tiny_itself(tmp_path) -> None:
     """`create_model` by name, with the file that timm would have downloaded."""

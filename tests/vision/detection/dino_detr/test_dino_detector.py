@@ -112,7 +112,6 @@ def test_bfloat16_autocast_gives_finite_losses():
     assert all(loss.isfinite() for loss in losses.values())
 
 
-@pytest.mark.slow
 def test_one_image_is_learned():
     images, targets = (items[:1] for items in detection_batch())
     model = build(width=64, queries=11, encoder_layers=1, denoising=20).train()
