@@ -48,7 +48,7 @@ def plan(
         ranks: Number of processes. With more than one, communication buffers of `sharding` are counted.
         sharding: `ddp` (replicas), or `fsdp` (`fully_shard` on every cell).
         grad_accum: Forward passes per update. With several, gradients stay allocated throughout the step.
-        budget: Number of bytes, text such as `24GiB`, or a memory mode, which stands for its peak. `Plan.chosen` is
+        budget: Number of bytes, text such as `24GiB`, or a memory mode, whose peak is the budget. `Plan.chosen` is
             the chosen plan.
         host: Additional host memory for cells in bytes, or text such as `64GiB`; requires a budget.
         link: Bandwidth between device and host in bytes per second, or text such as `25GB/s`.

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from revnets.engine.errors import ArgumentError, ReplayError
 from revnets.engine.replay.random_numbers import RandomNumbers
 from revnets.engine.replay.threads import exclusive, process_lock
-from revnets.engine.torch_internals import buffers_of, is_compiled, modules_of, parameters_of
+from revnets.engine.torch_internals import buffers_of, has_autocast, is_compiled, modules_of, parameters_of
 
 if TYPE_CHECKING:
     from revnets.engine.replay.buffers import CellBuffers, Overwritten
@@ -58,7 +58,7 @@ class ReplayContext:
         ]
         self._devices = devices | {weight.tensor.device for weight in self._weights}
         kinds = sorted({"cpu"} | {device.type for device in self._devices})
-        self._autocast = [Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
+        self._autocast = [Autocast.now(kind) for kind in kinds if has_autocast(kind)]
         self._attention = _attention_kernels()
         compiled = any(is_compiled(module) for module in self._modules)
         self._random = RandomNumbers(_accelerators(self._devices), always=compiled)
