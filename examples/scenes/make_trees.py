@@ -23,6 +23,7 @@ from PIL import Image
 from rich.progress import track
 
 from revnets.utils.atomic_files import replacing_folder
+from vision.data.decoding import read_image
 
 FILES = {
     "training": "2019_YELL_2_528000_4978000_image_crop2",
@@ -49,13 +50,20 @@ def read_crowns(folder: Path, name: str) -> Crowns:
     """Read an image and its annotations in the format of Pascal VOC.
 
     Raises:
-        SystemExit: If the annotations are too large, malformed, or a box is not inside the image.
+        SystemExit: If the image cannot be decoded or is smaller than a tile, or the annotations are too large, malformed, or
+            outside the image.
     """
     path = folder / f"{name}.xml"
     if path.stat().st_size > MAX_BYTES:
         raise SystemExit(f"error: {path} has more than {MAX_BYTES:,} bytes")
-    pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
+    try:
+        with (folder / f"{name}.png").open("rb") as file:
+            pixels = np.asarray(read_image(file))
+    except Exception as error:  # of many types, see `read_image`
+        raise SystemExit(f"error: {folder / name}.png cannot be read: {error}") from None
     height, width, _ = pixels.shape
+    if min(height, width) < TILE:
+        raise SystemExit(f"error: {folder / name}.png has {width} x {height} pixels, but a tile has {TILE} x {TILE}")
     try:
         boxes = np.array(
             [
@@ -102,7 +110,7 @@ def write_split(root: Path, split: str, crowns: Crowns) -> None:
                 annotations.append({**row, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "tree"}]}
     (root / f"instances_{split}.json").write_text(json.dumps(content))
-    print(f"{split}: {len(images)} tiles, {len(annotations)} boxes")
+    print(f"{split}: {len(crowns.boxes)} tree crowns, {len(images)} tiles with {len(annotations)} boxes")
 
 
 def installed_images() -> Path:

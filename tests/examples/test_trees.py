@@ -103,6 +103,19 @@ def test_annotations_are_bounded(module, source, tmp_path):
         module.make(tmp_path / "trees", source)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "small"])
+def test_an_unusable_image_is_refused(module, source, tmp_path, damage):
+    path = source / f"{module.FILES['training']}.png"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:999])
+    else:
+        Image.new("RGB", (641, module.TILE - 1)).save(path)
+        annotate(path.with_suffix(".xml"), BOXES[:1])
+    with pytest.raises(SystemExit, match=path.stem):
+        module.make(tmp_path / "trees", source)
+    assert not (tmp_path / "trees").exists()
+
+
 def test_a_missing_image_is_named(module, source, tmp_path):
     (source / f"{module.FILES['validation']}.png").unlink()
     with pytest.raises(SystemExit, match=module.FILES["validation"]):
