@@ -50,8 +50,8 @@ def read_crowns(folder: Path, name: str) -> Crowns:
     """Read an image and its annotations in the format of Pascal VOC.
 
     Raises:
-        SystemExit: If the image cannot be decoded or is smaller than a tile, or the annotations are too large, malformed,
-            or outside the image.
+        SystemExit: If the image cannot be decoded or is smaller than a tile, or annotations are too large, malformed or
+            outside the image.
     """
     path = folder / f"{name}.xml"
     if path.stat().st_size > MAX_BYTES:
