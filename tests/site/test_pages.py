@@ -106,4 +106,9 @@ def test_addresses_of_the_project_agree():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert CONFIG["repo_url"] == urls["Repository"] == citation["repository-code"]
     assert CONFIG["site_url"] == urls["Documentation"] == citation["url"]
+
+
+def test_citations_name_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == revnets.__version__
+    assert f"version = {{{revnets.__version__}}}" in (ROOT / "README.md").read_text(encoding="utf-8")
