@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator
@@ -21,6 +22,7 @@ __all__ = [
     "buffers_of",
     "children_of",
     "draw_key",
+    "fsdp_casts",
     "has_autocast",
     "has_values",
     "intercepted_draws",
@@ -291,3 +293,36 @@ def _with_default(operation: Callable[[], Any], generator: torch.Generator) -> A
 def shared_version() -> Any:
     """Return a guard under which aliases created in a dispatch mode share the version counter of their tensor."""
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+
+
+@contextmanager
+def fsdp_casts(modules: list[nn.Module]) -> Generator[None]:
+    """Cast inputs and outputs of these modules as their `MixedPrecisionPolicy` does in forward.
+
+    Up to PyTorch 2.12, FSDP2 omits these casts while backward recomputes a module. Of modules that are sharded as a group
+    (`fully_shard([...])`), it casts the inputs of the first and the output of the last.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
+    if fsdp is None or hasattr(fsdp.FSDPState, "_cast_forward_inputs"):
+        yield
+        return
+    with ExitStack() as stack:
+        for module in modules:
+            if (state := fsdp._get_module_fsdp_state(module)) is None:
+                continue
+            policy = state._mp_policy
+            if policy.cast_forward_inputs and policy.param_dtype and module is state._modules[0]:
+                hook = partial(_cast_inputs, partial(fsdp._cast_fp_tensor, policy.param_dtype))
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if policy.output_dtype and module is state._modules[-1]:
+                hook = partial(_cast_output, partial(fsdp._cast_fp_tensor, policy.output_dtype))
+                stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+def _cast_inputs(cast: Callable[[Any], Any], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return tree_map(cast, args), tree_map(cast, kwargs)
+
+
+def _cast_output(cast: Callable[[Any], Any], module: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map(cast, output)

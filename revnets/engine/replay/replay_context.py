@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from revnets.engine.errors import ArgumentError, ReplayError
 from revnets.engine.replay.random_numbers import RandomNumbers
 from revnets.engine.replay.threads import exclusive, process_lock
-from revnets.engine.torch_internals import buffers_of, has_autocast, is_compiled, modules_of, parameters_of
+from revnets.engine.torch_internals import buffers_of, fsdp_casts, has_autocast, is_compiled, modules_of, parameters_of
 
 if TYPE_CHECKING:
     from revnets.engine.replay.buffers import CellBuffers, Overwritten
@@ -105,6 +105,7 @@ class ReplayContext:
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
             stack.enter_context(_attention_as(self._attention))
             stack.enter_context(_flags(self._modules, self._training))
+            stack.enter_context(fsdp_casts(self._modules))
             stack.enter_context(self._weights_of_the_forward())
             if buffers is not None:
                 stack.enter_context(buffers.restored())
