@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class RevCol(nn.Module):
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = spec.levels[-1].dim
         self.head_init_scale = head_init_scale
-        with torch.device(device or torch.get_default_device()):
+        with nullcontext() if device is None else torch.device(device):
             self.stem: nn.Module = build_stem(spec, in_chans=in_chans)
             self.columns: ReversibleColumns = build_columns(spec)
             self.head = classifier(self.num_features, num_classes, global_pool, drop_rate)
