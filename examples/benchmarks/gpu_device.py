@@ -108,7 +108,7 @@ class Run:
         return self.seconds - (time.monotonic() - self.start)
 
     def measure(self, section: str, keys: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Add a row: `keys` say what is measured, `work` returns what is found. Whatever it raises becomes its status.
+        """Add a row: `keys` identify it, `work` returns its figures. An error becomes its status.
 
         Returns:
             The row.

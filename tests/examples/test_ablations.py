@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from tests.support.errors import raises_error
-from tests.support.fashion_mnist import QUICK, make_files, rows, said, script, started
+from tests.support.fashion_mnist import QUICK, make_files, output_of, rows, script, started
 from vision.config.learning import SupervisionConfig
 from vision.data.dataset import ImageData
 from vision.errors import TrainingError
@@ -29,7 +29,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_tables_share_models_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     root = make_files(tmp_path)
     words = ("--root", root, "--output", tmp_path / "run", "--tables", "7,6", "--seeds", 1, "--epochs", 2, *QUICK)
-    text = said(started("ablations", *words))
+    text = output_of(started("ablations", *words))
     found = [line.split("│")[2].strip() for line in text.splitlines() if "│" in line]
     assert found == ["multi-branch", "RevNet", "RevCol", "RevCol", "RevCol, supervised"]
     folders = {path.parent.name: path for path in (tmp_path / "run").glob("*/train.log")}
@@ -38,14 +38,14 @@ def test_tables_share_models_and_finished_runs_are_not_repeated(tmp_path: Path) 
     picture = tmp_path / "run" / "ablations.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
-    lines = said(started("ablations", *words, "--markdown")).splitlines()
+    lines = output_of(started("ablations", *words, "--markdown")).splitlines()
     assert {name: path.read_text() for name, path in folders.items()} == logs
     assert lines[0] == "| table | model | parameters | MACs | accuracy, % | CPU minutes |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[1] for row in cells] == found
     assert [row[0] for row in cells] == ["6", "6", "6", "7", "7"]
     assert cells[2][2:] == cells[3][2:]
-    error = said(started("ablations", "--tables", "8", "--output", tmp_path / "other"), 1)
+    error = output_of(started("ablations", "--tables", "8", "--output", tmp_path / "other"), 1)
     assert error == "error: --tables '8': choose from 5, 6, 7, as in --tables 5,7\n"
     assert not (tmp_path / "other").exists()
     for row in cells:

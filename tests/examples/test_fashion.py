@@ -15,7 +15,7 @@ import pytest
 import timm
 
 from tests.support.errors import raises_error
-from tests.support.fashion_mnist import QUICK, command, environment, make_files, rows, said, script, started
+from tests.support.fashion_mnist import QUICK, command, environment, make_files, output_of, rows, script, started
 from vision.config.learning import SupervisionConfig
 from vision.data.dataset import ImageData
 from vision.errors import TrainingError
@@ -51,9 +51,9 @@ def test_stopped_experiment_resumes(fashion: ModuleType, runner: ModuleType, fil
     with raises_error(TrainingError, code="output-in-use", names=str(output)), runner.locked(output):
         pass
     process.send_signal(signal.SIGTERM)
-    assert "the same command again to resume" in said(process, 128 + signal.SIGTERM)
+    assert "the same command again to resume" in output_of(process, 128 + signal.SIGTERM)
 
-    text = said(started("fashion_mnist", *words))
+    text = output_of(started("fashion_mnist", *words))
     found = rows(text)
     assert list(found) == list(FOLDERS)
     for name, (_, _, _, accuracy, minutes) in found.items():
@@ -68,7 +68,7 @@ def test_stopped_experiment_resumes(fashion: ModuleType, runner: ModuleType, fil
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
     picture.unlink()
-    assert rows(said(started("fashion_mnist", *words))) == found  # finished runs are shown, not repeated
+    assert rows(output_of(started("fashion_mnist", *words))) == found  # finished runs are shown, not repeated
     assert {path: path.read_text() for path in output.glob("*/train.log")} == logs
     assert picture.exists()
     with raises_error(TrainingError, code="settings-differ", names="convnext-0"):
@@ -77,7 +77,7 @@ def test_stopped_experiment_resumes(fashion: ModuleType, runner: ModuleType, fil
 
 def test_failed_run_is_a_one_line_error(files: Path, tmp_path: Path) -> None:
     words = ("--root", files, "--output", tmp_path, *ARGUMENTS, "optimizer.lr=1e30")
-    text = said(started("fashion_mnist", *words, forks=False), 1)
+    text = output_of(started("fashion_mnist", *words, forks=False), 1)
     assert re.fullmatch(
         r"error: \w+, seed 0 ended with code 1: error: the loss is nan in epoch 1, .*train\.log\n", text
     )

@@ -143,23 +143,23 @@ def test_all_steps(calls, script):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("trian",), "STEP trian: choose"),
         (("train", "revcl"), "MODEL revcl: choose revcol or vanilla"),
         (("train", "revcol", "8gpus"), "BATCH 8gpus: choose 8gpu or big"),
     ],
 )
-def test_a_mistyped_argument_is_named(arguments, said):
+def test_a_mistyped_argument_is_named(arguments, message):
     command = ["bash", str(CONFIGS / "wmt16_en_de.sh"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(said)
+    assert done.stderr.startswith(message)
 
 
 def test_help_names_the_recipes():
     app = typer.Typer()
     app.command()(cli.prepare_mt)
-    said = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout
+    message = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout
     for file in RECIPES.glob("*.yaml"):
-        assert file.stem in said
+        assert file.stem in message

@@ -50,7 +50,7 @@ def started(name: str, *words: object, forks: bool = True) -> Program:
     return Program(command(name, *words), env=environment(), forks=forks)
 
 
-def said(process: Program, code: int = 0) -> str:
+def output_of(process: Program, code: int = 0) -> str:
     """Wait for an exit code; return the output, or the line of the error."""
     out, errors = process.communicate(timeout=HANG)
     assert process.returncode == code, errors

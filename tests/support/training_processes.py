@@ -79,7 +79,7 @@ def together(
     return [child.exitcode for child in children]
 
 
-def said(config: dict[str, Any]) -> str:
+def console_output(config: dict[str, Any]) -> str:
     """Return the output of a run, followed by its errors."""
     return Path(config["output"]).with_suffix(".txt").read_text()
 

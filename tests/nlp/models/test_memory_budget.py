@@ -93,9 +93,9 @@ def most() -> int:
 
 
 def test_what_fits_is_kept(caplog, most):
-    model, said = run(str(most - 1), caplog)
+    model, message = run(str(most - 1), caplog)
     columns = model.encoder.columns
-    assert said.startswith("memory plan for 4 sentences of 31 tokens: Chosen for ")
+    assert message.startswith("memory plan for 4 sentences of 31 tokens: Chosen for ")
     assert set(columns.memory) == {"exact"}
     assert 0 < len(columns.stored) < 8
     assert columns.kept  # remaining memory stores a part of other cells
@@ -106,9 +106,9 @@ def test_what_fits_is_kept(caplog, most):
 
 
 def test_everything_is_stored_if_it_fits(caplog, most):
-    model, said = run(str(most), caplog)
+    model, message = run(str(most), caplog)
     assert set(model.encoder.columns.memory) == {"store"}
-    assert "no more FLOPs" in said
+    assert "no more FLOPs" in message
 
 
 def test_the_peak_of_exact_always_fits(caplog):

@@ -83,11 +83,11 @@ def test_a_forgotten_user_dir(data, tmp_path):
         forked(BIN / "fairseq-generate", data, "--path", tmp_path / "checkpoint_last.pt", "--cpu"),
     ]
     page = (ROOT / "docs/guides/translation-model.md").read_text()
-    for command, said in zip(commands, ("invalid choice: 'revcol_transformer", "argparse.Namespace"), strict=True):
+    for command, message in zip(commands, ("invalid choice: 'revcol_transformer", "argparse.Namespace"), strict=True):
         code, output = finish(command)
         assert code != 0
-        assert said in output
-        assert said in page
+        assert message in output
+        assert message in page
 
 
 @pytest.fixture(scope="module")

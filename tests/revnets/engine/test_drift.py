@@ -154,14 +154,14 @@ def test_warning_considers_all_kinds_of_gains() -> None:
 def test_warning_when_gains_shrink_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "EVERY", 5)
     columns = token_net(columns=6, gamma=1.0, memory="invert")
-    said = []
+    counts = []
     for step in range(12):
         if step == 6:
             for cell in columns.flat():
                 if cell.gain is not None:
                     nn.init.constant_(cell.gain.weight, 0.1)
-        said.append(len(warned(columns, stem_of(columns))))
-    assert said == [0] * 10 + [1, 0]
+        counts.append(len(warned(columns, stem_of(columns))))
+    assert counts == [0] * 10 + [1, 0]
 
 
 def test_gains_may_arrive_late(monkeypatch: pytest.MonkeyPatch) -> None:

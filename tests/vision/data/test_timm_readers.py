@@ -14,7 +14,7 @@ from timm.data import auto_augment
 
 from tests.support import image_folders as images
 from tests.support.errors import raises_error
-from tests.support.training_processes import process, said, together
+from tests.support.training_processes import console_output, process, together
 from tests.support.training_runs import assert_same
 from vision.checkpoints import reader
 from vision.config.run import load_config
@@ -210,12 +210,12 @@ def break_some(root):
 def test_broken_images_are_replaced_logged_and_counted(tmp_path):
     root = break_some(images.folder(tmp_path / "data"))
     run = settings("folder", root, tmp_path / "run", workers=2, epochs=2)
-    assert process(run) == 0, said(run)
+    assert process(run) == 0, console_output(run)
     lines = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
     assert {line.split(": ")[0] for line in lines} == {"bee/3.jpg", "cat/0.jpg", "ant/1.jpg"}
     evals = [line for line in read_log(tmp_path / "run" / LOG) if line["kind"] == "eval"]
     assert [line["unreadable"] for line in evals] == [3, 3]
-    assert said(run).count("3 unreadable images, listed in") == 2
+    assert console_output(run).count("3 unreadable images, listed in") == 2
     _, train, val = open_data(run)
     assert sum(len(labels) for _, labels in train.epoch(0)) == 24
     assert torch.cat([labels for _, labels in val]).tolist() == [0, -1, 0, 1, 1, 1, 2, 2, 2]
@@ -341,10 +341,10 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, root, na
         "channels_last": True, "data": {"num_classes": 3},
     }  # fmt: skip
     runs = [settings(name, root, tmp_path / output, **changes) for output in ("whole", "killed")]
-    assert set(together(runs[0], size=size)) == {0}, said(runs[0])
+    assert set(together(runs[0], size=size)) == {0}, console_output(runs[0])
     update = 8 // size  # in the middle of an epoch, behind one that is finished
     assert together(runs[1], "before an update", update, size=size)[0] == -signal.SIGKILL
-    assert set(together(runs[1], size=size)) == {0}, said(runs[1])
+    assert set(together(runs[1], size=size)) == {0}, console_output(runs[1])
     last = f"step-{12 // size:07d}.pt"
     states = [reader.read(tmp_path / output / "checkpoints" / last) for output in ("whole", "killed")]
     for part in ("model", "ema", "heads", "optimizer", "progress"):

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from revnets import SpecError
 from tests.support.errors import raises_error
 from tests.support.image_tasks import Brightness
-from tests.support.training_processes import process, said, together
+from tests.support.training_processes import console_output, process, together
 from tests.support.training_runs import TINY, assert_same, assert_same_run, tiny
 from tests.vision.cli.test_train_and_eval import app
 from vision.checkpoints import reader
@@ -56,7 +56,7 @@ def trained(config: Mapping[str, Any]) -> tuple[Trainer, Any, str]:
 def whole(tmp_path_factory):
     """A run of the regression that nothing interrupted."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    assert process(brightness(output)) == 0, said({"output": output})
+    assert process(brightness(output)) == 0, console_output({"output": output})
     return output
 
 
@@ -89,7 +89,7 @@ def test_log_lines_and_figure_have_the_metrics_of_the_task(whole):
     assert [list(line) for line in evals] == [["kind", "epoch", "step", *names]] * 2
     assert all(line["raw_count"] == 359 for line in evals)
     assert list(lines[0]) == ["kind", "epoch", "step", "loss", "lr", "images_per_second"]
-    shown = said({"output": whole})
+    shown = console_output({"output": whole})
     for line in evals:
         values = f"error raw {line['raw_mae']:.3f} levels  ema {line['ema_mae']:.3f} levels"
         assert re.search(rf"epoch {line['epoch']}/2  loss \d+\.\d{{4}}  {values}  ", shown)
@@ -119,7 +119,7 @@ def test_commands_train_and_evaluate_it(tmp_path):
 def test_two_processes_evaluate_every_image_once(tmp_path, whole, parallel):
     """One of their samples is padding; the median is that of one process, which has all images."""
     config = brightness(tmp_path / "run", grad_accum=1, parallel=parallel)
-    assert together(config) == [0, 0], said(config)
+    assert together(config) == [0, 0], console_output(config)
     ours, theirs = (
         [line for line in read_log(path / LOG) if line["kind"] == "eval"] for path in (tmp_path / "run", whole)
     )
@@ -133,7 +133,7 @@ def test_a_detector_trains_with_its_own_data_batches_and_losses(tmp_path):
     """Images of several sizes in lists, losses by name, another name for samples; killed and resumed bit for bit."""
     whole = spots(tmp_path / "whole", epochs=4, save_every=7)
     killed = spots(tmp_path / "killed", epochs=4, save_every=7, workers=1)
-    assert process(whole) == 0, said(whole)
+    assert process(whole) == 0, console_output(whole)
     lines = read_log(tmp_path / "whole" / LOG)
     assert "scenes_per_second" in lines[0]
     found = [line["raw_found"] for line in lines if line["kind"] == "eval"]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.errors import raises_error
-from tests.support.training_processes import process, said, together
+from tests.support.training_processes import console_output, process, together
 from tests.support.training_runs import assert_same, assert_same_run, tiny
 from vision.checkpoints import manager, reader
 from vision.checkpoints.reshard import reshard
@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert process(tiny(folder / "one")) == 0
     for kind in KINDS:
-        assert together(pair(folder / kind, kind)) == [0, 0], said({"output": folder / kind})
+        assert together(pair(folder / kind, kind)) == [0, 0], console_output({"output": folder / kind})
     return folder
 
 
@@ -56,7 +56,7 @@ def test_a_nan_loss_in_one_process_stops_both(tmp_path, kind):
     """The fourth update is bad; it follows the checkpoint of the second and comes before that of the fourth."""
     config = pair(tmp_path / "run", kind)
     assert together(config, "images that are no numbers", 4, victim=1) == [3, 3]
-    for text in (said(config), (tmp_path / "run.1.txt").read_text()):
+    for text in (console_output(config), (tmp_path / "run.1.txt").read_text()):
         assert "error: the loss is nan in epoch 1, step 4." in text
         assert f"The last good state is {tmp_path}/run/checkpoints/step-0000002{SUFFIX[kind]}." in text
     assert os.listdir(tmp_path / "run" / "checkpoints") == [f"step-0000002{SUFFIX[kind]}"]
@@ -102,7 +102,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, k
     assert codes[1 - victim] == 3  # one line reports the lost partner
     text = (tmp_path / f"run{'' if victim else '.1'}.txt").read_text()
     assert text.splitlines()[-1].startswith(f"error: process {1 - victim} lost its connection to another")
-    assert together(config) == [0, 0], said(config)
+    assert together(config) == [0, 0], console_output(config)
     assert_same_run(tmp_path / "run", whole / kind, SUFFIX[kind])
 
 
@@ -110,18 +110,18 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, whole, k
 def test_a_signal_to_one_stops_both(tmp_path, whole, kind, number):
     config = pair(tmp_path / "run", kind, save_every=None, keep=3)
     assert together(config, "before an update", 7, number, victim=1) == [128 + number] * 2
-    text = said(config)
+    text = console_output(config)
     assert f"Stopped by {signal.Signals(number).name} in epoch 2, step 7; saved" in text
-    assert together({**config, "save_every": 2, "keep": 2}) == [0, 0], said(config)
+    assert together({**config, "save_every": 2, "keep": 2}) == [0, 0], console_output(config)
     assert_same_run(tmp_path / "run", whole / kind, SUFFIX[kind])
 
 
 def test_a_full_disk_of_one_process_stops_both_and_leaves_the_checkpoint_before(tmp_path, whole):
     config = pair(tmp_path / "run", "shards", resume=str(whole / "shards" / "checkpoints" / "step-0000008"))
     assert together(config, limit=1500, victim=1) == [3, 3]
-    assert "cannot be written" in said(config)
+    assert "cannot be written" in console_output(config)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
-    assert together(config) == [0, 0], said(config)
+    assert together(config) == [0, 0], console_output(config)
     ended = reader.read(tmp_path / "run" / "checkpoints" / "step-0000010")
     assert_same(ended["model"], final(whole, "shards")["model"], "model")
 
@@ -163,12 +163,12 @@ def test_a_run_resumes_with_another_parallelism(tmp_path, whole, kind, source):
     changes = {"resume": str(path)}
     if kind == "one":
         config = tiny(tmp_path / kind, **changes)
-        assert process(config) == 0, said(config)
+        assert process(config) == 0, console_output(config)
     else:
         config = pair(tmp_path / kind, kind, **changes)
-        assert together(config) == [0, 0], said(config)
+        assert together(config) == [0, 0], console_output(config)
     torch.testing.assert_close(final(tmp_path, kind)["model"], final(whole)["model"], rtol=0.01, atol=0.005)
-    assert "in epoch 2, step 8" in said(config)
+    assert "in epoch 2, step 8" in console_output(config)
 
 
 def test_float16_in_shards_skips_the_same_updates_as_one_process(tmp_path):
@@ -185,7 +185,7 @@ def test_float16_in_shards_skips_the_same_updates_as_one_process(tmp_path):
         "clip_grad": 0.01,
     }
     config = pair(tmp_path / "shards", "shards", **changes)
-    assert together(config) == [0, 0], said(config)
+    assert together(config) == [0, 0], console_output(config)
     one = tiny(tmp_path / "one", **changes)
     assert process(one) == 0
     ours = reader.read(tmp_path / "shards" / "checkpoints" / "step-0000005")
@@ -205,9 +205,9 @@ def test_supervised_in_shards(tmp_path, whole):
         "log_every": 5,
     }
     configs = [pair(tmp_path / name, "shards", epochs=1, **changes) for name in ("whole", "killed")]
-    assert together(configs[0]) == [0, 0], said(configs[0])
+    assert together(configs[0]) == [0, 0], console_output(configs[0])
     assert -signal.SIGKILL in together(configs[1], "before an update", 4)
-    assert together(configs[1]) == [0, 0], said(configs[1])
+    assert together(configs[1]) == [0, 0], console_output(configs[1])
     states = [reader.read(tmp_path / name / "checkpoints" / "step-0000005") for name in ("whole", "killed")]
     for part in ("model", "heads", "ema", "heads_ema", "optimizer"):
         assert states[0][part]

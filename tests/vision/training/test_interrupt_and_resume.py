@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tests.support.errors import raises_error
-from tests.support.training_processes import process, said
+from tests.support.training_processes import console_output, process
 from tests.support.training_runs import assert_same, assert_same_run, tiny
 from vision.checkpoints import manager, reader
 from vision.checkpoints.manager import CheckpointError
@@ -70,12 +70,12 @@ def test_a_signal_stops_a_run_after_saving(tmp_path, whole, number, moment, coun
     output = tmp_path / "run"
     assert process(tiny(output, save_every=None, keep=3), moment, count, number) == 128 + number
     assert manager.step_of(manager.Checkpoints(output / "checkpoints", 3).all()[-1]) == step
-    text = said({"output": output})
+    text = console_output({"output": output})
     assert f"Stopped by {signal.Signals(number).name} in epoch" in text
     command = text.splitlines()[-1].removeprefix("To resume: revnets train ")
     config = load_config(command)
     assert process({**config.plain(), "save_every": 2, "keep": 2}) == 0
-    assert f"Resumed {output}/checkpoints/step-000000{step}.pt: in epoch" in said({"output": output})
+    assert f"Resumed {output}/checkpoints/step-000000{step}.pt: in epoch" in console_output({"output": output})
     assert_same_run(output, whole)
 
 
@@ -85,7 +85,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whole)
     newest = tmp_path / "run" / "checkpoints" / "step-0000006.pt"
     os.truncate(newest, 5000)
     assert process(config) == 0
-    assert "step-0000006.pt: damaged" in said(config)
+    assert "step-0000006.pt: damaged" in console_output(config)
     assert_same_run(tmp_path / "run", whole)
 
 

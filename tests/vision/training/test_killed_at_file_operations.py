@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.training_processes import FILE_OPERATION, process, said, together
+from tests.support.training_processes import FILE_OPERATION, console_output, process, together
 from tests.support.training_runs import assert_same, tiny
 from vision.checkpoints import manager, reader
 from vision.training.run_log import LOG, read_log
@@ -44,7 +44,7 @@ def whole(tmp_path_factory):
     def get(kind: str) -> Path:
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp("whole") / "run"
-            assert run(made[kind], kind) == 0, said({"output": made[kind]})
+            assert run(made[kind], kind) == 0, console_output({"output": made[kind]})
         return made[kind]
 
     return get
@@ -78,8 +78,8 @@ def assert_nothing_happened(mine: Path, other: Path) -> None:
 def killed_at(output: Path, kind: str, counts, whole: Path) -> bool:
     """Kill a run at these operations, one after the other, and let it end; True if it ended before."""
     codes = [run(output, kind, count) for count in counts]
-    assert set(codes) <= {-signal.SIGKILL, 0}, said({"output": output})
-    assert run(output, kind) == 0, said({"output": output})
+    assert set(codes) <= {-signal.SIGKILL, 0}, console_output({"output": output})
+    assert run(output, kind) == 0, console_output({"output": output})
     assert_nothing_happened(output, whole)
     return 0 in codes
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from revnets.utils.file_lock import FileLock, Owner
 from tests.support import forked_programs
 from tests.support.errors import raises_error
-from tests.support.training_processes import process, said
+from tests.support.training_processes import console_output, process
 from tests.support.training_runs import tiny
 from vision.checkpoints import reader
 from vision.checkpoints.manager import CheckpointError
@@ -128,9 +128,9 @@ def test_a_run_resumes_with_a_damaged_log_and_counts_lost_lines(tmp_path):
     good = log.read_bytes()
     evaluation = b'{"kind": "eval", "epoch": 1, "step": 2}\n'  # readable, but without what figures show
     log.write_bytes(evaluation + b"".join(line.rstrip(b"\n") + b"\n" for line in DAMAGE.values()) + good)
-    with open(tmp_path / "said", "w") as file:
+    with open(tmp_path / "output", "w") as file:
         trainer(tmp_path / "run", Console(file=file, width=400), epochs=2).fit()
-    assert f"{log}: skipped {len(DAMAGE)} damaged lines" in (tmp_path / "said").read_text().splitlines()
+    assert f"{log}: skipped {len(DAMAGE)} damaged lines" in (tmp_path / "output").read_text().splitlines()
     assert log.read_bytes().startswith(evaluation + good)
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -229,5 +229,5 @@ def test_the_second_of_two_runs_names_the_owner_of_the_output(tmp_path):
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):
         assert process(config) == 4  # a ConfigError
-    assert f"is in use by {Owner.current()}. Wait until it ends" in said(config)
+    assert f"is in use by {Owner.current()}. Wait until it ends" in console_output(config)
     assert process(config) == 0

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 
 from tests.support import forked_programs
 from tests.support.errors import raises_error
-from tests.support.training_processes import process, said, together
+from tests.support.training_processes import console_output, process, together
 from tests.support.training_runs import assert_same_run, tiny
 from vision.config.run import load_config
 from vision.distributed.context import PipelineWorld
@@ -56,9 +56,9 @@ def test_torchrun_with_two_stages_trains_as_one_process(tmp_path, whole):
 def test_a_killed_pipeline_resumes_in_one_process(tmp_path, whole):
     config = tiny(tmp_path / "run", **PIPELINE)
     assert together(config, "before an update", 7, victim=1) == [3, -signal.SIGKILL]
-    assert said(config).splitlines()[-1].startswith("error: process 0 lost its connection to another")
-    assert process(config) == 0, said(config)
-    assert "in epoch 2, step 6" in said(config)
+    assert console_output(config).splitlines()[-1].startswith("error: process 0 lost its connection to another")
+    assert process(config) == 0, console_output(config)
+    assert "in epoch 2, step 6" in console_output(config)
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -67,7 +67,7 @@ def test_a_single_process_run_resumes_as_a_pipeline(tmp_path, whole):
     changes = {"pipeline": {"schedule": "gpipe", "balance": "cells"}, "memory": "recompute"}
     path = whole / "checkpoints" / "step-0000008.pt"
     config = tiny(tmp_path / "run", **PIPELINE, **changes, resume=str(path))
-    assert together(config) == [0, 0], said(config)
+    assert together(config) == [0, 0], console_output(config)
     last = [torch.load(folder / "checkpoints" / "step-0000010.pt") for folder in (tmp_path / "run", whole)]
     for part in ("model", "ema", "optimizer"):
         torch.testing.assert_close(last[0][part], last[1][part], rtol=0, atol=0)

@@ -154,27 +154,27 @@ def test_starts_from_official_weights_with_a_small_new_classifier(tmp_path, supe
         if ours:
             source = tmp_path / f"{weights}.safetensors"
             convert_file(path, source, weights=weights, heads=supervised)
-        model, fresh, said = begun(source, weights="raw" if ours else weights)
+        model, fresh, message = begun(source, weights="raw" if ours else weights)
         image = torch.randn(1, 3, 64, 64)
         levels = official.forward(values, net, image)[2]
         assert_close(model.forward_features(image), levels[-1], atol=1e-5 * levels[-1].abs().max().item(), rtol=1e-5)
         assert_close(model.head.fc.weight, fresh["head.fc.weight"] * 1e-3)
         assert torch.equal(model.head.norm.weight, torch.ones(64))
-        assert str(source) in said
-        assert "a new classifier for 3 classes" in said
+        assert str(source) in message
+        assert "a new classifier for 3 classes" in message
 
 
 @torch.no_grad()
 def test_classifier_of_equal_classes_is_kept_unless_new(tmp_path):
     state = official.random_state(TEST)
     path = official.save_classification(tmp_path / "official.pth", state)
-    model, _, said = begun(path, classes=11)
+    model, _, message = begun(path, classes=11)
     image = torch.randn(2, 3, 64, 64)
     assert_close(model(image), official.forward(state, TEST, image)[0][0], atol=1e-5, rtol=1e-5)
-    assert said.endswith("its classifier")
-    model, fresh, said = begun(path, classes=11, head="new", head_init_scale=0.5)
+    assert message.endswith("its classifier")
+    model, fresh, message = begun(path, classes=11, head="new", head_init_scale=0.5)
     assert_close(model.head.fc.weight, fresh["head.fc.weight"] * 0.5)
-    assert "new classifier for 11" in said
+    assert "new classifier for 11" in message
 
 
 def test_backbone_and_images_with_one_channel(tmp_path):
@@ -234,8 +234,8 @@ def test_starts_from_weights_downloaded_by_timm(tmp_path, monkeypatch):
 
     monkeypatch.setattr("timm.models._hub.download_url_to_file", fetch)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    model, fresh, said = begun("revcol_tiny.in1k", model="revcol_tiny")
-    assert "revcol_tiny.in1k" in said
+    model, fresh, message = begun("revcol_tiny.in1k", model="revcol_tiny")
+    assert "revcol_tiny.in1k" in message
     assert torch.equal(model.stem.conv.weight, state["stem.0.weight"])
     assert_close(model.head.fc.weight, fresh["head.fc.weight"] * 1e-3)
 
@@ -299,10 +299,10 @@ def test_networks_of_the_engine_start_from_networks(tmp_path):
 def test_another_timm_model_starts_from_its_own_weights(tmp_path):
     source = timm.create_model("test_resnet", num_classes=7)
     save_file(source.state_dict(), tmp_path / "resnet.safetensors")
-    model, fresh, said = begun(tmp_path / "resnet.safetensors", model="test_resnet", in_chans=1)
+    model, fresh, message = begun(tmp_path / "resnet.safetensors", model="test_resnet", in_chans=1)
     assert torch.equal(model.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
     assert_close(model.fc.weight.data, fresh["fc.weight"] * 1e-3)
-    assert "new classifier" in said
+    assert "new classifier" in message
 
 
 def test_the_message_about_a_backbone_does_not_mention_a_classifier(tmp_path):
