@@ -41,6 +41,9 @@ OUTPUT = Path(os.path.relpath(REPO / "runs" / "initialization.jsonl"))
 BATCH, EPOCH = 64, 500
 """Images per update, and updates between evaluations, which make an epoch."""
 
+LEARNING_RATE = 0.004
+"""Of the recipe, at which RevCol-ViT does not learn."""
+
 SHAPES = {
     4: ([16, 32, 64, 128], [1, 1, 1, 1]),
     8: ([12, 20, 48, 88], [1, 1, 1, 1]),
@@ -62,6 +65,7 @@ class Trial(Strict):
     supervision: bool
     drop_path: float = Field(ge=0, lt=1)
     seed: int = Field(ge=0)
+    learning_rate: float = Field(default=LEARNING_RATE, gt=0, le=1)
 
     @property
     def group(self) -> Trial:
@@ -71,6 +75,7 @@ class Trial(Strict):
     def __str__(self) -> str:
         words = [self.model, f"{self.columns} columns" if self.columns > 1 else "1 column"]
         words += ["supervised"] * self.supervision + [f"drop path {self.drop_path:g}"] * (self.drop_path > 0)
+        words += [f"learning rate {self.learning_rate:g}"] * (self.learning_rate != LEARNING_RATE)
         return ", ".join(words)
 
 
@@ -99,6 +104,7 @@ def main(
         bool, typer.Option("--supervision", help="Train with intermediate supervision, as in the paper.")
     ] = False,
     drop_path: Annotated[float, typer.Option(min=0, max=0.99, help="Drop path rate of the last block.")] = 0.0,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate, above 0 and at most 1.")] = LEARNING_RATE,
     root: Annotated[Path, typer.Option(help="Directory with the four idx files, gzipped or not.")] = ROOT,
     report: Annotated[bool, typer.Option("--report", help="Show all results of the file without training.")] = False,
 ) -> None:
@@ -108,7 +114,7 @@ def main(
         shown = read_results(output, console)
     else:
         shown = {}
-        trials = list(planned(models, columns, updates, seeds, supervision, drop_path))
+        trials = list(planned(models, columns, updates, seeds, supervision, drop_path, learning_rate))
         require_files(root)
         for number, trial in enumerate(trials, 1):
             found = read_results(output, console).get(trial)  # another process may have added it
@@ -124,13 +130,22 @@ def main(
 
 
 def planned(
-    models: str, columns: str, updates: int, seeds: int, supervision: bool, drop_path: float
+    models: str,
+    columns: str,
+    updates: int,
+    seeds: int,
+    supervision: bool,
+    drop_path: float,
+    learning_rate: float = LEARNING_RATE,
 ) -> Iterator[Trial]:
     """Yield all runs, seed by seed, so that an early stop leaves complete pairs. A ConvNeXt is never supervised.
 
     Raises:
-        TrainingError: If a model or number of columns is unknown, or the updates are not whole epochs.
+        TrainingError: If a model or number of columns is unknown, the updates are not whole epochs, or the learning
+            rate is out of range.
     """
+    if not 0 < learning_rate <= 1:
+        raise TrainingError(f"--learning-rate {learning_rate}: use a number above 0, up to 1", code="out-of-range")
     names = chosen("--models", models, ["convnext", "revcol", "revcol_vit"])
     counts = [int(count) for count in chosen("--columns", columns, [str(count) for count in SHAPES])]
     if updates > EPOCH and updates % EPOCH:
@@ -139,7 +154,8 @@ def planned(
     for seed, name in product(range(seeds), names):
         for count, init in product(of_model[name], INITIALIZATIONS):
             given = {"model": name, "columns": count, "init": init, "updates": updates, "seed": seed}
-            yield Trial(**given, supervision=supervision and name != "convnext", drop_path=drop_path)
+            given |= {"supervision": supervision and name != "convnext", "drop_path": drop_path}
+            yield Trial(**given, learning_rate=learning_rate)
 
 
 def chosen(option: str, text: str, known: Sequence[str]) -> list[str]:
@@ -171,7 +187,7 @@ def configured(trial: Trial, folder: Path, root: Path) -> TrainConfig:
     epochs, samples = max(1, trial.updates // EPOCH), min(trial.updates, EPOCH) * BATCH
     words = [f"model={model}", f"epochs={epochs}", f"data.train_samples={samples}", f"batch_size={BATCH}", *PLAIN]
     words += [f"schedule.warmup_epochs={epochs / 10:g}", "memory=store", "save_every=100", "keep=1", "log_every=25"]
-    words += ["supervision={}"] * trial.supervision
+    words += ["supervision={}"] * trial.supervision + [f"optimizer.lr={trial.learning_rate!r}"]
     return load_config(RECIPE, [*words, f"seed={trial.seed}", f"data.root={root.resolve()}", f"output={folder}"])
 
 
@@ -182,8 +198,7 @@ def finished(trial: Trial, output: Path, root: Path, console: Console) -> TrialR
         typer.Exit: SIGTERM or Ctrl-C stopped the run; its state is saved.
         TrainingError: If the data has fewer images than the updates need, or the loss is not finite.
     """
-    words = (trial.model, trial.columns, trial.init, trial.updates, trial.supervision, trial.drop_path, trial.seed)
-    folder = output.with_suffix(".runs") / "-".join(str(word).lower() for word in words)
+    folder = output.with_suffix(".runs") / "-".join(str(value).lower() for _, value in trial)
     trainer = Trainer(configured(trial, folder, root), console)
     planned = trainer.batches.updates * trainer.config.epochs
     if planned != trial.updates:
@@ -272,7 +287,15 @@ def groups(results: Results) -> list[Trial]:
     """Return the settings without seed and initialization, in the order of the table."""
     found = {trial.group for trial in results}
     return sorted(
-        found, key=lambda group: (group.updates, group.drop_path, group.supervision, group.model, group.columns)
+        found,
+        key=lambda group: (
+            group.updates,
+            group.drop_path,
+            group.supervision,
+            group.model,
+            group.columns,
+            group.learning_rate,
+        ),
     )
 
 

@@ -110,6 +110,13 @@ def test_differences_pair_equal_seeds(study: ModuleType) -> None:
     assert str(paired) == "0.75 ± 1.06, ahead in 1 of 2"
 
 
+def test_runs_are_compared_at_equal_learning_rates(study: ModuleType, tmp_path: Path) -> None:
+    rates = (study.LEARNING_RATE, 0.001)
+    trials = [next(study.planned("revcol_vit", "4", 500, 1, False, 0.0, rate)) for rate in rates]
+    assert [study.configured(trial, tmp_path, tmp_path).optimizer.lr for trial in trials] == list(rates)
+    assert len(study.groups({trial: result(study, 70.0) for trial in trials})) == 2
+
+
 def test_table_compares_with_paper_and_convnext(study: ModuleType) -> None:
     runs = [result(study, 60.0), result(study, 62.5, init="fast")]
     runs += [result(study, 61.0, init=init, model="convnext", columns=1) for init in ("paper", "fast")]
@@ -154,6 +161,7 @@ def test_only_gains_and_layer_scales_differ_between_initializations(
         ({"models": ""}, "unknown-choice", "--models"),
         ({"columns": "5"}, "unknown-choice", "--columns"),
         ({"updates": 501}, "not-divisible", "--updates 501"),
+        ({"learning_rate": 0.0}, "out-of-range", "--learning-rate 0.0"),
         ({"updates": 6}, "wrong-length", "5 updates, not for 6"),
         ({"report": True}, "missing-file", "results.jsonl"),
     ],
