@@ -79,7 +79,10 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
     for name in names:
         if not isinstance(target.get(name), Tensor):
             raise _target_error(number, name, "is missing", "missing-key")
-    boxes, labels = target["boxes"].as_subclass(Tensor).float(), target["labels"].long()
+    boxes, labels = target["boxes"], target["labels"].long()
+    if not is_simulated(boxes):  # a fake tensor cannot change its class in PyTorch 2.7
+        boxes = boxes.as_subclass(Tensor)
+    boxes = boxes.float()
     if boxes.ndim != 2 or boxes.shape[-1] != 4:
         raise _target_error(number, "boxes", f"has the shape {tuple(boxes.shape)}, not (N, 4)", "shape-mismatch")
     if labels.shape != boxes.shape[:1]:
