@@ -283,9 +283,7 @@ def _left_as_found(model: nn.Module, columns: ColumnsGroup) -> Iterator[Callable
 
     accelerator = torch.accelerator.current_accelerator()
     kind = accelerator.type if accelerator else "cuda"
-    # Counting devices without a driver is an error in PyTorch 2.7.
-    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    generators = torch.random.fork_rng(range(count), device_type=kind)
+    generators = torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind)
     with generators, columns.using(stored=0):  # without the current memory plan
         try:
             yield restore

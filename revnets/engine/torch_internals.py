@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
-"""All private PyTorch APIs that the engine uses, for torch 2.7 and later."""
+"""All private PyTorch APIs that the engine uses, for torch 2.8 and later."""
 
 from __future__ import annotations
 
@@ -110,19 +110,13 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def saving_hook() -> object:
-    """Return the pack hook for saved tensors that is active now, or None.
-
-    PyTorch 2.7 cannot tell. The result then differs from all others, as if a hook had been added since.
-    """
-    query = getattr(cast(Any, torch._C)._autograd, "_top_saved_tensors_default_hooks", None)
-    if query is None:
-        return object()
-    hooks = query(True)
+    """Return the pack hook for saved tensors that is active now, or None."""
+    hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
 
 
 _AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta")}
-"""Whether the most common device types have autocast. Dynamo cannot trace the question in PyTorch 2.7."""
+"""Whether the most common device types have autocast. Dynamo cannot trace the question in PyTorch 2.8."""
 
 
 def has_autocast(kind: str) -> bool:

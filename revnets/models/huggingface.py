@@ -62,8 +62,7 @@ def create(name: str, **options: Any) -> nn.Module:
         if architecture != "AutoModel":
             problem = f"transformers has no architecture {architecture!r}"
             raise SpecError(f"hf:{name}", "architectures", problem, "Update transformers", code="unknown-model")
-    device = torch.empty(0).device  # the default device: PyTorch 2.7 does not report that of a `with` block otherwise
-    if device.type != "meta" and any(Path(name).glob("*.safetensors")):
+    if torch.get_default_device().type != "meta" and any(Path(name).glob("*.safetensors")):
         loader: Any = kind or transformers.AutoModel
         return loader.from_pretrained(name, config=config, use_safetensors=True, local_files_only=True)
     return transformers.AutoModel.from_config(config) if kind is None else kind(config)

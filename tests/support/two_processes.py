@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from tests.support.multiprocess import processes
 
@@ -36,3 +38,10 @@ def _leave_together(rank: int, size: int) -> None:
     store = dist.distributed_c10d._get_default_store()
     store.set(f"left{rank}", "")
     store.wait([f"left{other}" for other in range(size)])
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Let FSDP2 average gradients with gloo, where older versions of PyTorch sum them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # followed by a division

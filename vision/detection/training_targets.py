@@ -80,7 +80,7 @@ def _checked(number: int, image: Tensor, target: Target, num_classes: int, masks
         if not isinstance(target.get(name), Tensor):
             raise _target_error(number, name, "is missing", "missing-key")
     boxes, labels = target["boxes"], target["labels"].long()
-    if not is_simulated(boxes):  # a fake tensor cannot change its class in PyTorch 2.7
+    if not is_simulated(boxes):  # a fake tensor cannot change its class in PyTorch 2.8
         boxes = boxes.as_subclass(Tensor)
     boxes = boxes.float()
     if boxes.ndim != 2 or boxes.shape[-1] != 4:

@@ -46,6 +46,15 @@ def shard(model: nn.Module | None, world: World, device: torch.device) -> None:
             for cell in module.flat():
                 fully_shard(cell, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # so that a state dict only has parts
+    if device.type == "cpu":
+        average_with_gloo(model)
+
+
+def average_with_gloo(model: nn.Module) -> None:
+    """Let FSDP2 average gradients over processes with gloo, where older versions of PyTorch sum them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # followed by a division
 
 
 def release_gathered(model: nn.Module) -> None:

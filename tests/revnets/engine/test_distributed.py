@@ -19,8 +19,7 @@ from tests.support.errors import raises_error
 from tests.support.gradients import loss_of
 from tests.support.networks import token_net
 from tests.support.simulated_steps import simulated_once
-from tests.support.two_processes import PROCESSES, in_two_processes
-from tests.support.versions import FSDP_AVERAGES
+from tests.support.two_processes import PROCESSES, average_gradients, in_two_processes
 
 TAPED = ("recompute", "exact")
 
@@ -149,6 +148,7 @@ def shard(net: Model, by: str, **options) -> None:
             fully_shard(group, **options)
     if by != "cells alone":
         fully_shard(net, **options)
+    average_gradients(net)
 
 
 def fsdp(rank: int, by: str, tap: int | None = None, blocks=("mlp", "dropout", "batchnorm"), **options) -> None:
@@ -196,8 +196,7 @@ def fsdp_per_cell(rank: int) -> None:
         fsdp(rank, "cell", reshard_after_forward=reshard)
     fsdp(rank, "cells alone")
     fsdp(rank, "cell", tap=0)
-    if FSDP_AVERAGES:
-        fsdp_averages(rank)
+    fsdp_averages(rank)
 
 
 def fsdp_per_column(rank: int) -> None:

@@ -18,8 +18,7 @@ import revnets
 from revnets.engine.errors import ArgumentError
 from revnets.pretrained.rewired_sequence import rewired_sequences
 from tests.support.errors import raises_error
-from tests.support.two_processes import PROCESSES, in_two_processes
-from tests.support.versions import FSDP_AVERAGES
+from tests.support.two_processes import PROCESSES, average_gradients, in_two_processes
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -115,6 +114,7 @@ def sharded(rewire_last: bool = False, root: MixedPrecisionPolicy | None = None,
         for block in (*model.encoder, *model.decoder):
             fully_shard(block, **options)
         fully_shard(model, **options | ({} if root is None else {"mp_policy": root}))
+        average_gradients(model)
         if rewire_last:
             revnets.make_reversible(model, 0.3, memory=memory)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -146,7 +146,7 @@ def ddp_and_fsdp_agree(rank: int) -> None:
 
 
 @needs_gloo
-@pytest.mark.parametrize("work", [ddp, fsdp, *([ddp_and_fsdp_agree] if FSDP_AVERAGES else [])])
+@pytest.mark.parametrize("work", [ddp, fsdp, ddp_and_fsdp_agree])
 def test_two_processes(work, tmp_path):
     in_two_processes(work, tmp_path)
 
