@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN with fewer boxes per image, for small images with few objects."""
+"""Cascade Mask R-CNN and HTC with fewer boxes per image, for small images with few objects."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ from vision.tasks.object_detection import ObjectDetection
 
 
 class SmallCascade(ObjectDetection):
-    """Train and evaluate Cascade Mask R-CNN on fewer boxes than its constants for COCO. It needs a fifth of the time.
+    """Train and evaluate a cascade on fewer boxes than its constants for COCO. It needs a fifth of the time.
 
     Args:
         config: Run configuration.
+        detector: `cascade_mask_rcnn` or `htc`.
         proposals: Region proposals per image.
         samples: Boxes per image that a stage trains on.
         options: Options of the detector and of the task.
     """
 
-    def __init__(self, config: Any, proposals: int = 200, samples: int = 64, **options: Any):
-        super().__init__(config, "cascade_mask_rcnn", **options)
+    def __init__(
+        self,
+        config: Any,
+        detector: str = "cascade_mask_rcnn",
+        proposals: int = 200,
+        samples: int = 64,
+        **options: Any,
+    ):
+        super().__init__(config, detector, **options)
         self.boxes = proposals, samples
 
     def create_detector(self, backbone: str, num_classes: int, **options: Any) -> RegionDetector:
