@@ -56,7 +56,7 @@ def weights(folder):
 
 
 def test_a_segmenter_learns_and_is_evaluated(root, tmp_path):
-    Trainer(run(root, tmp_path / "run")).fit()
+    Trainer(run(root, tmp_path / "run", epochs=10)).fit()
     metrics = evaluate_checkpoint(tmp_path / "run", [])
     assert metrics["raw"].miou > 60
 
