@@ -293,8 +293,8 @@ def shared_version() -> Any:
 def fsdp_casts(modules: list[nn.Module]) -> Generator[None]:
     """Cast inputs and outputs of these modules as their `MixedPrecisionPolicy` does in forward.
 
-    Up to PyTorch 2.12, FSDP2 omits these casts while backward recomputes a module. Of modules that are sharded as a group
-    (`fully_shard([...])`), it casts the inputs of the first and the output of the last.
+    Up to PyTorch 2.12, FSDP2 omits these casts while backward recomputes a module. Of modules that are sharded as a
+    group (`fully_shard([...])`), it casts the inputs of the first and the output of the last.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
     if fsdp is None or hasattr(fsdp.FSDPState, "_cast_forward_inputs"):

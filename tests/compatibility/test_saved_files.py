@@ -37,6 +37,7 @@ import revnets
 import vision  # noqa: F401  (registers the models with timm)
 from tests.support import forked_programs
 from tests.support.timeouts import HANG
+from tests.support.versions import TORCH
 
 DATA = Path(__file__).parent / "data" / "version_0_1_0"
 BIN = Path(sys.executable).parent
@@ -302,6 +303,7 @@ def tensors(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else [tensor for part in out for tensor in tensors(part)]
 
 
+@pytest.mark.skipif(TORCH < (2, 14), reason="older versions draw other numbers for a truncated normal distribution")
 @pytest.mark.parametrize("name", NETS)
 def test_initial_weights_equal_version_0_1_0(unpacked, exact, name):
     folder = unpacked("nets") / name

@@ -15,6 +15,7 @@ import revnets
 from revnets.memory.tracker import kept_bytes
 from tests.support.gradients import assert_same, step
 from tests.support.networks import stem_of, token_net
+from tests.support.versions import TORCH
 
 DEPTHS = (1, 2, 3, 4, 7, 13, 32, 63, 64)
 
@@ -80,6 +81,8 @@ def bytes_per_element(net: revnets.Net, images: Tensor, half: bool) -> float:
 
 
 LIMITS = pytest.mark.parametrize(("gamma", "limit"), [(1.0, 0.22), (0.5, 0.28), (0.05, 0.68), (0.001, 1.32)])
+OTHER_WEIGHTS = 0.005 if TORCH < (2, 14) else 0.0
+"""Older versions of PyTorch draw other initial weights, which lose up to this much more."""
 HALF = pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 
 
@@ -108,5 +111,5 @@ def test_lost_bits_after_training(gamma: float, limit: float, half: bool) -> Non
         optimizer.step()
         losses.append(float(loss.detach()))
         if count % 20 == 19:
-            assert 0.15 <= bytes_per_element(net, images[:64], half) <= limit
+            assert 0.15 <= bytes_per_element(net, images[:64], half) <= limit + OTHER_WEIGHTS
     assert sum(losses[-10:]) < 0.4 * sum(losses[:10])  # training works
