@@ -16,7 +16,6 @@ from tests.support.fashion_mnist import make_files
 from tests.support.paths import ROOT
 from vision.config.run import load_config
 from vision.data.samplers import Key
-from vision.detection.coco_data import load_coco
 from vision.detection.coco_json import read_coco
 from vision.detection.instance_masks import dense_mask
 from vision.tasks.builders import create_task
@@ -78,35 +77,38 @@ def test_validation_shows_other_parts_of_textures(scenes):
         assert not np.array_equal(ours[:, -1], theirs[:, 0])
 
 
-@pytest.mark.parametrize("name", ["detection", "dino"])
-def test_configurations_of_detection_read_the_scenes(root, name):
+@pytest.mark.parametrize(
+    ("name", "extra"), [("detection", {"masks"}), ("dino", set()), ("htc", {"masks", "semantic_map"})]
+)
+def test_configurations_of_detection_read_the_scenes(root, name, extra):
     config = load_config(str(ROOT / f"examples/scenes/{name}.yaml"), [f"data.root={root}"])
-    data = load_coco(config.data, 0)
+    data = create_task(config).load_data()
     assert data.classes[-1] == "ankle boot"
     _, target = data.train[Key(0, 0)]
-    assert ("masks" in target) == (name == "detection")
+    assert target.keys() & {"masks", "semantic_map"} == extra
 
 
-def test_the_small_cascade_has_fewer_boxes(root):
-    config = load_config(str(ROOT / "examples/scenes/detection.yaml"), [f"data.root={root}"])
+@pytest.mark.parametrize("name", ["detection", "htc"])
+def test_the_small_cascade_has_fewer_boxes(root, name):
+    config = load_config(str(ROOT / f"examples/scenes/{name}.yaml"), [f"data.root={root}"])
     task = create_task(config)
     detector = task.build_model(task.load_data())
     assert detector.rpn.post_nms_top_n() == 200
     images = torch.randn(1, 3, 128, 160)
     target = {"boxes": torch.tensor([[20.0, 20, 60, 60]]), "labels": torch.tensor([1])}
     target["masks"] = torch.ones(1, 128, 160, dtype=torch.uint8)
+    target["semantic_map"] = torch.zeros(128, 160, dtype=torch.uint8)
     proposals = [torch.cat([target["boxes"] + shift for shift in torch.linspace(-15, 15, 100)])]
     assert len(detector.roi_heads.stages()[0].sample(proposals, [target]).boxes[0]) <= 64
     losses = detector(list(images), [target])
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 
-def test_the_configuration_of_segmentation_reads_the_scenes(root):
+@pytest.mark.parametrize("name", ["segmentation", "mask2former"])
+def test_configurations_of_segmentation_read_the_scenes(root, name):
     pytest.importorskip("transformers")
-    from vision.segmentation.semantic_maps import load_semantic_maps
-
-    config = load_config(str(ROOT / "examples/scenes/segmentation.yaml"), [f"data.root={root}"])
-    data = load_semantic_maps(config.data, 0)
+    config = load_config(str(ROOT / f"examples/scenes/{name}.yaml"), [f"data.root={root}"])
+    data = create_task(config).load_data()
     assert data.classes == tuple((root / "classes.txt").read_text().split("\n")[:-1])
     _, numbers = data.val[1]
     assert torch.isin(numbers, torch.arange(15)).all()
