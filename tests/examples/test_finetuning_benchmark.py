@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.examples.test_benchmarks import script
+from tests.support.versions import TORCH
 
 TINY = {
     "vit": {"depth": 3, "width": 64, "size": 48, "count": 5},
@@ -76,10 +77,13 @@ def test_save_on_cpu_leaves_nothing_on_device(results):
     assert not results["save_on_cpu"].seconds
 
 
+@pytest.mark.skipif(
+    TORCH < (2, 14), reason="older versions run the blocks without Dynamo while saved tensors are counted"
+)
 def test_compiled_blocks_save_less_with_smaller_budget(benchmark):
     names = ["store", "compile, budget 0.5", "compile, budget 0"]
     store, half, none = measured(benchmark, "vit", names).values()
-    assert none.kept <= half.kept < store.kept
+    assert none.kept < half.kept < store.kept
     assert 0 <= none.error < 1e-5
 
 
