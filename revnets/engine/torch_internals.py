@@ -314,9 +314,9 @@ def fsdp_casts(modules: list[nn.Module]) -> Generator[None]:
         yield
 
 
-def _cast_inputs(cast: Callable[[Any], Any], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return tree_map(cast, args), tree_map(cast, kwargs)
+def _cast_inputs(convert: Callable[[Any], Any], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return tree_map(convert, args), tree_map(convert, kwargs)
 
 
-def _cast_output(cast: Callable[[Any], Any], module: nn.Module, args: Any, output: Any) -> Any:
-    return tree_map(cast, output)
+def _cast_output(convert: Callable[[Any], Any], module: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map(convert, output)
