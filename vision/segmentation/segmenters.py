@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from revnets import keep_budget
-from revnets.config.errors import ArgumentError
+from revnets.config.errors import ArgumentError, nearest
 from revnets.config.memory_budget import BudgetSpec
 from revnets.memory.auto_budget import forget_budget
 from revnets.models.saved_folder import require_all
@@ -321,6 +322,13 @@ def mask2former(
 
 
 def _backbone(backbone: str | PreTrainedConfig, options: dict[str, Any]) -> PreTrainedConfig:
+    """Return the configuration of a backbone. Configurations of transformers would keep unknown options silently."""
+    known = []
+    if isinstance(backbone, str):
+        known = [item.name for item in fields(RevColBackboneConfig)] + ["out_indices", "out_features"]
+    for name in (name for name in options if name not in known):
+        hint = nearest(name, known, "Known options are") if known else "Set it in the configuration of the backbone"
+        raise ArgumentError(f"there is no option {name!r}. {hint}", name, code="unknown-key")
     if isinstance(backbone, str):
         return RevColBackboneConfig(name=backbone, **{"out_indices": [0, 1, 2, 3], **options})
     return backbone

@@ -10,7 +10,10 @@ from timm.optim import param_groups_layer_decay
 from transformers import Mask2FormerForUniversalSegmentation
 
 import revnets
+from revnets.config.errors import ArgumentError
 from revnets.memory.tracker import kept_bytes, peak_bytes
+from tests.support.errors import raises_error
+from vision.huggingface import RevColBackboneConfig
 from vision.segmentation import Mask2Former, UperNet, mask2former, upernet
 from vision.segmentation.segmenters import IGNORED
 from vision.tasks.semantic_segmentation import SegmentationStep
@@ -251,3 +254,15 @@ def test_upernet_has_the_parameters_of_the_paper(variant, channels, millions):
         model = upernet(variant, 150, channels=channels)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize("build", [upernet, mask2former])
+def test_unknown_options_of_the_backbone_are_refused(build):
+    with raises_error(ArgumentError, code="unknown-key", names="kernel_size"):
+        build("test_revcol", 5, kernel_sise=7)
+
+
+@pytest.mark.parametrize("build", [upernet, mask2former])
+def test_options_beside_a_configuration_are_refused(build):
+    with raises_error(ArgumentError, code="unknown-key", names="kernel_size"):
+        build(RevColBackboneConfig(name="test_revcol", out_indices=[0, 1, 2, 3]), 5, kernel_size=7)
