@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from vision.detection import RegionDetector
 from vision.tasks.object_detection import ObjectDetection
@@ -32,7 +32,9 @@ class SmallCascade(ObjectDetection):
 
     def create_detector(self, backbone: str, num_classes: int, **options: Any) -> RegionDetector:
         """Build the detector with fewer boxes."""
-        detector = cast(RegionDetector, super().create_detector(backbone, num_classes, **options))
+        detector = super().create_detector(backbone, num_classes, **options)
+        if not isinstance(detector, RegionDetector):
+            raise ValueError(f"{self.detector} has no region proposals. Choose cascade_mask_rcnn or htc")
         proposals, samples = self.boxes
         counts = {"training": proposals, "testing": proposals // 2}
         detector.rpn._pre_nms_top_n = detector.rpn._post_nms_top_n = counts
